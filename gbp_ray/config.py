@@ -1,0 +1,439 @@
+"""The job: one TOML file, checked whole before anything starts.
+
+This module decides what a job may say and what a trial is called. It is read by every floor above
+and knows neither torch nor Ray. All faults of a job are reported at once, in one line, with dotted
+paths and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from gbp_ray.errors import ConfigError
+
+__all__ = [
+    "CRITERIA",
+    "SCHEMA_VERSION",
+    "ClusterConfig",
+    "FinetuneConfig",
+    "JobConfig",
+    "PretrainConfig",
+    "PruneConfig",
+    "Recipe",
+    "WorkloadConfig",
+    "describe_fields",
+    "load_job",
+    "nearest_name",
+    "trial_id",
+]
+
+SCHEMA_VERSION = 1
+"""Part of every trial id: raised when the meaning of a field changes, never for a new field."""
+
+CRITERIA = (
+    "magnitude",
+    "random",
+    "taylor",
+    "snip",
+    "taylor_squared",
+    "fisher",
+    "obd",
+    "grasp",
+    "synflow",
+    "movement",
+)
+"""Names of the built-in criteria; `gbp-ray criteria` tells what each is."""
+
+_PLUG_IN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_PATTERN_N_M = re.compile(r"(\d+):(\d+)")
+_TRAINING_KEYS_OUTSIDE_IDENTITY = {"name", "storage", "cluster"}
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class WorkloadConfig(_Section):
+    """What is pruned: a model with its data."""
+
+    factory: str
+    """Where the workload comes from, as "module:attr"; the attr is called with the options."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the factory."""
+    eval_batch_size: int = Field(256, ge=1)
+    """Examples per batch when accuracy is measured, on each worker."""
+
+    @field_validator("factory")
+    @classmethod
+    def _is_plug_in(cls, value: str) -> str:
+        if not _PLUG_IN.fullmatch(value):
+            raise ValueError('must read "module:attr", like "gbp_ray.zoo:digits_convnet"')
+        return value
+
+
+class Recipe(_Section):
+    """How weights are trained; pretrain and finetune each have one."""
+
+    epochs: float = Field(0.0, ge=0.0)
+    """Passes over the training data, fractions allowed; finetune: after each round."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """Update rule; sgd uses momentum, adamw decouples weight decay."""
+    learning_rate: float = Field(0.05, gt=0.0)
+    """Peak learning rate, reached after the warm-up."""
+    momentum: float = Field(0.9, ge=0.0, lt=1.0)
+    """Momentum of sgd; the others ignore it."""
+    weight_decay: float = Field(5e-4, ge=0.0)
+    """L2 penalty (sgd, adam) or decoupled decay (adamw); never applied to pruned weights."""
+    lr_schedule: Literal["constant", "cosine", "step"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    lr_milestones: tuple[Fraction, ...] = (0.5, 0.75)
+    """For lr_schedule = "step": the shares of the training at which the rate drops."""
+    lr_gamma: float = Field(0.1, gt=0.0, le=1.0)
+    """For lr_schedule = "step": the factor of each drop."""
+    warmup_epochs: float = Field(0.0, ge=0.0)
+    """Epochs of linear warm-up from zero to learning_rate."""
+    batch_size: int = Field(128, ge=1)
+    """Examples per optimizer step over all workers together; changing workers keeps it."""
+    microbatches: int = Field(4, ge=1)
+    """Equal parts each batch is cut into and dealt to the workers; at most this many share a step.
+    BatchNorm sees one part at a time, so the result depends on this and never on num_workers."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Recipe:
+        if self.microbatches > self.batch_size:
+            raise ValueError(
+                f"microbatches = {self.microbatches} exceeds batch_size = {self.batch_size}; "
+                "lower microbatches"
+            )
+        return self
+
+
+class PretrainConfig(Recipe):
+    """Training of the dense network before the first round; epochs = 0 takes it as built."""
+
+
+class FinetuneConfig(Recipe):
+    """Training of the kept weights after each round."""
+
+    learning_rate: float = Field(0.01, gt=0.0)
+    """Peak learning rate, reached after the warm-up."""
+
+
+class PruneConfig(_Section):
+    """What is removed, and by which rule."""
+
+    criterion: str
+    """A built-in criterion (see `gbp-ray criteria`) or your own as "module:attr"."""
+    sparsity: float = Field(ge=0.0, lt=1.0)
+    """Removed units / prunable units after the last round."""
+    rounds: int = Field(1, ge=1)
+    """How often score, select and fine-tune are repeated."""
+    schedule: Literal["one_shot", "linear", "cubic", "geometric"] = "geometric"
+    """Sparsity after each round; one_shot removes everything in round 1 and fine-tunes on."""
+    scope: Literal["global", "layer"] = "global"
+    """Who competes: all weights together, or each layer on its own at the same sparsity."""
+    granularity: str = "weight"
+    """What is removed: "weight", or "n:m" such as "2:4", which keeps n of every m inputs."""
+    calibration_examples: int = Field(512, ge=1)
+    """Training examples the scores are computed on."""
+    calibration_batch_size: int = Field(64, ge=1)
+    """Examples per scoring batch; part of the definition of taylor_squared."""
+    hutchinson_probes: int = Field(4, ge=1)
+    """Random probes per batch for the Hessian diagonal of obd."""
+    batchnorm_examples: int = Field(2048, ge=0)
+    """Training examples that re-estimate BatchNorm statistics after each prune; 0 keeps them."""
+    rewind: Literal["none", "weights", "learning_rate"] = "none"
+    """After each prune: "weights" puts kept weights back to their dense values, "learning_rate"
+    starts the schedule anew, "none" runs one schedule through all rounds."""
+    exclude: tuple[str, ...] = ()
+    """Name globs of parameters that are never pruned, such as "conv1.*"."""
+    layer_min_sparsity: float | dict[str, float] = 0.0
+    """Least sparsity of every layer, or of those matching a glob: { "layer3.*" = 0.5 }."""
+    layer_max_sparsity: float | dict[str, float] = 1.0
+    """Greatest sparsity of every layer, or of those matching a glob. One weight always stays."""
+
+    @field_validator("criterion")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if value not in CRITERIA and not _PLUG_IN.fullmatch(value):
+            raise ValueError(
+                f"is not a criterion{nearest_name(value, CRITERIA)}; allowed: "
+                f'{", ".join(CRITERIA)}, or your own as "module:attr"'
+            )
+        return value
+
+    @field_validator("granularity")
+    @classmethod
+    def _is_granularity(cls, value: str) -> str:
+        match = _PATTERN_N_M.fullmatch(value)
+        if value != "weight" and not (match and 0 < int(match[1]) < int(match[2])):
+            raise ValueError('must be "weight" or "n:m" with 0 < n < m, such as "2:4"')
+        return value
+
+    @field_validator("layer_min_sparsity", "layer_max_sparsity")
+    @classmethod
+    def _are_fractions(cls, value: float | dict[str, float]) -> float | dict[str, float]:
+        for bound in value.values() if isinstance(value, dict) else [value]:
+            if not 0.0 <= bound <= 1.0:
+                raise ValueError(f"{bound} is outside [0, 1]")
+        return value
+
+    @model_validator(mode="after")
+    def _agree(self) -> PruneConfig:
+        if self.pattern is not None:
+            n, m = self.pattern
+            if not math.isclose(self.sparsity, 1 - n / m, abs_tol=1e-9):
+                raise ValueError(
+                    f'granularity = "{self.granularity}" means sparsity = {1 - n / m:g}, not '
+                    f"{self.sparsity:g}; set prune.sparsity={1 - n / m:g}"
+                )
+        low, high = self.layer_min_sparsity, self.layer_max_sparsity
+        if isinstance(low, float) and low > self.sparsity:
+            raise ValueError(
+                f"layer_min_sparsity = {low:g} exceeds sparsity = {self.sparsity:g}; lower it"
+            )
+        if isinstance(high, float) and high < self.sparsity:
+            raise ValueError(
+                f"layer_max_sparsity = {high:g} is below sparsity = {self.sparsity:g}; raise it"
+            )
+        return self
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        """(n, m) of an n:m granularity, None for single weights."""
+        match = _PATTERN_N_M.fullmatch(self.granularity)
+        return (int(match[1]), int(match[2])) if match else None
+
+
+class ClusterConfig(_Section):
+    """Where the job runs. Nothing here changes the result."""
+
+    num_workers: int = Field(1, ge=0)
+    """Ray Train workers; 0 runs in this very process without starting Ray."""
+    use_gpu: bool = False
+    """One GPU per worker (NCCL) instead of CPUs (gloo)."""
+    threads_per_worker: int = Field(1, ge=1)
+    """CPU threads of each worker. Kernels add in an order of their own per thread count, so results
+    agree to the bit between runs that share this number."""
+    max_failures: int = Field(2, ge=0)
+    """Lost workers a trial survives; each time it goes on after its last whole round."""
+    address: str | None = None
+    """Ray cluster to join; None starts a private one on this machine."""
+
+
+class JobConfig(_Section):
+    """One whole job."""
+
+    name: str = Field(pattern=r"[A-Za-z0-9][A-Za-z0-9._-]*")
+    """Folder of the job inside storage: letters, digits, '.', '_' and '-'."""
+    storage: str = "gbp-results"
+    """Folder that receives results."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Decides initial weights, order of examples, augmentation and random scores."""
+    workload: WorkloadConfig
+    pretrain: PretrainConfig = PretrainConfig()
+    prune: PruneConfig
+    finetune: FinetuneConfig = FinetuneConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("storage")
+    @classmethod
+    def _is_folder(cls, value: str) -> str:
+        if "://" in value and not value.startswith("file://"):
+            raise ValueError("must be a folder; object stores are not supported yet")
+        return value.removeprefix("file://")
+
+    @model_validator(mode="after")
+    def _workers_have_work(self) -> JobConfig:
+        for section in ("pretrain", "finetune"):
+            recipe: Recipe = getattr(self, section)
+            if recipe.epochs > 0 and recipe.microbatches < self.cluster.num_workers:
+                raise ValueError(
+                    f"{section}.microbatches = {recipe.microbatches} cannot occupy "
+                    f"cluster.num_workers = {self.cluster.num_workers}; lower the workers, which "
+                    f"keeps the result, or raise {section}.microbatches, which changes it"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _movement_moves(self) -> JobConfig:
+        if self.prune.criterion == "movement" and self.finetune.epochs == 0:
+            raise ValueError(
+                "prune.criterion = movement gathers its scores while fine-tuning; "
+                "set finetune.epochs above 0"
+            )
+        return self
+
+
+def load_job(
+    source: str | Path | None = None, overrides: Mapping[str, Any] | list[str] | None = None
+) -> JobConfig:
+    """Reads a job file, applies overrides and checks the whole.
+
+    Args:
+        source: Path of a TOML file, or None for the embedded digits job.
+        overrides: Dotted keys to values, or strings "dotted.key=value" whose value is read as
+            TOML and, where it is not TOML, as plain text.
+
+    Raises:
+        ConfigError: The file is missing or not TOML, or the job breaks the schema; one line that
+            lists every fault.
+    """
+    tree = _read_toml(source)
+    if isinstance(overrides, list):
+        overrides = dict(_split_override(item) for item in overrides)
+    for key, value in (overrides or {}).items():
+        _set_dotted(tree, key, value)
+    try:
+        return JobConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def trial_id(job: JobConfig) -> str:
+    """Names a trial by what decides its result, like "taylor-s0.90-r5-3f9c1a2b".
+
+    The hash covers the non-default fields alone, so that a new field with a default keeps old
+    names; `name`, `storage` and `cluster` are left out because they do not change the result.
+    """
+    identity = job.model_dump(
+        mode="json", exclude_defaults=True, exclude=_TRAINING_KEYS_OUTSIDE_IDENTITY
+    )
+    identity["schema_version"] = SCHEMA_VERSION
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    criterion = job.prune.criterion.rpartition(":")[2]
+    sparsity = f"{job.prune.sparsity:.2f}"
+    if float(sparsity) != job.prune.sparsity:
+        sparsity = f"{job.prune.sparsity:g}"
+    return f"{criterion}-s{sparsity}-r{job.prune.rounds}-{digest}"
+
+
+def nearest_name(name: str, allowed: tuple[str, ...] | list[str]) -> str:
+    """Words a suggestion: ", did you mean 'taylor'?", or nothing where none is near."""
+    near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+    return f", did you mean '{near[0]}'?" if near else ""
+
+
+def describe_fields() -> list[tuple[str, str, str]]:
+    """Lists every field as (dotted key, default, description), in the order of the file."""
+    rows: list[tuple[str, str, str]] = []
+
+    def walk(section: type[BaseModel], prefix: str) -> None:
+        for name, field in section.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                rows.append((f"[{prefix}{name}]", "", (inner.__doc__ or "").strip()))
+                walk(inner, f"{prefix}{name}.")
+            else:
+                default = "required" if field.is_required() else _as_toml(field.default)
+                text = " ".join((field.description or "").split())
+                rows.append((f"{prefix}{name}", default, text))
+
+    walk(JobConfig, "")
+    return rows
+
+
+def _as_toml(value: object) -> str:
+    if value is None:
+        return "unset"
+    if isinstance(value, tuple):
+        value = list(value)
+    return json.dumps(value)
+
+
+def _read_toml(source: str | Path | None) -> dict[str, Any]:
+    if source is None:
+        return tomllib.loads(
+            resources.files("gbp_ray.zoo").joinpath("digits.toml").read_text("utf-8")
+        )
+    path = Path(source)
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"job file '{path}' does not exist; give the path of a TOML file"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"job file '{path}' cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"job file '{path}' is not TOML: {error}") from None
+
+
+def _split_override(text: str) -> tuple[str, Any]:
+    key, equals, raw = text.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ConfigError(f"--set {text}: must read dotted.key=value, like prune.sparsity=0.95")
+    try:
+        return key, tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, raw
+
+
+def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{key}: '{parent}' is a value, not a section")
+        node = child
+    node[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    return "; ".join(_explain_fault(dict(fault)) for fault in error.errors(include_url=False))
+
+
+def _explain_fault(fault: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    given, kind, context = fault["input"], fault["type"], fault.get("ctx", {})
+    if kind == "extra_forbidden":
+        section = _section_at(fault["loc"][:-1])
+        names = list(section.model_fields)
+        return (
+            f"{where}: no such key{nearest_name(str(fault['loc'][-1]), names)} "
+            f"(allowed: {', '.join(names)})"
+        )
+    if kind == "missing":
+        return f"{where}: is required"
+    if kind == "literal_error":
+        allowed = re.findall(r"'([^']*)'", context["expected"])
+        return (
+            f"{where} = {given!r}: not allowed{nearest_name(str(given), allowed)} "
+            f"(allowed: {', '.join(allowed)})"
+        )
+    if kind == "value_error":
+        message = str(context["error"])
+        is_section = isinstance(given, (dict, BaseModel))
+        if is_section:
+            return f"{where}.{message}" if where else message
+        return f"{where} = {given!r}: {message}"
+    reason = fault["msg"].removeprefix("Input ")
+    return f"{where} = {given!r}: {reason}"
+
+
+def _section_at(path: tuple[int | str, ...]) -> type[BaseModel]:
+    section: type[BaseModel] = JobConfig
+    for part in path:
+        inner = section.model_fields[str(part)].annotation
+        assert isinstance(inner, type)
+        assert issubclass(inner, BaseModel)
+        section = inner
+    return section

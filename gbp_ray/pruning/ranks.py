@@ -1,0 +1,187 @@
+"""One rank among W: who takes which item, and sums whose bits do not depend on W.
+
+A floating-point sum depends on its order, and an all-reduce adds in an order of its own. Here an
+item (a calibration batch, a part of a training batch) is computed whole on one rank, and the items'
+vectors are added one after another in item order, each rank adding for its own slice of the vector.
+So 1, 2, 3 or 4 ranks give the same bits, and each rank sends what a reduce-scatter would send.
+
+Shape suffixes: N = elements of a flat vector, W = ranks, S = elements of a slice, ceil(N / W).
+
+Every method that communicates says so; all ranks must call those in the same order. `together`
+turns a failure on one rank into the same failure on all, which keeps that order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gbp_ray.errors import GbpError, PruneError
+
+__all__ = ["OrderedSum", "Ranks"]
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the workers of a trial; with one rank nothing is communicated."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def current(cls, device: torch.device | None = None) -> Ranks:
+        """Reads rank and world size from torch.distributed, or stands alone without it."""
+        device = device or torch.device("cpu")
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size(), device)
+        return cls(device=device)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks and writes for all."""
+        return self.rank == 0
+
+    def deal(self, num_items: int) -> Iterator[int | None]:
+        """Deals items 0..num_items-1: rank r takes r, r+W, ...; None where a rank runs out.
+
+        Every rank gets the same number of turns, so a collective after each turn lines up.
+        """
+        for start in range(0, num_items, self.world_size):
+            item = start + self.rank
+            yield item if item < num_items else None
+
+    def fill_in(self, values: Tensor) -> Tensor:
+        """Combines vectors in which each element was filled by one rank and is zero on the others.
+
+        Exact: every sum has one non-zero term. Communicates.
+        """
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def together(self, action: Callable[[], Result]) -> Result:
+        """Runs `action` on this rank; if it fails on any rank with a GbpError, all ranks raise.
+
+        The error of the lowest failing rank is raised everywhere. Communicates.
+        """
+        failure: GbpError | None = None
+        result: Result | None = None
+        try:
+            result = action()
+        except GbpError as error:
+            failure = error
+        if self.world_size > 1:
+            failures: list[GbpError | None] = [None] * self.world_size
+            dist.all_gather_object(failures, failure)
+            failure = next((f for f in failures if f is not None), None)
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[return-value]
+
+    def check_agreement(self, digest: str, what: str) -> None:
+        """Makes sure that all ranks hold the same `what`. Communicates.
+
+        Raises:
+            PruneError: On every rank, naming the ranks that differ from rank 0.
+        """
+        if self.world_size == 1:
+            return
+        digests: list[str] = [""] * self.world_size
+        dist.all_gather_object(digests, digest)
+        strays = [rank for rank, other in enumerate(digests) if other != digests[0]]
+        if strays:
+            raise PruneError(
+                f"{what} differs between workers: ranks {strays} disagree with rank 0; "
+                "the workers run different code, data or hardware"
+            )
+
+    def share_object(self, value: Result) -> Result:
+        """Hands rank 0's small object to all ranks. Communicates."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+class OrderedSum:
+    """Adds one vector per item, in item order, each rank keeping the slice it owns.
+
+    Attributes:
+        num_items: How many items will be added over all ranks.
+
+    Args:
+        num_elements: N.
+        dtype: Of the running sum.
+        wire_dtype: Of the vectors as they are added and sent.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        num_elements: int,
+        num_items: int,
+        dtype: torch.dtype,
+        wire_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._ranks = ranks
+        self._wire_dtype = wire_dtype
+        self._num_elements = num_elements
+        self._slice_size = -(-num_elements // ranks.world_size)
+        self.num_items = num_items
+        self._next_item = 0
+        self._total_S = torch.zeros(self._slice_size, dtype=dtype, device=ranks.device)
+
+    def add(self, vector_N: Tensor | None) -> None:
+        """Adds this turn's items; a rank without an item passes None. Communicates."""
+        num_present = min(self._ranks.world_size, self.num_items - self._next_item)
+        assert num_present > 0, "more turns than items"
+        self._next_item += num_present
+        if self._ranks.world_size == 1:
+            assert vector_N is not None
+            self._total_S += vector_N.to(self._wire_dtype)
+            return
+        for row_S in self._exchange(vector_N)[:num_present]:
+            self._total_S += row_S
+
+    def result(self) -> Tensor:
+        """Returns the whole sum, shape (N,), on every rank. Communicates."""
+        assert self._next_item == self.num_items, "fewer turns than items"
+        if self._ranks.world_size == 1:
+            return self._total_S
+        whole = self._total_S.new_empty(self._slice_size * self._ranks.world_size)
+        _all_gather(whole, self._total_S)
+        return whole[: self._num_elements]
+
+    def _exchange(self, vector_N: Tensor | None) -> Tensor:
+        """Sends slice s of this rank's vector to rank s; returns (W, S), row r from rank r."""
+        world = self._ranks.world_size
+        outgoing = torch.zeros(
+            world * self._slice_size, dtype=self._wire_dtype, device=self._ranks.device
+        )
+        if vector_N is not None:
+            outgoing[: self._num_elements] = vector_N
+        incoming = torch.empty_like(outgoing)
+        dist.all_to_all_single(incoming, outgoing)
+        return incoming.view(world, self._slice_size)
+
+
+@functools.cache
+def _all_gather_function() -> Callable[[Tensor, Tensor], object]:
+    # torch 2.13 renamed the call and warns about the old name.
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    function: Callable[[Tensor, Tensor], object] = getattr(dist, name)
+    return function
+
+
+def _all_gather(whole: Tensor, part: Tensor) -> None:
+    _all_gather_function()(whole, part)

@@ -1,0 +1,384 @@
+"""One prune from the dense network to the last mask: score, select, apply, fine-tune, evaluate.
+
+`run_rounds` is a generator that yields one `RoundState` per round, the dense network first. What a
+round's end means is the caller's to decide: a test collects, a worker writes a checkpoint. Given a
+`Checkpoint` of any whole round it goes on from there, to the same bits as if never interrupted.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gbp_ray.config import JobConfig
+from gbp_ray.errors import PruneError, StoreError
+from gbp_ray.pruning.masks import MaskSet, prunable_parameters
+from gbp_ray.pruning.metrics import count_macs, measure
+from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.pruning.saliency import movement_statistic, score
+from gbp_ray.pruning.schedule import sparsity_schedule
+from gbp_ray.pruning.selection import num_to_prune, select_masks
+from gbp_ray.pruning.training import (
+    Span,
+    check_pruned_zero,
+    evaluate,
+    forget_pruned,
+    make_optimizer,
+    num_steps,
+    recalibrate_batchnorm,
+    train_epochs,
+)
+from gbp_ray.store import RoundRecord
+from gbp_ray.workload import Workload, derive_seed, seeded, take_batch
+
+__all__ = ["Checkpoint", "RoundState", "Tell", "load_weights", "run_rounds"]
+
+Tell = Callable[[str, int, int, int, float | None], None]
+"""(phase, round, steps done, steps of the phase, loss or None): live progress of this rank."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a whole round left behind, as the bytes of its files.
+
+    Attributes:
+        round: Its number.
+        weights: weights.safetensors.
+        masks: masks.safetensors.
+        state: state.pt: the optimizer's state and the movement statistic.
+        dense_weights: weights.safetensors of round 0, for rewinding to them.
+    """
+
+    round: int
+    weights: bytes
+    masks: bytes
+    state: bytes
+    dense_weights: bytes
+
+
+@dataclass(frozen=True)
+class RoundState:
+    """The end of a round.
+
+    Attributes:
+        record: What was measured.
+        model: The network itself, which the next round goes on changing.
+        masks: The masks in force.
+    """
+
+    record: RoundRecord
+    model: nn.Module
+    masks: MaskSet
+    _optimizer: Optimizer | None = field(repr=False, default=None)
+    _movement_N: Tensor | None = field(repr=False, default=None)
+
+    def to_files(self) -> dict[str, bytes]:
+        """Writes weights, masks and the state that the next round needs."""
+        buffer = io.BytesIO()
+        optimizer = self._optimizer.state_dict() if self._optimizer else None
+        torch.save({"optimizer": optimizer, "movement_N": self._movement_N}, buffer)
+        return {
+            "weights.safetensors": _save_weights(self.model),
+            "masks.safetensors": self.masks.to_bytes(),
+            "state.pt": buffer.getvalue(),
+        }
+
+
+def run_rounds(
+    job: JobConfig,
+    workload: Workload,
+    ranks: Ranks,
+    *,
+    resume: Checkpoint | None = None,
+    tell: Tell = lambda phase, number, done, total, loss: None,
+) -> Iterator[RoundState]:
+    """Prunes in rounds; every rank drives its own generator in step with the others.
+
+    Args:
+        job: Sections pretrain, prune and finetune, and the seed.
+        resume: Goes on after this round; rounds up to it are not yielded again.
+
+    Yields:
+        The state after each round: 0 is the dense network, then 1 to `prune.rounds`.
+
+    Raises:
+        PruneError: A loss or score is not finite, a mask is impossible, or workers disagree.
+        ConfigError: The job asks for something this model does not have.
+    """
+    run = _Run(job, workload, ranks, tell)
+    if resume is None:
+        yield run.train_dense()
+        first = 1
+    else:
+        run.restore(resume)
+        first = resume.round + 1
+    for number in range(first, job.prune.rounds + 1):
+        yield run.prune_round(number)
+
+
+class _Run:
+    """The moving parts of one trial on one rank."""
+
+    def __init__(self, job: JobConfig, workload: Workload, ranks: Ranks, tell: Tell) -> None:
+        self.job, self.workload, self.ranks, self.tell = job, workload, ranks, tell
+        with seeded(derive_seed(job.seed, "model")):
+            self.model = workload.build_model().to(ranks.device)
+        self.units = prunable_parameters(self.model, job.prune.exclude)
+        self.masks = MaskSet.dense(self.units)
+        self.schedule = sparsity_schedule(job.prune.schedule, job.prune.sparsity, job.prune.rounds)
+        example, _ = take_batch(
+            workload, workload.train, torch.zeros(1, dtype=torch.long), device=ranks.device
+        )
+        self.macs = count_macs(self.model, example)
+        self.gathers_movement = job.prune.criterion == "movement"
+        self.movement_N: Tensor | None = None
+        self.optimizer: Optimizer | None = None
+        self.dense_state: dict[str, Tensor] = {}
+        self.seconds: dict[str, float] = {}
+
+    def train_dense(self) -> RoundState:
+        recipe, seed = self.job.pretrain, self.job.seed
+        train_loss = math.nan
+        if total := num_steps(recipe, self.workload, recipe.epochs):
+            with self._timed("pretrain"):
+                train_loss = train_epochs(
+                    self.model,
+                    self.workload,
+                    recipe,
+                    self.ranks,
+                    make_optimizer(self.model, recipe),
+                    Span("pretrain", range(total), range(total)),
+                    seed=seed,
+                    tell=self._step_teller("pretrain", 0),
+                )
+        if self.gathers_movement:
+            # The first decision, too, needs a stretch of training to look back on.
+            train_loss = self._finetune(0)
+        self._remember_dense()
+        accuracy, loss = self._evaluate(0)
+        return self._finish_round(
+            RoundRecord(
+                round=0,
+                sparsity_target=0.0,
+                accuracy=accuracy,
+                loss=loss,
+                train_loss=_finite_or_none(train_loss),
+                cost=measure(self.model, self.units, self.macs),
+                mask_digest=self.masks.digest,
+            )
+        )
+
+    def prune_round(self, number: int) -> RoundState:
+        sparsity = self.schedule[number - 1]
+        held_back = self._prune(number, sparsity)
+        self._rewind()
+        with self._timed("batchnorm"):
+            self._recalibrate()
+        accuracy_pruned, loss_pruned = self._evaluate(number)
+        accuracy, loss = accuracy_pruned, loss_pruned
+        train_loss = self._finetune(number)
+        if self.job.finetune.epochs > 0:
+            accuracy, loss = self._evaluate(number)
+        check_pruned_zero(self.model, self.optimizer, self.masks)
+        return self._finish_round(
+            RoundRecord(
+                round=number,
+                sparsity_target=sparsity,
+                accuracy=accuracy,
+                loss=loss,
+                accuracy_pruned=accuracy_pruned,
+                loss_pruned=loss_pruned,
+                train_loss=_finite_or_none(train_loss),
+                cost=measure(self.model, self.units, self.macs),
+                mask_digest=self.masks.digest,
+                held_back=held_back,
+            )
+        )
+
+    def restore(self, saved: Checkpoint) -> None:
+        load_weights(self.model, saved.dense_weights, "round_000/weights.safetensors")
+        self._remember_dense()
+        load_weights(self.model, saved.weights, f"round_{saved.round:03d}/weights.safetensors")
+        self.masks = MaskSet.from_bytes(saved.masks, f"round_{saved.round:03d}/masks.safetensors")
+        self.masks = self.masks.to(self.ranks.device)
+        state = torch.load(
+            io.BytesIO(saved.state), map_location=self.ranks.device, weights_only=True
+        )
+        self.movement_N = state["movement_N"]
+        if state["optimizer"] is not None:
+            self.optimizer = make_optimizer(self.model, self.job.finetune)
+            self.optimizer.load_state_dict(state["optimizer"])
+        check_pruned_zero(self.model, self.optimizer, self.masks)
+
+    # -- the steps of a round --------------------------------------------------------------------
+
+    def _prune(self, number: int, sparsity: float) -> tuple[str, ...]:
+        if num_to_prune(sparsity, self.masks.num_units) <= self.masks.num_pruned:
+            return ()
+        with self._timed("score"):
+            scores = score(
+                self.model,
+                self.units,
+                self.workload,
+                self.job.prune,
+                self.ranks,
+                seed=self.job.seed,
+                round_number=number,
+                movement_N=self.movement_N,
+                tell=lambda done, total: self.tell("score", number, done, total, None),
+            )
+        with self._timed("select"):
+            selection = select_masks(
+                scores,
+                self.masks,
+                self.job.prune,
+                sparsity,
+                {unit.name: unit.input_dim for unit in self.units},
+            )
+        self.ranks.check_agreement(selection.masks.digest, f"the mask of round {number}")
+        self.masks = selection.masks
+        return selection.held_back
+
+    def _rewind(self) -> None:
+        if self.job.prune.rewind == "weights":
+            self.model.load_state_dict(self.dense_state)
+        if self.job.prune.rewind != "none":
+            self.optimizer = None
+        self.masks.apply_(self.model)
+        if self.optimizer is not None:
+            forget_pruned(self.model, self.optimizer, self.masks)
+
+    def _recalibrate(self) -> None:
+        if self.job.prune.batchnorm_examples:
+            recalibrate_batchnorm(
+                self.model,
+                self.workload,
+                self.ranks,
+                examples=self.job.prune.batchnorm_examples,
+                batch_size=self.job.prune.calibration_batch_size,
+                seed=self.job.seed,
+            )
+
+    def _finetune(self, number: int) -> float:
+        recipe = self.job.finetune
+        length = num_steps(recipe, self.workload, recipe.epochs)
+        if length == 0:
+            return math.nan
+        # With movement a stretch comes before the first prune as well.
+        stretches = self.job.prune.rounds + self.gathers_movement
+        stretch = number - 1 + self.gathers_movement
+        steps = range(stretch * length, (stretch + 1) * length)
+        planned = range(stretches * length) if self.job.prune.rewind == "none" else steps
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.model, recipe)
+        if self.gathers_movement:
+            num_weights = sum(unit.parameter.numel() for unit in self.units)
+            self.movement_N = torch.zeros(
+                num_weights, dtype=torch.float64, device=self.ranks.device
+            )
+        with self._timed("finetune"):
+            return train_epochs(
+                self.model,
+                self.workload,
+                recipe,
+                self.ranks,
+                self.optimizer,
+                Span("finetune", steps, planned),
+                seed=self.job.seed,
+                masks=self.masks,
+                movement=self._gather_movement if self.gathers_movement else None,
+                tell=self._step_teller("finetune", number),
+            )
+
+    def _gather_movement(self, gradients: Mapping[str, Tensor]) -> None:
+        assert self.movement_N is not None
+        weights_N = torch.cat([unit.parameter.detach().reshape(-1) for unit in self.units])
+        gradients_N = torch.cat([gradients[unit.name].reshape(-1) for unit in self.units])
+        self.movement_N += movement_statistic(weights_N, gradients_N)
+
+    def _evaluate(self, number: int) -> tuple[float, float]:
+        with self._timed("evaluate"):
+            accuracy, loss = evaluate(
+                self.model,
+                self.workload,
+                self.ranks,
+                self.job.workload.eval_batch_size,
+                tell=lambda done, total: self.tell("evaluate", number, done, total, None),
+            )
+        if not math.isfinite(loss):
+            raise PruneError(
+                f"round {number}: the test loss is {loss:g}; the weights diverged, lower "
+                "pretrain.learning_rate or finetune.learning_rate"
+            )
+        return accuracy, loss
+
+    # -- small change ----------------------------------------------------------------------------
+
+    def _remember_dense(self) -> None:
+        if self.job.prune.rewind == "weights":
+            self.dense_state = {k: v.clone() for k, v in self.model.state_dict().items()}
+
+    def _finish_round(self, record: RoundRecord) -> RoundState:
+        record = record.model_copy(update={"seconds": self.seconds})
+        self.seconds = {}
+        return RoundState(record, self.model, self.masks, self.optimizer, self.movement_N)
+
+    def _step_teller(self, phase: str, number: int) -> Callable[[int, int, float], None]:
+        return lambda done, total, loss: self.tell(phase, number, done, total, loss)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        elapsed = time.perf_counter() - started
+        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + elapsed, 3)
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _save_weights(model: nn.Module) -> bytes:
+    """Writes the state dict; of tied tensors, which the format refuses, the first name alone."""
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    plain: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        plain[name] = tensor.detach().cpu().contiguous()
+    return save_tensors(plain, {"format": "pt"})
+
+
+def load_weights(model: nn.Module, data: bytes, source: str) -> None:
+    """Loads a round's weights into a freshly built network, in place.
+
+    Raises:
+        StoreError: The bytes are not safetensors, or do not fit the model.
+    """
+    try:
+        tensors = load_tensors(data)
+    except SafetensorError as error:
+        raise StoreError(f"{source}: is not a readable safetensors file: {error}") from None
+    own = model.state_dict()
+    missing, unexpected = model.load_state_dict(
+        {k: v for k, v in tensors.items() if k in own and own[k].shape == v.shape}, strict=False
+    )
+    present = {own[name].data_ptr() for name in tensors if name in own}
+    missing = [name for name in missing if own[name].data_ptr() not in present]
+    misfits = [n for n, t in tensors.items() if n not in own or own[n].shape != t.shape]
+    if missing or misfits or unexpected:
+        name = (missing or misfits or unexpected)[0]
+        raise StoreError(f"{source}: does not fit the model at '{name}'; was the workload changed?")

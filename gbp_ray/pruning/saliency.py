@@ -1,0 +1,509 @@
+"""Every criterion: the estimated loss change from removing a weight, lowest removed first.
+
+A criterion is an additive statistic plus a finish. The statistic of one calibration batch is a flat
+vector, the vectors of all batches are added in batch order over all workers (`ranks.OrderedSum`),
+and only then comes anything non-linear. Models are scored in eval mode and left as they were found.
+
+Sums are float64; a batch's own vector has the weights' precision. Scores are float32.
+
+Shape suffixes: N = prunable weights of the model in the order of the global flat index.
+Symbols of the formulas: w weight, g gradient of the mean loss over a batch, g_i of one example,
+H Hessian, sum_b over batches, n_b examples in batch b, n in all, z random signs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gbp_ray.config import PruneConfig
+from gbp_ray.errors import ConfigError, PruneError
+from gbp_ray.pruning.masks import Prunable
+from gbp_ray.pruning.ranks import OrderedSum, Ranks
+from gbp_ray.workload import (
+    Workload,
+    cut_batches,
+    derive_seed,
+    import_attribute,
+    num_examples,
+    shuffled_indices,
+    take_batch,
+)
+
+__all__ = ["CRITERIA", "Criterion", "Probe", "criterion", "movement_statistic", "score"]
+
+_PER_EXAMPLE_BYTES = 256 * 2**20
+"""Room for per-example gradients: bounds the chunk of `fisher`."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a batch statistic may look at.
+
+    Attributes:
+        model: The network, in eval mode, pruned weights zero.
+        units: Its prunable parameters, in flat order.
+        loss: `(outputs, targets) -> scalar`, the mean over the batch.
+        config: The `[prune]` section.
+        seed: Of the job.
+        batch_index: Position of the batch among all calibration batches.
+        previous_N: Sum of the pass before, over all batches, for criteria of several passes.
+    """
+
+    model: nn.Module
+    units: list[Prunable]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    config: PruneConfig
+    seed: int
+    batch_index: int
+    previous_N: Tensor | None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The prunable parameters themselves."""
+        return [unit.parameter for unit in self.units]
+
+    def gradients(
+        self, inputs: Tensor, targets: Tensor, *, create_graph: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Differentiates the mean loss of a batch by the prunable parameters."""
+        loss = self.loss(self.model(inputs), targets)
+        return torch.autograd.grad(
+            loss, self.parameters, create_graph=create_graph, materialize_grads=True
+        )
+
+
+BatchStatistic = Callable[[Probe, Tensor, Tensor], Tensor]
+"""(probe, inputs (B, ...), targets (B, ...)) -> the batch's additive vector, shape (N,)."""
+
+Finish = Callable[[Tensor, Tensor, int], Tensor]
+"""(weights_N, statistic_N, num_examples) -> scores_N; statistic_N is the last pass's sum."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A rule that gives scores.
+
+    Attributes:
+        name: As written in a job.
+        formula: In ASCII, symbols as in the module's docstring.
+        summed: What is added over batches and workers.
+        cost: Against one forward and backward pass over the calibration examples.
+        source: Authors, year, arXiv id or venue, equation.
+        passes: One statistic per pass over the calibration data; none for data-free criteria.
+        finish: Turns the last sum into scores.
+        is_signed: Whether scores below zero have a meaning: removal is expected to help.
+    """
+
+    name: str
+    formula: str
+    summed: str
+    cost: str
+    source: str
+    finish: Finish
+    passes: tuple[BatchStatistic, ...] = ()
+    is_signed: bool = False
+
+
+def score(
+    model: nn.Module,
+    units: list[Prunable],
+    workload: Workload,
+    config: PruneConfig,
+    ranks: Ranks,
+    *,
+    seed: int = 0,
+    round_number: int = 1,
+    movement_N: Tensor | None = None,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Tensor]:
+    """Scores every prunable weight; all ranks get the same bits, whatever their number.
+
+    Args:
+        units: From `prunable_parameters(model)`.
+        round_number: Distinguishes the draws of `random`.
+        movement_N: What `training` gathered, for the criterion movement alone.
+        tell: Called with (batches done, batches in all) on this rank.
+
+    Returns:
+        Parameter name to scores, float32, shaped like the weights. Communicates.
+
+    Raises:
+        ConfigError: The criterion cannot be found.
+        PruneError: A score is NaN or infinite (raised on every rank), or movement has no history.
+    """
+    rule = criterion(config.criterion)
+    weights_N = torch.cat([unit.parameter.detach().reshape(-1) for unit in units])
+    with _scoring_mode(model):
+        if rule.name == "random":
+            scores_N = _draw_scores(weights_N.numel(), derive_seed(seed, "random", round_number))
+        elif rule.name == "synflow":
+            scores_N = _synaptic_flow(model, units, workload)
+        elif rule.name == "movement":
+            if movement_N is None:
+                raise PruneError(
+                    "prune.criterion = movement: nothing was gathered; set finetune.epochs above 0"
+                )
+            scores_N = rule.finish(weights_N.double(), movement_N, 1)
+        else:
+            statistic_N, total = _sum_over_batches(
+                rule, model, units, workload, config, ranks, seed, tell
+            )
+            scores_N = rule.finish(weights_N.double(), statistic_N, total)
+    scores_N = scores_N.float().to(weights_N.device)
+    pieces = scores_N.split([unit.parameter.numel() for unit in units])
+    scores = {
+        unit.name: piece.view(unit.parameter.shape)
+        for unit, piece in zip(units, pieces, strict=True)
+    }
+    _refuse_non_finite(scores, config.criterion)
+    return scores
+
+
+def criterion(name: str) -> Criterion:
+    """Finds a criterion by its name in a job.
+
+    A user's own is "module:attr", where attr is either a `Criterion`, or a function
+    `(model, inputs, targets, loss) -> {parameter name: tensor}` whose tensors are summed over the
+    calibration batches and taken as the scores.
+
+    Raises:
+        ConfigError: There is no such criterion.
+    """
+    if ":" not in name:
+        if name not in CRITERIA:
+            raise ConfigError(f"prune.criterion = '{name}': is not a criterion")
+        return CRITERIA[name]
+    found = import_attribute(name, "prune.criterion")
+    if isinstance(found, Criterion):
+        return found
+    if not callable(found):
+        raise ConfigError(
+            f"prune.criterion = '{name}': must be a function (model, inputs, targets, loss) -> "
+            f"{{parameter name: tensor}} or a Criterion, not {type(found).__name__}"
+        )
+    return Criterion(
+        name=name,
+        formula="sum_b f(batch)",
+        summed="what the function returns",
+        cost="one call per batch",
+        source="yours",
+        passes=(_wrap_function(found, name),),
+        finish=lambda weights_N, statistic_N, total: statistic_N,
+        is_signed=True,
+    )
+
+
+def movement_statistic(weights_N: Tensor, gradients_N: Tensor) -> Tensor:
+    """Computes what one training step adds to the movement score: -w * g, shape (N,)."""
+    return -(weights_N.double() * gradients_N.double())
+
+
+# -- passes over the data --------------------------------------------------------------------------
+
+
+def _sum_over_batches(
+    rule: Criterion,
+    model: nn.Module,
+    units: list[Prunable],
+    workload: Workload,
+    config: PruneConfig,
+    ranks: Ranks,
+    seed: int,
+    tell: Callable[[int, int], None],
+) -> tuple[Tensor, int]:
+    available = num_examples(workload.train)
+    total = min(config.calibration_examples, available)
+    chosen = shuffled_indices(available, derive_seed(seed, "calibration"))[:total]
+    batches = cut_batches(total, config.calibration_batch_size)
+    num_weights = sum(unit.parameter.numel() for unit in units)
+    turns = -(-len(batches) // ranks.world_size)
+    wire_dtype = units[0].parameter.dtype
+    previous_N: Tensor | None = None
+    if not rule.passes:
+        return torch.zeros(num_weights, dtype=torch.float64, device=ranks.device), total
+    for number, statistic in enumerate(rule.passes):
+        sums = OrderedSum(ranks, num_weights, len(batches), torch.float64, wire_dtype)
+        for turn, item in enumerate(ranks.deal(len(batches))):
+            vector_N: Tensor | None = None
+            if item is not None:
+                batch = chosen[batches[item].start : batches[item].stop]
+                inputs, targets = take_batch(workload, workload.train, batch, device=ranks.device)
+                probe = Probe(model, units, workload.loss, config, seed, item, previous_N)
+                vector_N = statistic(probe, inputs, targets)
+            sums.add(vector_N)
+            tell(number * turns + turn + 1, len(rule.passes) * turns)
+        previous_N = sums.result()
+    assert previous_N is not None
+    return previous_N, total
+
+
+def _flat(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def _summed_gradient(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
+    """n_b * g: a sum over examples, so that a short batch counts with its true size."""
+    return _flat(probe.gradients(inputs, targets)).mul_(len(targets))
+
+
+def _squared_product(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
+    """(w * g)^2 of the batch."""
+    product_N = _flat(probe.gradients(inputs, targets)).mul_(_flat(list(probe.parameters)))
+    return product_N.square_()
+
+
+def _squared_example_gradients(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
+    """sum_i g_i^2 over the batch's examples, by vectorised per-example gradients in chunks."""
+    prunable = {unit.name: unit.parameter.detach() for unit in probe.units}
+
+    def example_loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        outputs = functional_call(probe.model, weights, (x.unsqueeze(0),))
+        return probe.loss(outputs, y.unsqueeze(0))
+
+    per_example = vmap(grad(example_loss), in_dims=(None, 0, 0))
+    num_weights = sum(weight.numel() for weight in prunable.values())
+    chunk = max(1, _PER_EXAMPLE_BYTES // (4 * num_weights))
+    total_N = torch.zeros(num_weights, device=inputs.device)
+    for start in range(0, len(targets), chunk):
+        stop = start + chunk
+        gradients = per_example(prunable, inputs[start:stop], targets[start:stop])
+        total_N += _flat([gradients[unit.name].square().sum(dim=0) for unit in probe.units])
+    return total_N
+
+
+def _hessian_diagonal(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
+    """n_b * mean over probes of z * (H z), an unbiased estimate of the batch's diag(H)."""
+    gradients = probe.gradients(inputs, targets, create_graph=True)
+    num_probes = probe.config.hutchinson_probes
+    generator = torch.Generator().manual_seed(
+        derive_seed(probe.seed, "hutchinson", probe.batch_index)
+    )
+    total_N = torch.zeros(sum(g.numel() for g in gradients), device=inputs.device)
+    for number in range(num_probes):
+        signs = [
+            torch.randint(0, 2, g.shape, generator=generator).mul_(2).sub_(1).to(g)
+            for g in gradients
+        ]
+        products = _hessian_product(
+            gradients, signs, probe.parameters, keep_graph=number + 1 < num_probes
+        )
+        total_N += _flat(products) * _flat(signs)
+    return total_N * (len(targets) / num_probes)
+
+
+def _hessian_gradient(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
+    """n_b * H G, with G the sum of gradients over all batches from the pass before."""
+    assert probe.previous_N is not None
+    gradients = probe.gradients(inputs, targets, create_graph=True)
+    pieces = probe.previous_N.split([g.numel() for g in gradients])
+    directions = [piece.view_as(g).to(g) for piece, g in zip(pieces, gradients, strict=True)]
+    products = _hessian_product(gradients, directions, probe.parameters, keep_graph=False)
+    return _flat(products) * len(targets)
+
+
+def _hessian_product(
+    gradients: tuple[Tensor, ...],
+    directions: list[Tensor],
+    parameters: list[nn.Parameter],
+    keep_graph: bool,
+) -> tuple[Tensor, ...]:
+    # A gradient that does not depend on any weight, as in a linear model under a linear loss, has
+    # no graph: its row of the Hessian is zero.
+    pairs = [(g, d) for g, d in zip(gradients, directions, strict=True) if g.requires_grad]
+    if not pairs:
+        return tuple(torch.zeros_like(parameter) for parameter in parameters)
+    return torch.autograd.grad(
+        [g for g, _ in pairs],
+        parameters,
+        grad_outputs=[d for _, d in pairs],
+        retain_graph=keep_graph,
+        materialize_grads=True,
+    )
+
+
+def _wrap_function(
+    function: Callable[[nn.Module, Tensor, Tensor, object], Mapping[str, Tensor]], name: str
+) -> BatchStatistic:
+    def statistic(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
+        found = function(probe.model, inputs, targets, probe.loss)
+        for unit in probe.units:
+            given = tuple(found[unit.name].shape) if unit.name in found else None
+            if given != tuple(unit.parameter.shape):
+                raise PruneError(
+                    f"prune.criterion = '{name}': must return a tensor of shape "
+                    f"{tuple(unit.parameter.shape)} for '{unit.name}', not "
+                    f"{'nothing' if given is None else given}"
+                )
+        return _flat([found[unit.name] for unit in probe.units])
+
+    return statistic
+
+
+# -- criteria without a pass over the data ---------------------------------------------------------
+
+
+def _draw_scores(num_weights: int, seed: int) -> Tensor:
+    return torch.rand(num_weights, generator=torch.Generator().manual_seed(seed))
+
+
+def _synaptic_flow(model: nn.Module, units: list[Prunable], workload: Workload) -> Tensor:
+    """|w * dR/dw| for R = sum of the outputs of the linearised network on an all-one input."""
+    sample, _ = take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
+    device = units[0].parameter.device
+    flow_model_state = {
+        name: _flow_value(name, value)
+        for name, value in (*model.named_parameters(), *model.named_buffers())
+    }
+    weights = [flow_model_state[unit.name].requires_grad_() for unit in units]
+    # Products of many layers leave the range of float32.
+    ones = torch.ones_like(sample[:1], dtype=torch.float64, device=device)
+    outputs = functional_call(model, flow_model_state, (ones,))
+    gradients = torch.autograd.grad(outputs.sum(), weights, materialize_grads=True)
+    scores_N = _flat([weight * g for weight, g in zip(weights, gradients, strict=True)]).abs()
+    # Order is all that counts, and a common factor brings the scores back into float32.
+    largest = scores_N.max()
+    return scores_N / largest if largest > 0 else scores_N
+
+
+def _flow_value(name: str, value: Tensor) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    # Biases and running means add flow from nowhere; without them flow is conserved.
+    if name.rpartition(".")[2] in ("bias", "running_mean"):
+        return torch.zeros_like(value, dtype=torch.float64)
+    return value.detach().double().abs()
+
+
+# -- modes and checks ------------------------------------------------------------------------------
+
+
+@contextmanager
+def _scoring_mode(model: nn.Module) -> Iterator[None]:
+    """Switches to eval mode and to kernels that can be differentiated twice, then back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _refuse_non_finite(scores: Mapping[str, Tensor], rule: str) -> None:
+    for name, values in scores.items():
+        if not bool(torch.isfinite(values).all()):
+            raise PruneError(
+                f"scores of '{name}': NaN or infinite under prune.criterion = {rule}; the weights "
+                "diverged or the criterion overflowed; lower the learning rate, or try another "
+                "criterion"
+            )
+
+
+# -- the registry ----------------------------------------------------------------------------------
+
+_TAYLOR = Criterion(
+    name="taylor",
+    formula="|w * (1/n) sum_b n_b g_b|",
+    summed="gradients, n_b * g_b",
+    cost="1",
+    source="Molchanov et al. 2017 (1611.06440), eq. 7, per weight",
+    passes=(_summed_gradient,),
+    finish=lambda weights_N, statistic_N, total: (weights_N * statistic_N / total).abs(),
+)
+
+CRITERIA: dict[str, Criterion] = {
+    rule.name: rule
+    for rule in (
+        Criterion(
+            name="magnitude",
+            formula="|w|",
+            summed="nothing",
+            cost="0",
+            source="Han et al. 2015 (1506.02626), section 3",
+            finish=lambda weights_N, statistic_N, total: weights_N.abs(),
+        ),
+        Criterion(
+            name="random",
+            formula="u, uniform in [0, 1)",
+            summed="nothing",
+            cost="0",
+            source="the control of Blalock et al. 2020 (2003.03033)",
+            finish=lambda weights_N, statistic_N, total: statistic_N,
+        ),
+        _TAYLOR,
+        Criterion(
+            name="snip",
+            formula=_TAYLOR.formula + ", on untrained weights (pretrain.epochs = 0)",
+            summed=_TAYLOR.summed,
+            cost=_TAYLOR.cost,
+            source="Lee et al. 2019 (1810.02340), eq. 5, without its normalising factor",
+            passes=_TAYLOR.passes,
+            finish=_TAYLOR.finish,
+        ),
+        Criterion(
+            name="taylor_squared",
+            formula="sum_b (w g_b)^2",
+            summed="(w g_b)^2; depends on calibration_batch_size",
+            cost="1",
+            source="Molchanov et al. 2019 (1906.10771), eq. 8",
+            passes=(_squared_product,),
+            finish=lambda weights_N, statistic_N, total: statistic_N,
+        ),
+        Criterion(
+            name="fisher",
+            formula="w^2 * (1/n) sum_i g_i^2",
+            summed="squared gradients of single examples",
+            cost="2 to 4",
+            source="Theis et al. 2018 (1801.05787), eq. 6, per weight, empirical Fisher diagonal",
+            passes=(_squared_example_gradients,),
+            finish=lambda weights_N, statistic_N, total: weights_N.square() * statistic_N / total,
+        ),
+        Criterion(
+            name="obd",
+            formula="w^2 * h / 2, h = (1/n) sum_b n_b mean_z z * (H_b z)",
+            summed="Hessian diagonals, by hutchinson_probes random probes per batch",
+            cost="1 + 2 per probe",
+            source="LeCun et al. 1990 (NIPS 2), eq. 5; diagonal by Hutchinson 1989",
+            passes=(_hessian_diagonal,),
+            finish=lambda weights_N, statistic_N, total: (
+                weights_N.square() * statistic_N / (2 * total)
+            ),
+            is_signed=True,
+        ),
+        Criterion(
+            name="grasp",
+            formula="w * (H G), G = (1/n) sum_b n_b g_b, H likewise",
+            summed="gradients, then n_b * (H_b G)",
+            cost="4, two passes",
+            source="Wang et al. 2020 (2002.07376), eq. 8; its sign turned so that low is removed",
+            passes=(_summed_gradient, _hessian_gradient),
+            finish=lambda weights_N, statistic_N, total: weights_N * statistic_N / total**2,
+            is_signed=True,
+        ),
+        Criterion(
+            name="synflow",
+            formula="|w * dR/dw|, R = 1' prod_l |W_l| 1",
+            summed="nothing; no data is read",
+            cost="1 example",
+            source="Tanaka et al. 2020 (2006.05467), eq. 4 and algorithm 1; biases taken as zero",
+            finish=lambda weights_N, statistic_N, total: statistic_N,
+        ),
+        Criterion(
+            name="movement",
+            formula="-sum_t w_t g_t over fine-tuning steps t since the last prune",
+            summed="-w g of each step, over the whole batch",
+            cost="0, gathered while fine-tuning",
+            source="Sanh et al. 2020 (2005.07683), eq. 4, without straight-through gradients",
+            finish=lambda weights_N, statistic_N, total: statistic_N,
+            is_signed=True,
+        ),
+    )
+}

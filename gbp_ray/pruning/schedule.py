@@ -1,0 +1,44 @@
+"""Sparsity after each round: how fast a network is thinned, for `rounds` to follow."""
+
+from __future__ import annotations
+
+from gbp_ray.errors import ConfigError
+
+__all__ = ["SCHEDULES", "sparsity_schedule"]
+
+SCHEDULES = ("one_shot", "linear", "cubic", "geometric")
+
+
+def sparsity_schedule(kind: str, sparsity: float, rounds: int) -> list[float]:
+    """Lists the sparsity after each of `rounds` rounds; the last is `sparsity` exactly.
+
+    With t = round / rounds and s = sparsity:
+        one_shot: s at once; later rounds only fine-tune.
+        linear: s * t, the same number of units each round.
+        cubic: s * (1 - (1 - t)^3), fast first and slow last (Zhu and Gupta 2017,
+            arXiv 1710.01878, eq. 1, from zero initial sparsity).
+        geometric: 1 - (1 - s)^t, the same share of what is left each round (Frankle and Carbin
+            2019, arXiv 1803.03635, section 2).
+
+    Args:
+        kind: One of `SCHEDULES`.
+        sparsity: Final sparsity in [0, 1).
+        rounds: At least 1.
+
+    Raises:
+        ConfigError: The kind is unknown.
+    """
+    shares = [number / rounds for number in range(1, rounds + 1)]
+    if kind == "one_shot":
+        steps = [sparsity for _ in shares]
+    elif kind == "linear":
+        steps = [sparsity * t for t in shares]
+    elif kind == "cubic":
+        steps = [sparsity * (1 - (1 - t) ** 3) for t in shares]
+    elif kind == "geometric":
+        steps = [1 - (1 - sparsity) ** t for t in shares]
+    else:
+        raise ConfigError(
+            f"prune.schedule = '{kind}': not a schedule (allowed: {', '.join(SCHEDULES)})"
+        )
+    return [*steps[:-1], sparsity]

@@ -1,0 +1,408 @@
+"""Training, evaluation and BatchNorm re-estimation of masked networks, the same on any W.
+
+An optimizer step sees one batch, cut into `microbatches` parts. A part is computed whole on one
+rank, and the parts' gradients are added in part order (`ranks.OrderedSum`), so a step gives the
+same bits on any number of workers. BatchNorm normalises each part by itself; its running statistics
+move by the mean of what the parts would have done.
+
+Pruned weights stay exactly zero without being reset: their gradients and the optimizer's state for
+them are zero, so momentum has nothing to carry, and decay of a zero is a zero.
+
+Shape suffixes: N = all trainable weights, flat; P = prunable weights, flat; B = buffer elements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from gbp_ray.config import Recipe
+from gbp_ray.errors import PruneError
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.ranks import OrderedSum, Ranks
+from gbp_ray.workload import (
+    Workload,
+    cut_batches,
+    derive_seed,
+    num_examples,
+    seeded,
+    shuffled_indices,
+    take_batch,
+)
+
+__all__ = [
+    "Span",
+    "check_pruned_zero",
+    "evaluate",
+    "forget_pruned",
+    "learning_rate",
+    "make_optimizer",
+    "num_steps",
+    "recalibrate_batchnorm",
+    "train_epochs",
+]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Which optimizer steps to take, and which stretch the learning rate is planned over.
+
+    Attributes:
+        phase: Name of the training ("pretrain", "finetune"); part of every random draw.
+        steps: Numbers of the steps to take; examples go on where an earlier span ended.
+        planned: All steps of the learning rate's schedule; contains `steps`.
+    """
+
+    phase: str
+    steps: range
+    planned: range
+
+
+def num_steps(recipe: Recipe, workload: Workload, epochs: float) -> int:
+    """Converts epochs to optimizer steps; any epochs above zero make at least one step."""
+    if epochs == 0:
+        return 0
+    return max(1, round(epochs * _steps_per_epoch(recipe, workload)))
+
+
+def _steps_per_epoch(recipe: Recipe, workload: Workload) -> int:
+    # The examples left over from whole batches wait for the next epoch's order: a lone example
+    # would break BatchNorm.
+    return max(1, num_examples(workload.train) // recipe.batch_size)
+
+
+def learning_rate(recipe: Recipe, step: int, total: int, warmup: int) -> float:
+    """Computes the learning rate of a step.
+
+    Args:
+        step: 0 <= step < total.
+        total: Steps of the whole schedule, the warm-up included.
+        warmup: Steps of linear warm-up; the last of them has the full rate.
+    """
+    if step < warmup:
+        return recipe.learning_rate * (step + 1) / warmup
+    share = (step - warmup) / max(1, total - warmup)
+    if recipe.lr_schedule == "cosine":
+        return recipe.learning_rate * (1 + math.cos(math.pi * share)) / 2
+    if recipe.lr_schedule == "step":
+        drops = sum(share >= milestone for milestone in recipe.lr_milestones)
+        return recipe.learning_rate * recipe.lr_gamma**drops
+    return recipe.learning_rate
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
+    """Builds the optimizer of a recipe over the trainable parameters."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    if recipe.optimizer == "sgd":
+        return SGD(trainable, lr=rate, momentum=recipe.momentum, weight_decay=decay)
+    if recipe.optimizer == "adam":
+        return Adam(trainable, lr=rate, weight_decay=decay)
+    return AdamW(trainable, lr=rate, weight_decay=decay)
+
+
+@torch.no_grad()
+def forget_pruned(model: nn.Module, optimizer: Optimizer, masks: MaskSet) -> None:
+    """Zeroes the optimizer's state (momentum, second moments) of pruned weights."""
+    for name, parameter in model.named_parameters():
+        if name in masks:
+            for value in _state_like(optimizer, parameter).values():
+                value.masked_fill_(~masks[name], 0)
+
+
+def check_pruned_zero(model: nn.Module, optimizer: Optimizer | None, masks: MaskSet) -> None:
+    """Makes sure that pruned weights, and the optimizer's state for them, are exactly zero.
+
+    Raises:
+        PruneError: Naming the first parameter that is not.
+    """
+    revived = masks.find_revived(model)
+    if revived is not None:
+        raise PruneError(f"'{revived}': a pruned weight came back to life during training")
+    if optimizer is None:
+        return
+    for name, parameter in model.named_parameters():
+        if name in masks:
+            for key, value in _state_like(optimizer, parameter).items():
+                if bool(torch.any(value[~masks[name]] != 0)):
+                    raise PruneError(
+                        f"'{name}': optimizer state '{key}' of a pruned weight is not 0"
+                    )
+
+
+def _state_like(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    state = optimizer.state.get(parameter, {})
+    return {
+        key: value
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+    }
+
+
+def train_epochs(
+    model: nn.Module,
+    workload: Workload,
+    recipe: Recipe,
+    ranks: Ranks,
+    optimizer: Optimizer,
+    span: Span,
+    *,
+    seed: int,
+    masks: MaskSet | None = None,
+    movement: Callable[[dict[str, Tensor]], None] | None = None,
+    tell: Callable[[int, int, float], None] = lambda done, total, loss: None,
+) -> float:
+    """Trains over a span of steps, keeping pruned weights at zero. Communicates.
+
+    Args:
+        masks: Pruned weights; None trains all.
+        movement: Given the gradients of each step by parameter name, before the weights move.
+        tell: Called after each step with (steps done, steps in all, loss).
+
+    Returns:
+        Mean training loss over the last tenth of the span, NaN for an empty span.
+
+    Raises:
+        PruneError: The loss or a gradient is not finite; on every rank, before weights move.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    buffers = _Buffers(model)
+    kept = [(trainable[n], mask) for n, mask in (masks or {}).items() if n in trainable]
+    sizes = [p.numel() for p in trainable.values()]
+    dtype = next(iter(trainable.values())).dtype
+    warmup = round(recipe.warmup_epochs * _steps_per_epoch(recipe, workload))
+    model.train()
+    recent: list[float] = []
+    for done, step in enumerate(span.steps, start=1):
+        batch = _batch_of_step(recipe, workload, seed, span.phase, step)
+        parts = batch.tensor_split(min(recipe.microbatches, len(batch)))
+        sums = OrderedSum(ranks, sum(sizes) + buffers.size + 1, len(parts), dtype, dtype)
+        buffers.remember()
+        for item in ranks.deal(len(parts)):
+            vector: Tensor | None = None
+            if item is not None:
+                share = len(parts[item]) / len(batch)
+                draws = derive_seed(seed, span.phase, step, item)
+                loss, gradients = _differentiate(
+                    model, workload, parts[item], list(trainable.values()), draws, ranks.device
+                )
+                moved_B = buffers.collect_change()
+                vector = torch.cat([*(g.reshape(-1) for g in gradients), moved_B, loss.view(1)])
+                vector *= share
+            sums.add(vector)
+        gradients_N, moved_B, loss_1 = sums.result().split([sum(sizes), buffers.size, 1])
+        _refuse_non_finite(loss_1, gradients_N, trainable, span, step, recipe)
+        for parameter, piece in zip(trainable.values(), gradients_N.split(sizes), strict=True):
+            parameter.grad = piece.view_as(parameter)
+        if movement is not None:
+            movement({name: p.grad for name, p in trainable.items() if p.grad is not None})
+        for parameter, mask in kept:
+            assert parameter.grad is not None
+            parameter.grad.masked_fill_(~mask, 0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(
+                recipe, step - span.planned.start, len(span.planned), warmup
+            )
+        optimizer.step()
+        buffers.move(moved_B)
+        recent.append(loss_1.item())
+        tell(done, len(span.steps), recent[-1])
+    for parameter in trainable.values():
+        parameter.grad = None
+    tail = recent[-max(1, len(recent) // 10) :]
+    return sum(tail) / len(tail) if tail else math.nan
+
+
+def _batch_of_step(recipe: Recipe, workload: Workload, seed: int, phase: str, step: int) -> Tensor:
+    epoch, position = divmod(step, _steps_per_epoch(recipe, workload))
+    order = _epoch_order(num_examples(workload.train), derive_seed(seed, phase, "epoch", epoch))
+    return order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(total: int, seed: int) -> Tensor:
+    return shuffled_indices(total, seed)
+
+
+def _differentiate(
+    model: nn.Module,
+    workload: Workload,
+    indices: Tensor,
+    parameters: list[nn.Parameter],
+    draws: int,
+    device: torch.device,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    inputs, targets = take_batch(
+        workload, workload.train, indices, device=device, augment_seed=draws
+    )
+    with seeded(derive_seed(draws, "forward")):
+        loss = workload.loss(model(inputs), targets)
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    return loss.detach(), gradients
+
+
+def _refuse_non_finite(
+    loss_1: Tensor,
+    gradients_N: Tensor,
+    trainable: Mapping[str, nn.Parameter],
+    span: Span,
+    step: int,
+    recipe: Recipe,
+) -> None:
+    if bool(torch.isfinite(loss_1).all() & torch.isfinite(gradients_N).all()):
+        return
+    what = f"loss is {loss_1.item():g}"
+    if bool(torch.isfinite(loss_1).all()):
+        pieces = gradients_N.split([p.numel() for p in trainable.values()])
+        culprit = next(
+            name
+            for name, piece in zip(trainable, pieces, strict=True)
+            if not bool(torch.isfinite(piece).all())
+        )
+        what = f"gradient of '{culprit}' is not finite"
+    section = span.phase
+    raise PruneError(
+        f"{section}: {what} at step {step - span.steps.start + 1} of {len(span.steps)}; lower "
+        f"{section}.learning_rate = {recipe.learning_rate:g} or check the data for NaN"
+    )
+
+
+class _Buffers:
+    """The floating-point buffers of a model (running statistics), as one flat vector.
+
+    Each part of a batch starts from the same values; the step moves them by the mean change. A
+    change of exactly zero leaves constants untouched, bit for bit.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._floating = [b for b in model.buffers() if b.is_floating_point()]
+        self._counters = [b for b in model.buffers() if not b.is_floating_point()]
+        self._device = next(model.parameters()).device
+        self._start: list[Tensor] = []
+        self._start_counters: list[Tensor] = []
+        self.size = sum(b.numel() for b in self._floating)
+
+    def remember(self) -> None:
+        self._start = [b.clone() for b in self._floating]
+        self._start_counters = [b.clone() for b in self._counters]
+
+    @torch.no_grad()
+    def collect_change(self) -> Tensor:
+        """Returns (B,) what a forward pass changed, and undoes it."""
+        change_B = torch.zeros(0, device=self._device)
+        if self._floating:
+            change_B = torch.cat(
+                [(b - s).reshape(-1) for b, s in zip(self._floating, self._start, strict=True)]
+            )
+        self._restore()
+        return change_B
+
+    @torch.no_grad()
+    def move(self, change_B: Tensor) -> None:
+        """Moves by the step's change; counters of batches seen count one step."""
+        self._restore()
+        pieces = change_B.split([b.numel() for b in self._floating])
+        for buffer, piece in zip(self._floating, pieces, strict=True):
+            buffer += piece.view_as(buffer)
+        for counter in self._counters:
+            if counter.ndim == 0 and counter.dtype is torch.int64:
+                counter += 1
+
+    def _restore(self) -> None:
+        for buffer, start in zip(self._floating, self._start, strict=True):
+            buffer.copy_(start)
+        for counter, start in zip(self._counters, self._start_counters, strict=True):
+            counter.copy_(start)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    workload: Workload,
+    ranks: Ranks,
+    batch_size: int,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[float, float]:
+    """Measures accuracy and mean loss on the test split, each example once. Communicates.
+
+    Returns:
+        (accuracy in [0, 1], mean loss).
+    """
+    total = num_examples(workload.test)
+    batches = cut_batches(total, batch_size)
+    losses = torch.zeros(len(batches), dtype=torch.float64, device=ranks.device)
+    correct = torch.zeros((), dtype=torch.int64, device=ranks.device)
+    model.eval()
+    for turn, item in enumerate(ranks.deal(len(batches))):
+        if item is not None:
+            indices = torch.arange(batches[item].start, batches[item].stop)
+            inputs, targets = take_batch(workload, workload.test, indices, device=ranks.device)
+            outputs = model(inputs)
+            losses[item] = workload.loss(outputs, targets).double() * len(indices)
+            correct += workload.count_correct(outputs, targets)
+        tell(turn * ranks.world_size + 1, len(batches))
+    losses, correct = ranks.fill_in(losses), ranks.fill_in(correct)
+    return correct.item() / total, losses.sum().item() / total
+
+
+@torch.no_grad()
+def recalibrate_batchnorm(
+    model: nn.Module,
+    workload: Workload,
+    ranks: Ranks,
+    *,
+    examples: int,
+    batch_size: int,
+    seed: int,
+) -> int:
+    """Re-estimates BatchNorm's running statistics on training examples, without augmentation.
+
+    Pruning shifts what each layer receives; stale statistics alone can cost most of the accuracy.
+    Running mean and variance become the mean over batches of the batch statistics. Communicates.
+
+    Returns:
+        Examples used; 0 where the model has no running statistics.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    available = num_examples(workload.train)
+    examples = min(examples, available)
+    # One example has no variance over a batch.
+    batches = [b for b in cut_batches(examples, batch_size) if len(b) > 1]
+    if not norms or not batches:
+        return 0
+    chosen = shuffled_indices(available, derive_seed(seed, "batchnorm"))[:examples]
+    statistics = [s for n in norms for s in (n.running_mean, n.running_var) if s is not None]
+    momenta = [norm.momentum for norm in norms]
+    counters = [n.num_batches_tracked.clone() for n in norms if n.num_batches_tracked is not None]
+    sums = OrderedSum(ranks, sum(s.numel() for s in statistics), len(batches), torch.float64)
+    model.eval()
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    for item in ranks.deal(len(batches)):
+        vector: Tensor | None = None
+        if item is not None:
+            batch = batches[item]
+            indices = chosen[batch.start : batch.stop]
+            inputs, _ = take_batch(workload, workload.train, indices, device=ranks.device)
+            model(inputs)
+            vector = torch.cat([s.reshape(-1) for s in statistics]) * len(batch)
+        sums.add(vector)
+    total = sum(len(batch) for batch in batches)
+    means = (sums.result() / total).split([s.numel() for s in statistics])
+    for statistic, mean in zip(statistics, means, strict=True):
+        statistic.copy_(mean.view_as(statistic))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    counted = (n for n in norms if n.num_batches_tracked is not None)
+    for norm, counter in zip(counted, counters, strict=True):
+        norm.num_batches_tracked.copy_(counter)  # type: ignore[union-attr]
+    model.eval()
+    return total

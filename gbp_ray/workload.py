@@ -1,0 +1,282 @@
+"""The bring-your-own contract: what a model and its data must offer, and who gets which example.
+
+A workload is one small object made by a factory that a job names as "module:attr". Built-in
+workloads come through the same door. Everything that decides which examples form a batch, and which
+random draws go with it, is decided here from global indices and seeds alone: the number of workers
+never enters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import default_collate
+
+from gbp_ray.config import WorkloadConfig, nearest_name
+from gbp_ray.errors import ConfigError, GbpError, WorkloadError
+
+__all__ = [
+    "Workload",
+    "add_import_paths",
+    "check_workload",
+    "count_top1",
+    "cut_batches",
+    "derive_seed",
+    "import_attribute",
+    "load_workload",
+    "num_examples",
+    "seeded",
+    "shuffled_indices",
+    "take_batch",
+]
+
+
+def count_top1(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Counts right answers: outputs (B, classes), targets (B,) -> integer scalar."""
+    return (outputs.argmax(dim=1) == targets).sum()
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model with its data, loss and metric.
+
+    Data is either a pair of tensors or arrays `(inputs, targets)` whose first axis counts examples,
+    or any map-style dataset whose items are `(input, target)`.
+
+    Attributes:
+        build_model: Makes the dense network; called under a seed of the job.
+        train: Examples to score and to train on.
+        test: Examples that accuracy and loss are reported on.
+        loss: `(outputs, targets) -> scalar`, the mean over the batch.
+        count_correct: `(outputs, targets) -> integer scalar`; accuracy is its sum over examples.
+        prepare: `inputs -> inputs` for every batch, such as scaling bytes to normalised floats.
+        augment: `inputs -> inputs` for training batches alone, before `prepare`; draws from torch's
+            global generator, which is seeded for each part of each batch.
+    """
+
+    build_model: Callable[[], nn.Module]
+    train: Any
+    test: Any
+    loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
+    count_correct: Callable[[Tensor, Tensor], Tensor] = count_top1
+    prepare: Callable[[Tensor], Tensor] | None = None
+    augment: Callable[[Tensor], Tensor] | None = None
+
+
+def load_workload(config: WorkloadConfig) -> Workload:
+    """Calls the factory that a job names.
+
+    Raises:
+        ConfigError: The factory cannot be found, or does not take these options.
+        WorkloadError: The factory failed, or returned something else than a `Workload`.
+    """
+    factory = import_attribute(config.factory, "workload.factory")
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"workload.factory = '{config.factory}': is not callable; it must return a Workload"
+        ) from None
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for name in config.options:
+            if name not in parameters:
+                raise ConfigError(
+                    f"workload.options.{name}: {config.factory} has no such option"
+                    f"{nearest_name(name, list(parameters))} "
+                    f"(allowed: {', '.join(parameters) or 'none'})"
+                )
+    for name, parameter in parameters.items():
+        is_named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if is_named and parameter.default is parameter.empty and name not in config.options:
+            raise ConfigError(f"workload.options.{name}: is required by {config.factory}")
+    try:
+        workload = factory(**config.options)
+    except GbpError:
+        raise
+    except FileNotFoundError as error:
+        raise WorkloadError(
+            f"workload.factory = '{config.factory}': '{error.filename}' does not exist; "
+            "check workload.options"
+        ) from error
+    except Exception as error:
+        raise WorkloadError(
+            f"workload.factory = '{config.factory}' raised {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(workload, Workload):
+        raise WorkloadError(
+            f"workload.factory = '{config.factory}' returned {type(workload).__name__}; "
+            "it must return a gbp_ray.Workload"
+        )
+    return workload
+
+
+def check_workload(workload: Workload, model: nn.Module, batch_size: int) -> None:
+    """Refuses data that no job can use, before anything is trained.
+
+    One batch goes through the model, so a wrong input shape shows here and not an hour later.
+
+    Raises:
+        WorkloadError: A split is empty, labels are out of range, or the model, the loss or the
+            metric does not accept a batch.
+    """
+    for split in ("train", "test"):
+        if num_examples(getattr(workload, split)) == 0:
+            raise WorkloadError(f"workload.{split}: holds no examples; give at least one")
+    indices = torch.arange(min(batch_size, num_examples(workload.train)))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            inputs, targets = take_batch(workload, workload.train, indices)
+            outputs = model(inputs)
+            _check_labels(workload, outputs, targets)
+            loss = workload.loss(outputs, targets)
+            workload.count_correct(outputs, targets)
+    except GbpError:
+        raise
+    except Exception as error:
+        raise WorkloadError(
+            f"workload: one batch of {len(indices)} training examples failed with "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    finally:
+        model.train(was_training)
+    if loss.ndim != 0:
+        raise WorkloadError(
+            f"workload.loss: must return the mean over the batch, a scalar, not shape "
+            f"{tuple(loss.shape)}"
+        )
+
+
+def _check_labels(workload: Workload, outputs: Tensor, targets: Tensor) -> None:
+    is_classifier = workload.loss is functional.cross_entropy and outputs.ndim == 2
+    if not is_classifier or targets.is_floating_point():
+        return
+    num_classes = outputs.shape[1]
+    for split in ("train", "test"):
+        data = getattr(workload, split)
+        if isinstance(data, tuple):
+            labels = torch.as_tensor(data[1])
+            low, high = int(labels.min()), int(labels.max())
+        else:
+            low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= num_classes:
+            raise WorkloadError(
+                f"workload.{split}: labels run from {low} to {high}, but the model has "
+                f"{num_classes} outputs (allowed: 0 to {num_classes - 1})"
+            )
+
+
+def import_attribute(path: str, key: str) -> Any:
+    """Resolves "module:attr" named by the config field `key`.
+
+    Raises:
+        ConfigError: The module cannot be imported, or lacks the attribute.
+    """
+    module_name, _, attribute = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        looked_in = "the working folder and the job file's folder"
+        raise ConfigError(
+            f"{key} = '{path}': no module named '{error.name}'; modules are looked up among "
+            f"installed packages, {looked_in}"
+        ) from None
+    except Exception as error:
+        raise ConfigError(
+            f"{key} = '{path}': importing '{module_name}' raised {type(error).__name__}: {error}"
+        ) from error
+    if not hasattr(module, attribute):
+        names = [name for name in dir(module) if not name.startswith("_")]
+        raise ConfigError(
+            f"{key} = '{path}': module '{module_name}' has no '{attribute}'"
+            f"{nearest_name(attribute, names)}"
+        )
+    return getattr(module, attribute)
+
+
+def add_import_paths(folders: Iterable[str]) -> None:
+    """Makes a user's own modules importable by name, as `python script.py` would."""
+    for folder in folders:
+        if folder not in sys.path:
+            sys.path.append(folder)
+
+
+def num_examples(data: Any) -> int:
+    """Counts the examples of a split."""
+    return len(data[0]) if isinstance(data, tuple) else len(data)
+
+
+def cut_batches(total: int, batch_size: int) -> list[range]:
+    """Cuts positions 0..total-1 into batches; the last may be short, none is padded or repeated."""
+    return [range(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
+
+
+def take_batch(
+    workload: Workload,
+    data: Any,
+    indices: Tensor,
+    *,
+    device: torch.device | None = None,
+    augment_seed: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fetches examples by index, augments them where a seed is given, and prepares them.
+
+    Args:
+        indices: (B,) positions in `data`.
+        augment_seed: Seeds `workload.augment`; None leaves augmentation out.
+    """
+    if isinstance(data, tuple):
+        inputs, targets = (_as_rows(column, indices) for column in data)
+    else:
+        inputs, targets = default_collate([data[int(i)] for i in indices])
+    if augment_seed is not None and workload.augment is not None:
+        with seeded(augment_seed):
+            inputs = workload.augment(inputs)
+    if device is not None:
+        inputs, targets = inputs.to(device), targets.to(device)
+    if workload.prepare is not None:
+        inputs = workload.prepare(inputs)
+    return inputs, targets
+
+
+def _as_rows(column: Any, indices: Tensor) -> Tensor:
+    if isinstance(column, Tensor):
+        return column[indices]
+    return torch.as_tensor(column[indices.numpy()])
+
+
+def derive_seed(*parts: object) -> int:
+    """Turns a tuple such as (seed, "augment", step, part) into 63 random-looking bits."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+class seeded:  # noqa: N801 - reads as a statement: with seeded(7): ...
+    """Seeds torch's global generators inside a block and restores them after it."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+        self._fork = torch.random.fork_rng(devices=devices)
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        torch.manual_seed(self._seed)
+
+    def __exit__(self, *exception: Any) -> None:
+        self._fork.__exit__(*exception)
+
+
+def shuffled_indices(total: int, seed: int) -> Tensor:
+    """Returns a permutation of 0..total-1 that depends on the seed alone."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))
