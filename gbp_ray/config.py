@@ -33,6 +33,7 @@ __all__ = [
     "Recipe",
     "WorkloadConfig",
     "describe_fields",
+    "find_idle_options",
     "load_job",
     "nearest_name",
     "trial_id",
@@ -281,12 +282,13 @@ class JobConfig(_Section):
 
 
 def load_job(
-    source: str | Path | None = None, overrides: Mapping[str, Any] | list[str] | None = None
+    source: JobConfig | str | Path | None = None,
+    overrides: Mapping[str, Any] | list[str] | None = None,
 ) -> JobConfig:
     """Reads a job file, applies overrides and checks the whole.
 
     Args:
-        source: Path of a TOML file, or None for the embedded digits job.
+        source: Path of a TOML file, a job to start from, or None for the embedded digits job.
         overrides: Dotted keys to values, or strings "dotted.key=value" whose value is read as
             TOML and, where it is not TOML, as plain text.
 
@@ -294,7 +296,10 @@ def load_job(
         ConfigError: The file is missing or not TOML, or the job breaks the schema; one line that
             lists every fault.
     """
-    tree = _read_toml(source)
+    if isinstance(source, JobConfig):
+        tree = source.model_dump(mode="json", exclude_unset=True)
+    else:
+        tree = _read_toml(source)
     if isinstance(overrides, list):
         overrides = dict(_split_override(item) for item in overrides)
     for key, value in (overrides or {}).items():
@@ -322,6 +327,35 @@ def trial_id(job: JobConfig) -> str:
     if float(sparsity) != job.prune.sparsity:
         sparsity = f"{job.prune.sparsity:g}"
     return f"{criterion}-s{sparsity}-r{job.prune.rounds}-{digest}"
+
+
+def find_idle_options(job: JobConfig) -> list[tuple[str, str]]:
+    """Finds options that were set and do nothing: (dotted key, what makes it idle)."""
+    idle: list[tuple[str, str]] = []
+    prune = job.prune
+
+    def note(section: BaseModel, prefix: str, names: tuple[str, ...], reason: str) -> None:
+        idle.extend((f"{prefix}.{n}", reason) for n in names if n in section.model_fields_set)
+
+    for prefix, recipe in (("pretrain", job.pretrain), ("finetune", job.finetune)):
+        if recipe.epochs == 0:
+            others = tuple(name for name in type(recipe).model_fields if name != "epochs")
+            note(recipe, prefix, others, f"{prefix}.epochs = 0")
+            continue
+        if recipe.optimizer != "sgd":
+            note(recipe, prefix, ("momentum",), f"{prefix}.optimizer = {recipe.optimizer}")
+        if recipe.lr_schedule != "step":
+            names = ("lr_milestones", "lr_gamma")
+            note(recipe, prefix, names, f"{prefix}.lr_schedule = {recipe.lr_schedule}")
+    if prune.criterion in ("magnitude", "random", "synflow", "movement"):
+        note(prune, "prune", ("calibration_examples",), f"prune.criterion = {prune.criterion}")
+    if prune.criterion != "obd":
+        note(prune, "prune", ("hutchinson_probes",), f"prune.criterion = {prune.criterion}")
+    if prune.rounds == 1:
+        note(prune, "prune", ("schedule",), "prune.rounds = 1")
+    if prune.rewind == "learning_rate" and job.finetune.epochs == 0:
+        note(prune, "prune", ("rewind",), "finetune.epochs = 0")
+    return idle
 
 
 def nearest_name(name: str, allowed: tuple[str, ...] | list[str]) -> str:

@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
 from gbp_ray.config import SCHEMA_VERSION, JobConfig
 from gbp_ray.errors import StoreError
@@ -60,6 +60,7 @@ class LayerRecord(_Record):
     macs: int
     macs_nonzero: int
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def sparsity(self) -> float:
         """Zero weights / weights."""
@@ -82,11 +83,13 @@ class CostRecord(_Record):
         """Prunable weights."""
         return sum(layer.num_weights for layer in self.layers)
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def sparsity(self) -> float:
         """Zero weights / prunable weights."""
         return 1 - sum(layer.num_nonzero for layer in self.layers) / self.num_units
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def compression(self) -> float:
         """Parameters before / parameters left, whole model."""
@@ -120,6 +123,7 @@ class RoundRecord(_Record):
     seconds: dict[str, float] = {}
     files: dict[str, FileRecord] = {}
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def sparsity(self) -> float:
         """As measured from the weights."""

@@ -26,9 +26,9 @@ from gbp_ray.errors import PruneError, StoreError
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
 from gbp_ray.pruning.metrics import count_macs, measure
 from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.saliency import movement_statistic, score
+from gbp_ray.pruning.saliency import criterion, movement_statistic, score
 from gbp_ray.pruning.schedule import sparsity_schedule
-from gbp_ray.pruning.selection import num_to_prune, select_masks
+from gbp_ray.pruning.selection import check_selectable, num_to_prune, select_masks
 from gbp_ray.pruning.training import (
     Span,
     check_pruned_zero,
@@ -40,9 +40,9 @@ from gbp_ray.pruning.training import (
     train_epochs,
 )
 from gbp_ray.store import RoundRecord
-from gbp_ray.workload import Workload, derive_seed, seeded, take_batch
+from gbp_ray.workload import Workload, check_workload, derive_seed, seeded, take_batch
 
-__all__ = ["Checkpoint", "RoundState", "Tell", "load_weights", "run_rounds"]
+__all__ = ["Checkpoint", "RoundState", "Tell", "check_job", "load_weights", "run_rounds"]
 
 Tell = Callable[[str, int, int, int, float | None], None]
 """(phase, round, steps done, steps of the phase, loss or None): live progress of this rank."""
@@ -125,6 +125,25 @@ def run_rounds(
         first = resume.round + 1
     for number in range(first, job.prune.rounds + 1):
         yield run.prune_round(number)
+
+
+def check_job(job: JobConfig, workload: Workload) -> None:
+    """Refuses what a job could only fail at later; builds the model, trains and writes nothing.
+
+    Raises:
+        ConfigError: The criterion, an exclude glob, a layer bound or n:m does not suit the model.
+        WorkloadError: The data or a batch of it cannot be used.
+    """
+    criterion(job.prune.criterion)
+    with seeded(derive_seed(job.seed, "model")):
+        model = workload.build_model()
+    units = prunable_parameters(model, job.prune.exclude)
+    check_selectable(
+        {unit.name: tuple(unit.parameter.shape) for unit in units},
+        job.prune,
+        {unit.name: unit.input_dim for unit in units},
+    )
+    check_workload(workload, model, min(8, job.prune.calibration_batch_size))
 
 
 class _Run:

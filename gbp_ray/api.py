@@ -1,0 +1,170 @@
+"""The verbs: what the command line and a notebook call.
+
+import gbp_ray
+result = gbp_ray.prune("job.toml", {"prune.sparsity": 0.95})
+print(result.accuracy, result.sparsity, result.folder)
+model, masks = result.load_model(), result.load_masks()
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gbp_ray.config import JobConfig, find_idle_options, load_job, trial_id
+from gbp_ray.errors import ConfigError, StoreError
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.pruning.rounds import check_job, load_weights
+from gbp_ray.runtime.progress import ProgressBoard
+from gbp_ray.runtime.worker import work_trial
+from gbp_ray.store import Store, TrialRecord, locate_trials
+from gbp_ray.workload import add_import_paths, load_workload
+
+__all__ = ["PruneResult", "open_result", "prune"]
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A finished trial.
+
+    Attributes:
+        record: Everything measured, dense network first.
+        folder: Where its rounds lie.
+    """
+
+    record: TrialRecord
+    folder: Path
+
+    @property
+    def accuracy(self) -> float:
+        """Test accuracy of the pruned network, in [0, 1]."""
+        return self.record.final.accuracy
+
+    @property
+    def sparsity(self) -> float:
+        """Zero weights / prunable weights of the pruned network."""
+        return self.record.final.sparsity
+
+    def load_masks(self, round_number: int = -1) -> MaskSet:
+        """Reads the masks of a round; the last by default."""
+        name = "masks.safetensors"
+        return MaskSet.from_bytes(self._read(round_number, name), name)
+
+    def load_model(self, round_number: int = -1) -> nn.Module:
+        """Builds the network of a round, the last by default; 0 is the dense one."""
+        model = load_workload(self.record.job.workload).build_model()
+        name = "weights.safetensors"
+        load_weights(model, self._read(round_number, name), name)
+        return model.eval()
+
+    def _read(self, round_number: int, name: str) -> bytes:
+        record = self.record.rounds[round_number]
+        store = Store(self.folder.parent.parent.parent, self.folder.parent.parent.name)
+        return store.read_file(self.record.trial_id, record, name)
+
+
+def prune(
+    job: JobConfig | str | Path | None = None,
+    overrides: Mapping[str, Any] | list[str] | None = None,
+    *,
+    is_quiet: bool = False,
+    is_debug: bool = False,
+) -> PruneResult:
+    """Prunes a network as a job says; a finished job answers at once, a broken one goes on.
+
+    Args:
+        job: A checked job, the path of a TOML file, or None for the embedded digits job.
+        overrides: Dotted keys to values, applied before the check.
+        is_quiet: Shows no progress.
+        is_debug: Lets Ray's own output through.
+
+    Raises:
+        GbpError: One line that names the field, what is allowed and what to do.
+    """
+    import_paths = [str(Path.cwd())]
+    if isinstance(job, (str, Path)):
+        import_paths.append(str(Path(job).resolve().parent))
+    add_import_paths(import_paths)
+    job = load_job(job, overrides)
+    for key, reason in find_idle_options(job):
+        warnings.warn(f"{key} has no effect with {reason}", stacklevel=2)
+    store, name = Store(job.storage, job.name), trial_id(job)
+    finished = store.read_trial(name)
+    if finished is not None:
+        return PruneResult(finished, store.trial_folder(name))
+    started = time.monotonic()
+    with ProgressBoard(is_quiet) as board:
+        check_job(job, load_workload(job.workload))
+        store.claim(job)
+        earlier = store.read_rounds(name)
+        if earlier:
+            board.note(f"{name}  goes on after round {earlier[-1].round}")
+        if job.cluster.num_workers == 0:
+            work_trial(
+                job,
+                Ranks(device=_own_device(job)),
+                tell=board.show,
+                round_done=lambda record: board.show_round(name, record),
+            )
+        else:
+            # Ray takes seconds to import, and jobs without workers do not need it.
+            from gbp_ray.runtime.trial import run_trial
+
+            board.note(f"{name}  starting {job.cluster.num_workers} workers on Ray")
+            run_trial(job, import_paths, board, is_debug=is_debug)
+    record = TrialRecord(
+        trial_id=name,
+        job=job,
+        rounds=tuple(store.read_rounds(name)),
+        seconds=round(time.monotonic() - started, 1),
+        num_workers=job.cluster.num_workers,
+        versions=_versions(),
+    )
+    store.write_trial(record)
+    return PruneResult(record, store.trial_folder(name))
+
+
+def open_result(uri: str | Path) -> PruneResult:
+    """Opens a finished trial by its folder, or by its job's folder where that holds one trial.
+
+    Raises:
+        StoreError: There is no such result, it has not finished, or there are several.
+    """
+    trials = locate_trials(uri)
+    if len(trials) > 1:
+        names = ", ".join(str(store.trial_folder(name)) for store, name in trials)
+        raise StoreError(f"'{uri}': holds {len(trials)} trials; name one of {names}")
+    (store, name) = trials[0]
+    record = store.read_trial(name)
+    if record is None:
+        done = store.read_rounds(name)[-1].round
+        raise StoreError(
+            f"'{uri}': the trial has not finished (round {done} is the last whole one); run the "
+            "same job again to go on"
+        )
+    return PruneResult(record, store.trial_folder(name))
+
+
+def _own_device(job: JobConfig) -> torch.device:
+    if not job.cluster.use_gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "cluster.use_gpu = true: this machine has no CUDA device; set it to false"
+        )
+    return torch.device("cuda")
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("gbp-ray", "torch", "ray", "numpy")}
+    return {"python": platform.python_version(), **packages, "machine": platform.machine()}

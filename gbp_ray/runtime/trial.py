@@ -1,0 +1,260 @@
+"""One trial on Ray: a TorchTrainer over 1 to N workers, with Ray's noise and errors unwrapped.
+
+The store, not Ray, holds the state of a trial: a restarted worker group goes on after the last
+committed round, and so does a new driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gbp_ray.config import ClusterConfig, JobConfig, trial_id
+from gbp_ray.errors import ConfigError, GbpError, TrialError
+from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.runtime.progress import ProgressBoard, Tick
+from gbp_ray.runtime.worker import work_trial
+from gbp_ray.store import RoundRecord, Store
+from gbp_ray.workload import add_import_paths
+
+# Ray reads these when it is imported and when processes start, so they come before the import.
+for _name, _value in {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AUTH_MODE": "token",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import ray  # noqa: E402
+import ray.train  # noqa: E402
+import ray.train.torch  # noqa: E402
+import torch  # noqa: E402
+
+__all__ = ["run_trial"]
+
+_POLL_INTERVAL_S = 0.2
+_TICK_INTERVAL_S = 0.2
+
+
+def run_trial(
+    job: JobConfig, import_paths: list[str], board: ProgressBoard, *, is_debug: bool = False
+) -> None:
+    """Runs a trial's missing rounds on Ray Train workers.
+
+    Args:
+        import_paths: Folders where workers find the user's modules.
+        board: Shows the workers' progress.
+        is_debug: Lets Ray's own output through.
+
+    Raises:
+        GbpError: What a worker raised on purpose, as it raised it.
+        TrialError: The workers failed for another reason; names trial, rank and root cause.
+    """
+    name = trial_id(job)
+    with _ray_session(job.cluster, is_debug), _relay(board) as mailbox:
+        failure = _fit(job, name, import_paths, mailbox)
+    if failure is not None:
+        raise failure
+
+
+def _fit(job: JobConfig, name: str, import_paths: list[str], mailbox: Any) -> GbpError | None:
+    scratch = Store(job.storage, job.name).folder / "ray"
+    trainer = ray.train.torch.TorchTrainer(
+        _train_worker,
+        train_loop_config={
+            "job": job.model_dump(mode="json"),
+            "import_paths": import_paths,
+            "working_folder": os.getcwd(),  # noqa: PTH109
+            "mailbox": mailbox,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=job.cluster.num_workers,
+            use_gpu=job.cluster.use_gpu,
+            resources_per_worker={"CPU": 1, **({"GPU": 1} if job.cluster.use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=str(scratch),
+            failure_config=ray.train.FailureConfig(
+                max_failures=job.cluster.max_failures, controller_failure_limit=3
+            ),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        raise _root_cause(error, job, name) from error
+    except ray.train.ControllerError as error:
+        raise TrialError(
+            f"trial {name}: Ray could not run the workers: {_first_line(error)}",
+            trial_id=name,
+            rank=None,
+            cause=_first_line(error),
+        ) from error
+    finally:
+        # Ray's own files say nothing that the records do not.
+        shutil.rmtree(scratch / name, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            scratch.rmdir()
+    return result.return_value
+
+
+def _train_worker(config: dict[str, Any]) -> GbpError | None:
+    """Runs on each Ray Train worker; returns rather than raises what all ranks agree on.
+
+    A bad input stays bad: returning it spares the restarts that a raised error would trigger.
+    """
+    with contextlib.suppress(OSError):
+        os.chdir(config["working_folder"])
+    add_import_paths(config["import_paths"])
+    job = JobConfig.model_validate(config["job"])
+    device = ray.train.torch.get_device() if job.cluster.use_gpu else torch.device("cpu")
+    ranks = Ranks.current(device)
+    mailbox = config["mailbox"]
+    last_sent, last_phase = 0.0, ""
+
+    def tell(tick: Tick) -> None:
+        nonlocal last_sent, last_phase
+        now = time.monotonic()
+        is_due = now - last_sent > _TICK_INTERVAL_S or tick.phase != last_phase
+        if ranks.is_first and is_due:
+            last_sent, last_phase = now, tick.phase
+            mailbox.put.remote(tick)
+
+    def round_done(record: RoundRecord) -> None:
+        if ranks.is_first:
+            mailbox.put.remote((trial_id(job), record))
+        ray.train.report({"round": record.round, "accuracy": record.accuracy})
+
+    try:
+        work_trial(job, ranks, tell=tell, round_done=round_done)
+    except GbpError as error:
+        return error
+    return None
+
+
+@ray.remote(num_cpus=0)
+class _Mailbox:
+    """Holds what workers said until the driver fetches it."""
+
+    def __init__(self) -> None:
+        self._messages: list[Any] = []
+
+    def put(self, message: Any) -> None:
+        self._messages.append(message)
+
+    def take(self) -> list[Any]:
+        messages, self._messages = self._messages, []
+        return messages
+
+
+@contextlib.contextmanager
+def _relay(board: ProgressBoard) -> Iterator[Any]:
+    """Carries the workers' messages to the board while the block runs."""
+    mailbox = _Mailbox.remote()  # type: ignore[attr-defined]
+    is_over = threading.Event()
+
+    def deliver() -> None:
+        for message in ray.get(mailbox.take.remote(), timeout=30):
+            if isinstance(message, Tick):
+                board.show(message)
+            else:
+                board.show_round(*message)
+
+    def poll() -> None:
+        while not is_over.wait(_POLL_INTERVAL_S):
+            # Progress is a courtesy: losing it must not lose the trial.
+            with contextlib.suppress(ray.exceptions.RayError):
+                deliver()
+
+    thread = threading.Thread(target=poll, name="gbp-ray-progress", daemon=True)
+    thread.start()
+    try:
+        yield mailbox
+        is_over.set()
+        thread.join(timeout=5)
+        with contextlib.suppress(ray.exceptions.RayError):
+            deliver()
+    finally:
+        is_over.set()
+        thread.join(timeout=5)
+
+
+@contextlib.contextmanager
+def _ray_session(cluster: ClusterConfig, is_debug: bool) -> Iterator[None]:
+    """Joins the cluster named by the job or starts a private one; ends what it started."""
+    if ray.is_initialized():
+        yield
+        return
+    if cluster.use_gpu and cluster.address is None and not torch.cuda.is_available():
+        raise ConfigError(
+            "cluster.use_gpu = true: this machine has no CUDA device; set it to false or give "
+            "cluster.address"
+        )
+    options: dict[str, Any] = {"address": cluster.address or "local"}
+    if cluster.address is None:
+        # Workers that wait for each other must all be placed, even on fewer cores.
+        cores = os.cpu_count() or 1
+        options |= {"num_cpus": max(cores, cluster.num_workers + 1), "include_dashboard": False}
+    try:
+        ray.init(
+            log_to_driver=is_debug,
+            logging_level="INFO" if is_debug else "ERROR",
+            configure_logging=is_debug,
+            **options,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"cluster.address = '{cluster.address}': Ray did not answer: {_first_line(error)}"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _root_cause(error: ray.train.WorkerGroupError, job: JobConfig, name: str) -> GbpError:
+    """Picks the failure that explains the others: ours first, lost connections last."""
+    failures: Mapping[int, BaseException] = error.worker_failures
+    unwrapped = {rank: _unwrap(failure) for rank, failure in sorted(failures.items())}
+    for failure in unwrapped.values():
+        if isinstance(failure, GbpError):
+            return failure
+    rank, cause = min(unwrapped.items(), key=lambda item: (_is_consequence(item[1]), item[0]))
+    text = f"{type(cause).__name__}: {_first_line(cause)}"
+    return TrialError(
+        f"trial {name}: worker {rank} failed more than cluster.max_failures = "
+        f"{job.cluster.max_failures} times, the last time with {text}; run the job again to go on "
+        "after its last whole round",
+        trial_id=name,
+        rank=rank,
+        cause=text,
+    )
+
+
+def _unwrap(error: BaseException) -> BaseException:
+    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    return error
+
+
+def _is_consequence(error: BaseException) -> bool:
+    text = str(error).lower()
+    return "connection" in text or "gloo" in text or "nccl" in text
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

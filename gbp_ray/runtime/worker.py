@@ -1,0 +1,113 @@
+"""What each worker of a trial runs, under Ray or alone: resume, drive the rounds, commit each.
+
+Nothing here knows Ray. Rank 0 writes; a failure to write, like any other failure the package raises
+on purpose, reaches all ranks together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+from gbp_ray.config import JobConfig, trial_id
+from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.pruning.rounds import Checkpoint, run_rounds
+from gbp_ray.pruning.training import num_steps
+from gbp_ray.runtime.progress import Tick
+from gbp_ray.store import RoundRecord, Store
+from gbp_ray.workload import Workload, load_workload
+
+__all__ = ["work_trial"]
+
+
+def work_trial(
+    job: JobConfig,
+    ranks: Ranks,
+    *,
+    tell: Callable[[Tick], None] = lambda tick: None,
+    round_done: Callable[[RoundRecord], None] = lambda record: None,
+) -> None:
+    """Runs a trial's missing rounds, committing each to the job's store.
+
+    Args:
+        tell: Given this rank's progress after each step.
+        round_done: Called on every rank after each committed round.
+
+    Raises:
+        GbpError: The same one on all ranks.
+    """
+    with _fixed_kernels(job.cluster.threads_per_worker):
+        name = trial_id(job)
+        store = Store(job.storage, job.name)
+        workload = ranks.together(lambda: load_workload(job.workload))
+        # All go by what rank 0 sees: a round may be committed between two looks.
+        records = ranks.share_object(ranks.together(lambda: store.read_rounds(name)))
+        if len(records) > job.prune.rounds:
+            return
+        resume = None
+        if records:
+            resume = ranks.together(lambda: _read_checkpoint(store, name, records))
+        teller = _Teller(job, workload, name, len(records), tell)
+        for state in run_rounds(job, workload, ranks, resume=resume, tell=teller):
+            files = state.to_files() if ranks.is_first else {}
+            commit = partial(store.write_round, name, state.record, files)
+            # Only rank 0 writes, but a full disk stops all.
+            committed = ranks.together(commit if ranks.is_first else partial(_keep, state.record))
+            round_done(committed)
+
+
+def _keep(record: RoundRecord) -> RoundRecord:
+    return record
+
+
+def _read_checkpoint(store: Store, name: str, records: list[RoundRecord]) -> Checkpoint:
+    last = records[-1]
+    return Checkpoint(
+        round=last.round,
+        weights=store.read_file(name, last, "weights.safetensors"),
+        masks=store.read_file(name, last, "masks.safetensors"),
+        state=store.read_file(name, last, "state.pt"),
+        dense_weights=store.read_file(name, records[0], "weights.safetensors"),
+    )
+
+
+class _Teller:
+    """Turns steps of a phase into ticks that also say how much of the trial is done."""
+
+    def __init__(
+        self,
+        job: JobConfig,
+        workload: Workload,
+        name: str,
+        num_done: int,
+        tell: Callable[[Tick], None],
+    ) -> None:
+        self._name, self._tell, self._num_rounds = name, tell, job.prune.rounds
+        self._pretrain = num_steps(job.pretrain, workload, job.pretrain.epochs)
+        # Scoring and evaluating count as one step, so that a trial without training moves on, too.
+        self._per_round = num_steps(job.finetune, workload, job.finetune.epochs) + 1
+        self._first_round = num_done
+
+    def __call__(self, phase: str, number: int, done: int, total: int, loss: float | None) -> None:
+        before = 0 if number == 0 else self._pretrain + (number - 1) * self._per_round
+        inside = done if phase in ("pretrain", "finetune") else 0
+        everything = self._pretrain + self._num_rounds * self._per_round
+        share = min(1.0, (before + inside) / everything)
+        self._tell(Tick(self._name, number, self._num_rounds, phase, done, total, loss, share))
+
+
+@contextmanager
+def _fixed_kernels(num_threads: int) -> Iterator[None]:
+    """Pins what changes the order of additions inside a kernel, and puts it back."""
+    threads = torch.get_num_threads()
+    deterministic = torch.backends.cudnn.deterministic
+    torch.set_num_threads(num_threads)
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.deterministic = deterministic
