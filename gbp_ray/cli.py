@@ -13,7 +13,6 @@ import traceback
 import warnings
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -21,7 +20,7 @@ from rich.table import Table
 
 from gbp_ray import __version__
 from gbp_ray.config import describe_fields
-from gbp_ray.errors import GbpError
+from gbp_ray.errors import ConfigError, GbpError
 from gbp_ray.report import layer_table, round_table, summary_line
 from gbp_ray.store import TrialRecord
 
@@ -38,6 +37,8 @@ app = typer.Typer(
     "[bold]gbp-ray fields[/bold] lists what it may say, [bold]gbp-ray criteria[/bold] what can "
     "decide which weights go.",
 )
+
+_STOPPED = 130
 
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
@@ -198,7 +199,7 @@ def fields(
         if section is None or row[0].startswith((f"{section}.", f"[{section}]"))
     ]
     if not rows:
-        raise click.UsageError(
+        raise ConfigError(
             f"SECTION = '{section}': no such section (allowed: workload, pretrain, prune, "
             "finetune, cluster)"
         )
@@ -219,19 +220,25 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _raise_terminated)
     is_debug = "--debug" in sys.argv
     try:
-        app(standalone_mode=False, prog_name="gbp-ray")
+        # Typer answers Ctrl-C by returning the code that it would have exited with.
+        if app(standalone_mode=False, prog_name="gbp-ray") == _STOPPED:
+            raise KeyboardInterrupt
     except GbpError as error:
         _fail(str(error), error.exit_code, is_debug)
-    except click.ClickException as error:
-        _fail(error.format_message(), 2, is_debug)
-    except (click.Abort, KeyboardInterrupt):
-        _fail("stopped; run the same command again to go on", 130, is_debug)
+    except KeyboardInterrupt:
+        _fail("stopped; run the same command again to go on", _STOPPED, is_debug)
     except _Terminated:
         _fail("terminated; run the same command again to go on", 143, is_debug)
     except BrokenPipeError:
         sys.stderr.close()
         raise SystemExit(0) from None
     except Exception as error:  # noqa: BLE001 - a bug still deserves one line
+        # Typer keeps the base of its usage errors private; this method is what marks them.
+        if usage := getattr(error, "format_message", None):
+            if not usage():
+                # Called without a verb; the help has been shown.
+                raise SystemExit(2) from None
+            _fail(f"{usage()} (--help shows what is allowed)", 2, is_debug)
         _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1, is_debug)
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 from gbp_ray.config import ClusterConfig, JobConfig, trial_id
@@ -91,7 +93,7 @@ def _fit(job: JobConfig, name: str, import_paths: list[str], mailbox: Any) -> Gb
         ),
     )
     try:
-        result = trainer.fit()
+        result = _fit_interruptibly(trainer)
     except ray.train.WorkerGroupError as error:
         raise _root_cause(error, job, name) from error
     except ray.train.ControllerError as error:
@@ -107,6 +109,24 @@ def _fit(job: JobConfig, name: str, import_paths: list[str], mailbox: Any) -> Gb
         with contextlib.suppress(OSError):
             scratch.rmdir()
     return result.return_value
+
+
+def _fit_interruptibly(trainer: Any) -> Any:
+    """Runs fit() beside the main thread, which stays free to be interrupted.
+
+    In the main thread Ray would take over the SIGINT handler for good and end the process with its
+    own exit code; here Ctrl-C raises KeyboardInterrupt, and the session's end stops the workers.
+    """
+    outcome: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            outcome.set_result(trainer.fit())
+        except BaseException as error:  # noqa: BLE001 - handed to the waiting thread
+            outcome.set_exception(error)
+
+    threading.Thread(target=fit, name="gbp-ray-fit", daemon=True).start()
+    return outcome.result()
 
 
 def _train_worker(config: dict[str, Any]) -> GbpError | None:
@@ -206,6 +226,18 @@ def _ray_session(cluster: ClusterConfig, is_debug: bool) -> Iterator[None]:
         # Workers that wait for each other must all be placed, even on fewer cores.
         cores = os.cpu_count() or 1
         options |= {"num_cpus": max(cores, cluster.num_workers + 1), "include_dashboard": False}
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        _start_ray(cluster, options, is_debug)
+        if threading.current_thread() is threading.main_thread():
+            # Ray's own handler aborts the process and leaves its workers behind.
+            signal.signal(signal.SIGTERM, on_terminate)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_ray(cluster: ClusterConfig, options: dict[str, Any], is_debug: bool) -> None:
     try:
         ray.init(
             log_to_driver=is_debug,
@@ -214,13 +246,10 @@ def _ray_session(cluster: ClusterConfig, is_debug: bool) -> Iterator[None]:
             **options,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
+        where = cluster.address or "unset, a private one on this machine"
         raise ConfigError(
-            f"cluster.address = '{cluster.address}': Ray did not answer: {_first_line(error)}"
+            f"cluster.address = {where}: Ray did not start or answer: {_first_line(error)}"
         ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _root_cause(error: ray.train.WorkerGroupError, job: JobConfig, name: str) -> GbpError:
