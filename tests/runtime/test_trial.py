@@ -1,0 +1,207 @@
+"""One trial on Ray Train against the same trial in one process, and what happens when it breaks."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gbp_ray.api import prune
+from gbp_ray.config import ClusterConfig, load_job
+from gbp_ray.errors import PruneError, TrialError
+
+pytestmark = pytest.mark.ray
+
+QUICK = {
+    "pretrain.epochs": 2,
+    "finetune.epochs": 1,
+    "prune.rounds": 2,
+    "prune.calibration_examples": 192,
+}
+
+FAULTY_WORKLOAD = '''
+"""The digits workload, with a fault in the augmentation of its training batches."""
+import os, signal
+from pathlib import Path
+
+import torch
+from dataclasses import replace
+from gbp_ray.zoo import digits_convnet
+
+
+def _faulty(flag, action):
+    workload = digits_convnet(augment=False)
+    calls = [0]
+
+    def augment(inputs):
+        calls[0] += 1
+        if calls[0] == 90 and torch.distributed.get_rank() == 1 and not Path(flag).exists():
+            action(Path(flag))
+        return inputs
+
+    return replace(workload, augment=augment)
+
+
+def dies_once(flag):
+    def die(flag):
+        flag.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return _faulty(flag, die)
+
+
+def always_raises(flag):
+    def fail(flag):
+        raise ZeroDivisionError("the data ran out of luck")
+
+    return _faulty(flag, fail)
+
+
+def sound(flag):
+    return replace(digits_convnet(augment=False), augment=lambda inputs: inputs)
+'''
+
+
+@pytest.fixture(scope="module")
+def ray_session():
+    from gbp_ray.runtime.trial import _ray_session
+
+    with _ray_session(ClusterConfig(num_workers=4), is_debug=False):
+        yield
+
+
+@pytest.fixture
+def faulty(tmp_path, monkeypatch):
+    (tmp_path / "faulty_workload.py").write_text(FAULTY_WORKLOAD)
+    monkeypatch.chdir(tmp_path)
+
+    def run(factory: str, num_workers: int, max_failures: int):
+        job = load_job(
+            None,
+            QUICK
+            | {
+                "name": f"{factory}-{num_workers}",
+                "storage": str(tmp_path / "results"),
+                "workload.factory": f"faulty_workload:{factory}",
+                "workload.options": {"flag": str(tmp_path / "flag")},
+                "cluster.num_workers": num_workers,
+                "cluster.max_failures": max_failures,
+            },
+        )
+        return prune(job, is_quiet=True)
+
+    return run
+
+
+def outcome(result) -> list[tuple[str, str, float]]:
+    return [
+        (r.mask_digest, r.files["weights.safetensors"].sha256, r.accuracy)
+        for r in result.record.rounds
+    ]
+
+
+def test_workers_change_nothing(ray_session, tmp_path):
+    storage = {"storage": str(tmp_path)}
+    alone, two, four = (
+        prune(
+            load_job(None, QUICK | storage | {"name": f"w{n}", "cluster.num_workers": n}),
+            is_quiet=True,
+        )
+        for n in (0, 2, 4)
+    )
+    assert outcome(alone) == outcome(two) == outcome(four)
+    assert alone.sparsity == pytest.approx(0.9, abs=1e-4)
+
+
+def test_a_killed_worker_costs_no_more_than_its_round(ray_session, faulty):
+    survived = faulty("dies_once", 2, max_failures=1)
+    assert (survived.folder.parents[3] / "flag").exists(), "the worker never died"
+    assert outcome(survived) == outcome(faulty("sound", 0, max_failures=0))
+
+
+def test_a_failing_worker_ends_the_trial_with_its_own_error(ray_session, faulty):
+    with pytest.raises(TrialError, match="ZeroDivisionError: the data ran out of luck") as caught:
+        faulty("always_raises", 2, max_failures=0)
+    assert caught.value.rank == 1
+    assert caught.value.exit_code == 1
+    assert "max_failures = 0" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_package_refuses_in_a_worker_arrives_as_raised(ray_session, tmp_path):
+    job = load_job(
+        None,
+        QUICK
+        | {"storage": str(tmp_path), "pretrain.learning_rate": 1e30, "cluster.num_workers": 2},
+    )
+    started = time.monotonic()
+    with pytest.raises(PruneError, match=r"pretrain: .*pretrain\.learning_rate"):
+        prune(job, is_quiet=True)
+    assert time.monotonic() - started < 60, "a bad input was retried"
+
+
+def command(storage: Path, name: str) -> list[str]:
+    settings = QUICK | {"storage": storage, "name": name, "pretrain.epochs": 20}
+    pairs = [f"--set={key}={value}" for key, value in settings.items()]
+    return [sys.executable, "-m", "gbp_ray", "prune", "--json", *pairs]
+
+
+def final_round(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)["rounds"][-1]
+    return record["mask_digest"], record["files"]["weights.safetensors"]["sha256"]
+
+
+def processes_of(session_leader: int) -> list[str]:
+    listing = subprocess.run(
+        ["ps", "-o", "pid=,sid=,stat=,args=", "-e"], capture_output=True, text=True, check=True
+    )
+    rows = [line.split(None, 3) for line in listing.stdout.splitlines()]
+    return [row[3] for row in rows if int(row[1]) == session_leader and "Z" not in row[2]]
+
+
+def test_a_killed_job_ends_with_the_same_mask_when_run_again(tmp_path):
+    """SIGKILL of every process at a random moment; GBP_RAY_KILLS asks for more than one."""
+    moments = random.Random(os.environ.get("GBP_RAY_KILL_SEED", "3"))
+    started = time.monotonic()
+    whole = subprocess.run(command(tmp_path, "whole"), capture_output=True, text=True)
+    wanted, length = final_round(whole), time.monotonic() - started
+    for number in range(int(os.environ.get("GBP_RAY_KILLS", "1"))):
+        killed = command(tmp_path, f"killed{number}")
+        process = subprocess.Popen(
+            killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(moments.uniform(0.3, 0.95) * length)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        again = subprocess.run(killed, capture_output=True, text=True)
+        assert final_round(again) == wanted
+
+
+def test_ctrl_c_ends_everything_that_was_started(tmp_path):
+    process = subprocess.Popen(
+        [*command(tmp_path, "stopped"), "--set=pretrain.epochs=5000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "pretrain" in line:
+            break
+    assert any("ray::" in args or "raylet" in args for args in processes_of(process.pid))
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert output == ""
+    assert errors.splitlines()[-1].startswith("error: stopped")
+    deadline = time.monotonic() + 20
+    while processes_of(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert processes_of(process.pid) == []
