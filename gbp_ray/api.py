@@ -62,13 +62,20 @@ class PruneResult:
 
     def load_model(self, round_number: int = -1) -> nn.Module:
         """Builds the network of a round, the last by default; 0 is the dense one."""
+        add_import_paths([str(Path.cwd())])
         model = load_workload(self.record.job.workload).build_model()
         name = "weights.safetensors"
         load_weights(model, self._read(round_number, name), name)
         return model.eval()
 
     def _read(self, round_number: int, name: str) -> bytes:
-        record = self.record.rounds[round_number]
+        rounds = self.record.rounds
+        if not -len(rounds) <= round_number < len(rounds):
+            raise StoreError(
+                f"'{self.folder}': has no round {round_number} (allowed: 0 to {len(rounds) - 1}, "
+                "or -1 for the last)"
+            )
+        record = rounds[round_number]
         store = Store(self.folder.parent.parent.parent, self.folder.parent.parent.name)
         return store.read_file(self.record.trial_id, record, name)
 

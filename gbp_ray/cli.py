@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gbp_ray import __version__
@@ -105,6 +106,7 @@ def prune(
         f"\n{summary_line(result.record)}\nweights and masks: "
         f"{result.folder}/round_{result.record.final.round:03d}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 
@@ -127,7 +129,7 @@ def show(
         for heading in rows[0]:
             table.add_column(heading)
         for row in rows:
-            table.add_row(*(str(value) for value in row.values()))
+            table.add_row(*(escape(str(value)) for value in row.values()))
         _console().print(table)
         return
     store, name = trials[0]
@@ -211,7 +213,7 @@ def fields(
     for heading in ("field", "default", "meaning"):
         table.add_column(heading, overflow="fold")
     for row in rows:
-        table.add_row(*(text.replace("[", "\\[") for text in row))
+        table.add_row(*(escape(text) for text in row))
     _console().print(table)
 
 

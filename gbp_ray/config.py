@@ -13,7 +13,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -59,6 +59,7 @@ CRITERIA = (
 _PLUG_IN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _PATTERN_N_M = re.compile(r"(\d+):(\d+)")
 _TRAINING_KEYS_OUTSIDE_IDENTITY = {"name", "storage", "cluster"}
+_LAYER_BOUNDS = ("layer_min_sparsity", "layer_max_sparsity")
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -85,6 +86,21 @@ class WorkloadConfig(_Section):
         if not _PLUG_IN.fullmatch(value):
             raise ValueError('must read "module:attr", like "gbp_ray.zoo:digits_convnet"')
         return value
+
+    @field_validator("options")
+    @classmethod
+    def _are_plain(cls, value: dict[str, Any]) -> dict[str, Any]:
+        # Options travel to workers and into records as JSON, so they are what JSON makes of them.
+        plain = {}
+        for name, option in value.items():
+            try:
+                plain[name] = json.loads(json.dumps(option, allow_nan=False))
+            except (TypeError, ValueError, RecursionError):
+                raise ValueError(
+                    f"'{name}' must be text, a finite number, true or false, a list or a table; "
+                    "put quotes around a date"
+                ) from None
+        return plain
 
 
 class Recipe(_Section):
@@ -154,6 +170,8 @@ class PruneConfig(_Section):
     """Training examples the scores are computed on."""
     calibration_batch_size: int = Field(64, ge=1)
     """Examples per scoring batch; part of the definition of taylor_squared."""
+    calibration_augment: bool = True
+    """Whether scoring sees training examples augmented, as training does, or plain."""
     hutchinson_probes: int = Field(4, ge=1)
     """Random probes per batch for the Hessian diagonal of obd."""
     batchnorm_examples: int = Field(2048, ge=0)
@@ -196,22 +214,25 @@ class PruneConfig(_Section):
 
     @model_validator(mode="after")
     def _agree(self) -> PruneConfig:
+        faults = []
         if self.pattern is not None:
             n, m = self.pattern
             if not math.isclose(self.sparsity, 1 - n / m, abs_tol=1e-9):
-                raise ValueError(
+                faults.append(
                     f'granularity = "{self.granularity}" means sparsity = {1 - n / m:g}, not '
                     f"{self.sparsity:g}; set prune.sparsity={1 - n / m:g}"
                 )
         low, high = self.layer_min_sparsity, self.layer_max_sparsity
         if isinstance(low, float) and low > self.sparsity:
-            raise ValueError(
+            faults.append(
                 f"layer_min_sparsity = {low:g} exceeds sparsity = {self.sparsity:g}; lower it"
             )
         if isinstance(high, float) and high < self.sparsity:
-            raise ValueError(
+            faults.append(
                 f"layer_max_sparsity = {high:g} is below sparsity = {self.sparsity:g}; raise it"
             )
+        if faults:
+            raise ValueError(*faults)
         return self
 
     @property
@@ -240,7 +261,7 @@ class ClusterConfig(_Section):
 class JobConfig(_Section):
     """One whole job."""
 
-    name: str = Field(pattern=r"[A-Za-z0-9][A-Za-z0-9._-]*")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Folder of the job inside storage: letters, digits, '.', '_' and '-'."""
     storage: str = "gbp-results"
     """Folder that receives results."""
@@ -257,27 +278,28 @@ class JobConfig(_Section):
     def _is_folder(cls, value: str) -> str:
         if "://" in value and not value.startswith("file://"):
             raise ValueError("must be a folder; object stores are not supported yet")
+        if "\0" in value:
+            raise ValueError("must be a folder; no folder's name holds a NUL")
         return value.removeprefix("file://")
 
     @model_validator(mode="after")
-    def _workers_have_work(self) -> JobConfig:
+    def _sections_agree(self) -> JobConfig:
+        faults = []
         for section in ("pretrain", "finetune"):
             recipe: Recipe = getattr(self, section)
             if recipe.epochs > 0 and recipe.microbatches < self.cluster.num_workers:
-                raise ValueError(
+                faults.append(
                     f"{section}.microbatches = {recipe.microbatches} cannot occupy "
                     f"cluster.num_workers = {self.cluster.num_workers}; lower the workers, which "
                     f"keeps the result, or raise {section}.microbatches, which changes it"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _movement_moves(self) -> JobConfig:
         if self.prune.criterion == "movement" and self.finetune.epochs == 0:
-            raise ValueError(
+            faults.append(
                 "prune.criterion = movement gathers its scores while fine-tuning; "
                 "set finetune.epochs above 0"
             )
+        if faults:
+            raise ValueError(*faults)
         return self
 
 
@@ -330,12 +352,20 @@ def trial_id(job: JobConfig) -> str:
 
 
 def find_idle_options(job: JobConfig) -> list[tuple[str, str]]:
-    """Finds options that were set and do nothing: (dotted key, what makes it idle)."""
+    """Finds options that were set and do nothing: (dotted key, what makes it idle).
+
+    A value that equals the default asks for nothing, and a record's job has all of them set.
+    """
     idle: list[tuple[str, str]] = []
     prune = job.prune
 
     def note(section: BaseModel, prefix: str, names: tuple[str, ...], reason: str) -> None:
-        idle.extend((f"{prefix}.{n}", reason) for n in names if n in section.model_fields_set)
+        fields = type(section).model_fields
+        idle.extend(
+            (f"{prefix}.{name}", reason)
+            for name in names
+            if name in section.model_fields_set and getattr(section, name) != fields[name].default
+        )
 
     for prefix, recipe in (("pretrain", job.pretrain), ("finetune", job.finetune)):
         if recipe.epochs == 0:
@@ -348,7 +378,8 @@ def find_idle_options(job: JobConfig) -> list[tuple[str, str]]:
             names = ("lr_milestones", "lr_gamma")
             note(recipe, prefix, names, f"{prefix}.lr_schedule = {recipe.lr_schedule}")
     if prune.criterion in ("magnitude", "random", "synflow", "movement"):
-        note(prune, "prune", ("calibration_examples",), f"prune.criterion = {prune.criterion}")
+        names = ("calibration_examples", "calibration_augment")
+        note(prune, "prune", names, f"prune.criterion = {prune.criterion}")
     if prune.criterion != "obd":
         note(prune, "prune", ("hutchinson_probes",), f"prune.criterion = {prune.criterion}")
     if prune.rounds == 1:
@@ -401,23 +432,27 @@ def _read_toml(source: str | Path | None) -> dict[str, Any]:
         return tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"job file '{path}' does not exist; give the path of a TOML file"
+            f"job file {str(path)!r} does not exist; give the path of a TOML file"
         ) from None
     except OSError as error:
-        raise ConfigError(f"job file '{path}' cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"job file '{path}' is not TOML: {error}") from None
+        raise ConfigError(f"job file {str(path)!r} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"job file {str(path)!r} is not TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"job file {str(path)!r} is nested too deeply") from None
 
 
 def _split_override(text: str) -> tuple[str, Any]:
     key, equals, raw = text.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise ConfigError(f"--set {text}: must read dotted.key=value, like prune.sparsity=0.95")
+        raise ConfigError(f"--set {text!r}: must read dotted.key=value, like prune.sparsity=0.95")
     try:
-        return key, tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {raw}")
+    except (tomllib.TOMLDecodeError, RecursionError):
         return key, raw
+    # Text of several lines may read as more keys than this one.
+    return key, parsed["value"] if len(parsed) == 1 else raw
 
 
 def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -426,20 +461,28 @@ def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"{key}: '{parent}' is a value, not a section")
+            raise ConfigError(f"{_dotted(key.split('.'))}: {parent!r} is a value, not a section")
         node = child
     node[last] = value
 
 
 def _explain(error: ValidationError) -> str:
-    return "; ".join(_explain_fault(dict(fault)) for fault in error.errors(include_url=False))
+    texts = [_explain_fault(dict(fault)) for fault in error.errors(include_url=False)]
+    # The branches of a union each find their own fault in one value.
+    return "; ".join(dict.fromkeys(texts))
 
 
 def _explain_fault(fault: dict[str, Any]) -> str:
-    where = ".".join(str(part) for part in fault["loc"])
+    where = _dotted(fault["loc"])
     given, kind, context = fault["input"], fault["type"], fault.get("ctx", {})
+    if (bound := next((n for n in fault["loc"] if n in _LAYER_BOUNDS), None)) and (
+        fault["loc"][-1] != bound
+    ):
+        where = f"prune.{bound}"
+        return f"{where}: must be a number, or a table of name globs with a number each"
     if kind == "extra_forbidden":
         section = _section_at(fault["loc"][:-1])
+        assert section is not None
         names = list(section.model_fields)
         return (
             f"{where}: no such key{nearest_name(str(fault['loc'][-1]), names)} "
@@ -454,20 +497,28 @@ def _explain_fault(fault: dict[str, Any]) -> str:
             f"(allowed: {', '.join(allowed)})"
         )
     if kind == "value_error":
-        message = str(context["error"])
-        is_section = isinstance(given, (dict, BaseModel))
-        if is_section:
-            return f"{where}.{message}" if where else message
-        return f"{where} = {given!r}: {message}"
+        messages = [str(message) for message in context["error"].args]
+        if _section_at(fault["loc"]) is not None:
+            return "; ".join(f"{where}.{message}" if where else message for message in messages)
+        return f"{where} = {given!r}: {'; '.join(messages)}"
     reason = fault["msg"].removeprefix("Input ")
     return f"{where} = {given!r}: {reason}"
 
 
-def _section_at(path: tuple[int | str, ...]) -> type[BaseModel]:
+def _dotted(path: Iterable[int | str]) -> str:
+    """Joins a path as TOML writes it: what is no bare key gets quotes."""
+    return ".".join(
+        str(part) if re.fullmatch(r"[\w-]+", str(part)) else json.dumps(part) for part in path
+    )
+
+
+def _section_at(path: tuple[int | str, ...]) -> type[BaseModel] | None:
+    """Finds the section that a path leads to, or None where it leads to a value."""
     section: type[BaseModel] = JobConfig
     for part in path:
-        inner = section.model_fields[str(part)].annotation
-        assert isinstance(inner, type)
-        assert issubclass(inner, BaseModel)
+        field = section.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return None
         section = inner
     return section

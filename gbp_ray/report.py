@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from gbp_ray.store import RoundRecord, TrialRecord
@@ -39,7 +40,9 @@ def layer_table(record: RoundRecord) -> Table:
     for heading in ("weights", "left", "sparsity", "MACs left"):
         table.add_column(heading, justify="right")
     for layer in record.cost.layers:
-        name = f"{layer.name} (held back)" if layer.name in record.held_back else layer.name
+        name = escape(layer.name)
+        if layer.name in record.held_back:
+            name += " (held back)"
         table.add_row(
             name,
             "x".join(str(size) for size in layer.shape),

@@ -22,11 +22,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
+from pydantic import BaseModel, ConfigDict, ValidationError, computed_field, field_validator
 
 from gbp_ray.config import SCHEMA_VERSION, JobConfig
 from gbp_ray.errors import StoreError
@@ -141,6 +141,12 @@ class TrialRecord(_Record):
     num_workers: int
     versions: dict[str, str] = {}
 
+    @field_validator("job", mode="before")
+    @classmethod
+    def _drop_later_fields(cls, value: object) -> object:
+        # A job file must not hold unknown keys, but a record of a later version may.
+        return _known_fields(JobConfig, value)
+
     @property
     def dense(self) -> RoundRecord:
         """The network before the first prune."""
@@ -161,7 +167,12 @@ class Store:
     """
 
     def __init__(self, storage: str | Path, name: str) -> None:
-        self.folder = Path(storage).expanduser().absolute() / name
+        try:
+            self.folder = Path(storage).expanduser().absolute() / name
+        except RuntimeError:
+            raise StoreError(
+                f"storage = '{storage}': there is no such home folder; give a whole path"
+            ) from None
 
     def claim(self, job: JobConfig) -> None:
         """Makes the folder this job's, or makes sure that it is.
@@ -174,7 +185,7 @@ class Store:
         """
         mark = self.folder / "job.json"
         factory = job.workload.factory
-        if mark.exists():
+        if _exists(mark):
             found = _parse_json(mark).get("factory")
             if found != factory:
                 raise StoreError(
@@ -182,7 +193,8 @@ class Store:
                     f"workload.factory = '{found}'; choose another name or storage"
                 )
             return
-        if self.folder.exists() and any(self.folder.iterdir()):
+        # A claim that was killed leaves its temporary file.
+        if any(not name.startswith(f".{mark.name}.") for name in _list_names(self.folder)):
             raise StoreError(
                 f"storage: '{self.folder}' is not empty and not a results folder; choose another "
                 "name or storage"
@@ -201,12 +213,12 @@ class Store:
     def read_trial(self, trial_id: str) -> TrialRecord | None:
         """Reads a finished trial, or None where it has not finished."""
         path = self.trial_folder(trial_id) / "trial.json"
-        return _parse_record(path, TrialRecord) if path.exists() else None
+        return _parse_record(path, TrialRecord) if _exists(path) else None
 
     def read_rounds(self, trial_id: str) -> list[RoundRecord]:
         """Reads the whole rounds of a trial, from 0 up to the first that is missing."""
         records: list[RoundRecord] = []
-        while (path := self.round_folder(trial_id, len(records)) / "round.json").exists():
+        while _exists(path := self.round_folder(trial_id, len(records)) / "round.json"):
             records.append(_parse_record(path, RoundRecord))
         return records
 
@@ -246,8 +258,12 @@ class Store:
                 there, and those before it are.
         """
         folder = self.round_folder(trial_id, record.round)
-        # A record left by an interrupted rewrite must not vouch for new files.
-        (folder / "round.json").unlink(missing_ok=True)
+        with _as_store_error(folder):
+            # A record left by an interrupted rewrite must not vouch for new files.
+            (folder / "round.json").unlink(missing_ok=True)
+            # A writer that was killed leaves its temporary file.
+            for leftover in folder.glob(".*"):
+                leftover.unlink(missing_ok=True)
         committed = {}
         for name, data in files.items():
             self._write(folder / name, data)
@@ -262,21 +278,20 @@ class Store:
         self._write(self.trial_folder(record.trial_id) / "trial.json", _dump_record(record))
 
     def _write(self, path: Path, data: bytes) -> None:
-        temporary: str | None = None
-        try:
+        with _as_store_error(path, len(data)):
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except OSError as error:
-            if temporary is not None:
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                Path(temporary).chmod(0o644)
+                Path(temporary).replace(path)
+            except BaseException:
                 with contextlib.suppress(OSError):
                     Path(temporary).unlink(missing_ok=True)
-            raise StoreError(_explain_os_error(error, path, len(data))) from None
+                raise
 
 
 def locate_trials(uri: str | Path) -> list[tuple[Store, str]]:
@@ -288,8 +303,13 @@ def locate_trials(uri: str | Path) -> list[tuple[Store, str]]:
     Raises:
         StoreError: There is no such folder, or it holds no trial.
     """
-    folder = Path(str(uri).removeprefix("file://")).expanduser().absolute()
-    if not folder.is_dir():
+    try:
+        # Resolved, because "." and ".." have no name to go by.
+        folder = Path(str(uri).removeprefix("file://")).expanduser().resolve()
+        is_folder = folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StoreError(f"'{uri}': cannot be read: {error}") from None
+    if not is_folder:
         raise StoreError(
             f"'{uri}': there is no such folder; give a trial's, a job's or a storage's"
         )
@@ -306,6 +326,47 @@ def locate_trials(uri: str | Path) -> list[tuple[Store, str]]:
         (Store(trial.parent.parent.parent, trial.parent.parent.name), trial.name)
         for trial in trials
     ]
+
+
+@contextlib.contextmanager
+def _as_store_error(path: Path, num_bytes: int = 0) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(_explain_os_error(error, path, num_bytes)) from None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise StoreError(f"'{path}': cannot be read: {error.strerror}") from None
+
+
+def _list_names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208 - names alone
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StoreError(
+            f"storage: '{folder}' is not a folder that can be used: {error.strerror}; choose "
+            "another name or storage"
+        ) from None
+
+
+def _known_fields(section: type[BaseModel], tree: object) -> object:
+    if not isinstance(tree, dict):
+        return tree
+    known = {}
+    for name, field in section.model_fields.items():
+        if name in tree:
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                known[name] = _known_fields(inner, tree[name])
+            else:
+                known[name] = tree[name]
+    return known
 
 
 def _dump_record(record: BaseModel) -> bytes:

@@ -102,14 +102,14 @@ def load_workload(config: WorkloadConfig) -> Workload:
         workload = factory(**config.options)
     except GbpError:
         raise
-    except FileNotFoundError as error:
-        raise WorkloadError(
-            f"workload.factory = '{config.factory}': '{error.filename}' does not exist; "
-            "check workload.options"
-        ) from error
     except Exception as error:
+        if isinstance(error, FileNotFoundError) and error.filename is not None:
+            raise WorkloadError(
+                f"workload.factory = '{config.factory}': '{error.filename}' does not exist; "
+                "check workload.options"
+            ) from error
         raise WorkloadError(
-            f"workload.factory = '{config.factory}' raised {type(error).__name__}: {error}"
+            f"workload.factory = '{config.factory}' raised {_in_one_line(error)}"
         ) from error
     if not isinstance(workload, Workload):
         raise WorkloadError(
@@ -122,58 +122,100 @@ def load_workload(config: WorkloadConfig) -> Workload:
 def check_workload(workload: Workload, model: nn.Module, batch_size: int) -> None:
     """Refuses data that no job can use, before anything is trained.
 
-    One batch goes through the model, so a wrong input shape shows here and not an hour later.
+    One batch of each split goes through the model, so a wrong shape shows here and not an hour
+    later. Labels are checked as far as they can be seen without reading the data: all of a tuple's,
+    one batch of a data set's.
 
     Raises:
         WorkloadError: A split is empty, labels are out of range, or the model, the loss or the
             metric does not accept a batch.
     """
-    for split in ("train", "test"):
-        if num_examples(getattr(workload, split)) == 0:
-            raise WorkloadError(f"workload.{split}: holds no examples; give at least one")
-    indices = torch.arange(min(batch_size, num_examples(workload.train)))
     was_training = model.training
     model.eval()
     try:
+        for split in ("train", "test"):
+            _check_size(split, getattr(workload, split))
+        for split in ("train", "test"):
+            _check_split(workload, model, split, batch_size)
+    finally:
+        model.train(was_training)
+
+
+def _check_size(split: str, data: Any) -> None:
+    if isinstance(data, tuple) and len(data) != 2:
+        raise WorkloadError(f"workload.{split}: a tuple must be (inputs, targets), not {len(data)}")
+    try:
+        sizes = [len(column) for column in data] if isinstance(data, tuple) else [len(data)]
+    except TypeError as error:
+        raise WorkloadError(
+            f"workload.{split}: its examples cannot be counted ({_in_one_line(error)}); give "
+            "(inputs, targets) or a map-style dataset"
+        ) from error
+    if len(set(sizes)) > 1:
+        raise WorkloadError(f"workload.{split}: has {sizes[0]} inputs but {sizes[1]} targets")
+    if sizes[0] == 0:
+        raise WorkloadError(f"workload.{split}: holds no examples; give at least one")
+
+
+def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: int) -> None:
+    data = getattr(workload, split)
+    indices = torch.arange(min(batch_size, num_examples(data)))
+    # Only training examples are augmented.
+    seed = 0 if split == "train" else None
+    try:
         with torch.no_grad():
-            inputs, targets = take_batch(workload, workload.train, indices)
+            inputs, targets = take_batch(workload, data, indices, augment_seed=seed)
             outputs = model(inputs)
-            _check_labels(workload, outputs, targets)
+            _check_labels(workload, split, outputs, targets)
             loss = workload.loss(outputs, targets)
-            workload.count_correct(outputs, targets)
+            correct = workload.count_correct(outputs, targets)
     except GbpError:
         raise
     except Exception as error:
         raise WorkloadError(
-            f"workload: one batch of {len(indices)} training examples failed with "
-            f"{type(error).__name__}: {error}"
+            f"workload.{split}: one batch of {len(indices)} examples failed with "
+            f"{_in_one_line(error)}"
         ) from error
-    finally:
-        model.train(was_training)
-    if loss.ndim != 0:
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
         raise WorkloadError(
-            f"workload.loss: must return the mean over the batch, a scalar, not shape "
-            f"{tuple(loss.shape)}"
+            "workload.loss: must return the mean over the batch, a scalar tensor, not "
+            f"{_kind_of(loss)}"
+        )
+    is_count = isinstance(correct, int) or (
+        isinstance(correct, Tensor)
+        and correct.ndim == 0
+        and not (correct.is_floating_point() or correct.is_complex())
+    )
+    if not is_count:
+        raise WorkloadError(
+            "workload.count_correct: must return how many answers of the batch are right, an "
+            f"integer scalar tensor, not {_kind_of(correct)}"
         )
 
 
-def _check_labels(workload: Workload, outputs: Tensor, targets: Tensor) -> None:
+def _check_labels(workload: Workload, split: str, outputs: Tensor, targets: Tensor) -> None:
     is_classifier = workload.loss is functional.cross_entropy and outputs.ndim == 2
     if not is_classifier or targets.is_floating_point():
         return
     num_classes = outputs.shape[1]
-    for split in ("train", "test"):
-        data = getattr(workload, split)
-        if isinstance(data, tuple):
-            labels = torch.as_tensor(data[1])
-            low, high = int(labels.min()), int(labels.max())
-        else:
-            low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= num_classes:
-            raise WorkloadError(
-                f"workload.{split}: labels run from {low} to {high}, but the model has "
-                f"{num_classes} outputs (allowed: 0 to {num_classes - 1})"
-            )
+    data = getattr(workload, split)
+    labels = data[1] if isinstance(data, tuple) else targets
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise WorkloadError(
+            f"workload.{split}: labels run from {low} to {high}, but the model has "
+            f"{num_classes} outputs (allowed: 0 to {num_classes - 1})"
+        )
+
+
+def _kind_of(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def import_attribute(path: str, key: str) -> Any:
@@ -193,7 +235,7 @@ def import_attribute(path: str, key: str) -> Any:
         ) from None
     except Exception as error:
         raise ConfigError(
-            f"{key} = '{path}': importing '{module_name}' raised {type(error).__name__}: {error}"
+            f"{key} = '{path}': importing '{module_name}' raised {_in_one_line(error)}"
         ) from error
     if not hasattr(module, attribute):
         names = [name for name in dir(module) if not name.startswith("_")]

@@ -234,7 +234,14 @@ def _sum_over_batches(
             vector_N: Tensor | None = None
             if item is not None:
                 batch = chosen[batches[item].start : batches[item].stop]
-                inputs, targets = take_batch(workload, workload.train, batch, device=ranks.device)
+                draws = derive_seed(seed, "calibration", "augment", item)
+                inputs, targets = take_batch(
+                    workload,
+                    workload.train,
+                    batch,
+                    device=ranks.device,
+                    augment_seed=draws if config.calibration_augment else None,
+                )
                 probe = Probe(model, units, workload.loss, config, seed, item, previous_N)
                 vector_N = statistic(probe, inputs, targets)
             sums.add(vector_N)

@@ -50,7 +50,7 @@ def work_trial(
         resume = None
         if records:
             resume = ranks.together(lambda: _read_checkpoint(store, name, records))
-        teller = _Teller(job, workload, name, len(records), tell)
+        teller = _Teller(job, workload, name, tell)
         for state in run_rounds(job, workload, ranks, resume=resume, tell=teller):
             files = state.to_files() if ranks.is_first else {}
             commit = partial(store.write_round, name, state.record, files)
@@ -82,21 +82,34 @@ class _Teller:
         job: JobConfig,
         workload: Workload,
         name: str,
-        num_done: int,
         tell: Callable[[Tick], None],
     ) -> None:
         self._name, self._tell, self._num_rounds = name, tell, job.prune.rounds
+        finetune = num_steps(job.finetune, workload, job.finetune.epochs)
         self._pretrain = num_steps(job.pretrain, workload, job.pretrain.epochs)
-        # Scoring and evaluating count as one step, so that a trial without training moves on, too.
-        self._per_round = num_steps(job.finetune, workload, job.finetune.epochs) + 1
-        self._first_round = num_done
+        # Movement looks back on a stretch of fine-tuning before the first prune.
+        self._dense = self._pretrain + (finetune if job.prune.criterion == "movement" else 0)
+        # Scoring counts as one step, so that a trial without training moves on, too.
+        self._per_round = 1 + finetune
+        self._share = 0.0
 
     def __call__(self, phase: str, number: int, done: int, total: int, loss: float | None) -> None:
-        before = 0 if number == 0 else self._pretrain + (number - 1) * self._per_round
-        inside = done if phase in ("pretrain", "finetune") else 0
-        everything = self._pretrain + self._num_rounds * self._per_round
-        share = min(1.0, (before + inside) / everything)
-        self._tell(Tick(self._name, number, self._num_rounds, phase, done, total, loss, share))
+        if number == 0:
+            before = 0
+            inside = {
+                "pretrain": float(done),
+                "finetune": self._pretrain + done,
+                "evaluate": self._dense,
+            }[phase]
+        else:
+            before = self._dense + (number - 1) * self._per_round
+            inside = {"score": done / total, "finetune": 1.0 + done, "evaluate": 1.0}[phase]
+        everything = self._dense + self._num_rounds * self._per_round
+        # Evaluation comes before fine-tuning and after it, and never moves the trial back.
+        self._share = max(self._share, min(1.0, (before + inside) / everything))
+        self._tell(
+            Tick(self._name, number, self._num_rounds, phase, done, total, loss, self._share)
+        )
 
 
 @contextmanager
