@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,15 +173,28 @@ def test_a_killed_job_ends_with_the_same_mask_when_run_again(tmp_path):
     whole = subprocess.run(command(tmp_path, "whole"), capture_output=True, text=True)
     wanted, length = final_round(whole), time.monotonic() - started
     for number in range(int(os.environ.get("GBP_RAY_KILLS", "1"))):
-        killed = command(tmp_path, f"killed{number}")
-        process = subprocess.Popen(
-            killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        time.sleep(moments.uniform(0.3, 0.95) * length)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        again = subprocess.run(killed, capture_output=True, text=True)
+        delay = moments.uniform(0.1, 0.95) * length
+        job = command(tmp_path, f"killed{number}")
+        while not kill_after(delay, job):
+            delay *= 0.8
+            shutil.rmtree(tmp_path / f"killed{number}")
+        num_whole = len(list(tmp_path.glob(f"killed{number}/trials/*/*/round.json")))
+        print(f"killed after {delay:.1f} s with {num_whole} whole rounds")
+        again = subprocess.run(job, capture_output=True, text=True)
         assert final_round(again) == wanted
+
+
+def kill_after(delay_s: float, job: list[str]) -> bool:
+    """Kills a job and all its processes; False where it had ended before."""
+    process = subprocess.Popen(
+        job, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    time.sleep(delay_s)
+    if process.poll() is not None:
+        return False
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return True
 
 
 def test_ctrl_c_ends_everything_that_was_started(tmp_path):
