@@ -65,6 +65,7 @@ def prunable_parameters(model: nn.Module, exclude: Iterable[str] = ()) -> list[P
 
     Raises:
         ConfigError: A glob of `exclude` matches no parameter, or nothing is left to prune.
+        PruneError: A weight is not a parameter but computed from others.
     """
     names_of: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -73,7 +74,12 @@ def prunable_parameters(model: nn.Module, exclude: Iterable[str] = ()) -> list[P
     for module in model.modules():
         if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)):
             weight = module.weight
-            assert isinstance(weight, nn.Parameter)
+            if not isinstance(weight, nn.Parameter):
+                path = next(name for name, other in model.named_modules() if other is module)
+                raise PruneError(
+                    f"'{f'{path}.weight'.lstrip('.')}': is computed from other tensors (by "
+                    "torch.nn.utils.prune or a parametrization); make it a plain parameter first"
+                )
             if weight in names_of and weight not in found:
                 input_dim = 0 if isinstance(module, _TRANSPOSED) else 1
                 found[weight] = Prunable(names_of[weight][0], weight, input_dim)
@@ -190,6 +196,7 @@ class MaskSet(Mapping[str, Tensor]):
 
     def _combine(self, other: MaskSet, operation: object) -> MaskSet:
         _require_same_shapes(_shapes(other), _shapes(self), "the other masks")
+        _require_same_shapes(_shapes(self), _shapes(other), "these masks")
         assert callable(operation)
         return MaskSet({name: operation(mask, other[name]) for name, mask in self.items()})
 
@@ -291,7 +298,8 @@ class MaskSet(Mapping[str, Tensor]):
         try:
             packed = load_tensors(data)
             metadata = _read_metadata(data)
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, ValueError, KeyError) as error:
+            # KeyError: a dtype that torch does not have.
             raise StoreError(f"{source}: is not a readable safetensors file: {error}") from None
         if metadata.get("format") != _FORMAT or metadata.get("version") != "1":
             raise StoreError(f"{source}: is not a mask file of format {_FORMAT}, version 1")
@@ -301,7 +309,7 @@ class MaskSet(Mapping[str, Tensor]):
             found = _digest_of({name: (shapes[name], packed[name].numpy()) for name in packed})
             is_intact = found == metadata["digest"]
             round_number = int(metadata["round"])
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise StoreError(f"{source}: is damaged ({type(error).__name__}: {error})") from None
         if not is_intact:
             raise StoreError(f"{source}: is damaged, its masks do not match its digest; restore it")
@@ -333,6 +341,8 @@ def _pack(mask: Tensor) -> np.ndarray:
 
 
 def _unpack(packed: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+    if not all(isinstance(size, int) for size in shape):
+        raise ValueError(f"{shape} is not a shape")
     total = math.prod(shape)
     if packed.dtype != np.uint8 or packed.size != -(-total // 8):
         raise ValueError(f"{packed.size} bytes cannot hold {total} bits")

@@ -170,8 +170,9 @@ def criterion(name: str) -> Criterion:
     """Finds a criterion by its name in a job.
 
     A user's own is "module:attr", where attr is either a `Criterion`, or a function
-    `(model, inputs, targets, loss) -> {parameter name: tensor}` whose tensors are summed over the
-    calibration batches and taken as the scores.
+    `(model, inputs, targets, loss) -> {parameter name: tensor}`. It is called for each calibration
+    batch with the batch's mean loss, a scalar with its graph; what it returns is summed over the
+    batches and taken as the scores.
 
     Raises:
         ConfigError: There is no such criterion.
@@ -336,10 +337,11 @@ def _hessian_product(
 
 
 def _wrap_function(
-    function: Callable[[nn.Module, Tensor, Tensor, object], Mapping[str, Tensor]], name: str
+    function: Callable[[nn.Module, Tensor, Tensor, Tensor], Mapping[str, Tensor]], name: str
 ) -> BatchStatistic:
     def statistic(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
-        found = function(probe.model, inputs, targets, probe.loss)
+        loss = probe.loss(probe.model(inputs), targets)
+        found = function(probe.model, inputs, targets, loss)
         for unit in probe.units:
             given = tuple(found[unit.name].shape) if unit.name in found else None
             if given != tuple(unit.parameter.shape):

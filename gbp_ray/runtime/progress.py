@@ -85,7 +85,8 @@ class ProgressBoard:
         now = time.monotonic()
         start, share = self._started.setdefault(tick.trial, (now, tick.share))
         left = ""
-        if tick.share > share and now - start > 2:
+        # The first steps say nothing about the pace of the whole.
+        if tick.share - share > 0.02 and now - start > 2:
             left = f", {_clock((now - start) * (1 - tick.share) / (tick.share - share))} left"
         loss = "" if tick.loss is None else f", loss {tick.loss:.4f}"
         detail = f"{tick.phase} {tick.done}/{tick.total}{loss}{left}"

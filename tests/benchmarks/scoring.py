@@ -4,8 +4,8 @@
 
 A CIFAR ResNet (He et al. 2015) with random weights on random images: cost does not depend on their
 values. The plain pass goes over the same batches in eval mode and keeps the gradients of the
-prunable weights; it is timed anew beside every criterion, in turn, and the table shows the median of
-the pairwise ratios with their range. One thread, so that the figure is work done rather than luck.
+prunable weights; it is timed anew beside every criterion, in turn, and the table shows the median
+of the pairwise ratios with their range. One thread, so that the figure is work done, not luck.
 """
 
 import argparse

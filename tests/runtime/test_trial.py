@@ -1,6 +1,7 @@
 """One trial on Ray Train against the same trial in one process, and what happens when it breaks."""
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ from gbp_ray.config import ClusterConfig, load_job
 from gbp_ray.errors import PruneError, TrialError
 
 pytestmark = pytest.mark.ray
+logger = logging.getLogger(__name__)
 
 QUICK = {
     "pretrain.epochs": 2,
@@ -179,7 +181,7 @@ def test_a_killed_job_ends_with_the_same_mask_when_run_again(tmp_path):
             delay *= 0.8
             shutil.rmtree(tmp_path / f"killed{number}")
         num_whole = len(list(tmp_path.glob(f"killed{number}/trials/*/*/round.json")))
-        print(f"killed after {delay:.1f} s with {num_whole} whole rounds")
+        logger.info("killed after %.1f s with %d whole rounds", delay, num_whole)
         again = subprocess.run(job, capture_output=True, text=True)
         assert final_round(again) == wanted
 

@@ -1,0 +1,286 @@
+"""What every rank computes in test_ranks: the same program alone and among 2, 3 or 4 processes."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import multiprocessing
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from small_networks import (
+    ConvNet,
+    TanhNet,
+    built,
+    draw,
+    images,
+    in_float64,
+    job_config,
+    prune_config,
+    regression,
+    scores_of,
+)
+from torch import Tensor, nn
+
+from gbp_ray.config import CRITERIA, FinetuneConfig, PretrainConfig
+from gbp_ray.errors import ConfigError, PruneError
+from gbp_ray.pruning.masks import MaskSet, prunable_parameters
+from gbp_ray.pruning.ranks import OrderedSum, Ranks
+from gbp_ray.pruning.rounds import run_rounds
+from gbp_ray.pruning.selection import select_masks
+from gbp_ray.pruning.training import (
+    Span,
+    evaluate,
+    make_optimizer,
+    recalibrate_batchnorm,
+    train_epochs,
+)
+
+SUM_CASES = [
+    (num_elements, num_items, dtype, wire)
+    for num_elements in (1, 5, 18)
+    for num_items in (1, 2, 5, 8)
+    for dtype, wire in (
+        (torch.float64, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    )
+]
+
+MASK_CASES = [
+    (rule, scope, granularity)
+    for rule in CRITERIA
+    for scope in ("global", "layer")
+    for granularity in ("weight", "2:4")
+]
+
+
+def addends(num_elements: int, num_items: int) -> Tensor:
+    """Vectors of very different sizes, whose sum in floating point depends on the order."""
+    scales = 10.0 ** draw(num_items, 1, seed=3).mul(3).round()
+    return (draw(num_items, num_elements, seed=4) * scales).double()
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """Hashes names and bytes, so that equal digests mean equal bits."""
+    hashed = hashlib.sha256()
+    for name, tensor in tensors.items():
+        hashed.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def report_of(ranks: Ranks) -> dict[str, Any]:
+    """Runs every case and reports what this rank got."""
+    trained, movement_N = _train(ranks)
+    return {
+        "sums": [_sum_in_order(ranks, *case) for case in SUM_CASES],
+        "masks": _masks(ranks, trained, movement_N),
+        "trained": digest(trained.state_dict()),
+        "movement": digest({"movement": movement_N}),
+        "float64 scores": _float64_scores(ranks),
+        "evaluated": evaluate(trained, images(), ranks, 4),
+        "recalibrated": _recalibrated(ranks, trained),
+        "unruly model": _unruly_model(ranks),
+        "rounds": _rounds(ranks),
+        "filled in": _filled_in(ranks).tolist(),
+        "shared": ranks.share_object({"from": ranks.rank}),
+        "together": _together(ranks),
+        "disagreement": _disagreement(ranks),
+        "rank": ranks.rank,
+    }
+
+
+def _sum_in_order(
+    ranks: Ranks, num_elements: int, num_items: int, dtype: torch.dtype, wire: torch.dtype
+) -> bytes:
+    vectors = addends(num_elements, num_items)
+    sums = OrderedSum(ranks, num_elements, num_items, dtype, wire)
+    for item in ranks.deal(num_items):
+        sums.add(None if item is None else vectors[item])
+    return sums.result().numpy().tobytes()
+
+
+def _train(ranks: Ranks) -> tuple[nn.Module, Tensor]:
+    """Trains with BatchNorm, dropout and augmentation; gathers movement on the way."""
+    workload, model = images(), built(ConvNet)
+    units = prunable_parameters(model)
+    recipe = FinetuneConfig(epochs=2, batch_size=14, microbatches=5, learning_rate=0.05)
+    gathered = torch.zeros(sum(unit.parameter.numel() for unit in units), dtype=torch.float64)
+
+    def gather(gradients: dict[str, Tensor]) -> None:
+        pieces = [(unit.parameter * gradients[unit.name]).reshape(-1) for unit in units]
+        gathered.sub_(torch.cat(pieces).detach())
+
+    span = Span("finetune", range(6), range(6))
+    optimizer = make_optimizer(model, recipe)
+    train_epochs(model, workload, recipe, ranks, optimizer, span, seed=5, movement=gather)
+    return model, gathered
+
+
+def _masks(ranks: Ranks, model: nn.Module, movement_N: Tensor) -> dict[tuple[str, str, str], str]:
+    found = {}
+    for rule in CRITERIA:
+        config = prune_config(
+            rule, exclude=("conv1.*",), calibration_examples=23, calibration_batch_size=5
+        )
+        units = prunable_parameters(model, config.exclude)
+        gathered_N = movement_N[-sum(unit.parameter.numel() for unit in units) :]
+        scores = scores_of(
+            model, images(), config, ranks=ranks, seed=6, movement_N=gathered_N
+        )
+        for _, scope, granularity in (case for case in MASK_CASES if case[0] == rule):
+            chosen = config.model_copy(update={"scope": scope, "granularity": granularity})
+            masks = MaskSet.dense(units)
+            for sparsity in (0.2, 0.5):
+                masks = select_masks(scores, masks, chosen, sparsity).masks
+            found[rule, scope, granularity] = masks.digest
+    return found
+
+
+def _float64_scores(ranks: Ranks) -> dict[str, str]:
+    workload = regression(
+        TanhNet, draw(11, 3, seed=1, dtype=torch.float64), draw(11, 2, seed=2, dtype=torch.float64)
+    )
+    found = {}
+    for rule in ("taylor", "taylor_squared", "fisher", "obd", "grasp"):
+        config = prune_config(rule, calibration_batch_size=3)
+        found[rule] = digest(scores_of(in_float64(TanhNet), workload, config, ranks=ranks))
+    return found
+
+
+def _recalibrated(ranks: Ranks, trained: nn.Module) -> str:
+    model = copy.deepcopy(trained)
+    recalibrate_batchnorm(model, images(), ranks, examples=31, batch_size=6, seed=1)
+    return digest(model.state_dict())
+
+
+class UnrulyNet(ConvNet):
+    """Counts its calls, drifts in a buffer and draws random numbers, in eval mode, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("drift", torch.zeros(3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls += 1
+        self.drift += inputs.detach().mean()
+        return super().forward(inputs + 0.1 * torch.randn_like(inputs)) + self.drift
+
+
+def _unruly_model(ranks: Ranks) -> tuple[str, tuple[float, float], str]:
+    workload, model = images(UnrulyNet), built(UnrulyNet)
+    config = prune_config("taylor", calibration_examples=23, calibration_batch_size=5)
+    scores = scores_of(model, workload, config, ranks=ranks)
+    figures = evaluate(model, workload, ranks, 4)
+    recalibrate_batchnorm(model, workload, ranks, examples=31, batch_size=6, seed=1)
+    return digest(scores), figures, digest(model.state_dict())
+
+
+def _rounds(ranks: Ranks) -> list[tuple[dict[str, Any], str, str]]:
+    job = job_config(
+        pretrain=PretrainConfig(epochs=1, batch_size=15, microbatches=4),
+        finetune=FinetuneConfig(epochs=1, batch_size=15, microbatches=4),
+        prune={
+            "rounds": 2,
+            "calibration_examples": 30,
+            "calibration_batch_size": 7,
+            "batchnorm_examples": 20,
+        },
+        workload={"eval_batch_size": 5},
+    )
+    found = []
+    for state in run_rounds(job, images(), ranks):
+        record = state.record.model_dump(exclude={"seconds"})
+        found.append((record, state.masks.digest, digest(state.model.state_dict())))
+    return found
+
+
+def _filled_in(ranks: Ranks) -> Tensor:
+    values = torch.zeros(7)
+    for item in ranks.deal(7):
+        if item is not None:
+            values[item] = 0.1 * item
+    return ranks.fill_in(values)
+
+
+def _together(ranks: Ranks) -> list[str]:
+    """Fails on some ranks alone; reports what each rank was told."""
+
+    def fail_from(first: int) -> int:
+        if ranks.rank >= first:
+            raise ConfigError(f"planted on rank {ranks.rank}", rank_of_fault=ranks.rank)
+        return ranks.rank
+
+    told = []
+    for first in (0, 1, ranks.world_size):
+        try:
+            told.append(f"fine on {ranks.together(lambda first=first: fail_from(first))}")
+        except ConfigError as error:
+            told.append(f"{error} ({error.rank_of_fault})")
+    return told
+
+
+def _disagreement(ranks: Ranks) -> list[str]:
+    """Plants a stray digest on the last rank, then on all but the first, then nowhere."""
+    heard = []
+    for first_stray in (ranks.world_size - 1, 1, ranks.world_size):
+        is_stray = ranks.rank >= max(first_stray, 1)
+        try:
+            ranks.check_agreement("stray" if is_stray else "common", "the mask of round 3")
+            heard.append("")
+        except PruneError as error:
+            heard.append(str(error))
+    return heard
+
+
+# -- starting the processes --------------------------------------------------------------------
+
+
+def reports_of_world(world_size: int, folder: Path) -> list[dict[str, Any]]:
+    """Starts `world_size` gloo processes and returns their reports, rank 0 first."""
+    return next(iter(reports_of_worlds([world_size], folder)))
+
+
+def reports_of_worlds(world_sizes: list[int], folder: Path) -> Iterator[list[dict[str, Any]]]:
+    # The fork server imports torch once and forks clean processes from then on.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rank_program"])
+    for world_size in world_sizes:
+        processes = [
+            context.Process(target=_work, args=(rank, world_size, folder), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout=120)
+            if process.is_alive():
+                process.kill()
+        yield [_read(folder / f"{world_size}-{rank}") for rank in range(world_size)]
+
+
+def _work(rank: int, world_size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/{world_size}-meeting",
+            rank=rank,
+            world_size=world_size,
+        )
+        report: Any = report_of(Ranks.current())
+        dist.destroy_process_group()
+    except BaseException:
+        report = {"failure": traceback.format_exc()}
+    torch.save(report, folder / f"{world_size}-{rank}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    report = torch.load(path, weights_only=False)
+    assert "failure" not in report, report["failure"]
+    return report

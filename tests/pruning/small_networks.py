@@ -1,0 +1,130 @@
+"""Networks and workloads small enough for a dense Hessian, shared by the tests of the core."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gbp_ray.config import JobConfig, PruneConfig
+from gbp_ray.pruning.masks import prunable_parameters
+from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.pruning.saliency import score
+from gbp_ray.workload import Workload, seeded
+
+ONE_RANK = Ranks()
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Draws normal numbers that depend on shape and seed alone."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def built(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """Builds a network under a seed."""
+    with seeded(seed):
+        return build()
+
+
+@contextlib.contextmanager
+def float64_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def in_float64(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """Builds a network whose parameters and buffers are float64."""
+    with float64_by_default():
+        return built(build, seed)
+
+
+def prune_config(criterion: str = "taylor", **fields: Any) -> PruneConfig:
+    return PruneConfig(**{"criterion": criterion, "sparsity": 0.5, **fields})
+
+
+def job_config(**sections: Any) -> JobConfig:
+    """Fills a job: each section a dict over defaults that make a small job."""
+    prune = {"criterion": "taylor", "sparsity": 0.8, **sections.pop("prune", {})}
+    workload = {"factory": "nowhere:nothing", **sections.pop("workload", {})}
+    return JobConfig(name="small", prune=prune, workload=workload, **sections)
+
+
+def regression(build: Callable[[], nn.Module], inputs: Tensor, targets: Tensor) -> Workload:
+    """A workload under the mean squared error, tested on what it is trained on."""
+    return Workload(
+        build_model=build,
+        train=(inputs, targets),
+        test=(inputs, targets),
+        loss=functional.mse_loss,
+        count_correct=lambda outputs, targets: torch.zeros((), dtype=torch.int64),
+    )
+
+
+def scores_of(model: nn.Module, workload: Workload, config: PruneConfig, **more: Any) -> Any:
+    """Scores a model on one rank."""
+    units = prunable_parameters(model, config.exclude)
+    return score(model, units, workload, config, more.pop("ranks", ONE_RANK), **more)
+
+
+class TanhNet(nn.Sequential):
+    """A smooth network: its Hessian is dense and nowhere zero."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+class SharedWeightNet(nn.Module):
+    """Two linear layers that share one square weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3, bias=False)
+        self.second = nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(inputs)))
+
+
+class ConvNet(nn.Module):
+    """A classifier with BatchNorm and dropout whose inputs, but for the first, divide by 4."""
+
+    def __init__(self, dropout: float = 0.25) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 8, 3, padding=1)
+        self.norm1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, bias=False)
+        self.norm2 = nn.BatchNorm2d(8)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = functional.relu(self.norm1(self.conv1(inputs)))
+        hidden = functional.relu(self.norm2(self.conv2(hidden)))
+        hidden = functional.adaptive_avg_pool2d(hidden, 2).flatten(1)
+        return self.head(self.dropout(hidden))
+
+
+def jitter(images: Tensor) -> Tensor:
+    """A random augmentation: noise on every pixel."""
+    return images + 0.1 * torch.randn_like(images)
+
+
+def images(
+    build: Callable[[], nn.Module] = ConvNet, num_train: int = 46, num_test: int = 29
+) -> Workload:
+    """Noise with labels that depend on it; sizes that no batch size divides."""
+
+    def split(total: int, seed: int) -> tuple[Tensor, Tensor]:
+        pixels = draw(total, 2, 6, 6, seed=seed)
+        labels = (pixels[:, 0].mean(dim=(1, 2)) * 8).round().long().remainder(3)
+        return pixels, labels
+
+    return Workload(build, split(num_train, 11), split(num_test, 12), augment=jitter)

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rank_program import MASK_CASES, SUM_CASES, addends, report_of, reports_of_world
+
+from gbp_ray.pruning.ranks import OrderedSum, Ranks
+
+World = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    """What one process computes without torch.distributed."""
+    return report_of(Ranks.current())
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4], ids="{0}-ranks".format)
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return reports_of_world(request.param, tmp_path_factory.mktemp("world"))
+
+
+@given(num_items=st.integers(0, 40), world_size=st.integers(1, 9))
+def test_each_item_is_dealt_to_one_rank_in_as_many_turns_on_all(
+    num_items: int, world_size: int
+) -> None:
+    hands = [list(Ranks(rank, world_size).deal(num_items)) for rank in range(world_size)]
+    assert len({len(hand) for hand in hands}) == 1
+    by_turn = [item for turn in zip(*hands, strict=True) for item in turn]
+    assert by_turn[:num_items] == list(range(num_items))
+    assert set(by_turn[num_items:]) <= {None}
+    assert len(by_turn) < num_items + world_size
+
+
+def test_the_first_rank_alone_speaks() -> None:
+    assert [Ranks(rank, 3).is_first for rank in range(3)] == [True, False, False]
+
+
+def test_one_rank_communicates_nothing() -> None:
+    ranks = Ranks.current()
+    assert (ranks.rank, ranks.world_size) == (0, 1)
+    assert ranks.share_object("x") == "x"
+    assert ranks.together(lambda: 7) == 7
+    ranks.check_agreement("anything", "a mask")
+
+
+def sum_one_after_another(vectors: np.ndarray, dtype: type, wire: type) -> np.ndarray:
+    """Adds in Python, one element and one item at a time."""
+    total = [dtype(0)] * vectors.shape[1]
+    for row in vectors:
+        total = [dtype(sum_ + dtype(wire(x))) for sum_, x in zip(total, row, strict=True)]
+    return np.array(total, dtype=dtype)
+
+
+NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+def test_the_addends_depend_on_their_order() -> None:
+    """Otherwise the tests of bitwise sums could not fail."""
+    vectors = addends(18, 5).float().numpy()
+    sums = {
+        sum_one_after_another(vectors[list(order)], np.float32, np.float32).tobytes()
+        for order in itertools.permutations(range(5))
+    }
+    assert len(sums) > 20
+
+
+@pytest.mark.parametrize("where", ["alone", "world"])
+def test_an_ordered_sum_has_the_bits_of_adding_one_after_another(
+    where: str, alone: dict[str, Any], world: World
+) -> None:
+    reports = [alone] if where == "alone" else world
+    for case, *found in zip(SUM_CASES, *(report["sums"] for report in reports), strict=True):
+        num_elements, num_items, dtype, wire = case
+        vectors = addends(num_elements, num_items).numpy()
+        expected = sum_one_after_another(vectors, NUMPY[dtype], NUMPY[wire])
+        assert found == [expected.tobytes()] * len(reports), case
+
+
+def test_an_ordered_sum_refuses_to_end_early() -> None:
+    sums = OrderedSum(Ranks(), 2, 2, torch.float32)
+    sums.add(torch.ones(2))
+    with pytest.raises(AssertionError):
+        sums.result()
+
+
+@pytest.mark.parametrize("case", MASK_CASES, ids="-".join)
+def test_masks_do_not_depend_on_the_number_of_ranks(
+    case: tuple[str, str, str], alone: dict[str, Any], world: World
+) -> None:
+    assert {report["masks"][case] for report in world} == {alone["masks"][case]}
+
+
+def test_the_mask_cases_differ(alone: dict[str, Any]) -> None:
+    """Equal digests would prove little if all rules chose alike (taylor and snip do, by intent)."""
+    digests = [alone["masks"][case] for case in MASK_CASES if case[0] != "snip"]
+    assert len(set(digests)) == len(digests)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        "trained",
+        "movement",
+        "float64 scores",
+        "evaluated",
+        "recalibrated",
+        "unruly model",
+        "filled in",
+    ],
+)
+def test_results_do_not_depend_on_the_number_of_ranks(
+    result: str, alone: dict[str, Any], world: World
+) -> None:
+    for report in world:
+        assert report[result] == alone[result]
+
+
+def test_whole_trials_do_not_depend_on_the_number_of_ranks(
+    alone: dict[str, Any], world: World
+) -> None:
+    for report in world:
+        for expected, found in zip(alone["rounds"], report["rounds"], strict=True):
+            assert found == expected
+
+
+def test_each_element_is_filled_in_by_its_rank(alone: dict[str, Any]) -> None:
+    assert alone["filled in"] == pytest.approx([0.1 * item for item in range(7)])
+
+
+def test_an_object_is_shared_by_the_first_rank(world: World) -> None:
+    assert [report["shared"] for report in world] == [{"from": 0}] * len(world)
+
+
+def test_a_failure_reaches_all_ranks_as_that_of_the_lowest(world: World) -> None:
+    for report in world:
+        everywhere, from_one, nowhere = report["together"]
+        assert everywhere == "planted on rank 0 (0)"
+        assert from_one == "planted on rank 1 (1)"
+        assert nowhere == f"fine on {report['rank']}"
+
+
+def test_a_planted_divergence_is_named_on_every_rank(world: World) -> None:
+    size = len(world)
+    for report in world:
+        last, all_but_first, none = report["disagreement"]
+        assert last.startswith(f"the mask of round 3 differs between workers: ranks [{size - 1}] ")
+        assert f"ranks {list(range(1, size))} disagree with rank 0" in all_but_first
+        assert none == ""
