@@ -191,8 +191,8 @@ class PruneConfig(_Section):
     def _is_known(cls, value: str) -> str:
         if value not in CRITERIA and not _PLUG_IN.fullmatch(value):
             raise ValueError(
-                f"is not a criterion{nearest_name(value, CRITERIA)}; allowed: "
-                f'{", ".join(CRITERIA)}, or your own as "module:attr"'
+                f"is not a criterion{nearest_name(value, CRITERIA)} (allowed: "
+                f'{", ".join(CRITERIA)}, or your own as "module:attr")'
             )
         return value
 

@@ -15,16 +15,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from gbp_ray.errors import GbpError, PruneError
+from gbp_ray.workload import seeded
 
-__all__ = ["OrderedSum", "Ranks"]
+__all__ = ["OrderedSum", "Ranks", "isolated"]
 
 Result = TypeVar("Result")
 
@@ -173,6 +175,24 @@ class OrderedSum:
         incoming = torch.empty_like(outgoing)
         dist.all_to_all_single(incoming, outgoing)
         return incoming.view(world, self._slice_size)
+
+
+@contextmanager
+def isolated(model: nn.Module, seed: int) -> Iterator[None]:
+    """Makes what a model does in the block depend on nothing that ran before it on this rank.
+
+    Random numbers are drawn from `seed`, and buffers that a forward pass changes (running
+    statistics, counters) are put back. Without this an item would depend on the rank's other items.
+    """
+    buffers = list(model.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        with seeded(seed):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
 
 @functools.cache

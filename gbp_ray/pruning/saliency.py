@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gbp_ray.config import PruneConfig
 from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.pruning.masks import Prunable
-from gbp_ray.pruning.ranks import OrderedSum, Ranks
+from gbp_ray.pruning.ranks import OrderedSum, Ranks, isolated
 from gbp_ray.workload import (
     Workload,
     cut_batches,
@@ -244,7 +244,8 @@ def _sum_over_batches(
                     augment_seed=draws if config.calibration_augment else None,
                 )
                 probe = Probe(model, units, workload.loss, config, seed, item, previous_N)
-                vector_N = statistic(probe, inputs, targets)
+                with isolated(model, derive_seed(draws, number)):
+                    vector_N = statistic(probe, inputs, targets)
             sums.add(vector_N)
             tell(number * turns + turn + 1, len(rule.passes) * turns)
         previous_N = sums.result()

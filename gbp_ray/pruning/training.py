@@ -26,7 +26,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from gbp_ray.config import Recipe
 from gbp_ray.errors import PruneError
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.pruning.ranks import OrderedSum, Ranks
+from gbp_ray.pruning.ranks import OrderedSum, Ranks, isolated
 from gbp_ray.workload import (
     Workload,
     cut_batches,
@@ -344,7 +344,8 @@ def evaluate(
         if item is not None:
             indices = torch.arange(batches[item].start, batches[item].stop)
             inputs, targets = take_batch(workload, workload.test, indices, device=ranks.device)
-            outputs = model(inputs)
+            with isolated(model, derive_seed("evaluate", item)):
+                outputs = model(inputs)
             losses[item] = workload.loss(outputs, targets).double() * len(indices)
             correct += workload.count_correct(outputs, targets)
         tell(turn * ranks.world_size + 1, len(batches))
@@ -382,7 +383,6 @@ def recalibrate_batchnorm(
     chosen = shuffled_indices(available, derive_seed(seed, "batchnorm"))[:examples]
     statistics = [s for n in norms for s in (n.running_mean, n.running_var) if s is not None]
     momenta = [norm.momentum for norm in norms]
-    counters = [n.num_batches_tracked.clone() for n in norms if n.num_batches_tracked is not None]
     sums = OrderedSum(ranks, sum(s.numel() for s in statistics), len(batches), torch.float64)
     model.eval()
     for norm in norms:
@@ -397,8 +397,9 @@ def recalibrate_batchnorm(
             inputs, _ = take_batch(
                 workload, workload.train, indices, device=ranks.device, augment_seed=draws
             )
-            model(inputs)
-            vector = torch.cat([s.reshape(-1) for s in statistics]) * len(batch)
+            with isolated(model, derive_seed(draws, "forward")):
+                model(inputs)
+                vector = torch.cat([s.reshape(-1) for s in statistics]) * len(batch)
         sums.add(vector)
     total = sum(len(batch) for batch in batches)
     means = (sums.result() / total).split([s.numel() for s in statistics])
@@ -406,8 +407,5 @@ def recalibrate_batchnorm(
         statistic.copy_(mean.view_as(statistic))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    counted = (n for n in norms if n.num_batches_tracked is not None)
-    for norm, counter in zip(counted, counters, strict=True):
-        norm.num_batches_tracked.copy_(counter)  # type: ignore[union-attr]
     model.eval()
     return total

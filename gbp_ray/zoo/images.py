@@ -31,8 +31,8 @@ _MAX_DEGREES = 15
 def build_augment(names: Sequence[str], image_size: int) -> Callable[[Tensor], Tensor] | None:
     """Chains augmentations in the order given; each image of a batch draws for itself.
 
-    A transform of torchvision draws once per call, so it is called once per image: about 70 us
-    each for crop and flip, 155 us with rotation, on one thread. All draws come from torch's global
+    A transform of torchvision draws once per call, so it is called once per image: 30 to 70 us for
+    crop and flip, 120 to 155 us with rotation, on one thread. All draws come from torch's global
     generator.
 
     Args:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import multiprocessing
+import pickle
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +129,12 @@ def _masks(ranks: Ranks, model: nn.Module, movement_N: Tensor) -> dict[tuple[str
         )
         units = prunable_parameters(model, config.exclude)
         gathered_N = movement_N[-sum(unit.parameter.numel() for unit in units) :]
-        scores = scores_of(
-            model, images(), config, ranks=ranks, seed=6, movement_N=gathered_N
-        )
+        scores = scores_of(model, images(), config, ranks=ranks, seed=6, movement_N=gathered_N)
         for _, scope, granularity in (case for case in MASK_CASES if case[0] == rule):
             chosen = config.model_copy(update={"scope": scope, "granularity": granularity})
-            masks = MaskSet.dense(units)
-            for sparsity in (0.2, 0.5):
-                masks = select_masks(scores, masks, chosen, sparsity).masks
-            found[rule, scope, granularity] = masks.digest
+            early = select_masks(scores, MaskSet.dense(units), chosen, 0.2).masks
+            final = select_masks(scores, early, chosen, 0.5).masks
+            found[rule, scope, granularity] = early.digest + final.digest
     return found
 
 
@@ -238,49 +235,44 @@ def _disagreement(ranks: Ranks) -> list[str]:
     return heard
 
 
-# -- starting the processes --------------------------------------------------------------------
+# -- starting the processes ------------------------------------------------------------------------
 
 
 def reports_of_world(world_size: int, folder: Path) -> list[dict[str, Any]]:
     """Starts `world_size` gloo processes and returns their reports, rank 0 first."""
-    return next(iter(reports_of_worlds([world_size], folder)))
-
-
-def reports_of_worlds(world_sizes: list[int], folder: Path) -> Iterator[list[dict[str, Any]]]:
     # The fork server imports torch once and forks clean processes from then on.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rank_program"])
-    for world_size in world_sizes:
-        processes = [
-            context.Process(target=_work, args=(rank, world_size, folder), daemon=True)
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(timeout=120)
-            if process.is_alive():
-                process.kill()
-        yield [_read(folder / f"{world_size}-{rank}") for rank in range(world_size)]
+    processes = [
+        context.Process(target=_work, args=(rank, world_size, folder), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        if process.is_alive():
+            process.kill()
+    return [_read(folder / f"rank-{rank}") for rank in range(world_size)]
 
 
 def _work(rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    report: dict[str, Any] = {}
     try:
         dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/{world_size}-meeting",
-            rank=rank,
-            world_size=world_size,
+            "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size
         )
-        report: Any = report_of(Ranks.current())
+        report = report_of(Ranks.current())
         dist.destroy_process_group()
-    except BaseException:
+    except Exception:
         report = {"failure": traceback.format_exc()}
-    torch.save(report, folder / f"{world_size}-{rank}")
+        raise
+    finally:
+        (folder / f"rank-{rank}").write_bytes(pickle.dumps(report))
 
 
 def _read(path: Path) -> dict[str, Any]:
-    report = torch.load(path, weights_only=False)
+    report = pickle.loads(path.read_bytes())
     assert "failure" not in report, report["failure"]
     return report

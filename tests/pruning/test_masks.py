@@ -50,7 +50,7 @@ EXAMPLE = MaskSet(
 FILE = EXAMPLE.to_bytes()
 
 
-# -- the file, read by the specification of the module's docstring alone -----------------------------
+# -- the file, read by the specification of the module's docstring alone ---------------------------
 
 
 def decode(data: bytes) -> tuple[dict[str, list[bool]], dict[str, Any], dict[str, bytes]]:
@@ -136,9 +136,10 @@ def read_if_intact(data: bytes) -> MaskSet | None:
     try:
         return MaskSet.from_bytes(data, "round_004/masks.safetensors")
     except StoreError as error:
-        assert str(error).startswith("round_004/masks.safetensors: ")
-        assert "\n" not in str(error)
-        return None
+        message = str(error)
+    assert message.startswith("round_004/masks.safetensors: ")
+    assert "\n" not in message
+    return None
 
 
 def test_a_truncated_file_is_refused_wherever_it_ends() -> None:
@@ -409,7 +410,7 @@ def test_masks_that_do_not_fit_a_state_are_not_written_into_it() -> None:
         EXAMPLE.to_torch_prune({"fc.weight": torch.ones(4, 3)})
 
 
-# -- prunable parameters -----------------------------------------------------------------------------
+# -- prunable parameters ---------------------------------------------------------------------------
 
 
 class Zoo(nn.Module):

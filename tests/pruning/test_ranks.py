@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rank_program import MASK_CASES, SUM_CASES, addends, report_of, reports_of_world
 
+from gbp_ray.config import CRITERIA
 from gbp_ray.pruning.ranks import OrderedSum, Ranks
 
 World = list[dict[str, Any]]
@@ -98,9 +99,17 @@ def test_masks_do_not_depend_on_the_number_of_ranks(
 
 
 def test_the_mask_cases_differ(alone: dict[str, Any]) -> None:
-    """Equal digests would prove little if all rules chose alike (taylor and snip do, by intent)."""
-    digests = [alone["masks"][case] for case in MASK_CASES if case[0] != "snip"]
-    assert len(set(digests)) == len(digests)
+    """Equal digests prove little where all choose alike; only snip is taylor, on purpose."""
+    for *_, scope, granularity in MASK_CASES[:4]:
+        by_rule = {rule: alone["masks"][rule, scope, granularity] for rule in CRITERIA}
+        assert len(set(by_rule.values())) == len(CRITERIA) - 1
+        assert by_rule["snip"] == by_rule["taylor"]
+    # Random scores take the same share of every layer in any scope, give or take chance.
+    for rule in set(CRITERIA) - {"random"}:
+        weight = {alone["masks"][rule, scope, "weight"] for scope in ("global", "layer")}
+        pattern = {alone["masks"][rule, scope, "2:4"] for scope in ("global", "layer")}
+        assert len(weight) == 2
+        assert weight.isdisjoint(pattern)
 
 
 @pytest.mark.parametrize(
