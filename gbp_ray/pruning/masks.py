@@ -283,7 +283,7 @@ class MaskSet(Mapping[str, Tensor]):
             "sparsity": repr(self.sparsity),
         }
         packed = {name: torch.from_numpy(_pack(mask)) for name, mask in self.items()}
-        return save_tensors(packed, metadata)
+        return _sort_header(save_tensors(packed, metadata))
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "masks") -> MaskSet:
@@ -359,6 +359,15 @@ def _digest_of(packed: Mapping[str, tuple[tuple[int, ...], np.ndarray]]) -> str:
         digest.update(name.encode() + b"\0" + "x".join(map(str, shape)).encode() + b"\0")
         digest.update(data.tobytes())
     return digest.hexdigest()
+
+
+def _sort_header(data: bytes) -> bytes:
+    """Orders the header's keys: safetensors shuffles metadata, and equal masks mean equal bytes."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def _read_metadata(data: bytes) -> dict[str, str]:

@@ -231,13 +231,20 @@ class _Run:
         load_weights(self.model, saved.weights, f"round_{saved.round:03d}/weights.safetensors")
         self.masks = MaskSet.from_bytes(saved.masks, f"round_{saved.round:03d}/masks.safetensors")
         self.masks = self.masks.to(self.ranks.device)
-        state = torch.load(
-            io.BytesIO(saved.state), map_location=self.ranks.device, weights_only=True
-        )
-        self.movement_N = state["movement_N"]
-        if state["optimizer"] is not None:
-            self.optimizer = make_optimizer(self.model, self.job.finetune)
-            self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            state = torch.load(
+                io.BytesIO(saved.state), map_location=self.ranks.device, weights_only=True
+            )
+            self.movement_N = state["movement_N"]
+            if state["optimizer"] is not None:
+                self.optimizer = make_optimizer(self.model, self.job.finetune)
+                self.optimizer.load_state_dict(state["optimizer"])
+        except Exception as error:
+            # torch raises half a dozen kinds for bytes that it did not write.
+            raise StoreError(
+                f"round_{saved.round:03d}/state.pt: is damaged ({type(error).__name__}); restore "
+                "it or delete its round and those after it, and run the job again"
+            ) from error
         check_pruned_zero(self.model, self.optimizer, self.masks)
 
     # -- the steps of a round --------------------------------------------------------------------

@@ -1,0 +1,239 @@
+"""Whole trials in one process: resumed or not they end alike, and records tell the truth."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, load_model
+from small_networks import ConvNet, SharedWeightNet, images, regression
+from torch import nn
+
+from gbp_ray.config import JobConfig
+from gbp_ray.errors import ConfigError, PruneError, StoreError
+from gbp_ray.pruning.masks import MaskSet, prunable_parameters
+from gbp_ray.pruning.metrics import count_macs, measure
+from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.pruning.rounds import Checkpoint, RoundState, check_job, run_rounds
+from gbp_ray.workload import derive_seed, seeded
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "taylor, sgd": {},
+    "movement, adam": {
+        "prune": {"criterion": "movement"},
+        "finetune": {"optimizer": "adam", "learning_rate": 0.003},
+    },
+    "weights rewound": {"prune": {"rewind": "weights"}},
+    "learning rate rewound": {"prune": {"rewind": "learning_rate", "schedule": "cubic"}},
+    "one shot": {"prune": {"schedule": "one_shot"}},
+}
+
+
+def job_of(**sections: dict[str, Any]) -> JobConfig:
+    tree: dict[str, Any] = {
+        "name": "small",
+        "workload": {"factory": "unused:here", "eval_batch_size": 8},
+        "pretrain": {"epochs": 1, "batch_size": 12},
+        "prune": {
+            "criterion": "taylor",
+            "sparsity": 0.75,
+            "rounds": 3,
+            "calibration_examples": 24,
+            "calibration_batch_size": 8,
+            "batchnorm_examples": 24,
+        },
+        "finetune": {"epochs": 0.7, "batch_size": 12},
+    }
+    for name, fields in sections.items():
+        tree[name] = tree.get(name, {}) | fields
+    return JobConfig.model_validate(tree)
+
+
+def run(job: JobConfig, resume: Checkpoint | None = None) -> list[tuple[Any, dict[str, bytes]]]:
+    """Runs a trial and keeps each round's record and files."""
+    return [
+        (state.record.model_dump(exclude={"seconds"}), state.to_files())
+        for state in run_rounds(job, images(), Ranks(), resume=resume)
+    ]
+
+
+def checkpoint_of(rounds: list[tuple[Any, dict[str, bytes]]], number: int) -> Checkpoint:
+    files = rounds[number][1]
+    return Checkpoint(
+        round=number,
+        weights=files["weights.safetensors"],
+        masks=files["masks.safetensors"],
+        state=files["state.pt"],
+        dense_weights=rounds[0][1]["weights.safetensors"],
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_resumed_trial_ends_as_an_uninterrupted_one(recipe: str) -> None:
+    job = job_of(**RECIPES[recipe])
+    whole = run(job)
+    assert [record["round"] for record, _ in whole] == [0, 1, 2, 3]
+    for number in range(len(whole)):
+        rest = run(job, checkpoint_of(whole, number))
+        for (expected, files), (found, found_files) in zip(whole[number + 1 :], rest, strict=True):
+            assert found == expected
+            for name in ("weights.safetensors", "masks.safetensors"):
+                assert found_files[name] == files[name], f"{name} of round {found['round']}"
+
+
+def test_the_same_job_twice_gives_the_same_bytes_and_another_seed_does_not() -> None:
+    first, second = run(job_of())[-1][1], run(job_of())[-1][1]
+    assert first["masks.safetensors"] == second["masks.safetensors"]
+    tree = job_of().model_dump(exclude_unset=True) | {"seed": 1}
+    assert (
+        run(JobConfig.model_validate(tree))[-1][1]["weights.safetensors"]
+        != (first["weights.safetensors"])
+    )
+
+
+def test_the_recorded_sparsity_is_counted_in_the_weights() -> None:
+    for record, files in run(job_of()):
+        weights = load(files["weights.safetensors"])
+        names = [layer["name"] for layer in record["cost"]["layers"]]
+        zeros = sum(int((weights[name] == 0).sum()) for name in names)
+        total = sum(weights[name].numel() for name in names)
+        assert record["sparsity"] == pytest.approx(zeros / total, abs=1e-12)
+        assert zeros == round(record["sparsity_target"] * total)
+        masks = MaskSet.from_bytes(files["masks.safetensors"])
+        assert masks.num_pruned == zeros
+        assert masks.digest == record["mask_digest"]
+
+
+def test_masks_name_their_parent_and_only_shrink() -> None:
+    rounds = [MaskSet.from_bytes(files["masks.safetensors"]) for _, files in run(job_of())]
+    for before, after in pairwise(rounds):
+        assert after.parent == before.digest
+        assert after.difference(before).num_pruned == after.num_units
+
+
+def test_rewinding_puts_kept_weights_back_to_their_dense_values() -> None:
+    job = job_of(prune={"rewind": "weights"}, finetune={"epochs": 0})
+    rounds = run(job)
+    dense = load(rounds[0][1]["weights.safetensors"])
+    for _, files in rounds[1:]:
+        weights = load(files["weights.safetensors"])
+        masks = MaskSet.from_bytes(files["masks.safetensors"])
+        for name, mask in masks.items():
+            assert torch.equal(weights[name][mask], dense[name][mask])
+            assert not weights[name][~mask].any()
+
+
+def test_one_shot_prunes_once_and_then_trains_on() -> None:
+    records = [record for record, _ in run(job_of(prune={"schedule": "one_shot"}))]
+    assert [r["sparsity"] for r in records[1:]] == [records[1]["sparsity"]] * 3
+    assert len({r["mask_digest"] for r in records[1:]}) == 1
+    assert len({r["loss"] for r in records[1:]}) == 3
+
+
+def test_a_layer_held_back_is_recorded() -> None:
+    job = job_of(prune={"layer_max_sparsity": {"conv2.*": 0.1}, "rounds": 1, "sparsity": 0.3})
+    record = run(job)[-1][0]
+    assert record["held_back"] == ("conv2.weight",)
+    layers = {layer["name"]: layer["sparsity"] for layer in record["cost"]["layers"]}
+    assert layers["conv2.weight"] <= 0.1
+
+
+@pytest.mark.parametrize("name", ["weights", "masks", "state"])
+@pytest.mark.parametrize("length", [0, 7, 100, -1])
+def test_a_damaged_checkpoint_is_refused(name: str, length: int) -> None:
+    job = job_of()
+    whole = checkpoint_of(run(job), 1)
+    damaged = Checkpoint(**(vars(whole) | {name: getattr(whole, name)[:length]}))
+    with pytest.raises(StoreError) as caught:
+        next(run_rounds(job, images(), Ranks(), resume=damaged))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_model_are_refused_by_name() -> None:
+    job = job_of()
+    whole = checkpoint_of(run(job), 1)
+    other = images(lambda: nn.Sequential(nn.Flatten(), nn.Linear(72, 3)))
+    with pytest.raises(StoreError, match="does not fit the model at '"):
+        next(run_rounds(job, other, Ranks(), resume=whole))
+
+
+def test_weights_load_without_the_package_also_when_tied(tmp_path: Path) -> None:
+    state = last(run_rounds(job_of(), images(), Ranks()))
+    plain = ConvNet()
+    plain.load_state_dict(load(state.to_files()["weights.safetensors"]))
+    for ours, theirs in zip(state.model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+    tied = SharedWeightNet()
+    masks = MaskSet.dense(prunable_parameters(tied))
+    files = RoundState(state.record, tied, masks).to_files()
+    fresh = SharedWeightNet()
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(files["weights.safetensors"])
+    load_model(fresh, path)
+    assert torch.equal(fresh.first.weight, tied.first.weight)
+    assert fresh.second.weight is fresh.first.weight
+
+
+def last(states: Any) -> RoundState:
+    *_, state = states
+    return state
+
+
+def test_a_diverging_network_is_refused_with_the_field_to_lower() -> None:
+    job = job_of(pretrain={"learning_rate": 1e30})
+    with pytest.raises(PruneError, match=r"pretrain\.learning_rate|test loss"):
+        run(job)
+
+
+def test_a_job_is_checked_against_the_model_before_anything_runs() -> None:
+    with pytest.raises(ConfigError, match=r"conv1\.weight"):
+        check_job(job_of(prune={"granularity": "2:4", "sparsity": 0.5}), images())
+    with pytest.raises(ConfigError, match=r"prune\.exclude = 'no_such'"):
+        check_job(job_of(prune={"exclude": ["no_such"]}), images())
+
+
+def test_costs_agree_with_a_count_by_hand() -> None:
+    """conv1: 2 to 8 channels, 3x3, 6x6 outputs; conv2: 8 to 8, 4x4 outputs; head: 32 to 3."""
+    model = ConvNet().eval()
+    macs = count_macs(model, torch.zeros(1, 2, 6, 6))
+    by_hand = {
+        "conv1": 8 * 2 * 9 * 36,
+        "conv2": 8 * 8 * 9 * 16,
+        "head": 32 * 3,
+    }
+    assert {name: macs[name] for name in by_hand} == by_hand
+    assert macs[""] == sum(by_hand.values())
+    units = prunable_parameters(model)
+    with torch.no_grad():
+        model.conv2.weight[:4] = 0
+    cost = measure(model, units, macs)
+    assert cost.num_parameters == 8 * 18 + 8 + 8 * 72 + 2 * 16 + 96 + 3
+    assert cost.macs - cost.macs_nonzero == by_hand["conv2"] // 2
+    assert cost.sparsity == pytest.approx(288 / (144 + 576 + 96))
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    assert cost.num_bytes == 4 * cost.num_parameters + buffers
+    assert cost.num_bytes_sparse == cost.num_bytes - 4 * 288 + (144 + 576 + 96) // 8
+
+
+def test_a_module_used_twice_costs_twice_and_counts_once() -> None:
+    model = SharedWeightNet()
+    macs = count_macs(model, torch.zeros(1, 3))
+    cost = measure(model, prunable_parameters(model), macs)
+    assert cost.num_parameters == 9
+    assert cost.macs == 18
+
+
+def test_derived_seeds_decide_the_model() -> None:
+    with seeded(derive_seed(0, "model")):
+        expected = ConvNet()
+    state = next(run_rounds(job_of(pretrain={"epochs": 0}), images(), Ranks()))
+    assert torch.equal(state.model.conv1.weight, expected.conv1.weight)
+
+
+def test_regression_without_classes_runs_too() -> None:
+    inputs = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
+    workload = regression(lambda: nn.Linear(4, 2), inputs, inputs[:, :2] * 2)
+    job = job_of(prune={"sparsity": 0.5, "rounds": 1})
+    assert last(run_rounds(job, workload, Ranks())).record.sparsity == 0.5

@@ -1,0 +1,549 @@
+"""Shape suffixes: N = weights of all layers in the order of the global flat index."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_networks import ConvNet, built, draw, prune_config
+from torch import Tensor
+from torch.nn.utils import prune
+
+from gbp_ray.errors import ConfigError, PruneError
+from gbp_ray.pruning.masks import MaskSet, prunable_parameters
+from gbp_ray.pruning.selection import (
+    Selection,
+    check_selectable,
+    exact_threshold,
+    num_to_prune,
+    select_masks,
+)
+
+Scores = Mapping[str, Tensor]
+
+
+def dense(scores: Scores) -> MaskSet:
+    return MaskSet(
+        {name: torch.ones_like(values, dtype=torch.bool) for name, values in scores.items()}
+    )
+
+
+def select(
+    scores: Scores, sparsity: float, masks: MaskSet | None = None, **fields: Any
+) -> Selection:
+    config = prune_config(sparsity=fields.pop("final", sparsity), **fields)
+    return select_masks(scores, masks or dense(scores), config, sparsity)
+
+
+def pruned_N(masks: MaskSet) -> list[int]:
+    """Lists the flat indices of removed weights."""
+    return (~masks.flat()).nonzero().flatten().tolist()
+
+
+def lowest(values: list[float], count: int) -> set[int]:
+    """Sorts by (value, position), as the module promises, and takes the first ones."""
+    return set(sorted(range(len(values)), key=lambda i: (values[i], i))[:count])
+
+
+def removed_by_layer(masks: MaskSet) -> dict[str, set[int]]:
+    return {n: set((~m.flatten()).nonzero().flatten().tolist()) for n, m in masks.items()}
+
+
+# Few values make many ties; layer names whose order is not that of their making.
+tied_values = st.integers(-3, 3).map(float)
+
+
+@st.composite
+def layered_scores(
+    draw_from: st.DrawFn,
+    values: st.SearchStrategy[float] = tied_values,
+    max_layers: int = 4,
+    max_size: int = 9,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    names = draw_from(st.permutations(["b.weight", "a.weight", "c10.weight", "c9.weight"]))
+    count = draw_from(st.integers(1, max_layers))
+    return {
+        name: torch.tensor(draw_from(st.lists(values, min_size=2, max_size=max_size)), dtype=dtype)
+        for name in names[:count]
+    }
+
+
+def flat(scores: Scores) -> list[float]:
+    return [float(x) for name in sorted(scores) for x in scores[name].flatten()]
+
+
+# -- exactly k, and which --------------------------------------------------------------------------
+
+
+@given(sparsity=st.fractions(0, 1), num_units=st.integers(1, 10_000))
+def test_the_number_removed_is_rounded_half_up(sparsity: Any, num_units: int) -> None:
+    exact = sparsity * num_units
+    found = num_to_prune(float(sparsity), num_units)
+    assert abs(found - exact) <= 0.5 + 1e-6
+    if exact.denominator == 2 and num_units <= 64:
+        assert found == math.floor(exact) + 1
+
+
+@given(values=st.lists(tied_values, min_size=1, max_size=30), data=st.data())
+def test_the_threshold_is_the_kth_lowest_with_its_ties(values: list[float], data: Any) -> None:
+    k = data.draw(st.integers(1, len(values)))
+    threshold, num_ties = exact_threshold(np.array(values), k)
+    assert threshold == sorted(values)[k - 1]
+    assert sum(value < threshold for value in values) + num_ties == k
+    assert 1 <= num_ties <= values.count(threshold)
+
+
+@given(scores=layered_scores(), data=st.data())
+@settings(deadline=None)
+def test_global_scope_removes_the_k_lowest_with_ties_by_flat_index(
+    scores: dict[str, Tensor], data: Any
+) -> None:
+    """The last weight of a layer stays, so only sizes that empty none are compared here."""
+    every_N = flat(scores)
+    k = data.draw(st.integers(0, len(every_N) - 1))
+    expected = lowest(every_N, k)
+    sizes = [scores[name].numel() for name in sorted(scores)]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    empties = any(
+        set(range(start, start + size)) <= expected
+        for start, size in zip(starts, sizes, strict=True)
+    )
+    sparsity = k / len(every_N)
+    if k > len(every_N) - len(scores):
+        with pytest.raises(PruneError, match=f"asks for {k} of {len(every_N)} weights"):
+            select(scores, sparsity)
+        return
+    chosen = select(scores, sparsity)
+    assert chosen.masks.num_pruned == k
+    if not empties:
+        assert set(pruned_N(chosen.masks)) == expected
+        assert chosen.held_back == ()
+
+
+@given(scores=layered_scores(max_size=12), data=st.data())
+@settings(deadline=None)
+def test_layer_scope_removes_the_lowest_of_each_layer_in_equal_shares(
+    scores: dict[str, Tensor], data: Any
+) -> None:
+    total = sum(values.numel() for values in scores.values())
+    k = data.draw(st.integers(0, total - len(scores)))
+    # Below half, no layer comes near its last weight.
+    k = min(k, total // 2)
+    removed = removed_by_layer(select(scores, k / total, scope="layer").masks)
+    assert sum(len(positions) for positions in removed.values()) == k
+    for name, positions in removed.items():
+        assert abs(len(positions) - k * scores[name].numel() / total) < 1
+        assert positions == lowest(scores[name].tolist(), len(positions))
+
+
+@given(
+    scores=layered_scores(),
+    scope=st.sampled_from(["global", "layer"]),
+    data=st.data(),
+)
+@settings(deadline=None)
+def test_no_layer_is_emptied_and_the_count_stays_exact(
+    scores: dict[str, Tensor], scope: str, data: Any
+) -> None:
+    total = sum(values.numel() for values in scores.values())
+    k = data.draw(st.integers(0, total - len(scores)))
+    chosen = select(scores, k / total, scope=scope)
+    assert chosen.masks.num_pruned == k
+    assert all(mask.any() for mask in chosen.masks.values())
+
+
+@given(
+    rounds=st.lists(layered_scores(), min_size=2, max_size=4),
+    shares=st.lists(st.floats(0, 0.5), min_size=4, max_size=4),
+    scope=st.sampled_from(["global", "layer"]),
+)
+@settings(deadline=None)
+def test_pruned_weights_stay_pruned_whatever_they_score_later(
+    rounds: list[dict[str, Tensor]], shares: list[float], scope: str
+) -> None:
+    shapes = {name: values.shape for name, values in rounds[0].items()}
+    masks = MaskSet({name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()})
+    before = 0
+    for number, (scores, share) in enumerate(zip(rounds, shares, strict=False), start=1):
+        values, later = flat(scores) * 40, {}
+        for name, shape in shapes.items():
+            later[name] = torch.tensor(values[: shape.numel()]).view(shape)
+            values = values[shape.numel() :]
+            later[name][~masks[name]] = math.nan
+        chosen = select(later, share, masks, final=0.5, scope=scope)
+        k = max(num_to_prune(share, masks.num_units), before)
+        assert chosen.masks.num_pruned == k
+        assert chosen.masks.intersection(masks) == chosen.masks
+        assert (chosen.masks.round, chosen.masks.parent) == (number, masks.digest)
+        masks, before = chosen.masks, k
+
+
+def test_a_sparsity_already_reached_changes_nothing() -> None:
+    scores = {"a": draw(4, 5)}
+    masks = select(scores, 0.5).masks
+    for scope in ("global", "layer"):
+        assert select({"a": -scores["a"]}, 0.3, masks, final=0.5, scope=scope).masks == masks
+
+
+def test_global_magnitude_is_that_of_torch() -> None:
+    model = built(ConvNet)
+    units = prunable_parameters(model)
+    scores = {unit.name: unit.parameter.detach().abs() for unit in units}
+    assert len(set(flat(scores))) == len(flat(scores))
+    chosen = select(scores, 0.37).masks
+    layers = [(module, "weight") for module in (model.conv1, model.conv2, model.head)]
+    prune.global_unstructured(
+        layers, prune.L1Unstructured, amount=num_to_prune(0.37, chosen.num_units)
+    )
+    assert MaskSet.from_torch_prune(model.state_dict())[0] == chosen
+
+
+# -- kinds of numbers ------------------------------------------------------------------------------
+
+
+def test_zeros_of_both_signs_are_equal() -> None:
+    scores = {"a": torch.tensor([0.0, -0.0, 0.0, -0.0]), "b": torch.tensor([-0.0, 0.0])}
+    assert pruned_N(select(scores, 2 / 6).masks) == [0, 1]
+    assert pruned_N(select(scores, 2 / 6, scope="layer").masks) == [0, 4]
+
+
+def test_denormals_are_ordered() -> None:
+    tiny = torch.tensor([3e-45, 1e-45, 0.0, -1e-45, -3e-45, 1.0])
+    assert tiny.unique().numel() == 6
+    order = [4, 3, 2, 1, 0]
+    for k in range(1, 6):
+        assert set(pruned_N(select({"a": tiny}, k / 6).masks)) == set(order[:k])
+
+
+def test_negative_scores_go_first() -> None:
+    assert pruned_N(select({"a": torch.tensor([0.5, -2.0, 0.0, -3e38])}, 0.5).masks) == [1, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_every_float_is_ordered_as_it_is(dtype: torch.dtype, scope: str) -> None:
+    scores = {"a": draw(50, seed=1).to(dtype), "b": draw(30, seed=2).to(dtype)}
+    # Python's floats hold each of these dtypes exactly.
+    if scope == "global":
+        assert set(pruned_N(select(scores, 0.4).masks)) == lowest(flat(scores), 32)
+    else:
+        removed = removed_by_layer(select(scores, 0.4, scope="layer").masks)
+        assert removed == {n: lowest(v.tolist(), 2 * len(v) // 5) for n, v in scores.items()}
+
+
+def test_float64_is_not_rounded_before_it_is_compared() -> None:
+    near = 1.0 + torch.tensor([3.0, 1.0, 2.0, 4.0], dtype=torch.float64) * 1e-12
+    assert pruned_N(select({"a": near}, 0.5).masks) == [1, 2]
+    assert near.float().unique().numel() == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_non_finite_scores_are_refused_by_name(bad: float, scope: str) -> None:
+    scores = {"a.weight": torch.ones(3), "b.weight": torch.tensor([1.0, bad, bad])}
+    with pytest.raises(PruneError, match=r"scores of 'b.weight': 2 are NaN or infinite"):
+        select(scores, 0.5, scope=scope)
+
+
+def test_scores_of_another_shape_are_refused() -> None:
+    masks = dense({"a": torch.ones(2, 3)})
+    with pytest.raises(PruneError, match=r"scores of 'a': shape \(3, 2\) differs"):
+        select({"a": torch.ones(3, 2)}, 0.5, masks)
+
+
+# -- floors and ceilings ---------------------------------------------------------------------------
+
+
+@st.composite
+def bounded_cases(
+    draw_from: st.DrawFn,
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]], int]:
+    """Scores, (floor, ceiling) in weights by layer, and k."""
+    scores = draw_from(layered_scores(max_layers=3, max_size=6))
+    bounds = {}
+    for name, values in scores.items():
+        floor = draw_from(st.integers(0, len(values) - 1))
+        bounds[name] = floor, draw_from(st.integers(floor, len(values)))
+    return scores, bounds, draw_from(st.integers(0, len(flat(scores)) - 1))
+
+
+def cheapest(scores: dict[str, Tensor], bounds: dict[str, tuple[int, int]], k: int) -> float | None:
+    """Tries every way to split k over the layers; the least sum of removed scores."""
+    ordered = {name: sorted(values.tolist()) for name, values in scores.items()}
+    choices = [
+        range(low, min(high, len(ordered[name]) - 1) + 1) for name, (low, high) in bounds.items()
+    ]
+    costs = [
+        sum(sum(ordered[name][:count]) for name, count in zip(bounds, counts, strict=True))
+        for counts in itertools.product(*choices)
+        if sum(counts) == k
+    ]
+    return min(costs, default=None)
+
+
+def as_fractions(scores: Scores, bounds: Mapping[str, tuple[int, int]], which: int) -> Any:
+    return {name: pair[which] / scores[name].numel() for name, pair in bounds.items()}
+
+
+@given(case=bounded_cases())
+@settings(max_examples=300, deadline=None)
+def test_global_scope_finds_the_cheapest_choice_within_the_bounds(case: Any) -> None:
+    scores, bounds, k = case
+    expected = cheapest(scores, bounds, k)
+    fields = {
+        "layer_min_sparsity": as_fractions(scores, bounds, 0),
+        "layer_max_sparsity": as_fractions(scores, bounds, 1),
+    }
+    sparsity = k / len(flat(scores))
+    if expected is None:
+        with pytest.raises(PruneError, match=r"prune.sparsity = .* (ceilings|floors)"):
+            select(scores, sparsity, **fields)
+        return
+    removed = removed_by_layer(select(scores, sparsity, **fields).masks)
+    assert sum(len(positions) for positions in removed.values()) == k
+    cost = 0.0
+    for name, (low, high) in bounds.items():
+        assert low <= len(removed[name]) <= high
+        assert removed[name] == lowest(scores[name].tolist(), len(removed[name]))
+        cost += sum(scores[name][i].item() for i in removed[name])
+    assert cost == expected
+
+
+@given(case=bounded_cases())
+@settings(deadline=None)
+def test_layer_scope_keeps_the_bounds_and_the_count(case: Any) -> None:
+    scores, bounds, k = case
+    fields = {
+        "layer_min_sparsity": as_fractions(scores, bounds, 0),
+        "layer_max_sparsity": as_fractions(scores, bounds, 1),
+    }
+    sparsity = k / len(flat(scores))
+    if cheapest(scores, bounds, k) is None:
+        with pytest.raises(PruneError, match=r"prune.sparsity = "):
+            select(scores, sparsity, scope="layer", **fields)
+        return
+    removed = removed_by_layer(select(scores, sparsity, scope="layer", **fields).masks)
+    assert sum(len(positions) for positions in removed.values()) == k
+    shares = []
+    for name, (low, high) in bounds.items():
+        size, count = len(scores[name]), len(removed[name])
+        assert low <= count <= high
+        assert removed[name] == lowest(scores[name].tolist(), count)
+        if low < count < min(high, size - 1):
+            shares.append(((count - 1) / size, (count + 1) / size))
+    # Layers that no bound holds have one share, give or take a weight.
+    if shares:
+        assert max(low for low, _ in shares) < min(high for _, high in shares)
+
+
+@given(case=bounded_cases(), scope=st.sampled_from(["global", "layer"]))
+@settings(deadline=None)
+def test_an_early_round_asks_for_no_more_than_its_sparsity_even_of_floors(
+    case: Any, scope: str
+) -> None:
+    scores, bounds, _ = case
+    floors = as_fractions(scores, bounds, 0)
+    k = sum(low for low, _ in bounds.values()) // 2
+    total = len(flat(scores))
+    removed = removed_by_layer(
+        select(scores, k / total, final=0.99, scope=scope, layer_min_sparsity=floors).masks
+    )
+    assert sum(len(positions) for positions in removed.values()) == k
+    if scope == "global":
+        assert all(len(removed[name]) <= low for name, (low, _) in bounds.items())
+
+
+def test_a_floor_is_kept_where_scores_alone_would_not() -> None:
+    scores = {"cheap": torch.zeros(10), "dear": torch.ones(10)}
+    chosen = select(scores, 0.5, layer_min_sparsity={"dear": 0.3}).masks
+    assert {name: len(gone) for name, gone in removed_by_layer(chosen).items()} == {
+        "cheap": 7,
+        "dear": 3,
+    }
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_equal_floor_and_ceiling_fit_layers_of_any_size(scope: str) -> None:
+    """Half of 3 is no whole number; the bounds of layers must not contradict the total."""
+    scores = {name: draw(3, seed=i) for i, name in enumerate("abc")}
+    half = {"layer_min_sparsity": 0.5, "layer_max_sparsity": 1.0}
+    assert select(scores, 0.5, scope=scope, **half).masks.num_pruned == 5
+
+
+def test_the_later_of_two_matching_globs_counts() -> None:
+    scores = {"cheap.weight": torch.zeros(10), "dear.weight": torch.ones(10)}
+    for bounds, expected in (
+        ({"*": 0.5, "cheap.*": 0.8}, 8),
+        ({"cheap.*": 0.8, "*": 0.5}, 5),
+    ):
+        removed = removed_by_layer(select(scores, 0.5, layer_max_sparsity=bounds).masks)
+        assert len(removed["cheap.weight"]) == expected
+
+
+@pytest.mark.parametrize("key", ["layer_min_sparsity", "layer_max_sparsity"])
+def test_a_bound_for_no_layer_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"prune.{key}.'conv.\*': matches no prunable"):
+        select({"fc.weight": torch.ones(4)}, 0.5, **{key: {"conv.*": 0.5}})
+
+
+# -- layers held back ------------------------------------------------------------------------------
+
+
+def test_a_layer_that_would_be_emptied_keeps_its_best_weight_and_is_reported() -> None:
+    scores = {"a": torch.tensor([0.1, 0.3, 0.2]), "b": torch.arange(10.0) + 1}
+    chosen = select(scores, 4 / 13)
+    assert removed_by_layer(chosen.masks) == {"a": {0, 2}, "b": {0, 1}}
+    assert chosen.held_back == ("a",)
+
+
+def test_a_layer_that_only_the_surplus_of_another_would_empty_is_reported_too() -> None:
+    scores = {
+        "a": torch.tensor([1.0, 2.0, 3.0]),
+        "b": torch.tensor([4.0, 5.0]),
+        "c": torch.arange(10.0) + 10,
+    }
+    chosen = select(scores, 4 / 15)
+    # Of the lowest four, 1 2 3 4, the 3 must stay; the next, 5, would empty b.
+    assert removed_by_layer(chosen.masks) == {"a": {0, 1}, "b": {0}, "c": {0}}
+    assert chosen.held_back == ("a", "b")
+
+
+def test_no_layer_is_reported_that_lost_all_it_would_have_lost() -> None:
+    scores = {"a": torch.tensor([1.0, 2.0, 30.0]), "b": torch.arange(10.0) + 10}
+    chosen = select(scores, 3 / 13)
+    assert removed_by_layer(chosen.masks) == {"a": {0, 1}, "b": {0}}
+    assert chosen.held_back == ()
+
+
+def test_layer_scope_reports_what_its_ceiling_held_back() -> None:
+    scores = {"a": draw(10, seed=1), "b": draw(10, seed=2)}
+    chosen = select(scores, 0.6, scope="layer", layer_max_sparsity={"a": 0.4})
+    assert [len(gone) for gone in removed_by_layer(chosen.masks).values()] == [4, 8]
+    assert chosen.held_back == ("a",)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_an_impossible_sparsity_is_refused(scope: str) -> None:
+    scores = {"a": draw(10), "b": draw(10, seed=1)}
+    with pytest.raises(PruneError, match=r"asks for 19 of 20 weights.*allow 18"):
+        select(scores, 0.95, scope=scope)
+    with pytest.raises(PruneError, match=r"asks for 16 of 20 weights.*allow 14"):
+        select(scores, 0.8, scope=scope, layer_max_sparsity={"a": 0.5})
+    with pytest.raises(PruneError, match=r"asks for 4 of 20 weights.*floors"):
+        select(scores, 0.2, scope=scope, layer_min_sparsity={"a": 0.5})
+
+
+# -- n:m -------------------------------------------------------------------------------------------
+
+LAYER_SHAPES = {
+    "conv.weight": ((3, 8, 2, 3), 1),
+    "fc.weight": ((5, 16), 1),
+    "up.weight": ((8, 3, 2, 2), 0),
+}
+INPUT_DIMS = {name: axis for name, (_, axis) in LAYER_SHAPES.items()}
+
+
+def groups_of(tensors: Mapping[str, Tensor], m: int) -> list[list[Any]]:
+    """Cuts each layer into groups of m consecutive inputs, one index at a time."""
+    groups = []
+    for name, tensor in tensors.items():
+        axis = INPUT_DIMS[name]
+        others = [range(size) for i, size in enumerate(tensor.shape) if i != axis]
+        for place in itertools.product(*others):
+            for start in range(0, tensor.shape[axis], m):
+                group = []
+                for i in range(start, start + m):
+                    index = list(place)
+                    index.insert(axis, i)
+                    group.append(tensor[tuple(index)].item())
+                groups.append(group)
+    return groups
+
+
+def pattern_scores(seed: int, is_tied: bool) -> dict[str, Tensor]:
+    scores = {name: draw(*shape, seed=seed) for name, (shape, _) in LAYER_SHAPES.items()}
+    return {name: values.round() if is_tied else values for name, values in scores.items()}
+
+
+PATTERNS = {"2:4": 0.5, "1:4": 0.75, "4:8": 0.5, "3:4": 0.25, "1:2": 0.5}
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@given(seed=st.integers(0, 10**6), is_tied=st.booleans())
+@settings(max_examples=8, deadline=None)
+def test_every_group_keeps_its_n_highest(
+    pattern: str, scope: str, seed: int, is_tied: bool
+) -> None:
+    n, m = map(int, pattern.split(":"))
+    scores = pattern_scores(seed, is_tied)
+    config = prune_config(sparsity=PATTERNS[pattern], scope=scope, granularity=pattern)
+    masks = select_masks(scores, dense(scores), config, config.sparsity, INPUT_DIMS).masks
+    for values, kept in zip(groups_of(scores, m), groups_of(masks, m), strict=True):
+        assert {i for i in range(m) if not kept[i]} == lowest(values, m - n)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@given(
+    seed=st.integers(0, 10**6),
+    shares=st.lists(st.floats(0, 1), max_size=4).map(sorted),
+    is_tied=st.booleans(),
+)
+@settings(max_examples=8, deadline=None)
+def test_no_round_on_the_way_breaks_the_pattern(
+    pattern: str, scope: str, seed: int, shares: list[float], is_tied: bool
+) -> None:
+    n, m = map(int, pattern.split(":"))
+    config = prune_config(sparsity=PATTERNS[pattern], scope=scope, granularity=pattern)
+    masks = dense(pattern_scores(seed, is_tied))
+    for number, share in enumerate([*shares, 1.0]):
+        sparsity = config.sparsity * share
+        scores = pattern_scores(seed + number, is_tied)
+        later = select_masks(scores, masks, config, sparsity, INPUT_DIMS).masks
+        assert later.num_pruned == num_to_prune(sparsity, masks.num_units)
+        assert later.intersection(masks) == later
+        assert all(sum(kept) >= n for kept in groups_of(later, m))
+        masks = later
+    assert all(sum(kept) == n for kept in groups_of(masks, m))
+
+
+def test_an_early_round_takes_the_lowest_of_what_the_pattern_lets_go() -> None:
+    scores = {"fc.weight": torch.tensor([[1.0, 2.0, 3.0, 4.0, 9.0, 8.0, 7.0, 6.0]])}
+    config = prune_config(sparsity=0.5, granularity="2:4")
+    masks = select_masks(scores, dense(scores), config, 3 / 8).masks
+    # 3 is lower than 6, but its group keeps 3 and 4.
+    assert pruned_N(masks) == [0, 1, 7]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "axis", "size"),
+    [
+        ("fc.weight", (4, 6), 1, 6),
+        ("conv.weight", (4, 3, 2, 2), 1, 3),
+        ("depthwise.weight", (4, 1, 3, 3), 1, 1),
+        ("up.weight", (6, 4, 2, 2), 0, 6),
+    ],
+)
+def test_a_layer_that_the_pattern_does_not_divide_is_refused_by_name(
+    name: str, shape: tuple[int, ...], axis: int, size: int
+) -> None:
+    shapes = {"fine.weight": (3, 8), name: shape}
+    config = prune_config(granularity="2:4")
+    with pytest.raises(ConfigError, match=rf"divisible by 4, but '{name}' has {size};"):
+        check_selectable(shapes, config, {name: axis})
+    scores = {key: draw(*value) for key, value in shapes.items()}
+    with pytest.raises(ConfigError, match=name):
+        select_masks(scores, dense(scores), config, 0.5, {name: axis})
+
+
+def test_a_pattern_of_the_axis_that_divides_is_accepted() -> None:
+    check_selectable({"up.weight": (8, 3, 2, 2)}, prune_config(granularity="2:4"), {"up.weight": 0})
