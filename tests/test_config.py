@@ -455,7 +455,6 @@ def test_trial_id_changes_with_every_field_that_decides_the_result(job_file: Pat
         "prune.calibration_examples": 7,
         "prune.calibration_batch_size": 7,
         "prune.calibration_augment": False,
-        "prune.calibration_augment": False,
         "prune.hutchinson_probes": 7,
         "prune.batchnorm_examples": 7,
         "prune.rewind": "weights",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gbp_ray.pruning.masks import Prunable
@@ -28,9 +29,15 @@ def count_macs(model: nn.Module, example: Tensor) -> dict[str, int]:
     was_training = model.training
     model.eval()
     counter = FlopCounterMode(display=False)
-    with counter:
-        model(example)
-    model.train(was_training)
+    # Fused kernels hide their products from the counter.
+    is_fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with counter, sdpa_kernel(SDPBackend.MATH):
+            model(example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(is_fast)
+        model.train(was_training)
     root = type(model).__name__
     macs: dict[str, int] = {}
     for name, by_operation in counter.get_flop_counts().items():
@@ -53,12 +60,16 @@ def measure(model: nn.Module, units: list[Prunable], macs: Mapping[str, int]) ->
         out those with a zero weight. Bytes are those of the dense tensors; `num_bytes_sparse` is
         what non-zero weights and one bit per prunable weight would take.
     """
+    # A tied weight works in each of the modules that hold it.
+    users: dict[nn.Parameter, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(parameter, set()).add(name.rpartition(".")[0])
     layers = []
     spared = 0
     for unit in units:
         num_weights = unit.parameter.numel()
         num_nonzero = int(torch.count_nonzero(unit.parameter))
-        layer_macs = macs.get(unit.name.rpartition(".")[0], 0)
+        layer_macs = sum(macs.get(user, 0) for user in users[unit.parameter])
         macs_nonzero = layer_macs * num_nonzero // num_weights
         spared += layer_macs - macs_nonzero
         layers.append(

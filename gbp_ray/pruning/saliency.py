@@ -384,7 +384,7 @@ def _synaptic_flow(model: nn.Module, units: list[Prunable], workload: Workload) 
 
 def _flow_value(name: str, value: Tensor) -> Tensor:
     if not value.is_floating_point():
-        return value
+        return value.clone()
     # Biases and running means add flow from nowhere; without them flow is conserved.
     if name.rpartition(".")[2] in ("bias", "running_mean"):
         return torch.zeros_like(value, dtype=torch.float64)

@@ -110,7 +110,7 @@ def select_masks(
     ]
     _set_bounds(layers, config)
     k = num_to_prune(sparsity, masks.num_units)
-    _refuse_impossible(layers, k, sparsity)
+    _refuse_impossible(layers, k, sparsity, config)
     if config.scope == "layer":
         held_back = _prune_by_layer(layers, k)
     else:
@@ -219,7 +219,7 @@ def _bound_of(name: str, bound: float | dict[str, float], default: float) -> flo
     return matching[-1] if matching else default
 
 
-def _refuse_impossible(layers: list[_Layer], k: int, sparsity: float) -> None:
+def _refuse_impossible(layers: list[_Layer], k: int, sparsity: float, config: PruneConfig) -> None:
     total = sum(layer.scores_L.size for layer in layers)
     most = sum(layer.ceiling for layer in layers)
     if k > most:
@@ -227,6 +227,20 @@ def _refuse_impossible(layers: list[_Layer], k: int, sparsity: float) -> None:
             f"prune.sparsity = {sparsity:g}: asks for {k} of {total} weights, but the layers' "
             f"ceilings allow {most} (sparsity {most / total:.4f}); lower the sparsity or raise "
             "prune.layer_max_sparsity"
+        )
+    if sparsity < config.sparsity:
+        return  # Earlier rounds are still on their way to the floors.
+    # Floors are counted downwards here: rounding alone may take them past k by a weight or two.
+    least = 0
+    for layer in layers:
+        bound = _bound_of(layer.name, config.layer_min_sparsity, 0.0)
+        floor = math.floor(bound * layer.scores_L.size + 1e-9)
+        least += max(min(floor, layer.ceiling), layer.num_pruned)
+    if least > max(k, sum(layer.num_pruned for layer in layers)):
+        raise PruneError(
+            f"prune.sparsity = {sparsity:g}: asks for {k} of {total} weights, but the layers' "
+            f"floors ask for {least} (sparsity {least / total:.4f}); raise the sparsity or lower "
+            "prune.layer_min_sparsity"
         )
 
 
@@ -244,20 +258,24 @@ def _prune_globally(layers: list[_Layer], k: int) -> list[str]:
     if budget <= 0:
         return []
     pools = [layer.is_open_L for layer in layers]
-    quotas = _count_taken(layers, pools, budget)
-    held_back = []
-    for layer, quota in zip(layers, quotas, strict=True):
-        room = layer.ceiling - layer.num_pruned
-        if quota > room:
-            held_back.append(layer.name)
-    # Ceilings can bind in layers that were not over before the surplus moved to them, so every
-    # layer's pool is cut to its room: what lies beyond could never be taken.
-    if held_back:
-        pools = [_lowest_of(layer, layer.ceiling - layer.num_pruned) for layer in layers]
+    held_back: set[str] = set()
+    while True:
         quotas = _count_taken(layers, pools, budget)
+        over = [
+            index
+            for index, (layer, quota) in enumerate(zip(layers, quotas, strict=True))
+            if quota > layer.ceiling - layer.num_pruned
+        ]
+        if not over:
+            break
+        # What a full layer gives up moves on, and may fill the next one.
+        for index in over:
+            layer = layers[index]
+            pools[index] = _lowest_of(layer, layer.ceiling - layer.num_pruned)
+            held_back.add(layer.name)
     for layer, quota in zip(layers, quotas, strict=True):
         _prune_lowest(layer, quota)
-    return held_back
+    return [layer.name for layer in layers if layer.name in held_back]
 
 
 def _count_taken(layers: list[_Layer], pools: list[np.ndarray], budget: int) -> list[int]:
@@ -281,9 +299,10 @@ def _prune_by_layer(layers: list[_Layer], k: int) -> list[str]:
     low = [layer.num_pruned for layer in layers]
     wanted = _share_out(k, sizes, low, sizes)
     floors = [layer.floor for layer in layers]
-    if sum(floors) > k:
-        floors = low
-    quotas = _share_out(k, sizes, floors, [layer.ceiling for layer in layers])
+    ceilings = [layer.ceiling for layer in layers]
+    # An early round may ask for less than all floors together, and takes nothing beside them.
+    within = (low, floors) if sum(floors) > k else (floors, ceilings)
+    quotas = _share_out(k, sizes, *within)
     held_back = [
         layer.name for layer, want in zip(layers, wanted, strict=True) if want > layer.ceiling
     ]

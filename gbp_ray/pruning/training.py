@@ -299,7 +299,11 @@ class _Buffers:
         change_B = torch.zeros(0, device=self._device)
         if self._floating:
             change_B = torch.cat(
-                [(b - s).reshape(-1) for b, s in zip(self._floating, self._start, strict=True)]
+                # Infinity minus itself is NaN, and attention masks hold infinities.
+                [
+                    (b - s).masked_fill(b == s, 0).reshape(-1)
+                    for b, s in zip(self._floating, self._start, strict=True)
+                ]
             )
         self._restore()
         return change_B
@@ -310,7 +314,9 @@ class _Buffers:
         self._restore()
         pieces = change_B.split([b.numel() for b in self._floating])
         for buffer, piece in zip(self._floating, pieces, strict=True):
-            buffer += piece.view_as(buffer)
+            change = piece.view_as(buffer)
+            # -0.0 plus 0.0 would lose its sign.
+            buffer.copy_(torch.where(change == 0, buffer, buffer + change))
         for counter in self._counters:
             if counter.ndim == 0 and counter.dtype is torch.int64:
                 counter += 1

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from small_networks import SharedWeightNet, TanhNet, built, in_float64
+from torch import Tensor, nn
+
+from gbp_ray.pruning.masks import MaskSet, prunable_parameters
+from gbp_ray.pruning.metrics import count_macs, measure
+from gbp_ray.store import CostRecord
+
+
+class StridedNet(nn.Module):
+    """Convolutions of every kind over an 8 x 8 image, and one layer that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strided = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False)
+        self.grouped = nn.Conv2d(4, 6, 1, groups=2)
+        self.norm = nn.BatchNorm2d(6)
+        self.up = nn.ConvTranspose2d(6, 2, 2, stride=2, bias=False)
+        self.twice = nn.Linear(8, 8)
+        self.blocks = nn.Sequential(nn.Sequential(nn.Linear(8, 5)))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.depthwise(self.strided(inputs))
+        hidden = self.up(self.norm(self.grouped(hidden)))
+        return self.blocks(self.twice(self.twice(hidden)))
+
+
+# Outputs of strided, depthwise and grouped are 4 x 4, those of up 8 x 8 in rows of 8 numbers; an
+# output of a convolution costs inputs / groups * kernel, a transposed one is counted by its inputs.
+MACS = {
+    "strided": 4 * (4 * 4) * 3 * 9,
+    "depthwise": 4 * (4 * 4) * 1 * 9,
+    "grouped": 6 * (4 * 4) * (4 // 2),
+    "up": 6 * (4 * 4) * 2 * 4,
+    "twice": 2 * (2 * 8) * 8 * 8,
+    "blocks.0.0": (2 * 8) * 8 * 5,
+}
+WEIGHTS = {
+    "strided": 4 * 3 * 9,
+    "depthwise": 4 * 9,
+    "grouped": 6 * 2,
+    "up": 6 * 2 * 4,
+    "twice": 64,
+    "blocks.0.0": 40,
+}
+OTHERS = 4 + 6 + (6 + 6) + 8 + 5  # Biases, and the weight and bias of the norm.
+
+
+def strided_macs() -> dict[str, int]:
+    return count_macs(built(StridedNet), torch.zeros(1, 3, 8, 8))
+
+
+def cost_of(model: nn.Module, macs: dict[str, int]) -> CostRecord:
+    return measure(model, prunable_parameters(model), macs)
+
+
+def test_macs_are_those_counted_by_hand() -> None:
+    macs = strided_macs()
+    assert {name: macs[name] for name in MACS} == MACS
+    assert macs[""] == sum(MACS.values())
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_counting_leaves_the_model_as_it_was(is_training: bool) -> None:
+    model = built(StridedNet).train(is_training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    count_macs(model, torch.zeros(1, 3, 8, 8))
+    assert all(module.training is is_training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_dense_model_costs_all_it_has() -> None:
+    cost = cost_of(built(StridedNet), strided_macs())
+    assert cost.num_parameters == cost.num_nonzero + 6 == sum(WEIGHTS.values()) + OTHERS
+    assert cost.macs == cost.macs_nonzero == sum(MACS.values())
+    assert (cost.sparsity, cost.num_units) == (0.0, sum(WEIGHTS.values()))
+    layers = {layer.name: layer for layer in cost.layers}
+    assert sorted(layers) == sorted(f"{name}.weight" for name in WEIGHTS)
+    for name, num_weights in WEIGHTS.items():
+        layer = layers[f"{name}.weight"]
+        assert (layer.num_weights, layer.num_nonzero) == (num_weights, num_weights)
+        assert (layer.macs, layer.macs_nonzero) == (MACS[name], MACS[name])
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_zero_weights_spare_their_share_of_the_macs(name: str) -> None:
+    model = built(StridedNet)
+    dense = cost_of(model, strided_macs())
+    weight = model.get_parameter(f"{name}.weight")
+    removed = WEIGHTS[name] // 4
+    with torch.no_grad():
+        weight.view(-1)[:removed] = 0
+    cost = cost_of(model, strided_macs())
+    # Each weight of a layer takes part equally often.
+    spared = removed * MACS[name] // WEIGHTS[name]
+    assert cost.macs_nonzero == dense.macs - spared
+    assert cost.macs == dense.macs
+    assert cost.num_nonzero == dense.num_nonzero - removed
+    assert cost.num_parameters == dense.num_parameters
+    assert cost.sparsity == pytest.approx(removed / sum(WEIGHTS.values()))
+    assert cost.compression == cost.num_parameters / cost.num_nonzero
+    layer = next(layer for layer in cost.layers if layer.name == f"{name}.weight")
+    assert (layer.num_nonzero, layer.macs_nonzero) == (WEIGHTS[name] - removed, MACS[name] - spared)
+    assert layer.sparsity == removed / WEIGHTS[name]
+
+
+@pytest.mark.parametrize(("build", "item"), [(built, 4), (in_float64, 8)])
+def test_bytes_are_those_of_the_tensors(build: type, item: int) -> None:
+    model = build(TanhNet)
+    model.register_buffer("counter", torch.zeros(3, dtype=torch.int64))
+    dense = cost_of(model, {})
+    num_parameters = (12 + 4) + (8 + 2)
+    assert dense.num_bytes == num_parameters * item + 3 * 8
+    # One bit a prunable weight, each layer in whole bytes: 12 in two, 8 in one.
+    assert dense.num_bytes_sparse == dense.num_bytes + 2 + 1
+    with torch.no_grad():
+        model[0].weight[:2] = 0
+    sparse = cost_of(model, {})
+    assert sparse.num_bytes == dense.num_bytes
+    assert sparse.num_bytes_sparse == dense.num_bytes_sparse - 6 * item
+
+
+def test_a_tied_weight_counts_once_and_works_in_both_layers() -> None:
+    model = built(SharedWeightNet)
+    macs = count_macs(model, torch.zeros(1, 3))
+    dense = cost_of(model, macs)
+    assert (dense.num_parameters, dense.num_bytes, dense.macs) == (9, 36, 18)
+    with torch.no_grad():
+        model.first.weight[0] = 0
+    cost = cost_of(model, macs)
+    (layer,) = cost.layers
+    assert (cost.num_nonzero, cost.macs_nonzero) == (6, 12)
+    assert (layer.macs, layer.macs_nonzero) == (18, 12)
+
+
+def test_a_module_with_two_names_costs_what_it_does_once() -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh())
+    model.append(model[0])
+    cost = cost_of(model, count_macs(model, torch.zeros(1, 3)))
+    assert (cost.num_parameters, cost.macs) == (9, 18)
+    assert cost.layers[0].macs == 18
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.encoder(inputs)
+
+
+def test_attention_is_counted_although_torch_would_fuse_it() -> None:
+    """Over 3 tokens of 8 numbers: projections, scores and mixing, and the two linear layers."""
+    model = built(Attention)
+    macs = count_macs(model, torch.zeros(1, 3, 8))
+    projections, mixing = 3 * 8 * (3 * 8) + 3 * 8 * 8, 2 * (3 * 3 * 8)
+    assert macs["encoder.linear1"] == macs["encoder.linear2"] == 3 * 8 * 16
+    assert macs[""] == projections + mixing + 2 * 3 * 8 * 16
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_masks_and_measurement_agree() -> None:
+    model = built(StridedNet)
+    units = prunable_parameters(model)
+    generator = torch.Generator().manual_seed(0)
+    masks = MaskSet(
+        {u.name: torch.rand(u.parameter.shape, generator=generator) < 0.3 for u in units}
+    )
+    masks.apply_(model)
+    cost = cost_of(model, strided_macs())
+    assert cost.sparsity == pytest.approx(masks.sparsity, abs=1e-12)
+    assert sum(layer.num_nonzero for layer in cost.layers) == int(masks.flat().sum())

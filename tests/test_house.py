@@ -1,0 +1,106 @@
+"""The house rules that a machine can hold: imports, layout, jobs, and the README's own words."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gbp_ray.config import CRITERIA, load_job
+from gbp_ray.pruning.saliency import CRITERIA as RULES
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_a_job_may_name_every_criterion_and_no_other() -> None:
+    assert tuple(RULES) == CRITERIA
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("jobs/**/*.toml")), ids=lambda path: path.stem)
+def test_every_job_validates_and_opens_with_what_it_shows(path: Path) -> None:
+    load_job(path)
+    assert path.read_text().startswith("# ")
+    assert re.search(r"^# (Costs|Needs|Shows):", path.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("module", ["gbp_ray", "gbp_ray.config", "gbp_ray.store", "gbp_ray.report"])
+def test_results_are_read_without_torch_and_ray(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({{'torch', 'ray'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_process_without_workers_never_imports_ray() -> None:
+    code = "import sys, gbp_ray.api; print('ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_imports_point_downwards() -> None:
+    linter = shutil.which("lint-imports", path=str(Path(sys.executable).parent))
+    if linter is None:
+        pytest.skip("import-linter is not installed; it comes with the dev extra")
+    done = subprocess.run([linter, "--no-logo"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_top_level_is_as_agreed() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    allowed = {"pyproject.toml", "README.md", "gbp_ray", "jobs", "cluster", "tests"}
+    top = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    assert {name for name in top if not name.startswith(".")} <= allowed
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("gbp_ray/**/*.py")), ids=str)
+def test_a_module_says_what_it_is_for_and_stays_short(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 600
+    assert path.name not in {"utils.py", "common.py", "helpers.py", "base.py"}
+    if text:
+        assert text.startswith('"""')
+
+
+def test_the_readme_names_only_verbs_that_exist() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "gbp_ray", "--help"], capture_output=True, text=True, check=True
+    )
+    verbs = set(re.findall(r"gbp-ray ([a-z]+)", README))
+    assert verbs
+    for verb in verbs:
+        assert verb in shown.stdout
+
+
+def test_the_readme_job_validates(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "job.toml").write_text(block)
+    assert load_job(tmp_path / "job.toml").name == "my-job"
+
+
+def test_the_readme_python_runs(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"95\.00% sparse, \d\d\.\d\d% accurate, in ", done.stdout)
+
+
+def test_the_checks_run_the_test_command_of_the_readme() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "<!-- the test command -->" in script
+    (command,) = re.findall(r"<!-- the test command -->\n```sh\n(.*?)\n```", README, re.DOTALL)
+    assert command.endswith("-m pytest")
+
+
+def test_the_digits_asset_travels_with_the_package() -> None:
+    manifest = json.dumps((ROOT / "pyproject.toml").read_text())
+    assert "*.parquet" in manifest
+    assert (ROOT / "gbp_ray" / "zoo" / "digits.parquet").stat().st_size < 150_000

@@ -1,0 +1,128 @@
+"""Tables and the closing line: every number comes from the records, and none is invented."""
+
+from __future__ import annotations
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from gbp_ray.config import JobConfig
+from gbp_ray.report import layer_table, round_table, summary_line
+from gbp_ray.store import CostRecord, LayerRecord, RoundRecord, TrialRecord
+
+
+def make_cost(kept: float, names: tuple[str, ...] = ("conv.weight", "head.weight")) -> CostRecord:
+    layers = tuple(
+        LayerRecord(
+            name=name,
+            shape=(20, 50),
+            num_weights=1000,
+            num_nonzero=round(1000 * kept),
+            macs=2_000_000,
+            macs_nonzero=round(2_000_000 * kept),
+        )
+        for name in names
+    )
+    return CostRecord(
+        num_parameters=2500,
+        num_nonzero=500 + round(2000 * kept),
+        macs=4_000_000,
+        macs_nonzero=round(4_000_000 * kept),
+        num_bytes=10_000,
+        num_bytes_sparse=5_000,
+        layers=layers,
+    )
+
+
+@pytest.fixture
+def trial() -> TrialRecord:
+    rounds = (
+        RoundRecord(
+            round=0,
+            sparsity_target=0.0,
+            accuracy=0.9012,
+            loss=0.25,
+            cost=make_cost(1.0),
+            mask_digest="0",
+        ),
+        RoundRecord(
+            round=1,
+            sparsity_target=0.5,
+            accuracy=0.8765,
+            loss=0.375,
+            accuracy_pruned=0.1234,
+            loss_pruned=2.0,
+            cost=make_cost(0.5),
+            mask_digest="1",
+        ),
+        RoundRecord(
+            round=2,
+            sparsity_target=0.75,
+            accuracy=0.8512,
+            loss=0.5,
+            accuracy_pruned=0.8512,
+            cost=make_cost(0.25),
+            mask_digest="2",
+            held_back=("head.weight",),
+        ),
+    )
+    job = JobConfig.model_validate(
+        {
+            "name": "try",
+            "workload": {"factory": "a:b"},
+            "prune": {"criterion": "taylor", "sparsity": 0.75, "rounds": 2},
+        }
+    )
+    return TrialRecord(trial_id="taylor-x", job=job, rounds=rounds, seconds=1, num_workers=0)
+
+
+def lines_of(table: Table) -> list[str]:
+    console = Console(width=140, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return [line for line in captured.get().splitlines() if line.strip()]
+
+
+def test_the_round_table_has_a_line_for_each_round_with_its_numbers(trial: TrialRecord) -> None:
+    title, head, _, dense, first, second = lines_of(round_table(trial))
+    assert title.strip() == "taylor-x"
+    assert head.split()[:3] == ["round", "sparsity", "accuracy"]
+    assert dense.split() == ["dense", "0.00%", "90.12%", "0.2500", "2,500", "4M"]
+    assert first.split() == ["1", "50.00%", "87.65%", "12.34%", "0.3750", "1,500", "2M"]
+    assert second.split() == ["2", "75.00%", "85.12%", "85.12%", "0.5000", "1,000", "1M"]
+
+
+def test_the_layer_table_says_what_is_left_and_who_was_held_back(trial: TrialRecord) -> None:
+    title, _, _, conv, head = lines_of(layer_table(trial.final))
+    assert title.strip() == "layers after round 2"
+    assert conv.split() == ["conv.weight", "20x50", "1,000", "250", "75.00%", "500k"]
+    assert head.split()[:3] == ["head.weight", "(held", "back)"]
+    assert "held" not in "".join(lines_of(layer_table(trial.dense)))
+    assert lines_of(layer_table(trial.dense))[0].strip() == "layers, dense"
+
+
+def test_layer_names_are_shown_as_they_are(trial: TrialRecord) -> None:
+    cost = make_cost(1.0, ("blocks[bold].weight", "x[/red].weight"))
+    record = trial.dense.model_copy(update={"cost": cost})
+    text = "\n".join(lines_of(layer_table(record)))
+    assert "blocks[bold].weight" in text
+    assert "x[/red].weight" in text
+
+
+def test_the_summary_compares_the_last_round_with_the_dense_network(trial: TrialRecord) -> None:
+    text = summary_line(trial)
+    assert "\n" not in text
+    assert "sparsity 75.00% of 2,000 prunable weights" in text
+    assert "accuracy 85.12% (-5.00 points against dense)" in text
+    assert "compression 2.5x" in text, "2500 parameters before, 1000 after"
+    assert "4.0x fewer multiply-adds in theory" in text
+
+
+def test_the_summary_of_a_network_without_multiply_adds_does_not_divide_by_zero(
+    trial: TrialRecord,
+) -> None:
+    cost = make_cost(0.25).model_copy(update={"macs": 0, "macs_nonzero": 0, "num_nonzero": 0})
+    final = trial.final.model_copy(update={"cost": cost})
+    whole = trial.model_copy(update={"rounds": (trial.dense, final)})
+    assert "0.0x fewer" in summary_line(whole)
+    assert lines_of(round_table(whole))[-1].split()[-1] == "0"

@@ -1,0 +1,459 @@
+"""The bring-your-own contract: what is refused before training, and which example goes where."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+from gbp_ray.config import WorkloadConfig
+from gbp_ray.errors import ConfigError, GbpError, WorkloadError
+from gbp_ray.workload import (
+    Workload,
+    add_import_paths,
+    check_workload,
+    count_top1,
+    cut_batches,
+    derive_seed,
+    import_attribute,
+    load_workload,
+    num_examples,
+    seeded,
+    shuffled_indices,
+    take_batch,
+)
+
+torch.set_num_threads(1)
+
+INPUTS = torch.arange(40, dtype=torch.float32).view(10, 4)
+TARGETS = torch.arange(10) % 3
+
+
+def make_workload(**changed: Any) -> Workload:
+    values: dict[str, Any] = {
+        "build_model": lambda: nn.Linear(4, 3),
+        "train": (INPUTS, TARGETS),
+        "test": (INPUTS[:5], TARGETS[:5]),
+    }
+    return Workload(**(values | changed))
+
+
+def refusal(kind: type[GbpError], action: Callable[[], object]) -> str:
+    with pytest.raises(kind) as caught:
+        action()
+    text = str(caught.value)
+    assert type(caught.value) is kind
+    assert "\n" not in text
+    assert caught.value.exit_code == 2
+    return text
+
+
+# -- finding a factory -----------------------------------------------------------------------------
+
+MODULE = """
+from torch import nn
+import torch
+from gbp_ray import Workload, WorkloadError
+
+def make(depth, width=4, *, is_wide=False):
+    data = torch.zeros(2, 4), torch.zeros(2, dtype=torch.long)
+    return Workload(build_model=lambda: nn.Linear(4, depth), train=data, test=data)
+
+def free(**options):
+    return make(depth=options.get("depth", 3))
+
+def fail():
+    raise RuntimeError("first line\\nsecond line")
+
+def refuse():
+    raise WorkloadError("workload.options.x: must be even")
+
+def open_missing():
+    open("/no/such/data.bin")
+
+def miss_without_a_name():
+    raise FileNotFoundError("no data here")
+
+def wrong():
+    return nn.Linear(1, 1)
+
+class Maker:
+    def __call__(self, depth):
+        return make(depth)
+
+maker = Maker()
+answer = 42
+"""
+
+
+@pytest.fixture
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    name = "module_of_a_user"
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    (tmp_path / "broken_module.py").write_text("raise ValueError('one\\ntwo')")
+    (tmp_path / "needy_module.py").write_text("import a_package_nobody_has")
+    (tmp_path / "unfinished_module.py").write_text("def make(:")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    yield name
+    for module in (name, "broken_module", "needy_module", "unfinished_module"):
+        sys.modules.pop(module, None)
+
+
+def load(factory: str, **options: Any) -> Workload:
+    return load_workload(WorkloadConfig(factory=factory, options=options))
+
+
+def test_a_factory_is_called_with_the_options(user_module: str) -> None:
+    workload = load(f"{user_module}:make", depth=7, is_wide=True)
+    assert workload.build_model().weight.shape == (7, 4)
+    assert load(f"{user_module}:free", depth=5).build_model().weight.shape == (5, 4)
+    assert load(f"{user_module}:maker", depth=2).build_model().weight.shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("factory", "options", "kind", "parts"),
+    [
+        (
+            "no_such_module_at_all:make",
+            {},
+            ConfigError,
+            ["no module named 'no_such_module_at_all'"],
+        ),
+        ("gbp_ray.zo:digits", {}, ConfigError, ["no module named 'gbp_ray.zo'"]),
+        ("{}:mak", {}, ConfigError, ["has no 'mak'", "did you mean 'make'"]),
+        ("{}:answer", {}, ConfigError, ["is not callable"]),
+        ("{}:make", {}, ConfigError, ["workload.options.depth: is required"]),
+        (
+            "{}:make",
+            {"depth": 1, "widht": 2},
+            ConfigError,
+            ["workload.options.widht", "did you mean 'width'", "allowed: depth, width, is_wide"],
+        ),
+        ("{}:fail", {"x": 1}, ConfigError, ["workload.options.x", "allowed: none"]),
+        ("{}:fail", {}, WorkloadError, ["raised RuntimeError: first line second line"]),
+        ("{}:refuse", {}, WorkloadError, ["workload.options.x: must be even"]),
+        ("{}:open_missing", {}, WorkloadError, ["'/no/such/data.bin' does not exist"]),
+        ("{}:miss_without_a_name", {}, WorkloadError, ["no data here"]),
+        ("{}:wrong", {}, WorkloadError, ["returned Linear", "must return a gbp_ray.Workload"]),
+        ("broken_module:make", {}, ConfigError, ["raised ValueError: one two"]),
+        ("needy_module:make", {}, ConfigError, ["no module named 'a_package_nobody_has'"]),
+        ("unfinished_module:make", {}, ConfigError, ["raised SyntaxError"]),
+        ("gbp_ray..zoo:make", {}, ConfigError, ["gbp_ray..zoo"]),
+    ],
+)
+def test_a_factory_that_cannot_be_used_is_named(
+    user_module: str, factory: str, options: dict[str, Any], kind: type[GbpError], parts: list[str]
+) -> None:
+    text = refusal(kind, lambda: load(factory.format(user_module), **options))
+    for part in parts:
+        assert part in text
+
+
+def test_an_attribute_is_resolved_for_the_field_that_names_it() -> None:
+    assert import_attribute("math:sqrt", "prune.criterion")(9.0) == 3.0
+    text = refusal(ConfigError, lambda: import_attribute("math:sqr", "prune.criterion"))
+    assert text.startswith("prune.criterion = 'math:sqr'")
+
+
+def test_import_paths_are_added_once_and_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", ["/first", "/there"])
+    add_import_paths(["/there", "/new", "/new"])
+    assert sys.path == ["/first", "/there", "/new"]
+
+
+# -- what no job can use ---------------------------------------------------------------------------
+
+
+class Squares(Dataset):
+    def __init__(self, size: int, top: int = 3) -> None:
+        self.size, self.top = size, top
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.full((4,), float(index**2)), index % self.top
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        yield torch.zeros(4), 0
+
+
+def fail_to_augment(inputs: Tensor) -> Tensor:
+    raise RuntimeError("augment\nbroke")
+
+
+EMPTY = (INPUTS[:0], TARGETS[:0])
+
+UNUSABLE = {
+    "no training examples": ({"train": EMPTY}, ["workload.train: holds no examples"]),
+    "no test examples": ({"test": EMPTY}, ["workload.test: holds no examples"]),
+    "empty data set": ({"train": Squares(0)}, ["workload.train: holds no examples"]),
+    "label too high": (
+        {"train": (INPUTS, TARGETS + 1)},
+        ["workload.train: labels run from 1 to 3", "3 outputs (allowed: 0 to 2)"],
+    ),
+    "label too high, late": (
+        {"train": (INPUTS, torch.tensor([0] * 9 + [3]))},
+        ["workload.train: labels run from 0 to 3"],
+    ),
+    "label too low": ({"train": (INPUTS, TARGETS - 1)}, ["workload.train: labels run from -1"]),
+    "test label too high": (
+        {"test": (INPUTS, torch.tensor([0] * 9 + [3]))},
+        ["workload.test: labels run from 0 to 3"],
+    ),
+    "label of a data set": ({"train": Squares(9, top=4)}, ["workload.train: labels run from 0 to"]),
+    "label of an array": (
+        {"train": (INPUTS.numpy(), TARGETS.numpy() + 1)},
+        ["workload.train: labels run from 1 to 3"],
+    ),
+    "input shape": ({"train": (INPUTS[:, :3], TARGETS)}, ["workload.train", "RuntimeError"]),
+    "test input shape": ({"test": (INPUTS[:, :3], TARGETS)}, ["workload.test", "RuntimeError"]),
+    "fewer targets": ({"train": (INPUTS, TARGETS[:9])}, ["has 10 inputs but 9 targets"]),
+    "three columns": ({"train": (INPUTS, TARGETS, TARGETS)}, ["must be (inputs, targets), not 3"]),
+    "stream": ({"train": Stream()}, ["workload.train: its examples cannot be counted"]),
+    "nothing": ({"test": None}, ["workload.test: its examples cannot be counted"]),
+    "list of columns": ({"train": [INPUTS, TARGETS]}, ["workload.train: one batch of 2 examples"]),
+    "integer inputs": ({"train": (INPUTS.long(), TARGETS)}, ["workload.train", "RuntimeError"]),
+    "loss by example": (
+        {"loss": lambda o, t: functional.cross_entropy(o, t, reduction="none")},
+        ["workload.loss: must return the mean", "(8,)"],
+    ),
+    "loss as a number": (
+        {"loss": lambda o, t: functional.cross_entropy(o, t).item()},
+        ["workload.loss: must return the mean", "not float"],
+    ),
+    "loss fails": ({"loss": lambda o, t: o / "x"}, ["TypeError"]),
+    "accuracy for a count": (
+        {"count_correct": lambda o, t: (o.argmax(1) == t).float().mean()},
+        ["workload.count_correct", "float32"],
+    ),
+    "counts by example": (
+        {"count_correct": lambda o, t: o.argmax(1) == t},
+        ["workload.count_correct", "(8,)"],
+    ),
+    "no count": ({"count_correct": lambda o, t: None}, ["workload.count_correct", "NoneType"]),
+    "prepare fails": ({"prepare": lambda x: x.nope}, ["AttributeError"]),
+    "augment fails": ({"augment": fail_to_augment}, ["RuntimeError: augment broke"]),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_what_no_job_can_use_is_refused_before_training(case: str) -> None:
+    changed, parts = UNUSABLE[case]
+    workload = make_workload(**changed)
+    model = nn.Linear(4, 3)
+    model.train()
+    text = refusal(WorkloadError, lambda: check_workload(workload, model, 8))
+    assert text.startswith("workload")
+    for part in parts:
+        assert part in text
+    assert model.training, "the model is left as it was"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"train": (INPUTS.numpy(), TARGETS.numpy()), "test": TensorDataset(INPUTS, TARGETS)},
+        {"train": Squares(9), "test": Squares(1)},
+        {"loss": functional.mse_loss, "train": (INPUTS, INPUTS[:, :3])}
+        | {"test": (INPUTS, INPUTS[:, :3]), "count_correct": lambda o, t: torch.tensor(0)},
+        {"count_correct": lambda o, t: int((o.argmax(1) == t).sum())},
+        {"augment": lambda x: x + torch.rand(()), "prepare": lambda x: x / 40},
+        {"train": (INPUTS, functional.one_hot(TARGETS).float())}
+        | {"count_correct": lambda o, t: (o.argmax(1) == o.argmax(1)).sum()},
+    ],
+    ids=["tensors", "arrays", "data set", "regression", "int count", "augmented", "soft labels"],
+)
+def test_what_can_be_used_passes_and_changes_nothing(changed: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    check_workload(make_workload(**changed), model, 8)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert model.training
+
+
+def test_an_evaluating_model_stays_so() -> None:
+    model = nn.Linear(4, 3).eval()
+    check_workload(make_workload(), model, 8)
+    assert not model.training
+
+
+def test_right_answers_are_counted() -> None:
+    outputs = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.5, 0.6]])
+    assert count_top1(outputs, torch.tensor([1, 1, 1])).item() == 2
+
+
+# -- batches and draws -----------------------------------------------------------------------------
+
+
+@given(total=st.integers(0, 300), size=st.integers(1, 80))
+def test_batches_cover_every_position_once_and_only_the_last_is_short(
+    total: int, size: int
+) -> None:
+    batches = cut_batches(total, size)
+    assert [i for batch in batches for i in batch] == list(range(total))
+    assert all(len(batch) == size for batch in batches[:-1])
+    assert all(0 < len(batch) <= size for batch in batches)
+
+
+@given(total=st.integers(0, 200), seed=st.integers(0, 2**63 - 1))
+@settings(deadline=None)
+def test_a_shuffle_is_a_permutation_decided_by_its_seed(total: int, seed: int) -> None:
+    torch.manual_seed(total)
+    first = shuffled_indices(total, seed)
+    torch.manual_seed(total + 1)
+    assert torch.equal(first, shuffled_indices(total, seed))
+    assert sorted(first.tolist()) == list(range(total))
+
+
+def test_shuffles_differ_by_seed() -> None:
+    orders = {tuple(shuffled_indices(50, seed).tolist()) for seed in range(20)}
+    assert len(orders) == 20
+
+
+@given(parts=st.lists(st.integers() | st.text(), max_size=4))
+def test_a_derived_seed_fits_torch_and_is_stable(parts: list[Any]) -> None:
+    seed = derive_seed(*parts)
+    assert 0 <= seed < 2**63
+    assert derive_seed(*parts) == seed
+
+
+def test_derived_seeds_differ_in_every_part() -> None:
+    seeds = {
+        derive_seed(seed, phase, step, part)
+        for seed in range(3)
+        for phase in ("pretrain", "finetune")
+        for step in range(20)
+        for part in range(4)
+    }
+    assert len(seeds) == 3 * 2 * 20 * 4
+    assert derive_seed(1, 23) != derive_seed(12, 3)
+    # A seed that changed between versions or machines would break every resumed trial.
+    digest = "8d969eef6ecad3c29a3a629280e686cf0c3f5d5a86aff3ca12020c923adc6c92"  # SHA-256 "123456"
+    assert derive_seed(123456) == int.from_bytes(bytes.fromhex(digest)[:8], "little") // 2
+
+
+def test_seeding_a_block_decides_its_draws_and_leaves_no_trace() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(4)
+    torch.manual_seed(5)
+    with seeded(7):
+        inside = torch.rand(3)
+    assert torch.equal(torch.rand(4), expected)
+    with seeded(7):
+        assert torch.equal(torch.rand(3), inside)
+    with seeded(8):
+        assert not torch.equal(torch.rand(3), inside)
+
+
+def test_seeding_is_undone_when_the_block_fails() -> None:
+    state = torch.get_rng_state()
+
+    def fail() -> None:
+        with seeded(7):
+            torch.rand(3)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# -- fetching --------------------------------------------------------------------------------------
+
+
+def as_memmap(tmp_path: Path) -> tuple[np.ndarray, np.ndarray]:
+    np.save(tmp_path / "x.npy", INPUTS.numpy())
+    np.save(tmp_path / "y.npy", TARGETS.numpy())
+    return np.load(tmp_path / "x.npy", mmap_mode="r"), np.load(tmp_path / "y.npy", mmap_mode="r")
+
+
+FORMS: dict[str, Callable[[Path], Any]] = {
+    "tensors": lambda folder: (INPUTS, TARGETS),
+    "arrays": lambda folder: (INPUTS.numpy(), TARGETS.numpy()),
+    "memory map": as_memmap,
+    "mixed": lambda folder: (INPUTS, TARGETS.numpy()),
+    "data set": lambda folder: TensorDataset(INPUTS, TARGETS),
+    "list of pairs": lambda folder: list(zip(INPUTS, TARGETS.tolist(), strict=True)),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_data_gives_the_same_batches(form: str, tmp_path: Path) -> None:
+    data = FORMS[form](tmp_path)
+    workload = make_workload(train=data)
+    assert num_examples(data) == 10
+    for chosen in ([3], [9, 0, 4], [2, 2], list(range(10))):
+        inputs, targets = take_batch(workload, data, torch.tensor(chosen))
+        assert torch.equal(inputs, INPUTS[chosen])
+        assert torch.equal(targets, TARGETS[chosen])
+        assert targets.dtype == torch.int64
+        # What a batch's owner does to it must not reach the data.
+        inputs.zero_()
+    assert torch.equal(take_batch(workload, data, torch.tensor([3]))[0], INPUTS[[3]])
+    check_workload(workload, nn.Linear(4, 3), 8)
+
+
+def test_inputs_are_prepared_after_they_are_augmented() -> None:
+    order = []
+
+    def augment(inputs: Tensor) -> Tensor:
+        order.append("augment")
+        return inputs + 1
+
+    def prepare(inputs: Tensor) -> Tensor:
+        order.append("prepare")
+        return inputs * 10
+
+    workload = make_workload(augment=augment, prepare=prepare)
+    inputs, _ = take_batch(workload, workload.train, torch.tensor([1, 2]), augment_seed=3)
+    assert torch.equal(inputs, (INPUTS[1:3] + 1) * 10)
+    assert order == ["augment", "prepare"]
+    inputs, _ = take_batch(workload, workload.train, torch.tensor([1, 2]))
+    assert torch.equal(inputs, INPUTS[1:3] * 10)
+    assert order == ["augment", "prepare", "prepare"]
+
+
+def test_augmentation_is_decided_by_its_seed_and_leaves_no_trace() -> None:
+    workload = make_workload(augment=lambda inputs: inputs + torch.rand_like(inputs))
+    chosen = torch.tensor([0, 5])
+
+    def take(seed: int | None) -> Tensor:
+        return take_batch(workload, workload.train, chosen, augment_seed=seed)[0]
+
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = take(7)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(take(7), first)
+    assert torch.equal(take(0), take(0)), "0 is a seed, too"
+    assert not torch.equal(take(0), INPUTS[chosen])
+    assert not torch.equal(take(8), first)
+    assert torch.equal(take(None), INPUTS[chosen])
+
+
+def test_a_batch_goes_to_the_device_before_it_is_prepared() -> None:
+    seen = []
+    workload = make_workload(prepare=lambda inputs: seen.append(inputs.device.type) or inputs)
+    inputs, targets = take_batch(
+        workload, workload.train, torch.tensor([0]), device=torch.device("meta")
+    )
+    assert seen == ["meta"]
+    assert {inputs.device.type, targets.device.type} == {"meta"}
