@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gbp_ray.config import JobConfig
-from gbp_ray.errors import PruneError, StoreError
-from gbp_ray.pruning.masks import MaskSet, prunable_parameters
+from gbp_ray.errors import ConfigError, PruneError, StoreError
+from gbp_ray.pruning.masks import MaskSet, Prunable, prunable_parameters
 from gbp_ray.pruning.metrics import count_macs, measure
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.saliency import criterion, movement_statistic, score
@@ -138,12 +138,22 @@ def check_job(job: JobConfig, workload: Workload) -> None:
     with seeded(derive_seed(job.seed, "model")):
         model = workload.build_model()
     units = prunable_parameters(model, job.prune.exclude)
+    _refuse_frozen_movement(job, units)
     check_selectable(
         {unit.name: tuple(unit.parameter.shape) for unit in units},
         job.prune,
         {unit.name: unit.input_dim for unit in units},
     )
     check_workload(workload, model, min(8, job.prune.calibration_batch_size))
+
+
+def _refuse_frozen_movement(job: JobConfig, units: list[Prunable]) -> None:
+    frozen = [unit.name for unit in units if not unit.parameter.requires_grad]
+    if job.prune.criterion == "movement" and frozen:
+        raise ConfigError(
+            f"prune.criterion = movement: '{frozen[0]}' is frozen (requires_grad = False) and "
+            "never moves; name it in prune.exclude"
+        )
 
 
 class _Run:
@@ -154,6 +164,7 @@ class _Run:
         with seeded(derive_seed(job.seed, "model")):
             self.model = workload.build_model().to(ranks.device)
         self.units = prunable_parameters(self.model, job.prune.exclude)
+        _refuse_frozen_movement(job, self.units)
         self.masks = MaskSet.dense(self.units)
         self.schedule = sparsity_schedule(job.prune.schedule, job.prune.sparsity, job.prune.rounds)
         example, _ = take_batch(
@@ -229,8 +240,7 @@ class _Run:
         load_weights(self.model, saved.dense_weights, "round_000/weights.safetensors")
         self._remember_dense()
         load_weights(self.model, saved.weights, f"round_{saved.round:03d}/weights.safetensors")
-        self.masks = MaskSet.from_bytes(saved.masks, f"round_{saved.round:03d}/masks.safetensors")
-        self.masks = self.masks.to(self.ranks.device)
+        self.masks = self._read_masks(saved).to(self.ranks.device)
         try:
             state = torch.load(
                 io.BytesIO(saved.state), map_location=self.ranks.device, weights_only=True
@@ -246,6 +256,16 @@ class _Run:
                 "it or delete its round and those after it, and run the job again"
             ) from error
         check_pruned_zero(self.model, self.optimizer, self.masks)
+
+    def _read_masks(self, saved: Checkpoint) -> MaskSet:
+        source = f"round_{saved.round:03d}/masks.safetensors"
+        masks = MaskSet.from_bytes(saved.masks, source)
+        shapes = {name: mask.shape for name, mask in masks.items()}
+        if shapes != {name: mask.shape for name, mask in self.masks.items()}:
+            raise StoreError(f"{source}: does not fit the model; was the workload changed?")
+        if (name := masks.to(self.ranks.device).find_revived(self.model)) is not None:
+            raise StoreError(f"{source}: prunes weights of '{name}' that the weights file keeps")
+        return masks
 
     # -- the steps of a round --------------------------------------------------------------------
 
@@ -384,7 +404,8 @@ def _save_weights(model: nn.Module) -> bytes:
         if tensor.numel() and key in seen:
             continue
         seen.add(key)
-        plain[name] = tensor.detach().cpu().contiguous()
+        # A copy, since the format refuses views of one buffer, too.
+        plain[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return save_tensors(plain, {"format": "pt"})
 
 
@@ -396,15 +417,20 @@ def load_weights(model: nn.Module, data: bytes, source: str) -> None:
     """
     try:
         tensors = load_tensors(data)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, KeyError) as error:
+        # KeyError: a dtype that torch does not have.
         raise StoreError(f"{source}: is not a readable safetensors file: {error}") from None
     own = model.state_dict()
+
+    def fits(name: str, tensor: Tensor) -> bool:
+        return name in own and (own[name].shape, own[name].dtype) == (tensor.shape, tensor.dtype)
+
     missing, unexpected = model.load_state_dict(
-        {k: v for k, v in tensors.items() if k in own and own[k].shape == v.shape}, strict=False
+        {name: tensor for name, tensor in tensors.items() if fits(name, tensor)}, strict=False
     )
     present = {own[name].data_ptr() for name in tensors if name in own}
     missing = [name for name in missing if own[name].data_ptr() not in present]
-    misfits = [n for n, t in tensors.items() if n not in own or own[n].shape != t.shape]
+    misfits = [name for name, tensor in tensors.items() if not fits(name, tensor)]
     if missing or misfits or unexpected:
         name = (missing or misfits or unexpected)[0]
         raise StoreError(f"{source}: does not fit the model at '{name}'; was the workload changed?")

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -140,12 +141,12 @@ def score(
     """
     rule = criterion(config.criterion)
     weights_N = torch.cat([unit.parameter.detach().reshape(-1) for unit in units])
-    with _scoring_mode(model):
-        if rule.name == "random":
+    with _scoring_mode(model, units):
+        if config.criterion == "random":
             scores_N = _draw_scores(weights_N.numel(), derive_seed(seed, "random", round_number))
-        elif rule.name == "synflow":
+        elif config.criterion == "synflow":
             scores_N = _synaptic_flow(model, units, workload)
-        elif rule.name == "movement":
+        elif config.criterion == "movement":
             if movement_N is None:
                 raise PruneError(
                     "prune.criterion = movement: nothing was gathered; set finetune.epochs above 0"
@@ -162,7 +163,7 @@ def score(
         unit.name: piece.view(unit.parameter.shape)
         for unit, piece in zip(units, pieces, strict=True)
     }
-    _refuse_non_finite(scores, config.criterion)
+    _refuse_non_finite(scores, units, config.criterion)
     return scores
 
 
@@ -225,7 +226,7 @@ def _sum_over_batches(
     batches = cut_batches(total, config.calibration_batch_size)
     num_weights = sum(unit.parameter.numel() for unit in units)
     turns = -(-len(batches) // ranks.world_size)
-    wire_dtype = units[0].parameter.dtype
+    wire_dtype = reduce(torch.promote_types, (unit.parameter.dtype for unit in units))
     previous_N: Tensor | None = None
     if not rule.passes:
         return torch.zeros(num_weights, dtype=torch.float64, device=ranks.device), total
@@ -257,6 +258,13 @@ def _flat(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
+def _zeros_like_flat(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    """Makes a running sum for tensors like these, in float32 or, where they are, in float64."""
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    total = sum(tensor.numel() for tensor in tensors)
+    return torch.zeros(total, dtype=dtype, device=tensors[0].device)
+
+
 def _summed_gradient(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
     """n_b * g: a sum over examples, so that a short batch counts with its true size."""
     return _flat(probe.gradients(inputs, targets)).mul_(len(targets))
@@ -279,7 +287,7 @@ def _squared_example_gradients(probe: Probe, inputs: Tensor, targets: Tensor) ->
     per_example = vmap(grad(example_loss), in_dims=(None, 0, 0))
     num_weights = sum(weight.numel() for weight in prunable.values())
     chunk = max(1, _PER_EXAMPLE_BYTES // (4 * num_weights))
-    total_N = torch.zeros(num_weights, device=inputs.device)
+    total_N = _zeros_like_flat(list(prunable.values()))
     for start in range(0, len(targets), chunk):
         stop = start + chunk
         gradients = per_example(prunable, inputs[start:stop], targets[start:stop])
@@ -294,7 +302,7 @@ def _hessian_diagonal(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(
         derive_seed(probe.seed, "hutchinson", probe.batch_index)
     )
-    total_N = torch.zeros(sum(g.numel() for g in gradients), device=inputs.device)
+    total_N = _zeros_like_flat(gradients)
     for number in range(num_probes):
         signs = [
             torch.randint(0, 2, g.shape, generator=generator).mul_(2).sub_(1).to(g)
@@ -366,6 +374,11 @@ def _draw_scores(num_weights: int, seed: int) -> Tensor:
 def _synaptic_flow(model: nn.Module, units: list[Prunable], workload: Workload) -> Tensor:
     """|w * dR/dw| for R = sum of the outputs of the linearised network on an all-one input."""
     sample, _ = take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
+    if not sample.is_floating_point():
+        raise PruneError(
+            f"prune.criterion = synflow: needs inputs of floating point, not {sample.dtype}; "
+            "choose another criterion for this model"
+        )
     device = units[0].parameter.device
     flow_model_state = {
         name: _flow_value(name, value)
@@ -395,26 +408,36 @@ def _flow_value(name: str, value: Tensor) -> Tensor:
 
 
 @contextmanager
-def _scoring_mode(model: nn.Module) -> Iterator[None]:
-    """Switches to eval mode and to kernels that can be differentiated twice, then back."""
+def _scoring_mode(model: nn.Module, units: list[Prunable]) -> Iterator[None]:
+    """Switches to eval mode and to kernels that can be differentiated twice, then back.
+
+    Weights that training leaves alone are scored like the others, so they take a gradient here.
+    """
     modes = {module: module.training for module in model.modules()}
+    frozen = [unit.parameter for unit in units if not unit.parameter.requires_grad]
     model.eval()
     try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
-def _refuse_non_finite(scores: Mapping[str, Tensor], rule: str) -> None:
-    for name, values in scores.items():
-        if not bool(torch.isfinite(values).all()):
-            raise PruneError(
-                f"scores of '{name}': NaN or infinite under prune.criterion = {rule}; the weights "
-                "diverged or the criterion overflowed; lower the learning rate, or try another "
-                "criterion"
-            )
+def _refuse_non_finite(scores: Mapping[str, Tensor], units: list[Prunable], rule: str) -> None:
+    bad = [unit for unit in units if not bool(torch.isfinite(scores[unit.name]).all())]
+    if not bad:
+        return
+    # One weight that is not finite spoils the gradients of all: name that one.
+    culprit = next((u for u in bad if not bool(torch.isfinite(u.parameter).all())), bad[0])
+    raise PruneError(
+        f"scores of '{culprit.name}': NaN or infinite under prune.criterion = {rule}; the weights "
+        "diverged or the criterion overflowed; lower the learning rate, or try another criterion"
+    )
 
 
 # -- the registry ----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +98,17 @@ def learning_rate(recipe: Recipe, step: int, total: int, warmup: int) -> float:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
-    """Builds the optimizer of a recipe over the trainable parameters."""
+    """Builds the optimizer of a recipe over the trainable parameters.
+
+    Raises:
+        PruneError: No parameter is trainable.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise PruneError(
+            "the model has no parameter that requires a gradient, so it cannot be trained; set "
+            "pretrain.epochs and finetune.epochs to 0"
+        )
     rate, decay = recipe.learning_rate, recipe.weight_decay
     if recipe.optimizer == "sgd":
         return SGD(trainable, lr=rate, momentum=recipe.momentum, weight_decay=decay)
@@ -176,7 +185,7 @@ def train_epochs(
     buffers = _Buffers(model)
     kept = [(trainable[n], mask) for n, mask in (masks or {}).items() if n in trainable]
     sizes = [p.numel() for p in trainable.values()]
-    dtype = next(iter(trainable.values())).dtype
+    dtype = reduce(torch.promote_types, (p.dtype for p in trainable.values()))
     warmup = round(recipe.warmup_epochs * _steps_per_epoch(recipe, workload))
     model.train()
     recent: list[float] = []
@@ -200,7 +209,7 @@ def train_epochs(
         gradients_N, moved_B, loss_1 = sums.result().split([sum(sizes), buffers.size, 1])
         _refuse_non_finite(loss_1, gradients_N, trainable, span, step, recipe)
         for parameter, piece in zip(trainable.values(), gradients_N.split(sizes), strict=True):
-            parameter.grad = piece.view_as(parameter)
+            parameter.grad = piece.view_as(parameter).to(parameter.dtype)
         if movement is not None:
             movement({name: p.grad for name, p in trainable.items() if p.grad is not None})
         for parameter, mask in kept:
@@ -275,57 +284,57 @@ def _refuse_non_finite(
 
 
 class _Buffers:
-    """The floating-point buffers of a model (running statistics), as one flat vector.
+    """The buffers of a model that a forward pass may change, as one flat vector.
 
-    Each part of a batch starts from the same values; the step moves them by the mean change. A
-    change of exactly zero leaves constants untouched, bit for bit.
+    Each part of a batch starts from the same values; the step moves floating-point buffers (running
+    statistics) by the mean change, and integer scalars that changed (counters of batches seen) by
+    one. A change of exactly zero leaves constants untouched, bit for bit.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._floating = [b for b in model.buffers() if b.is_floating_point()]
-        self._counters = [b for b in model.buffers() if not b.is_floating_point()]
+        buffers = list(model.buffers())
+        self._floating = [b for b in buffers if b.is_floating_point()]
+        self._counters = [b for b in buffers if b.ndim == 0 and b.dtype is torch.int64]
+        self._all = buffers
         self._device = next(model.parameters()).device
-        self._start: list[Tensor] = []
-        self._start_counters: list[Tensor] = []
-        self.size = sum(b.numel() for b in self._floating)
+        self._before: dict[Tensor, Tensor] = {}
+        self.size = sum(b.numel() for b in self._floating) + len(self._counters)
 
     def remember(self) -> None:
-        self._start = [b.clone() for b in self._floating]
-        self._start_counters = [b.clone() for b in self._counters]
+        self._before = {b: b.clone() for b in self._all}
 
     @torch.no_grad()
     def collect_change(self) -> Tensor:
         """Returns (B,) what a forward pass changed, and undoes it."""
-        change_B = torch.zeros(0, device=self._device)
-        if self._floating:
-            change_B = torch.cat(
-                # Infinity minus itself is NaN, and attention masks hold infinities.
-                [
-                    (b - s).masked_fill(b == s, 0).reshape(-1)
-                    for b, s in zip(self._floating, self._start, strict=True)
-                ]
-            )
+        changes = [torch.zeros(0, device=self._device)]
+        for buffer in self._floating:
+            before = self._before[buffer]
+            # Infinity minus itself is NaN, and attention masks hold infinities.
+            changes.append((buffer - before).masked_fill(buffer == before, 0).reshape(-1))
+        for counter in self._counters:
+            changes.append((counter != self._before[counter]).float().view(1))
         self._restore()
-        return change_B
+        return torch.cat(changes)
 
     @torch.no_grad()
     def move(self, change_B: Tensor) -> None:
-        """Moves by the step's change; counters of batches seen count one step."""
+        """Moves by the step's change."""
         self._restore()
-        pieces = change_B.split([b.numel() for b in self._floating])
-        for buffer, piece in zip(self._floating, pieces, strict=True):
+        pieces = change_B.split(
+            [*(b.numel() for b in self._floating), *(1 for _ in self._counters)]
+        )
+        moved = zip([*self._floating, *self._counters], pieces, strict=True)
+        for buffer, piece in moved:
             change = piece.view_as(buffer)
-            # -0.0 plus 0.0 would lose its sign.
-            buffer.copy_(torch.where(change == 0, buffer, buffer + change))
-        for counter in self._counters:
-            if counter.ndim == 0 and counter.dtype is torch.int64:
-                counter += 1
+            if buffer.is_floating_point():
+                # -0.0 plus 0.0 would lose its sign.
+                buffer.copy_(torch.where(change == 0, buffer, buffer + change))
+            else:
+                buffer += change > 0
 
     def _restore(self) -> None:
-        for buffer, start in zip(self._floating, self._start, strict=True):
-            buffer.copy_(start)
-        for counter, start in zip(self._counters, self._start_counters, strict=True):
-            counter.copy_(start)
+        for buffer, before in self._before.items():
+            buffer.copy_(before)
 
 
 @torch.no_grad()
@@ -354,7 +363,7 @@ def evaluate(
                 outputs = model(inputs)
             losses[item] = workload.loss(outputs, targets).double() * len(indices)
             correct += workload.count_correct(outputs, targets)
-        tell(turn * ranks.world_size + 1, len(batches))
+        tell(min((turn + 1) * ranks.world_size, len(batches)), len(batches))
     losses, correct = ranks.fill_in(losses), ranks.fill_in(correct)
     return correct.item() / total, losses.sum().item() / total
 
@@ -389,7 +398,10 @@ def recalibrate_batchnorm(
     chosen = shuffled_indices(available, derive_seed(seed, "batchnorm"))[:examples]
     statistics = [s for n in norms for s in (n.running_mean, n.running_var) if s is not None]
     momenta = [norm.momentum for norm in norms]
-    sums = OrderedSum(ranks, sum(s.numel() for s in statistics), len(batches), torch.float64)
+    wire_dtype = torch.promote_types(statistics[0].dtype, torch.float32)
+    sums = OrderedSum(
+        ranks, sum(s.numel() for s in statistics), len(batches), torch.float64, wire_dtype
+    )
     model.eval()
     for norm in norms:
         norm.train()

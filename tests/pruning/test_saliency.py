@@ -850,3 +850,14 @@ def test_both_passes_of_grasp_see_the_same_augmented_examples() -> None:
     assert len(batches) == 6
     for first, second in zip(batches[:3], batches[3:], strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("rule", ["taylor", "fisher", "obd", "grasp", "synflow"])
+def test_frozen_weights_are_scored_like_others_and_stay_frozen(rule: str) -> None:
+    workload, config = images(), prune_config(rule, calibration_examples=16)
+    model = built(ConvNet)
+    expected = scores_of(model, workload, config)
+    model.conv1.weight.requires_grad_(False)
+    found = scores_of(model, workload, config)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not model.conv1.weight.requires_grad

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -20,7 +21,7 @@ def test_a_schedule_rises_to_the_sparsity_exactly(kind: str, sparsity: float, ro
     assert len(steps) == rounds
     assert steps[-1] == sparsity
     assert all(0 <= step < 1 for step in steps)
-    assert all(b - a >= -1e-12 for a, b in zip(steps, steps[1:], strict=False))
+    assert all(b - a >= -1e-12 for a, b in itertools.pairwise(steps))
 
 
 @given(sparsity=sparsities, rounds=st.integers(1, 30))
@@ -31,14 +32,14 @@ def test_one_shot_is_there_at_once(sparsity: float, rounds: int) -> None:
 @given(sparsity=sparsities, rounds=st.integers(1, 30))
 def test_linear_removes_the_same_number_each_round(sparsity: float, rounds: int) -> None:
     steps = [0.0, *sparsity_schedule("linear", sparsity, rounds)]
-    removed = [b - a for a, b in zip(steps, steps[1:], strict=False)]
+    removed = [b - a for a, b in itertools.pairwise(steps)]
     assert removed == pytest.approx([sparsity / rounds] * rounds, abs=1e-12)
 
 
 @given(sparsity=st.floats(0.01, 0.999), rounds=st.integers(1, 30))
 def test_geometric_removes_the_same_share_of_what_is_left(sparsity: float, rounds: int) -> None:
     left = [1.0, *(1 - step for step in sparsity_schedule("geometric", sparsity, rounds))]
-    shares = [b / a for a, b in zip(left, left[1:], strict=False)]
+    shares = [b / a for a, b in itertools.pairwise(left)]
     assert shares == pytest.approx([math.exp(math.log(1 - sparsity) / rounds)] * rounds, rel=1e-6)
 
 
@@ -55,5 +56,5 @@ def test_a_schedule_of_the_job_is_known_here_and_the_other_way_round() -> None:
 
 
 def test_an_unknown_schedule_is_refused() -> None:
-    with pytest.raises(ConfigError, match="prune.schedule = 'cubical': not a schedule"):
+    with pytest.raises(ConfigError, match=r"prune\.schedule = 'cubical': not a schedule"):
         sparsity_schedule("cubical", 0.5, 3)
