@@ -79,9 +79,9 @@ def prune(
 ) -> None:
     """Prune a network: train or load it, score, remove, fine-tune, in rounds.
 
-    Every round is kept in the job's storage folder: weights, masks, measurements. Run the same
-    command again after an interruption and it goes on after the last whole round; a finished job
-    answers at once.
+    Every round is kept in the job's storage folder: weights, masks,
+    measurements. Run the same command again after an interruption and it
+    goes on after the last whole round; a finished job answers at once.
 
     Examples:
 
@@ -113,10 +113,19 @@ def prune(
 
 @app.command()
 def show(
-    uri: Annotated[str, typer.Argument(help="A trial's folder, or a job's.", metavar="URI")],
+    uri: Annotated[
+        str, typer.Argument(help="A trial's folder, a job's, or a storage's.", metavar="URI")
+    ],
     as_json: AsJson = False,
 ) -> None:
-    """Show one trial by round and by layer; for a folder of several, list them."""
+    """Show one trial by round and by layer; for a folder of several, list them.
+
+    Examples:
+
+      gbp-ray show gbp-results
+
+      gbp-ray show gbp-results/digits --json
+    """
     from gbp_ray.store import locate_trials
 
     trials = locate_trials(uri)
@@ -163,7 +172,10 @@ def show(
 
 @app.command()
 def criteria(as_json: AsJson = False) -> None:
-    """List the criteria: what each computes, what it costs, where it comes from."""
+    """List the criteria: what each computes, what it costs, where it comes from.
+
+    Example: gbp-ray criteria, then gbp-ray prune --set prune.criterion=fisher
+    """
     from gbp_ray.pruning.saliency import CRITERIA
 
     fields = ("name", "formula", "summed", "cost", "is_signed", "source")
@@ -194,7 +206,10 @@ def fields(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List what a job file may say: every field, its default and its meaning."""
+    """List what a job file may say: every field, its default and its meaning.
+
+    Example: gbp-ray fields prune
+    """
     rows = [
         row
         for row in describe_fields()

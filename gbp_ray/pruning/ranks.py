@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from gbp_ray.errors import GbpError, PruneError
 from gbp_ray.workload import seeded
 
-__all__ = ["OrderedSum", "Ranks", "isolated"]
+__all__ = ["OrderedSum", "Ranks", "buffer_slots", "isolated"]
 
 Result = TypeVar("Result")
 
@@ -184,15 +184,29 @@ def isolated(model: nn.Module, seed: int) -> Iterator[None]:
     Random numbers are drawn from `seed`, and buffers that a forward pass changes (running
     statistics, counters) are put back. Without this an item would depend on the rank's other items.
     """
-    buffers = list(model.buffers())
-    before = [buffer.clone() for buffer in buffers]
+    slots = buffer_slots(model)
+    before = [buffer.clone() for _, _, buffer in slots]
     try:
         with seeded(seed):
             yield
     finally:
         with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
+            for (owner, name, buffer), value in zip(slots, before, strict=True):
+                owner[name] = buffer
                 buffer.copy_(value)
+
+
+def buffer_slots(model: nn.Module) -> list[tuple[dict[str, Tensor | None], str, Tensor]]:
+    """Lists (where it is kept, its name there, the buffer): a forward pass may bind a new tensor.
+
+    A tied buffer is listed at each of its places.
+    """
+    return [
+        (module._buffers, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
 
 
 @functools.cache

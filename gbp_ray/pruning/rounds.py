@@ -249,13 +249,13 @@ class _Run:
             if state["optimizer"] is not None:
                 self.optimizer = make_optimizer(self.model, self.job.finetune)
                 self.optimizer.load_state_dict(state["optimizer"])
+            check_pruned_zero(self.model, self.optimizer, self.masks)
         except Exception as error:
             # torch raises half a dozen kinds for bytes that it did not write.
             raise StoreError(
                 f"round_{saved.round:03d}/state.pt: is damaged ({type(error).__name__}); restore "
                 "it or delete its round and those after it, and run the job again"
             ) from error
-        check_pruned_zero(self.model, self.optimizer, self.masks)
 
     def _read_masks(self, saved: Checkpoint) -> MaskSet:
         source = f"round_{saved.round:03d}/masks.safetensors"

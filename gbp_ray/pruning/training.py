@@ -26,7 +26,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from gbp_ray.config import Recipe
 from gbp_ray.errors import PruneError
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.pruning.ranks import OrderedSum, Ranks, isolated
+from gbp_ray.pruning.ranks import OrderedSum, Ranks, buffer_slots, isolated
 from gbp_ray.workload import (
     Workload,
     cut_batches,
@@ -292,7 +292,8 @@ class _Buffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        buffers = list(model.buffers())
+        self._slots = buffer_slots(model)
+        buffers = list({id(buffer): buffer for _, _, buffer in self._slots}.values())
         self._floating = [b for b in buffers if b.is_floating_point()]
         self._counters = [b for b in buffers if b.ndim == 0 and b.dtype is torch.int64]
         self._all = buffers
@@ -306,6 +307,10 @@ class _Buffers:
     @torch.no_grad()
     def collect_change(self) -> Tensor:
         """Returns (B,) what a forward pass changed, and undoes it."""
+        for owner, name, buffer in self._slots:
+            found, owner[name] = owner[name], buffer
+            if found is not None and found is not buffer and found.shape == buffer.shape:
+                buffer.copy_(found)
         changes = [torch.zeros(0, device=self._device)]
         for buffer in self._floating:
             before = self._before[buffer]

@@ -7,6 +7,7 @@ import hashlib
 import multiprocessing
 import pickle
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,9 @@ def _sum_in_order(
     return sums.result().numpy().tobytes()
 
 
-def _train(ranks: Ranks) -> tuple[nn.Module, Tensor]:
+def _train(ranks: Ranks, build: Callable[[], nn.Module] = ConvNet) -> tuple[nn.Module, Tensor]:
     """Trains with BatchNorm, dropout and augmentation; gathers movement on the way."""
-    workload, model = images(), built(ConvNet)
+    workload, model = images(build), built(build)
     units = prunable_parameters(model)
     recipe = FinetuneConfig(epochs=2, batch_size=14, microbatches=5, learning_rate=0.05)
     gathered = torch.zeros(sum(unit.parameter.numel() for unit in units), dtype=torch.float64)
@@ -156,21 +157,25 @@ def _recalibrated(ranks: Ranks, trained: nn.Module) -> str:
 
 
 class UnrulyNet(ConvNet):
-    """Counts its calls, drifts in a buffer and draws random numbers, in eval mode, too."""
+    """Counts its calls, drifts in two buffers and draws random numbers, in eval mode, too."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.register_buffer("drift", torch.zeros(3))
+        self.register_buffer("bound_anew", torch.zeros(3))
 
     def forward(self, inputs: Tensor) -> Tensor:
         self.calls += 1
         self.drift += inputs.detach().mean()
-        return super().forward(inputs + 0.1 * torch.randn_like(inputs)) + self.drift
+        self.bound_anew = self.bound_anew * 0.9 + self.drift
+        noise = 0.1 * torch.randn_like(inputs)
+        return super().forward(inputs + noise) + self.drift + self.bound_anew
 
 
 def _unruly_model(ranks: Ranks) -> tuple[str, tuple[float, float], str]:
-    workload, model = images(UnrulyNet), built(UnrulyNet)
+    workload, (model, _) = images(UnrulyNet), _train(ranks, UnrulyNet)
+    assert model.calls == 6
     config = prune_config("taylor", calibration_examples=23, calibration_batch_size=5)
     scores = scores_of(model, workload, config, ranks=ranks)
     figures = evaluate(model, workload, ranks, 4)

@@ -1,0 +1,424 @@
+"""Models that do what most do not: frozen, tied, half-reached, counting, of mixed precision."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from small_networks import (
+    ONE_RANK,
+    ConvNet,
+    TanhNet,
+    built,
+    draw,
+    images,
+    in_float64,
+    job_config,
+    prune_config,
+    regression,
+    scores_of,
+)
+from torch import Tensor, nn
+
+from gbp_ray.config import CRITERIA, FinetuneConfig, JobConfig, PretrainConfig
+from gbp_ray.errors import ConfigError, PruneError, StoreError
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.rounds import Checkpoint, RoundState, check_job, load_weights, run_rounds
+from gbp_ray.pruning.saliency import criterion
+from gbp_ray.pruning.training import (
+    Span,
+    evaluate,
+    make_optimizer,
+    recalibrate_batchnorm,
+    train_epochs,
+)
+from gbp_ray.workload import Workload
+
+SCORED = [name for name in CRITERIA if name != "movement"]
+
+
+def small_job(**sections: Any) -> JobConfig:
+    training = {"epochs": 1, "batch_size": 8, "microbatches": 2}
+    return job_config(
+        **{
+            "pretrain": PretrainConfig(**training),
+            "finetune": FinetuneConfig(**training),
+            **sections,
+            "prune": {"rounds": 2, "sparsity": 0.5, **sections.get("prune", {})},
+        }
+    )
+
+
+def tanh_regression(build: Any, dtype: torch.dtype = torch.float32) -> Workload:
+    return regression(build, draw(21, 3, seed=1, dtype=dtype), draw(21, 2, seed=2, dtype=dtype))
+
+
+def rounds_of(subject: Workload, **sections: Any) -> list[RoundState]:
+    return list(run_rounds(small_job(**sections), subject, ONE_RANK))
+
+
+def train(model: nn.Module, workload: Workload, num_steps: int = 3, **fields: Any) -> None:
+    recipe = FinetuneConfig(**{"epochs": 1, "batch_size": 8, "microbatches": 2, **fields})
+    span = Span("finetune", range(num_steps), range(num_steps))
+    optimizer = make_optimizer(model, recipe)
+    train_epochs(model, workload, recipe, ONE_RANK, optimizer, span, seed=0)
+
+
+# -- frozen and unreached parameters ---------------------------------------------------------------
+
+
+class FrozenNet(TanhNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self[0].requires_grad_(False)
+
+
+@pytest.mark.parametrize("rule", SCORED)
+def test_frozen_weights_score_as_if_they_were_not(rule: str) -> None:
+    config = prune_config(rule, calibration_batch_size=8)
+    frozen, free = built(FrozenNet), built(TanhNet)
+    scores = scores_of(frozen, tanh_regression(FrozenNet), config)
+    for name, expected in scores_of(free, tanh_regression(TanhNet), config).items():
+        assert torch.equal(scores[name], expected)
+    assert [p.requires_grad for p in frozen.parameters()] == [False, False, True, True]
+
+
+def test_frozen_weights_are_pruned_and_otherwise_keep_their_values() -> None:
+    states = run_rounds(small_job(), tanh_regression(FrozenNet), ONE_RANK)
+    dense = next(states).model.get_parameter("0.weight").detach().clone()
+    *_, last = states
+    mask = last.masks["0.weight"]
+    assert not mask.all()
+    assert torch.equal(last.model.get_parameter("0.weight"), dense * mask)
+    assert last.record.sparsity == 0.5
+
+
+def test_movement_of_a_frozen_weight_is_refused_by_name() -> None:
+    job = small_job(prune={"criterion": "movement"})
+    workload = tanh_regression(FrozenNet)
+    for run in (
+        lambda: check_job(job, workload),
+        lambda: next(run_rounds(job, workload, ONE_RANK)),
+    ):
+        with pytest.raises(ConfigError, match=r"movement: '0\.weight' is frozen.*prune\.exclude"):
+            run()
+    excluded = {"criterion": "movement", "exclude": ("0.*",)}
+    assert rounds_of(workload, prune=excluded)[-1].record.sparsity == 0.5
+
+
+def test_a_model_that_is_frozen_as_a_whole_is_pruned_but_not_trained() -> None:
+    workload = tanh_regression(lambda: TanhNet().requires_grad_(False))
+    still = {"pretrain": PretrainConfig(), "finetune": FinetuneConfig()}
+    assert rounds_of(workload, **still)[-1].record.sparsity == 0.5
+    with pytest.raises(PruneError, match=r"no parameter that requires a gradient.*epochs to 0"):
+        rounds_of(workload)
+
+
+class HalfReached(TanhNet):
+    """Its spare layer, first in name order, never meets the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a_spare = nn.Linear(3, 5)
+        self.steps = (self[0], self[1], self[2])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        for step in self.steps:
+            inputs = step(inputs)
+        return inputs
+
+
+@pytest.mark.parametrize("rule", sorted({*SCORED} - {"magnitude", "random"}))
+def test_weights_that_the_loss_does_not_reach_score_zero(rule: str) -> None:
+    model = built(HalfReached)
+    config = prune_config(rule, calibration_batch_size=8)
+    scores = scores_of(model, tanh_regression(HalfReached), config)
+    assert not scores["a_spare.weight"].any()
+    assert scores["0.weight"].any()
+
+
+def test_a_layer_that_the_loss_does_not_reach_goes_first_but_not_whole() -> None:
+    record = rounds_of(tanh_regression(HalfReached), prune={"sparsity": 0.4})[-1].record
+    layers = {layer.name: layer.num_nonzero for layer in record.cost.layers}
+    assert layers == {"0.weight": 12, "2.weight": 8, "a_spare.weight": 1}
+    assert record.sparsity == 14 / 35
+
+
+# -- sizes -----------------------------------------------------------------------------------------
+
+
+def test_batches_of_one_example() -> None:
+    one = {"epochs": 0.2, "batch_size": 1, "microbatches": 1}
+    states = rounds_of(
+        images(),
+        pretrain=PretrainConfig(**one),
+        finetune=FinetuneConfig(**one),
+        prune={"calibration_batch_size": 1, "calibration_examples": 5},
+        workload={"eval_batch_size": 1},
+    )
+    assert states[-1].record.sparsity == 0.5
+
+
+def test_a_data_set_smaller_than_every_batch() -> None:
+    big = {"epochs": 2, "batch_size": 512, "microbatches": 2}
+    states = rounds_of(
+        images(num_train=5, num_test=3),
+        pretrain=PretrainConfig(**big),
+        finetune=FinetuneConfig(**big),
+    )
+    assert states[-1].record.sparsity == 0.5
+    # Accuracy counts each of the 3 test examples once.
+    assert (states[-1].record.accuracy * 3) % 1 == 0
+
+
+def test_a_single_weight_stays() -> None:
+    workload = regression(lambda: nn.Linear(1, 1), draw(9, 1), draw(9, 1, seed=1))
+    assert rounds_of(workload, prune={"sparsity": 0.4})[-1].record.cost.num_nonzero == 2
+    with pytest.raises(PruneError, match="asks for 1 of 1 weights"):
+        rounds_of(workload, prune={"sparsity": 0.9})
+
+
+# -- kinds of numbers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_a_float64_model_stays_float64(optimizer: str) -> None:
+    workload = tanh_regression(lambda: in_float64(TanhNet), torch.float64)
+    training = {"epochs": 1, "batch_size": 8, "microbatches": 2, "optimizer": optimizer}
+    states = rounds_of(workload, finetune=FinetuneConfig(**training))
+    assert {p.dtype for p in states[-1].model.parameters()} == {torch.float64}
+    weights = load(states[-1].to_files()["weights.safetensors"])
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float64}
+
+
+# What is left of the sum over examples of 4 x^2 or 2 x^2, for x = 10^5 and x = 1.
+FISHER_REMAINDER = dataclasses.replace(
+    criterion("fisher"), finish=lambda weights_N, statistic_N, total: statistic_N - 4e10
+)
+OBD_REMAINDER = dataclasses.replace(
+    criterion("obd"), finish=lambda weights_N, statistic_N, total: statistic_N - 2e10
+)
+
+
+@pytest.mark.parametrize(("rule", "expected"), [("FISHER_REMAINDER", 4.0), ("OBD_REMAINDER", 2.0)])
+def test_sums_of_a_float64_model_are_not_rounded_to_float32(rule: str, expected: float) -> None:
+    model = in_float64(lambda: nn.Linear(1, 1, bias=False))
+    with torch.no_grad():
+        model.weight.zero_()
+    inputs = torch.tensor([[1e5], [1.0]], dtype=torch.float64)
+    workload = regression(lambda: model, inputs, torch.ones_like(inputs))
+    scores = scores_of(model, workload, prune_config(f"{__name__}:{rule}"))
+    assert scores["weight"].item() == expected
+
+
+class MixedPrecision(nn.Module):
+    """A bfloat16 layer before a float32 one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 8, dtype=torch.bfloat16)
+        self.b = nn.Linear(8, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(inputs.bfloat16()).float()))
+
+
+@pytest.mark.parametrize("rule", ["taylor", "fisher", "obd", "grasp", "movement"])
+def test_a_model_of_mixed_precision_is_pruned_in_rounds(rule: str) -> None:
+    states = rounds_of(tanh_regression(MixedPrecision), prune={"criterion": rule})
+    assert states[-1].record.sparsity == 0.5
+    dtypes = {name: p.dtype for name, p in states[-1].model.named_parameters()}
+    assert dtypes == {name: p.dtype for name, p in MixedPrecision().named_parameters()}
+
+
+def test_gradients_of_float32_layers_are_not_rounded_to_those_of_a_bfloat16_layer() -> None:
+    model, plain = built(MixedPrecision), built(MixedPrecision)
+    workload = tanh_regression(MixedPrecision)
+    everything = {"batch_size": 21, "microbatches": 1, "momentum": 0.0, "weight_decay": 0.0}
+    train(model, workload, 1, learning_rate=1.0, lr_schedule="constant", **everything)
+    workload.loss(plain(workload.train[0]), workload.train[1]).backward()
+    with torch.no_grad():
+        expected = plain.b.weight - plain.b.weight.grad
+    torch.testing.assert_close(model.b.weight, expected, rtol=1e-5, atol=1e-6)
+
+
+# -- inputs and buffers ----------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embedding(tokens).mean(dim=1))
+
+
+def token_workload() -> Workload:
+    tokens = draw(20, 5, seed=3).abs().mul(2).long().clamp(max=6)
+    labels = tokens.sum(dim=1).remainder(3)
+    return Workload(Tokens, (tokens, labels), (tokens, labels))
+
+
+def test_integer_inputs_are_fine_but_for_synflow() -> None:
+    assert rounds_of(token_workload())[-1].record.sparsity == 0.5
+    with pytest.raises(
+        PruneError, match=r"synflow: needs inputs of floating point, not torch\.int64"
+    ):
+        rounds_of(token_workload(), prune={"criterion": "synflow"})
+
+
+class Counting(nn.Module):
+    """Buffers of every habit: constant, counted in place, bound anew, tied and viewed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("num_classes", torch.tensor(10))
+        self.register_buffer("size", torch.tensor(7, dtype=torch.int32))
+        self.register_buffer("is_ready", torch.tensor(True))
+        self.register_buffer("wave", torch.tensor([1 + 2j]))
+        self.register_buffer("calls", torch.tensor(0))
+        self.register_buffer("calls_bound_anew", torch.tensor(0))
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("all", torch.arange(6.0))
+        self.register_buffer("some", self.all[:3])
+        self.register_buffer("square", self.all.view(2, 3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        assert self.num_classes == 10
+        self.calls += 1
+        self.calls_bound_anew = self.calls_bound_anew + 1
+        self.mean = self.mean + inputs.detach().mean(dim=0)
+        return self.layer(self.norm(inputs))
+
+
+CONSTANT = ("num_classes", "size", "is_ready", "wave", "all", "some", "square")
+
+
+def test_training_moves_what_a_step_moves_and_no_constant() -> None:
+    model, fresh = built(Counting), Counting()
+    workload = tanh_regression(Counting)
+    train(model, workload, 2, batch_size=20, microbatches=3)
+    for name in CONSTANT:
+        assert torch.equal(model.get_buffer(name), fresh.get_buffer(name)), name
+    assert (model.calls, model.calls_bound_anew, model.norm.num_batches_tracked) == (2, 2, 2)
+    assert model.mean.abs().max() > 0
+
+
+def test_a_bound_buffer_moves_by_the_mean_over_the_parts() -> None:
+    model = built(Counting)
+    workload = tanh_regression(Counting)
+    train(model, workload, 1, batch_size=21, microbatches=3)
+    torch.testing.assert_close(model.mean, workload.train[0].mean(dim=0))
+
+
+def test_measuring_leaves_every_buffer_alone() -> None:
+    model, workload = built(Counting), tanh_regression(Counting)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    tensors = dict(model.named_buffers())
+    for rule in ("taylor", "obd", "grasp", "synflow"):
+        scores_of(model, workload, prune_config(rule, calibration_batch_size=8))
+    evaluate(model, workload, ONE_RANK, 4)
+    recalibrate_batchnorm(model, workload, ONE_RANK, examples=20, batch_size=5, seed=0)
+    for name, value in model.named_buffers():
+        assert value is tensors[name]
+        if not name.startswith("norm.running"):
+            assert torch.equal(value, before[name]), name
+
+
+def test_views_of_one_buffer_are_saved_and_loaded() -> None:
+    states = rounds_of(tanh_regression(Counting))
+    fresh = built(Counting, seed=1)
+    load_weights(fresh, states[-1].to_files()["weights.safetensors"], "weights")
+    for name, value in states[-1].model.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], value), name
+
+
+# -- damaged checkpoints ---------------------------------------------------------------------------
+
+
+def checkpoint(**changes: bytes) -> tuple[JobConfig, Checkpoint]:
+    job = small_job(prune={"rounds": 1})
+    states = run_rounds(job, images(), ONE_RANK)
+    dense = next(states).to_files()["weights.safetensors"]
+    files = next(states).to_files()
+    saved = Checkpoint(
+        round=1,
+        weights=files["weights.safetensors"],
+        masks=files["masks.safetensors"],
+        state=files["state.pt"],
+        dense_weights=dense,
+    )
+    return job, dataclasses.replace(saved, **changes)
+
+
+def resume(job: JobConfig, saved: Checkpoint) -> None:
+    for _ in run_rounds(job, images(), ONE_RANK, resume=saved):
+        pass
+
+
+def test_masks_of_another_model_are_refused() -> None:
+    other = MaskSet({"elsewhere.weight": torch.ones(2, dtype=torch.bool)})
+    with pytest.raises(StoreError, match=r"masks\.safetensors: does not fit the model"):
+        resume(*checkpoint(masks=other.to_bytes()))
+
+
+def test_weights_that_their_masks_prune_are_refused() -> None:
+    job, saved = checkpoint()
+    dense = dataclasses.replace(saved, weights=saved.dense_weights)
+    with pytest.raises(StoreError, match=r"masks\.safetensors: prunes weights of 'conv1\.weight'"):
+        resume(job, dense)
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F8_E8M0"])
+def test_weights_of_a_dtype_that_torch_lacks_are_refused(dtype: str) -> None:
+    header = f'{{"a":{{"dtype":"{dtype}","shape":[2],"data_offsets":[0,{1 + (dtype != "F4")}]}}}}'
+    data = len(header).to_bytes(8, "little") + header.encode() + b"\0" * (1 + (dtype != "F4"))
+    with pytest.raises(StoreError, match="is not a readable safetensors file"):
+        load_weights(built(ConvNet), data, "weights")
+
+
+def test_weights_of_another_dtype_are_refused_by_name() -> None:
+    _, saved = checkpoint()
+    tensors = load(saved.weights)
+    tensors["head.weight"] = tensors["head.weight"].view(torch.int32)
+    with pytest.raises(StoreError, match=r"does not fit the model at 'head\.weight'"):
+        load_weights(built(ConvNet), save(tensors), "weights")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"optimizer": None},
+        {"movement_N": None, "optimizer": {"state": {}, "param_groups": []}},
+        {"movement_N": None, "optimizer": 7},
+        [1, 2],
+    ],
+    ids=str,
+)
+def test_a_state_file_of_another_kind_is_refused(state: Any) -> None:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with pytest.raises(StoreError, match=r"round_001/state\.pt: is damaged"):
+        resume(*checkpoint(state=buffer.getvalue()))
+
+
+def test_an_altered_byte_of_the_state_file_is_refused_or_harmless() -> None:
+    job, saved = checkpoint()
+    refused = 0
+    for position in range(0, len(saved.state), max(1, len(saved.state) // 40)):
+        altered = bytearray(saved.state)
+        altered[position] ^= 0xFF
+        try:
+            resume(job, dataclasses.replace(saved, state=bytes(altered)))
+        except StoreError:
+            refused += 1
+    assert refused > 0

@@ -1,0 +1,183 @@
+"""What a person watching sees: plain lines in a log, bars on a terminal, nothing when quiet."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from gbp_ray.runtime import progress
+from gbp_ray.runtime.progress import ProgressBoard, Tick
+from gbp_ray.store import CostRecord, LayerRecord, RoundRecord
+
+TICK = Tick(
+    trial="taylor-x",
+    round=1,
+    num_rounds=3,
+    phase="finetune",
+    done=4,
+    total=20,
+    loss=0.5,
+    share=0.25,
+)
+
+
+def make_round(number: int, accuracy_pruned: float | None = None) -> RoundRecord:
+    layer = LayerRecord(
+        name="a", shape=(100,), num_weights=100, num_nonzero=40, macs=1, macs_nonzero=1
+    )
+    cost = CostRecord(
+        num_parameters=100,
+        num_nonzero=40,
+        macs=1,
+        macs_nonzero=1,
+        num_bytes=1,
+        num_bytes_sparse=1,
+        layers=(layer,),
+    )
+    return RoundRecord(
+        round=number,
+        sparsity_target=0.6,
+        accuracy=0.875,
+        loss=0.1,
+        accuracy_pruned=accuracy_pruned,
+        cost=cost,
+        mask_digest="",
+    )
+
+
+class Clock:
+    """A clock that moves when told to."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress.time, "monotonic", clock)
+    return clock
+
+
+def test_a_log_gets_a_line_at_the_start_of_each_phase(
+    capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
+    with ProgressBoard() as board:
+        board.show(TICK)
+        board.show(replace(TICK, done=5))
+        board.show(replace(TICK, phase="evaluate", done=1, total=2, loss=None))
+        board.show(replace(TICK, round=2))
+        board.show(replace(TICK, round=2, done=9))
+    out, err = capsys.readouterr()
+    assert out == "", "standard output belongs to results"
+    assert err.splitlines() == [
+        "taylor-x  round 1/3  finetune 4/20, loss 0.5000",
+        "taylor-x  round 1/3  evaluate 1/2",
+        "taylor-x  round 2/3  finetune 4/20, loss 0.5000",
+    ]
+
+
+def test_a_log_gets_a_line_now_and_then_with_the_time_left(
+    capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
+    with ProgressBoard() as board:
+        board.show(TICK)
+        for second in range(1, 31):
+            clock.now_s = 1000.0 + second
+            board.show(replace(TICK, done=4 + second, share=0.25 + second / 100))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    # After 11 s another 0.11 was done; at that pace the missing 0.64 take 64 s.
+    assert lines[1] == "taylor-x  round 1/3  finetune 15/20, loss 0.5000, 1:04 left"
+    assert lines[2].endswith(", 0:53 left")
+
+
+def test_trials_are_shown_apart(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
+    with ProgressBoard() as board:
+        board.show(TICK)
+        board.show(replace(TICK, trial="other"))
+        board.show(TICK)
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_rounds_and_notes_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBoard() as board:
+        board.note("goes on [bold]after[/x] " + "a long line " * 20)
+        board.show_round("taylor-x", make_round(0))
+        board.show_round("taylor-x", make_round(1, accuracy_pruned=0.5))
+        board.show_round("taylor-x", make_round(2))
+    out, err = capsys.readouterr()
+    assert out == ""
+    note, dense, first, second = err.splitlines()
+    assert note.startswith("goes on [bold]after[/x] a long"), "brackets are not markup"
+    assert dense == "taylor-x  dense  accuracy 87.50%"
+    assert first.split("  ")[1:] == [
+        "round 1",
+        "sparsity 0.6000",
+        "accuracy 87.50%",
+        "(50.00% before fine-tuning)",
+    ]
+    assert "before" not in second
+
+
+def test_a_quiet_board_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBoard(is_quiet=True) as board:
+        board.note("x")
+        board.show(TICK)
+        board.show_round("taylor-x", make_round(1))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_one_bar_for_each_trial_and_keeps_notes(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        progress,
+        "Console",
+        lambda **options: Console(file=screen, force_terminal=True, width=120, highlight=False),
+    )
+    with ProgressBoard() as board:
+        board.show(TICK)
+        clock.now_s += 10
+        board.show(replace(TICK, done=12, share=0.75))
+        board.show(replace(TICK, trial="other", share=0.5))
+        tasks = board._bars.tasks
+        assert [task.completed for task in tasks] == [0.75, 0.5]
+        assert tasks[0].description == "taylor-x  round 1/3"
+        assert tasks[0].fields["detail"] == "finetune 12/20, loss 0.5000, 0:05 left"
+        board.show_round("taylor-x", make_round(1))
+    assert not board._bars.live.is_started
+    assert "accuracy 87.50%" in screen.getvalue()
+
+
+def test_a_terminal_is_given_back_when_the_trial_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        progress, "Console", lambda **options: Console(file=screen, force_terminal=True)
+    )
+    board = ProgressBoard()
+
+    def fail() -> None:
+        with board:
+            board.show(TICK)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert not board._bars.live.is_started
+    assert "\x1b[?25h" in screen.getvalue(), "the cursor is visible again"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (9.4, "0:09"), (59.6, "1:00"), (3599.7, "1:00:00"), (7325, "2:02:05")],
+)
+def test_time_left_reads_as_a_clock(seconds: float, text: str) -> None:
+    assert progress._clock(seconds) == text
