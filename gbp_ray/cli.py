@@ -174,7 +174,11 @@ def show(
 def criteria(as_json: AsJson = False) -> None:
     """List the criteria: what each computes, what it costs, where it comes from.
 
-    Example: gbp-ray criteria, then gbp-ray prune --set prune.criterion=fisher
+    Examples:
+
+      gbp-ray criteria
+
+      gbp-ray prune --set prune.criterion=fisher
     """
     from gbp_ray.pruning.saliency import CRITERIA
 
@@ -208,7 +212,11 @@ def fields(
 ) -> None:
     """List what a job file may say: every field, its default and its meaning.
 
-    Example: gbp-ray fields prune
+    Examples:
+
+      gbp-ray fields prune
+
+      gbp-ray prune --set prune.scope=layer
     """
     rows = [
         row
@@ -246,9 +254,6 @@ def main() -> None:
         _fail("stopped; run the same command again to go on", _STOPPED, is_debug)
     except _Terminated:
         _fail("terminated; run the same command again to go on", 143, is_debug)
-    except BrokenPipeError:
-        sys.stderr.close()
-        raise SystemExit(0) from None
     except Exception as error:  # noqa: BLE001 - a bug still deserves one line
         # Typer keeps the base of its usage errors private; this method is what marks them.
         if usage := getattr(error, "format_message", None):

@@ -1,231 +1,621 @@
-"""The command line: exit codes, one line per error, JSON alone on standard output."""
+"""The command line: results on standard output, one line for what is wrong, true exit codes."""
 
+from __future__ import annotations
+
+import importlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
+import torch
 
-QUICK = {
-    "cluster.num_workers": 0,
-    "pretrain.epochs": 0.5,
-    "finetune.epochs": 0.2,
-    "prune.rounds": 2,
-    "prune.calibration_examples": 64,
-    "prune.batchnorm_examples": 64,
-}
+from gbp_ray import cli
+from gbp_ray.config import CRITERIA, describe_fields
+from gbp_ray.store import RoundRecord, Store, TrialRecord, locate_trials
 
-BAD_WORKLOADS = """
+torch.set_num_threads(1)
+
+USER_MODULE = """
 import torch
 from torch import nn
+
 from gbp_ray import Workload
 
 
-def make(num_train=8, top_label=1, width=4):
-    inputs, targets = torch.rand(num_train, 4), torch.arange(num_train) % (top_label + 1)
-    test = (torch.rand(8, 4), torch.zeros(8, dtype=torch.long))
-    return Workload(lambda: nn.Sequential(nn.Linear(4, width), nn.Linear(width, 2)),
-                    (inputs, targets), test)
-"""
-
-
-def run(folder: Path, *words: str, **settings: object) -> subprocess.CompletedProcess[str]:
-    pairs = [f"--set={key}={value}" for key, value in settings.items()]
-    return subprocess.run(
-        [sys.executable, "-m", "gbp_ray", *words, *pairs],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
+def rings(examples=600, top=1, classes=2):
+    draws = torch.Generator().manual_seed(0)
+    points = torch.rand(examples, 2, generator=draws) * 2 - 1
+    labels = (points.norm(dim=1) < 0.7).long() * top
+    train, test = slice(0, examples // 2), slice(examples // 2, examples)
+    return Workload(
+        build_model=lambda: nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, classes)),
+        train=(points[train], labels[train]),
+        test=(points[test], labels[test]),
     )
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, dict[str, object]]:
-    """A folder with one finished quick job, and what it printed as JSON."""
-    folder = tmp_path_factory.mktemp("finished")
-    done = run(folder, "prune", "--json", **QUICK)
-    assert done.returncode == 0, done.stderr
-    return folder, json.loads(done.stdout)
+def cursed():
+    raise ValueError("it is\\nnot to be")
+"""
+
+USER_JOB = """
+name = "rings"
+[workload]
+factory = "rings_of_a_user:rings"
+[pretrain]
+epochs = 3
+batch_size = 50
+[prune]
+criterion = "taylor"
+sparsity = 0.5
+rounds = 2
+calibration_examples = 100
+[finetune]
+epochs = 0.5
+batch_size = 50
+[cluster]
+num_workers = 0
+"""
+
+QUICK_DIGITS = [
+    "--set=cluster.num_workers=0",
+    "--set=workload.options.width=8",
+    "--set=pretrain.epochs=0.2",
+    "--set=prune.rounds=2",
+]
 
 
-def error_of(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
-    assert done.returncode == code, done.stdout + done.stderr
-    assert done.stdout == ""
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert done.stderr.splitlines()[-1] == errors[0]
-    assert "Traceback" not in done.stderr
-    return errors[0]
+@dataclass(frozen=True)
+class Outcome:
+    """What a command came to."""
+
+    code: int
+    out: str
+    err: str
 
 
-def test_prune_prints_one_json_object_and_progress_elsewhere(finished) -> None:
-    folder, printed = finished
-    assert printed["rounds"][-1]["sparsity"] == pytest.approx(0.9, abs=1e-4)
-    assert Path(printed["folder"]).parent == folder / "gbp-results" / "digits" / "trials"
+class Shell:
+    """Runs commands in this process, in a user's folder."""
+
+    def __init__(
+        self, folder: Path, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]
+    ) -> None:
+        self.folder, self._patch, self._capture = folder, patch, capture
+
+    @property
+    def storage(self) -> Path:
+        return self.folder / "gbp-results"
+
+    def __call__(self, *arguments: str) -> Outcome:
+        self._capture.readouterr()
+        self._patch.setattr(sys, "argv", ["gbp-ray", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else -1
+        return Outcome(code, *self._capture.readouterr())
+
+    def prune(self, *arguments: str) -> Outcome:
+        return self("prune", "job.toml", "-q", *arguments)
 
 
-def test_a_finished_job_answers_at_once_with_a_table(finished) -> None:
-    folder, printed = finished
-    again = run(folder, "prune", **QUICK)
-    assert again.returncode == 0
-    assert printed["trial_id"] in again.stdout
-    assert "pretrain" not in again.stderr
-    accuracy = printed["rounds"][-1]["accuracy"]
-    assert f"{accuracy:.2%}" in again.stdout
+@pytest.fixture
+def shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Shell]:
+    (tmp_path / "rings_of_a_user.py").write_text(USER_MODULE)
+    (tmp_path / "job.toml").write_text(USER_JOB)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    yield Shell(tmp_path, monkeypatch, capsys)
+    signal.signal(signal.SIGTERM, on_terminate)
+    sys.modules.pop("rings_of_a_user", None)
+    importlib.invalidate_caches()
 
 
-def test_show_lists_a_trial_and_then_a_job_of_two(finished, tmp_path) -> None:
-    folder, printed = finished
-    shown = run(folder, "show", "gbp-results/digits", "--json")
-    assert json.loads(shown.stdout)["trial_id"] == printed["trial_id"]
-    assert "conv1.weight" in run(folder, "show", printed["folder"]).stdout
-    shutil.copytree(folder / "gbp-results", tmp_path / "gbp-results")
-    other = tmp_path / "gbp-results" / "digits" / "trials" / "unfinished"
-    shutil.copytree(tmp_path / Path(printed["folder"]).relative_to(folder), other)
-    (other / "trial.json").unlink()
-    listed = json.loads(run(tmp_path, "show", "gbp-results/digits", "--json").stdout)
-    assert {row["trial"]: row["finished"] for row in listed["trials"]} == {
-        printed["trial_id"]: True,
-        "unfinished": False,
-    }
-    assert "run the same job again" in run(tmp_path, "show", str(other)).stdout
+def run_process(*arguments: str, folder: Path, **options: Any) -> Outcome:
+    done = subprocess.run(
+        [sys.executable, "-m", "gbp_ray", *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.mark.parametrize("verb", ["criteria", "fields"])
-def test_lists_are_also_json(verb: str, tmp_path) -> None:
-    assert len(json.loads(run(tmp_path, verb, "--json").stdout)[verb]) >= 10
-    assert "sparsity" in run(tmp_path, "fields", "prune").stdout
+def parse_json(text: str) -> Any:
+    """Reads exactly one JSON value of the strict kind."""
+
+    def refuse(name: str) -> Any:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
 
 
-@pytest.mark.parametrize("words", [(), ("prune",), ("show",), ("criteria",), ("fields",)])
-def test_help_teaches(words: tuple[str, ...], tmp_path) -> None:
-    shown = run(tmp_path, *words, "--help")
-    assert shown.returncode == 0
-    assert "Usage" in shown.stdout
-    if words == ("prune",):
-        assert "--set prune.sparsity=0.95" in shown.stdout
+def assert_refused(outcome: Outcome, code: int = 2) -> str:
+    assert outcome.code == code, outcome
+    assert outcome.out == ""
+    assert outcome.err.count("\n") == 1, outcome.err
+    assert outcome.err.startswith("error: ")
+    assert "Traceback" not in outcome.err
+    return outcome.err.removeprefix("error: ").strip()
+
+
+def assert_all_whole(storage: Path) -> None:
+    """Makes sure that whatever lies in the storage is committed and undamaged."""
+    files = [path for path in storage.rglob("*") if path.is_file()]
+    for path in files:
+        assert not path.name.startswith("."), f"{path} is a temporary file"
+        if path.suffix in (".safetensors", ".pt"):
+            assert (path.parent / "round.json").exists(), f"{path} belongs to no whole round"
+    for path in files:
+        if path.name == "round.json":
+            trial = path.parent.parent
+            store = Store(trial.parent.parent.parent, trial.parent.parent.name)
+            record = store.read_rounds(trial.name)[int(path.parent.name.removeprefix("round_"))]
+            for file in record.files:
+                store.read_file(trial.name, record, file)
+
+
+# -- prune -----------------------------------------------------------------------------------------
+
+
+def test_prune_prints_tables_and_where_the_weights_are(shell: Shell) -> None:
+    outcome = shell("prune", "job.toml")
+    assert outcome.code == 0
+    ((store, name),) = locate_trials(shell.storage)
+    assert f"{store.trial_folder(name)}/round_002" in outcome.out
+    assert "sparsity 50.00% of 128 prunable weights" in outcome.out
+    for text in ("dense", "layers after round 2", "0.weight", "2.weight"):
+        assert text in outcome.out
+    assert "round 1  sparsity 0.2" in outcome.err, "progress goes to standard error"
+    assert "round 1  sparsity" not in outcome.out
+
+
+def test_prune_json_is_one_object_and_all_there_is(shell: Shell) -> None:
+    outcome = shell("prune", "job.toml", "--json")
+    tree = parse_json(outcome.out)
+    folder = Path(tree.pop("folder"))
+    record = TrialRecord.model_validate(tree)
+    assert Store(shell.storage, "rings").read_trial(record.trial_id) == record
+    assert folder == shell.storage / "rings/trials" / record.trial_id
+    assert tree["rounds"][-1]["sparsity"] == pytest.approx(0.5)
+    again = shell("prune", "job.toml", "--json")
+    assert (again.code, again.out, again.err) == (0, outcome.out, ""), "a finished job is answered"
+
+
+def test_quiet_says_nothing_but_the_result(shell: Shell) -> None:
+    outcome = shell("prune", "job.toml", "-q", "--json")
+    assert outcome.code == 0
+    assert outcome.err == ""
+    parse_json(outcome.out)
+
+
+def test_set_overrides_the_file(shell: Shell) -> None:
+    outcome = shell.prune("--json", "--set", "prune.sparsity=0.75", "--set", 'name="other"')
+    tree = parse_json(outcome.out)
+    assert tree["job"]["prune"]["sparsity"] == 0.75
+    assert (shell.storage / "other").is_dir()
+    assert not (shell.storage / "rings").exists()
+
+
+def test_folders_with_brackets_are_printed_as_they_are(shell: Shell) -> None:
+    for storage in ("[red]x", "y[/bold]"):
+        outcome = shell.prune(f"--set=storage={storage}", "--set=prune.rounds=1")
+        assert outcome.code == 0
+        assert f"/{storage}/rings/trials/" in outcome.out
+    shell.prune("--set=storage=[red]x", "--set=prune.rounds=1", "--set=seed=1")
+    assert "[red]x" in shell("show", "[red]x").out
+
+
+def test_options_without_effect_warn_on_standard_error(shell: Shell) -> None:
+    shell.prune("--json")
+    outcome = run_process(
+        "prune",
+        "job.toml",
+        "--json",
+        "--set=pretrain.lr_gamma=0.5",
+        "--set=pretrain.lr_schedule=cosine",
+        "--set=prune.hutchinson_probes=5",
+        "-q",
+        folder=shell.folder,
+    )
+    assert outcome.code == 0
+    assert outcome.err.splitlines() == [
+        "warning: pretrain.lr_gamma has no effect with pretrain.lr_schedule = cosine",
+        "warning: prune.hutchinson_probes has no effect with prune.criterion = taylor",
+    ]
+    parse_json(outcome.out)
+
+
+# -- what is wrong ---------------------------------------------------------------------------------
+
+BAD_INPUT = [
+    ("prune.sparsty=0.5", ["prune.sparsty: no such key", "did you mean 'sparsity'"]),
+    ("prunes.sparsity=0.5", ["prunes: no such key", "did you mean 'prune'"]),
+    ("prune.schedule=cubik", ["prune.schedule = 'cubik'", "did you mean 'cubic'"]),
+    ("prune.criterion=tailor", ["prune.criterion = 'tailor'", "did you mean 'taylor'"]),
+    ("prune.sparsity=1.0", ["prune.sparsity = 1.0"]),
+    ("prune.sparsity=-0.1", ["prune.sparsity = -0.1"]),
+    ("prune.sparsity=nan", ["prune.sparsity = nan"]),
+    ("prune.sparsity=most", ["prune.sparsity = 'most'"]),
+    ("prune.sparsity", ["must read dotted.key=value"]),
+    ("prune.sparsity.x=1", ["'sparsity' is a value, not a section"]),
+    ("prune.granularity=2:4", ["prune.granularity = '2:4'", "'0.weight' has 2"]),
+    ("prune.granularity=3:4", ["set prune.sparsity=0.25"]),
+    ("prune.exclude=['conv.*']", ["prune.exclude = 'conv.*'", "matches no parameter"]),
+    ("prune.layer_max_sparsity={'0.*'=0.0, '2.*'=0.0}", ["ceilings allow 0"]),
+    ("workload.options.examples=0", ["workload.train: holds no examples"]),
+    ("workload.options.examples=1", ["workload.train: holds no examples"]),
+    ("workload.options.top=2", ["labels run from 0 to 2", "2 outputs (allowed: 0 to 1)"]),
+    ("workload.options.top=-1", ["labels run from -1 to 0"]),
+    ("workload.options.colour=1", ["workload.options.colour", "allowed: examples, top, classes"]),
+    ("workload.factory=rings_of_a_user:cursed", ["raised ValueError: it is not to be"]),
+    ("workload.factory=rings_of_a_user:nothing", ["has no 'nothing'"]),
+    ("workload.factory=rings_of_nobody:rings", ["no module named 'rings_of_nobody'"]),
+    ("name=../escape", ["name = '../escape'"]),
+    ("pretrain.learning_rate=1e30", ["pretrain", "lower pretrain.learning_rate = 1e+30"]),
+    ("finetune.learning_rate=1e30", ["finetune", "lower finetune.learning_rate = 1e+30"]),
+    ("storage=job.toml", ["storage", "job.toml"]),
+    ("storage=/dev/null/x", ["storage", "/dev/null/x", "Not a directory"]),
+    ("storage=/proc/nobody-writes-here", ["storage: cannot write '/proc/nobody-writes-here"]),
+    ("storage=~nobody-has-this-name/x", ["storage", "no such home"]),
+    ("storage=s3://bucket/x", ["storage = 's3://bucket/x'"]),
+]
+
+
+@pytest.mark.parametrize(("override", "parts"), BAD_INPUT, ids=[case[0] for case in BAD_INPUT])
+def test_bad_input_is_one_line_exit_2_and_nothing_half_written(
+    shell: Shell, override: str, parts: list[str]
+) -> None:
+    if "2:4" in override:
+        outcome = shell.prune("--set", override, "--set=prune.sparsity=0.5")
+    else:
+        outcome = shell.prune("--set", override)
+    text = assert_refused(outcome)
+    for part in parts:
+        assert part in text
+    assert_all_whole(shell.folder)
+    assert not list(shell.folder.rglob("trial.json"))
+    assert not (shell.folder.parent / "escape").exists()
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("content", "part"),
     [
-        ({"prune.sparsty": 0.5}, "prune.sparsty: no such key, did you mean 'sparsity'?"),
-        ({"prune.schedule": "linaer"}, "did you mean 'linear'?"),
-        ({"prune.criterion": "tailor"}, "did you mean 'taylor'?"),
-        ({"prune.sparsity": 1.0}, "prune.sparsity = 1.0"),
-        ({"prune.sparsity": -0.1}, "prune.sparsity = -0.1"),
-        ({"prune.granularity": "'2:4'", "prune.sparsity": 0.5}, "'conv1.weight' has 1"),
-        ({"workload.factory": "gbp_ray.zoo:digits_convne"}, "did you mean 'digits_convnet'?"),
-        ({"workload.options.widht": 3}, "workload.options.widht"),
-        ({"pretrain.learning_rate": 1e30}, "pretrain.learning_rate"),
-        ({"storage": "/proc/nowhere"}, "storage: cannot write"),
-        ({"storage": "s3://bucket/x"}, "storage = 's3://bucket/x'"),
-        ({"workload.factory": "bad:make", "workload.options.num_train": 0}, "no examples"),
-        ({"workload.factory": "bad:make", "workload.options.top_label": 6}, "labels run from 0 to"),
+        (None, "does not exist"),
+        (b"", "name: is required; workload: is required; prune: is required"),
+        (b"name = ", "is not TOML"),
+        (b"\xff", "is not TOML"),
+        (USER_JOB.encode().replace(b"rounds = 2", b"rounds = 0\nround = 2"), "prune.rounds = 0"),
     ],
-    ids=str,
 )
-def test_bad_input_is_one_line_and_leaves_no_round(settings, says, tmp_path) -> None:
-    (tmp_path / "bad.py").write_text(BAD_WORKLOADS)
-    done = run(tmp_path, "prune", **(QUICK | settings))
-    assert says in error_of(done)
-    assert list(tmp_path.rglob("round.json")) == []
+def test_a_bad_job_file_is_one_line(shell: Shell, content: bytes | None, part: str) -> None:
+    if content is not None:
+        (shell.folder / "bad.toml").write_bytes(content)
+    assert part in assert_refused(shell("prune", "bad.toml"))
+    assert not shell.storage.exists()
 
 
-@pytest.mark.parametrize("words", [("prune", "none.toml"), ("show", "nowhere"), ("prun",)])
-def test_what_is_not_there_is_said(words: tuple[str, ...], tmp_path) -> None:
-    assert words[-1] in error_of(run(tmp_path, *words))
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["prnue"], "Did you mean 'prune'?"),
+        (["prune", "job.toml", "more.toml"], "unexpected extra argument"),
+        (["prune", "--sparsity", "0.5"], "No such option"),
+        (["prune", "--set"], "requires an argument"),
+        (["show"], "Missing argument"),
+        (["show", "nowhere"], "there is no such folder"),
+        (["show", "."], "holds no results"),
+        (["show", "job.toml"], "there is no such folder"),
+        (["fields", "prunes"], "no such section (allowed: workload, pretrain"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(shell: Shell, arguments: list[str], part: str) -> None:
+    assert part in assert_refused(shell(*arguments))
 
 
-def test_a_checkpoint_that_does_not_fit_is_named(tmp_path) -> None:
-    (tmp_path / "weights.safetensors").write_bytes(b"not a checkpoint")
-    done = run(
-        tmp_path,
-        "prune",
-        **QUICK,
-        **{
-            "workload.factory": "gbp_ray.zoo:cifar10_resnet20",
-            "workload.options.data": "nowhere",
-            "workload.options.checkpoint": "weights.safetensors",
-        },
+def test_without_a_verb_help_is_shown_and_the_code_says_so(shell: Shell) -> None:
+    outcome = shell()
+    assert outcome.code == 2
+    assert "Usage: gbp-ray" in outcome.out + outcome.err
+
+
+def test_debug_adds_the_traceback_before_the_line(shell: Shell) -> None:
+    outcome = shell("prune", "--debug", "--set=prune.sparsity=2")
+    assert outcome.code == 2
+    assert "Traceback" in outcome.err
+    assert outcome.err.splitlines()[-1].startswith("error: prune.sparsity = 2")
+
+
+def test_a_fault_of_ours_is_one_line_exit_1(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise ZeroDivisionError("two\nlines")
+
+    monkeypatch.setattr("gbp_ray.api.prune", fail)
+    text = assert_refused(shell.prune(), code=1)
+    assert text == "ZeroDivisionError: two lines (--debug shows where)"
+
+
+def test_a_built_in_workload_names_what_does_not_suit_it(shell: Shell) -> None:
+    pattern = shell(
+        "prune", "-q", *QUICK_DIGITS, "--set=prune.granularity='2:4'", "--set=prune.sparsity=0.5"
     )
-    assert "workload.options." in error_of(done)
+    assert "'conv1.weight' has 1" in assert_refused(pattern)
+    (shell.folder / "weights.safetensors").write_bytes(b"not a checkpoint")
+    checkpoint = shell(
+        "prune",
+        "-q",
+        "--set=cluster.num_workers=0",
+        "--set=workload.factory=gbp_ray.zoo:cifar10_resnet20",
+        "--set=workload.options={data='nowhere', checkpoint='weights.safetensors'}",
+    )
+    assert "workload.options." in assert_refused(checkpoint)
+    assert not shell.storage.exists()
 
 
-def test_the_folder_of_another_job_is_refused(finished, tmp_path) -> None:
-    folder, _ = finished
-    shutil.copytree(folder / "gbp-results", tmp_path / "gbp-results")
-    (tmp_path / "bad.py").write_text(BAD_WORKLOADS)
-    before = sorted(tmp_path.rglob("*"))
-    done = run(tmp_path, "prune", **QUICK, **{"workload.factory": "bad:make"})
-    assert "holds results of another job" in error_of(done)
-    assert [path for path in sorted(tmp_path.rglob("*")) if "pycache" not in str(path)] == before
+def test_the_results_of_another_job_are_left_alone(shell: Shell) -> None:
+    shell.prune()
+    before = {path: path.stat().st_mtime_ns for path in shell.storage.rglob("*")}
+    other = shell("prune", "-q", *QUICK_DIGITS, "--set=name=rings")
+    assert "holds results of another job" in assert_refused(other)
+    assert {path: path.stat().st_mtime_ns for path in shell.storage.rglob("*")} == before
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "masks.safetensors", "state.pt"])
-@pytest.mark.parametrize("damage", ["cut", "flip"])
-def test_a_damaged_file_stops_the_job_that_would_go_on_from_it(
-    name: str, damage: str, finished, tmp_path
-) -> None:
-    folder, printed = finished
-    shutil.copytree(folder / "gbp-results", tmp_path / "gbp-results")
-    trial = tmp_path / Path(printed["folder"]).relative_to(folder)
-    (trial / "trial.json").unlink()
-    shutil.rmtree(trial / "round_002")
-    data = bytearray((trial / "round_001" / name).read_bytes())
-    if damage == "cut":
-        del data[-9:]
+def test_a_folder_that_is_not_ours_is_left_alone(shell: Shell) -> None:
+    (shell.storage / "rings").mkdir(parents=True)
+    (shell.storage / "rings" / "letter.txt").write_text("Dear")
+    assert "is not empty and not a results folder" in assert_refused(shell.prune())
+    assert [path.name for path in shell.storage.rglob("*.*")] == ["letter.txt"]
+
+
+def make_unfinished(shell: Shell) -> tuple[Store, str, RoundRecord]:
+    """Prunes, then takes the last round away, as a kill would have."""
+    assert shell.prune().code == 0
+    ((store, name),) = locate_trials(shell.storage)
+    (store.trial_folder(name) / "trial.json").unlink()
+    for path in store.round_folder(name, 2).iterdir():
+        path.unlink()
+    return store, name, store.read_rounds(name)[-1]
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "masks.safetensors", "state.pt"])
+@pytest.mark.parametrize("kind", ["flipped", "truncated", "empty", "missing"])
+def test_a_damaged_file_on_resume_is_one_line_exit_2(shell: Shell, file: str, kind: str) -> None:
+    store, name, record = make_unfinished(shell)
+    path = store.round_folder(name, record.round) / file
+    good = path.read_bytes()
+    middle = len(good) // 2
+    bad = {
+        "flipped": good[:middle] + bytes([good[middle] ^ 255]) + good[middle + 1 :],
+        "truncated": good[:middle],
+        "empty": b"",
+    }
+    if kind == "missing":
+        path.unlink()
     else:
-        data[len(data) // 2] ^= 1
-    (trial / "round_001" / name).write_bytes(data)
-    done = run(tmp_path, "prune", **QUICK)
-    assert f"round_001/{name}" in error_of(done)
+        path.write_bytes(bad[kind])
+    assert str(path) in assert_refused(shell.prune())
+    assert not (store.round_folder(name, 2) / "weights.safetensors").exists()
+    path.write_bytes(good)
+    assert shell.prune().code == 0
+    assert_all_whole(shell.storage)
 
 
-def test_ctrl_c_is_130_and_the_job_goes_on_to_the_same_end(finished, tmp_path) -> None:
-    _, printed = finished
-    pairs = [f"--set={key}={value}" for key, value in QUICK.items()]
+@pytest.mark.parametrize("record", ["round_001/round.json", "round_000/round.json"])
+def test_a_damaged_record_on_resume_is_one_line_exit_2(shell: Shell, record: str) -> None:
+    store, name, _ = make_unfinished(shell)
+    path = store.trial_folder(name) / record
+    path.write_text(path.read_text()[:100])
+    text = assert_refused(shell.prune())
+    assert str(path) in text
+    assert "is damaged" in text
+
+
+# -- show ------------------------------------------------------------------------------------------
+
+
+def test_show_prints_one_trial_from_any_folder_above(shell: Shell) -> None:
+    shell.prune()
+    ((store, name),) = locate_trials(shell.storage)
+    outputs = [shell("show", str(uri)) for uri in (shell.storage, store.folder)]
+    outputs.append(shell("show", str(store.trial_folder(name))))
+    assert {outcome.code for outcome in outputs} == {0}
+    assert len({outcome.out for outcome in outputs}) == 1
+    assert name in outputs[0].out
+    assert "layers after round 2" in outputs[0].out
+    assert "sparsity 50.00%" in outputs[0].out
+    tree = parse_json(shell("show", str(store.folder), "--json").out)
+    assert tree["finished"] is True
+    assert Path(tree["folder"]) == store.trial_folder(name)
+    assert TrialRecord.model_validate(tree) == store.read_trial(name)
+
+
+def test_show_lists_the_trials_of_a_job(shell: Shell) -> None:
+    shell.prune()
+    shell.prune("--set=prune.sparsity=0.25")
+    names = [name for _, name in locate_trials(shell.storage)]
+    outcome = shell("show", "gbp-results/rings")
+    assert outcome.code == 0
+    for name in names:
+        assert name in outcome.out
+    rows = parse_json(shell("show", "gbp-results/rings", "--json").out)["trials"]
+    assert [row["trial"] for row in rows] == names
+    assert [row["sparsity"] for row in rows] == [0.25, 0.5]
+    assert all(row["finished"] for row in rows)
+    assert all(Path(row["folder"]).is_dir() for row in rows)
+
+
+def test_show_says_what_there_is_of_an_unfinished_trial(shell: Shell) -> None:
+    store, name, _ = make_unfinished(shell)
+    outcome = shell("show", "gbp-results")
+    assert outcome.code == 0
+    assert f"{name}: not finished, round 1 is the last whole one" in outcome.out
+    assert "layers after round 1" in outcome.out
+    tree = parse_json(shell("show", "gbp-results", "--json").out)
+    assert tree["finished"] is False
+    assert [row["round"] for row in tree["rounds"]] == [0, 1]
+    shell.prune("--set=seed=1")
+    rows = parse_json(shell("show", "gbp-results", "--json").out)["trials"]
+    assert {row["trial"]: row["finished"] for row in rows}[name] is False
+    assert store.read_trial(name) is None
+
+
+# -- criteria, fields, help ------------------------------------------------------------------------
+
+
+def test_criteria_tells_all_of_them(shell: Shell) -> None:
+    outcome = shell("criteria")
+    assert outcome.code == 0
+    rows = parse_json(shell("criteria", "--json").out)["criteria"]
+    assert {row["name"] for row in rows} == set(CRITERIA)
+    for row in rows:
+        assert row["name"] in outcome.out
+        assert all(row[key] for key in ("formula", "summed", "cost", "source"))
+
+
+def test_fields_tells_all_of_them(shell: Shell) -> None:
+    outcome = shell("fields")
+    rows = parse_json(shell("fields", "--json").out)["fields"]
+    assert [row["field"] for row in rows] == [row[0] for row in describe_fields()]
+    for field in ("prune.sparsity", "cluster.num_workers", "[workload]", "conv1.*"):
+        assert field in outcome.out
+    part = parse_json(shell("fields", "prune", "--json").out)["fields"]
+    assert {row["field"].split(".")[0] for row in part} == {"[prune]", "prune"}
+    assert len(part) == sum(row["field"].startswith(("prune.", "[prune]")) for row in rows)
+
+
+@pytest.mark.parametrize("verb", ["prune", "show", "criteria", "fields"])
+def test_help_of_each_verb_gives_an_example(shell: Shell, verb: str) -> None:
+    outcome = shell(verb, "--help")
+    assert outcome.code == 0
+    assert f"Usage: gbp-ray {verb}" in outcome.out
+    assert f"gbp-ray {verb}" in outcome.out.partition("Examples:")[2]
+    assert verb in shell("--help").out
+
+
+def test_version(shell: Shell) -> None:
+    assert shell("--version") == Outcome(0, f"gbp-ray {version('gbp-ray')}\n", "")
+
+
+# -- as a process ----------------------------------------------------------------------------------
+
+
+def test_help_and_mistakes_cost_neither_torch_nor_ray(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from gbp_ray.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as end:\n"
+        "    assert not {'torch', 'ray'} & set(sys.modules)\n"
+        "    sys.exit(end.code)\n"
+        "assert not {'torch', 'ray'} & set(sys.modules)\n"
+    )
+    for arguments, expected in ((["prune", "--help"], 0), (["fields"], 0), (["show", "x"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == expected, done.stderr
+
+
+def test_a_reader_that_goes_away_ends_it_without_a_word(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "gbp_ray", "prune", *pairs],
+        [sys.executable, "-m", "gbp_ray", "fields", "--json"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
     )
+    assert process.stdout is not None
     assert process.stderr is not None
-    for line in process.stderr:
-        if "pretrain" in line:
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_result_that_cannot_be_printed_is_an_error(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "gbp_ray", "fields", "--json"],
+            cwd=tmp_path,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "No space left" in done.stderr
+
+
+def start_and_signal(folder: Path, arguments: list[str], number: int, line: str) -> Outcome:
+    """Starts a command and sends it a signal once it has printed a line of progress."""
+
+    def restore() -> None:
+        # A shell that runs in the background has children ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gbp_ray", *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=restore,
+    )
+    errors = ""
+    stream: IO[str] | None = process.stderr
+    assert stream is not None
+    for text in stream:
+        errors += text
+        if line in text:
+            process.send_signal(number)
             break
-    os.kill(process.pid, signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    assert (process.returncode, output) == (130, "")
-    assert errors.splitlines()[-1].startswith("error: stopped")
-    again = run(tmp_path, "prune", "--json", **QUICK)
-    ends = [json.loads(again.stdout)["rounds"][-1], printed["rounds"][-1]]
-    assert ends[0]["mask_digest"] == ends[1]["mask_digest"]
+    out, rest = process.communicate(timeout=120)
+    return Outcome(process.returncode, out, errors + rest)
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_with_the_same_mask_when_run_again(finished, tmp_path) -> None:
-    _, printed = finished
-    pairs = [f"--set={key}={value}" for key, value in QUICK.items()]
-    for number, delay_s in enumerate((3.0, 4.5, 6.0)):
-        job = [sys.executable, "-m", "gbp_ray", "prune", "--json", *pairs, f"--set=name=k{number}"]
-        process = subprocess.Popen(
-            job, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        time.sleep(delay_s)
-        process.kill()
-        process.wait()
-        again = subprocess.run(job, cwd=tmp_path, capture_output=True, text=True)
-        assert (
-            json.loads(again.stdout)["rounds"][-1]["mask_digest"]
-            == (printed["rounds"][-1]["mask_digest"])
-        )
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "stopped"), (signal.SIGTERM, 143, "terminated")],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_a_stopped_command_says_so_and_goes_on_when_run_again(
+    tmp_path: Path, number: int, code: int, word: str
+) -> None:
+    arguments = ["prune", *QUICK_DIGITS, "--set=finetune.epochs=6", "--json"]
+    stopped = start_and_signal(tmp_path, arguments, number, "round 1/2  finetune")
+    assert stopped.code == code, stopped.err
+    assert stopped.out == ""
+    last = stopped.err.splitlines()[-1]
+    assert last == f"error: {word}; run the same command again to go on"
+    assert "Traceback" not in stopped.err
+    assert_all_whole(tmp_path)
+    ((store, name),) = locate_trials(tmp_path / "gbp-results")
+    assert [record.round for record in store.read_rounds(name)] == [0]
+    again = run_process(*arguments, folder=tmp_path)
+    assert again.code == 0, again.err
+    assert "goes on after round 0" in again.err
+    assert "pretrain" not in again.err, "what was done is not done again"
+    assert len(parse_json(again.out)["rounds"]) == 3

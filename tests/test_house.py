@@ -1,5 +1,6 @@
 """The house rules that a machine can hold: imports, layout, jobs, and the README's own words."""
 
+import ast
 import json
 import re
 import shutil
@@ -104,3 +105,64 @@ def test_the_digits_asset_travels_with_the_package() -> None:
     manifest = json.dumps((ROOT / "pyproject.toml").read_text())
     assert "*.parquet" in manifest
     assert (ROOT / "gbp_ray" / "zoo" / "digits.parquet").stat().st_size < 150_000
+
+
+MODULES = sorted(ROOT.glob("gbp_ray/**/*.py"))
+
+
+def public_definitions(path: Path) -> list[ast.FunctionDef | ast.ClassDef]:
+    """Lists the public functions, classes and methods of a module."""
+    tree = ast.parse(path.read_text())
+    found = []
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            found.append(node)
+            if isinstance(node, ast.ClassDef):
+                members = (n for n in node.body if isinstance(n, ast.FunctionDef))
+                found.extend(n for n in members if not n.name.startswith("_"))
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_public_names_say_what_they_do(path: Path) -> None:
+    for node in public_definitions(path):
+        # `record` and `pydantic` classes, too; properties and methods count as functions.
+        text = ast.get_docstring(node)
+        assert text, f"{path.name}: {node.name} has no docstring"
+        first = text.splitlines()[0]
+        assert first.endswith((".", ":", "?")) or len(text.splitlines()) > 1, node.name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_public_function_bears_the_name_of_a_sibling_module(path: Path) -> None:
+    siblings = {other.stem for other in path.parent.glob("*.py")}
+    siblings |= {other.name for other in path.parent.iterdir() if other.is_dir()}
+    names = {n.name for n in public_definitions(path) if isinstance(n, ast.FunctionDef)}
+    assert not names & siblings
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_module_exports_is_there(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    exported: list[str] = []
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and "__all__" in {ast.unparse(t) for t in node.targets}:
+            if not isinstance(node.value, ast.List):
+                return
+            exported = [ast.literal_eval(element) for element in node.value.elts]
+    assert exported == sorted(exported)
+    assert len(exported) == len(set(exported))
+
+
+def test_importing_the_package_takes_no_time() -> None:
+    code = (
+        "import time; start = time.perf_counter(); import gbp_ray;"
+        "print(time.perf_counter() - start)"
+    )
+    command = [sys.executable, "-c", code]
+    # The best of three: another process may hold the cores for a moment.
+    times_s = [
+        float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(times_s) < 0.2

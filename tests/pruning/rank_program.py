@@ -84,6 +84,7 @@ def report_of(ranks: Ranks) -> dict[str, Any]:
         "movement": digest({"movement": movement_N}),
         "float64 scores": _float64_scores(ranks),
         "evaluated": evaluate(trained, images(), ranks, 4),
+        "progress": _progress(ranks, trained),
         "recalibrated": _recalibrated(ranks, trained),
         "unruly model": _unruly_model(ranks),
         "rounds": _rounds(ranks),
@@ -148,6 +149,12 @@ def _float64_scores(ranks: Ranks) -> dict[str, str]:
         config = prune_config(rule, calibration_batch_size=3)
         found[rule] = digest(scores_of(in_float64(TanhNet), workload, config, ranks=ranks))
     return found
+
+
+def _progress(ranks: Ranks, trained: nn.Module) -> list[tuple[int, int]]:
+    told: list[tuple[int, int]] = []
+    evaluate(trained, images(), ranks, 4, tell=lambda done, total: told.append((done, total)))
+    return told
 
 
 def _recalibrated(ranks: Ranks, trained: nn.Module) -> str:

@@ -139,6 +139,13 @@ def test_whole_trials_do_not_depend_on_the_number_of_ranks(
             assert found == expected
 
 
+def test_progress_of_an_evaluation_ends_at_its_end(alone: dict[str, Any], world: World) -> None:
+    assert alone["progress"] == [(done, 8) for done in range(1, 9)]
+    for report in world:
+        expected = [(min(done, 8), 8) for done in range(len(world), 8 + len(world), len(world))]
+        assert report["progress"] == expected
+
+
 def test_each_element_is_filled_in_by_its_rank(alone: dict[str, Any]) -> None:
     assert alone["filled in"] == pytest.approx([0.1 * item for item in range(7)])
 

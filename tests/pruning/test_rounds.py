@@ -1,5 +1,6 @@
 """Whole trials in one process: resumed or not they end alike, and records tell the truth."""
 
+import io
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load, load_model
-from small_networks import ConvNet, SharedWeightNet, images, regression
+from small_networks import ConvNet, SharedWeightNet, TanhNet, images, regression
 from torch import nn
 
 from gbp_ray.config import JobConfig
@@ -122,6 +123,33 @@ def test_rewinding_puts_kept_weights_back_to_their_dense_values() -> None:
         for name, mask in masks.items():
             assert torch.equal(weights[name][mask], dense[name][mask])
             assert not weights[name][~mask].any()
+
+
+def test_movement_is_the_sum_over_steps_of_minus_weight_times_gradient() -> None:
+    """By plain torch: one part a batch, and every batch is the whole data."""
+    inputs = torch.randn(10, 3, generator=torch.Generator().manual_seed(1))
+    workload = regression(TanhNet, inputs, inputs[:, :2].square())
+    training = {"epochs": 3, "batch_size": 10, "microbatches": 1, "lr_schedule": "constant"}
+    job = job_of(
+        pretrain={"epochs": 0},
+        prune={"criterion": "movement"},
+        finetune={**training, "learning_rate": 0.1, "weight_decay": 0.01},
+    )
+    with seeded(derive_seed(0, "model")):
+        model = TanhNet()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    expected = torch.zeros(20)
+    for _ in range(3):
+        optimizer.zero_grad()
+        workload.loss(model(inputs), workload.train[1]).backward()
+        weights = (model[0].weight, model[2].weight)
+        expected -= torch.cat([(w * w.grad).detach().flatten() for w in weights])
+        optimizer.step()
+    dense, pruned, *_ = run_rounds(job, workload, Ranks())
+    state = torch.load(io.BytesIO(dense.to_files()["state.pt"]), weights_only=True)
+    torch.testing.assert_close(state["movement_N"].float(), expected)
+    lowest = expected.argsort()[: pruned.masks.num_pruned]
+    assert sorted((~pruned.masks.flat()).nonzero().flatten().tolist()) == sorted(lowest.tolist())
 
 
 def test_one_shot_prunes_once_and_then_trains_on() -> None:

@@ -357,8 +357,17 @@ def test_an_early_round_asks_for_no_more_than_its_sparsity_even_of_floors(
         select(scores, k / total, final=0.99, scope=scope, layer_min_sparsity=floors).masks
     )
     assert sum(len(positions) for positions in removed.values()) == k
-    if scope == "global":
-        assert all(len(removed[name]) <= low for name, (low, _) in bounds.items())
+    assert all(len(removed[name]) <= low for name, (low, _) in bounds.items())
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_early_rounds_leave_room_for_the_floors_of_the_last(scope: str) -> None:
+    scores = {"a": draw(10, seed=1), "b": draw(10, seed=2) - 9}
+    masks = None
+    for sparsity in (0.2, 0.4, 0.5):
+        floor = {"layer_min_sparsity": {"a": 0.9}}
+        masks = select(scores, sparsity, masks, final=0.5, scope=scope, **floor).masks
+    assert [len(gone) for gone in removed_by_layer(masks).values()] == [9, 1]
 
 
 def test_a_floor_is_kept_where_scores_alone_would_not() -> None:
@@ -371,11 +380,13 @@ def test_a_floor_is_kept_where_scores_alone_would_not() -> None:
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_equal_floor_and_ceiling_fit_layers_of_any_size(scope: str) -> None:
-    """Half of 3 is no whole number; the bounds of layers must not contradict the total."""
+def test_a_floor_that_is_no_whole_number_never_contradicts_the_total(scope: str) -> None:
+    """Half of 3 rounds up to 2, and three such floors are more than half of 9."""
     scores = {name: draw(3, seed=i) for i, name in enumerate("abc")}
-    half = {"layer_min_sparsity": 0.5, "layer_max_sparsity": 1.0}
-    assert select(scores, 0.5, scope=scope, **half).masks.num_pruned == 5
+    assert select(scores, 0.5, scope=scope, layer_min_sparsity=0.5).masks.num_pruned == 5
+    third = {"layer_min_sparsity": 1 / 3, "layer_max_sparsity": {"*": 1 / 3}}
+    exact = select(scores, 1 / 3, scope=scope, **third).masks
+    assert [len(gone) for gone in removed_by_layer(exact).values()] == [1, 1, 1]
 
 
 def test_the_later_of_two_matching_globs_counts() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load, save
 from small_networks import (
     ONE_RANK,
@@ -146,6 +148,32 @@ def test_a_layer_that_the_loss_does_not_reach_goes_first_but_not_whole() -> None
     layers = {layer.name: layer.num_nonzero for layer in record.cost.layers}
     assert layers == {"0.weight": 12, "2.weight": 8, "a_spare.weight": 1}
     assert record.sparsity == 14 / 35
+
+
+@pytest.mark.parametrize("rule", sorted({*SCORED} - {"random"}))
+def test_the_weight_that_spoils_all_gradients_is_the_one_named(rule: str) -> None:
+    model = built(TanhNet)
+    with torch.no_grad():
+        model[2].weight[0, 0] = torch.nan
+    with pytest.raises(PruneError, match=r"scores of '2\.weight': NaN or infinite"):
+        scores_of(model, tanh_regression(TanhNet), prune_config(rule))
+
+
+@pytest.mark.parametrize("rule", [name for name in SCORED if criterion(name).is_signed])
+def test_signed_criteria_give_scores_of_both_signs(rule: str) -> None:
+    scores = scores_of(built(TanhNet), tanh_regression(TanhNet), prune_config(rule))
+    values = torch.cat([s.flatten() for s in scores.values()])
+    assert values.min() < 0 < values.max()
+
+
+# An own rule may bear any name, that of a built-in one, too.
+NAMESAKE = dataclasses.replace(criterion("magnitude"), name="random")
+
+
+def test_an_own_rule_is_not_mistaken_for_a_built_in_of_its_name() -> None:
+    model = built(TanhNet)
+    scores = scores_of(model, tanh_regression(TanhNet), prune_config(f"{__name__}:NAMESAKE"))
+    assert torch.equal(scores["0.weight"], model[0].weight.abs())
 
 
 # -- sizes -----------------------------------------------------------------------------------------
@@ -375,6 +403,24 @@ def test_weights_that_their_masks_prune_are_refused() -> None:
     dense = dataclasses.replace(saved, weights=saved.dense_weights)
     with pytest.raises(StoreError, match=r"masks\.safetensors: prunes weights of 'conv1\.weight'"):
         resume(job, dense)
+
+
+TANH_WEIGHTS = save(built(TanhNet).state_dict())
+
+
+@given(data=st.data(), byte=st.integers(0, 255))
+@settings(max_examples=150, deadline=None)
+def test_damaged_weights_are_refused_with_one_kind_of_error(data: st.DataObject, byte: int) -> None:
+    """A store checks sums as well, so here it is enough that nothing else is raised."""
+    position = data.draw(st.integers(0, len(TANH_WEIGHTS) - 1))
+    is_cut = data.draw(st.booleans())
+    tail = b"" if is_cut else bytes([byte]) + TANH_WEIGHTS[position + 1 :]
+    altered = TANH_WEIGHTS[:position] + tail
+    try:
+        load_weights(TanhNet(), altered, "weights")
+    except StoreError:
+        return
+    assert not is_cut
 
 
 @pytest.mark.parametrize("dtype", ["F4", "F8_E8M0"])
