@@ -106,7 +106,7 @@ class WorkloadConfig(_Section):
 class Recipe(_Section):
     """How weights are trained; pretrain and finetune each have one."""
 
-    epochs: float = Field(0.0, ge=0.0)
+    epochs: float = Field(0.0, ge=0.0, le=1e6)
     """Passes over the training data, fractions allowed; finetune: after each round."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """Update rule; sgd uses momentum, adamw decouples weight decay."""
@@ -158,7 +158,7 @@ class PruneConfig(_Section):
     """A built-in criterion (see `gbp-ray criteria`) or your own as "module:attr"."""
     sparsity: float = Field(ge=0.0, lt=1.0)
     """Removed units / prunable units after the last round."""
-    rounds: int = Field(1, ge=1)
+    rounds: int = Field(1, ge=1, le=999)
     """How often score, select and fine-tune are repeated."""
     schedule: Literal["one_shot", "linear", "cubic", "geometric"] = "geometric"
     """Sparsity after each round; one_shot removes everything in round 1 and fine-tunes on."""

@@ -102,7 +102,7 @@ def load_workload(config: WorkloadConfig) -> Workload:
         workload = factory(**config.options)
     except GbpError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, FileNotFoundError) and error.filename is not None:
             raise WorkloadError(
                 f"workload.factory = '{config.factory}': '{error.filename}' does not exist; "
@@ -214,7 +214,7 @@ def _kind_of(value: object) -> str:
     return type(value).__name__
 
 
-def _in_one_line(error: Exception) -> str:
+def _in_one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
@@ -233,7 +233,8 @@ def import_attribute(path: str, key: str) -> Any:
             f"{key} = '{path}': no module named '{error.name}'; modules are looked up among "
             f"installed packages, {looked_in}"
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        # A script that parses its own arguments ends the process when it is imported.
         raise ConfigError(
             f"{key} = '{path}': importing '{module_name}' raised {_in_one_line(error)}"
         ) from error

@@ -61,6 +61,7 @@ def refusal(kind: type[GbpError], action: Callable[[], object]) -> str:
 # -- finding a factory -----------------------------------------------------------------------------
 
 MODULE = """
+import sys
 from torch import nn
 import torch
 from gbp_ray import Workload, WorkloadError
@@ -74,6 +75,9 @@ def free(**options):
 
 def fail():
     raise RuntimeError("first line\\nsecond line")
+
+def leave():
+    sys.exit(3)
 
 def refuse():
     raise WorkloadError("workload.options.x: must be even")
@@ -101,11 +105,12 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
     name = "module_of_a_user"
     (tmp_path / f"{name}.py").write_text(MODULE)
     (tmp_path / "broken_module.py").write_text("raise ValueError('one\\ntwo')")
+    (tmp_path / "leaving_module.py").write_text("import sys; sys.exit(3)")
     (tmp_path / "needy_module.py").write_text("import a_package_nobody_has")
     (tmp_path / "unfinished_module.py").write_text("def make(:")
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     yield name
-    for module in (name, "broken_module", "needy_module", "unfinished_module"):
+    for module in (name, "leaving_module", "broken_module", "needy_module", "unfinished_module"):
         sys.modules.pop(module, None)
 
 
@@ -141,6 +146,8 @@ def test_a_factory_is_called_with_the_options(user_module: str) -> None:
         ),
         ("{}:fail", {"x": 1}, ConfigError, ["workload.options.x", "allowed: none"]),
         ("{}:fail", {}, WorkloadError, ["raised RuntimeError: first line second line"]),
+        ("{}:leave", {}, WorkloadError, ["raised SystemExit: 3"]),
+        ("leaving_module:make", {}, ConfigError, ["raised SystemExit: 3"]),
         ("{}:refuse", {}, WorkloadError, ["workload.options.x: must be even"]),
         ("{}:open_missing", {}, WorkloadError, ["'/no/such/data.bin' does not exist"]),
         ("{}:miss_without_a_name", {}, WorkloadError, ["no data here"]),
