@@ -28,7 +28,7 @@ from gbp_ray.pruning.rounds import check_job, load_weights
 from gbp_ray.runtime.progress import ProgressBoard
 from gbp_ray.runtime.worker import work_trial
 from gbp_ray.store import Store, TrialRecord, locate_trials
-from gbp_ray.workload import add_import_paths, load_workload
+from gbp_ray.workload import add_import_paths, find_shadowed_module, load_workload
 
 __all__ = ["PruneResult", "open_result", "prune"]
 
@@ -112,6 +112,13 @@ def prune(
     started = time.monotonic()
     with ProgressBoard(is_quiet) as board:
         check_job(job, load_workload(job.workload))
+        for key, plug_in in _plug_ins(job):
+            if shadowed := find_shadowed_module(plug_in, import_paths[-1]):
+                warnings.warn(
+                    f"{key} = {plug_in}: module {shadowed}; rename yours, or start a new process "
+                    "if another job brought it in",
+                    stacklevel=2,
+                )
         store.claim(job)
         earlier = store.read_rounds(name)
         if earlier:
@@ -129,10 +136,16 @@ def prune(
 
             board.note(f"{name}  starting {job.cluster.num_workers} workers on Ray")
             run_trial(job, import_paths, board, is_debug=is_debug)
+    rounds = store.read_rounds(name)
+    if len(rounds) != job.prune.rounds + 1:
+        raise StoreError(
+            f"storage: round {len(rounds)} vanished from '{store.trial_folder(name)}'; is another "
+            "process running this job? Run the job again when it has ended"
+        )
     record = TrialRecord(
         trial_id=name,
         job=job,
-        rounds=tuple(store.read_rounds(name)),
+        rounds=tuple(rounds),
         seconds=round(time.monotonic() - started, 1),
         num_workers=job.cluster.num_workers,
         versions=_versions(),
@@ -160,6 +173,11 @@ def open_result(uri: str | Path) -> PruneResult:
             "same job again to go on"
         )
     return PruneResult(record, store.trial_folder(name))
+
+
+def _plug_ins(job: JobConfig) -> list[tuple[str, str]]:
+    named = [("workload.factory", job.workload.factory), ("prune.criterion", job.prune.criterion)]
+    return [(key, name) for key, name in named if ":" in name]
 
 
 def _own_device(job: JobConfig) -> torch.device:

@@ -261,9 +261,6 @@ class Store:
         with _as_store_error(folder):
             # A record left by an interrupted rewrite must not vouch for new files.
             (folder / "round.json").unlink(missing_ok=True)
-            # A writer that was killed leaves its temporary file.
-            for leftover in folder.glob(".*"):
-                leftover.unlink(missing_ok=True)
         committed = {}
         for name, data in files.items():
             self._write(folder / name, data)
@@ -274,8 +271,13 @@ class Store:
         return record
 
     def write_trial(self, record: TrialRecord) -> None:
-        """Commits a finished trial; its rounds must be there."""
-        self._write(self.trial_folder(record.trial_id) / "trial.json", _dump_record(record))
+        """Commits a finished trial, whose rounds must be there, and tidies its folder."""
+        folder = self.trial_folder(record.trial_id)
+        self._write(folder / "trial.json", _dump_record(record))
+        # Writers that were killed have left their temporary files.
+        for leftover in (*folder.glob(".*"), *folder.glob("round_*/.*")):
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)
 
     def _write(self, path: Path, data: bytes) -> None:
         with _as_store_error(path, len(data)):
@@ -403,6 +405,11 @@ def _explain_os_error(error: OSError, path: Path, num_bytes: int) -> str:
         return (
             f"storage: no room on disk for '{path}' ({num_bytes / 1e6:.1f} MB{free}); make room or "
             "choose another storage, and run the job again"
+        )
+    if error.errno == errno.ENOENT and path.parent.exists():
+        return (
+            f"storage: '{path}' vanished while it was written; is another process running this "
+            "job? Run the job again when it has ended"
         )
     return (
         f"storage: cannot write '{path}': {error.strerror}; choose a storage folder you can write"

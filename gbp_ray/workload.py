@@ -14,6 +14,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     "count_top1",
     "cut_batches",
     "derive_seed",
+    "find_shadowed_module",
     "import_attribute",
     "load_workload",
     "num_examples",
@@ -252,6 +254,21 @@ def add_import_paths(folders: Iterable[str]) -> None:
     for folder in folders:
         if folder not in sys.path:
             sys.path.append(folder)
+
+
+def find_shadowed_module(path: str, folder: str) -> str | None:
+    """Finds a module in `folder` that the import of "module:attr" passed over.
+
+    Returns:
+        What was imported from where instead; None where the module is the folder's own or not in
+        it.
+    """
+    name = path.partition(":")[0].partition(".")[0]
+    loaded = getattr(sys.modules.get(name), "__file__", None)
+    for candidate in (Path(folder, f"{name}.py"), Path(folder, name, "__init__.py")):
+        if candidate.is_file() and (loaded is None or not candidate.samefile(loaded)):
+            return f"'{name}' is {loaded or 'built in'}, not '{candidate}'"
+    return None
 
 
 def num_examples(data: Any) -> int:

@@ -350,6 +350,24 @@ def test_what_is_no_result_is_refused(user_folder: Path, uri: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_round_that_another_process_takes_away_makes_no_finished_trial(
+    user_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work_trial = api.work_trial
+
+    def work_and_lose(job: Any, *args: Any, **options: Any) -> None:
+        work_trial(job, *args, **options)
+        store = Store(job.storage, job.name)
+        (store.round_folder(trial_id(job), 2) / "round.json").unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "work_trial", work_and_lose)
+        with pytest.raises(StoreError, match="round 2 vanished"):
+            run(user_folder)
+    assert not list(user_folder.rglob("trial.json"))
+    assert len(run(user_folder).record.rounds) == 3
+
+
 # -- before anything starts ------------------------------------------------------------------------
 
 
@@ -361,6 +379,21 @@ def test_options_without_effect_warn(user_folder: Path) -> None:
         "prune.hutchinson_probes has no effect with prune.criterion = taylor",
     ]
     assert caught[0].filename == __file__, "the warning points at the caller"
+
+
+def test_a_module_of_the_same_name_from_elsewhere_is_pointed_out(
+    user_folder: Path, tmp_path: Path
+) -> None:
+    run(user_folder)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "workload_of_a_user.py").write_text(USER_MODULE.replace("(2, 32)", "(2, 16)"))
+    (other / "job.toml").write_text(USER_JOB)
+    storage = {"storage": str(other / "results")}
+    with pytest.warns(UserWarning, match=r"'workload_of_a_user' is .*mine.*, not '.*other") as seen:
+        prune(other / "job.toml", storage, is_quiet=True)
+    assert len(seen) == 1
+    assert str(seen[0].message).startswith("workload.factory = workload_of_a_user:rings")
 
 
 def test_a_job_taken_from_a_record_does_not_warn(user_folder: Path) -> None:

@@ -536,8 +536,24 @@ def test_leftovers_of_a_killed_writer_are_no_results_and_are_cleared(store: Stor
     assert store.read_rounds(TRIAL) == []
     with pytest.raises(StoreError):
         locate_trials(store.folder)
-    store.write_round(TRIAL, make_round(0), FILES)
-    assert names_in(folder) == {*FILES, "round.json"}
+    for number in range(3):
+        store.write_round(TRIAL, make_round(number), FILES)
+    (store.trial_folder(TRIAL) / ".trial.json.xyz").write_bytes(b"{}")
+    store.write_trial(make_trial(store))
+    assert names_in(store.folder) == {*FILES, "round.json", "trial.json"}
+    assert check_whole_or_nothing(store) == 3
+
+
+def test_a_file_that_vanishes_while_it_is_written_is_explained(store: Store) -> None:
+    def vanish(handle: int) -> None:
+        for path in store.folder.rglob(".weights*"):
+            path.unlink()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", vanish)
+        text = refusal(lambda: store.write_round(TRIAL, make_round(0), FILES))
+    assert "is another process running this job?" in text
+    assert store.read_rounds(TRIAL) == []
 
 
 @pytest.fixture
