@@ -26,6 +26,7 @@ __all__ = [
     "CRITERIA",
     "SCHEMA_VERSION",
     "ClusterConfig",
+    "DistillationConfig",
     "FinetuneConfig",
     "JobConfig",
     "PretrainConfig",
@@ -144,11 +145,21 @@ class PretrainConfig(Recipe):
     """Training of the dense network before the first round; epochs = 0 takes it as built."""
 
 
+class DistillationConfig(_Section):
+    """Fine-tuning that learns from the dense network's outputs beside the labels."""
+
+    weight: Fraction = 0.0
+    """Share of the distillation loss, the rest being the workload's own; 0 turns it off."""
+    temperature: float = Field(4.0, gt=0.0)
+    """What both networks' outputs are divided by before the softmax; higher is softer."""
+
+
 class FinetuneConfig(Recipe):
     """Training of the kept weights after each round."""
 
     learning_rate: float = Field(0.01, gt=0.0)
     """Peak learning rate, reached after the warm-up."""
+    distillation: DistillationConfig = DistillationConfig()
 
 
 class PruneConfig(_Section):
@@ -377,6 +388,13 @@ def find_idle_options(job: JobConfig) -> list[tuple[str, str]]:
         if recipe.lr_schedule != "step":
             names = ("lr_milestones", "lr_gamma")
             note(recipe, prefix, names, f"{prefix}.lr_schedule = {recipe.lr_schedule}")
+    if job.finetune.epochs > 0 and job.finetune.distillation.weight == 0:
+        note(
+            job.finetune.distillation,
+            "finetune.distillation",
+            ("temperature",),
+            "finetune.distillation.weight = 0",
+        )
     if prune.criterion in ("magnitude", "random", "synflow", "movement"):
         names = ("calibration_examples", "calibration_augment")
         note(prune, "prune", names, f"prune.criterion = {prune.criterion}")

@@ -478,6 +478,10 @@ def test_trial_id_changes_with_every_field_that_decides_the_result(job_file: Pat
             f"{section}.batch_size": 7,
             f"{section}.microbatches": 2,
         }
+    changes |= {
+        "finetune.distillation.weight": 0.5,
+        "finetune.distillation.temperature": 2.0,
+    }
     fields = {row[0] for row in describe_fields() if not row[0].startswith("[")}
     outside = {f for f in fields if f.startswith("cluster.") or f in ("name", "storage")}
     named = {key if key in fields else key.rpartition(".")[0] for key in changes}

@@ -7,6 +7,7 @@ round's end means is the caller's to decide: a test collects, a worker writes a 
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import time
@@ -25,12 +26,13 @@ from gbp_ray.config import JobConfig
 from gbp_ray.errors import ConfigError, PruneError, StoreError
 from gbp_ray.pruning.masks import MaskSet, Prunable, prunable_parameters
 from gbp_ray.pruning.metrics import count_macs, measure
-from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.pruning.ranks import Ranks, isolated
 from gbp_ray.pruning.saliency import criterion, movement_statistic, score
 from gbp_ray.pruning.schedule import sparsity_schedule
 from gbp_ray.pruning.selection import check_selectable, num_to_prune, select_masks
 from gbp_ray.pruning.training import (
     Span,
+    Teacher,
     check_pruned_zero,
     evaluate,
     forget_pruned,
@@ -145,6 +147,19 @@ def check_job(job: JobConfig, workload: Workload) -> None:
         {unit.name: unit.input_dim for unit in units},
     )
     check_workload(workload, model, min(8, job.prune.calibration_batch_size))
+    if job.finetune.distillation.weight > 0:
+        _refuse_unteachable(workload, model)
+
+
+def _refuse_unteachable(workload: Workload, model: nn.Module) -> None:
+    inputs, _ = take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
+    with torch.no_grad(), isolated(model.eval(), 0):
+        outputs = model(inputs)
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point() or outputs.ndim < 2:
+        raise ConfigError(
+            "finetune.distillation.weight: needs a network that gives logits of shape "
+            "(examples, classes); set it to 0"
+        )
 
 
 def _refuse_frozen_movement(job: JobConfig, units: list[Prunable]) -> None:
@@ -175,6 +190,7 @@ class _Run:
         self.movement_N: Tensor | None = None
         self.optimizer: Optimizer | None = None
         self.dense_state: dict[str, Tensor] = {}
+        self.teacher: Teacher | None = None
         self.seconds: dict[str, float] = {}
 
     def train_dense(self) -> RoundState:
@@ -343,6 +359,7 @@ class _Run:
                 Span("finetune", steps, planned),
                 seed=self.job.seed,
                 masks=self.masks,
+                teacher=self.teacher,
                 movement=self._gather_movement if self.gathers_movement else None,
                 tell=self._step_teller("finetune", number),
             )
@@ -374,6 +391,11 @@ class _Run:
     def _remember_dense(self) -> None:
         if self.job.prune.rewind == "weights":
             self.dense_state = {k: v.clone() for k, v in self.model.state_dict().items()}
+        distillation = self.job.finetune.distillation
+        if distillation.weight > 0:
+            self.teacher = Teacher(
+                copy.deepcopy(self.model).eval().requires_grad_(False), distillation
+            )
 
     def _finish_round(self, record: RoundRecord) -> RoundState:
         record = record.model_copy(update={"seconds": self.seconds})

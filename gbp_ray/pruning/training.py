@@ -20,10 +20,11 @@ from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from gbp_ray.config import Recipe
+from gbp_ray.config import DistillationConfig, Recipe
 from gbp_ray.errors import PruneError
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.ranks import OrderedSum, Ranks, buffer_slots, isolated
@@ -39,7 +40,9 @@ from gbp_ray.workload import (
 
 __all__ = [
     "Span",
+    "Teacher",
     "check_pruned_zero",
+    "distillation_loss",
     "evaluate",
     "forget_pruned",
     "learning_rate",
@@ -63,6 +66,14 @@ class Span:
     phase: str
     steps: range
     planned: range
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A network whose outputs the one in training learns to give; never trained itself."""
+
+    model: nn.Module
+    config: DistillationConfig
 
 
 def num_steps(recipe: Recipe, workload: Workload, epochs: float) -> int:
@@ -165,6 +176,7 @@ def train_epochs(
     *,
     seed: int,
     masks: MaskSet | None = None,
+    teacher: Teacher | None = None,
     movement: Callable[[dict[str, Tensor]], None] | None = None,
     tell: Callable[[int, int, float], None] = lambda done, total, loss: None,
 ) -> float:
@@ -172,6 +184,7 @@ def train_epochs(
 
     Args:
         masks: Pruned weights; None trains all.
+        teacher: Adds its outputs to what is learnt; it sees the same augmented examples.
         movement: Given the gradients of each step by parameter name, before the weights move.
         tell: Called after each step with (steps done, steps in all, loss).
 
@@ -200,7 +213,13 @@ def train_epochs(
                 share = len(parts[item]) / len(batch)
                 draws = derive_seed(seed, span.phase, step, item)
                 loss, gradients = _differentiate(
-                    model, workload, parts[item], list(trainable.values()), draws, ranks.device
+                    model,
+                    workload,
+                    teacher,
+                    parts[item],
+                    list(trainable.values()),
+                    draws,
+                    ranks.device,
                 )
                 moved_B = buffers.collect_change()
                 vector = torch.cat([*(g.reshape(-1) for g in gradients), moved_B, loss.view(1)])
@@ -243,6 +262,7 @@ def _epoch_order(total: int, seed: int) -> Tensor:
 def _differentiate(
     model: nn.Module,
     workload: Workload,
+    teacher: Teacher | None,
     indices: Tensor,
     parameters: list[nn.Parameter],
     draws: int,
@@ -252,9 +272,38 @@ def _differentiate(
         workload, workload.train, indices, device=device, augment_seed=draws
     )
     with seeded(derive_seed(draws, "forward")):
-        loss = workload.loss(model(inputs), targets)
+        outputs = model(inputs)
+        loss = workload.loss(outputs, targets)
+    if teacher is not None:
+        teacher.model.eval()
+        with torch.no_grad(), isolated(teacher.model, derive_seed(draws, "teacher")):
+            taught = teacher.model(inputs)
+        weight = teacher.config.weight
+        imitation = distillation_loss(outputs, taught, teacher.config.temperature)
+        loss = (1 - weight) * loss + weight * imitation
     gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
     return loss.detach(), gradients
+
+
+def distillation_loss(outputs: Tensor, taught: Tensor, temperature: float) -> Tensor:
+    """Computes T^2 * mean over examples of KL(softmax(taught / T) || softmax(outputs / T)).
+
+    T^2 keeps its gradient of the size of the labels' own, whatever the temperature.
+
+    Args:
+        outputs: (B, classes, ...) logits of the network in training.
+        taught: The teacher's, likewise.
+
+    Source:
+        Hinton, Vinyals and Dean 2015 (1503.02531), section 2.
+    """
+    divergence = functional.kl_div(
+        functional.log_softmax(outputs / temperature, dim=1),
+        functional.log_softmax(taught / temperature, dim=1),
+        reduction="none",
+        log_target=True,
+    )
+    return temperature**2 * divergence.sum(dim=1).mean()
 
 
 def _refuse_non_finite(

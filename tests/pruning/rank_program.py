@@ -27,7 +27,7 @@ from small_networks import (
 )
 from torch import Tensor, nn
 
-from gbp_ray.config import CRITERIA, FinetuneConfig, PretrainConfig
+from gbp_ray.config import CRITERIA, DistillationConfig, FinetuneConfig, PretrainConfig
 from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
 from gbp_ray.pruning.ranks import OrderedSum, Ranks
@@ -35,6 +35,7 @@ from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.pruning.selection import select_masks
 from gbp_ray.pruning.training import (
     Span,
+    Teacher,
     evaluate,
     make_optimizer,
     recalibrate_batchnorm,
@@ -119,7 +120,17 @@ def _train(ranks: Ranks, build: Callable[[], nn.Module] = ConvNet) -> tuple[nn.M
 
     span = Span("finetune", range(6), range(6))
     optimizer = make_optimizer(model, recipe)
-    train_epochs(model, workload, recipe, ranks, optimizer, span, seed=5, movement=gather)
+    train_epochs(
+        model,
+        workload,
+        recipe,
+        ranks,
+        optimizer,
+        span,
+        seed=5,
+        teacher=Teacher(copy.deepcopy(model), DistillationConfig(weight=0.5)),
+        movement=gather,
+    )
     return model, gathered
 
 

@@ -28,6 +28,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "weights rewound": {"prune": {"rewind": "weights"}},
     "learning rate rewound": {"prune": {"rewind": "learning_rate", "schedule": "cubic"}},
     "one shot": {"prune": {"schedule": "one_shot"}},
+    "distilled": {"finetune": {"distillation": {"weight": 0.8}}},
 }
 
 
@@ -81,6 +82,22 @@ def test_a_resumed_trial_ends_as_an_uninterrupted_one(recipe: str) -> None:
             assert found == expected
             for name in ("weights.safetensors", "masks.safetensors"):
                 assert found_files[name] == files[name], f"{name} of round {found['round']}"
+
+
+def test_the_dense_network_teaches_where_the_job_says_so() -> None:
+    taught, plain = run(job_of(**RECIPES["distilled"])), run(job_of())
+    assert taught[0] == plain[0]
+    assert taught[1][0]["mask_digest"] == plain[1][0]["mask_digest"]
+    assert taught[1][1]["weights.safetensors"] != plain[1][1]["weights.safetensors"]
+
+
+def test_a_network_without_logits_cannot_be_taught() -> None:
+    inputs = torch.randn(20, 3)
+    workload = regression(
+        lambda: nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)), inputs, inputs[:, 0]
+    )
+    with pytest.raises(ConfigError, match=r"finetune\.distillation\.weight: needs .*logits"):
+        check_job(job_of(**RECIPES["distilled"]), workload)
 
 
 def test_the_same_job_twice_gives_the_same_bytes_and_another_seed_does_not() -> None:
