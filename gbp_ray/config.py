@@ -173,6 +173,8 @@ class PruneConfig(_Section):
     """How often score, select and fine-tune are repeated."""
     schedule: Literal["one_shot", "linear", "cubic", "geometric"] = "geometric"
     """Sparsity after each round; one_shot removes everything in round 1 and fine-tunes on."""
+    ramp_rounds: int | None = Field(None, ge=1)
+    """Rounds after which the sparsity is reached; those left only fine-tune. Unset takes all."""
     scope: Literal["global", "layer"] = "global"
     """Who competes: all weights together, or each layer on its own at the same sparsity."""
     granularity: str = "weight"
@@ -233,6 +235,10 @@ class PruneConfig(_Section):
                     f'granularity = "{self.granularity}" means sparsity = {1 - n / m:g}, not '
                     f"{self.sparsity:g}; set prune.sparsity={1 - n / m:g}"
                 )
+        if self.ramp_rounds is not None and self.ramp_rounds > self.rounds:
+            faults.append(
+                f"ramp_rounds = {self.ramp_rounds} exceeds rounds = {self.rounds}; lower it"
+            )
         low, high = self.layer_min_sparsity, self.layer_max_sparsity
         if isinstance(low, float) and low > self.sparsity:
             faults.append(
@@ -401,7 +407,9 @@ def find_idle_options(job: JobConfig) -> list[tuple[str, str]]:
     if prune.criterion != "obd":
         note(prune, "prune", ("hutchinson_probes",), f"prune.criterion = {prune.criterion}")
     if prune.rounds == 1:
-        note(prune, "prune", ("schedule",), "prune.rounds = 1")
+        note(prune, "prune", ("schedule", "ramp_rounds"), "prune.rounds = 1")
+    elif prune.schedule == "one_shot":
+        note(prune, "prune", ("ramp_rounds",), "prune.schedule = one_shot")
     if prune.rewind == "learning_rate" and job.finetune.epochs == 0:
         note(prune, "prune", ("rewind",), "finetune.epochs = 0")
     return idle

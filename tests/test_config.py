@@ -452,6 +452,7 @@ def test_trial_id_changes_with_every_field_that_decides_the_result(job_file: Pat
         "prune.sparsity": 0.25,
         "prune.rounds": 2,
         "prune.schedule": "cubic",
+        "prune.ramp_rounds": 1,
         "prune.scope": "layer",
         "prune.granularity": "2:4",
         "prune.calibration_examples": 7,

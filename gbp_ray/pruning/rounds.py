@@ -181,7 +181,9 @@ class _Run:
         self.units = prunable_parameters(self.model, job.prune.exclude)
         _refuse_frozen_movement(job, self.units)
         self.masks = MaskSet.dense(self.units)
-        self.schedule = sparsity_schedule(job.prune.schedule, job.prune.sparsity, job.prune.rounds)
+        self.schedule = sparsity_schedule(
+            job.prune.schedule, job.prune.sparsity, job.prune.rounds, job.prune.ramp_rounds
+        )
         example, _ = take_batch(
             workload, workload.train, torch.zeros(1, dtype=torch.long), device=ranks.device
         )
@@ -227,14 +229,20 @@ class _Run:
 
     def prune_round(self, number: int) -> RoundState:
         sparsity = self.schedule[number - 1]
-        held_back = self._prune(number, sparsity)
-        self._rewind()
-        with self._timed("batchnorm"):
-            self._recalibrate()
-        accuracy_pruned, loss_pruned = self._evaluate(number)
-        accuracy, loss = accuracy_pruned, loss_pruned
+        held_back: tuple[str, ...] = ()
+        accuracy_pruned = loss_pruned = None
+        # A round may only fine-tune, and there is then nothing to look at before it.
+        is_pruned = num_to_prune(sparsity, self.masks.num_units) > self.masks.num_pruned
+        if is_pruned:
+            held_back = self._prune(number, sparsity)
+        if is_pruned or self.job.prune.rewind == "weights":
+            self._rewind()
+            with self._timed("batchnorm"):
+                self._recalibrate()
+            accuracy_pruned, loss_pruned = self._evaluate(number)
         train_loss = self._finetune(number)
-        if self.job.finetune.epochs > 0:
+        accuracy, loss = accuracy_pruned, loss_pruned
+        if self.job.finetune.epochs > 0 or accuracy is None or loss is None:
             accuracy, loss = self._evaluate(number)
         check_pruned_zero(self.model, self.optimizer, self.masks)
         return self._finish_round(
@@ -286,8 +294,6 @@ class _Run:
     # -- the steps of a round --------------------------------------------------------------------
 
     def _prune(self, number: int, sparsity: float) -> tuple[str, ...]:
-        if num_to_prune(sparsity, self.masks.num_units) <= self.masks.num_pruned:
-            return ()
         with self._timed("score"):
             scores = score(
                 self.model,

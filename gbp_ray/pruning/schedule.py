@@ -9,10 +9,12 @@ __all__ = ["SCHEDULES", "sparsity_schedule"]
 SCHEDULES = ("one_shot", "linear", "cubic", "geometric")
 
 
-def sparsity_schedule(kind: str, sparsity: float, rounds: int) -> list[float]:
+def sparsity_schedule(
+    kind: str, sparsity: float, rounds: int, ramp_rounds: int | None = None
+) -> list[float]:
     """Lists the sparsity after each of `rounds` rounds; the last is `sparsity` exactly.
 
-    With t = round / rounds and s = sparsity:
+    With t = min(1, round / ramp_rounds) and s = sparsity:
         one_shot: s at once; later rounds only fine-tune.
         linear: s * t, the same number of units each round.
         cubic: s * (1 - (1 - t)^3), fast first and slow last (Zhu and Gupta 2017,
@@ -24,11 +26,14 @@ def sparsity_schedule(kind: str, sparsity: float, rounds: int) -> list[float]:
         kind: One of `SCHEDULES`.
         sparsity: Final sparsity in [0, 1).
         rounds: At least 1.
+        ramp_rounds: After how many of them s is reached, and the rest only fine-tune; all by
+            default.
 
     Raises:
         ConfigError: The kind is unknown.
     """
-    shares = [number / rounds for number in range(1, rounds + 1)]
+    ramp = ramp_rounds or rounds
+    shares = [min(1.0, number / ramp) for number in range(1, rounds + 1)]
     if kind == "one_shot":
         steps = [sparsity for _ in shares]
     elif kind == "linear":
@@ -41,4 +46,4 @@ def sparsity_schedule(kind: str, sparsity: float, rounds: int) -> list[float]:
         raise ConfigError(
             f"prune.schedule = '{kind}': not a schedule (allowed: {', '.join(SCHEDULES)})"
         )
-    return [*steps[:-1], sparsity]
+    return [step if share < 1 else sparsity for step, share in zip(steps, shares, strict=True)]

@@ -28,6 +28,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "weights rewound": {"prune": {"rewind": "weights"}},
     "learning rate rewound": {"prune": {"rewind": "learning_rate", "schedule": "cubic"}},
     "one shot": {"prune": {"schedule": "one_shot"}},
+    "sparse early": {"prune": {"ramp_rounds": 2}},
     "distilled": {"finetune": {"distillation": {"weight": 0.8}}},
 }
 

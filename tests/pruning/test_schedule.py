@@ -24,6 +24,20 @@ def test_a_schedule_rises_to_the_sparsity_exactly(kind: str, sparsity: float, ro
     assert all(b - a >= -1e-12 for a, b in itertools.pairwise(steps))
 
 
+@given(
+    kind=st.sampled_from(SCHEDULES),
+    sparsity=sparsities,
+    ramp=st.integers(1, 20),
+    rest=st.integers(0, 10),
+)
+def test_a_ramp_is_a_whole_schedule_that_then_stays(
+    kind: str, sparsity: float, ramp: int, rest: int
+) -> None:
+    steps = sparsity_schedule(kind, sparsity, ramp + rest, ramp)
+    assert steps[:ramp] == sparsity_schedule(kind, sparsity, ramp)
+    assert steps[ramp:] == [sparsity] * rest
+
+
 @given(sparsity=sparsities, rounds=st.integers(1, 30))
 def test_one_shot_is_there_at_once(sparsity: float, rounds: int) -> None:
     assert sparsity_schedule("one_shot", sparsity, rounds) == [sparsity] * rounds
