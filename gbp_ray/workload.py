@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parameter import is_lazy
 from torch.utils.data import default_collate
 
 from gbp_ray.config import WorkloadConfig, nearest_name
@@ -28,6 +29,7 @@ from gbp_ray.errors import ConfigError, GbpError, WorkloadError
 __all__ = [
     "Workload",
     "add_import_paths",
+    "build_network",
     "check_workload",
     "count_top1",
     "cut_batches",
@@ -119,6 +121,31 @@ def load_workload(config: WorkloadConfig) -> Workload:
             "it must return a gbp_ray.Workload"
         )
     return workload
+
+
+def build_network(workload: Workload) -> nn.Module:
+    """Calls the workload's `build_model`.
+
+    Raises:
+        WorkloadError: It failed, or made something else than a network whose tensors have shapes.
+    """
+    try:
+        model = workload.build_model()
+    except GbpError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise WorkloadError(f"workload.build_model raised {_in_one_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise WorkloadError(
+            f"workload.build_model returned {_kind_of(model)}; it must return a torch.nn.Module"
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise WorkloadError(
+                f"workload.build_model: '{name}' of the network has no shape yet, its module is "
+                "lazy; call the network on one batch before returning it"
+            )
+    return model
 
 
 def check_workload(workload: Workload, model: nn.Module, batch_size: int) -> None:

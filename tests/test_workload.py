@@ -21,6 +21,7 @@ from gbp_ray.errors import ConfigError, GbpError, WorkloadError
 from gbp_ray.workload import (
     Workload,
     add_import_paths,
+    build_network,
     check_workload,
     count_top1,
     cut_batches,
@@ -176,6 +177,33 @@ def test_import_paths_are_added_once_and_last(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys, "path", ["/first", "/there"])
     add_import_paths(["/there", "/new", "/new"])
     assert sys.path == ["/first", "/there", "/new"]
+
+
+def fail_to_build() -> nn.Module:
+    raise ValueError("one\ntwo")
+
+
+NO_NETWORK: dict[str, tuple[Callable[[], object], str]] = {
+    "raises": (fail_to_build, "raised ValueError: one two"),
+    "ends the process": (lambda: sys.exit(3), "raised SystemExit: 3"),
+    "a class": (lambda: nn.Linear, "returned type; it must return a torch.nn.Module"),
+    "nothing": (lambda: None, "returned NoneType; it must"),
+    "a lazy layer": (lambda: nn.Sequential(nn.LazyLinear(3)), ": '0.weight' of the network has no"),
+    "a lazy buffer": (lambda: nn.LazyBatchNorm1d(affine=False), ": 'running_mean' of the network"),
+}
+
+
+@pytest.mark.parametrize("case", NO_NETWORK)
+def test_a_network_that_cannot_be_built_is_refused(case: str) -> None:
+    build, part = NO_NETWORK[case]
+    text = refusal(WorkloadError, lambda: build_network(make_workload(build_model=build)))
+    assert text.startswith("workload.build_model")
+    assert part in text
+
+
+def test_a_network_is_handed_over_as_built() -> None:
+    model = nn.Linear(4, 3)
+    assert build_network(make_workload(build_model=lambda: model)) is model
 
 
 # -- what no job can use ---------------------------------------------------------------------------

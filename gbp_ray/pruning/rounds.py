@@ -40,7 +40,14 @@ from gbp_ray.pruning.training import (
     train_epochs,
 )
 from gbp_ray.store import RoundRecord
-from gbp_ray.workload import Workload, check_workload, derive_seed, seeded, take_batch
+from gbp_ray.workload import (
+    Workload,
+    build_network,
+    check_workload,
+    derive_seed,
+    seeded,
+    take_batch,
+)
 
 __all__ = ["Checkpoint", "RoundState", "Tell", "check_job", "load_weights", "run_rounds"]
 
@@ -136,7 +143,7 @@ def check_job(job: JobConfig, workload: Workload) -> None:
     """
     criterion(job.prune.criterion)
     with seeded(derive_seed(job.seed, "model")):
-        model = workload.build_model()
+        model = build_network(workload)
     units = prunable_parameters(model, job.prune.exclude)
     _refuse_frozen_movement(job, units)
     check_selectable(
@@ -162,7 +169,7 @@ class _Run:
     def __init__(self, job: JobConfig, workload: Workload, ranks: Ranks, tell: Tell) -> None:
         self.job, self.workload, self.ranks, self.tell = job, workload, ranks, tell
         with seeded(derive_seed(job.seed, "model")):
-            self.model = workload.build_model().to(ranks.device)
+            self.model = build_network(workload).to(ranks.device)
         self.units = prunable_parameters(self.model, job.prune.exclude)
         _refuse_frozen_movement(job, self.units)
         self.masks = MaskSet.dense(self.units)
