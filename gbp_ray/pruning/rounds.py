@@ -26,7 +26,7 @@ from gbp_ray.errors import ConfigError, PruneError, StoreError
 from gbp_ray.pruning.masks import MaskSet, Prunable, prunable_parameters
 from gbp_ray.pruning.metrics import count_macs, measure
 from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.saliency import criterion, movement_statistic, score
+from gbp_ray.pruning.saliency import check_criterion, criterion, movement_statistic, score
 from gbp_ray.pruning.schedule import sparsity_schedule
 from gbp_ray.pruning.selection import check_selectable, num_to_prune, select_masks
 from gbp_ray.pruning.training import (
@@ -139,7 +139,8 @@ def check_job(job: JobConfig, workload: Workload) -> None:
 
     Raises:
         ConfigError: The criterion, an exclude glob, a layer bound or n:m does not suit the model.
-        WorkloadError: The data or a batch of it cannot be used.
+        WorkloadError: The network cannot be built, or a batch of the data cannot be used.
+        PruneError: The criterion fails on a small batch.
     """
     criterion(job.prune.criterion)
     with seeded(derive_seed(job.seed, "model")):
@@ -152,6 +153,7 @@ def check_job(job: JobConfig, workload: Workload) -> None:
         {unit.name: unit.input_dim for unit in units},
     )
     check_workload(workload, model, min(8, job.prune.calibration_batch_size))
+    check_criterion(model, units, workload, job.prune, seed=job.seed)
 
 
 def _refuse_frozen_movement(job: JobConfig, units: list[Prunable]) -> None:
