@@ -13,8 +13,9 @@ H Hessian, sum_b over batches, n_b examples in batch b, n in all, z random signs
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import reduce
 
 import torch
@@ -25,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gbp_ray.config import PruneConfig
 from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.pruning.masks import Prunable
-from gbp_ray.pruning.ranks import OrderedSum, Ranks, isolated
+from gbp_ray.pruning.ranks import OrderedSum, Ranks, buffer_slots, isolated
 from gbp_ray.pruning.rules import Criterion, Probe, own_criterion
 from gbp_ray.workload import (
     Workload,
@@ -236,11 +237,49 @@ def _squared_example_gradients(probe: Probe, inputs: Tensor, targets: Tensor) ->
     num_weights = sum(weight.numel() for weight in prunable.values())
     chunk = max(1, _PER_EXAMPLE_BYTES // (4 * num_weights))
     total_N = _zeros_like_flat(list(prunable.values()))
+    slots = buffer_slots(probe.model)
     for start in range(0, len(targets), chunk):
         stop = start + chunk
-        gradients = per_example(prunable, inputs[start:stop], targets[start:stop])
+        try:
+            gradients = per_example(prunable, inputs[start:stop], targets[start:stop])
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            reason = _why_not_by_example(probe.model, slots, inputs[:1], error)
+            raise PruneError(
+                "prune.criterion = fisher: single examples of this model cannot be differentiated, "
+                f"{reason}, or choose taylor_squared"
+            ) from error
         total_N += _flat([gradients[unit.name].square().sum(dim=0) for unit in probe.units])
     return total_N
+
+
+def _why_not_by_example(
+    model: nn.Module,
+    slots: list[tuple[dict[str, Tensor | None], str, Tensor]],
+    inputs: Tensor,
+    error: Exception,
+) -> str:
+    """Names the buffers that a forward pass writes in eval mode; else repeats what torch said."""
+    # The failed pass may have left a tensor of its own in a buffer's place.
+    for owner, name, buffer in slots:
+        owner[name] = buffer
+    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    with suppress(RuntimeError, ValueError), torch.no_grad():
+        model(inputs)
+    written = [
+        f"'{name}'"
+        for name, buffer in model.named_buffers()
+        if buffer is not before[name][0]
+        or not torch.allclose(buffer, before[name][1], rtol=0, atol=0, equal_nan=True)
+    ]
+    if written:
+        return (
+            f"it writes {'buffers' if len(written) > 1 else 'buffer'} {', '.join(written)} in eval "
+            "mode; write such only while self.training"
+        )
+    text = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
+    return f"torch says {text}; mend the model"
 
 
 def _hessian_diagonal(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -458,6 +459,55 @@ def test_buffers_are_put_back(name: str) -> None:
     assert model.calls is calls
     assert model.level is level
     assert (int(calls), float(level)) == (0, 1.0)
+
+
+class FailingByExample(nn.Module):
+    """Decides by a value, which a pass over many single examples at once cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("spread", torch.full((2,), torch.nan))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = self.layer(inputs)
+        return outputs if outputs.sum() > 0 else -outputs
+
+
+class BindingNet(nn.Module):
+    """Binds a buffer anew and then writes another in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = CountingNet()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.mean = self.mean + inputs.detach().mean(dim=0)
+        return self.inner(inputs - self.mean)
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (CountingNet, "it writes buffers 'calls', 'level' in eval mode; write such only while"),
+        (BindingNet, "it writes buffers 'mean', 'inner.calls', 'inner.level' in eval mode;"),
+        (FailingByExample, "torch says RuntimeError: .*; mend the model"),
+    ],
+    ids=["writes buffers", "binds a buffer", "decides by a value"],
+)
+def test_fisher_says_why_single_examples_cannot_be_differentiated(
+    build: Callable[[], nn.Module], reason: str
+) -> None:
+    model = in_float64(build)
+    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    wanted = rf"^prune\.criterion = fisher: single examples .*{reason}.*, or choose taylor_squared$"
+    with pytest.raises(PruneError, match=wanted) as caught:
+        scores_of(model, tiny(), config_of("fisher"))
+    assert len(str(caught.value)) < 400
+    for name, buffer in model.named_buffers():
+        assert buffer is before[name][0]
+        torch.testing.assert_close(buffer, before[name][1], equal_nan=True, rtol=0, atol=0)
 
 
 def test_each_batch_sees_the_buffers_as_they_were_at_first() -> None:
