@@ -28,7 +28,7 @@ from gbp_ray.pruning.metrics import count_macs, measure
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.saliency import check_criterion, criterion, movement_statistic, score
 from gbp_ray.pruning.schedule import sparsity_schedule
-from gbp_ray.pruning.selection import check_selectable, num_to_prune, select_masks
+from gbp_ray.pruning.selection import check_reachable, check_selectable, num_to_prune, select_masks
 from gbp_ray.pruning.training import (
     Span,
     check_pruned_zero,
@@ -138,7 +138,8 @@ def check_job(job: JobConfig, workload: Workload) -> None:
     """Refuses what a job could only fail at later; builds the model, trains and writes nothing.
 
     Raises:
-        ConfigError: The criterion, an exclude glob, a layer bound or n:m does not suit the model.
+        ConfigError: The criterion, an exclude glob, a layer bound, n:m or the final sparsity does
+            not suit the model.
         WorkloadError: The network cannot be built, or a batch of the data cannot be used.
         PruneError: The criterion fails on a small batch.
     """
@@ -147,11 +148,9 @@ def check_job(job: JobConfig, workload: Workload) -> None:
         model = build_network(workload)
     units = prunable_parameters(model, job.prune.exclude)
     _refuse_frozen_movement(job, units)
-    check_selectable(
-        {unit.name: tuple(unit.parameter.shape) for unit in units},
-        job.prune,
-        {unit.name: unit.input_dim for unit in units},
-    )
+    shapes = {unit.name: tuple(unit.parameter.shape) for unit in units}
+    check_selectable(shapes, job.prune, {unit.name: unit.input_dim for unit in units})
+    check_reachable(shapes, job.prune)
     check_workload(workload, model, min(8, job.prune.calibration_batch_size))
     check_criterion(model, units, workload, job.prune, seed=job.seed)
 

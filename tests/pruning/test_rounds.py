@@ -220,6 +220,8 @@ def test_a_job_is_checked_against_the_model_before_anything_runs() -> None:
         check_job(job_of(prune={"granularity": "2:4", "sparsity": 0.5}), images())
     with pytest.raises(ConfigError, match=r"prune\.exclude = 'no_such'"):
         check_job(job_of(prune={"exclude": ["no_such"]}), images())
+    with pytest.raises(ConfigError, match=r"prune\.sparsity = 0\.75: .*'conv2\.weight' 57 of 576"):
+        check_job(job_of(prune={"layer_max_sparsity": {"conv2.*": 0.1}}), images())
 
 
 def test_a_factory_without_a_network_is_refused_on_every_path() -> None:
