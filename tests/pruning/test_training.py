@@ -466,6 +466,56 @@ def test_recalibration_equals_a_direct_computation(examples: int, batch_size: in
     assert not any(module.training for module in model.modules())
 
 
+class TwiceNormed(nn.Module):
+    """Calls one norm three times, another once and a third never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.last = nn.BatchNorm1d(3)
+        self.idle = nn.BatchNorm1d(3)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.norm(inputs)
+        hidden = self.norm(torch.tanh(hidden + inputs) + 2)
+        return self.head(self.last(self.norm(hidden.exp())))
+
+
+def test_a_norm_of_several_calls_is_estimated_from_all_of_them() -> None:
+    """By functional batch_norm, one call and one batch after another."""
+    workload, model = tanh_workload(), in_float64(TwiceNormed)
+    examples, size = 20, 8
+    used = recalibrate_batchnorm(
+        model, workload, ONE_RANK, examples=examples, batch_size=size, seed=SEED
+    )
+    assert used == examples
+
+    def normed(inputs: Tensor, norm: nn.BatchNorm1d) -> Tensor:
+        return functional.batch_norm(
+            inputs, None, None, norm.weight, norm.bias, training=True, eps=norm.eps
+        )
+
+    expected = {name: torch.zeros(2, 3, dtype=torch.float64) for name in ("norm", "last")}
+    chosen = shuffled_indices(23, derive_seed(SEED, "batchnorm"))[:examples]
+    for batch in chosen.split(size):
+        inputs = workload.train[0][batch]
+        first = inputs
+        second = torch.tanh(normed(first, model.norm) + inputs) + 2
+        third = normed(second, model.norm).exp()
+        fourth = normed(third, model.norm)
+        share = len(batch) / examples
+        for call in (first, second, third):
+            expected["norm"] += share / 3 * torch.stack([call.mean(0), call.var(0)]).detach()
+        expected["last"] += share * torch.stack([fourth.mean(0), fourth.var(0)]).detach()
+    for name, statistics in expected.items():
+        norm = model.get_submodule(name)
+        torch.testing.assert_close(torch.stack([norm.running_mean, norm.running_var]), statistics)
+    assert torch.equal(model.idle.running_mean, torch.zeros(3).double())
+    assert torch.equal(model.idle.running_var, torch.ones(3).double())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_recalibration_does_nothing_where_there_is_nothing_to_do() -> None:
     workload, model = images(), built(ConvNet)
     before = copy.deepcopy(model.state_dict())
