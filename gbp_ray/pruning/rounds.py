@@ -128,12 +128,12 @@ def run_rounds(
         PruneError: A loss or score is not finite, a mask is impossible, or workers disagree.
         ConfigError: The job asks for something this model does not have.
     """
-    run = _Run(job, workload, ranks, tell)
+    run = ranks.together(lambda: _Run(job, workload, ranks, tell))
     if resume is None:
         yield run.train_dense()
         first = 1
     else:
-        run.restore(resume)
+        ranks.together(lambda: run.restore(resume))
         first = resume.round + 1
     for number in range(first, job.prune.rounds + 1):
         yield run.prune_round(number)

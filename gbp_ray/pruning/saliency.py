@@ -30,6 +30,7 @@ from gbp_ray.pruning.ranks import OrderedSum, Ranks, buffer_slots, isolated
 from gbp_ray.pruning.rules import Criterion, Probe, own_criterion
 from gbp_ray.workload import (
     Workload,
+    blaming_labels,
     cut_batches,
     derive_seed,
     num_examples,
@@ -186,16 +187,17 @@ def _sum_over_batches(
             if item is not None:
                 batch = chosen[batches[item].start : batches[item].stop]
                 draws = derive_seed(seed, "calibration", "augment", item)
-                inputs, targets = take_batch(
-                    workload,
-                    workload.train,
-                    batch,
-                    device=ranks.device,
-                    augment_seed=draws if config.calibration_augment else None,
-                )
                 probe = Probe(model, units, workload.loss, config, seed, item, previous_N)
-                with isolated(model, derive_seed(draws, number)):
-                    vector_N = statistic(probe, inputs, targets)
+                with sums.attempt(), blaming_labels(workload, model, "train", batch):
+                    inputs, targets = take_batch(
+                        workload,
+                        workload.train,
+                        batch,
+                        device=ranks.device,
+                        augment_seed=draws if config.calibration_augment else None,
+                    )
+                    with isolated(model, derive_seed(draws, number)):
+                        vector_N = statistic(probe, inputs, targets)
             sums.add(vector_N)
             tell(number * turns + turn + 1, len(rule.passes) * turns)
         previous_N = sums.result()

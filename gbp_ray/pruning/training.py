@@ -30,6 +30,9 @@ from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.ranks import OrderedSum, Ranks, buffer_slots, isolated
 from gbp_ray.workload import (
     Workload,
+    blaming_labels,
+    check_finite,
+    check_labels,
     cut_batches,
     derive_seed,
     num_examples,
@@ -200,12 +203,13 @@ def train_epochs(
             if item is not None:
                 share = len(parts[item]) / len(batch)
                 draws = derive_seed(seed, span.phase, step, item)
-                loss, gradients = _differentiate(
-                    model, workload, parts[item], list(trainable.values()), draws, ranks.device
-                )
-                moved_B = buffers.collect_change()
-                vector = torch.cat([*(g.reshape(-1) for g in gradients), moved_B, loss.view(1)])
-                vector *= share
+                with sums.attempt():
+                    loss, gradients = _differentiate(
+                        model, workload, parts[item], list(trainable.values()), draws, ranks.device
+                    )
+                    moved_B = buffers.collect_change()
+                    vector = torch.cat([*(g.reshape(-1) for g in gradients), moved_B, loss.view(1)])
+                    vector *= share
             sums.add(vector)
         gradients_N, moved_B, loss_1 = sums.result().split([sum(sizes), buffers.size, 1])
         _refuse_non_finite(loss_1, gradients_N, trainable, span, step, recipe)
@@ -252,8 +256,13 @@ def _differentiate(
     inputs, targets = take_batch(
         workload, workload.train, indices, device=device, augment_seed=draws
     )
-    with seeded(derive_seed(draws, "forward")):
-        loss = workload.loss(model(inputs), targets)
+    with (
+        blaming_labels(workload, model, "train", indices),
+        seeded(derive_seed(draws, "forward")),
+    ):
+        outputs = model(inputs)
+        check_labels(workload, "train", indices, outputs, targets)
+        loss = workload.loss(outputs, targets)
     gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
     return loss.detach(), gradients
 
@@ -355,21 +364,37 @@ def evaluate(
 
     Returns:
         (accuracy in [0, 1], mean loss).
+
+    Raises:
+        WorkloadError: An input or a target is NaN or infinite and the loss with it, or a label is
+            out of range; on every rank, naming the example.
     """
     total = num_examples(workload.test)
     batches = cut_batches(total, batch_size)
     losses = torch.zeros(len(batches), dtype=torch.float64, device=ranks.device)
     correct = torch.zeros((), dtype=torch.int64, device=ranks.device)
     model.eval()
-    for turn, item in enumerate(ranks.deal(len(batches))):
-        if item is not None:
-            indices = torch.arange(batches[item].start, batches[item].stop)
-            inputs, targets = take_batch(workload, workload.test, indices, device=ranks.device)
+
+    def measure(item: int) -> None:
+        indices = torch.arange(batches[item].start, batches[item].stop)
+        inputs, targets = take_batch(workload, workload.test, indices, device=ranks.device)
+        with blaming_labels(workload, model, "test", indices):
             with isolated(model, derive_seed("evaluate", item)):
                 outputs = model(inputs)
+            check_labels(workload, "test", indices, outputs, targets)
             losses[item] = workload.loss(outputs, targets).double() * len(indices)
-            correct += workload.count_correct(outputs, targets)
-        tell(min((turn + 1) * ranks.world_size, len(batches)), len(batches))
+        correct.add_(workload.count_correct(outputs, targets))
+
+    def measure_own() -> None:
+        for turn, item in enumerate(ranks.deal(len(batches))):
+            if item is not None:
+                measure(item)
+            tell(min((turn + 1) * ranks.world_size, len(batches)), len(batches))
+        for item in (~torch.isfinite(losses)).nonzero().flatten().tolist():
+            check_finite(workload, "test", torch.arange(batches[item].start, batches[item].stop))
+
+    # Nothing is exchanged before the end, so a rank that fails must not leave the others there.
+    ranks.together(measure_own)
     losses, correct = ranks.fill_in(losses), ranks.fill_in(correct)
     return correct.item() / total, losses.sum().item() / total
 
@@ -419,12 +444,13 @@ def recalibrate_batchnorm(
             batch = batches[item]
             indices = chosen[batch.start : batch.stop]
             draws = derive_seed(seed, "batchnorm", item)
-            inputs, _ = take_batch(
-                workload, workload.train, indices, device=ranks.device, augment_seed=draws
-            )
-            with isolated(model, derive_seed(draws, "forward")), _averaged_over_calls(norms):
-                model(inputs)
-                vector = torch.cat([s.reshape(-1) for s in statistics]) * len(batch)
+            with sums.attempt():
+                inputs, _ = take_batch(
+                    workload, workload.train, indices, device=ranks.device, augment_seed=draws
+                )
+                with isolated(model, derive_seed(draws, "forward")), _averaged_over_calls(norms):
+                    model(inputs)
+                    vector = torch.cat([s.reshape(-1) for s in statistics]) * len(batch)
         sums.add(vector)
     total = sum(len(batch) for batch in batches)
     means = (sums.result() / total).split([s.numel() for s in statistics])

@@ -19,13 +19,15 @@ from small_networks import (
     in_float64,
     prune_config,
     regression,
+    scores_of,
 )
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
 from gbp_ray.config import Recipe
-from gbp_ray.errors import PruneError
+from gbp_ray.errors import PruneError, WorkloadError
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
 from gbp_ray.pruning.selection import select_masks
 from gbp_ray.pruning.training import (
@@ -548,3 +550,52 @@ def test_evaluation_equals_a_direct_computation(batch_size: int) -> None:
     assert loss == pytest.approx(-log_shares[torch.arange(29), labels].mean().item(), rel=1e-5)
     assert told == [(i, len(told)) for i in range(1, math.ceil(29 / batch_size) + 1)]
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+class Pairs(Dataset):
+    """The same examples as a tuple, but seen only one by one."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+        self.inputs, self.targets = inputs, targets
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[index], self.targets[index]
+
+
+def smoothed(outputs: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs, targets, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("loss", [functional.cross_entropy, smoothed])
+def test_a_label_out_of_range_is_named_where_it_is_met(loss: Any) -> None:
+    workload = images()
+    pixels, labels = (column.clone() for column in workload.train)
+    labels[33] = 3
+    strange = dataclasses.replace(workload, train=Pairs(pixels, labels), loss=loss)
+    with pytest.raises(WorkloadError, match=r"^workload\.train: .*example 33\b"):
+        train(built(ConvNet), strange, recipe_of(), steps(3))
+    with pytest.raises(WorkloadError, match=r"^workload\.train: .*example 33\b"):
+        scores_of(built(ConvNet), strange, prune_config())
+    pixels, labels = (column.clone() for column in workload.test)
+    labels[28] = 3
+    strange = dataclasses.replace(workload, test=Pairs(pixels, labels), loss=loss)
+    with pytest.raises(WorkloadError, match=r"^workload\.test: .*example 28\b"):
+        evaluate(built(ConvNet), strange, ONE_RANK, 8)
+
+
+def test_a_test_input_that_is_not_finite_is_named_and_not_the_learning_rate() -> None:
+    workload = images()
+    pixels, labels = (column.clone() for column in workload.test)
+    pixels[17, 0, 3, 3] = math.nan
+    strange = dataclasses.replace(workload, test=(pixels, labels))
+    with pytest.raises(WorkloadError, match=r"^workload\.test: the input of example 17,"):
+        evaluate(built(ConvNet), strange, ONE_RANK, 8)
+
+
+def test_weights_that_are_not_finite_are_no_fault_of_the_data() -> None:
+    model = built(ConvNet)
+    torch.nn.init.constant_(model.head.bias, math.nan)
+    assert math.isnan(evaluate(model, images(), ONE_RANK, 8)[1])
