@@ -88,9 +88,11 @@ class Ranks:
     def agree(self, failure: Exception | None) -> None:
         """Raises on every rank what any rank failed with, so that none waits for one that is gone.
 
-        A rank that fails alone cannot simply raise: it would return its `GbpError` to Ray Train,
-        which keeps its process, and with it the connections, alive, and the others would wait in
-        the next collective for half an hour, torch.distributed's timeout under Ray. Communicates.
+        A rank that fails alone cannot simply raise. Between two gloo processes the other one is
+        told within 0.3 s of an exit, but where the process stays, it waits for the whole timeout.
+        Ray Train keeps the process of a worker that returned its `GbpError`, and sets half an hour.
+        Agreeing costs one all-reduce of an integer, 0.4 ms between two processes of one busy
+        machine. Communicates.
 
         Raises:
             GbpError: The first one, by rank, on every rank.
