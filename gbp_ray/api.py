@@ -28,7 +28,12 @@ from gbp_ray.pruning.rounds import check_job, load_weights
 from gbp_ray.runtime.progress import ProgressBoard
 from gbp_ray.runtime.worker import work_trial
 from gbp_ray.store import Store, TrialRecord, locate_trials
-from gbp_ray.workload import add_import_paths, find_shadowed_module, load_workload
+from gbp_ray.workload import (
+    add_import_paths,
+    build_network,
+    find_shadowed_module,
+    load_workload,
+)
 
 __all__ = ["PruneResult", "open_result", "prune"]
 
@@ -63,7 +68,7 @@ class PruneResult:
     def load_model(self, round_number: int = -1) -> nn.Module:
         """Builds the network of a round, the last by default; 0 is the dense one."""
         add_import_paths([str(Path.cwd())])
-        model = load_workload(self.record.job.workload).build_model()
+        model = build_network(load_workload(self.record.job.workload))
         name = "weights.safetensors"
         load_weights(model, self._read(round_number, name), name)
         return model.eval()

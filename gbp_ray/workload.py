@@ -12,7 +12,8 @@ import hashlib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parameter import is_lazy
 from torch.utils.data import default_collate
 
 from gbp_ray.config import WorkloadConfig, nearest_name
@@ -28,6 +30,10 @@ from gbp_ray.errors import ConfigError, GbpError, WorkloadError
 __all__ = [
     "Workload",
     "add_import_paths",
+    "blaming_labels",
+    "build_network",
+    "check_finite",
+    "check_labels",
     "check_workload",
     "count_top1",
     "cut_batches",
@@ -121,6 +127,31 @@ def load_workload(config: WorkloadConfig) -> Workload:
     return workload
 
 
+def build_network(workload: Workload) -> nn.Module:
+    """Calls the workload's `build_model`.
+
+    Raises:
+        WorkloadError: It failed, or made something else than a network whose tensors have shapes.
+    """
+    try:
+        model = workload.build_model()
+    except GbpError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise WorkloadError(f"workload.build_model raised {_in_one_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise WorkloadError(
+            f"workload.build_model returned {_kind_of(model)}; it must return a torch.nn.Module"
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise WorkloadError(
+                f"workload.build_model: '{name}' of the network has no shape yet, its module is "
+                "lazy; call the network on one batch before returning it"
+            )
+    return model
+
+
 def check_workload(workload: Workload, model: nn.Module, batch_size: int) -> None:
     """Refuses data that no job can use, before anything is trained.
 
@@ -196,18 +227,121 @@ def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: i
 
 
 def _check_labels(workload: Workload, split: str, outputs: Tensor, targets: Tensor) -> None:
-    is_classifier = workload.loss is functional.cross_entropy and outputs.ndim == 2
-    if not is_classifier or targets.is_floating_point():
+    if not _is_classifier(workload, outputs, targets):
         return
-    num_classes = outputs.shape[1]
     data = getattr(workload, split)
     labels = data[1] if isinstance(data, tuple) else targets
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
+    if bool(_are_out_of_range(labels, outputs).any()):
+        num_classes = outputs.shape[1]
         raise WorkloadError(
-            f"workload.{split}: labels run from {low} to {high}, but the model has "
-            f"{num_classes} outputs (allowed: 0 to {num_classes - 1})"
+            f"workload.{split}: labels run from {int(labels.min())} to {int(labels.max())}, but "
+            f"the model has {num_classes} outputs (allowed: 0 to {num_classes - 1})"
         )
+
+
+def _is_classifier(workload: Workload, outputs: Tensor, targets: Tensor) -> bool:
+    return (
+        workload.loss is functional.cross_entropy
+        and outputs.ndim >= 2
+        and not targets.is_floating_point()
+    )
+
+
+def _are_out_of_range(labels: Any, outputs: Tensor) -> Any:
+    is_strange = (labels < 0) | (labels >= outputs.shape[1])
+    # Where each position has a label of its own, the loss leaves out those marked so.
+    return is_strange & (labels != -100) if outputs.ndim > 2 else is_strange
+
+
+def check_labels(
+    workload: Workload, split: str, indices: Tensor, outputs: Tensor, targets: Tensor
+) -> None:
+    """Refuses labels of a batch that no output stands for.
+
+    Checks data sets alone, whose labels nobody has seen as a whole; `check_workload` has seen those
+    of tuples. On a GPU the loss itself would say nothing and leave the device unusable.
+
+    Raises:
+        WorkloadError: Naming the split and the first such example.
+    """
+    is_tuple = isinstance(getattr(workload, split), tuple)
+    if is_tuple or not _is_classifier(workload, outputs, targets):
+        return
+    is_strange = _are_out_of_range(targets, outputs)
+    if not bool(is_strange.any()):
+        return
+    row = int(is_strange.reshape(len(indices), -1).any(dim=1).nonzero()[0])
+    num_classes = outputs.shape[1]
+    raise WorkloadError(
+        f"workload.{split}: example {int(indices[row])} has label "
+        f"{int(targets[row][is_strange[row]].flatten()[0])}, but the model has {num_classes} "
+        f"outputs (allowed: 0 to {num_classes - 1})"
+    )
+
+
+def check_finite(workload: Workload, split: str, indices: Tensor) -> None:
+    """Looks for NaN and infinity in a batch whose loss is not finite.
+
+    Raises:
+        WorkloadError: Naming the split and the first example that holds one.
+    """
+    columns = take_batch(workload, getattr(workload, split), indices)
+    for what, column in zip(("input", "target"), columns, strict=True):
+        bad = (~torch.isfinite(column)).reshape(len(indices), -1).any(dim=1).nonzero()
+        if len(bad):
+            raise WorkloadError(
+                f"workload.{split}: the {what} of example {int(indices[int(bad[0])])}, as prepared "
+                "for the model, holds NaN or infinity, and so the loss is not finite; mend the "
+                "example or leave it out"
+            )
+
+
+@contextmanager
+def blaming_labels(
+    workload: Workload, model: nn.Module, split: str, indices: Tensor
+) -> Iterator[None]:
+    """Names the example whose target the loss refuses, when that is why the block fails.
+
+    Raises:
+        WorkloadError: Naming the split, the example and what the loss said.
+    """
+    try:
+        yield
+    except GbpError:
+        raise
+    except Exception as error:
+        if (fault := _find_refused_target(workload, model, split, indices)) is None:
+            raise
+        raise WorkloadError(fault) from error
+
+
+def _find_refused_target(
+    workload: Workload, model: nn.Module, split: str, indices: Tensor
+) -> str | None:
+    if next(model.parameters()).is_cuda:
+        # A failed kernel has left the device unusable, or memory is short.
+        return None
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            inputs, targets = take_batch(workload, getattr(workload, split), indices)
+            outputs = model.eval()(inputs)
+    except Exception:  # noqa: BLE001 - the loss is not to blame; the first failure is raised
+        return None
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    for row, index in enumerate(indices.tolist()):
+        try:
+            with torch.no_grad():
+                workload.loss(outputs[row : row + 1], targets[row : row + 1])
+        except Exception as error:  # noqa: BLE001 - told by name
+            target = f" = {targets[row].item()}" if targets[row].numel() == 1 else ""
+            return (
+                f"workload.{split}: the loss refuses the target{target} of example {index}: "
+                f"{_in_one_line(error)}"
+            )
+    return None
 
 
 def _kind_of(value: object) -> str:

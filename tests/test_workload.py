@@ -21,6 +21,10 @@ from gbp_ray.errors import ConfigError, GbpError, WorkloadError
 from gbp_ray.workload import (
     Workload,
     add_import_paths,
+    blaming_labels,
+    build_network,
+    check_finite,
+    check_labels,
     check_workload,
     count_top1,
     cut_batches,
@@ -178,6 +182,33 @@ def test_import_paths_are_added_once_and_last(monkeypatch: pytest.MonkeyPatch) -
     assert sys.path == ["/first", "/there", "/new"]
 
 
+def fail_to_build() -> nn.Module:
+    raise ValueError("one\ntwo")
+
+
+NO_NETWORK: dict[str, tuple[Callable[[], object], str]] = {
+    "raises": (fail_to_build, "raised ValueError: one two"),
+    "ends the process": (lambda: sys.exit(3), "raised SystemExit: 3"),
+    "a class": (lambda: nn.Linear, "returned type; it must return a torch.nn.Module"),
+    "nothing": (lambda: None, "returned NoneType; it must"),
+    "a lazy layer": (lambda: nn.Sequential(nn.LazyLinear(3)), ": '0.weight' of the network has no"),
+    "a lazy buffer": (lambda: nn.LazyBatchNorm1d(affine=False), ": 'running_mean' of the network"),
+}
+
+
+@pytest.mark.parametrize("case", NO_NETWORK)
+def test_a_network_that_cannot_be_built_is_refused(case: str) -> None:
+    build, part = NO_NETWORK[case]
+    text = refusal(WorkloadError, lambda: build_network(make_workload(build_model=build)))
+    assert text.startswith("workload.build_model")
+    assert part in text
+
+
+def test_a_network_is_handed_over_as_built() -> None:
+    model = nn.Linear(4, 3)
+    assert build_network(make_workload(build_model=lambda: model)) is model
+
+
 # -- what no job can use ---------------------------------------------------------------------------
 
 
@@ -298,6 +329,112 @@ def test_an_evaluating_model_stays_so() -> None:
     model = nn.Linear(4, 3).eval()
     check_workload(make_workload(), model, 8)
     assert not model.training
+
+
+# -- what only a later batch shows -----------------------------------------------------------------
+
+
+class Labelled(Dataset):
+    """Zeros, each with its own label."""
+
+    def __init__(self, labels: list[Any]) -> None:
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        return torch.zeros(4), self.labels[index]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("label", [3, -1])
+def test_a_late_label_out_of_range_is_named_by_its_example(split: str, label: int) -> None:
+    workload = make_workload(**{split: Labelled([0, 1, 2, 0, 1, label, 7, 2])})
+    indices = torch.tensor([3, 6, 5, 1])
+
+    def check(indices: Tensor) -> None:
+        inputs, targets = take_batch(workload, getattr(workload, split), indices)
+        check_labels(workload, split, indices, nn.Linear(4, 3)(inputs), targets)
+
+    check(indices[::3])
+    text = refusal(WorkloadError, lambda: check(indices))
+    assert text == (
+        f"workload.{split}: example 6 has label 7, but the model has 3 outputs (allowed: 0 to 2)"
+    )
+    assert f"example 5 has label {label}," in refusal(
+        WorkloadError, lambda: check(torch.tensor([2, 5]))
+    )
+
+
+def test_a_map_of_labels_may_leave_positions_out() -> None:
+    maps = [torch.tensor([0, 2, -100]), torch.tensor([1, -100, 2]), torch.tensor([0, 5, 1])]
+    workload = make_workload(train=Labelled(maps))
+    outputs, indices = torch.zeros(2, 3, 3), torch.tensor([0, 1])
+    check_labels(workload, "train", indices, outputs, torch.stack(maps[:2]))
+    with pytest.raises(WorkloadError, match=r"example 2 has label 5, .*allowed: 0 to 2"):
+        check_labels(workload, "train", indices + 1, outputs, torch.stack(maps[1:]))
+
+
+@pytest.mark.parametrize(
+    ("loss", "labels", "reason"),
+    [
+        (
+            lambda o, t: functional.cross_entropy(o, t, label_smoothing=0.1),
+            [0, 1, 2, 4, 1],
+            "the loss refuses the target = 4 of example 3: IndexError: Target 4 is out of bounds.",
+        ),
+        (
+            lambda o, t: functional.binary_cross_entropy(o.sigmoid(), t),
+            [torch.zeros(3), torch.ones(3), torch.tensor([0.0, 1.5, 0.0])],
+            "the loss refuses the target of example 2: RuntimeError: ",
+        ),
+    ],
+    ids=["smoothed", "binary"],
+)
+def test_a_target_that_an_own_loss_refuses_is_named_by_its_example(
+    loss: Any, labels: list[Any], reason: str
+) -> None:
+    workload = make_workload(train=Labelled(labels), loss=loss)
+    model = nn.Sequential(nn.Dropout(), nn.Linear(4, 3)).train()
+    indices = torch.arange(len(labels))
+
+    def fail() -> None:
+        inputs, targets = take_batch(workload, workload.train, indices)
+        with blaming_labels(workload, model, "train", indices):
+            workload.loss(model(inputs), targets)
+
+    assert refusal(WorkloadError, fail).startswith(f"workload.train: {reason}")
+    assert all(module.training for module in model.modules())
+
+
+def test_a_failure_that_no_target_caused_stays_as_it_is() -> None:
+    workload = make_workload()
+    for model in (nn.Linear(4, 3), nn.Linear(9, 9)):
+        with (
+            pytest.raises(ZeroDivisionError),
+            blaming_labels(workload, model, "train", torch.arange(5)),
+        ):
+            raise ZeroDivisionError
+    with (
+        pytest.raises(WorkloadError, match=r"^planted$"),
+        blaming_labels(workload, nn.Linear(4, 3), "train", torch.arange(5)),
+    ):
+        raise WorkloadError("planted")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_named_by_its_example(value: float) -> None:
+    inputs, targets = INPUTS.clone(), INPUTS[:, :3].clone()
+    inputs[7, 2], targets[4, 1] = value, value
+    workload = make_workload(test=(inputs, targets))
+    check_finite(workload, "test", torch.tensor([0, 1, 9]))
+    for indices, reason in (([9, 7], "the input of example 7, as"), ([3, 4], "the target of exam")):
+        text = refusal(
+            WorkloadError, lambda i=indices: check_finite(workload, "test", Tensor(i).long())
+        )
+        assert text.startswith(f"workload.test: {reason}")
+    check_finite(make_workload(), "test", torch.arange(5))
 
 
 def test_right_answers_are_counted() -> None:

@@ -20,16 +20,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from gbp_ray.config import JobConfig
+from gbp_ray.config import JobConfig, Recipe
 from gbp_ray.errors import ConfigError, PruneError, StoreError
 from gbp_ray.pruning.masks import MaskSet, Prunable, prunable_parameters
 from gbp_ray.pruning.metrics import count_macs, measure
 from gbp_ray.pruning.ranks import Ranks, isolated
-from gbp_ray.pruning.saliency import criterion, movement_statistic, score
+from gbp_ray.pruning.saliency import check_criterion, criterion, movement_statistic, score
 from gbp_ray.pruning.schedule import sparsity_schedule
-from gbp_ray.pruning.selection import check_selectable, num_to_prune, select_masks
+from gbp_ray.pruning.selection import check_reachable, check_selectable, num_to_prune, select_masks
 from gbp_ray.pruning.training import (
     Span,
     Teacher,
@@ -42,9 +43,20 @@ from gbp_ray.pruning.training import (
     train_epochs,
 )
 from gbp_ray.store import RoundRecord
-from gbp_ray.workload import Workload, check_workload, derive_seed, seeded, take_batch
+from gbp_ray.workload import (
+    Workload,
+    build_network,
+    check_workload,
+    derive_seed,
+    num_examples,
+    seeded,
+    take_batch,
+)
 
 __all__ = ["Checkpoint", "RoundState", "Tell", "check_job", "load_weights", "run_rounds"]
+
+_LEAST_NORM_BATCH = 32
+"""Smaller scoring batches would make poor statistics, and single examples none at all."""
 
 Tell = Callable[[str, int, int, int, float | None], None]
 """(phase, round, steps done, steps of the phase, loss or None): live progress of this rank."""
@@ -118,12 +130,12 @@ def run_rounds(
         PruneError: A loss or score is not finite, a mask is impossible, or workers disagree.
         ConfigError: The job asks for something this model does not have.
     """
-    run = _Run(job, workload, ranks, tell)
+    run = ranks.together(lambda: _Run(job, workload, ranks, tell))
     if resume is None:
         yield run.train_dense()
         first = 1
     else:
-        run.restore(resume)
+        ranks.together(lambda: run.restore(resume))
         first = resume.round + 1
     for number in range(first, job.prune.rounds + 1):
         yield run.prune_round(number)
@@ -133,22 +145,24 @@ def check_job(job: JobConfig, workload: Workload) -> None:
     """Refuses what a job could only fail at later; builds the model, trains and writes nothing.
 
     Raises:
-        ConfigError: The criterion, an exclude glob, a layer bound or n:m does not suit the model.
-        WorkloadError: The data or a batch of it cannot be used.
+        ConfigError: The criterion, an exclude glob, a layer bound, n:m, the final sparsity or the
+            size of a batch's parts does not suit the model.
+        WorkloadError: The network cannot be built, or a batch of the data cannot be used.
+        PruneError: The criterion fails on a small batch.
     """
     criterion(job.prune.criterion)
     with seeded(derive_seed(job.seed, "model")):
-        model = workload.build_model()
+        model = build_network(workload)
     units = prunable_parameters(model, job.prune.exclude)
     _refuse_frozen_movement(job, units)
-    check_selectable(
-        {unit.name: tuple(unit.parameter.shape) for unit in units},
-        job.prune,
-        {unit.name: unit.input_dim for unit in units},
-    )
+    shapes = {unit.name: tuple(unit.parameter.shape) for unit in units}
+    check_selectable(shapes, job.prune, {unit.name: unit.input_dim for unit in units})
+    check_reachable(shapes, job.prune)
     check_workload(workload, model, min(8, job.prune.calibration_batch_size))
     if job.finetune.distillation.weight > 0:
         _refuse_unteachable(workload, model)
+    _refuse_lone_examples(job, workload, model)
+    check_criterion(model, units, workload, job.prune, seed=job.seed)
 
 
 def _refuse_unteachable(workload: Workload, model: nn.Module) -> None:
@@ -171,13 +185,52 @@ def _refuse_frozen_movement(job: JobConfig, units: list[Prunable]) -> None:
         )
 
 
+def _refuse_lone_examples(job: JobConfig, workload: Workload, model: nn.Module) -> None:
+    """Refuses batches of one example where BatchNorm, which needs two values, would see them."""
+    has_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
+    if has_norm and job.prune.batchnorm_examples == 1:
+        raise ConfigError(
+            "prune.batchnorm_examples = 1: one example has no variance; give at least 2, better "
+            "hundreds, or 0 to keep the statistics"
+        )
+    for section in ("pretrain", "finetune"):
+        recipe: Recipe = getattr(job, section)
+        size = min(recipe.batch_size, num_examples(workload.train))
+        if recipe.epochs > 0 and size // min(recipe.microbatches, size) == 1:
+            _refuse_lone_part(section, recipe, size, workload, model)
+
+
+def _refuse_lone_part(
+    section: str, recipe: Recipe, size: int, workload: Workload, model: nn.Module
+) -> None:
+    first = torch.zeros(1, dtype=torch.long)
+    example, _ = take_batch(workload, workload.train, first, augment_seed=0)
+    was_training = model.training
+    model.train()
+    try:
+        # A trial, since a norm over images has many values even in one example.
+        with torch.no_grad(), isolated(model, 0):
+            model(example)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        remedy = f"set {section}.microbatches to {size // 2} or less" if size > 1 else "raise it"
+        raise ConfigError(
+            f"{section}.batch_size = {recipe.batch_size} with {section}.microbatches = "
+            f"{recipe.microbatches}: cuts {size} example{'s' if size > 1 else ''} into parts of "
+            f"one, and this model's BatchNorm needs two in training; {remedy}"
+        ) from error
+    finally:
+        model.train(was_training)
+
+
 class _Run:
     """The moving parts of one trial on one rank."""
 
     def __init__(self, job: JobConfig, workload: Workload, ranks: Ranks, tell: Tell) -> None:
         self.job, self.workload, self.ranks, self.tell = job, workload, ranks, tell
         with seeded(derive_seed(job.seed, "model")):
-            self.model = workload.build_model().to(ranks.device)
+            self.model = build_network(workload).to(ranks.device)
         self.units = prunable_parameters(self.model, job.prune.exclude)
         _refuse_frozen_movement(job, self.units)
         self.masks = MaskSet.dense(self.units)
@@ -334,7 +387,7 @@ class _Run:
                 self.workload,
                 self.ranks,
                 examples=self.job.prune.batchnorm_examples,
-                batch_size=self.job.prune.calibration_batch_size,
+                batch_size=max(self.job.prune.calibration_batch_size, _LEAST_NORM_BATCH),
                 seed=self.job.seed,
             )
 

@@ -13,9 +13,9 @@ H Hessian, sum_b over batches, n_b examples in batch b, n in all, z random signs
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from functools import reduce
 
 import torch
@@ -26,90 +26,33 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gbp_ray.config import PruneConfig
 from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.pruning.masks import Prunable
-from gbp_ray.pruning.ranks import OrderedSum, Ranks, isolated
+from gbp_ray.pruning.ranks import OrderedSum, Ranks, buffer_slots, isolated
+from gbp_ray.pruning.rules import Criterion, Probe, own_criterion
 from gbp_ray.workload import (
     Workload,
+    blaming_labels,
     cut_batches,
     derive_seed,
-    import_attribute,
     num_examples,
     shuffled_indices,
     take_batch,
 )
 
-__all__ = ["CRITERIA", "Criterion", "Probe", "criterion", "movement_statistic", "score"]
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "Probe",
+    "check_criterion",
+    "criterion",
+    "movement_statistic",
+    "score",
+]
+
+_TRIAL_EXAMPLES = 8
+"""Size of the batch that a criterion is tried on before anything is trained."""
 
 _PER_EXAMPLE_BYTES = 256 * 2**20
 """Room for per-example gradients: bounds the chunk of `fisher`."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What a batch statistic may look at.
-
-    Attributes:
-        model: The network, in eval mode, pruned weights zero.
-        units: Its prunable parameters, in flat order.
-        loss: `(outputs, targets) -> scalar`, the mean over the batch.
-        config: The `[prune]` section.
-        seed: Of the job.
-        batch_index: Position of the batch among all calibration batches.
-        previous_N: Sum of the pass before, over all batches, for criteria of several passes.
-    """
-
-    model: nn.Module
-    units: list[Prunable]
-    loss: Callable[[Tensor, Tensor], Tensor]
-    config: PruneConfig
-    seed: int
-    batch_index: int
-    previous_N: Tensor | None
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The prunable parameters themselves."""
-        return [unit.parameter for unit in self.units]
-
-    def gradients(
-        self, inputs: Tensor, targets: Tensor, *, create_graph: bool = False
-    ) -> tuple[Tensor, ...]:
-        """Differentiates the mean loss of a batch by the prunable parameters."""
-        loss = self.loss(self.model(inputs), targets)
-        return torch.autograd.grad(
-            loss, self.parameters, create_graph=create_graph, materialize_grads=True
-        )
-
-
-BatchStatistic = Callable[[Probe, Tensor, Tensor], Tensor]
-"""(probe, inputs (B, ...), targets (B, ...)) -> the batch's additive vector, shape (N,)."""
-
-Finish = Callable[[Tensor, Tensor, int], Tensor]
-"""(weights_N, statistic_N, num_examples) -> scores_N; statistic_N is the last pass's sum."""
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """A rule that gives scores.
-
-    Attributes:
-        name: As written in a job.
-        formula: In ASCII, symbols as in the module's docstring.
-        summed: What is added over batches and workers.
-        cost: Against one forward and backward pass over the calibration examples.
-        source: Authors, year, arXiv id or venue, equation.
-        passes: One statistic per pass over the calibration data; none for data-free criteria.
-        finish: Turns the last sum into scores.
-        is_signed: Whether scores below zero have a meaning: removal is expected to help.
-    """
-
-    name: str
-    formula: str
-    summed: str
-    cost: str
-    source: str
-    finish: Finish
-    passes: tuple[BatchStatistic, ...] = ()
-    is_signed: bool = False
 
 
 def score(
@@ -167,39 +110,46 @@ def score(
     return scores
 
 
-def criterion(name: str) -> Criterion:
-    """Finds a criterion by its name in a job.
+def check_criterion(
+    model: nn.Module,
+    units: list[Prunable],
+    workload: Workload,
+    config: PruneConfig,
+    *,
+    seed: int = 0,
+) -> None:
+    """Scores one small batch, so that what a criterion cannot do shows before any training.
 
-    A user's own is "module:attr", where attr is either a `Criterion`, or a function
-    `(model, inputs, targets, loss) -> {parameter name: tensor}`. It is called for each calibration
-    batch with the batch's mean loss, a scalar with its graph; what it returns is summed over the
-    batches and taken as the scores.
+    Whether the scores are finite is left open: training may change that.
+
+    Raises:
+        ConfigError: The criterion cannot be found.
+        PruneError: It fails, or its result does not fit the model.
+    """
+    rule = criterion(config.criterion)
+    size = min(_TRIAL_EXAMPLES, config.calibration_batch_size)
+    small = config.model_copy(update={"calibration_examples": size, "calibration_batch_size": size})
+    with _scoring_mode(model, units):
+        if config.criterion == "synflow":
+            _synaptic_flow(model, units, workload)
+        elif config.criterion not in ("random", "movement"):
+            statistic_N, total = _sum_over_batches(
+                rule, model, units, workload, small, Ranks(), seed, lambda done, total: None
+            )
+            rule.finish(_flat([unit.parameter for unit in units]).double(), statistic_N, total)
+
+
+def criterion(name: str) -> Criterion:
+    """Finds a criterion by its name in a job; a user's own is "module:attr" (`own_criterion`).
 
     Raises:
         ConfigError: There is no such criterion.
     """
-    if ":" not in name:
-        if name not in CRITERIA:
-            raise ConfigError(f"prune.criterion = '{name}': is not a criterion")
-        return CRITERIA[name]
-    found = import_attribute(name, "prune.criterion")
-    if isinstance(found, Criterion):
-        return found
-    if not callable(found):
-        raise ConfigError(
-            f"prune.criterion = '{name}': must be a function (model, inputs, targets, loss) -> "
-            f"{{parameter name: tensor}} or a Criterion, not {type(found).__name__}"
-        )
-    return Criterion(
-        name=name,
-        formula="sum_b f(batch)",
-        summed="what the function returns",
-        cost="one call per batch",
-        source="yours",
-        passes=(_wrap_function(found, name),),
-        finish=lambda weights_N, statistic_N, total: statistic_N,
-        is_signed=True,
-    )
+    if ":" in name:
+        return own_criterion(name)
+    if name not in CRITERIA:
+        raise ConfigError(f"prune.criterion = '{name}': is not a criterion")
+    return CRITERIA[name]
 
 
 def movement_statistic(weights_N: Tensor, gradients_N: Tensor) -> Tensor:
@@ -237,16 +187,17 @@ def _sum_over_batches(
             if item is not None:
                 batch = chosen[batches[item].start : batches[item].stop]
                 draws = derive_seed(seed, "calibration", "augment", item)
-                inputs, targets = take_batch(
-                    workload,
-                    workload.train,
-                    batch,
-                    device=ranks.device,
-                    augment_seed=draws if config.calibration_augment else None,
-                )
                 probe = Probe(model, units, workload.loss, config, seed, item, previous_N)
-                with isolated(model, derive_seed(draws, number)):
-                    vector_N = statistic(probe, inputs, targets)
+                with sums.attempt(), blaming_labels(workload, model, "train", batch):
+                    inputs, targets = take_batch(
+                        workload,
+                        workload.train,
+                        batch,
+                        device=ranks.device,
+                        augment_seed=draws if config.calibration_augment else None,
+                    )
+                    with isolated(model, derive_seed(draws, number)):
+                        vector_N = statistic(probe, inputs, targets)
             sums.add(vector_N)
             tell(number * turns + turn + 1, len(rule.passes) * turns)
         previous_N = sums.result()
@@ -288,11 +239,49 @@ def _squared_example_gradients(probe: Probe, inputs: Tensor, targets: Tensor) ->
     num_weights = sum(weight.numel() for weight in prunable.values())
     chunk = max(1, _PER_EXAMPLE_BYTES // (4 * num_weights))
     total_N = _zeros_like_flat(list(prunable.values()))
+    slots = buffer_slots(probe.model)
     for start in range(0, len(targets), chunk):
         stop = start + chunk
-        gradients = per_example(prunable, inputs[start:stop], targets[start:stop])
+        try:
+            gradients = per_example(prunable, inputs[start:stop], targets[start:stop])
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            reason = _why_not_by_example(probe.model, slots, inputs[:1], error)
+            raise PruneError(
+                "prune.criterion = fisher: single examples of this model cannot be differentiated, "
+                f"{reason}, or choose taylor_squared"
+            ) from error
         total_N += _flat([gradients[unit.name].square().sum(dim=0) for unit in probe.units])
     return total_N
+
+
+def _why_not_by_example(
+    model: nn.Module,
+    slots: list[tuple[dict[str, Tensor | None], str, Tensor]],
+    inputs: Tensor,
+    error: Exception,
+) -> str:
+    """Names the buffers that a forward pass writes in eval mode; else repeats what torch said."""
+    # The failed pass may have left a tensor of its own in a buffer's place.
+    for owner, name, buffer in slots:
+        owner[name] = buffer
+    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    with suppress(RuntimeError, ValueError), torch.no_grad():
+        model(inputs)
+    written = [
+        f"'{name}'"
+        for name, buffer in model.named_buffers()
+        if buffer is not before[name][0]
+        or not torch.allclose(buffer, before[name][1], rtol=0, atol=0, equal_nan=True)
+    ]
+    if written:
+        return (
+            f"it writes {'buffers' if len(written) > 1 else 'buffer'} {', '.join(written)} in eval "
+            "mode; write such only while self.training"
+        )
+    text = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
+    return f"torch says {text}; mend the model"
 
 
 def _hessian_diagonal(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -343,25 +332,6 @@ def _hessian_product(
         retain_graph=keep_graph,
         materialize_grads=True,
     )
-
-
-def _wrap_function(
-    function: Callable[[nn.Module, Tensor, Tensor, Tensor], Mapping[str, Tensor]], name: str
-) -> BatchStatistic:
-    def statistic(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
-        loss = probe.loss(probe.model(inputs), targets)
-        found = function(probe.model, inputs, targets, loss)
-        for unit in probe.units:
-            given = tuple(found[unit.name].shape) if unit.name in found else None
-            if given != tuple(unit.parameter.shape):
-                raise PruneError(
-                    f"prune.criterion = '{name}': must return a tensor of shape "
-                    f"{tuple(unit.parameter.shape)} for '{unit.name}', not "
-                    f"{'nothing' if given is None else given}"
-                )
-        return _flat([found[unit.name] for unit in probe.units])
-
-    return statistic
 
 
 # -- criteria without a pass over the data ---------------------------------------------------------

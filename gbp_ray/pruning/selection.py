@@ -27,7 +27,14 @@ from gbp_ray.config import PruneConfig, nearest_name
 from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.pruning.masks import MaskSet
 
-__all__ = ["Selection", "check_selectable", "exact_threshold", "num_to_prune", "select_masks"]
+__all__ = [
+    "Selection",
+    "check_reachable",
+    "check_selectable",
+    "exact_threshold",
+    "num_to_prune",
+    "select_masks",
+]
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,49 @@ def check_selectable(
         )
 
 
+def check_reachable(shapes: Mapping[str, tuple[int, ...]], config: PruneConfig) -> None:
+    """Refuses a final sparsity that the bounds of the layers leave no room for.
+
+    Raises:
+        ConfigError: Naming prune.sparsity and the layers whose bounds are in the way.
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    total = sum(sizes.values())
+    k = num_to_prune(config.sparsity, total)
+    n, m = config.pattern or (0, 1)
+    most = {
+        name: min(_ceiling_of(name, size, config), size - size * n // m)
+        for name, size in sizes.items()
+    }
+    least = {name: min(_least_of(name, size, config), most[name]) for name, size in sizes.items()}
+    asked = f"prune.sparsity = {config.sparsity:g}: asks for {k} of {total} weights, but the layers"
+    if k > sum(most.values()):
+        tight = [
+            f"'{name}' {most[name]} of {size}"
+            for name, size in sizes.items()
+            if most[name] < config.sparsity * size - 1e-9
+        ]
+        raise ConfigError(
+            f"{asked} may lose {sum(most.values())} at most ({_some_of(tight)}); "
+            "lower it or raise prune.layer_max_sparsity"
+        )
+    if k < sum(least.values()):
+        tight = [
+            f"'{name}' {least[name]} of {size}"
+            for name, size in sizes.items()
+            if least[name] > config.sparsity * size + 1e-9
+        ]
+        raise ConfigError(
+            f"{asked} must lose {sum(least.values())} at least ({_some_of(tight)}); "
+            "raise it or lower prune.layer_min_sparsity"
+        )
+
+
+def _some_of(items: list[str], most: int = 5) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
+
+
 def _make_layer(
     name: str, scores: Tensor, mask: Tensor, config: PruneConfig, input_dim: int
 ) -> _Layer:
@@ -205,11 +255,24 @@ def _set_bounds(layers: list[_Layer], config: PruneConfig) -> None:
     for layer in layers:
         size = layer.scores_L.size
         floor = num_to_prune(_bound_of(layer.name, config.layer_min_sparsity, 0.0), size)
-        ceiling = math.floor(_bound_of(layer.name, config.layer_max_sparsity, 1.0) * size + 1e-9)
-        # A layer without a weight passes nothing on, so one always stays.
-        layer.ceiling = min(ceiling, size - 1, size - int(layer.exempt_L.sum()))
-        layer.ceiling = max(layer.ceiling, layer.num_pruned)
+        ceiling = min(_ceiling_of(layer.name, size, config), size - int(layer.exempt_L.sum()))
+        layer.ceiling = max(ceiling, layer.num_pruned)
         layer.floor = max(min(floor, layer.ceiling), layer.num_pruned)
+
+
+def _ceiling_of(name: str, size: int, config: PruneConfig) -> int:
+    """Counts how many weights of a dense layer may go at most."""
+    ceiling = math.floor(_bound_of(name, config.layer_max_sparsity, 1.0) * size + 1e-9)
+    # A layer without a weight passes nothing on, so one always stays.
+    return min(ceiling, size - 1)
+
+
+def _least_of(name: str, size: int, config: PruneConfig) -> int:
+    """Counts how many weights of a layer its floor asks for.
+
+    Counted downwards: rounding alone may take all floors together past k by a weight or two.
+    """
+    return math.floor(_bound_of(name, config.layer_min_sparsity, 0.0) * size + 1e-9)
 
 
 def _bound_of(name: str, bound: float | dict[str, float], default: float) -> float:
@@ -230,11 +293,9 @@ def _refuse_impossible(layers: list[_Layer], k: int, sparsity: float, config: Pr
         )
     if sparsity < config.sparsity:
         return  # Earlier rounds are still on their way to the floors.
-    # Floors are counted downwards here: rounding alone may take them past k by a weight or two.
     least = 0
     for layer in layers:
-        bound = _bound_of(layer.name, config.layer_min_sparsity, 0.0)
-        floor = math.floor(bound * layer.scores_L.size + 1e-9)
+        floor = _least_of(layer.name, layer.scores_L.size, config)
         least += max(min(floor, layer.ceiling), layer.num_pruned)
     if least > max(k, sum(layer.num_pruned for layer in layers)):
         raise PruneError(

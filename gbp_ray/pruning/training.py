@@ -14,7 +14,8 @@ Shape suffixes: N = all trainable weights, flat; P = prunable weights, flat; B =
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 
@@ -30,6 +31,9 @@ from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.ranks import OrderedSum, Ranks, buffer_slots, isolated
 from gbp_ray.workload import (
     Workload,
+    blaming_labels,
+    check_finite,
+    check_labels,
     cut_batches,
     derive_seed,
     num_examples,
@@ -212,18 +216,19 @@ def train_epochs(
             if item is not None:
                 share = len(parts[item]) / len(batch)
                 draws = derive_seed(seed, span.phase, step, item)
-                loss, gradients = _differentiate(
-                    model,
-                    workload,
-                    teacher,
-                    parts[item],
-                    list(trainable.values()),
-                    draws,
-                    ranks.device,
-                )
-                moved_B = buffers.collect_change()
-                vector = torch.cat([*(g.reshape(-1) for g in gradients), moved_B, loss.view(1)])
-                vector *= share
+                with sums.attempt():
+                    loss, gradients = _differentiate(
+                        model,
+                        workload,
+                        teacher,
+                        parts[item],
+                        list(trainable.values()),
+                        draws,
+                        ranks.device,
+                    )
+                    moved_B = buffers.collect_change()
+                    vector = torch.cat([*(g.reshape(-1) for g in gradients), moved_B, loss.view(1)])
+                    vector *= share
             sums.add(vector)
         gradients_N, moved_B, loss_1 = sums.result().split([sum(sizes), buffers.size, 1])
         _refuse_non_finite(loss_1, gradients_N, trainable, span, step, recipe)
@@ -271,8 +276,12 @@ def _differentiate(
     inputs, targets = take_batch(
         workload, workload.train, indices, device=device, augment_seed=draws
     )
-    with seeded(derive_seed(draws, "forward")):
+    with (
+        blaming_labels(workload, model, "train", indices),
+        seeded(derive_seed(draws, "forward")),
+    ):
         outputs = model(inputs)
+        check_labels(workload, "train", indices, outputs, targets)
         loss = workload.loss(outputs, targets)
     if teacher is not None:
         teacher.model.eval()
@@ -403,21 +412,37 @@ def evaluate(
 
     Returns:
         (accuracy in [0, 1], mean loss).
+
+    Raises:
+        WorkloadError: An input or a target is NaN or infinite and the loss with it, or a label is
+            out of range; on every rank, naming the example.
     """
     total = num_examples(workload.test)
     batches = cut_batches(total, batch_size)
     losses = torch.zeros(len(batches), dtype=torch.float64, device=ranks.device)
     correct = torch.zeros((), dtype=torch.int64, device=ranks.device)
     model.eval()
-    for turn, item in enumerate(ranks.deal(len(batches))):
-        if item is not None:
-            indices = torch.arange(batches[item].start, batches[item].stop)
-            inputs, targets = take_batch(workload, workload.test, indices, device=ranks.device)
+
+    def measure(item: int) -> None:
+        indices = torch.arange(batches[item].start, batches[item].stop)
+        inputs, targets = take_batch(workload, workload.test, indices, device=ranks.device)
+        with blaming_labels(workload, model, "test", indices):
             with isolated(model, derive_seed("evaluate", item)):
                 outputs = model(inputs)
+            check_labels(workload, "test", indices, outputs, targets)
             losses[item] = workload.loss(outputs, targets).double() * len(indices)
-            correct += workload.count_correct(outputs, targets)
-        tell(min((turn + 1) * ranks.world_size, len(batches)), len(batches))
+        correct.add_(workload.count_correct(outputs, targets))
+
+    def measure_own() -> None:
+        for turn, item in enumerate(ranks.deal(len(batches))):
+            if item is not None:
+                measure(item)
+            tell(min((turn + 1) * ranks.world_size, len(batches)), len(batches))
+        for item in (~torch.isfinite(losses)).nonzero().flatten().tolist():
+            check_finite(workload, "test", torch.arange(batches[item].start, batches[item].stop))
+
+    # Nothing is exchanged before the end, so a rank that fails must not leave the others there.
+    ranks.together(measure_own)
     losses, correct = ranks.fill_in(losses), ranks.fill_in(correct)
     return correct.item() / total, losses.sum().item() / total
 
@@ -437,7 +462,8 @@ def recalibrate_batchnorm(
     Pruning shifts what each layer receives; stale statistics alone can cost most of the accuracy.
     So can statistics of clean images: the weights were trained beside those of augmented ones, and
     a CIFAR-10 ResNet-20 loses 2.5 points at once when only its statistics change to clean ones.
-    Running mean and variance become the mean over batches of the batch statistics. Communicates.
+    Running mean and variance become the mean over batches of the batch statistics, and where a
+    module is called several times in a forward pass, of each of its calls. Communicates.
 
     Returns:
         Examples used; 0 where the model has no running statistics.
@@ -466,12 +492,13 @@ def recalibrate_batchnorm(
             batch = batches[item]
             indices = chosen[batch.start : batch.stop]
             draws = derive_seed(seed, "batchnorm", item)
-            inputs, _ = take_batch(
-                workload, workload.train, indices, device=ranks.device, augment_seed=draws
-            )
-            with isolated(model, derive_seed(draws, "forward")):
-                model(inputs)
-                vector = torch.cat([s.reshape(-1) for s in statistics]) * len(batch)
+            with sums.attempt():
+                inputs, _ = take_batch(
+                    workload, workload.train, indices, device=ranks.device, augment_seed=draws
+                )
+                with isolated(model, derive_seed(draws, "forward")), _averaged_over_calls(norms):
+                    model(inputs)
+                    vector = torch.cat([s.reshape(-1) for s in statistics]) * len(batch)
         sums.add(vector)
     total = sum(len(batch) for batch in batches)
     means = (sums.result() / total).split([s.numel() for s in statistics])
@@ -481,3 +508,28 @@ def recalibrate_batchnorm(
         norm.momentum = momentum
     model.eval()
     return total
+
+
+@contextmanager
+def _averaged_over_calls(norms: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Makes the running statistics the mean over a module's calls in the block.
+
+    With a momentum of 1 they are those of the last call alone. A single call keeps its bits.
+    """
+    means: dict[_BatchNorm, tuple[int, list[Tensor]]] = {}
+
+    def note(norm: nn.Module, inputs: object, outputs: object) -> None:
+        assert isinstance(norm, _BatchNorm)
+        own = [s for s in (norm.running_mean, norm.running_var) if s is not None]
+        calls, earlier = means.get(norm, (0, own))
+        if calls:
+            for statistic, mean in zip(own, earlier, strict=True):
+                statistic.lerp_(mean, calls / (calls + 1))
+        means[norm] = calls + 1, [statistic.clone() for statistic in own]
+
+    hooks = [norm.register_forward_hook(note) for norm in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,7 +1,7 @@
 """What each worker of a trial runs, under Ray or alone: resume, drive the rounds, commit each.
 
-Nothing here knows Ray. Rank 0 writes; a failure to write, like any other failure the package raises
-on purpose, reaches all ranks together.
+Nothing here knows Ray. Rank 0 writes; a failure to write, like any other failure, reaches all ranks
+together (`Ranks.agree`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from gbp_ray.config import JobConfig, trial_id
 from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.rounds import Checkpoint, run_rounds
+from gbp_ray.pruning.rounds import Checkpoint, RoundState, run_rounds
 from gbp_ray.pruning.training import num_steps
 from gbp_ray.runtime.progress import Tick
 from gbp_ray.store import RoundRecord, Store
@@ -52,15 +52,13 @@ def work_trial(
             resume = ranks.together(lambda: _read_checkpoint(store, name, records))
         teller = _Teller(job, workload, name, tell)
         for state in run_rounds(job, workload, ranks, resume=resume, tell=teller):
-            files = state.to_files() if ranks.is_first else {}
-            commit = partial(store.write_round, name, state.record, files)
             # Only rank 0 writes, but a full disk stops all.
-            committed = ranks.together(commit if ranks.is_first else partial(_keep, state.record))
-            round_done(committed)
+            commit = partial(_commit, store, name, state, ranks.is_first)
+            round_done(ranks.together(commit))
 
 
-def _keep(record: RoundRecord) -> RoundRecord:
-    return record
+def _commit(store: Store, name: str, state: RoundState, is_writer: bool) -> RoundRecord:
+    return store.write_round(name, state.record, state.to_files()) if is_writer else state.record
 
 
 def _read_checkpoint(store: Store, name: str, records: list[RoundRecord]) -> Checkpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import multiprocessing
 import pickle
@@ -28,7 +29,7 @@ from small_networks import (
 from torch import Tensor, nn
 
 from gbp_ray.config import CRITERIA, DistillationConfig, FinetuneConfig, PretrainConfig
-from gbp_ray.errors import ConfigError, PruneError
+from gbp_ray.errors import ConfigError, PruneError, WorkloadError
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
 from gbp_ray.pruning.ranks import OrderedSum, Ranks
 from gbp_ray.pruning.rounds import run_rounds
@@ -92,6 +93,7 @@ def report_of(ranks: Ranks) -> dict[str, Any]:
         "filled in": _filled_in(ranks).tolist(),
         "shared": ranks.share_object({"from": ranks.rank}),
         "together": _together(ranks),
+        "failures": _failures(ranks, trained),
         "disagreement": _disagreement(ranks),
         "rank": ranks.rank,
     }
@@ -243,6 +245,42 @@ def _together(ranks: Ranks) -> list[str]:
         except ConfigError as error:
             told.append(f"{error} ({error.rank_of_fault})")
     return told
+
+
+FAILING_STEPS = ("training", "scoring", "re-estimation", "evaluation", "anything together")
+
+
+def _failures(ranks: Ranks, trained: nn.Module) -> dict[tuple[str, str], str]:
+    """Fails on the last rank alone, in its first item; reports what each rank was told."""
+    told = {}
+    for step in FAILING_STEPS:
+        for error in (WorkloadError("planted"), ZeroDivisionError("planted")):
+            try:
+                _fail_in(step, ranks, copy.deepcopy(trained), error)
+            except Exception as raised:  # noqa: BLE001 - reported
+                told[step, type(error).__name__] = f"{type(raised).__name__}: {raised}"
+    return told
+
+
+def _fail_in(step: str, ranks: Ranks, model: nn.Module, error: Exception) -> None:
+    def fail_on_the_last(inputs: Any = None) -> Any:
+        if ranks.rank == ranks.world_size - 1:
+            raise error
+        return inputs
+
+    workload = dataclasses.replace(images(), prepare=fail_on_the_last)
+    if step == "training":
+        recipe = FinetuneConfig(epochs=1, batch_size=14, microbatches=5)
+        span, optimizer = Span("finetune", range(2), range(2)), make_optimizer(model, recipe)
+        train_epochs(model, workload, recipe, ranks, optimizer, span, seed=5)
+    elif step == "scoring":
+        scores_of(model, workload, prune_config(calibration_batch_size=5), ranks=ranks)
+    elif step == "re-estimation":
+        recalibrate_batchnorm(model, workload, ranks, examples=31, batch_size=6, seed=1)
+    elif step == "evaluation":
+        evaluate(model, workload, ranks, 4)
+    else:
+        ranks.together(fail_on_the_last)
 
 
 def _disagreement(ranks: Ranks) -> list[str]:

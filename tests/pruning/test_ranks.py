@@ -8,7 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rank_program import MASK_CASES, SUM_CASES, addends, report_of, reports_of_world
+from rank_program import (
+    FAILING_STEPS,
+    MASK_CASES,
+    SUM_CASES,
+    addends,
+    report_of,
+    reports_of_world,
+)
 
 from gbp_ray.config import CRITERIA
 from gbp_ray.pruning.ranks import OrderedSum, Ranks
@@ -160,6 +167,23 @@ def test_a_failure_reaches_all_ranks_as_that_of_the_lowest(world: World) -> None
         assert everywhere == "planted on rank 0 (0)"
         assert from_one == "planted on rank 1 (1)"
         assert nowhere == f"fine on {report['rank']}"
+
+
+@pytest.mark.parametrize("step", FAILING_STEPS)
+def test_a_rank_that_fails_alone_leaves_no_other_waiting(step: str, world: World) -> None:
+    """Every rank went on to report, so none was left in a collective."""
+    last = len(world) - 1
+    for rank, report in enumerate(world):
+        assert report["failures"][step, "WorkloadError"] == "WorkloadError: planted"
+        own = "ZeroDivisionError: planted"
+        others = f"TrialError: worker {last} failed with {own}"
+        assert report["failures"][step, "ZeroDivisionError"] == (own if rank == last else others)
+
+
+def test_one_rank_raises_what_it_met(alone: dict[str, Any]) -> None:
+    for (_, kind), told in alone["failures"].items():
+        assert told == f"{kind}: planted"
+    assert len(alone["failures"]) == 2 * len(FAILING_STEPS)
 
 
 def test_a_planted_divergence_is_named_on_every_rank(world: World) -> None:

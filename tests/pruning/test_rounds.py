@@ -12,7 +12,7 @@ from small_networks import ConvNet, SharedWeightNet, TanhNet, images, regression
 from torch import nn
 
 from gbp_ray.config import JobConfig
-from gbp_ray.errors import ConfigError, PruneError, StoreError
+from gbp_ray.errors import ConfigError, PruneError, StoreError, WorkloadError
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
 from gbp_ray.pruning.metrics import count_macs, measure
 from gbp_ray.pruning.ranks import Ranks
@@ -238,6 +238,18 @@ def test_a_job_is_checked_against_the_model_before_anything_runs() -> None:
         check_job(job_of(prune={"granularity": "2:4", "sparsity": 0.5}), images())
     with pytest.raises(ConfigError, match=r"prune\.exclude = 'no_such'"):
         check_job(job_of(prune={"exclude": ["no_such"]}), images())
+    with pytest.raises(ConfigError, match=r"prune\.sparsity = 0\.75: .*'conv2\.weight' 57 of 576"):
+        check_job(job_of(prune={"layer_max_sparsity": {"conv2.*": 0.1}}), images())
+
+
+def test_a_factory_without_a_network_is_refused_on_every_path() -> None:
+    workload = images(lambda: None)
+    for run_it in (
+        lambda: check_job(job_of(), workload),
+        lambda: next(run_rounds(job_of(), workload, Ranks())),
+    ):
+        with pytest.raises(WorkloadError, match=r"build_model returned NoneType.*nn\.Module"):
+            run_it()
 
 
 def test_costs_agree_with_a_count_by_hand() -> None:

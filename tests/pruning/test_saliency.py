@@ -2,18 +2,30 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
+from oracles import (
+    NUM_EXAMPLES,
+    assert_scores,
+    config_of,
+    flat,
+    gradient_of,
+    hessian_of,
+    loss_of_weights,
+    mean_square_of_example_gradients,
+    positions_of,
+    recorded,
+    tiny,
+    weights_of,
+)
 from small_networks import (
     ConvNet,
     SharedWeightNet,
     TanhNet,
     built,
     draw,
-    float64_by_default,
     images,
     in_float64,
     prune_config,
@@ -21,104 +33,17 @@ from small_networks import (
     scores_of,
 )
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gbp_ray import config as config_module
-from gbp_ray.errors import ConfigError, PruneError
+from gbp_ray.errors import PruneError
 from gbp_ray.pruning import saliency
-from gbp_ray.pruning.masks import prunable_parameters
-from gbp_ray.pruning.saliency import Criterion, Probe, criterion, movement_statistic
+from gbp_ray.pruning.saliency import criterion, movement_statistic
 from gbp_ray.workload import Workload
 
-BATCH_SIZE = 4
-NUM_EXAMPLES = 10  # Batches of 4, 4 and 2.
 GRADIENT_CRITERIA = ["taylor", "snip", "taylor_squared", "fisher", "obd", "grasp"]
 DATA_FREE_CRITERIA = ["magnitude", "random", "synflow"]
-
-
-# -- oracles: the formulas, on the whole data at once or one example after another -----------------
-
-
-def config_of(name: str, **fields: Any) -> Any:
-    return prune_config(name, **{"calibration_batch_size": BATCH_SIZE, **fields})
-
-
-def tiny(build: Callable[[], nn.Module] = TanhNet, num_outputs: int = 2) -> Workload:
-    inputs = draw(NUM_EXAMPLES, 3, seed=1, dtype=torch.float64)
-    targets = draw(NUM_EXAMPLES, num_outputs, seed=2, dtype=torch.float64)
-    return regression(build, inputs, targets)
-
-
-def flat(tensors: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([tensors[name].detach().reshape(-1) for name in sorted(tensors)]).double()
-
-
-def weights_of(model: nn.Module) -> Tensor:
-    return flat({unit.name: unit.parameter for unit in prunable_parameters(model)})
-
-
-def loss_of_weights(
-    model: nn.Module, workload: Workload, inputs: Tensor, targets: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """The mean loss as a function of the flat prunable weights."""
-    units = prunable_parameters(model)
-
-    def loss(weights_N: Tensor) -> Tensor:
-        pieces = weights_N.split([unit.parameter.numel() for unit in units])
-        replaced = {
-            unit.name: piece.view_as(unit.parameter)
-            for unit, piece in zip(units, pieces, strict=True)
-        }
-        return workload.loss(functional_call(model, replaced, (inputs,)), targets)
-
-    return loss
-
-
-def gradient_of(model: nn.Module, workload: Workload, inputs: Tensor, targets: Tensor) -> Tensor:
-    weights_N = weights_of(model).requires_grad_()
-    loss = loss_of_weights(model, workload, inputs, targets)(weights_N)
-    return torch.autograd.grad(loss, weights_N)[0]
-
-
-def hessian_of(model: nn.Module, workload: Workload, inputs: Tensor, targets: Tensor) -> Tensor:
-    loss = loss_of_weights(model, workload, inputs, targets)
-    return torch.autograd.functional.hessian(loss, weights_of(model))
-
-
-def mean_square_of_example_gradients(model: nn.Module, workload: Workload) -> Tensor:
-    inputs, targets = workload.train
-    squares = [
-        gradient_of(model, workload, inputs[i : i + 1], targets[i : i + 1]).square()
-        for i in range(len(inputs))
-    ]
-    return torch.stack(squares).mean(dim=0)
-
-
-def recorded(workload: Workload) -> tuple[Workload, list[Tensor]]:
-    """The same workload, and a list that receives the inputs of each batch that is fetched."""
-    batches: list[Tensor] = []
-
-    def prepare(inputs: Tensor) -> Tensor:
-        batches.append(inputs.clone())
-        return inputs
-
-    return dataclasses.replace(workload, prepare=prepare), batches
-
-
-def positions_of(batch: Tensor, workload: Workload) -> Tensor:
-    """Where the rows of a batch stand in the training data."""
-    matches = (batch.flatten(1)[:, None] == workload.train[0].flatten(1)[None]).all(dim=2)
-    assert bool((matches.sum(dim=1) == 1).all())
-    return matches.int().argmax(dim=1)
-
-
-def assert_scores(scores: Mapping[str, Tensor], expected_N: Tensor, rtol: float = 2e-6) -> None:
-    """Scores are float32: equal up to their rounding."""
-    assert expected_N.abs().max() > 0
-    atol = 1e-7 * float(expected_N.abs().max())
-    torch.testing.assert_close(flat(scores), expected_N.double(), rtol=rtol, atol=atol)
 
 
 # -- the frame -------------------------------------------------------------------------------------
@@ -420,91 +345,6 @@ def test_the_cut_into_batches_does_not_matter(name: str) -> None:
         assert_scores(cut, flat(whole), rtol=1e-5)
 
 
-# -- synflow ---------------------------------------------------------------------------------------
-
-
-def relu_net(*sizes: int, bias: bool = False) -> nn.Module:
-    layers = [
-        layer
-        for i in range(len(sizes) - 1)
-        for layer in (nn.Linear(sizes[i], sizes[i + 1], bias=bias), nn.ReLU())
-    ]
-    return nn.Sequential(*layers[:-1])
-
-
-def assert_flow_is_conserved(scores: Mapping[str, Tensor]) -> None:
-    sums = torch.stack([values.double().sum() for values in scores.values()])
-    assert sums.min() > 0
-    torch.testing.assert_close(sums, sums[0].expand_as(sums), rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_synflow_is_the_flow_over_all_paths_through_a_weight(bias: bool) -> None:
-    model = built(lambda: relu_net(3, 5, 4, 2, bias=bias))
-    scores = scores_of(model, tiny(), config_of("synflow"))
-    matrices = [layer.weight.detach().double().abs() for layer in (model[0], model[2], model[4])]
-    into = [torch.ones(3, dtype=torch.float64)]
-    out_of = [torch.ones(2, dtype=torch.float64)]
-    for matrix in matrices:
-        into.append(matrix @ into[-1])
-    for matrix in reversed(matrices):
-        out_of.insert(0, matrix.T @ out_of[0])
-    flows = [
-        out_of[i + 1][:, None] * matrix * into[i][None, :] for i, matrix in enumerate(matrices)
-    ]
-    expected_N = torch.cat([flow.reshape(-1) for flow in flows])
-    assert_scores(scores, expected_N / expected_N.max() * flat(scores).max())
-    assert_flow_is_conserved(scores)
-
-
-@pytest.mark.parametrize("is_fresh", [True, False])
-def test_synflow_is_conserved_with_biases_and_batchnorm(is_fresh: bool) -> None:
-    model = built(ConvNet)
-    if not is_fresh:
-        with torch.no_grad():
-            for number, norm in enumerate((model.norm1, model.norm2)):
-                norm.weight.copy_(draw(8, seed=number))
-                norm.bias.copy_(draw(8, seed=number + 2))
-                norm.running_mean.copy_(draw(8, seed=number + 4))
-                norm.running_var.copy_(draw(8, seed=number + 6).square())
-    scores = scores_of(model, images(), config_of("synflow"))
-    assert list(scores) == ["conv1.weight", "conv2.weight", "head.weight"]
-    assert_flow_is_conserved(scores)
-
-
-def test_synflow_does_not_depend_on_the_data() -> None:
-    model = built(ConvNet)
-    one, other = images(num_train=46), images(num_train=5)
-    pixels, labels = other.train
-    other = dataclasses.replace(other, train=(pixels * torch.nan, labels))
-    first = scores_of(model, one, config_of("synflow"), seed=0)
-    second = scores_of(model, other, config_of("synflow", calibration_examples=1), seed=1)
-    assert torch.equal(flat(first), flat(second))
-
-
-@pytest.mark.parametrize("factor", [1.0, 1e3, 1e-3])
-def test_synflow_stays_finite_through_sixty_layers(factor: float) -> None:
-    model = built(lambda: relu_net(3, *[16] * 59, 2))
-    unscaled = scores_of(model, tiny(), config_of("synflow"))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(factor)
-    scores = scores_of(model, tiny(), config_of("synflow"))
-    assert len(scores) == 60
-    assert bool(torch.isfinite(flat(scores)).all())
-    assert_flow_is_conserved(scores)
-    # A factor common to all weights changes the order of none.
-    share, unscaled_share = (flat(s) / flat(s).max() for s in (scores, unscaled))
-    torch.testing.assert_close(share, unscaled_share, rtol=1e-3, atol=1e-9)
-
-
-def test_synflow_of_a_network_without_any_path_is_zero() -> None:
-    model = built(lambda: relu_net(3, 4, 2))
-    with torch.no_grad():
-        model[2].weight.zero_()
-    assert not flat(scores_of(model, tiny(), config_of("synflow"))).any()
-
-
 # -- movement --------------------------------------------------------------------------------------
 
 
@@ -527,138 +367,6 @@ def test_movement_scores_are_what_was_gathered() -> None:
 def test_movement_without_history_says_what_to_set() -> None:
     with pytest.raises(PruneError, match=r"movement.*finetune\.epochs"):
         scores_of(built(TanhNet), tiny(), config_of("movement"))
-
-
-# -- a user's own ----------------------------------------------------------------------------------
-
-
-def own_taylor_squared(
-    model: nn.Module, inputs: Tensor, targets: Tensor, loss: Tensor
-) -> dict[str, Tensor]:
-    """Returns the biases' scores too, which are not asked for."""
-    assert loss.ndim == 0
-    assert loss.requires_grad
-    assert not model.training
-    torch.testing.assert_close(loss, functional.mse_loss(model(inputs), targets))
-    weights = dict(model.named_parameters())
-    gradients = torch.autograd.grad(loss, list(weights.values()))
-    return {
-        name: (weight * gradient).square()
-        for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
-    }
-
-
-def own_gradient_flow(
-    model: nn.Module, inputs: Tensor, targets: Tensor, loss: Tensor
-) -> dict[str, Tensor]:
-    """w * (H g) of one batch, by the loss's own graph."""
-    weights = {name: w for name, w in model.named_parameters() if w.ndim == 2}
-    gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-    half_norm = sum((g.square().sum() for g in gradients), torch.zeros(())) / 2
-    products = torch.autograd.grad(half_norm, list(weights.values()))
-    return {name: w * p for (name, w), p in zip(weights.items(), products, strict=True)}
-
-
-def own_flattened(
-    model: nn.Module, inputs: Tensor, targets: Tensor, loss: Tensor
-) -> dict[str, Tensor]:
-    weights = {name: w.detach() for name, w in model.named_parameters()}
-    return {**weights, "2.weight": weights["2.weight"].reshape(-1)}
-
-
-def own_incomplete(
-    model: nn.Module, inputs: Tensor, targets: Tensor, loss: Tensor
-) -> dict[str, Tensor]:
-    return {"0.weight": model.get_parameter("0.weight")}
-
-
-def count_examples(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
-    assert probe.previous_N is None
-    return torch.full((20,), float(len(targets)))
-
-
-def count_again(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
-    assert probe.previous_N is not None
-    return probe.previous_N * len(targets)
-
-
-OWN_RULE = Criterion(
-    name="own",
-    formula="w n^2",
-    summed="the number of examples, then n times that",
-    cost="0",
-    source="here",
-    passes=(count_examples, count_again),
-    finish=lambda weights_N, statistic_N, total: weights_N * statistic_N / total**2 * 8,
-    is_signed=True,
-)
-OWN_DATA_FREE_RULE = dataclasses.replace(
-    OWN_RULE,
-    name="own-data-free",
-    passes=(),
-    finish=lambda weights_N, statistic_N, total: weights_N + statistic_N,
-)
-NOT_A_RULE = 7
-
-
-def test_an_own_function_equals_the_built_in_that_computes_the_same() -> None:
-    model = in_float64(TanhNet)
-    built_in = scores_of(model, tiny(), config_of("taylor_squared"))
-    own = scores_of(model, tiny(), config_of(f"{__name__}:own_taylor_squared"))
-    assert list(own) == list(built_in)
-    assert_scores(own, flat(built_in))
-
-
-def test_an_own_function_may_differentiate_twice() -> None:
-    model = in_float64(TanhNet)
-    one_batch = {"calibration_batch_size": NUM_EXAMPLES}
-    built_in = scores_of(model, tiny(), config_of("grasp", **one_batch))
-    own = scores_of(model, tiny(), config_of(f"{__name__}:own_gradient_flow", **one_batch))
-    assert_scores(own, flat(built_in), rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("function", "found"), [("own_flattened", r"\(8,\)"), ("own_incomplete", "nothing")]
-)
-def test_an_own_function_that_returns_a_wrong_shape_names_the_parameter(
-    function: str, found: str
-) -> None:
-    with pytest.raises(PruneError, match=rf"{function}.*\(2, 4\) for '2\.weight', not {found}"):
-        scores_of(built(TanhNet), tiny_float32(), config_of(f"{__name__}:{function}"))
-
-
-def tiny_float32() -> Workload:
-    workload = tiny()
-    inputs, targets = workload.train
-    return dataclasses.replace(workload, train=(inputs.float(), targets.float()))
-
-
-def test_an_own_rule_sums_over_batches_in_passes() -> None:
-    model = built(TanhNet)
-    scores = scores_of(model, tiny(), config_of(f"{__name__}:OWN_RULE"))
-    assert torch.equal(flat(scores), weights_of(model) * 8)
-
-
-def test_an_own_rule_without_passes_reads_no_data() -> None:
-    model = built(TanhNet)
-    workload, batches = recorded(tiny())
-    scores = scores_of(model, workload, config_of(f"{__name__}:OWN_DATA_FREE_RULE"))
-    assert torch.equal(flat(scores), weights_of(model))
-    assert batches == []
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("nothing_like_it", "is not a criterion"),
-        (f"{__name__}:NOT_A_RULE", "not int"),
-        (f"{__name__}:own_taylor_sqared", "did you mean 'own_taylor_squared'"),
-        ("no_such_module_here:rule", "no module named 'no_such_module_here'"),
-    ],
-)
-def test_a_criterion_that_cannot_be_found_is_refused(name: str, reason: str) -> None:
-    with pytest.raises(ConfigError, match=reason):
-        criterion(name)
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -753,6 +461,55 @@ def test_buffers_are_put_back(name: str) -> None:
     assert (int(calls), float(level)) == (0, 1.0)
 
 
+class FailingByExample(nn.Module):
+    """Decides by a value, which a pass over many single examples at once cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("spread", torch.full((2,), torch.nan))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = self.layer(inputs)
+        return outputs if outputs.sum() > 0 else -outputs
+
+
+class BindingNet(nn.Module):
+    """Binds a buffer anew and then writes another in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = CountingNet()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.mean = self.mean + inputs.detach().mean(dim=0)
+        return self.inner(inputs - self.mean)
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (CountingNet, "it writes buffers 'calls', 'level' in eval mode; write such only while"),
+        (BindingNet, "it writes buffers 'mean', 'inner.calls', 'inner.level' in eval mode;"),
+        (FailingByExample, "torch says RuntimeError: .*; mend the model"),
+    ],
+    ids=["writes buffers", "binds a buffer", "decides by a value"],
+)
+def test_fisher_says_why_single_examples_cannot_be_differentiated(
+    build: Callable[[], nn.Module], reason: str
+) -> None:
+    model = in_float64(build)
+    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    wanted = rf"^prune\.criterion = fisher: single examples .*{reason}.*, or choose taylor_squared$"
+    with pytest.raises(PruneError, match=wanted) as caught:
+        scores_of(model, tiny(), config_of("fisher"))
+    assert len(str(caught.value)) < 400
+    for name, buffer in model.named_buffers():
+        assert buffer is before[name][0]
+        torch.testing.assert_close(buffer, before[name][1], equal_nan=True, rtol=0, atol=0)
+
+
 def test_each_batch_sees_the_buffers_as_they_were_at_first() -> None:
     model = in_float64(CountingNet)
     workload = tiny()
@@ -792,17 +549,6 @@ def test_a_tied_weight_is_differentiated_through_all_its_uses(name: str) -> None
     scores = scores_of(model, workload, one_batch)
     assert list(scores) == ["first.weight"]
     assert_scores(scores, expected.reshape(-1), rtol=1e-5)
-
-
-def test_synflow_of_a_tied_weight_flows_through_all_its_uses() -> None:
-    model = in_float64(SharedWeightNet)
-    weight = model.first.weight.detach().abs().requires_grad_()
-    with float64_by_default():
-        flow = (torch.tanh(torch.ones(1, 3) @ weight.T) @ weight.T).sum()
-    (gradient,) = torch.autograd.grad(flow, weight)
-    expected_N = (weight * gradient).detach().reshape(-1)
-    scores = scores_of(model, tiny(num_outputs=3), config_of("synflow"))
-    assert_scores(scores, expected_N / expected_N.max() * flat(scores).max())
 
 
 # -- augmentation ----------------------------------------------------------------------------------

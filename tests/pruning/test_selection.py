@@ -20,6 +20,7 @@ from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
 from gbp_ray.pruning.selection import (
     Selection,
+    check_reachable,
     check_selectable,
     exact_threshold,
     num_to_prune,
@@ -450,6 +451,61 @@ def test_an_impossible_sparsity_is_refused(scope: str) -> None:
         select(scores, 0.8, scope=scope, layer_max_sparsity={"a": 0.5})
     with pytest.raises(PruneError, match=r"asks for 4 of 20 weights.*floors"):
         select(scores, 0.2, scope=scope, layer_min_sparsity={"a": 0.5})
+
+
+@given(case=bounded_cases(), scope=st.sampled_from(["global", "layer"]))
+@settings(deadline=None)
+def test_what_cannot_be_reached_shows_without_scores(case: Any, scope: str) -> None:
+    scores, bounds, k = case
+    config = prune_config(
+        sparsity=k / len(flat(scores)),
+        scope=scope,
+        layer_min_sparsity=as_fractions(scores, bounds, 0),
+        layer_max_sparsity=as_fractions(scores, bounds, 1),
+    )
+    shapes = {name: tuple(values.shape) for name, values in scores.items()}
+    if cheapest(scores, bounds, k) is None:
+        with pytest.raises(ConfigError, match=r"^prune\.sparsity = "):
+            check_reachable(shapes, config)
+    else:
+        check_reachable(shapes, config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (
+            {"sparsity": 0.9, "layer_max_sparsity": {"a.*": 0.5, "b.*": 0.88}},
+            r"asks for 198 of 220 weights, but the layers may lose 190 at most "
+            r"\('a\.weight' 5 of 10, 'b\.weight' 176 of 200\); lower it or raise "
+            r"prune\.layer_max_sparsity$",
+        ),
+        ({"sparsity": 0.99}, r"218 of 220 weights.* 217 at most .*'a\.weight' 9 of 10"),
+        (
+            {"sparsity": 0.1, "layer_min_sparsity": {"b.*": 0.2}},
+            r"asks for 22 of 220 weights, but the layers must lose 40 at least "
+            r"\('b\.weight' 40 of 200\); raise it or lower prune\.layer_min_sparsity$",
+        ),
+        (
+            {"sparsity": 0.5, "granularity": "1:2", "layer_max_sparsity": {"a.*": 0.2}},
+            r"110 of 220 weights.* 107 at most \('a\.weight' 2 of 10\)",
+        ),
+    ],
+    ids=["ceilings", "one stays", "floors", "pattern"],
+)
+def test_a_sparsity_out_of_reach_names_the_layers_in_the_way(
+    fields: dict[str, Any], reason: str
+) -> None:
+    shapes = {"a.weight": (1, 10), "b.weight": (20, 10), "c.weight": (1, 10)}
+    with pytest.raises(ConfigError, match=rf"^prune\.sparsity = {fields['sparsity']}: .*{reason}"):
+        check_reachable(shapes, prune_config(**fields))
+
+
+def test_only_the_first_of_many_layers_in_the_way_are_named() -> None:
+    shapes = {f"{number}.weight": (10, 10) for number in range(9)}
+    bounds = {"sparsity": 0.9, "layer_max_sparsity": {"*": 0.5}}
+    with pytest.raises(ConfigError, match=r"'4\.weight' 50 of 100 and 4 more\); lower"):
+        check_reachable(shapes, prune_config(**bounds))
 
 
 # -- n:m -------------------------------------------------------------------------------------------

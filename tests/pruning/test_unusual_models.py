@@ -191,6 +191,74 @@ def test_batches_of_one_example() -> None:
     assert states[-1].record.sparsity == 0.5
 
 
+class FlatNormNet(nn.Sequential):
+    """Its norm sees one value of each channel in each example."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+class StillNormNet(FlatNormNet):
+    """Keeps its norm as it is while it trains."""
+
+    def train(self, mode: bool = True) -> StillNormNet:
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+@pytest.mark.parametrize("section", ["pretrain", "finetune"])
+@pytest.mark.parametrize(
+    ("batch_size", "microbatches", "remedy"),
+    [
+        (4, 4, r"cuts 4 examples into parts of one, .*; set {}\.microbatches to 2 or less$"),
+        (7, 4, r"cuts 7 examples into parts of one, .*; set {}\.microbatches to 3 or less$"),
+        # The data holds 21.
+        (64, 16, r"cuts 21 examples into parts of one, .*; set {}\.microbatches to 10 or less$"),
+        (1, 1, r"cuts 1 example into parts of one, .*; raise it$"),
+    ],
+)
+def test_a_part_of_one_example_is_refused_where_batchnorm_would_see_it(
+    section: str, batch_size: int, microbatches: int, remedy: str
+) -> None:
+    def job(**fields: Any) -> JobConfig:
+        recipe = {"epochs": 1, "batch_size": batch_size, "microbatches": microbatches, **fields}
+        return job_config(**{section: recipe}, prune={"sparsity": 0.5})
+
+    said = rf"^{section}\.batch_size = {batch_size} with {section}\.microbatches = {microbatches}: "
+    with pytest.raises(ConfigError, match=said + remedy.format(section)):
+        check_job(job(), tanh_regression(FlatNormNet))
+    check_job(job(epochs=0), tanh_regression(FlatNormNet))
+    check_job(job(), tanh_regression(StillNormNet))
+    check_job(job(), tanh_regression(TanhNet))
+    # Many values in an example: pixels.
+    check_job(job(), images())
+
+
+def test_the_most_parts_that_are_advised_can_be_trained() -> None:
+    training = {"epochs": 1, "batch_size": 7, "microbatches": 3}
+    job = small_job(finetune=FinetuneConfig(**training))
+    check_job(job, tanh_regression(FlatNormNet))
+    assert rounds_of(tanh_regression(FlatNormNet), finetune=FinetuneConfig(**training))
+
+
+def test_statistics_are_estimated_from_batches_even_where_scores_are_not() -> None:
+    still = {"pretrain": PretrainConfig(), "finetune": FinetuneConfig()}
+    statistics = []
+    for size in (1, 8, 32):
+        prune = {"criterion": "magnitude", "calibration_batch_size": size, "rounds": 1}
+        norm = rounds_of(tanh_regression(FlatNormNet), prune=prune, **still)[-1].model[1]
+        statistics.append((norm.running_mean.tolist(), norm.running_var.tolist()))
+    assert statistics[0] == statistics[1] == statistics[2] != ([0.0] * 4, [1.0] * 4)
+
+
+def test_statistics_of_one_example_are_refused_where_there_is_a_norm() -> None:
+    job = small_job(prune={"batchnorm_examples": 1})
+    with pytest.raises(ConfigError, match=r"^prune\.batchnorm_examples = 1: .* at least 2"):
+        check_job(job, tanh_regression(FlatNormNet))
+    check_job(job, tanh_regression(TanhNet))
+
+
 def test_a_data_set_smaller_than_every_batch() -> None:
     big = {"epochs": 2, "batch_size": 512, "microbatches": 2}
     states = rounds_of(
