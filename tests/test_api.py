@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from user_files import USER_JOB, USER_MODULE
 
 import gbp_ray
 from gbp_ray import api
@@ -26,55 +27,6 @@ from gbp_ray.store import Store
 
 torch.set_num_threads(1)
 
-USER_MODULE = '''
-import torch
-from torch import nn
-
-from gbp_ray import Workload
-
-
-def rings(examples=600):
-    """Points inside and outside a circle."""
-    draws = torch.Generator().manual_seed(0)
-    points = torch.rand(examples, 2, generator=draws) * 2 - 1
-    inside = (points.norm(dim=1) < 0.7).long()
-    train, test = slice(0, examples // 2), slice(examples // 2, examples)
-    return Workload(
-        build_model=lambda: nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 2)),
-        train=(points[train], inside[train]),
-        test=(points[test], inside[test]),
-    )
-
-
-def first_rows_first(model, inputs, targets, loss):
-    """Ranks weights by their place alone: the first of each parameter goes first."""
-    return {
-        name: torch.arange(weight.numel(), dtype=torch.float32).view_as(weight)
-        for name, weight in model.named_parameters()
-    }
-'''
-
-USER_JOB = """
-name = "rings"
-[workload]
-factory = "workload_of_a_user:rings"
-[pretrain]
-epochs = 3
-optimizer = "adam"
-learning_rate = 0.02
-batch_size = 50
-[prune]
-criterion = "taylor"
-sparsity = 0.5
-rounds = 2
-calibration_examples = 100
-[finetune]
-epochs = 0.5
-batch_size = 50
-[cluster]
-num_workers = 0
-"""
-
 
 @pytest.fixture
 def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
@@ -82,12 +34,12 @@ def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     folder, elsewhere = tmp_path / "mine", tmp_path / "elsewhere"
     folder.mkdir()
     elsewhere.mkdir()
-    (folder / "workload_of_a_user.py").write_text(USER_MODULE)
+    (folder / "rings_of_a_user.py").write_text(USER_MODULE)
     (folder / "job.toml").write_text(USER_JOB)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(elsewhere)
     yield folder
-    sys.modules.pop("workload_of_a_user", None)
+    sys.modules.pop("rings_of_a_user", None)
     importlib.invalidate_caches()
 
 
@@ -140,7 +92,7 @@ def test_overrides_may_be_texts_and_the_job_a_checked_one(user_folder: Path) -> 
 
 def test_the_model_of_each_round_has_the_accuracy_on_record(user_folder: Path) -> None:
     result = run(user_folder)
-    module = sys.modules["workload_of_a_user"]
+    module = sys.modules["rings_of_a_user"]
     inputs, targets = module.rings().test
     for number, record in enumerate(result.record.rounds):
         model = result.load_model(number)
@@ -195,7 +147,7 @@ def test_a_users_own_criterion_decides_what_goes(user_folder: Path) -> None:
     result = run(
         user_folder,
         **{
-            "prune.criterion": "workload_of_a_user:first_rows_first",
+            "prune.criterion": "rings_of_a_user:first_rows_first",
             "prune.rounds": 1,
             "prune.scope": "layer",
         },
@@ -285,11 +237,11 @@ def test_the_model_of_an_opened_result_is_found_from_the_working_folder(
     user_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = run(user_folder).folder
-    sys.modules.pop("workload_of_a_user")
+    sys.modules.pop("rings_of_a_user")
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(user_folder)])
     result = open_result(folder)
     assert result.load_masks()
-    with pytest.raises(ConfigError, match="no module named 'workload_of_a_user'"):
+    with pytest.raises(ConfigError, match="no module named 'rings_of_a_user'"):
         result.load_model()
     monkeypatch.chdir(user_folder)
     assert result.load_model()(torch.zeros(1, 2)).shape == (1, 2)
@@ -325,7 +277,7 @@ def test_damaged_files_of_a_finished_trial_are_refused(user_folder: Path) -> Non
 
 def test_a_workload_that_changed_under_its_results_is_noticed(user_folder: Path) -> None:
     result = run(user_folder)
-    module = sys.modules["workload_of_a_user"]
+    module = sys.modules["rings_of_a_user"]
     original = module.rings
 
     def wider(examples: int = 600) -> Any:
@@ -387,13 +339,13 @@ def test_a_module_of_the_same_name_from_elsewhere_is_pointed_out(
     run(user_folder)
     other = tmp_path / "other"
     other.mkdir()
-    (other / "workload_of_a_user.py").write_text(USER_MODULE.replace("(2, 32)", "(2, 16)"))
+    (other / "rings_of_a_user.py").write_text(USER_MODULE.replace("(2, 32)", "(2, 16)"))
     (other / "job.toml").write_text(USER_JOB)
     storage = {"storage": str(other / "results")}
-    with pytest.warns(UserWarning, match=r"'workload_of_a_user' is .*mine.*, not '.*other") as seen:
+    with pytest.warns(UserWarning, match=r"'rings_of_a_user' is .*mine.*, not '.*other") as seen:
         prune(other / "job.toml", storage, is_quiet=True)
     assert len(seen) == 1
-    assert str(seen[0].message).startswith("workload.factory = workload_of_a_user:rings")
+    assert str(seen[0].message).startswith("workload.factory = rings_of_a_user:rings")
 
 
 def test_a_job_taken_from_a_record_does_not_warn(user_folder: Path) -> None:
@@ -405,11 +357,11 @@ def test_a_job_taken_from_a_record_does_not_warn(user_folder: Path) -> None:
 
 WRONG = [
     ({"prune.sparsity": 1.0}, ConfigError, "prune.sparsity"),
-    ({"workload.factory": "workload_of_a_user:ring"}, ConfigError, "did you mean 'rings'"),
+    ({"workload.factory": "rings_of_a_user:ring"}, ConfigError, "did you mean 'rings'"),
     ({"workload.options.exampels": 5}, ConfigError, "did you mean 'examples'"),
     ({"workload.options.examples": 0}, WorkloadError, "holds no examples"),
     ({"workload.options.examples": "many"}, WorkloadError, "raised TypeError"),
-    ({"prune.criterion": "workload_of_a_user:nothing"}, ConfigError, "prune.criterion"),
+    ({"prune.criterion": "rings_of_a_user:nothing"}, ConfigError, "prune.criterion"),
     ({"prune.exclude": ["conv9.*"]}, ConfigError, "prune.exclude"),
     ({"prune.exclude": ["*"]}, ConfigError, "leaves nothing to prune"),
     ({"prune.layer_min_sparsity": {"conv9": 0.5}}, ConfigError, "prune.layer_min_sparsity"),

@@ -16,54 +16,13 @@ from typing import IO, Any
 
 import pytest
 import torch
+from user_files import USER_JOB, USER_MODULE
 
 from gbp_ray import cli
 from gbp_ray.config import CRITERIA, describe_fields
 from gbp_ray.store import RoundRecord, Store, TrialRecord, locate_trials
 
 torch.set_num_threads(1)
-
-USER_MODULE = """
-import torch
-from torch import nn
-
-from gbp_ray import Workload
-
-
-def rings(examples=600, top=1, classes=2):
-    draws = torch.Generator().manual_seed(0)
-    points = torch.rand(examples, 2, generator=draws) * 2 - 1
-    labels = (points.norm(dim=1) < 0.7).long() * top
-    train, test = slice(0, examples // 2), slice(examples // 2, examples)
-    return Workload(
-        build_model=lambda: nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, classes)),
-        train=(points[train], labels[train]),
-        test=(points[test], labels[test]),
-    )
-
-
-def cursed():
-    raise ValueError("it is\\nnot to be")
-"""
-
-USER_JOB = """
-name = "rings"
-[workload]
-factory = "rings_of_a_user:rings"
-[pretrain]
-epochs = 3
-batch_size = 50
-[prune]
-criterion = "taylor"
-sparsity = 0.5
-rounds = 2
-calibration_examples = 100
-[finetune]
-epochs = 0.5
-batch_size = 50
-[cluster]
-num_workers = 0
-"""
 
 QUICK_DIGITS = [
     "--set=cluster.num_workers=0",
@@ -257,13 +216,21 @@ BAD_INPUT = [
     ("prune.granularity=2:4", ["prune.granularity = '2:4'", "'0.weight' has 2"]),
     ("prune.granularity=3:4", ["set prune.sparsity=0.25"]),
     ("prune.exclude=['conv.*']", ["prune.exclude = 'conv.*'", "matches no parameter"]),
-    ("prune.layer_max_sparsity={'0.*'=0.0, '2.*'=0.0}", ["ceilings allow 0"]),
+    (
+        "prune.layer_max_sparsity={'0.*'=0.0, '2.*'=0.0}",
+        ["the layers may lose 0 at most", "'0.weight' 0 of 64"],
+    ),
     ("workload.options.examples=0", ["workload.train: holds no examples"]),
     ("workload.options.examples=1", ["workload.train: holds no examples"]),
     ("workload.options.top=2", ["labels run from 0 to 2", "2 outputs (allowed: 0 to 1)"]),
     ("workload.options.top=-1", ["labels run from -1 to 0"]),
     ("workload.options.colour=1", ["workload.options.colour", "allowed: examples, top, classes"]),
     ("workload.factory=rings_of_a_user:cursed", ["raised ValueError: it is not to be"]),
+    ("workload.factory=rings_of_a_user:netless", ["workload.build_model returned NoneType"]),
+    (
+        "prune.criterion=rings_of_a_user:cursed",
+        ["prune.criterion = 'rings_of_a_user:cursed' raised TypeError"],
+    ),
     ("workload.factory=rings_of_a_user:nothing", ["has no 'nothing'"]),
     ("workload.factory=rings_of_nobody:rings", ["no module named 'rings_of_nobody'"]),
     ("name=../escape", ["name = '../escape'"]),

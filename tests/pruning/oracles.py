@@ -16,6 +16,8 @@ from gbp_ray.workload import Workload
 
 BATCH_SIZE = 4
 NUM_EXAMPLES = 10  # Batches of 4, 4 and 2.
+GRADIENT_CRITERIA = ["taylor", "snip", "taylor_squared", "fisher", "obd", "grasp"]
+DATA_FREE_CRITERIA = ["magnitude", "random", "synflow"]
 
 
 def config_of(name: str, **fields: Any) -> Any:

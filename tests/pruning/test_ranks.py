@@ -8,14 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rank_program import (
-    FAILING_STEPS,
-    MASK_CASES,
-    SUM_CASES,
-    addends,
-    report_of,
-    reports_of_world,
-)
+from rank_program import FAILING_STEPS, MASK_CASES, SUM_CASES, addends, report_of, reports_of_world
 
 from gbp_ray.config import CRITERIA
 from gbp_ray.pruning.ranks import OrderedSum, Ranks

@@ -24,6 +24,7 @@ from small_networks import (
     regression,
     scores_of,
 )
+from small_trainings import recipe_of, steps, tanh_regression, train
 from torch import Tensor, nn
 
 from gbp_ray.config import CRITERIA, FinetuneConfig, JobConfig, PretrainConfig
@@ -32,11 +33,8 @@ from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.rounds import Checkpoint, RoundState, check_job, load_weights, run_rounds
 from gbp_ray.pruning.saliency import criterion
 from gbp_ray.pruning.training import (
-    Span,
     evaluate,
-    make_optimizer,
     recalibrate_batchnorm,
-    train_epochs,
 )
 from gbp_ray.workload import Workload
 
@@ -55,19 +53,8 @@ def small_job(**sections: Any) -> JobConfig:
     )
 
 
-def tanh_regression(build: Any, dtype: torch.dtype = torch.float32) -> Workload:
-    return regression(build, draw(21, 3, seed=1, dtype=dtype), draw(21, 2, seed=2, dtype=dtype))
-
-
 def rounds_of(subject: Workload, **sections: Any) -> list[RoundState]:
     return list(run_rounds(small_job(**sections), subject, ONE_RANK))
-
-
-def train(model: nn.Module, workload: Workload, num_steps: int = 3, **fields: Any) -> None:
-    recipe = FinetuneConfig(**{"epochs": 1, "batch_size": 8, "microbatches": 2, **fields})
-    span = Span("finetune", range(num_steps), range(num_steps))
-    optimizer = make_optimizer(model, recipe)
-    train_epochs(model, workload, recipe, ONE_RANK, optimizer, span, seed=0)
 
 
 # -- frozen and unreached parameters ---------------------------------------------------------------
@@ -335,7 +322,7 @@ def test_gradients_of_float32_layers_are_not_rounded_to_those_of_a_bfloat16_laye
     model, plain = built(MixedPrecision), built(MixedPrecision)
     workload = tanh_regression(MixedPrecision)
     everything = {"batch_size": 21, "microbatches": 1, "momentum": 0.0, "weight_decay": 0.0}
-    train(model, workload, 1, learning_rate=1.0, lr_schedule="constant", **everything)
+    train(model, workload, recipe_of(learning_rate=1.0, **everything), steps(1))
     workload.loss(plain(workload.train[0]), workload.train[1]).backward()
     with torch.no_grad():
         expected = plain.b.weight - plain.b.weight.grad
@@ -401,7 +388,7 @@ CONSTANT = ("num_classes", "size", "is_ready", "wave", "all", "some", "square")
 def test_training_moves_what_a_step_moves_and_no_constant() -> None:
     model, fresh = built(Counting), Counting()
     workload = tanh_regression(Counting)
-    train(model, workload, 2, batch_size=20, microbatches=3)
+    train(model, workload, recipe_of(batch_size=20), steps(2))
     for name in CONSTANT:
         assert torch.equal(model.get_buffer(name), fresh.get_buffer(name)), name
     assert (model.calls, model.calls_bound_anew, model.norm.num_batches_tracked) == (2, 2, 2)
@@ -411,7 +398,7 @@ def test_training_moves_what_a_step_moves_and_no_constant() -> None:
 def test_a_bound_buffer_moves_by_the_mean_over_the_parts() -> None:
     model = built(Counting)
     workload = tanh_regression(Counting)
-    train(model, workload, 1, batch_size=21, microbatches=3)
+    train(model, workload, recipe_of(batch_size=21), steps(1))
     torch.testing.assert_close(model.mean, workload.train[0].mean(dim=0))
 
 

@@ -1,0 +1,52 @@
+"""Importing torchvision beside a torch that its extension was not built for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from gbp_ray.zoo import vision
+
+
+def run_python(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_torchvision_is_imported_only_when_needed():
+    run_python(
+        "import sys, torch, gbp_ray.zoo as zoo\n"
+        "from gbp_ray.workload import take_batch\n"
+        "w = zoo.digits_convnet()\n"
+        "take_batch(w, w.train, torch.arange(4), augment_seed=1)\n"
+        "assert not [m for m in sys.modules if m.startswith('torchvision')]"
+    )
+
+
+def test_torchvision_imports_after_somebody_elses_import_failed():
+    run_python(
+        "try:\n    import torchvision\nexcept RuntimeError:\n    pass\n"
+        "from gbp_ray.zoo.vision import import_vision\n"
+        "models = import_vision('models')\n"
+        "assert 'resnet18' in models.list_models(module=models)\n"
+        "import torchvision.transforms.v2"
+    )
+
+
+def test_operators_are_declared_only_without_the_extension(monkeypatch):
+    vision.import_vision("models")
+    before, loaded = vision._declared, []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    assert vision._load_extension()
+    assert "_C" in Path(loaded[0]).name
+
+    def fail(path):
+        raise OSError("libtorch_cuda.so: cannot open shared object file")
+
+    monkeypatch.setattr(torch.ops, "load_library", fail)
+    assert not vision._load_extension()
+    vision._declare_operators()
+    assert vision._declared is before, "what exists must not be declared again"
