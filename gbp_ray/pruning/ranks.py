@@ -5,7 +5,7 @@ item (a calibration batch, a part of a training batch) is computed whole on one 
 vectors are added one after another in item order, each rank adding for its own slice of the vector.
 So 1, 2, 3 or 4 ranks give the same bits, and each rank sends what a reduce-scatter would send.
 
-Shape suffixes: N = elements of a flat vector, W = ranks, S = elements of a slice, ceil(N / W).
+Shape suffixes: N = elements of a flat vector, W = ranks, S = elements of the longest share.
 
 Every method that communicates says so; all ranks must call those in the same order. What runs a
 user's code may fail on one rank alone, so it runs `together` or as an `OrderedSum.attempt`: both
@@ -18,6 +18,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -141,6 +142,37 @@ class Ranks:
                 "the workers run different code, data or hardware"
             )
 
+    def add_up(self, counts: Tensor) -> Tensor:
+        """Adds integer counts of all ranks, in place; exact in any order. Communicates."""
+        assert counts.dtype is torch.int64
+        if self.world_size > 1:
+            on_device = counts.to(self.device)
+            dist.all_reduce(on_device)
+            counts.copy_(on_device)
+        return counts
+
+    def gather_objects(self, value: Result) -> list[Result]:
+        """Hands every rank's small object to all, in rank order. Communicates."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Result | None] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
+
+    def gather_bytes(self, part: Tensor) -> list[Tensor]:
+        """Hands every rank's uint8 vector to all, in rank order, as it is. Communicates."""
+        if self.world_size == 1:
+            return [part]
+        sizes = torch.zeros(self.world_size, dtype=torch.int64)
+        sizes[self.rank] = part.numel()
+        lengths = self.add_up(sizes).tolist()
+        padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
+        padded[: part.numel()] = part
+        whole = padded.new_empty(self.world_size * max(lengths))
+        _all_gather(whole, padded)
+        rows = whole.view(self.world_size, -1).cpu()
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
     def share_object(self, value: Result) -> Result:
         """Hands rank 0's small object to all ranks. Communicates."""
         if self.world_size == 1:
@@ -160,6 +192,8 @@ class OrderedSum:
         num_elements: N.
         dtype: Of the running sum.
         wire_dtype: Of the vectors as they are added and sent.
+        bounds: W + 1 ascending positions; rank r owns those from the r-th up to the next. Equal
+            shares by default.
     """
 
     def __init__(
@@ -169,11 +203,17 @@ class OrderedSum:
         num_items: int,
         dtype: torch.dtype,
         wire_dtype: torch.dtype = torch.float32,
+        bounds: list[int] | None = None,
     ) -> None:
         self._ranks = ranks
         self._wire_dtype = wire_dtype
-        self._num_elements = num_elements
-        self._slice_size = -(-num_elements // ranks.world_size)
+        share = -(-num_elements // ranks.world_size)
+        self._bounds = bounds or [
+            min(rank * share, num_elements) for rank in range(ranks.world_size + 1)
+        ]
+        assert self._bounds[-1] == num_elements
+        # All send and receive alike, padded to the longest share.
+        self._slice_size = max(stop - start for start, stop in pairwise(self._bounds))
         self.num_items = num_items
         self._next_item = 0
         self._failure: Exception | None = None
@@ -181,7 +221,7 @@ class OrderedSum:
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Holds back a failure of this turn's work until `result`, which all ranks reach.
+        """Holds back a failure of this turn's work until the sum is taken, which all ranks reach.
 
         The rank adds nothing in its place: `add(None)`.
         """
@@ -204,31 +244,40 @@ class OrderedSum:
         for row_S in self._exchange(vector_N)[:num_present]:
             self._total_S += row_S
 
-    def result(self) -> Tensor:
-        """Returns the whole sum, shape (N,), on every rank. Communicates.
+    def owned(self) -> Tensor:
+        """Returns this rank's share of the sum, shape (S,). Communicates.
 
         Raises:
             Exception: What an attempt failed with on any rank, as `Ranks.agree` says.
         """
         self._ranks.agree(self._failure)
         assert self._next_item == self.num_items, "fewer turns than items"
+        start, stop = self._bounds[self._ranks.rank : self._ranks.rank + 2]
+        return self._total_S[: stop - start]
+
+    def result(self) -> Tensor:
+        """Returns the whole sum, shape (N,), on every rank; fails as `owned`. Communicates."""
+        own = self.owned()
         if self._ranks.world_size == 1:
-            return self._total_S
+            return own
         whole = self._total_S.new_empty(self._slice_size * self._ranks.world_size)
         _all_gather(whole, self._total_S)
-        return whole[: self._num_elements]
+        rows = whole.view(self._ranks.world_size, -1)
+        sizes = [stop - start for start, stop in pairwise(self._bounds)]
+        return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
 
     def _exchange(self, vector_N: Tensor | None) -> Tensor:
         """Sends slice s of this rank's vector to rank s; returns (W, S), row r from rank r."""
         world = self._ranks.world_size
         outgoing = torch.zeros(
-            world * self._slice_size, dtype=self._wire_dtype, device=self._ranks.device
+            world, self._slice_size, dtype=self._wire_dtype, device=self._ranks.device
         )
         if vector_N is not None:
-            outgoing[: self._num_elements] = vector_N
+            for row, (start, stop) in zip(outgoing, pairwise(self._bounds), strict=True):
+                row[: stop - start] = vector_N[start:stop]
         incoming = torch.empty_like(outgoing)
         dist.all_to_all_single(incoming, outgoing)
-        return incoming.view(world, self._slice_size)
+        return incoming
 
 
 @contextmanager

@@ -366,6 +366,7 @@ class _Run:
                 self.job.prune,
                 sparsity,
                 {unit.name: unit.input_dim for unit in self.units},
+                self.ranks,
             )
         self.ranks.check_agreement(selection.masks.digest, f"the mask of round {number}")
         self.masks = selection.masks

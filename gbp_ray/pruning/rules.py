@@ -65,7 +65,10 @@ BatchStatistic = Callable[[Probe, Tensor, Tensor], Tensor]
 """(probe, inputs (B, ...), targets (B, ...)) -> the batch's additive vector, shape (N,)."""
 
 Finish = Callable[[Tensor, Tensor, int], Tensor]
-"""(weights_N, statistic_N, num_examples) -> scores_N; statistic_N is the last pass's sum."""
+"""(weights_S, statistic_S, num_examples) -> scores_S, weight by weight: a rank finishes its share.
+
+statistic_S is the last pass's sum.
+"""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,10 @@ and only then comes anything non-linear. Models are scored in eval mode and left
 
 Sums are float64; a batch's own vector has the weights' precision. Scores are float32.
 
-Shape suffixes: N = prunable weights of the model in the order of the global flat index.
+Each rank owns a stretch of the sum, and so of the scores (`slices`); nobody gathers them.
+
+Shape suffixes: N = prunable weights of the model in the order of the global flat index, S = those
+that this rank owns.
 Symbols of the formulas: w weight, g gradient of the mean loss over a batch, g_i of one example,
 H Hessian, sum_b over batches, n_b examples in batch b, n in all, z random signs.
 """
@@ -14,7 +17,7 @@ H Hessian, sum_b over batches, n_b examples in batch b, n in all, z random signs
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import reduce
 
@@ -28,6 +31,7 @@ from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.pruning.masks import Prunable
 from gbp_ray.pruning.ranks import OrderedSum, Ranks, buffer_slots, isolated
 from gbp_ray.pruning.rules import Criterion, Probe, own_criterion
+from gbp_ray.pruning.slices import SlicedScores, cut_flat, flat_stretch
 from gbp_ray.workload import (
     Workload,
     blaming_labels,
@@ -66,8 +70,8 @@ def score(
     round_number: int = 1,
     movement_N: Tensor | None = None,
     tell: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Tensor]:
-    """Scores every prunable weight; all ranks get the same bits, whatever their number.
+) -> SlicedScores:
+    """Scores every prunable weight, each rank its slice; the bits do not depend on their number.
 
     Args:
         units: From `prunable_parameters(model)`.
@@ -76,37 +80,36 @@ def score(
         tell: Called with (batches done, batches in all) on this rank.
 
     Returns:
-        Parameter name to scores, float32, shaped like the weights. Communicates.
+        This rank's slice of the scores, float32. Communicates.
 
     Raises:
         ConfigError: The criterion cannot be found.
         PruneError: A score is NaN or infinite (raised on every rank), or movement has no history.
     """
     rule = criterion(config.criterion)
-    weights_N = torch.cat([unit.parameter.detach().reshape(-1) for unit in units])
+    bounds = cut_flat(units, ranks.world_size)
+    start, stop = bounds[ranks.rank : ranks.rank + 2]
+    total = 1
     with _scoring_mode(model, units):
         if config.criterion == "random":
-            scores_N = _draw_scores(weights_N.numel(), derive_seed(seed, "random", round_number))
+            draws = derive_seed(seed, "random", round_number)
+            statistic_S = _draw_scores(bounds[-1], draws)[start:stop]
         elif config.criterion == "synflow":
-            scores_N = _synaptic_flow(model, units, workload)
+            statistic_S = ranks.together(lambda: _synaptic_flow(model, units, workload))[start:stop]
         elif config.criterion == "movement":
             if movement_N is None:
                 raise PruneError(
                     "prune.criterion = movement: nothing was gathered; set finetune.epochs above 0"
                 )
-            scores_N = rule.finish(weights_N.double(), movement_N, 1)
+            statistic_S = movement_N[start:stop]
         else:
-            statistic_N, total = _sum_over_batches(
-                rule, model, units, workload, config, ranks, seed, tell
+            statistic_S, total = _sum_over_batches(
+                rule, model, units, workload, config, ranks, seed, bounds, tell
             )
-            scores_N = rule.finish(weights_N.double(), statistic_N, total)
-    scores_N = scores_N.float().to(weights_N.device)
-    pieces = scores_N.split([unit.parameter.numel() for unit in units])
-    scores = {
-        unit.name: piece.view(unit.parameter.shape)
-        for unit, piece in zip(units, pieces, strict=True)
-    }
-    _refuse_non_finite(scores, units, config.criterion)
+    weights_S = flat_stretch([unit.parameter for unit in units], start, stop).double()
+    scores_S = ranks.together(lambda: rule.finish(weights_S, statistic_S, total)).float()
+    scores = SlicedScores.cut(scores_S, units, start)
+    ranks.together(lambda: _refuse_non_finite(scores, units, config.criterion, ranks))
     return scores
 
 
@@ -134,7 +137,7 @@ def check_criterion(
             _synaptic_flow(model, units, workload)
         elif config.criterion not in ("random", "movement"):
             statistic_N, total = _sum_over_batches(
-                rule, model, units, workload, small, Ranks(), seed, lambda done, total: None
+                rule, model, units, workload, small, Ranks(), seed, None, lambda done, total: None
             )
             rule.finish(_flat([unit.parameter for unit in units]).double(), statistic_N, total)
 
@@ -168,8 +171,10 @@ def _sum_over_batches(
     config: PruneConfig,
     ranks: Ranks,
     seed: int,
+    bounds: list[int] | None,
     tell: Callable[[int, int], None],
 ) -> tuple[Tensor, int]:
+    """Runs a rule's passes; returns this rank's share of the last sum, and how many examples."""
     available = num_examples(workload.train)
     total = min(config.calibration_examples, available)
     chosen = shuffled_indices(available, derive_seed(seed, "calibration"))[:total]
@@ -178,10 +183,12 @@ def _sum_over_batches(
     turns = -(-len(batches) // ranks.world_size)
     wire_dtype = reduce(torch.promote_types, (unit.parameter.dtype for unit in units))
     previous_N: Tensor | None = None
-    if not rule.passes:
-        return torch.zeros(num_weights, dtype=torch.float64, device=ranks.device), total
+    sums = OrderedSum(ranks, num_weights, 0, torch.float64, wire_dtype, bounds)
     for number, statistic in enumerate(rule.passes):
-        sums = OrderedSum(ranks, num_weights, len(batches), torch.float64, wire_dtype)
+        if number > 0:
+            # What the pass before summed may be a direction for this one, so all need all of it.
+            previous_N = sums.result()
+        sums = OrderedSum(ranks, num_weights, len(batches), torch.float64, wire_dtype, bounds)
         for turn, item in enumerate(ranks.deal(len(batches))):
             vector_N: Tensor | None = None
             if item is not None:
@@ -200,9 +207,7 @@ def _sum_over_batches(
                         vector_N = statistic(probe, inputs, targets)
             sums.add(vector_N)
             tell(number * turns + turn + 1, len(rule.passes) * turns)
-        previous_N = sums.result()
-    assert previous_N is not None
-    return previous_N, total
+    return sums.owned(), total
 
 
 def _flat(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
@@ -398,15 +403,23 @@ def _scoring_mode(model: nn.Module, units: list[Prunable]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def _refuse_non_finite(scores: Mapping[str, Tensor], units: list[Prunable], rule: str) -> None:
-    bad = [unit for unit in units if not bool(torch.isfinite(scores[unit.name]).all())]
+def _refuse_non_finite(
+    scores: SlicedScores, units: list[Prunable], rule: str, ranks: Ranks
+) -> None:
+    bad = [
+        unit
+        for unit, values in zip(units, scores.values, strict=True)
+        if not bool(torch.isfinite(values).all())
+    ]
     if not bad:
         return
     # One weight that is not finite spoils the gradients of all: name that one.
-    culprit = next((u for u in bad if not bool(torch.isfinite(u.parameter).all())), bad[0])
+    culprit = next((u for u in units if not bool(torch.isfinite(u.parameter).all())), bad[0])
+    seen = f", seen by worker {ranks.rank}" if ranks.world_size > 1 else ""
     raise PruneError(
-        f"scores of '{culprit.name}': NaN or infinite under prune.criterion = {rule}; the weights "
-        "diverged or the criterion overflowed; lower the learning rate, or try another criterion"
+        f"scores of '{culprit.name}': NaN or infinite under prune.criterion = {rule}{seen}; the "
+        "weights diverged or the criterion overflowed; lower the learning rate, or try another "
+        "criterion"
     )
 
 

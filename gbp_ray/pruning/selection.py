@@ -2,14 +2,22 @@
 
 Removing the lowest scores is a choice among laminar bounds: groups of an n:m pattern lie inside
 layers, layers inside the whole. For such bounds the greedy choice is the best one, and it has a
-closed form used here: within each group the highest n are exempt, within each layer the lowest
-`floor` are forced and all beyond `ceiling` are exempt, and the rest compete in one pool.
+closed form used here: within each group the highest n are exempt, and the whole has one threshold,
+up to which every layer gives what it has, but no less than its floor and no more than its ceiling.
+
+Each rank decides over its own slices (`slices`), and the decision is one: thresholds come from
+counts added over all ranks (`thresholds`), and so do the shares of equal scores. What ranks tell
+each other beyond that is their slice of the masks, one bit a weight. Which collectives come in
+which order depends on those counts alone, which all ranks know.
 
 Equal scores are taken by global flat index (parameter name order, then C order), so the choice is a
 function of the scores alone. Zeros of both signs are equal. Weights pruned before stay pruned and
 count towards k.
 
-Shape suffixes: N = prunable weights of the model, L = weights of one layer.
+Scores are compared in float32, or in float64 where any of them is; narrower floats are widened,
+which keeps their order.
+
+Shape suffixes: N = prunable weights of the model, L = weights of one layer in this rank's slice.
 """
 
 from __future__ import annotations
@@ -26,6 +34,9 @@ from torch import Tensor
 from gbp_ray.config import PruneConfig, nearest_name
 from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.pruning.slices import Slice, SlicedScores
+from gbp_ray.pruning.thresholds import Cut, Pool, exact_threshold, find_cuts
 
 __all__ = [
     "Selection",
@@ -52,22 +63,27 @@ class Selection:
 
 @dataclass
 class _Layer:
-    """One layer in the pool: positions are within the layer's flat weights."""
+    """One layer in the pool; arrays cover this rank's slice, numbers the whole layer.
 
-    name: str
+    Attributes:
+        scores_L: Minus infinity where pruned before, plus infinity where a pattern exempts.
+        num_pruned: Pruned before.
+    """
+
+    piece: Slice
     scores_L: np.ndarray
-    pruned_L: np.ndarray
-    exempt_L: np.ndarray
-    floor: int
-    ceiling: int
+    num_pruned: int
+    num_exempt: int = 0
+    floor: int = 0
+    ceiling: int = 0
 
     @property
-    def is_open_L(self) -> np.ndarray:
-        return ~(self.pruned_L | self.exempt_L)
+    def name(self) -> str:
+        return self.piece.name
 
     @property
-    def num_pruned(self) -> int:
-        return int(self.pruned_L.sum())
+    def size(self) -> int:
+        return math.prod(self.piece.shape)
 
 
 def num_to_prune(sparsity: float, num_units: int) -> int:
@@ -75,32 +91,19 @@ def num_to_prune(sparsity: float, num_units: int) -> int:
     return math.floor(sparsity * num_units + 0.5)
 
 
-def exact_threshold(scores_N: np.ndarray, k: int) -> tuple[np.floating, int]:
-    """Finds where the k lowest scores end.
-
-    Args:
-        scores_N: (N,) float32 or float64, finite.
-        k: 1 <= k <= N.
-
-    Returns:
-        The k-th lowest score, and how many units equal to it belong to the k.
-    """
-    threshold = np.partition(scores_N, k - 1)[k - 1]
-    return threshold, k - int(np.count_nonzero(scores_N < threshold))
-
-
 def select_masks(
-    scores: Mapping[str, Tensor],
+    scores: SlicedScores | Mapping[str, Tensor],
     masks: MaskSet,
     config: PruneConfig,
     sparsity: float,
     input_dims: Mapping[str, int] | None = None,
+    ranks: Ranks | None = None,
 ) -> Selection:
-    """Removes units until exactly round(sparsity * N) are gone.
+    """Removes units until exactly round(sparsity * N) are gone. Communicates.
 
     Args:
-        scores: Parameter name to saliency, shaped like the weights, float32 or float64 (narrower
-            floats are widened, which keeps their order); the lowest go first.
+        scores: This rank's slices, or, with one rank, parameter name to saliency, shaped like the
+            weights; the lowest go first.
         masks: The masks so far; pruned weights stay pruned and their scores are ignored.
         config: Scope, granularity and the bounds per layer.
         sparsity: Of this round, in [0, 1).
@@ -110,24 +113,24 @@ def select_masks(
         PruneError: A score is NaN or infinite, or the bounds leave no choice of that size.
         ConfigError: An n:m pattern does not divide a layer, or a bound's glob matches no layer.
     """
+    ranks = ranks or Ranks()
+    if not isinstance(scores, SlicedScores):
+        _refuse_other_shapes(scores, masks)
+        scores = SlicedScores.whole({name: scores[name] for name in masks})
     check_selectable({name: tuple(mask.shape) for name, mask in masks.items()}, config, input_dims)
-    layers = [
-        _make_layer(name, scores[name], mask, config, (input_dims or {}).get(name, 1))
-        for name, mask in masks.items()
-    ]
+    layers = _make_layers(scores, masks, config, input_dims or {}, ranks)
     _set_bounds(layers, config)
     k = num_to_prune(sparsity, masks.num_units)
     _refuse_impossible(layers, k, sparsity, config)
     if config.scope == "layer":
-        held_back = _prune_by_layer(layers, k)
+        quotas, held_back = _share_by_layer(layers, k)
+        cuts: list[Cut | None] = [None] * len(layers)
     else:
-        held_back = _prune_globally(layers, k)
-    kept = {
-        layer.name: torch.from_numpy(~layer.pruned_L).view(masks[layer.name].shape)
-        for layer in layers
-    }
+        quotas, cuts, held_back = _share_globally(layers, k, ranks)
+    kept = _mark(layers, quotas, cuts, ranks)
+    whole = _exchange_masks([layer.piece for layer in layers], kept, ranks)
     device = next(iter(masks.values())).device
-    chosen = MaskSet(kept, masks.round + 1, config.criterion, masks.digest).to(device)
+    chosen = MaskSet(whole, masks.round + 1, config.criterion, masks.digest).to(device)
     assert chosen.num_pruned == max(k, masks.num_pruned)
     return Selection(chosen, tuple(held_back))
 
@@ -208,42 +211,63 @@ def _some_of(items: list[str], most: int = 5) -> str:
     return ", ".join(items[:most]) + more
 
 
-def _make_layer(
-    name: str, scores: Tensor, mask: Tensor, config: PruneConfig, input_dim: int
-) -> _Layer:
-    if scores.shape != mask.shape:
-        raise PruneError(
-            f"scores of '{name}': shape {tuple(scores.shape)} differs from the weights' "
-            f"{tuple(mask.shape)}"
-        )
-    wide = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
-    # Adding zero makes -0.0 equal to 0.0 bit for bit.
-    scores_L = wide.detach().cpu().reshape(-1).numpy() + 0.0
-    pruned_L = ~mask.cpu().reshape(-1).numpy()
-    finite_L = np.isfinite(scores_L) | pruned_L
-    if not finite_L.all():
-        raise PruneError(
-            f"scores of '{name}': {int((~finite_L).sum())} are NaN or infinite; the criterion "
-            f"'{config.criterion}' overflowed or the weights diverged"
-        )
-    exempt_L = np.zeros_like(pruned_L)
-    if config.pattern is not None:
-        exempt_L = _exempt_by_pattern(scores_L, pruned_L, mask.shape, input_dim, config.pattern)
-    return _Layer(name, scores_L, pruned_L, exempt_L, 0, 0)
+def _refuse_other_shapes(scores: Mapping[str, Tensor], masks: MaskSet) -> None:
+    for name, mask in masks.items():
+        if scores[name].shape != mask.shape:
+            raise PruneError(
+                f"scores of '{name}': shape {tuple(scores[name].shape)} differs from the weights' "
+                f"{tuple(mask.shape)}"
+            )
+
+
+def _make_layers(
+    scores: SlicedScores,
+    masks: MaskSet,
+    config: PruneConfig,
+    input_dims: Mapping[str, int],
+    ranks: Ranks,
+) -> list[_Layer]:
+    is_wide = any(values.dtype is torch.float64 for values in scores.values)
+    dtype = torch.float64 if is_wide else torch.float32
+    layers = []
+    counts = torch.zeros(len(scores.slices), 2, dtype=torch.int64)
+    for number, (piece, values) in enumerate(zip(scores.slices, scores.values, strict=True)):
+        mask = masks[piece.name]
+        pruned_L = ~mask.reshape(-1)[piece.start : piece.stop].cpu().numpy()
+        # A copy: what follows writes into it.
+        scores_L = values.detach().cpu().to(dtype, copy=True).numpy()
+        counts[number, 0] = int(np.count_nonzero(~(np.isfinite(scores_L) | pruned_L)))
+        scores_L[pruned_L] = -np.inf
+        if config.pattern is not None:
+            exempt_L = _exempt_by_pattern(
+                scores_L, pruned_L, piece, input_dims.get(piece.name, 1), config.pattern
+            )
+            scores_L[exempt_L] = np.inf
+            counts[number, 1] = int(np.count_nonzero(exempt_L))
+        layers.append(_Layer(piece, scores_L, mask.numel() - int(mask.sum())))
+    ranks.add_up(counts)
+    for layer, (num_bad, num_exempt) in zip(layers, counts.tolist(), strict=True):
+        if num_bad:
+            raise PruneError(
+                f"scores of '{layer.name}': {num_bad} are NaN or infinite; the criterion "
+                f"'{config.criterion}' overflowed or the weights diverged"
+            )
+        layer.num_exempt = num_exempt
+    return layers
 
 
 def _exempt_by_pattern(
     scores_L: np.ndarray,
     pruned_L: np.ndarray,
-    shape: tuple[int, ...],
+    piece: Slice,
     input_dim: int,
     pattern: tuple[int, int],
 ) -> np.ndarray:
     """Marks the n weights of each group that the pattern keeps: those removed last."""
     n, m = pattern
-    # Pruned weights sort first, so they fill the m - n places a group has to lose.
-    order_L = np.where(pruned_L, -np.inf, scores_L)
-    grouped = np.moveaxis(order_L.reshape(shape), input_dim, -1)
+    # Pruned weights sort first, so they fill the m - n places a group has to lose. Slices end
+    # where rows end, or hold all of a layer, so groups are whole.
+    grouped = np.moveaxis(scores_L.reshape(-1, *piece.shape[1:]), input_dim, -1)
     rank_in_group = np.argsort(
         np.argsort(grouped.reshape(-1, m), axis=1, kind="stable"), axis=1, kind="stable"
     )
@@ -253,9 +277,9 @@ def _exempt_by_pattern(
 
 def _set_bounds(layers: list[_Layer], config: PruneConfig) -> None:
     for layer in layers:
-        size = layer.scores_L.size
+        size = layer.size
         floor = num_to_prune(_bound_of(layer.name, config.layer_min_sparsity, 0.0), size)
-        ceiling = min(_ceiling_of(layer.name, size, config), size - int(layer.exempt_L.sum()))
+        ceiling = min(_ceiling_of(layer.name, size, config), size - layer.num_exempt)
         layer.ceiling = max(ceiling, layer.num_pruned)
         layer.floor = max(min(floor, layer.ceiling), layer.num_pruned)
 
@@ -283,7 +307,7 @@ def _bound_of(name: str, bound: float | dict[str, float], default: float) -> flo
 
 
 def _refuse_impossible(layers: list[_Layer], k: int, sparsity: float, config: PruneConfig) -> None:
-    total = sum(layer.scores_L.size for layer in layers)
+    total = sum(layer.size for layer in layers)
     most = sum(layer.ceiling for layer in layers)
     if k > most:
         raise PruneError(
@@ -295,7 +319,7 @@ def _refuse_impossible(layers: list[_Layer], k: int, sparsity: float, config: Pr
         return  # Earlier rounds are still on their way to the floors.
     least = 0
     for layer in layers:
-        floor = _least_of(layer.name, layer.scores_L.size, config)
+        floor = _least_of(layer.name, layer.size, config)
         least += max(min(floor, layer.ceiling), layer.num_pruned)
     if least > max(k, sum(layer.num_pruned for layer in layers)):
         raise PruneError(
@@ -305,58 +329,42 @@ def _refuse_impossible(layers: list[_Layer], k: int, sparsity: float, config: Pr
         )
 
 
-def _prune_globally(layers: list[_Layer], k: int) -> list[str]:
-    """Lets all weights compete; returns the layers held back by a ceiling."""
+def _share_globally(
+    layers: list[_Layer], k: int, ranks: Ranks
+) -> tuple[list[int], list[Cut | None], list[str]]:
+    """Lets all weights compete; returns the number each layer loses, the cuts, who is held back."""
+    pruned = [layer.num_pruned for layer in layers]
     forced = [max(layer.floor - layer.num_pruned, 0) for layer in layers]
-    budget = k - sum(layer.num_pruned for layer in layers)
+    budget = max(k - sum(pruned), 0)
     # An early round may ask for less than all floors together: floors then share it by size.
     if sum(forced) > budget:
-        sizes = [layer.scores_L.size for layer in layers]
-        forced = _share_out(max(budget, 0), sizes, [0] * len(layers), forced)
-    for layer, count in zip(layers, forced, strict=True):
-        _prune_lowest(layer, count)
-    budget = k - sum(layer.num_pruned for layer in layers)
-    if budget <= 0:
-        return []
-    pools = [layer.is_open_L for layer in layers]
-    held_back: set[str] = set()
-    while True:
-        quotas = _count_taken(layers, pools, budget)
-        over = [
-            index
-            for index, (layer, quota) in enumerate(zip(layers, quotas, strict=True))
-            if quota > layer.ceiling - layer.num_pruned
-        ]
-        if not over:
-            break
-        # What a full layer gives up moves on, and may fill the next one.
-        for index in over:
-            layer = layers[index]
-            pools[index] = _lowest_of(layer, layer.ceiling - layer.num_pruned)
-            held_back.add(layer.name)
-    for layer, quota in zip(layers, quotas, strict=True):
-        _prune_lowest(layer, quota)
-    return [layer.name for layer in layers if layer.name in held_back]
+        sizes = [layer.size for layer in layers]
+        forced = _share_out(budget, sizes, [0] * len(layers), forced)
+    low = [before + extra for before, extra in zip(pruned, forced, strict=True)]
+    high = [layer.ceiling for layer in layers]
+    pool = Pool(tuple(range(len(layers))), max(k, sum(pruned)), tuple(low), tuple(high))
+    cuts = find_cuts([layer.scores_L for layer in layers], [pool], ranks)
+    quotas = [min(max(cut.below, lo), hi) for cut, lo, hi in zip(cuts, low, high, strict=True)]
+    left = pool.target - sum(quotas)
+    held_back = []
+    for number, (layer, cut) in enumerate(zip(layers, cuts, strict=True)):
+        wanted = min(cut.below + cut.equal, max(quotas[number], cut.below) + left)
+        if wanted > layer.ceiling:
+            held_back.append(layer.name)
+        taken = min(max(wanted, quotas[number]), layer.ceiling)
+        left -= taken - quotas[number]
+        quotas[number] = taken
+    # A layer held by a bound ends elsewhere than the pool does.
+    own_cuts: list[Cut | None] = [
+        cut if cut.below <= quota <= cut.below + cut.equal else None
+        for cut, quota in zip(cuts, quotas, strict=True)
+    ]
+    return quotas, own_cuts, held_back
 
 
-def _count_taken(layers: list[_Layer], pools: list[np.ndarray], budget: int) -> list[int]:
-    """Counts how many of each layer's pool are among the `budget` lowest of all pools."""
-    scores_N = np.concatenate(
-        [layer.scores_L[pool] for layer, pool in zip(layers, pools, strict=True)]
-    )
-    threshold, num_ties = exact_threshold(scores_N, budget)
-    counts = []
-    for layer, pool in zip(layers, pools, strict=True):
-        inside = layer.scores_L[pool]
-        ties = min(int(np.count_nonzero(inside == threshold)), num_ties)
-        num_ties -= ties
-        counts.append(int(np.count_nonzero(inside < threshold)) + ties)
-    return counts
-
-
-def _prune_by_layer(layers: list[_Layer], k: int) -> list[str]:
-    """Gives each layer the same sparsity, to the unit; returns the layers held back."""
-    sizes = [layer.scores_L.size for layer in layers]
+def _share_by_layer(layers: list[_Layer], k: int) -> tuple[list[int], list[str]]:
+    """Gives each layer the same sparsity, to the unit; returns the numbers and who is held back."""
+    sizes = [layer.size for layer in layers]
     low = [layer.num_pruned for layer in layers]
     wanted = _share_out(k, sizes, low, sizes)
     floors = [layer.floor for layer in layers]
@@ -367,9 +375,7 @@ def _prune_by_layer(layers: list[_Layer], k: int) -> list[str]:
     held_back = [
         layer.name for layer, want in zip(layers, wanted, strict=True) if want > layer.ceiling
     ]
-    for layer, quota in zip(layers, quotas, strict=True):
-        _prune_lowest(layer, quota - layer.num_pruned)
-    return held_back
+    return quotas, held_back
 
 
 def _share_out(total: int, sizes: list[int], low: list[int], high: list[int]) -> list[int]:
@@ -404,22 +410,59 @@ def _share_out(total: int, sizes: list[int], low: list[int], high: list[int]) ->
     return counts
 
 
-def _prune_lowest(layer: _Layer, count: int) -> None:
-    if count > 0:
-        layer.pruned_L = layer.pruned_L | _lowest_of(layer, count)
+def _mark(
+    layers: list[_Layer], quotas: list[int], cuts: list[Cut | None], ranks: Ranks
+) -> list[np.ndarray]:
+    """Marks what is kept of this rank's slices when each layer loses its quota of lowest scores."""
+    pools = [
+        Pool((number,), quota, (0,), (layer.size,))
+        for number, (layer, quota, cut) in enumerate(zip(layers, quotas, cuts, strict=True))
+        if cut is None and quota > 0
+    ]
+    found = iter(find_cuts([layer.scores_L for layer in layers], pools, ranks) if pools else ())
+    nothing = Cut(-math.inf, 0, 0)
+    known = [
+        cut or (next(found) if quota > 0 else nothing)
+        for cut, quota in zip(cuts, quotas, strict=True)
+    ]
+    equal = [layer.scores_L == cut.threshold for layer, cut in zip(layers, known, strict=True)]
+    kept = []
+    before = _count_before([int(np.count_nonzero(ties_L)) for ties_L in equal], ranks)
+    for layer, cut, quota, ties_L, earlier in zip(
+        layers, known, quotas, equal, before, strict=True
+    ):
+        # Equal scores go in flat order: those of earlier ranks first.
+        share = max(quota - cut.below - earlier, 0)
+        gone_L = layer.scores_L < cut.threshold
+        gone_L[np.flatnonzero(ties_L)[:share]] = True
+        kept.append(~gone_L)
+    return kept
 
 
-def _lowest_of(layer: _Layer, count: int) -> np.ndarray:
-    """Marks the `count` lowest open weights of a layer, earlier ones first among equals."""
-    chosen_L = np.zeros_like(layer.pruned_L)
-    positions = np.flatnonzero(layer.is_open_L)
-    if count <= 0:
-        return chosen_L
-    if count >= positions.size:
-        chosen_L[positions] = True
-        return chosen_L
-    open_scores = layer.scores_L[positions]
-    threshold, num_ties = exact_threshold(open_scores, count)
-    chosen_L[positions[open_scores < threshold]] = True
-    chosen_L[positions[np.flatnonzero(open_scores == threshold)[:num_ties]]] = True
-    return chosen_L
+def _count_before(counts: list[int], ranks: Ranks) -> list[int]:
+    """Adds up, for each count, those of the ranks before this one. Communicates."""
+    table = torch.zeros(ranks.world_size, len(counts), dtype=torch.int64)
+    table[ranks.rank] = torch.tensor(counts)
+    return ranks.add_up(table)[: ranks.rank].sum(dim=0).tolist()
+
+
+def _exchange_masks(pieces: list[Slice], kept: list[np.ndarray], ranks: Ranks) -> dict[str, Tensor]:
+    """Puts the ranks' slices together on all of them, one bit a weight. Communicates."""
+    if ranks.world_size == 1:
+        parts, bounds = [kept], [[(piece.start, piece.stop) for piece in pieces]]
+    else:
+        bounds = ranks.gather_objects([(piece.start, piece.stop) for piece in pieces])
+        packed = torch.from_numpy(np.packbits(np.concatenate(kept)))
+        parts = []
+        for bits, stretches in zip(ranks.gather_bytes(packed), bounds, strict=True):
+            sizes = [stop - start for start, stop in stretches]
+            flat = np.unpackbits(bits.numpy(), count=sum(sizes)).astype(bool)
+            parts.append(np.split(flat, np.cumsum(sizes)[:-1]))
+    masks = {}
+    for number, piece in enumerate(pieces):
+        whole = np.empty(math.prod(piece.shape), dtype=bool)
+        for part, stretches in zip(parts, bounds, strict=True):
+            start, stop = stretches[number]
+            whole[start:stop] = part[number]
+        masks[piece.name] = torch.from_numpy(whole).view(piece.shape)
+    return masks

@@ -33,6 +33,7 @@ from gbp_ray.errors import ConfigError, PruneError, WorkloadError
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
 from gbp_ray.pruning.ranks import OrderedSum, Ranks
 from gbp_ray.pruning.rounds import run_rounds
+from gbp_ray.pruning.saliency import score
 from gbp_ray.pruning.selection import select_masks
 from gbp_ray.pruning.training import (
     Span,
@@ -144,11 +145,12 @@ def _masks(ranks: Ranks, model: nn.Module, movement_N: Tensor) -> dict[tuple[str
         )
         units = prunable_parameters(model, config.exclude)
         gathered_N = movement_N[-sum(unit.parameter.numel() for unit in units) :]
-        scores = scores_of(model, images(), config, ranks=ranks, seed=6, movement_N=gathered_N)
+        scores = score(model, units, images(), config, ranks, seed=6, movement_N=gathered_N)
         for _, scope, granularity in (case for case in MASK_CASES if case[0] == rule):
             chosen = config.model_copy(update={"scope": scope, "granularity": granularity})
-            early = select_masks(scores, MaskSet.dense(units), chosen, 0.2).masks
-            final = select_masks(scores, early, chosen, 0.5).masks
+            axes = {unit.name: unit.input_dim for unit in units}
+            early = select_masks(scores, MaskSet.dense(units), chosen, 0.2, axes, ranks).masks
+            final = select_masks(scores, early, chosen, 0.5, axes, ranks).masks
             found[rule, scope, granularity] = early.digest + final.digest
     return found
 

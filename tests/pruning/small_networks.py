@@ -68,9 +68,10 @@ def regression(build: Callable[[], nn.Module], inputs: Tensor, targets: Tensor) 
 
 
 def scores_of(model: nn.Module, workload: Workload, config: PruneConfig, **more: Any) -> Any:
-    """Scores a model on one rank."""
+    """Scores a model, on one rank or more, and puts the scores together."""
     units = prunable_parameters(model, config.exclude)
-    return score(model, units, workload, config, more.pop("ranks", ONE_RANK), **more)
+    ranks = more.pop("ranks", ONE_RANK)
+    return score(model, units, workload, config, ranks, **more).gather(ranks)
 
 
 class TanhNet(nn.Sequential):

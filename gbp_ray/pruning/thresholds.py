@@ -1,0 +1,263 @@
+"""Where the lowest scores end, found by counting, while every rank keeps its own.
+
+Scores become unsigned integers of the same order (`_to_keys`), and the wanted value is found digit
+by digit: each rank counts its keys by the next 8 bits, the counts of all ranks are added (int64, so
+exact in any order), and the digit is the first at which enough are counted. Four such rounds settle
+float32, eight float64; what travels is 2 KB per layer and round, whatever the number of weights.
+
+Before that, where scores are many, a sample brackets the value, and one pass over the scores counts
+what lies outside the bracket and keeps the percent or two inside. The sample decides how much is
+kept, never the result: a bracket that misses is noticed by its counts, and all scores are counted.
+
+Shape suffixes: L = a rank's scores of one layer, flat.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gbp_ray.pruning.ranks import Ranks
+
+__all__ = ["Cut", "Pool", "exact_threshold", "find_cuts"]
+
+_CHUNK = 2**16  # scores looked at together: they stay in the cache of a core
+_SAMPLE = 2**17
+_LEAST_STRIDE = 64
+_MANY = 2**18  # below this many scores in a pool, counting all of them takes milliseconds
+_DEVIATIONS = 5.0
+_DIGIT_BITS = 8
+_NUM_DIGITS = 2**_DIGIT_BITS
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Layers that share a number of removals; what one of them may give is bounded.
+
+    Attributes:
+        layers: Positions of the layers.
+        target: How many weights they lose together.
+        low: Least number by layer, in the order of `layers`.
+        high: Greatest number, likewise.
+    """
+
+    layers: tuple[int, ...]
+    target: int
+    low: tuple[int, ...]
+    high: tuple[int, ...]
+
+    def reaches(self, counts: Sequence[int]) -> bool:
+        """Whether removing so many of each layer, within its bounds, makes the target."""
+        bounded = zip(counts, self.low, self.high, strict=True)
+        return sum(min(max(int(n), lo), hi) for n, lo, hi in bounded) >= self.target
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a pool's removals end, seen from one of its layers.
+
+    Attributes:
+        threshold: The value.
+        below: Scores of the layer below it, over all ranks.
+        equal: Scores of the layer equal to it, over all ranks.
+    """
+
+    threshold: float
+    below: int
+    equal: int
+
+
+def exact_threshold(scores_L: np.ndarray, k: int, ranks: Ranks | None = None) -> tuple[float, int]:
+    """Finds where the k lowest scores end. Communicates.
+
+    Args:
+        scores_L: This rank's scores, float32 or float64, without NaN; all of them with one rank.
+        k: 1 <= k <= number of scores over all ranks.
+
+    Returns:
+        The k-th lowest score, and how many scores equal to it belong to the k.
+    """
+    pool = Pool((0,), k, (0,), (2**62,))
+    (cut,) = find_cuts([scores_L], [pool], ranks or Ranks())
+    return cut.threshold, k - cut.below
+
+
+def find_cuts(values: Sequence[np.ndarray], pools: Sequence[Pool], ranks: Ranks) -> list[Cut]:
+    """Finds the lowest value at which each pool reaches its target. Communicates.
+
+    Args:
+        values: This rank's scores by layer, (L,) each, of one dtype, without NaN.
+        pools: Each layer in at most one of them; a pool's layers hold enough for its target.
+
+    Returns:
+        A cut for each layer of each pool, in the order of the pools.
+    """
+    searches = [_Search(pool, [values[layer] for layer in pool.layers]) for pool in pools]
+    _bracket(searches, ranks)
+    _count_digits([search for search in searches if not search.is_done], values, ranks)
+    return [cut for search in searches for cut in search.cuts()]
+
+
+class _Search:
+    """What is known of one pool: counts below, and the scores among which the value lies."""
+
+    def __init__(self, pool: Pool, values: list[np.ndarray]) -> None:
+        self.pool, self.values = pool, values
+        self.below = np.zeros(len(values), dtype=np.int64)
+        self.equal = np.zeros(len(values), dtype=np.int64)
+        self.inside: list[np.ndarray] | None = None  # keys; None: all values
+        self.threshold = math.nan
+        self.prefix = 0
+        self.is_done = False
+
+    def cuts(self) -> list[Cut]:
+        return [
+            Cut(self.threshold, int(below), int(equal))
+            for below, equal in zip(self.below, self.equal, strict=True)
+        ]
+
+    def settle(self, threshold: float, below: np.ndarray, equal: np.ndarray) -> None:
+        self.threshold, self.below, self.equal, self.is_done = threshold, below, equal, True
+
+    def keys(self, layer: int) -> Iterator[np.ndarray]:
+        if self.inside is not None:
+            yield self.inside[layer]
+            return
+        for chunk in _chunks(self.values[layer]):
+            yield _to_keys(chunk)
+
+
+# -- the bracket -----------------------------------------------------------------------------------
+
+
+def _bracket(searches: list[_Search], ranks: Ranks) -> None:
+    """Narrows the searches of many scores to those inside a bracket, or settles them outright."""
+    sizes = ranks.add_up(
+        torch.tensor([sum(v.size for v in s.values) for s in searches], dtype=torch.int64)
+    )
+    many = [
+        (search, int(size))
+        for search, size in zip(searches, sizes.tolist(), strict=True)
+        if size >= _MANY
+    ]
+    if not many:
+        return
+    samples = ranks.gather_objects([_sample(search, size) for search, size in many])
+    found = []
+    for number, (search, size) in enumerate(many):
+        sample = np.sort(np.concatenate([of_rank[number] for of_rank in samples]))
+        low, high = _bracket_ends(sample, search.pool.target / size)
+        found.append((search, low, high, [_scan(v, low, high) for v in search.values]))
+    counts = torch.tensor([scan.counts for *_, scans in found for scan in scans], dtype=torch.int64)
+    everywhere = ranks.add_up(counts).numpy()
+    for search, low, high, scans in found:
+        below_low, to_low, below_high, to_high = everywhere[: len(scans)].T
+        everywhere = everywhere[len(scans) :]
+        reaches = search.pool.reaches
+        if reaches(below_low) or not reaches(to_high):
+            continue
+        if reaches(to_low):
+            search.settle(low, below_low, to_low - below_low)
+        elif reaches(below_high):
+            search.below = to_low
+            search.inside = [_to_keys(scan.inside) for scan in scans]
+        else:
+            search.settle(high, below_high, to_high - below_high)
+
+
+def _sample(search: _Search, size: int) -> np.ndarray:
+    stride = max(_LEAST_STRIDE, size // _SAMPLE)
+    return np.concatenate([values[::stride] for values in search.values])
+
+
+def _bracket_ends(sample: np.ndarray, share: float) -> tuple[float, float]:
+    """Picks two values between which, very likely, the given share of all scores ends."""
+    middle = share * sample.size
+    slack = _DEVIATIONS * math.sqrt(sample.size * share * max(0.0, 1 - share)) + 2
+    first, last = math.floor(middle - slack), math.ceil(middle + slack)
+    low = float(sample[first]) if first >= 0 else -math.inf
+    return low, float(sample[last]) if last < sample.size else math.inf
+
+
+@dataclass(frozen=True)
+class _Scan:
+    counts: tuple[int, int, int, int]  # below low, up to it, below high, up to it
+    inside: np.ndarray
+
+
+def _scan(values: np.ndarray, low: float, high: float) -> _Scan:
+    """Counts the scores below and at both ends; keeps those strictly between."""
+    low, high = values.dtype.type(low), values.dtype.type(high)
+    below_low = to_low = at_high = 0
+    inside = [values[:0]]
+    for chunk in _chunks(values):
+        below_low += int(np.count_nonzero(chunk < low))
+        is_above = chunk > low
+        to_low += chunk.size - int(np.count_nonzero(is_above))
+        is_above &= chunk < high
+        inside.append(chunk[is_above])
+        at_high += int(np.count_nonzero(chunk == high))
+    kept = np.concatenate(inside)
+    if low == high:
+        return _Scan((below_low, to_low, to_low, to_low), kept)
+    below_high = to_low + kept.size
+    return _Scan((below_low, to_low, below_high, below_high + at_high), kept)
+
+
+# -- counting digit by digit -----------------------------------------------------------------------
+
+
+def _count_digits(searches: list[_Search], values: Sequence[np.ndarray], ranks: Ranks) -> None:
+    if not searches:
+        return
+    num_bits = values[0].dtype.itemsize * 8
+    for shift in range(num_bits - _DIGIT_BITS, -1, -_DIGIT_BITS):
+        mine = np.concatenate([_histograms(search, shift) for search in searches])
+        everywhere = ranks.add_up(torch.from_numpy(mine)).numpy()
+        for search in searches:
+            counts = everywhere[: len(search.values)]
+            everywhere = everywhere[len(search.values) :]
+            up_to = search.below[:, None] + np.cumsum(counts, axis=1)
+            digit = next(d for d in range(_NUM_DIGITS) if search.pool.reaches(up_to[:, d]))
+            search.prefix = search.prefix << _DIGIT_BITS | digit
+            search.equal = counts[:, digit].copy()
+            search.below = up_to[:, digit] - search.equal
+    for search in searches:
+        search.threshold = _from_key(search.prefix, values[0].dtype)
+        search.is_done = True
+
+
+def _histograms(search: _Search, shift: int) -> np.ndarray:
+    """Counts this rank's keys that begin like the prefix by their next digit, layer by layer."""
+    counts = np.zeros((len(search.values), _NUM_DIGITS), dtype=np.int64)
+    for layer in range(len(search.values)):
+        for keys in search.keys(layer):
+            above = keys >> shift
+            matching = above[above >> _DIGIT_BITS == search.prefix]
+            digits = (matching & (_NUM_DIGITS - 1)).astype(np.intp)
+            counts[layer] += np.bincount(digits, minlength=_NUM_DIGITS)
+    return counts
+
+
+def _chunks(values: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, values.size, _CHUNK):
+        yield values[start : start + _CHUNK]
+
+
+def _to_keys(values: np.ndarray) -> np.ndarray:
+    """Maps floats to unsigned integers of the same order; both zeros become one."""
+    unsigned = np.dtype(f"u{values.dtype.itemsize}")
+    top = unsigned.itemsize * 8 - 1
+    bits = (values + values.dtype.type(0)).view(unsigned)  # -0.0 + 0.0 is 0.0
+    # Negative floats are ordered backwards: all their bits turn, of the others the sign alone.
+    return bits ^ ((unsigned.type(0) - (bits >> top)) | unsigned.type(1 << top))
+
+
+def _from_key(key: int, dtype: np.dtype) -> float:
+    top = dtype.itemsize * 8 - 1
+    bits = key ^ (1 << top) if key >> top else ~key & ((1 << (top + 1)) - 1)
+    return float(np.array([bits], dtype=f"u{dtype.itemsize}").view(dtype)[0])
