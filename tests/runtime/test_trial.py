@@ -206,6 +206,8 @@ def test_ctrl_c_ends_everything_that_was_started(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Shells start background jobs with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stderr is not None
     for line in process.stderr:
