@@ -17,12 +17,15 @@ _HOMES = {
     "MaskSet": "gbp_ray.pruning.masks",
     "PruneError": "gbp_ray.errors",
     "PruneResult": "gbp_ray.api",
+    "Results": "gbp_ray.results",
     "StoreError": "gbp_ray.errors",
+    "TransientStoreError": "gbp_ray.errors",
     "TrialError": "gbp_ray.errors",
     "Workload": "gbp_ray.workload",
     "WorkloadError": "gbp_ray.errors",
     "load_job": "gbp_ray.config",
     "open_result": "gbp_ray.api",
+    "open_results": "gbp_ray.results",
     "prune": "gbp_ray.api",
 }
 

@@ -2,7 +2,7 @@
 
 import gbp_ray
 result = gbp_ray.prune("job.toml", {"prune.sparsity": 0.95})
-print(result.accuracy, result.sparsity, result.folder)
+print(result.accuracy, result.sparsity, result.uri)
 model, masks = result.load_model(), result.load_masks()
 """
 
@@ -27,7 +27,7 @@ from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import check_job, load_weights
 from gbp_ray.runtime.progress import ProgressBoard
 from gbp_ray.runtime.worker import work_trial
-from gbp_ray.store import Store, TrialRecord, locate_trials
+from gbp_ray.store import RoundRecord, Store, TrialRecord, locate_jobs, locate_trials
 from gbp_ray.workload import (
     add_import_paths,
     build_network,
@@ -44,11 +44,11 @@ class PruneResult:
 
     Attributes:
         record: Everything measured, dense network first.
-        folder: Where its rounds lie.
+        uri: Where its rounds lie: the path of a folder, or `s3://...`.
     """
 
     record: TrialRecord
-    folder: Path
+    uri: str
 
     @property
     def accuracy(self) -> float:
@@ -59,6 +59,10 @@ class PruneResult:
     def sparsity(self) -> float:
         """Zero weights / prunable weights of the pruned network."""
         return self.record.final.sparsity
+
+    def round_uri(self, round_number: int = -1) -> str:
+        """Says where a round is, the last by default."""
+        return self._store().round_uri(self.record.trial_id, self._round(round_number).round)
 
     def load_masks(self, round_number: int = -1) -> MaskSet:
         """Reads the masks of a round; the last by default."""
@@ -74,15 +78,20 @@ class PruneResult:
         return model.eval()
 
     def _read(self, round_number: int, name: str) -> bytes:
+        return self._store().read_file(self.record.trial_id, self._round(round_number), name)
+
+    def _round(self, round_number: int) -> RoundRecord:
         rounds = self.record.rounds
         if not -len(rounds) <= round_number < len(rounds):
             raise StoreError(
-                f"'{self.folder}': has no round {round_number} (allowed: 0 to {len(rounds) - 1}, "
+                f"'{self.uri}': has no round {round_number} (allowed: 0 to {len(rounds) - 1}, "
                 "or -1 for the last)"
             )
-        record = rounds[round_number]
-        store = Store(self.folder.parent.parent.parent, self.folder.parent.parent.name)
-        return store.read_file(self.record.trial_id, record, name)
+        return rounds[round_number]
+
+    def _store(self) -> Store:
+        ((store,), _) = locate_jobs(self.uri)
+        return store
 
 
 def prune(
@@ -113,7 +122,8 @@ def prune(
     store, name = Store(job.storage, job.name), trial_id(job)
     finished = store.read_trial(name)
     if finished is not None:
-        return PruneResult(finished, store.trial_folder(name))
+        return PruneResult(finished, store.trial_uri(name))
+    store.preflight()
     started = time.monotonic()
     with ProgressBoard(is_quiet) as board:
         check_job(job, load_workload(job.workload))
@@ -125,38 +135,14 @@ def prune(
                     stacklevel=2,
                 )
         store.claim(job)
-        earlier = store.read_rounds(name)
-        if earlier:
-            board.note(f"{name}  goes on after round {earlier[-1].round}")
-        if job.cluster.num_workers == 0:
-            work_trial(
-                job,
-                Ranks(device=_own_device(job)),
-                tell=board.show,
-                round_done=lambda record: board.show_round(name, record),
-            )
-        else:
-            # Ray takes seconds to import, and jobs without workers do not need it.
-            from gbp_ray.runtime.trial import run_trial
-
-            board.note(f"{name}  starting {job.cluster.num_workers} workers on Ray")
-            run_trial(job, import_paths, board, is_debug=is_debug)
-    rounds = store.read_rounds(name)
-    if len(rounds) != job.prune.rounds + 1:
-        raise StoreError(
-            f"storage: round {len(rounds)} vanished from '{store.trial_folder(name)}'; is another "
-            "process running this job? Run the job again when it has ended"
-        )
-    record = TrialRecord(
-        trial_id=name,
-        job=job,
-        rounds=tuple(rounds),
-        seconds=round(time.monotonic() - started, 1),
-        num_workers=job.cluster.num_workers,
-        versions=_versions(),
-    )
-    store.write_trial(record)
-    return PruneResult(record, store.trial_folder(name))
+        with store.hold(name) as lease:
+            # Whoever held it before may have finished the trial.
+            record = store.read_trial(name)
+            if record is None:
+                _run_rounds(job, store, import_paths, board, is_debug=is_debug)
+                lease.check()
+                record = _finish(job, store, time.monotonic() - started)
+    return PruneResult(record, store.trial_uri(name))
 
 
 def open_result(uri: str | Path) -> PruneResult:
@@ -167,7 +153,7 @@ def open_result(uri: str | Path) -> PruneResult:
     """
     trials = locate_trials(uri)
     if len(trials) > 1:
-        names = ", ".join(str(store.trial_folder(name)) for store, name in trials)
+        names = ", ".join(store.trial_uri(name) for store, name in trials)
         raise StoreError(f"'{uri}': holds {len(trials)} trials; name one of {names}")
     (store, name) = trials[0]
     record = store.read_trial(name)
@@ -177,7 +163,49 @@ def open_result(uri: str | Path) -> PruneResult:
             f"'{uri}': the trial has not finished (round {done} is the last whole one); run the "
             "same job again to go on"
         )
-    return PruneResult(record, store.trial_folder(name))
+    return PruneResult(record, store.trial_uri(name))
+
+
+def _run_rounds(
+    job: JobConfig, store: Store, import_paths: list[str], board: ProgressBoard, *, is_debug: bool
+) -> None:
+    name = trial_id(job)
+    earlier = store.read_rounds(name)
+    if earlier:
+        board.note(f"{name}  goes on after round {earlier[-1].round}")
+    if job.cluster.num_workers == 0:
+        work_trial(
+            job,
+            Ranks(device=_own_device(job)),
+            tell=board.show,
+            round_done=lambda record: board.show_round(name, record),
+        )
+    else:
+        # Ray takes seconds to import, and jobs without workers do not need it.
+        from gbp_ray.runtime.trial import run_trial
+
+        board.note(f"{name}  starting {job.cluster.num_workers} workers on Ray")
+        run_trial(job, import_paths, board, is_debug=is_debug)
+
+
+def _finish(job: JobConfig, store: Store, seconds: float) -> TrialRecord:
+    name = trial_id(job)
+    rounds = store.read_rounds(name)
+    if len(rounds) != job.prune.rounds + 1:
+        raise StoreError(
+            f"storage: round {len(rounds)} vanished from '{store.trial_uri(name)}'; is another "
+            "process running this job? Run the job again when it has ended"
+        )
+    record = TrialRecord(
+        trial_id=name,
+        job=job,
+        rounds=tuple(rounds),
+        seconds=round(seconds, 1),
+        num_workers=job.cluster.num_workers,
+        versions=_versions(),
+    )
+    store.write_trial(record)
+    return record
 
 
 def _plug_ins(job: JobConfig) -> list[tuple[str, str]]:

@@ -6,11 +6,14 @@ done, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 143 by a termination signal.
 
 from __future__ import annotations
 
+import csv
 import json
 import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -22,8 +25,15 @@ from rich.table import Table
 from gbp_ray import __version__
 from gbp_ray.config import describe_fields
 from gbp_ray.errors import ConfigError, GbpError
-from gbp_ray.report import layer_table, round_table, summary_line
-from gbp_ray.store import TrialRecord
+from gbp_ray.report import (
+    difference_table,
+    layer_table,
+    overlap_table,
+    results_table,
+    round_table,
+    summary_line,
+)
+from gbp_ray.store import TrialRecord, locate_trials
 
 __all__ = ["app", "main"]
 
@@ -43,6 +53,14 @@ _STOPPED = 130
 
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
+]
+
+Place = Annotated[
+    str,
+    typer.Argument(
+        help="A trial's, a job's or a storage's address: a folder, or s3://bucket/prefix.",
+        metavar="URI",
+    ),
 ]
 
 
@@ -98,13 +116,12 @@ def prune(
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         result = prune_network(job, overrides, is_quiet=is_quiet, is_debug=is_debug)
     if as_json:
-        _print_json({"folder": str(result.folder), **result.record.model_dump(mode="json")})
+        _print_json({"uri": result.uri, **result.record.model_dump(mode="json")})
         return
     _print_trial(result.record)
     console = _console()
     console.print(
-        f"\n{summary_line(result.record)}\nweights and masks: "
-        f"{result.folder}/round_{result.record.final.round:03d}",
+        f"\n{summary_line(result.record)}\nweights and masks: {result.round_uri()}",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -113,9 +130,7 @@ def prune(
 
 @app.command()
 def show(
-    uri: Annotated[
-        str, typer.Argument(help="A trial's folder, a job's, or a storage's.", metavar="URI")
-    ],
+    uri: Place,
     as_json: AsJson = False,
 ) -> None:
     """Show one trial by round and by layer; for a folder of several, list them.
@@ -126,8 +141,6 @@ def show(
 
       gbp-ray show gbp-results/digits --json
     """
-    from gbp_ray.store import locate_trials
-
     trials = locate_trials(uri)
     if len(trials) > 1:
         rows = [_describe_trial(store, name) for store, name in trials]
@@ -163,11 +176,244 @@ def show(
         _console().print(layer_table(rounds[-1]))
         return
     if as_json:
-        folder = str(store.trial_folder(name))
-        _print_json({"folder": folder, "finished": True, **record.model_dump(mode="json")})
+        _print_json(
+            {"uri": store.trial_uri(name), "finished": True, **record.model_dump(mode="json")}
+        )
         return
     _print_trial(record)
     _console().print(summary_line(record), highlight=False, soft_wrap=True)
+
+
+@app.command("results")
+def list_results(
+    uri: Place,
+    conditions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--where",
+            metavar="CONDITION",
+            help="Keep rounds with prune.criterion=taylor or sparsity>=0.9; repeatable.",
+        ),
+    ] = None,
+    best: Annotated[
+        str | None,
+        typer.Option(metavar="METRIC@CONDITION", help="Show the one best round of all."),
+    ] = None,
+    sort: Annotated[str, typer.Option(metavar="COLUMN", help="Put the best first.")] = "accuracy",
+    is_every_round: Annotated[
+        bool, typer.Option("--rounds", help="Show every round, not the last of each trial alone.")
+    ] = False,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="ROWS", help="Show so many; a table shows 100 unless told."),
+    ] = None,
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print all columns as CSV.")] = False,
+) -> None:
+    """List the finished trials of a job or storage, best first.
+
+    Reads the index of the results, on a folder or under s3://, and needs
+    nothing else. Any column will do for --where, --best and --sort: what was
+    measured, such as accuracy, sparsity, loss or macs_nonzero, and every field
+    of the job, such as prune.criterion; --csv shows them all.
+
+    Examples:
+
+      gbp-ray results gbp-results
+
+      gbp-ray results s3://bucket/prefix/my-job --best "accuracy@sparsity>=0.9"
+
+      gbp-ray results gbp-results --where prune.criterion=taylor --sort loss --csv
+    """
+    # pyarrow takes a moment to import; --help should not.
+    from gbp_ray.results import open_results
+
+    if as_json and as_csv:
+        raise ConfigError("--csv: cannot be given together with --json")
+    results = open_results(uri).where(*(conditions or ()))
+    if best is not None:
+        row = results.best(best)
+        if as_json:
+            _print_json(row)
+        elif as_csv:
+            _print_csv([row])
+        else:
+            _console().print(results_table([row], results.find_varying()))
+            _say(f"weights and masks: {row['uri']}")
+        return
+    results = (results if is_every_round else results.final()).sort(sort)
+    shown = limit or (len(results) if as_json or as_csv else 100)
+    num_more, results = max(0, len(results) - shown), results.head(shown)
+    if as_json:
+        _print_json({"results": results.to_rows()})
+    elif as_csv:
+        _print_csv(results.to_rows())
+    else:
+        fields = results.find_varying()
+        columns = ["trial_id", "round", "sparsity", "accuracy", "loss", "num_nonzero"]
+        rows = results.to_rows([*columns, "macs_nonzero", *fields])
+        _console().print(results_table(rows, fields))
+        if num_more:
+            _say(f"and {num_more:,} more (--limit ROWS shows them, --csv and --json show all)")
+
+
+@app.command("index")
+def make_index(uri: Place, as_json: AsJson = False) -> None:
+    """Make the index of results anew from their records.
+
+    The index, index.parquet in the job's folder, is kept up to date by the
+    jobs themselves; this mends one that is damaged, or results that were
+    copied or removed by hand. pyarrow, pandas, DuckDB and Polars read it.
+
+    Examples:
+
+      gbp-ray index gbp-results/digits
+    """
+    from gbp_ray.index import rebuild_index
+    from gbp_ray.store import locate_jobs
+
+    locate_trials(uri)
+    stores, _ = locate_jobs(uri)
+    counts = {store.uri: rebuild_index(store.objects) for store in stores}
+    if as_json:
+        _print_json({"indexed": counts})
+        return
+    for place, number in counts.items():
+        _say(f"{place}: {number} finished trials")
+
+
+@app.command("diff")
+def show_difference(
+    one: Annotated[str, typer.Argument(help="A trial's address.", metavar="A")],
+    other: Annotated[str, typer.Argument(help="Another one's.", metavar="B")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare two trials: job, measurements, and how far they keep the same weights.
+
+    The overlap of two masks is the share of weights that both keep among
+    those that either keeps, by layer and over all.
+
+    Examples:
+
+      gbp-ray diff gbp-results/digits/trials/A gbp-results/digits/trials/B
+
+      gbp-ray diff gbp-results/digits s3://bucket/prefix/digits --json
+    """
+    from gbp_ray.comparison import compare_trials
+
+    found = compare_trials(one, other)
+    if as_json:
+        _print_json(found)
+        return
+    for name, place in zip("AB", found["trials"], strict=True):
+        _say(f"{name}: {place}")
+    if found["config"] is None:
+        _say("job: a trial that has not finished does not tell")
+    elif found["config"]:
+        _console().print(difference_table(found["config"], "job"))
+    else:
+        _say("job: no difference")
+    _console().print(difference_table(found["metrics"], "measured"))
+    _console().print(overlap_table(found["masks"]))
+    if found["overlap"] is not None:
+        _say(f"overlap of the masks {found['overlap']:.2%}")
+
+
+@app.command("fetch")
+def copy_results(
+    uri: Place,
+    folder: Annotated[str, typer.Argument(help="Folder that receives them.", metavar="DIR")],
+    as_json: AsJson = False,
+) -> None:
+    """Copy results to a folder, each file checked on the way.
+
+    The folder then is a storage like any other. Run it again and it copies
+    what is new.
+
+    Examples:
+
+      gbp-ray fetch s3://bucket/prefix/my-job results
+
+      gbp-ray show results/my-job
+    """
+    from gbp_ray.transfer import fetch_results
+
+    fetched = fetch_results(uri, folder)
+    if as_json:
+        _print_json({"folder": folder, **asdict(fetched)})
+        return
+    _say(
+        f"{folder}: {fetched.num_trials} trials, {fetched.num_rounds} rounds of them new, "
+        f"{fetched.num_bytes / 1e6:.1f} MB"
+    )
+
+
+@app.command("verify")
+def check_results(uri: Place, as_json: AsJson = False) -> None:
+    """Read everything and check it against its records; exit code 1 if anything is wrong.
+
+    Checked are all checksums, every sparsity as counted in the stored
+    weights, the masks, and that records and index agree.
+
+    Examples:
+
+      gbp-ray verify gbp-results
+
+      gbp-ray verify s3://bucket/prefix/my-job --json
+    """
+    from gbp_ray.audit import find_faults
+
+    audit = find_faults(uri)
+    if as_json:
+        faults = [{"uri": place, "fault": fault} for place, fault in audit.faults]
+        _print_json({**asdict(audit), "faults": faults})
+    else:
+        for place, fault in audit.faults:
+            _say(f"{place}: {fault}")
+        _say(
+            f"{audit.num_trials} trials, {audit.num_rounds} rounds, {audit.num_files} files, "
+            f"{audit.num_bytes / 1e6:.1f} MB: "
+            + (f"{len(audit.faults)} faults" if audit.faults else "all as claimed")
+        )
+    if audit.faults:
+        raise GbpError(f"'{uri}': {len(audit.faults)} faults, the first in {audit.faults[0][0]}")
+
+
+@app.command("gc")
+def collect_garbage(
+    uri: Place,
+    is_removing: Annotated[bool, typer.Option("--remove", help="Remove what is listed.")] = False,
+    is_unfinished_too: Annotated[
+        bool, typer.Option("--unfinished", help="Give up unfinished trials, whole rounds and all.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List what dead jobs have left; with --remove, remove it.
+
+    That is: files of rounds that were never committed, uploads that never
+    ended, marks of dead drivers. What a live driver is at work on is left
+    alone, and so is what an unfinished trial needs to go on.
+
+    Examples:
+
+      gbp-ray gc s3://bucket/prefix/my-job
+
+      gbp-ray gc s3://bucket/prefix/my-job --remove
+    """
+    from gbp_ray.audit import find_garbage, remove_garbage
+
+    items = find_garbage(uri, is_unfinished_too=is_unfinished_too)
+    if not as_json:
+        for item in items:
+            _say(f"{item.uri}  {item.num_bytes:,} bytes: {item.why}")
+    removed = remove_garbage(items) if is_removing else []
+    num_bytes = sum(item.num_bytes for item in items)
+    if as_json:
+        rows = [{"uri": i.uri, "num_bytes": i.num_bytes, "why": i.why} for i in items]
+        _print_json({"garbage": rows, "num_bytes": num_bytes, "num_removed": len(removed)})
+        return
+    done = f"{len(removed)} removed" if is_removing else "nothing removed (--remove does)"
+    _say(f"{len(items)} left over, {num_bytes / 1e6:.1f} MB; {done}")
 
 
 @app.command()
@@ -294,6 +540,17 @@ def _print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=1))
 
 
+def _print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
+    if rows:
+        writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _say(text: str) -> None:
+    _console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def _print_trial(record: TrialRecord) -> None:
     console = _console()
     console.print(round_table(record))
@@ -309,5 +566,5 @@ def _describe_trial(store: Any, name: str) -> dict[str, object]:
         "round": last.round,
         "sparsity": round(last.sparsity, 4),
         "accuracy": round(last.accuracy, 4),
-        "folder": str(store.trial_folder(name)),
+        "uri": store.trial_uri(name),
     }

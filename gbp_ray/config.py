@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from gbp_ray.address import S3Address
 from gbp_ray.errors import ConfigError
 
 __all__ = [
@@ -281,7 +282,8 @@ class JobConfig(_Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Folder of the job inside storage: letters, digits, '.', '_' and '-'."""
     storage: str = "gbp-results"
-    """Folder that receives results."""
+    """Folder or s3://bucket/prefix that receives results; another server than AWS by
+    AWS_ENDPOINT_URL, or as s3://bucket/prefix?endpoint_override=host:port&scheme=http."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Decides initial weights, order of examples, augmentation and random scores."""
     workload: WorkloadConfig
@@ -292,9 +294,11 @@ class JobConfig(_Section):
 
     @field_validator("storage")
     @classmethod
-    def _is_folder(cls, value: str) -> str:
+    def _is_place(cls, value: str) -> str:
+        if value.startswith("s3://"):
+            return str(S3Address.parse(value))
         if "://" in value and not value.startswith("file://"):
-            raise ValueError("must be a folder; object stores are not supported yet")
+            raise ValueError("must be a folder or s3://bucket/prefix")
         if "\0" in value:
             raise ValueError("must be a folder; no folder's name holds a NUL")
         return value.removeprefix("file://")

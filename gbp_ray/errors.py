@@ -53,13 +53,15 @@ class PruneError(GbpError):
 
 
 class StoreError(GbpError):
-    """The results folder is missing, full, damaged or another job's."""
+    """The storage of results is missing, full, damaged, forbidden or another job's."""
 
     exit_code = 2
 
 
 class TransientStoreError(StoreError):
-    """A storage fault that may pass; callers retry it."""
+    """A storage fault that may pass, but did not while it was retried; run the command again."""
+
+    exit_code = 1
 
 
 class TrialError(GbpError):

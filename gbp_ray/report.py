@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from gbp_ray.store import RoundRecord, TrialRecord
 
-__all__ = ["layer_table", "round_table", "summary_line"]
+__all__ = [
+    "difference_table",
+    "layer_table",
+    "overlap_table",
+    "results_table",
+    "round_table",
+    "summary_line",
+]
 
 
 def round_table(trial: TrialRecord) -> Table:
@@ -54,6 +64,54 @@ def layer_table(record: RoundRecord) -> Table:
     return table
 
 
+def results_table(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> Table:
+    """Lists rounds of many trials: what was measured, and the given fields of their jobs."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("trial", "round"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("sparsity", "accuracy", "loss", "weights left", "MACs left"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for field in fields:
+        table.add_column(escape(field), overflow="fold")
+    for row in rows:
+        table.add_row(
+            escape(row["trial_id"]),
+            str(row["round"]),
+            f"{row['sparsity']:.2%}",
+            f"{row['accuracy']:.2%}",
+            f"{row['loss']:.4f}",
+            f"{row['num_nonzero']:,}",
+            _short(row["macs_nonzero"]),
+            *(escape(_word(row[field])) for field in fields),
+        )
+    return table
+
+
+def difference_table(pairs: Mapping[str, Sequence[Any]], heading: str) -> Table:
+    """Lists names with the two values that two trials have of each."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(heading)
+    for side in ("A", "B"):
+        table.add_column(side, justify="right", overflow="fold")
+    for name, values in pairs.items():
+        table.add_row(escape(name), *(escape(_word(value)) for value in values))
+    return table
+
+
+def overlap_table(layers: Sequence[Mapping[str, Any]]) -> Table:
+    """Lists by layer how many weights two trials keep, and how far these are the same."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("mask")
+    for heading in ("weights", "kept by A", "kept by B", "overlap"):
+        table.add_column(heading, justify="right")
+    for layer in layers:
+        sizes = [f"{size:,}" for size in dict.fromkeys(layer["num_weights"]) if size is not None]
+        kept = ["" if number is None else f"{number:,}" for number in layer["num_kept"]]
+        overlap = "" if layer["overlap"] is None else f"{layer['overlap']:.2%}"
+        table.add_row(escape(layer["name"]), " / ".join(sizes), *kept, overlap)
+    return table
+
+
 def summary_line(trial: TrialRecord) -> str:
     """Says in one line what was reached."""
     dense, final = trial.dense, trial.final
@@ -72,3 +130,9 @@ def _short(number: float) -> str:
             return f"{number:.4g}{unit}"
         number /= 1000
     return f"{number:.4g}T"
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -53,7 +53,7 @@ def run(folder: Path, **changed: Any) -> PruneResult:
 
 def test_a_users_own_workload_is_found_beside_the_job_file(user_folder: Path) -> None:
     result = run(user_folder)
-    assert result.folder == user_folder / "results/rings/trials" / result.record.trial_id
+    assert Path(result.uri) == user_folder / "results/rings/trials" / result.record.trial_id
     assert [record.round for record in result.record.rounds] == [0, 1, 2]
     assert result.sparsity == pytest.approx(0.5)
     assert result.accuracy == result.record.final.accuracy
@@ -87,7 +87,7 @@ def test_overrides_may_be_texts_and_the_job_a_checked_one(user_folder: Path) -> 
     digests = {r.record.final.mask_digest for r in (by_path, by_text, by_job)}
     assert len(digests) == 1
     assert len({r.record.trial_id for r in (by_path, by_text, by_job)}) == 1
-    assert len({r.folder for r in (by_path, by_text, by_job)}) == 3
+    assert len({Path(r.uri) for r in (by_path, by_text, by_job)}) == 3
 
 
 def test_the_model_of_each_round_has_the_accuracy_on_record(user_folder: Path) -> None:
@@ -128,7 +128,7 @@ def test_weights_are_zero_where_the_mask_says_and_nowhere_else(user_folder: Path
 
 def test_weights_and_masks_open_with_safetensors_alone(user_folder: Path) -> None:
     result = run(user_folder)
-    folder = result.folder / "round_002"
+    folder = Path(result.uri) / "round_002"
     state = load_file(folder / "weights.safetensors")
     plain = torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.Tanh(), torch.nn.Linear(32, 2))
     plain.load_state_dict(state)
@@ -167,7 +167,7 @@ def test_a_finished_job_answers_without_any_work(
     user_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run(user_folder)
-    before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in Path(first.uri).rglob("*")}
 
     def fail(*args: Any, **options: Any) -> None:
         raise AssertionError("a finished job was worked on")
@@ -176,7 +176,7 @@ def test_a_finished_job_answers_without_any_work(
         monkeypatch.setattr(api, name, fail)
     second = run(user_folder)
     assert second == first
-    assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in Path(first.uri).rglob("*")} == before
     # Workers do not decide the result: the same trial under any number of them.
     assert run(user_folder, **{"cluster.num_workers": 3}) == first
     with pytest.raises(AssertionError, match="worked on"):
@@ -210,13 +210,13 @@ def test_a_stopped_job_goes_on_to_the_same_result(
 
 def test_trials_of_one_job_share_its_folder(user_folder: Path) -> None:
     one, two = run(user_folder), run(user_folder, **{"prune.sparsity": 0.75})
-    assert one.folder.parent == two.folder.parent
+    assert Path(one.uri).parent == Path(two.uri).parent
     assert one.record.dense.mask_digest == two.record.dense.mask_digest
     with pytest.raises(StoreError, match="holds 2 trials; name one of") as caught:
         open_result(user_folder / "results")
-    assert str(one.folder) in str(caught.value)
-    assert open_result(one.folder) == one
-    assert open_result(two.folder).sparsity == pytest.approx(0.75)
+    assert str(Path(one.uri)) in str(caught.value)
+    assert open_result(Path(one.uri)) == one
+    assert open_result(Path(two.uri)).sparsity == pytest.approx(0.75)
 
 
 # -- opening ---------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def test_trials_of_one_job_share_its_folder(user_folder: Path) -> None:
 
 def test_results_open_from_every_folder_above_and_after_a_move(user_folder: Path) -> None:
     result = run(user_folder)
-    for uri in (result.folder, user_folder / "results/rings", f"file://{user_folder}/results"):
+    for uri in (Path(result.uri), user_folder / "results/rings", f"file://{user_folder}/results"):
         opened = open_result(uri)
         assert opened == result
         assert opened.load_masks() == result.load_masks()
@@ -236,7 +236,7 @@ def test_results_open_from_every_folder_above_and_after_a_move(user_folder: Path
 def test_the_model_of_an_opened_result_is_found_from_the_working_folder(
     user_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = run(user_folder).folder
+    folder = Path(run(user_folder).uri)
     sys.modules.pop("rings_of_a_user")
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(user_folder)])
     result = open_result(folder)
@@ -260,7 +260,7 @@ def test_a_round_that_is_not_there_is_named(user_folder: Path) -> None:
 def test_damaged_files_of_a_finished_trial_are_refused(user_folder: Path) -> None:
     result = run(user_folder)
     for name in ("weights.safetensors", "masks.safetensors"):
-        path = result.folder / "round_002" / name
+        path = Path(result.uri) / "round_002" / name
         good = path.read_bytes()
         load = result.load_model if name.startswith("weights") else result.load_masks
         for bad in (good[:-1], good[:10] + b"?" + good[11:], b""):
@@ -310,7 +310,7 @@ def test_a_round_that_another_process_takes_away_makes_no_finished_trial(
     def work_and_lose(job: Any, *args: Any, **options: Any) -> None:
         work_trial(job, *args, **options)
         store = Store(job.storage, job.name)
-        (store.round_folder(trial_id(job), 2) / "round.json").unlink()
+        (Path(store.round_uri(trial_id(job), 2)) / "round.json").unlink()
 
     with monkeypatch.context() as patch:
         patch.setattr(api, "work_trial", work_and_lose)
@@ -349,7 +349,7 @@ def test_a_module_of_the_same_name_from_elsewhere_is_pointed_out(
 
 
 def test_a_job_taken_from_a_record_does_not_warn(user_folder: Path) -> None:
-    job = open_result(run(user_folder).folder).record.job
+    job = open_result(Path(run(user_folder).uri)).record.job
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prune(job, {"prune.sparsity": 0.25}, is_quiet=True)

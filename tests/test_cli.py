@@ -136,7 +136,7 @@ def test_prune_prints_tables_and_where_the_weights_are(shell: Shell) -> None:
     outcome = shell("prune", "job.toml")
     assert outcome.code == 0
     ((store, name),) = locate_trials(shell.storage)
-    assert f"{store.trial_folder(name)}/round_002" in outcome.out
+    assert f"{Path(store.trial_uri(name))}/round_002" in outcome.out
     assert "sparsity 50.00% of 128 prunable weights" in outcome.out
     for text in ("dense", "layers after round 2", "0.weight", "2.weight"):
         assert text in outcome.out
@@ -147,7 +147,7 @@ def test_prune_prints_tables_and_where_the_weights_are(shell: Shell) -> None:
 def test_prune_json_is_one_object_and_all_there_is(shell: Shell) -> None:
     outcome = shell("prune", "job.toml", "--json")
     tree = parse_json(outcome.out)
-    folder = Path(tree.pop("folder"))
+    folder = Path(tree.pop("uri"))
     record = TrialRecord.model_validate(tree)
     assert Store(shell.storage, "rings").read_trial(record.trial_id) == record
     assert folder == shell.storage / "rings/trials" / record.trial_id
@@ -240,7 +240,7 @@ BAD_INPUT = [
     ("storage=/dev/null/x", ["storage", "/dev/null/x", "Not a directory"]),
     ("storage=/proc/nobody-writes-here", ["storage: cannot write '/proc/nobody-writes-here"]),
     ("storage=~nobody-has-this-name/x", ["storage", "no such home"]),
-    ("storage=s3://bucket/x", ["storage = 's3://bucket/x'"]),
+    ("storage=gs://bucket/x", ["storage = 'gs://bucket/x'"]),
 ]
 
 
@@ -353,8 +353,8 @@ def make_unfinished(shell: Shell) -> tuple[Store, str, RoundRecord]:
     """Prunes, then takes the last round away, as a kill would have."""
     assert shell.prune().code == 0
     ((store, name),) = locate_trials(shell.storage)
-    (store.trial_folder(name) / "trial.json").unlink()
-    for path in store.round_folder(name, 2).iterdir():
+    (Path(store.trial_uri(name)) / "trial.json").unlink()
+    for path in Path(store.round_uri(name, 2)).iterdir():
         path.unlink()
     return store, name, store.read_rounds(name)[-1]
 
@@ -363,7 +363,7 @@ def make_unfinished(shell: Shell) -> tuple[Store, str, RoundRecord]:
 @pytest.mark.parametrize("kind", ["flipped", "truncated", "empty", "missing"])
 def test_a_damaged_file_on_resume_is_one_line_exit_2(shell: Shell, file: str, kind: str) -> None:
     store, name, record = make_unfinished(shell)
-    path = store.round_folder(name, record.round) / file
+    path = Path(store.round_uri(name, record.round)) / file
     good = path.read_bytes()
     middle = len(good) // 2
     bad = {
@@ -376,7 +376,7 @@ def test_a_damaged_file_on_resume_is_one_line_exit_2(shell: Shell, file: str, ki
     else:
         path.write_bytes(bad[kind])
     assert str(path) in assert_refused(shell.prune())
-    assert not (store.round_folder(name, 2) / "weights.safetensors").exists()
+    assert not (Path(store.round_uri(name, 2)) / "weights.safetensors").exists()
     path.write_bytes(good)
     assert shell.prune().code == 0
     assert_all_whole(shell.storage)
@@ -385,7 +385,7 @@ def test_a_damaged_file_on_resume_is_one_line_exit_2(shell: Shell, file: str, ki
 @pytest.mark.parametrize("record", ["round_001/round.json", "round_000/round.json"])
 def test_a_damaged_record_on_resume_is_one_line_exit_2(shell: Shell, record: str) -> None:
     store, name, _ = make_unfinished(shell)
-    path = store.trial_folder(name) / record
+    path = Path(store.trial_uri(name)) / record
     path.write_text(path.read_text()[:100])
     text = assert_refused(shell.prune())
     assert str(path) in text
@@ -399,7 +399,7 @@ def test_show_prints_one_trial_from_any_folder_above(shell: Shell) -> None:
     shell.prune()
     ((store, name),) = locate_trials(shell.storage)
     outputs = [shell("show", str(uri)) for uri in (shell.storage, store.folder)]
-    outputs.append(shell("show", str(store.trial_folder(name))))
+    outputs.append(shell("show", str(Path(store.trial_uri(name)))))
     assert {outcome.code for outcome in outputs} == {0}
     assert len({outcome.out for outcome in outputs}) == 1
     assert name in outputs[0].out
@@ -407,7 +407,7 @@ def test_show_prints_one_trial_from_any_folder_above(shell: Shell) -> None:
     assert "sparsity 50.00%" in outputs[0].out
     tree = parse_json(shell("show", str(store.folder), "--json").out)
     assert tree["finished"] is True
-    assert Path(tree["folder"]) == store.trial_folder(name)
+    assert Path(tree["uri"]) == Path(store.trial_uri(name))
     assert TrialRecord.model_validate(tree) == store.read_trial(name)
 
 
@@ -423,7 +423,7 @@ def test_show_lists_the_trials_of_a_job(shell: Shell) -> None:
     assert [row["trial"] for row in rows] == names
     assert [row["sparsity"] for row in rows] == [0.25, 0.5]
     assert all(row["finished"] for row in rows)
-    assert all(Path(row["folder"]).is_dir() for row in rows)
+    assert all(Path(row["uri"]).is_dir() for row in rows)
 
 
 def test_show_says_what_there_is_of_an_unfinished_trial(shell: Shell) -> None:

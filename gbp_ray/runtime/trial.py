@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -70,7 +71,34 @@ def run_trial(
 
 
 def _fit(job: JobConfig, name: str, import_paths: list[str], mailbox: Any) -> GbpError | None:
-    scratch = Store(job.storage, job.name).folder / "ray"
+    with _scratch(job) as scratch:
+        return _fit_in(scratch, job, name, import_paths, mailbox)
+
+
+@contextlib.contextmanager
+def _scratch(job: JobConfig) -> Iterator[str]:
+    """Gives Ray a place for its own files, which say nothing that the records do not."""
+    store = Store(job.storage, job.name)
+    if store.folder is not None:
+        folder = store.folder / "ray"
+        try:
+            yield str(folder)
+        finally:
+            shutil.rmtree(folder / trial_id(job), ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+    elif job.cluster.address is None:
+        with tempfile.TemporaryDirectory(prefix="gbp-ray-") as local:
+            yield local
+    else:
+        # Several machines share no folder, but all of them reach the store.
+        yield store.objects.uri_of("ray")
+        store.objects.delete([e.key for e in store.objects.entries(f"ray/{trial_id(job)}/")])
+
+
+def _fit_in(
+    scratch: str, job: JobConfig, name: str, import_paths: list[str], mailbox: Any
+) -> GbpError | None:
     trainer = ray.train.torch.TorchTrainer(
         _train_worker,
         train_loop_config={
@@ -86,7 +114,7 @@ def _fit(job: JobConfig, name: str, import_paths: list[str], mailbox: Any) -> Gb
         ),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=str(scratch),
+            storage_path=scratch,
             failure_config=ray.train.FailureConfig(
                 max_failures=job.cluster.max_failures, controller_failure_limit=3
             ),
@@ -103,11 +131,6 @@ def _fit(job: JobConfig, name: str, import_paths: list[str], mailbox: Any) -> Gb
             rank=None,
             cause=_first_line(error),
         ) from error
-    finally:
-        # Ray's own files say nothing that the records do not.
-        shutil.rmtree(scratch / name, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            scratch.rmdir()
     return result.return_value
 
 

@@ -123,7 +123,7 @@ def test_workers_change_nothing(ray_session, tmp_path):
 
 def test_a_killed_worker_costs_no_more_than_its_round(ray_session, faulty):
     survived = faulty("dies_once", 2, max_failures=1)
-    assert (survived.folder.parents[3] / "flag").exists(), "the worker never died"
+    assert (Path(survived.uri).parents[3] / "flag").exists(), "the worker never died"
     assert outcome(survived) == outcome(faulty("sound", 0, max_failures=0))
 
 

@@ -141,7 +141,7 @@ def test_a_round_lost_from_the_end_is_made_again(whole: JobConfig, tmp_path: Pat
     job = quick_job(tmp_path)
     with pytest.raises(BrokenOffError):
         work_trial(job, Ranks(), round_done=interrupt_after(1))
-    (store_of(job).round_folder(trial_id(job), 1) / "round.json").unlink()
+    (Path(store_of(job).round_uri(trial_id(job), 1)) / "round.json").unlink()
     work_trial(job, Ranks())
     assert results_of(job) == results_of(whole)
 
@@ -154,7 +154,7 @@ def test_a_damaged_file_is_named_and_nothing_is_written_over_it(
     job = quick_job(tmp_path, **{"pretrain.epochs": 0.05, "finetune.epochs": 0.05})
     with pytest.raises(BrokenOffError):
         work_trial(job, Ranks(), round_done=interrupt_after(number))
-    path = store_of(job).round_folder(trial_id(job), number) / file
+    path = Path(store_of(job).round_uri(trial_id(job), number)) / file
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
@@ -171,7 +171,7 @@ def test_damaged_dense_weights_are_noticed_in_a_later_round(tmp_path: Path) -> N
     job = quick_job(tmp_path, **{"pretrain.epochs": 0.05, "finetune.epochs": 0.05})
     with pytest.raises(BrokenOffError):
         work_trial(job, Ranks(), round_done=interrupt_after(1))
-    path = store_of(job).round_folder(trial_id(job), 0) / "weights.safetensors"
+    path = Path(store_of(job).round_uri(trial_id(job), 0)) / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(StoreError, match="round_000"):
         work_trial(job, Ranks())
@@ -183,7 +183,7 @@ def test_a_diverging_trial_keeps_the_rounds_before(tmp_path: Path) -> None:
         work_trial(job, Ranks())
     assert "\n" not in str(caught.value)
     assert [r.round for r in store_of(job).read_rounds(trial_id(job))] == [0]
-    assert not (store_of(job).round_folder(trial_id(job), 1) / "weights.safetensors").exists()
+    assert not (Path(store_of(job).round_uri(trial_id(job), 1)) / "weights.safetensors").exists()
 
 
 # -- what is left behind ---------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_a_trial_killed_at_any_moment_ends_with_the_same_mask(
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "goes on after round" in done.stderr or not has_begun or 0 in deaths
-    assert (store_of(job).trial_folder(trial_id(job)) / "trial.json").exists()
+    assert (Path(store_of(job).trial_uri(trial_id(job))) / "trial.json").exists()
     assert results_of(job) == results_of(whole)
     assert not [path for path in store_of(job).folder.rglob(".*") if path.is_file()]
 

@@ -1,0 +1,323 @@
+"""Whether results are what they claim, and what dead jobs have left beside them.
+
+`find_faults` reads everything: each checksum, and each sparsity as counted in the stored weights.
+`find_garbage` lists what no record refers to and no live driver is writing; removing it is a second
+step, which looks again under the trial's lease, so that nothing that has come to life is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gbp_ray.errors import StoreError
+from gbp_ray.index import INDEX, UNINDEXED, map_in_threads, read_stored, tabulate
+from gbp_ray.lease import DEAD_S, hold_lease, is_held
+from gbp_ray.objects import Entry, Leftover, Objects
+from gbp_ray.records import RoundRecord, TrialRecord
+from gbp_ray.store import Store, locate_jobs
+from gbp_ray.tensors import count_nonzero, digest_masks, find_revived, read_masks
+
+__all__ = ["Audit", "Garbage", "find_faults", "find_garbage", "remove_garbage"]
+
+_MARKS = ("driver.lock", "driver.json")
+_PROBE = ".probe-"
+
+
+@dataclass
+class Audit:
+    """What was looked at, and what is wrong.
+
+    Attributes:
+        faults: (address, what is wrong with it).
+    """
+
+    num_jobs: int = 0
+    num_trials: int = 0
+    num_rounds: int = 0
+    num_files: int = 0
+    num_bytes: int = 0
+    faults: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Something that may go.
+
+    Attributes:
+        uri: Where it is.
+        num_bytes: Its size.
+        why: What makes it garbage.
+        until: The name of what would make it none, or "".
+    """
+
+    uri: str
+    num_bytes: int
+    why: str
+    objects: Objects
+    trial: str
+    key: str
+    until: str = ""
+    leftover: Leftover | None = None
+
+
+# -- faults ----------------------------------------------------------------------------------------
+
+
+def find_faults(uri: str | Path) -> Audit:
+    """Reads and checks everything under an address.
+
+    Checked are the checksums of all records, files and indexes; that each round's sparsity is the
+    one counted in its weights, layer by layer; that its masks have the digest on record and remove
+    what is zero; that a trial's record agrees with its rounds, and the index with the records.
+
+    Raises:
+        StoreError: There is nothing to check, or the storage cannot be read.
+    """
+    stores, only = locate_jobs(uri)
+    audit = Audit()
+    for store in stores:
+        trials = [only] if only else store.objects.list_folders("trials/")
+        if not trials:
+            continue
+        audit.num_jobs += 1
+        with _noted(audit, store.objects.uri_of("job.json")):
+            store.read_claim()
+        records: dict[str, TrialRecord] = {}
+        damaged = set()
+        for trial, (part, record) in zip(
+            trials,
+            map_in_threads(store.objects, partial(_audit_trial, store), trials),
+            strict=True,
+        ):
+            audit.num_trials += 1
+            audit.num_rounds += part.num_rounds
+            audit.num_files += part.num_files
+            audit.num_bytes += part.num_bytes
+            audit.faults += part.faults
+            if record is not None:
+                records[trial] = record
+            if part.faults:
+                damaged.add(trial)
+        _audit_index(audit, store, records, damaged, only)
+    if not audit.num_trials:
+        raise StoreError(f"'{uri}': holds no results; run a job with this storage first")
+    return audit
+
+
+def _audit_trial(store: Store, trial: str) -> tuple[Audit, TrialRecord | None]:
+    audit = Audit()
+    rounds: dict[int, RoundRecord] = {}
+    folders = store.objects.list_folders(f"trials/{trial}/")
+    numbers = sorted(int(f[6:]) for f in folders if f.startswith("round_") and f[6:].isdigit())
+    for number in numbers:
+        uri = f"{store.round_uri(trial, number)}"
+        with _noted(audit, uri):
+            record = store.read_round(trial, number)
+            if record is not None:
+                rounds[number] = record
+                audit.num_rounds += 1
+                _audit_round(audit, store, trial, record)
+    finished = None
+    uri = store.objects.uri_of(f"trials/{trial}/trial.json")
+    with _noted(audit, uri):
+        finished = store.read_trial(trial)
+    if not audit.faults:
+        wanted = range(len(finished.rounds) if finished else len(rounds))
+        for number in wanted:
+            if number not in rounds:
+                audit.faults.append((store.round_uri(trial, number), "is missing"))
+            elif finished and rounds[number] != finished.rounds[number]:
+                audit.faults.append((uri, f"does not agree with the record of round {number}"))
+    return audit, finished
+
+
+def _audit_round(audit: Audit, store: Store, trial: str, record: RoundRecord) -> None:
+    files: dict[str, bytes] = {}
+    for name, committed in record.files.items():
+        uri = store.objects.uri_of(f"trials/{trial}/round_{record.round:03d}/{name}")
+        with _noted(audit, uri):
+            files[name] = store.read_file(trial, record, name)
+            audit.num_files += 1
+            audit.num_bytes += committed.num_bytes
+    folder = store.round_uri(trial, record.round)
+    masks = None
+    if (data := files.get("masks.safetensors")) is not None:
+        masks = read_masks(data, folder)
+        if digest_masks(masks) != record.mask_digest:
+            audit.faults.append((folder, "its masks do not have the digest on record"))
+    if (data := files.get("weights.safetensors")) is not None:
+        found = count_nonzero(data, folder)
+        for layer in record.cost.layers:
+            # Of tied parameters one is stored, under another name at times.
+            shape, num_nonzero = found.get(layer.name, (layer.shape, layer.num_nonzero))
+            if shape != layer.shape or num_nonzero != layer.num_nonzero:
+                audit.faults.append(
+                    (
+                        folder,
+                        f"'{layer.name}' has {num_nonzero} weights other than zero, "
+                        f"{layer.num_nonzero} are claimed",
+                    )
+                )
+        if masks is not None and (revived := find_revived(data, masks, folder)):
+            audit.faults.append((folder, f"'{revived}' has weights that its mask removes"))
+
+
+def _audit_index(
+    audit: Audit, store: Store, records: dict[str, TrialRecord], damaged: set[str], only: str | None
+) -> None:
+    uri = store.objects.uri_of(INDEX)
+    with _noted(audit, uri):
+        announced = {e.key.removeprefix(UNINDEXED) for e in store.objects.entries(UNINDEXED)}
+        table = read_stored(store.objects)
+        if table is None:
+            return
+        indexed: dict[str, list[str]] = {}
+        for row in table.to_pylist():
+            indexed.setdefault(row["trial_id"], []).append(_plain(row))
+        for trial, record in records.items():
+            if trial in indexed:
+                if indexed[trial] != [_plain(row) for row in tabulate([record]).to_pylist()]:
+                    fault = f"does not agree with the record of trial {trial}"
+                    audit.faults.append((uri, f"{fault}; gbp-ray index makes it anew"))
+            elif trial not in announced:
+                audit.faults.append((uri, f"lacks trial {trial}; gbp-ray index makes it anew"))
+        for trial in set(indexed) - set(records) - damaged if only is None else ():
+            fault = f"lists trial {trial}, which has no record; gbp-ray index makes it anew"
+            audit.faults.append((uri, fault))
+
+
+def _plain(row: dict[str, Any]) -> str:
+    # As text, in which a number that is none equals itself; whole numbers may be stored as floats.
+    return json.dumps(
+        {k: float(v) if isinstance(v, int) else v for k, v in row.items() if v is not None},
+        sort_keys=True,
+    )
+
+
+@contextlib.contextmanager
+def _noted(audit: Audit, uri: str) -> Iterator[None]:
+    try:
+        yield
+    except StoreError as error:
+        if type(error) is not StoreError:
+            # A storage that does not answer is no fault of the results.
+            raise
+        named = re.match(r"'(.+?)': (.*)", str(error))
+        audit.faults.append((named[1], named[2]) if named else (uri, str(error)))
+
+
+# -- garbage ---------------------------------------------------------------------------------------
+
+
+def find_garbage(uri: str | Path, *, is_unfinished_too: bool = False) -> list[Garbage]:
+    """Lists what dead jobs have left under an address; changes nothing.
+
+    Args:
+        is_unfinished_too: Counts unfinished trials as garbage, whole rounds and all; without it
+            they stay, for the job to go on with.
+
+    Raises:
+        StoreError: The storage cannot be read.
+    """
+    stores, only = locate_jobs(uri)
+    return [
+        item
+        for store in stores
+        if store.objects.exists("job.json") or store.objects.list_folders("trials/")
+        for item in _garbage_of(store, only, is_unfinished_too)
+    ]
+
+
+def remove_garbage(items: Iterable[Garbage]) -> list[Garbage]:
+    """Removes what is still garbage; returns that.
+
+    What belongs to a trial goes under the trial's lease, after a look whether it has been committed
+    in the meantime; a trial that a driver has taken up again is left alone.
+
+    Raises:
+        StoreError: The storage cannot be written.
+    """
+    removed: list[Garbage] = []
+    by_trial: dict[tuple[str, str], list[Garbage]] = {}
+    for item in items:
+        by_trial.setdefault((item.objects.uri_of(), item.trial), []).append(item)
+    for group in by_trial.values():
+        objects, trial = group[0].objects, f"trials/{group[0].trial}"
+        if not group[0].trial:
+            removed += [item for item in group if _remove(item)]
+        elif not is_held(objects, trial):
+            with hold_lease(objects, trial):
+                removed += [item for item in group if _remove(item)]
+    return removed
+
+
+def _remove(item: Garbage) -> bool:
+    if item.leftover is not None:
+        item.objects.discard(item.leftover)
+        return True
+    if item.until and item.objects.exists(item.until):
+        return False
+    # The mark of a lease is removed by whoever held it last, which by now is us.
+    if item.key.rpartition("/")[2] not in _MARKS:
+        item.objects.delete([item.key])
+    return True
+
+
+def _garbage_of(store: Store, only: str | None, is_unfinished_too: bool) -> Iterator[Garbage]:
+    objects = store.objects
+    entries = list(objects.entries(f"trials/{only}/" if only else ""))
+    leftovers = list(objects.find_leftovers(f"trials/{only}/" if only else ""))
+    keys = {entry.key for entry in entries}
+    held: dict[str, bool] = {}
+
+    def is_live(trial: str) -> bool:
+        if trial not in held:
+            held[trial] = is_held(objects, f"trials/{trial}")
+        return held[trial]
+
+    for entry in entries:
+        trial, why, until = _judge(entry, is_unfinished_too)
+        if why and until not in keys and not (trial and is_live(trial)):
+            uri = objects.uri_of(entry.key)
+            yield Garbage(uri, entry.num_bytes, why, objects, trial, entry.key, until)
+    for leftover in leftovers:
+        trial = _trial_of(leftover.key)
+        if not (is_live(trial) if trial else leftover.age_s < DEAD_S):
+            uri, why = objects.uri_of(leftover.key), "its writing never ended"
+            yield Garbage(
+                uri, leftover.num_bytes, why, objects, trial, leftover.key, leftover=leftover
+            )
+
+
+def _judge(entry: Entry, is_unfinished_too: bool) -> tuple[str, str, str]:
+    """Tells an object's trial, why it is garbage, or "", and the name that would make it none."""
+    key = entry.key
+    folder, _, name = key.rpartition("/")
+    if key.startswith(_PROBE):
+        return "", "a preflight never removed it" if entry.age_s > DEAD_S else "", ""
+    if key.startswith("ray/"):
+        return key.split("/")[1], "it is Ray's own", ""
+    if key.startswith(UNINDEXED):
+        return name, "it announces a trial that never finished", f"trials/{name}/trial.json"
+    trial = _trial_of(key)
+    if not trial:
+        return "", "", ""
+    if name in _MARKS:
+        return trial, "its driver is dead", ""
+    if is_unfinished_too:
+        return trial, "its trial never finished", f"trials/{trial}/trial.json"
+    if name not in ("round.json", "trial.json") and "/round_" in folder:
+        return trial, "its round was never committed", f"{folder}/round.json"
+    return trial, "", ""
+
+
+def _trial_of(key: str) -> str:
+    parts = key.split("/")
+    return parts[1] if parts[0] == "trials" and len(parts) > 2 else ""

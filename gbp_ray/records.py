@@ -1,0 +1,241 @@
+"""The records: what is known of a job, a round and a trial, and how each is written.
+
+A record is one JSON object whose last line is its checksum:
+
+    {
+     "round": 1,
+     ...,
+     "sha256": "<SHA-256, in hex, of all bytes before the comma above this line>"
+    }
+
+so that a flipped byte anywhere in it is noticed without asking anyone else. What is in the other
+files of a round is the business of the floors above; a record holds their sizes and checksums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, computed_field, field_validator
+
+from gbp_ray.config import SCHEMA_VERSION, JobConfig
+from gbp_ray.errors import StoreError
+from gbp_ray.objects import Objects
+
+__all__ = [
+    "CostRecord",
+    "FileRecord",
+    "JobRecord",
+    "LayerRecord",
+    "RoundRecord",
+    "TrialRecord",
+    "parse_record",
+    "read_record",
+    "seal_record",
+]
+
+_SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n}\n\Z')
+
+
+class _Record(BaseModel):
+    # "ignore": a reader of today opens the records of a later version that added fields.
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
+
+
+AnyRecord = TypeVar("AnyRecord", bound=_Record)
+
+
+class LayerRecord(_Record):
+    """One prunable parameter, measured from its weights."""
+
+    name: str
+    shape: tuple[int, ...]
+    num_weights: int
+    num_nonzero: int
+    macs: int
+    macs_nonzero: int
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def sparsity(self) -> float:
+        """Zero weights / weights."""
+        return 1 - self.num_nonzero / self.num_weights
+
+
+class CostRecord(_Record):
+    """What a network costs: the whole model, and its prunable layers."""
+
+    num_parameters: int
+    num_nonzero: int
+    macs: int
+    macs_nonzero: int
+    num_bytes: int
+    num_bytes_sparse: int
+    layers: tuple[LayerRecord, ...]
+
+    @property
+    def num_units(self) -> int:
+        """Prunable weights."""
+        return sum(layer.num_weights for layer in self.layers)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def sparsity(self) -> float:
+        """Zero weights / prunable weights."""
+        return 1 - sum(layer.num_nonzero for layer in self.layers) / self.num_units
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def compression(self) -> float:
+        """Parameters before / parameters left, whole model."""
+        return self.num_parameters / max(1, self.num_nonzero)
+
+
+class FileRecord(_Record):
+    """A file's size and checksum, as committed."""
+
+    num_bytes: int
+    sha256: str
+
+
+class RoundRecord(_Record):
+    """One whole round; round 0 is the dense network.
+
+    Accuracies are shares of the test split, losses means over it. `accuracy_pruned` is measured
+    after the prune and the BatchNorm re-estimation, before any fine-tuning.
+    """
+
+    round: int
+    sparsity_target: float
+    accuracy: float
+    loss: float
+    accuracy_pruned: float | None = None
+    loss_pruned: float | None = None
+    train_loss: float | None = None
+    cost: CostRecord
+    mask_digest: str
+    held_back: tuple[str, ...] = ()
+    seconds: dict[str, float] = {}
+    files: dict[str, FileRecord] = {}
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def sparsity(self) -> float:
+        """As measured from the weights."""
+        return self.cost.sparsity
+
+
+class TrialRecord(_Record):
+    """One finished trial, dense network first."""
+
+    schema_version: int = SCHEMA_VERSION
+    trial_id: str
+    job: JobConfig
+    rounds: tuple[RoundRecord, ...]
+    seconds: float
+    num_workers: int
+    versions: dict[str, str] = {}
+
+    @field_validator("job", mode="before")
+    @classmethod
+    def _drop_later_fields(cls, value: object) -> object:
+        # A job file must not hold unknown keys, but a record of a later version may.
+        return _known_fields(JobConfig, value)
+
+    @property
+    def dense(self) -> RoundRecord:
+        """The network before the first prune."""
+        return self.rounds[0]
+
+    @property
+    def final(self) -> RoundRecord:
+        """The network after the last round."""
+        return self.rounds[-1]
+
+
+class JobRecord(_Record):
+    """Whose folder this is."""
+
+    schema_version: int = SCHEMA_VERSION
+    factory: str
+
+
+def seal_record(record: BaseModel) -> bytes:
+    """Writes a record with its checksum."""
+    body = record.model_dump_json(indent=1).removesuffix("\n}").encode()
+    seal = f',\n "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'
+    return body + seal.encode()
+
+
+def read_record(objects: Objects, key: str, kind: type[AnyRecord]) -> AnyRecord | None:
+    """Reads a stored record and checks it, or returns None where there is none.
+
+    Raises:
+        StoreError: It is damaged, also when it is read again.
+    """
+    for attempt in range(objects.num_reads):
+        data = objects.get(key)
+        if data is None:
+            return None
+        try:
+            return parse_record(data, kind, objects.uri_of(key))
+        except StoreError:
+            if attempt == objects.num_reads - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+def parse_record(data: bytes, kind: type[AnyRecord], source: str) -> AnyRecord:
+    """Reads a record and checks it.
+
+    Args:
+        source: What to call the record in an error.
+
+    Raises:
+        StoreError: It is cut short, altered, of another kind, or carries no checksum.
+    """
+    tree = _parse_sealed(data, source)
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise StoreError(f"'{source}': is damaged: {where}: {fault['msg']}") from None
+
+
+def _parse_sealed(data: bytes, source: str) -> dict[str, Any]:
+    seal = _SEAL.search(data)
+    if seal is None:
+        raise StoreError(
+            f"'{source}': is damaged: it does not end with its checksum; restore it, or delete it "
+            "and run the job again"
+        )
+    if hashlib.sha256(data[: seal.start()]).hexdigest().encode() != seal[1]:
+        raise StoreError(
+            f"'{source}': is damaged: it does not match its checksum; restore it, or delete it and "
+            "run the job again"
+        )
+    try:
+        tree = json.loads(data)
+    except ValueError as error:
+        raise StoreError(f"'{source}': is damaged: {error}") from None
+    if not isinstance(tree, dict):
+        raise StoreError(f"'{source}': is damaged: not a JSON object")
+    return tree
+
+
+def _known_fields(section: type[BaseModel], tree: object) -> object:
+    if not isinstance(tree, dict):
+        return tree
+    known = {}
+    for name, field in section.model_fields.items():
+        if name in tree:
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                known[name] = _known_fields(inner, tree[name])
+            else:
+                known[name] = tree[name]
+    return known

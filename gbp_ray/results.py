@@ -1,0 +1,276 @@
+"""Results read back: which rounds there are, the best of them, and the records behind them.
+
+    results = gbp_ray.open_results("s3://bucket/prefix/my-job")
+    best = results.where("prune.criterion=taylor").best("accuracy@sparsity>=0.9")
+
+A `Results` is a table with one row per round of each finished trial, read from the jobs' indexes;
+neither Ray nor torch is needed, and no record is opened until it is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gbp_ray.config import nearest_name
+from gbp_ray.errors import ConfigError, StoreError
+from gbp_ray.index import map_in_threads, read_index, refresh_index
+from gbp_ray.records import TrialRecord
+from gbp_ray.store import Store, locate_jobs
+
+__all__ = ["Results", "open_results"]
+
+_CONDITION = re.compile(r"\s*([\w.-]+)\s*(>=|<=|!=|==|=|>|<)\s*(.*?)\s*")
+_COMPARE = {
+    ">=": pc.greater_equal,
+    "<=": pc.less_equal,
+    ">": pc.greater,
+    "<": pc.less,
+    "=": pc.equal,
+    "==": pc.equal,
+    "!=": pc.not_equal,
+}
+_MOST_IS_BEST = ("accuracy", "accuracy_pruned", "sparsity", "compression")
+_LEAST_IS_BEST = (
+    "loss",
+    "loss_pruned",
+    "train_loss",
+    "num_parameters",
+    "num_nonzero",
+    "macs",
+    "macs_nonzero",
+    "num_bytes",
+    "num_bytes_sparse",
+    "trial_seconds",
+)
+
+
+class Results:
+    """Rounds of finished trials, with the jobs that they are from.
+
+    Args:
+        uri: What was opened, for messages.
+        stores: The jobs by name.
+        table: One row per round; the index's columns and `job`.
+    """
+
+    def __init__(self, uri: str, stores: dict[str, Store], table: pa.Table) -> None:
+        self._uri, self._stores = uri, stores
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __iter__(self) -> Iterator[TrialRecord]:
+        """Reads the records of the trials that these rounds are of, each once.
+
+        Raises:
+            StoreError: One is damaged, or has vanished since it was indexed.
+        """
+        pairs = zip(*(self.table[name].to_pylist() for name in ("job", "trial_id")), strict=True)
+        for job, trial in dict.fromkeys(pairs):
+            record = self._stores[job].read_trial(trial)
+            if record is None:
+                raise StoreError(
+                    f"'{self._stores[job].trial_uri(trial)}': is in the index and not there; "
+                    "gbp-ray index makes the index anew"
+                )
+            yield record
+
+    def where(self, *conditions: str) -> Results:
+        """Keeps the rounds that meet all conditions, such as "prune.criterion=taylor".
+
+        A column is named in whole or by its last part where that is clear, a comparison is one of
+        = != < <= > >=. Measured sparsities count as equal when they differ by less than a weight.
+
+        Raises:
+            ConfigError: There is no such column, or it cannot be compared with that.
+        """
+        table = self.table
+        for condition in conditions:
+            for part in condition.split(","):
+                table = table.filter(self._mask(table, part))
+        return Results(self._uri, self._stores, table)
+
+    def final(self) -> Results:
+        """Keeps the last round of each trial."""
+        return Results(self._uri, self._stores, self.table.filter(self.table["is_final"]))
+
+    def best(self, wanted: str) -> dict[str, Any]:
+        """Finds the best round, as "accuracy@sparsity>=0.9" or "loss" asks.
+
+        Args:
+            wanted: A metric, and after "@" conditions as for `where`.
+
+        Returns:
+            Its row, as `to_rows` gives it; of equals the first by trial and round.
+
+        Raises:
+            ConfigError: There is no such metric, or a condition is none.
+            StoreError: No round meets the conditions.
+        """
+        metric, _, condition = wanted.partition("@")
+        metric = self._column(metric.strip())
+        met = self.where(condition) if condition else self
+        ranked = met.sort(metric)
+        if not len(ranked) or ranked.table[metric][0].as_py() is None:
+            raise StoreError(
+                f"'{self._uri}': none of {len(self)} rounds has {condition or metric}"
+                f"{_nearest_miss(self.table, condition)}"
+            )
+        return ranked.head(1).to_rows()[0]
+
+    def sort(self, column: str) -> Results:
+        """Puts the best first: the greatest accuracies, the least losses; other columns ascend.
+
+        Raises:
+            ConfigError: There is no such column.
+        """
+        name = self._column(column)
+        order = "descending" if name in _MOST_IS_BEST else "ascending"
+        keys = [(name, order), ("job", "ascending"), ("trial_id", "ascending")]
+        table = self.table.sort_by([*keys, ("round", "ascending")]) if len(self) else self.table
+        return Results(self._uri, self._stores, table)
+
+    def head(self, num_rows: int) -> Results:
+        """Keeps the first rounds."""
+        return Results(self._uri, self._stores, self.table.slice(0, num_rows))
+
+    def to_rows(self, columns: list[str] | None = None) -> list[dict[str, Any]]:
+        """Lists the rounds as plain values, each with the `uri` of its weights and masks.
+
+        Args:
+            columns: Only these.
+        """
+        rows: list[dict[str, Any]] = self.table.select(
+            columns or self.table.column_names
+        ).to_pylist()
+        if columns is None:
+            for row in rows:
+                row["uri"] = self._stores[row["job"]].round_uri(row["trial_id"], row["round"])
+        return rows
+
+    def find_varying(self) -> list[str]:
+        """Names the job's fields in which these rounds differ, criterion and sparsity first."""
+        first = ["prune.criterion", "prune.sparsity"]
+        skipped = ("seconds.", "versions.")
+        fields = [
+            name
+            for name in self.table.column_names
+            if ("." in name or name == "seed") and not name.startswith(skipped)
+        ]
+        varying = [name for name in fields if len(pc.unique(self.table[name])) > 1]
+        return sorted(varying, key=lambda name: (name not in first, varying.index(name)))
+
+    def _column(self, name: str) -> str:
+        names = self.table.column_names
+        if name in names:
+            return name
+        ends = [other for other in names if other.endswith(f".{name}")]
+        if len(ends) == 1:
+            return ends[0]
+        hint = f" (it may be {', '.join(ends)})" if ends else nearest_name(name, names)
+        raise ConfigError(f"column '{name}': there is no such one{hint}")
+
+    def _mask(self, table: pa.Table, condition: str) -> pa.ChunkedArray:
+        parts = _CONDITION.fullmatch(condition)
+        if parts is None:
+            raise ConfigError(
+                f"condition '{condition}': must read COLUMN, one of = != < <= > >=, and a value, "
+                "such as sparsity>=0.9"
+            )
+        name, sign, text = self._column(parts[1]), parts[2], parts[3]
+        column = table[name]
+        value = _as_value(column.type, text, condition)
+        if name == "sparsity" and sign in (">=", "<=", "="):
+            # 90 % of 128 weights are 115 whole ones: what comes within a weight of it is 90 %.
+            within = pc.less(
+                pc.abs(pc.subtract(column, value)),
+                pc.divide(1.0, table["num_units"].cast("double")),
+            )
+            return pc.or_(within, _COMPARE[sign](column, value))
+        return _COMPARE[sign](column, value)
+
+
+def open_results(uri: str | Path) -> Results:
+    """Opens the finished trials of a storage, a job or one trial, on a folder or under `s3://`.
+
+    An index that lacks some trials is completed, and written where that is allowed.
+
+    Raises:
+        StoreError: There is no such place, no finished trial in it, or its index is damaged.
+    """
+    stores, trial = locate_jobs(uri)
+    if not stores:
+        raise StoreError(f"'{uri}': holds no results; run a job with this storage first")
+    tables = map_in_threads(stores[0].objects, _read, stores)
+    if trial is not None:
+        tables = [table.filter(pc.equal(table["trial_id"], trial)) for table in tables]
+    tables = [
+        table.add_column(0, "job", pa.array([store.name] * len(table), pa.string()))
+        for store, table in zip(stores, tables, strict=True)
+        if len(table)
+    ]
+    if not tables:
+        raise StoreError(
+            f"'{uri}': holds no finished trial; gbp-ray show tells what there is of others"
+        )
+    return Results(str(uri), {store.name: store for store in stores}, _stack(tables))
+
+
+def _read(store: Store) -> pa.Table:
+    table, is_stale = read_index(store.objects)
+    if is_stale and len(table):
+        # A courtesy to the next reader; many may read and not write.
+        with contextlib.suppress(StoreError):
+            refresh_index(store.objects)
+    return table
+
+
+def _stack(tables: list[pa.Table]) -> pa.Table:
+    if len(tables) == 1:
+        return tables[0]
+    types: dict[str, set[pa.DataType]] = {}
+    for table in tables:
+        for field in table.schema:
+            types.setdefault(field.name, set()).add(field.type)
+    kinds = {name: found.pop() if len(found) == 1 else pa.string() for name, found in types.items()}
+    return pa.concat_tables(
+        [
+            pa.table({name: table[name].cast(kinds[name]) for name in table.column_names})
+            for table in tables
+        ],
+        promote_options="default",
+    )
+
+
+def _as_value(kind: pa.DataType, text: str, condition: str) -> Any:
+    if pa.types.is_string(kind):
+        return text.strip("'\"")
+    if pa.types.is_boolean(kind):
+        if text in ("true", "false"):
+            return text == "true"
+        raise ConfigError(f"condition '{condition}': must compare with true or false")
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"condition '{condition}': must compare with a number") from None
+
+
+def _nearest_miss(table: pa.Table, condition: str) -> str:
+    parts = _CONDITION.fullmatch(condition)
+    if (
+        parts is None
+        or parts[1] not in table.column_names
+        or parts[2] not in (">=", ">", "<=", "<")
+    ):
+        return ""
+    is_floor = parts[2].startswith(">")
+    extreme = (pc.max if is_floor else pc.min)(table[parts[1]]).as_py()
+    return f"; the {'greatest' if is_floor else 'least'} {parts[1]} is {extreme:.4g}"

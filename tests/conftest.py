@@ -1,0 +1,63 @@
+"""Storages that the tests share: a folder, moto's server, and a real server where there is one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+logging.getLogger("werkzeug").setLevel(logging.ERROR)
+
+
+@pytest.fixture(scope="session")
+def moto_endpoint() -> Iterator[str]:
+    """Starts moto's S3 server in this process, with a bucket `gbp`; gives host:port."""
+    patch = pytest.MonkeyPatch()
+    if "AWS_ACCESS_KEY_ID" not in os.environ:
+        patch.setenv("AWS_ACCESS_KEY_ID", "key-of-a-test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-a-test")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+    client.create_bucket(Bucket="gbp")
+    yield f"{host}:{port}"
+    server.stop()
+    patch.undo()
+
+
+@pytest.fixture
+def moto_storage(moto_endpoint: str) -> str:
+    """An empty place on moto's server."""
+    return f"s3://gbp/{uuid.uuid4().hex}?endpoint_override={moto_endpoint}&scheme=http"
+
+
+@pytest.fixture
+def real_storage() -> str:
+    """An empty place on the server that GBP_RAY_S3_ENDPOINT names, in its bucket `gbp`."""
+    endpoint = os.environ.get("GBP_RAY_S3_ENDPOINT")
+    if endpoint is None:
+        pytest.skip("GBP_RAY_S3_ENDPOINT names no S3 server with a bucket 'gbp'")
+    scheme, _, place = endpoint.rpartition("://")
+    return f"s3://gbp/{uuid.uuid4().hex}?endpoint_override={place}&scheme={scheme or 'http'}"
+
+
+@pytest.fixture(params=["folder", "moto", "real"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty storage of each kind."""
+    if request.param == "folder":
+        return str(tmp_path / "results")
+    return str(request.getfixturevalue(f"{request.param}_storage"))
+
+
+@pytest.fixture(params=["moto", "real"])
+def s3_storage(request: pytest.FixtureRequest) -> str:
+    """An empty storage on each kind of S3 server."""
+    return str(request.getfixturevalue(f"{request.param}_storage"))

@@ -1,0 +1,253 @@
+"""Verify finds whatever was altered and names it; gc takes what is dead and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pytest
+from safetensors.numpy import load, save
+from sample_results import sample_job, write_trial
+
+from gbp_ray.address import S3Address
+from gbp_ray.audit import find_faults, find_garbage, remove_garbage
+from gbp_ray.errors import StoreError
+from gbp_ray.records import seal_record
+from gbp_ray.results import open_results
+from gbp_ray.store import Store
+from gbp_ray.tensors import count_nonzero
+from gbp_ray.transfer import fetch_results
+
+
+@pytest.fixture
+def store(storage: str) -> Store:
+    store = Store(storage, "try")
+    write_trial(store, sample_job())
+    write_trial(store, sample_job(sparsity=0.9))
+    return store
+
+
+def read_all(store: Store) -> None:
+    """Reads as a reader does, with no intention to verify."""
+    store.read_claim()
+    open_results(store.uri)
+    for trial in store.objects.list_folders("trials/"):
+        store.read_trial(trial)
+        for record in store.read_rounds(trial):
+            for name in record.files:
+                store.read_file(trial, record, name)
+
+
+# -- verify ----------------------------------------------------------------------------------------
+
+
+def test_whole_results_are_as_claimed(store: Store) -> None:
+    audit = find_faults(store.uri)
+    assert audit.faults == []
+    assert (audit.num_jobs, audit.num_trials, audit.num_rounds, audit.num_files) == (1, 2, 6, 18)
+    assert audit.num_bytes == sum(
+        entry.num_bytes
+        for entry in store.objects.entries()
+        if entry.key.endswith((".pt", "tensors"))
+    )
+
+
+def test_a_flipped_byte_in_any_object_is_found_named_and_refused(storage: str) -> None:
+    # Every byte of the records on a folder; elsewhere, where it takes longer, one of each object.
+    store = Store(storage, "try")
+    write_trial(store, sample_job())
+    draws = random.Random(4)
+    is_folder = store.folder is not None
+    for entry in list(store.objects.entries()):
+        good = store.objects.get(entry.key) or b""
+        assert good
+        is_record = entry.key.endswith(".json")
+        places = draws.sample(range(len(good)), 20 if is_folder and is_record else 1)
+        for place in places:
+            bad = bytearray(good)
+            bad[place] ^= 1 << draws.randrange(8)
+            store.objects.put(entry.key, bytes(bad))
+            faults = find_faults(store.uri).faults
+            assert store.objects.uri_of(entry.key) in [uri for uri, _ in faults], (place, faults)
+            with pytest.raises(StoreError, match=r"is damaged|checksum|bytes"):
+                read_all(store)
+        store.objects.put(entry.key, good)
+    assert find_faults(store.uri).faults == []
+    read_all(store)
+
+
+def test_a_missing_object_is_found_and_named(store: Store) -> None:
+    trial = store.objects.list_folders("trials/")[0]
+    for name in ("weights.safetensors", "state.pt", "round.json"):
+        key = f"trials/{trial}/round_001/{name}"
+        good = store.objects.get(key) or b""
+        store.objects.delete([key])
+        ((uri, fault), *_) = find_faults(store.uri).faults
+        assert uri.startswith(store.round_uri(trial, 1).partition("?")[0])
+        assert "missing" in fault or "no such file" in fault
+        store.objects.put(key, good)
+    key = f"trials/{trial}/trial.json"
+    store.objects.delete([key])
+    ((uri, fault),) = find_faults(store.uri).faults
+    assert (uri, trial in fault) == (store.objects.uri_of("index.parquet"), True)
+
+
+def test_a_sparsity_that_is_not_in_the_weights_is_found(tmp_path: Path) -> None:
+    # All checksums are right; the claim is not.
+    store = Store(tmp_path, "try")
+    trial = write_trial(store, sample_job())
+    record = store.read_rounds(trial)[2]
+    files = {name: store.read_file(trial, record, name) for name in record.files}
+    weights = load(files["weights.safetensors"])
+    zero = np.flatnonzero(weights["a.weight"].reshape(-1) == 0)[0]
+    weights["a.weight"].reshape(-1)[zero] = 1e-30
+    written = store.write_round(trial, record, files | {"weights.safetensors": save(weights)})
+    finished = store.read_trial(trial)
+    assert finished is not None
+    store.write_trial(finished.model_copy(update={"rounds": (*finished.rounds[:2], written)}))
+    faults = find_faults(tmp_path).faults
+    assert [fault for _, fault in faults] == [
+        "'a.weight' has 21 weights other than zero, 20 are claimed",
+        "'a.weight' has weights that its mask removes",
+    ]
+    assert {uri for uri, _ in faults} == {store.round_uri(trial, 2)}
+
+
+def test_records_that_disagree_are_found(tmp_path: Path) -> None:
+    store = Store(tmp_path, "try")
+    trial = write_trial(store, sample_job())
+    finished = store.read_trial(trial)
+    assert finished is not None
+    better = finished.rounds[2].model_copy(update={"accuracy": 1.0})
+    boast = finished.model_copy(update={"rounds": (*finished.rounds[:2], better)})
+    store.objects.put(f"trials/{trial}/trial.json", seal_record(boast))
+    faults = [fault for _, fault in find_faults(tmp_path).faults]
+    assert faults[0] == "does not agree with the record of round 2"
+    assert "does not agree with the record of trial" in faults[1]
+
+
+def test_zeros_are_counted_in_every_type() -> None:
+    values = np.array([0.0, -0.0, 1.0, -2.0, np.nan, 1e-45])
+    for kind, expected in (("float64", 4), ("float32", 4), ("float16", 3), ("int8", 2)):
+        with np.errstate(all="ignore"):
+            data = save(
+                {"w": np.nan_to_num(values, nan=1 if kind == "int8" else np.nan).astype(kind)}
+            )
+        found = count_nonzero(data, "here")["w"]
+        assert found == ((6,), expected + (kind == "int8"))
+
+
+# -- gc --------------------------------------------------------------------------------------------
+
+
+def leave_garbage(store: Store) -> tuple[str, set[str]]:
+    """Leaves what a killed driver leaves; gives its trial and the names of it all."""
+    trial = write_trial(store, sample_job(seed=7), num_rounds=2)
+    left = {
+        f"trials/{trial}/round_002/weights.safetensors": b"w" * 100,
+        f"trials/{trial}/round_002/masks.safetensors": b"m" * 10,
+        f"unindexed/{trial}": b"",
+        f"ray/{trial}/ray-file": b"r",
+        f"trials/{trial}/driver.{'json' if store.folder is None else 'lock'}": (
+            b'{"driver": "x", "machine": null}'
+        ),
+    }
+    for key, data in left.items():
+        store.objects.put(key, data)
+    return trial, set(left)
+
+
+def test_garbage_is_listed_then_removed_and_the_job_goes_on(
+    storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(storage, "try")
+    write_trial(store, sample_job())
+    whole = {entry.key for entry in store.objects.entries()}
+    trial, left = leave_garbage(store)
+    monkeypatch.setattr("gbp_ray.lease.DEAD_S", -1.0)
+    before = {entry.key for entry in store.objects.entries()}
+    found = find_garbage(store.uri)
+    assert {item.key for item in found} == left
+    assert {entry.key for entry in store.objects.entries()} == before, "listing changed something"
+    assert {item.key for item in remove_garbage(found)} == left
+    assert {entry.key for entry in store.objects.entries()} == before - left
+    assert find_garbage(store.uri) == []
+    assert find_faults(store.uri).faults == []
+    assert len(store.read_rounds(trial)) == 2
+    unfinished = find_garbage(store.uri, is_unfinished_too=True)
+    assert {item.key for item in unfinished} == before - left - whole
+    remove_garbage(unfinished)
+    assert {entry.key for entry in store.objects.entries()} == whole
+
+
+def test_what_a_live_driver_works_on_is_left_alone(storage: str) -> None:
+    store = Store(storage, "try")
+    trial = write_trial(store, sample_job(), num_rounds=1)
+    store.objects.put(f"trials/{trial}/round_001/weights.safetensors", b"w")
+    found = find_garbage(store.uri)
+    assert len(found) == 1
+    with store.hold(trial):
+        assert find_garbage(store.uri, is_unfinished_too=True) == []
+        assert remove_garbage(found) == []
+    store.objects.put(f"trials/{trial}/round_001/round.json", b"committed")
+    assert remove_garbage(found) == [], "a round that was committed since was taken"
+    assert store.objects.exists(f"trials/{trial}/round_001/weights.safetensors")
+
+
+def test_interrupted_writes_are_garbage(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(storage, "try")
+    trial = write_trial(store, sample_job(), num_rounds=1)
+    if store.folder is not None:
+        (store.folder / f"trials/{trial}/round_000/.weights.safetensors.x1y2").write_bytes(b"w" * 9)
+    else:
+        address = S3Address.parse(store.uri)
+        client = boto3.client("s3", endpoint_url=address.endpoint, region_name="us-east-1")
+        key = f"{address.prefix}/trials/{trial}/round_000/weights.safetensors"
+        begun = client.create_multipart_upload(Bucket=address.bucket, Key=key)
+        client.upload_part(
+            Bucket=address.bucket,
+            Key=key,
+            UploadId=begun["UploadId"],
+            PartNumber=1,
+            Body=b"w" * 9,
+        )
+    (item,) = find_garbage(store.uri)
+    assert (item.num_bytes, item.why) == (9, "its writing never ended")
+    assert item.uri == store.objects.uri_of(f"trials/{trial}/round_000/weights.safetensors")
+    assert remove_garbage([item]) == [item]
+    assert find_garbage(store.uri) == []
+    assert find_faults(store.uri).faults == []
+
+
+# -- fetch -----------------------------------------------------------------------------------------
+
+
+def test_fetched_results_are_the_same_and_are_fetched_once(
+    store: Store, storage: str, tmp_path: Path
+) -> None:
+    write_trial(store, sample_job(seed=7), num_rounds=2)
+    fetched = fetch_results(storage, tmp_path / "copy")
+    assert (fetched.num_trials, fetched.num_rounds) == (3, 8)
+    copy = Store(tmp_path / "copy", "try")
+    here = {entry.key: copy.objects.get(entry.key) for entry in copy.objects.entries()}
+    there = {entry.key: store.objects.get(entry.key) for entry in store.objects.entries()}
+    assert here == there
+    assert fetch_results(storage, tmp_path / "copy").num_rounds == 0
+    path = tmp_path / "copy/try/trials" / store.objects.list_folders("trials/")[0]
+    (path / "round_001/state.pt").write_bytes(b"damaged")
+    assert fetch_results(storage, tmp_path / "copy").num_rounds == 1
+    assert find_faults(tmp_path / "copy").faults == []
+
+
+def test_damage_is_not_fetched(tmp_path: Path) -> None:
+    store = Store(tmp_path / "from", "try")
+    trial = write_trial(store, sample_job())
+    (Path(store.round_uri(trial, 1)) / "state.pt").write_bytes(b"x" * 64)
+    with pytest.raises(StoreError, match="does not match its checksum"):
+        fetch_results(tmp_path / "from", tmp_path / "to")
+    with contextlib.suppress(StoreError):
+        assert find_faults(tmp_path / "to").faults == []
+    assert len(Store(tmp_path / "to", "try").read_rounds(trial)) == 1
