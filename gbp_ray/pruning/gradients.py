@@ -108,7 +108,9 @@ class GradientSums:
         try:
             yield
         except Exception as error:
-            if self._ranks.world_size == 1 or self._is_sharded:
+            if self._is_sharded:
+                self._ranks.leave()
+            if self._is_sharded or self._ranks.world_size == 1:
                 raise
             self._failure = self._failure or error
         self._send_ready(is_last=True)

@@ -72,8 +72,11 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def together(self, action: Callable[[], Result]) -> Result:
+    def together(self, action: Callable[[], Result], *, communicates: bool = False) -> Result:
         """Runs `action` on this rank; if it fails on any rank, all raise as `agree` says.
+
+        Args:
+            communicates: The action itself does, so a failure leaves others inside it: see `leave`.
 
         Communicates.
         """
@@ -81,10 +84,21 @@ class Ranks:
         result: Result | None = None
         try:
             result = action()
-        except Exception as error:  # noqa: BLE001 - raised again on every rank
+        except Exception as error:
+            if communicates:
+                self.leave()
+                raise
             failure = error
         self.agree(failure)
         return result  # type: ignore[return-value]
+
+    def leave(self) -> None:
+        """Hangs up on the other ranks, which fail at once instead of waiting for this one.
+
+        For a rank that cannot go on in the middle of what all do together, before it raises.
+        """
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
 
     def agree(self, failure: Exception | None) -> None:
         """Raises on every rank what any rank failed with, so that none waits for one that is gone.
@@ -220,15 +234,20 @@ class OrderedSum:
         self._total_S = torch.zeros(self._slice_size, dtype=dtype, device=ranks.device)
 
     @contextmanager
-    def attempt(self) -> Iterator[None]:
+    def attempt(self, *, communicates: bool = False) -> Iterator[None]:
         """Holds back a failure of this turn's work until the sum is taken, which all ranks reach.
 
         The rank adds nothing in its place: `add(None)`.
+
+        Args:
+            communicates: The work itself does, so a failure leaves others inside it.
         """
         try:
             yield
         except Exception as error:
-            if self._ranks.world_size == 1:
+            if communicates:
+                self._ranks.leave()
+            if communicates or self._ranks.world_size == 1:
                 raise
             self._failure = self._failure or error
 

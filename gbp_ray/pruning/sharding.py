@@ -15,19 +15,25 @@ Every pass through a sharded network communicates, so all ranks must make the sa
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 __all__ = [
+    "add_over_ranks",
+    "copy_sharded",
+    "gather_bits",
     "gather_whole",
     "is_shard",
     "is_sharded",
@@ -93,6 +99,46 @@ def gather_whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def add_over_ranks(counts: Sequence[int], spread: Iterable[Tensor]) -> list[int]:
+    """Adds up what each rank counted in its rows, if the counted tensors are spread over ranks."""
+    shard = next((tensor for tensor in spread if isinstance(tensor, DTensor)), None)
+    if shard is None:
+        return list(counts)
+    total = torch.tensor(counts, dtype=torch.int64, device=shard.device)
+    dist.all_reduce(total, group=shard.device_mesh.get_group())
+    found: list[int] = total.tolist()
+    return found
+
+
+def gather_bits(mask: Tensor) -> np.ndarray:
+    """Puts a bool tensor together on every rank, flat, one bit an element on the wire.
+
+    Communicates where it is sharded.
+    """
+    own = local(mask.detach()).reshape(-1)
+    if not isinstance(mask, DTensor):
+        return own.cpu().numpy()
+    group = mask.device_mesh.get_group()
+    world_size = group.size()
+    row = max(1, math.prod(mask.shape[1:]))
+    chunk = -(-mask.shape[0] // world_size)
+    sizes = [
+        max(min((rank + 1) * chunk, mask.shape[0]) - rank * chunk, 0) * row
+        for rank in range(world_size)
+    ]
+    packed = np.packbits(own.cpu().numpy())
+    padded = torch.zeros(-(-max(sizes) // 8), dtype=torch.uint8, device=mask.device)
+    padded[: packed.size] = torch.from_numpy(packed).to(mask.device)
+    parts = [torch.empty_like(padded) for _ in range(world_size)]
+    dist.all_gather(parts, padded, group=group)
+    return np.concatenate(
+        [
+            np.unpackbits(part.cpu().numpy(), count=size).astype(bool)
+            for part, size in zip(parts, sizes, strict=True)
+        ]
+    )
+
+
 def leaves(model: nn.Module) -> dict[str, nn.Parameter]:
     """Lists what autograd differentiates by, under each parameter's first name."""
     if model in _SHARDINGS:
@@ -106,13 +152,35 @@ def shard_network(model: nn.Module, device: torch.device, world_size: int) -> No
     A group that FSDP2 gathers at once is a member of an `nn.Sequential` or `nn.ModuleList`, as
     blocks usually are, with at least `_LEAST_GROUP` weights of its own; the rest is one group. A
     module that shares a weight with another joins the group around both.
+
+    Args:
+        model: On the meta device it gets memory for this rank's rows alone, still to be filled.
     """
     template = copy.deepcopy(model).to("meta")
     mesh = init_device_mesh(device.type, (world_size,))
-    for module in _groups(model):
-        fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    # The outermost group, too, gives its weights back after the forward pass.
+    for module in (*_groups(model), model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.to_empty(device=device)
     _SHARDINGS[model] = _Sharding(_find_leaves(model), template)
+
+
+@torch.no_grad()
+def copy_sharded(model: nn.Module) -> nn.Module:
+    """Copies a sharded network, each rank its rows. Communicates."""
+    sharding = _SHARDINGS[model]
+    twin = copy.deepcopy(sharding.template)
+    some = next(model.parameters())
+    assert isinstance(some, DTensor)
+    shard_network(twin, some.device, some.device_mesh.size())
+    for (_, own), (_, other) in zip(
+        (*twin.named_parameters(), *twin.named_buffers()),
+        (*model.named_parameters(), *model.named_buffers()),
+        strict=True,
+    ):
+        local(own.detach()).copy_(local(other.detach()))
+    return twin
 
 
 def _groups(model: nn.Module) -> list[nn.Module]:

@@ -30,7 +30,7 @@ from gbp_ray.errors import PruneError
 from gbp_ray.pruning.gradients import GradientSums
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.ranks import OrderedSum, Ranks, buffer_slots, isolated
-from gbp_ray.pruning.sharding import is_shard, is_sharded, leaves, local
+from gbp_ray.pruning.sharding import add_over_ranks, is_shard, is_sharded, leaves, local
 from gbp_ray.pruning.slices import cut_rows
 from gbp_ray.workload import (
     Workload,
@@ -155,13 +155,16 @@ def check_pruned_zero(model: nn.Module, optimizer: Optimizer | None, masks: Mask
         raise PruneError(f"'{revived}': a pruned weight came back to life during training")
     if optimizer is None:
         return
+    found: list[tuple[str, str, int]] = []
     for name, parameter in model.named_parameters():
         if name in masks:
             for key, value in _state_like(optimizer, parameter).items():
-                if bool(torch.any(local(value)[~local(masks[name])] != 0)):
-                    raise PruneError(
-                        f"'{name}': optimizer state '{key}' of a pruned weight is not 0"
-                    )
+                pruned = ~local(masks[name])
+                found.append((name, key, int(torch.any(local(value)[pruned] != 0))))
+    everywhere = add_over_ranks([number for *_, number in found], masks.values())
+    for (name, key, _), number in zip(found, everywhere, strict=True):
+        if number:
+            raise PruneError(f"'{name}': optimizer state '{key}' of a pruned weight is not 0")
 
 
 def _state_like(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -429,12 +432,14 @@ def evaluate(
     correct = torch.zeros((), dtype=torch.int64, device=ranks.device)
     model.eval()
 
-    def measure(item: int) -> None:
+    def measure(item: int, *, is_counted: bool) -> None:
         indices = torch.arange(batches[item].start, batches[item].stop)
         inputs, targets = take_batch(workload, workload.test, indices, device=ranks.device)
         with blaming_labels(workload, model, "test", indices):
             with isolated(model, derive_seed("evaluate", item)):
                 outputs = model(inputs)
+            if not is_counted:
+                return
             check_labels(workload, "test", indices, outputs, targets)
             losses[item] = workload.loss(outputs, targets).double() * len(indices)
         correct.add_(workload.count_correct(outputs, targets))
@@ -442,13 +447,16 @@ def evaluate(
     def measure_own() -> None:
         for turn, item in enumerate(ranks.deal(len(batches))):
             if item is not None:
-                measure(item)
+                measure(item, is_counted=True)
+            elif is_sharded(model):
+                # All ranks pass through a sharded network; one without a batch for nothing.
+                measure(0, is_counted=False)
             tell(min((turn + 1) * ranks.world_size, len(batches)), len(batches))
         for item in (~torch.isfinite(losses)).nonzero().flatten().tolist():
             check_finite(workload, "test", torch.arange(batches[item].start, batches[item].stop))
 
     # Nothing is exchanged before the end, so a rank that fails must not leave the others there.
-    ranks.together(measure_own)
+    ranks.together(measure_own, communicates=is_sharded(model))
     losses, correct = ranks.fill_in(losses), ranks.fill_in(correct)
     return correct.item() / total, losses.sum().item() / total
 
@@ -494,18 +502,19 @@ def recalibrate_batchnorm(
         norm.momentum = 1.0
     for item in ranks.deal(len(batches)):
         vector: Tensor | None = None
-        if item is not None:
-            batch = batches[item]
+        number = 0 if item is None and is_sharded(model) else item
+        if number is not None:
+            batch = batches[number]
             indices = chosen[batch.start : batch.stop]
-            draws = derive_seed(seed, "batchnorm", item)
-            with sums.attempt():
+            draws = derive_seed(seed, "batchnorm", number)
+            with sums.attempt(communicates=is_sharded(model)):
                 inputs, _ = take_batch(
                     workload, workload.train, indices, device=ranks.device, augment_seed=draws
                 )
                 with isolated(model, derive_seed(draws, "forward")), _averaged_over_calls(norms):
                     model(inputs)
                     vector = torch.cat([s.reshape(-1) for s in statistics]) * len(batch)
-        sums.add(vector)
+        sums.add(None if item is None else vector)
     total = sum(len(batch) for batch in batches)
     means = (sums.result() / total).split([s.numel() for s in statistics])
     for statistic, mean in zip(statistics, means, strict=True):
