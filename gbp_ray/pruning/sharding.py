@@ -156,7 +156,7 @@ def shard_network(model: nn.Module, device: torch.device, world_size: int) -> No
     Args:
         model: On the meta device it gets memory for this rank's rows alone, still to be filled.
     """
-    template = copy.deepcopy(model).to("meta")
+    template = _blank_copy(model)
     mesh = init_device_mesh(device.type, (world_size,))
     # The outermost group, too, gives its weights back after the forward pass.
     for module in (*_groups(model), model):
@@ -164,6 +164,17 @@ def shard_network(model: nn.Module, device: torch.device, world_size: int) -> No
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=device)
     _SHARDINGS[model] = _Sharding(_find_leaves(model), template)
+
+
+def _blank_copy(model: nn.Module) -> nn.Module:
+    """Copies a network onto the meta device, where tied weights stay tied."""
+    blanks: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        blank = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            blank = nn.Parameter(blank, requires_grad=tensor.requires_grad)
+        blanks[id(tensor)] = blank
+    return copy.deepcopy(model, blanks)
 
 
 @torch.no_grad()

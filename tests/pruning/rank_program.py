@@ -374,7 +374,8 @@ def _work(
             "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size
         )
         report = program(Ranks.current())
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except Exception:
         report = {"failure": traceback.format_exc()}
         raise
