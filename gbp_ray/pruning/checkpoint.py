@@ -4,7 +4,7 @@
     masks.safetensors     see `masks`
     state.pt              of a replicated network: the optimizer's state and the movement statistic
     shards/               of a sharded one: weights and state as torch.distributed.checkpoint writes
-                          them, each rank its own file
+                          them to safetensors, each rank its own file
 
 Shards are read back onto any number of ranks, onto a replicated network, too; and a sharded network
 takes its rows from the files of a replicated one. So a trial goes on whatever its cluster became.
@@ -28,7 +28,10 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.optim import Optimizer
@@ -50,6 +53,8 @@ __all__ = [
 ]
 
 SHARDS = "shards/"
+_SCALARS = ("step",)
+"""What Adam and AdamW keep of a parameter that is not shaped like it."""
 
 
 @dataclass(frozen=True)
@@ -255,9 +260,10 @@ def _quiet() -> Iterator[None]:
 
 def _save_shards(state: dict[str, Tensor]) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory(prefix="gbp-ray-shards-") as folder:
-        # Ranks share no folder: each writes into one of its own, and rank 0 the directory of all.
+        # Ranks share no folder, so each writes into one of its own.
         with _quiet():
-            save_shards(state, storage_writer=FileSystemWriter(folder))
+            writer = HuggingFaceStorageWriter(folder, save_distributed=True)
+            save_shards(state, storage_writer=writer)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
@@ -268,7 +274,7 @@ def _load_shards(
         with tempfile.TemporaryDirectory(prefix="gbp-ray-shards-") as folder:
             for name, data in saved.shards.items():
                 (Path(folder) / name).write_bytes(data)
-            reader = FileSystemReader(folder)
+            reader = HuggingFaceStorageReader(folder)
             known = reader.read_metadata().state_dict_metadata
             optimizer = _blank_optimizer(model, make_optimizer, known)
             movement = _blank_movement(model, known)
@@ -277,23 +283,21 @@ def _load_shards(
                 load_shards(state, storage_reader=reader)
     except Exception as error:
         raise damaged(f"round_{saved.round:03d}/shards", error) from error
-    # Tensors are filled in place, but a scalar may have been bound anew.
-    if optimizer is not None:
-        for name, parameter in model.named_parameters():
-            for key in optimizer.state.get(parameter, {}):
-                optimizer.state[parameter][key] = state[f"optimizer.{name}.{key}"]
     return optimizer, movement
 
 
 def _state_by_name(
     model: nn.Module, optimizer: Optimizer | None, movement: dict[str, Tensor] | None
 ) -> dict[str, Tensor]:
+    """Names everything that a round goes on from; filling these tensors fills what they are of."""
     state = {f"model.{name}": tensor for name, tensor in _distinct(model).items()}
     if optimizer is not None:
         for name, parameter in model.named_parameters():
             for key, value in optimizer.state.get(parameter, {}).items():
                 state[f"optimizer.{name}.{key}"] = value
-    return state | {f"movement.{name}": value for name, value in (movement or {}).items()}
+    state |= {f"movement.{name}": value for name, value in (movement or {}).items()}
+    # The format of the shards knows no tensors without an axis.
+    return {name: value.view(1) if value.ndim == 0 else value for name, value in state.items()}
 
 
 def _blank_optimizer(
@@ -309,11 +313,11 @@ def _blank_optimizer(
             key = full.removeprefix(prefix)
             if key == full or "." in key:
                 continue
-            is_like = metadata.size == parameter.shape
+            dtype = metadata.properties.dtype
             optimizer.state[parameter][key] = (
-                torch.zeros_like(parameter.detach(), dtype=metadata.properties.dtype)
-                if is_like
-                else torch.zeros(metadata.size, dtype=metadata.properties.dtype)
+                torch.zeros((), dtype=dtype)
+                if key in _SCALARS
+                else torch.zeros_like(parameter.detach(), dtype=dtype)
             )
     return optimizer
 

@@ -134,11 +134,22 @@ def check_job(job: JobConfig, workload: Workload) -> None:
     shapes = {unit.name: tuple(unit.parameter.shape) for unit in units}
     check_selectable(shapes, job.prune, {unit.name: unit.input_dim for unit in units})
     check_reachable(shapes, job.prune)
+    _refuse_split_patterns(job, units)
     check_workload(workload, model, min(8, job.prune.calibration_batch_size))
     if job.finetune.distillation.weight > 0:
         _refuse_unteachable(workload, model)
     _refuse_lone_examples(job, workload, model)
     check_criterion(model, units, workload, job.prune, seed=job.seed)
+
+
+def _refuse_split_patterns(job: JobConfig, units: list[Prunable]) -> None:
+    split = [unit.name for unit in units if unit.input_dim == 0]
+    if job.cluster.strategy == "fsdp" and job.prune.pattern is not None and split:
+        raise ConfigError(
+            f"cluster.strategy = fsdp: cuts '{split[0]}' between its inputs, along which the "
+            f"groups of prune.granularity = '{job.prune.granularity}' run; name it in "
+            "prune.exclude or set cluster.strategy to replicated"
+        )
 
 
 def _refuse_unteachable(workload: Workload, model: nn.Module) -> None:
