@@ -21,7 +21,7 @@ To which each phase adds the greatest of what it holds at its moments:
 
     build       the forward pass of one example, which counts multiply-adds
     pretrain    O + V (the last step's sum) + V / W (this one's) + T (the last part's gradients)
-    finetune    + A(part), or + V + 2 V while ranks exchange; movement: + 2 N e + 32 N instead
+    finetune    + A(part), or + V + 2 V while ranks exchange; movement: + 2 N e + 24 N instead
     score       8 S (the sum) + 8 N (the pass before, in criteria of two) + A(batch),
                 or + N e + 8 N while it is added (W > 1: N e + 2 N e), or 32 S in the finish;
                 criteria without a pass over the data: as measured, once
@@ -63,7 +63,7 @@ from gbp_ray.errors import PruneError
 from gbp_ray.pruning.footprint import Footprint, measure_footprint
 from gbp_ray.pruning.masks import Prunable, prunable_parameters
 from gbp_ray.pruning.ranks import Ranks, isolated
-from gbp_ray.pruning.rules import Probe
+from gbp_ray.pruning.rules import BatchStatistic, Probe
 from gbp_ray.pruning.saliency import criterion, score
 from gbp_ray.pruning.slices import cut_flat
 from gbp_ray.pruning.training import num_steps
@@ -316,19 +316,18 @@ class _Passes:
                 )
 
             return (self._measure(run),)
+        total = sum(unit.parameter.numel() for unit in self._units)
+        previous_N = torch.zeros(total, dtype=torch.float64)
+        probe = Probe(self._model, self._units, self._workload.loss, prune, 0, 0, previous_N)
         with _differentiable(self._units):
             return tuple(
-                self._measure(partial(self._run_statistic, number))
-                for number in range(len(rule.passes))
+                self._measure(partial(self._run_statistic, probe, statistic))
+                for statistic in rule.passes
             )
 
-    def _run_statistic(self, number: int, size: int) -> object:
+    def _run_statistic(self, probe: Probe, statistic: BatchStatistic, size: int) -> object:
         self._model.eval()
-        config = self._job.prune
-        total = sum(unit.parameter.numel() for unit in self._units)
-        previous_N = torch.zeros(total, dtype=torch.float64) if number else None
-        probe = Probe(self._model, self._units, self._workload.loss, config, 0, 0, previous_N)
-        return criterion(config.criterion).passes[number](probe, *self._batch(size))
+        return statistic(probe, *self._batch(size))
 
 
 @contextmanager
@@ -437,7 +436,7 @@ def _training_moments(
     if sizes.world_size > 1:
         yield held | {"exchange": 3 * sizes.step_bytes}
     if is_finetune and sizes.movement_bytes:
-        yield held | {"-w g": sizes.num_prunable * (2 * sizes.weight_bytes + 32)}
+        yield held | {"-w g": sizes.num_prunable * (2 * sizes.weight_bytes + 24)}
 
 
 def _scoring_moments(sizes: _Sizes, passes: _Passes) -> Iterator[dict[str, int]]:
