@@ -16,6 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Footprint", "measure_footprint"]
+__all__ = ["Footprint", "count_live_bytes", "measure_footprint"]
 
 _SIZES = (2, 4)
 
@@ -53,7 +54,7 @@ def measure_footprint(run: Callable[[int], object]) -> Footprint:
         run: Runs it over so many examples; what it returns is alive to the end of it.
     """
     run(_SIZES[0])  # what is made once and kept, such as a library's own plans, is not the pass's
-    few, more = (_count(run, size) for size in _SIZES)
+    few, more = (count_live_bytes(partial(run, size)) for size in _SIZES)
     if len(few) != len(more):
         few, more = [max(few)], [max(more)]
     step = _SIZES[1] - _SIZES[0]
@@ -62,9 +63,10 @@ def measure_footprint(run: Callable[[int], object]) -> Footprint:
     return Footprint(tuple(fixed), tuple(by_example))
 
 
-def _count(run: Callable[[int], object], size: int) -> list[int]:
+def count_live_bytes(action: Callable[[], object]) -> list[int]:
+    """Counts, after each operation of an action, the bytes of tensors it made that still live."""
     with _Counter() as counter:
-        run(size)
+        action()
     return counter.live_after or [0]
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from small_networks import ConvNet, built, draw
 
-from gbp_ray.pruning.footprint import _count, measure_footprint
+from gbp_ray.pruning.footprint import count_live_bytes, measure_footprint
 
 
 def test_what_grows_with_the_batch_is_told_from_what_does_not() -> None:
@@ -46,7 +46,7 @@ def test_a_pass_over_many_examples_is_told_from_two_small_ones() -> None:
         loss = model(draw(size, 2, 6, 6)).square().mean()
         return torch.autograd.grad(loss, list(model.parameters()))
 
-    expected = max(_count(run, 53))
+    expected = max(count_live_bytes(lambda: run(53)))
     assert measure_footprint(run).peak_bytes(53) == expected
     assert expected > 53 * 2 * 6 * 6 * 4
 

@@ -14,7 +14,7 @@ from torch import nn
 from gbp_ray.config import CRITERIA, DistillationConfig, FinetuneConfig, JobConfig, PretrainConfig
 from gbp_ray.errors import PruneError
 from gbp_ray.pruning import rounds
-from gbp_ray.pruning.footprint import _count
+from gbp_ray.pruning.footprint import count_live_bytes
 from gbp_ray.pruning.plan import Phase, Plan, make_plan
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import run_rounds
@@ -81,7 +81,7 @@ def measured_peaks(job: JobConfig, workload: Workload, patch: pytest.MonkeyPatch
         def watched(*args: Any, **kwargs: Any) -> Any:
             results: list[Any] = []
             phase = phase_by(*args)
-            live = _count(lambda size: results.append(original(*args, **kwargs)), 0)
+            live = count_live_bytes(lambda: results.append(original(*args, **kwargs)))
             peaks[phase] = max(peaks.get(phase, 0), *live)
             return results[0]
 
