@@ -7,7 +7,8 @@ A CIFAR ResNet (He et al. 2015) or a classifier of torchvision by its name there
 weights on random images: cost does not depend on their values. The plain pass goes over the same
 batches in eval mode and keeps the gradients of the prunable weights; it is timed anew beside every
 criterion, in turn, and the table shows the median of the pairwise ratios with their range. On a
-CPU one thread, so that the figure is work done, not luck.
+CPU there is one thread, and its own seconds are counted, so that other work on the machine hardly
+enters.
 
 Memory is the peak of what a pass allocates beyond the model, as a ratio to that of the plain pass:
 on a GPU the allocator's, on a CPU the bytes of live tensors after each operation.
@@ -132,11 +133,12 @@ def build_network(name: str) -> tuple[nn.Module, int, int]:
 
 
 def timed(action: Callable[[], object], device: torch.device) -> float:
-    started = time.perf_counter()
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    started = clock()
     action()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def allocated_by(action: Callable[[], object], device: torch.device) -> int:
