@@ -570,7 +570,7 @@ def _print_plan(planned: Mapping[str, Any], as_json: bool) -> None:
         _print_json(planned)
         return
     _say(planned["trial_id"])
-    if planned["plan"] is not None:
+    if planned["plan"] and planned["plan"]["phases"]:
         _console().print(plan_table(planned["plan"]))
     for line in plan_lines(planned):
         _say(line)

@@ -267,6 +267,8 @@ class ClusterConfig(_Section):
     """Ray Train workers; 0 runs in this very process without starting Ray."""
     use_gpu: bool = False
     """One GPU per worker (NCCL) instead of CPUs (gloo)."""
+    strategy: Literal["replicated", "fsdp"] = "replicated"
+    """Whether each worker holds the whole network, or all of them one, in shards (FSDP2)."""
     threads_per_worker: int = Field(1, ge=1)
     """CPU threads of each worker. Kernels add in an order of their own per thread count, so results
     agree to the bit between runs that share this number."""

@@ -140,6 +140,10 @@ def plan_lines(planned: Mapping[str, Any]) -> list[str]:
     progress = "nothing yet"
     if done:
         progress = f"round {done - 1} is the last whole one, what comes before is skipped"
+    memory = sent = f"not foretold yet for cluster.strategy = {plan['strategy']}"
+    if plan["phases"]:
+        memory = f"{_megabytes(plan['peak_bytes'])} MB at the peak"
+        sent = f"{_megabytes(plan['sent_bytes_per_round'])} MB each round"
     workers = plan["num_workers"]
     passes = "no pass over the data"
     if plan["num_passes"]:
@@ -148,13 +152,13 @@ def plan_lines(planned: Mapping[str, Any]) -> list[str]:
     return [
         f"network: {plan['num_parameters']:,} parameters, {plan['num_prunable']:,} prunable; "
         f"{plan['strategy']} on {workers or 1} {'worker' if workers < 2 else 'workers'}",
-        f"memory of a rank: {_megabytes(plan['peak_bytes'])} MB at the peak, beside the "
-        f"interpreter and its libraries and {_megabytes(plan['data_bytes'])} MB of data",
+        f"memory of a rank: {memory}; {_megabytes(plan['data_bytes'])} MB of data come on top, and "
+        "the interpreter with its libraries",
         f"scoring: {plan['criterion']}, {passes}; cost {plan['criterion_cost']} against a forward "
         "and backward pass",
         f"training: {plan['pretrain_steps']:,} steps, then {plan['finetune_steps']:,} after each "
         f"of {plan['num_rounds']} rounds, {plan['num_steps']:,} in all",
-        f"sent by a rank: {_megabytes(plan['sent_bytes_per_round'])} MB each round",
+        f"sent by a rank: {sent}",
         f"stored: {_megabytes(plan['round_bytes'])} MB each round, "
         f"{_megabytes(plan['stored_bytes'])} MB in all, in {planned['uri']}",
         f"done: {progress}; {left} of {done + left} rounds would be run, the dense network's among "

@@ -203,16 +203,34 @@ class Store:
             StoreError: The disk is full or the storage cannot be written; the round is then not
                 there, and those before it are.
         """
-        folder = _round_key(trial_id, record.round)
-        # A record left by an interrupted rewrite must not vouch for new files.
-        self.objects.delete([f"{folder}/round.json"])
-        committed = {}
+        self.begin_round(trial_id, record.round)
+        return self.end_round(trial_id, record, self.put_files(trial_id, record.round, files))
+
+    def begin_round(self, trial_id: str, number: int) -> None:
+        """Makes room for a round: the first of three steps where several writers share it.
+
+        A record left by an interrupted rewrite must not vouch for new files.
+        """
+        self.objects.delete([f"{_round_key(trial_id, number)}/round.json"])
+
+    def put_files(
+        self, trial_id: str, number: int, files: Mapping[str, bytes]
+    ) -> dict[str, FileRecord]:
+        """Writes one writer's files of a round that has begun; returns what the record holds."""
+        written = {}
         for name, data in files.items():
-            self.objects.put(f"{folder}/{name}", data)
+            self.objects.put(f"{_round_key(trial_id, number)}/{name}", data)
             digest = hashlib.sha256(data).hexdigest()
-            committed[name] = FileRecord(num_bytes=len(data), sha256=digest)
-        record = record.model_copy(update={"files": committed})
-        self.objects.put(f"{folder}/round.json", seal_record(record))
+            written[name] = FileRecord(num_bytes=len(data), sha256=digest)
+        return written
+
+    def end_round(
+        self, trial_id: str, record: RoundRecord, files: Mapping[str, FileRecord]
+    ) -> RoundRecord:
+        """Commits a round when all writers have put their files."""
+        record = record.model_copy(update={"files": dict(files)})
+        key = f"{_round_key(trial_id, record.round)}/round.json"
+        self.objects.put(key, seal_record(record))
         return record
 
     def write_trial(self, record: TrialRecord) -> None:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from gbp_ray.config import nearest_name
 from gbp_ray.errors import ConfigError, PruneError, StoreError
+from gbp_ray.pruning.sharding import add_over_ranks, gather_bits, local
 
 __all__ = ["MaskSet", "Prunable", "prunable_parameters"]
 
@@ -107,6 +108,9 @@ def prunable_parameters(model: nn.Module, exclude: Iterable[str] = ()) -> list[P
 class MaskSet(Mapping[str, Tensor]):
     """Masks by parameter name, in name order: bool tensors shaped like the weights, True = kept.
 
+    Those of a sharded network lie on the ranks as its weights do. Counting, hashing and writing
+    them then communicates.
+
     Attributes:
         masks: Parameter name to mask.
         round: The round that made them.
@@ -129,7 +133,7 @@ class MaskSet(Mapping[str, Tensor]):
     @classmethod
     def dense(cls, units: Iterable[Prunable]) -> MaskSet:
         """Keeps every weight."""
-        return cls({u.name: torch.ones_like(u.parameter, dtype=torch.bool) for u in units})
+        return cls({u.name: torch.ones_like(u.parameter.detach(), dtype=torch.bool) for u in units})
 
     def __getitem__(self, name: str) -> Tensor:
         return self.masks[name]
@@ -154,7 +158,8 @@ class MaskSet(Mapping[str, Tensor]):
     @property
     def num_pruned(self) -> int:
         """Removed weights."""
-        return self.num_units - sum(int(mask.sum()) for mask in self.values())
+        kept = [int(local(mask).sum()) for mask in self.values()]
+        return self.num_units - sum(add_over_ranks(kept, self.values()))
 
     @property
     def sparsity(self) -> float:
@@ -217,15 +222,18 @@ class MaskSet(Mapping[str, Tensor]):
             {n: tuple(w.shape) for n, w in weights.items()}, _shapes(self), "target"
         )
         for name, mask in self.items():
-            weights[name].masked_fill_(~mask.to(weights[name].device), 0)
+            weight = local(weights[name].detach())
+            weight.masked_fill_(~local(mask).to(weight.device), 0)
 
     def find_revived(self, target: nn.Module | dict[str, Tensor]) -> str | None:
         """Names the first parameter that has a pruned weight other than zero, or None."""
         weights = _weights_of(target)
+        revived = []
         for name, mask in self.items():
-            if bool(torch.any(weights[name].detach()[~mask.to(weights[name].device)] != 0)):
-                return name
-        return None
+            weight = local(weights[name].detach())
+            revived.append(int(torch.any(weight[~local(mask).to(weight.device)] != 0)))
+        everywhere = add_over_ranks(revived, self.values())
+        return next((name for name, n in zip(self, everywhere, strict=True) if n), None)
 
     def to_torch_prune(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rewrites a state dict in the form of `torch.nn.utils.prune`.
@@ -337,7 +345,7 @@ def _require_same_shapes(
 
 
 def _pack(mask: Tensor) -> np.ndarray:
-    return np.packbits(mask.detach().cpu().numpy().reshape(-1), bitorder="little")
+    return np.packbits(gather_bits(mask), bitorder="little")
 
 
 def _unpack(packed: np.ndarray, shape: tuple[int, ...]) -> Tensor:

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gbp_ray.pruning.masks import Prunable
+from gbp_ray.pruning.sharding import add_over_ranks, local
 from gbp_ray.store import CostRecord, LayerRecord
 
 __all__ = ["count_macs", "measure"]
@@ -49,7 +50,7 @@ def count_macs(model: nn.Module, example: Tensor) -> dict[str, int]:
 
 @torch.no_grad()
 def measure(model: nn.Module, units: list[Prunable], macs: Mapping[str, int]) -> CostRecord:
-    """Measures size, sparsity and multiply-adds.
+    """Measures size, sparsity and multiply-adds. Communicates where the network is sharded.
 
     Args:
         units: The prunable parameters.
@@ -64,11 +65,15 @@ def measure(model: nn.Module, units: list[Prunable], macs: Mapping[str, int]) ->
     users: dict[nn.Parameter, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(parameter, set()).add(name.rpartition(".")[0])
+    # parameters() yields a tied parameter once.
+    parameters = list(model.parameters())
+    counted = [int(torch.count_nonzero(local(p))) for p in parameters]
+    nonzero = dict(zip(parameters, add_over_ranks(counted, parameters), strict=True))
     layers = []
     spared = 0
     for unit in units:
         num_weights = unit.parameter.numel()
-        num_nonzero = int(torch.count_nonzero(unit.parameter))
+        num_nonzero = nonzero[unit.parameter]
         layer_macs = sum(macs.get(user, 0) for user in users[unit.parameter])
         macs_nonzero = layer_macs * num_nonzero // num_weights
         spared += layer_macs - macs_nonzero
@@ -82,8 +87,6 @@ def measure(model: nn.Module, units: list[Prunable], macs: Mapping[str, int]) ->
                 macs_nonzero=macs_nonzero,
             )
         )
-    # parameters() yields a tied parameter once.
-    parameters = list(model.parameters())
     state = [*parameters, *model.buffers()]
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state)
     spared_bytes = sum(
@@ -93,7 +96,7 @@ def measure(model: nn.Module, units: list[Prunable], macs: Mapping[str, int]) ->
     mask_bytes = sum(-(-layer.num_weights // 8) for layer in layers)
     return CostRecord(
         num_parameters=sum(p.numel() for p in parameters),
-        num_nonzero=sum(int(torch.count_nonzero(p)) for p in parameters),
+        num_nonzero=sum(nonzero.values()),
         macs=macs.get("", 0),
         macs_nonzero=macs.get("", 0) - spared,
         num_bytes=num_bytes,

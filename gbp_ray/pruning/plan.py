@@ -6,11 +6,11 @@ told from small real passes (`footprint`), all else from sizes:
 
     P, B    bytes of the parameters, of the buffers
     T       bytes of the trainable parameters
-    V       bytes of what a step sums: gradients, changes of the buffers, the loss
-    N, S    prunable weights; those of the longest stretch that a rank owns, about N / W
+    N, S    prunable weights; the most that a rank owns of them, about N / W
     e       bytes of a prunable weight
     O       state of the optimizer: T for sgd with momentum, 2 T for adam and adamw
-    A(b)    peak of a pass over b examples, its own gradients and vectors included
+    A(b)    peak of a pass over b examples, gradients in flight and vectors of its own included,
+            the sum that it adds to not
 
 Strategy "replicated": each rank holds the whole model. Held all along:
 
@@ -20,66 +20,66 @@ Strategy "replicated": each rank holds the whole model. Held all along:
 To which each phase adds the greatest of what it holds at its moments:
 
     build       the forward pass of one example, which counts multiply-adds
-    pretrain    O + V (the last step's sum) + V / W (this one's) + T (the last part's gradients)
-    finetune    + A(part), or + V + 2 V while ranks exchange; movement: + 2 N e + 24 N instead
-    score       8 S (the sum) + 8 N (the pass before, in criteria of two) + A(batch),
-                or + N e + 8 N while it is added (W > 1: N e + 2 N e), or 32 S in the finish;
-                criteria without a pass over the data: as measured, once
+    pretrain    O + T (the last step's gradients) + T / W (this one's sum) + B + A(part), or 2 T
+    finetune    while they are put together; O is held all along in finetune;
+                movement: or T + 24 times the largest layer
+    score       8 S (the sum) + A(batch), or 8 S + N e + 8 N while a criterion's own vector is
+                added (W > 1: 8 S + 3 N e); criteria without a pass: as measured, once
     decide      4 S (scores) + 4 S (a copy) + 2 S (marks) or, while masks are put together,
-                9 S + N (W > 1: 10 S + S / 8 + N / 8 + 2 N + 2 S)
+                9 S + N (W > 1: 12 S + S / 8 + N / 8 + 2 N)
     batchnorm   the forward pass of a batch
     evaluate    the forward pass of a batch + B
     write       O + 3 (P + B) + N / 4, on the first rank
 
-Bytes per weight of the scoring statistic are so 8 / W for every criterion of one pass, and
-8 + 8 / W for grasp, beside a vector of e in flight (fisher: one for each example of a chunk).
+While W > 1 ranks exchange gradients, 8 MB at most are in flight beside them. Bytes per weight of
+the scoring statistic are so 8 / W for every criterion. Those of gradients alone (taylor, snip,
+taylor_squared) hold no vector; fisher, obd and a user's own hold one of e (fisher: one for each
+example of a chunk), grasp the sum of its first pass, 8, on every rank.
 
-A rank sends, each round, with n turns of all ranks over the batches or parts:
+A rank sends, each round, with n turns of all ranks over the batches or parts, and rows padded to
+those of the rank that has most:
 
     score       passes * n * (W - 1) * S e, and (W - 1) * 8 S between two passes
-    decide      (W - 1) * S / 8 for the masks; samples and counts, a megabyte at most
-    finetune    (n + 1) * (W - 1) * V / W for each step
+    decide      (W - 1) * S / 8 for the masks; samples and counts, a few megabytes at most
+    finetune    (n + 1) * (W - 1) * (T + B) / W for each step
     batchnorm   (n * 4 + 8) * (W - 1) / W for each running statistic
+
+Strategy "fsdp" has no rows yet: its plan tells steps, passes and storage.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial, reduce
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gbp_ray.config import JobConfig, Recipe
-from gbp_ray.errors import PruneError
+from gbp_ray.pruning.building import network_of_seed
 from gbp_ray.pruning.footprint import Footprint, measure_footprint
-from gbp_ray.pruning.masks import Prunable, prunable_parameters
+from gbp_ray.pruning.gradients import GradientSums
+from gbp_ray.pruning.masks import prunable_parameters
 from gbp_ray.pruning.ranks import Ranks, isolated
-from gbp_ray.pruning.rules import BatchStatistic, Probe
 from gbp_ray.pruning.saliency import criterion, score
-from gbp_ray.pruning.slices import cut_flat
+from gbp_ray.pruning.slices import Layout, cut_rows
 from gbp_ray.pruning.training import num_steps
 from gbp_ray.workload import (
     Workload,
-    build_network,
-    derive_seed,
     num_examples,
-    seeded,
     take_batch,
 )
 
 __all__ = ["Phase", "Plan", "make_plan"]
 
 _LEAST_NORM_BATCH = 32
-_SAMPLED_BYTES = 2**20  # samples and counts of a decision, over all ranks, at most
+_SAMPLED_BYTES = 2**19  # of the scores, for a threshold's bracket, over all ranks
+_IN_FLIGHT_BYTES = 2**23  # of gradients, sent and received, at most
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ class Plan:
         data_bytes: Examples held in memory by tensors and arrays; data sets are not looked into.
         num_passes: Over the calibration examples, each round.
         num_steps: Optimizer steps, pretrain and all rounds.
+        phases: Empty, as are the two figures that come of them, where a strategy has no rows.
         round_bytes: What one round writes to storage.
         stored_bytes: What all rounds write, the dense network's included.
     """
@@ -125,8 +126,8 @@ class Plan:
     finetune_steps: int
     num_steps: int
     phases: tuple[Phase, ...]
-    peak_bytes: int
-    sent_bytes_per_round: int
+    peak_bytes: int | None
+    sent_bytes_per_round: int | None
     round_bytes: int
     stored_bytes: int
 
@@ -135,41 +136,34 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(job: JobConfig, workload: Workload, strategy: str = "replicated") -> Plan:
-    """Plans a job whose network has been checked; a few examples pass through it.
-
-    Raises:
-        PruneError: There is no such strategy.
-    """
-    if strategy not in _PHASES_OF:
-        raise PruneError(
-            f"the plan knows no strategy '{strategy}' (allowed: {', '.join(_PHASES_OF)})"
-        )
-    with seeded(derive_seed(job.seed, "model")):
-        model = build_network(workload)
+def make_plan(job: JobConfig, workload: Workload) -> Plan:
+    """Plans a job whose network has been checked; a few examples pass through it."""
+    model = network_of_seed(workload, job.seed)
     sizes = _Sizes(job, workload, model)
-    passes = _Passes(job, workload, model)
-    phases = _PHASES_OF[strategy](sizes, passes)
+    plan_phases = _PHASES_OF.get(job.cluster.strategy)
+    phases = plan_phases(sizes, _Passes(job, workload, model)) if plan_phases else []
     rule = criterion(job.prune.criterion)
     # movement fine-tunes before the first decision as well.
     stretches = job.prune.rounds + (job.prune.criterion == "movement")
     return Plan(
-        strategy=strategy,
+        strategy=job.cluster.strategy,
         num_workers=job.cluster.num_workers,
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_prunable=sizes.num_prunable,
         data_bytes=sum(_bytes_of(column) for column in _columns(workload)),
         criterion=rule.name,
         criterion_cost=rule.cost,
-        num_passes=len(rule.passes),
-        calibration_examples=sizes.calibration_examples if rule.passes else 0,
+        num_passes=sizes.num_passes,
+        calibration_examples=sizes.calibration_examples if sizes.num_passes else 0,
         num_rounds=job.prune.rounds,
         pretrain_steps=sizes.pretrain_steps,
         finetune_steps=sizes.finetune_steps,
         num_steps=sizes.pretrain_steps + stretches * sizes.finetune_steps,
         phases=tuple(phases),
-        peak_bytes=max(phase.num_bytes for phase in phases),
-        sent_bytes_per_round=sum(p.sent_bytes for p in phases if p.name != "pretrain"),
+        peak_bytes=max((phase.num_bytes for phase in phases), default=None),
+        sent_bytes_per_round=sum(p.sent_bytes for p in phases if p.name != "pretrain")
+        if phases
+        else None,
         round_bytes=sizes.stored_bytes(has_optimizer=True),
         stored_bytes=sizes.stored_bytes(has_optimizer=job.prune.criterion == "movement")
         + job.prune.rounds * sizes.stored_bytes(has_optimizer=True),
@@ -188,17 +182,27 @@ class _Sizes:
         self.world_size = max(1, job.cluster.num_workers)
         self.num_layers = len(units)
         self.num_prunable = sum(unit.parameter.numel() for unit in units)
-        bounds = cut_flat(units, self.world_size)
-        self.stretch = max(stop - start for start, stop in pairwise(bounds))
+        self.largest_layer = max(unit.parameter.numel() for unit in units)
+        layout = Layout(units, Ranks(0, self.world_size))
+        self.stretch = max(stop - start for start, stop in pairwise(layout.bounds))
         dtype = reduce(torch.promote_types, (unit.parameter.dtype for unit in units))
         self.weight_bytes = dtype.itemsize
         self.model_bytes = sum(map(_bytes_of, (*model.parameters(), *model.buffers())))
         self.buffer_bytes = sum(map(_bytes_of, model.buffers()))
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.trainable_bytes = sum(map(_bytes_of, trainable))
-        step_dtype = reduce(torch.promote_types, (p.dtype for p in trainable), torch.bfloat16)
+        self.layer_rows = sum(
+            max(pieces[number].size for pieces in layout.by_rank) * unit.parameter.element_size()
+            for number, unit in enumerate(units)
+        )
+        self.trainable_rows = sum(
+            cut_rows("", p.shape, self.world_size)[0].size * p.element_size() for p in trainable
+        )
+        # A change of each buffer, of each counter one, and the loss.
         changes = sum(b.numel() if b.is_floating_point() else 1 for b in model.buffers())
-        self.step_bytes = self.trainable_bytes + (changes + 1) * step_dtype.itemsize
+        self.beside_bytes = 4 * (changes + 1)
+        rule = criterion(job.prune.criterion)
+        self.num_passes = 1 if rule.of_gradients is not None else len(rule.passes)
         self.statistic_elements = sum(
             statistic.numel()
             for module in model.modules()
@@ -230,6 +234,10 @@ class _Sizes:
         """Counts the examples of the largest part of a batch."""
         size = min(recipe.batch_size, num_examples(self.workload.train))
         return -(-size // min(recipe.microbatches, size))
+
+    def in_flight(self, num_bytes: int) -> int:
+        """Computes what is sent and received at a time of gradients of this size."""
+        return min(2 * num_bytes, _IN_FLIGHT_BYTES) if self.world_size > 1 else 0
 
     def num_turns(self, num_items: int) -> int:
         return -(-num_items // self.world_size)
@@ -269,9 +277,13 @@ class _Passes:
     def __init__(self, job: JobConfig, workload: Workload, model: nn.Module) -> None:
         self._job, self._workload, self._model = job, workload, model
         self._units = prunable_parameters(model, job.prune.exclude)
+        self._movement = {
+            unit.name: torch.zeros(unit.parameter.shape, dtype=torch.float64)
+            for unit in self._units
+        }
         self.forward = self._measure(self._run_forward)
         self.training = self._measure(self._run_training) if self._trains() else None
-        self.scoring = self._measure_scoring()
+        self.scoring = self._measure(self._run_scoring)
 
     def _trains(self) -> bool:
         return self._job.pretrain.epochs > 0 or self._job.finetune.epochs > 0
@@ -297,51 +309,22 @@ class _Passes:
 
     def _run_training(self, size: int) -> object:
         self._model.train()
-        trainable = [p for p in self._model.parameters() if p.requires_grad]
+        trainable = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
+        pieces = {name: cut_rows(name, p.shape, 1) for name, p in trainable.items()}
+        sums = GradientSums(
+            Ranks(), trainable, trainable, pieces, [1.0], lambda gradient, weight, share: gradient
+        )
         inputs, targets = self._batch(size)
-        loss = self._workload.loss(self._model(inputs), targets)
-        return torch.autograd.grad(loss, trainable, materialize_grads=True)
+        with sums.listening(), sums.turn():
+            self._workload.loss(self._model(inputs), targets).backward()
+        return sums
 
-    def _measure_scoring(self) -> tuple[Footprint, ...]:
-        """Measures each pass of the criterion, or, where it has none, all of its scoring."""
-        prune = self._job.prune
-        rule = criterion(prune.criterion)
-        if not rule.passes:
-            total = sum(unit.parameter.numel() for unit in self._units)
-            movement_N = torch.zeros(total, dtype=torch.float64)
-
-            def run(size: int) -> object:
-                return score(
-                    self._model, self._units, self._workload, prune, Ranks(), movement_N=movement_N
-                )
-
-            return (self._measure(run),)
-        total = sum(unit.parameter.numel() for unit in self._units)
-        previous_N = torch.zeros(total, dtype=torch.float64)
-        probe = Probe(self._model, self._units, self._workload.loss, prune, 0, 0, previous_N)
-        with _differentiable(self._units):
-            return tuple(
-                self._measure(partial(self._run_statistic, probe, statistic))
-                for statistic in rule.passes
-            )
-
-    def _run_statistic(self, probe: Probe, statistic: BatchStatistic, size: int) -> object:
-        self._model.eval()
-        return statistic(probe, *self._batch(size))
-
-
-@contextmanager
-def _differentiable(units: list[Prunable]) -> Iterator[None]:
-    frozen = [unit.parameter for unit in units if not unit.parameter.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        # As scoring does.
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+    def _run_scoring(self, size: int) -> object:
+        small = {"calibration_examples": size, "calibration_batch_size": size}
+        config = self._job.prune.model_copy(update=small)
+        return score(
+            self._model, self._units, self._workload, config, Ranks(), movement=self._movement
+        )
 
 
 # -- phases ----------------------------------------------------------------------------------------
@@ -407,8 +390,8 @@ def _plan_replicated(sizes: _Sizes, passes: _Passes) -> list[Phase]:
     return phases
 
 
-# "fsdp" comes here with a function of its own: what a rank holds is then a share of the model, and
-# a layer at a time is whole.
+# "fsdp" comes here with a function of its own: what a rank holds is then its rows of the model, and
+# one group of layers at a time is whole.
 _PHASES_OF: dict[str, Callable[[_Sizes, _Passes], list[Phase]]] = {"replicated": _plan_replicated}
 
 
@@ -423,38 +406,35 @@ def _training_moments(
     sizes: _Sizes, passes: _Passes, recipe: Recipe, *, is_finetune: bool
 ) -> Iterator[dict[str, int]]:
     assert passes.training is not None
+    whole, own = sizes.trainable_bytes, sizes.trainable_rows
     part = sizes.part_size(recipe)
-    vectors = (
-        sizes.step_bytes + sizes.trainable_bytes + math.ceil(sizes.step_bytes / sizes.world_size)
-    )
-    held = {"gradients": vectors, "buffers": sizes.buffer_bytes}
-    activations = passes.training.peak_bytes(part)
+    # The pass was measured together with a sum over all of the parameters.
+    activations = max(0, passes.training.peak_bytes(part) - whole)
     if is_finetune and sizes.job.finetune.distillation.weight > 0:
         # The teacher's pass comes while the activations wait.
         activations += passes.forward.peak_bytes(part)
-    yield held | {"pass": activations}
-    if sizes.world_size > 1:
-        yield held | {"exchange": 3 * sizes.step_bytes}
+    held = {"buffers": sizes.buffer_bytes, "in flight": sizes.in_flight(whole)}
+    yield held | {"gradients": whole + own, "pass": activations}
+    yield held | {"gradients": 2 * whole}
     if is_finetune and sizes.movement_bytes:
-        yield held | {"-w g": sizes.num_prunable * (2 * sizes.weight_bytes + 24)}
+        yield held | {"gradients": whole, "-w g": 24 * sizes.largest_layer}
 
 
 def _scoring_moments(sizes: _Sizes, passes: _Passes) -> Iterator[dict[str, int]]:
     prune = sizes.job.prune
-    rule = criterion(prune.criterion)
-    if not rule.passes:
-        yield {"pass": passes.scoring[0].peak_bytes(1)}
+    if not sizes.num_passes:
+        yield {"pass": passes.scoring.peak_bytes(1)}
         return
     batch = min(prune.calibration_batch_size, sizes.calibration_examples)
-    total = sizes.num_prunable
-    held = {"statistic": 8 * sizes.stretch}
+    total, statistic = sizes.num_prunable, {"statistic": 8 * sizes.stretch}
     vector = total * sizes.weight_bytes
-    for number, footprint in enumerate(passes.scoring):
-        if number:
-            held = {"statistic": 8 * sizes.stretch, "pass before": 8 * total}
-        yield held | {"pass": footprint.peak_bytes(batch)}
-    yield held | {"sum": vector + (8 * total if sizes.world_size == 1 else 2 * vector)}
-    yield {"finish": 32 * sizes.stretch}
+    # The pass was measured together with a sum over all of the weights.
+    alone = max(0, passes.scoring.peak_bytes(batch) - 8 * total)
+    if criterion(prune.criterion).of_gradients is not None:
+        yield statistic | {"pass": alone, "in flight": sizes.in_flight(vector)}
+        return
+    yield statistic | {"pass": alone}
+    yield statistic | {"vectors": 3 * vector if sizes.world_size > 1 else vector + 8 * total}
 
 
 def _deciding_moments(sizes: _Sizes) -> Iterator[dict[str, int]]:
@@ -471,21 +451,23 @@ def _deciding_moments(sizes: _Sizes) -> Iterator[dict[str, int]]:
 def _sent_by_step(sizes: _Sizes, recipe: Recipe) -> int:
     size = min(recipe.batch_size, num_examples(sizes.workload.train))
     turns = sizes.num_turns(min(recipe.microbatches, size))
-    return (turns + 1) * sizes.sent_share(sizes.step_bytes)
+    others = sizes.world_size - 1
+    return (turns + 1) * (others * sizes.trainable_rows + sizes.sent_share(sizes.beside_bytes))
 
 
 def _sent_by_scoring(sizes: _Sizes) -> int:
     prune = sizes.job.prune
-    num_passes = len(criterion(prune.criterion).passes)
     turns = sizes.num_turns(-(-sizes.calibration_examples // prune.calibration_batch_size))
     others = sizes.world_size - 1
-    reduced = num_passes * turns * others * sizes.stretch * sizes.weight_bytes
-    return reduced + max(0, num_passes - 1) * others * 8 * sizes.stretch
+    if criterion(prune.criterion).of_gradients is not None:
+        return turns * others * sizes.layer_rows
+    reduced = sizes.num_passes * turns * others * sizes.stretch * sizes.weight_bytes
+    return reduced + max(0, sizes.num_passes - 1) * others * 8 * sizes.stretch
 
 
 def _sent_by_decision(sizes: _Sizes) -> int:
     others = sizes.world_size - 1
     # A sample of the scores, four rounds of counts, and a bit for each weight.
-    sampled = min(_SAMPLED_BYTES // 2, sizes.num_prunable // 16)
+    sampled = min(_SAMPLED_BYTES, sizes.num_prunable // 16)
     counted = 4 * 2 * sizes.sent_share(2048 * sizes.num_layers)
     return sizes.sent_share(sampled) + counted + others * -(-sizes.stretch // 8)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from gbp_ray.errors import GbpError, PruneError, TrialError
 from gbp_ray.workload import seeded
 
-__all__ = ["OrderedSum", "Ranks", "buffer_slots", "isolated"]
+__all__ = ["OrderedSum", "Ranks", "all_gather", "buffer_slots", "isolated"]
 
 Result = TypeVar("Result")
 
@@ -72,8 +72,11 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def together(self, action: Callable[[], Result]) -> Result:
+    def together(self, action: Callable[[], Result], *, communicates: bool = False) -> Result:
         """Runs `action` on this rank; if it fails on any rank, all raise as `agree` says.
+
+        Args:
+            communicates: The action itself does, so a failure leaves others inside it: see `leave`.
 
         Communicates.
         """
@@ -81,10 +84,21 @@ class Ranks:
         result: Result | None = None
         try:
             result = action()
-        except Exception as error:  # noqa: BLE001 - raised again on every rank
+        except Exception as error:
+            if communicates:
+                self.leave()
+                raise
             failure = error
         self.agree(failure)
         return result  # type: ignore[return-value]
+
+    def leave(self) -> None:
+        """Hangs up on the other ranks, which fail at once instead of waiting for this one.
+
+        For a rank that cannot go on in the middle of what all do together, before it raises.
+        """
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
 
     def agree(self, failure: Exception | None) -> None:
         """Raises on every rank what any rank failed with, so that none waits for one that is gone.
@@ -169,7 +183,7 @@ class Ranks:
         padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
         padded[: part.numel()] = part
         whole = padded.new_empty(self.world_size * max(lengths))
-        _all_gather(whole, padded)
+        all_gather(whole, padded)
         rows = whole.view(self.world_size, -1).cpu()
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
@@ -220,15 +234,20 @@ class OrderedSum:
         self._total_S = torch.zeros(self._slice_size, dtype=dtype, device=ranks.device)
 
     @contextmanager
-    def attempt(self) -> Iterator[None]:
+    def attempt(self, *, communicates: bool = False) -> Iterator[None]:
         """Holds back a failure of this turn's work until the sum is taken, which all ranks reach.
 
         The rank adds nothing in its place: `add(None)`.
+
+        Args:
+            communicates: The work itself does, so a failure leaves others inside it.
         """
         try:
             yield
         except Exception as error:
-            if self._ranks.world_size == 1:
+            if communicates:
+                self._ranks.leave()
+            if communicates or self._ranks.world_size == 1:
                 raise
             self._failure = self._failure or error
 
@@ -261,7 +280,7 @@ class OrderedSum:
         if self._ranks.world_size == 1:
             return own
         whole = self._total_S.new_empty(self._slice_size * self._ranks.world_size)
-        _all_gather(whole, self._total_S)
+        all_gather(whole, self._total_S)
         rows = whole.view(self._ranks.world_size, -1)
         sizes = [stop - start for start, stop in pairwise(self._bounds)]
         return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
@@ -320,5 +339,6 @@ def _all_gather_function() -> Callable[[Tensor, Tensor], object]:
     return function
 
 
-def _all_gather(whole: Tensor, part: Tensor) -> None:
+def all_gather(whole: Tensor, part: Tensor) -> None:
+    """Fills `whole`, (W * S,), with every rank's `part`, (S,), in rank order. Communicates."""
     _all_gather_function()(whole, part)

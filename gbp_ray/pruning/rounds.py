@@ -7,8 +7,6 @@ round's end means is the caller's to decide: a test collects, a worker writes a 
 
 from __future__ import annotations
 
-import copy
-import io
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,21 +14,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from gbp_ray.config import JobConfig, Recipe
 from gbp_ray.errors import ConfigError, PruneError, StoreError
+from gbp_ray.pruning.building import build_start, copy_frozen, network_of_seed
+from gbp_ray.pruning.checkpoint import (
+    Checkpoint,
+    damaged,
+    load_weights,
+    restore_state,
+    save_round,
+    spread_masks,
+)
 from gbp_ray.pruning.masks import MaskSet, Prunable, prunable_parameters
-from gbp_ray.pruning.metrics import count_macs, measure
+from gbp_ray.pruning.metrics import measure
 from gbp_ray.pruning.ranks import Ranks, isolated
 from gbp_ray.pruning.saliency import check_criterion, criterion, movement_statistic, score
 from gbp_ray.pruning.schedule import sparsity_schedule
 from gbp_ray.pruning.selection import check_reachable, check_selectable, num_to_prune, select_masks
+from gbp_ray.pruning.sharding import is_sharded, local
 from gbp_ray.pruning.training import (
     Span,
     Teacher,
@@ -45,11 +50,8 @@ from gbp_ray.pruning.training import (
 from gbp_ray.store import RoundRecord
 from gbp_ray.workload import (
     Workload,
-    build_network,
     check_workload,
-    derive_seed,
     num_examples,
-    seeded,
     take_batch,
 )
 
@@ -60,25 +62,6 @@ _LEAST_NORM_BATCH = 32
 
 Tell = Callable[[str, int, int, int, float | None], None]
 """(phase, round, steps done, steps of the phase, loss or None): live progress of this rank."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a whole round left behind, as the bytes of its files.
-
-    Attributes:
-        round: Its number.
-        weights: weights.safetensors.
-        masks: masks.safetensors.
-        state: state.pt: the optimizer's state and the movement statistic.
-        dense_weights: weights.safetensors of round 0, for rewinding to them.
-    """
-
-    round: int
-    weights: bytes
-    masks: bytes
-    state: bytes
-    dense_weights: bytes
 
 
 @dataclass(frozen=True)
@@ -95,18 +78,11 @@ class RoundState:
     model: nn.Module
     masks: MaskSet
     _optimizer: Optimizer | None = field(repr=False, default=None)
-    _movement_N: Tensor | None = field(repr=False, default=None)
+    _movement: dict[str, Tensor] | None = field(repr=False, default=None)
 
     def to_files(self) -> dict[str, bytes]:
-        """Writes weights, masks and the state that the next round needs."""
-        buffer = io.BytesIO()
-        optimizer = self._optimizer.state_dict() if self._optimizer else None
-        torch.save({"optimizer": optimizer, "movement_N": self._movement_N}, buffer)
-        return {
-            "weights.safetensors": _save_weights(self.model),
-            "masks.safetensors": self.masks.to_bytes(),
-            "state.pt": buffer.getvalue(),
-        }
+        """Writes weights, masks and the state that the next round needs; see `checkpoint`."""
+        return save_round(self.model, self.masks, self._optimizer, self._movement)
 
 
 def run_rounds(
@@ -130,12 +106,13 @@ def run_rounds(
         PruneError: A loss or score is not finite, a mask is impossible, or workers disagree.
         ConfigError: The job asks for something this model does not have.
     """
-    run = ranks.together(lambda: _Run(job, workload, ranks, tell))
+    run = _Run(job, workload, ranks, tell)
     if resume is None:
         yield run.train_dense()
         first = 1
     else:
-        ranks.together(lambda: run.restore(resume))
+        # A sharded network is restored by all ranks together, communicating.
+        ranks.together(lambda: run.restore(resume), communicates=is_sharded(run.model))
         first = resume.round + 1
     for number in range(first, job.prune.rounds + 1):
         yield run.prune_round(number)
@@ -151,8 +128,7 @@ def check_job(job: JobConfig, workload: Workload) -> None:
         PruneError: The criterion fails on a small batch.
     """
     criterion(job.prune.criterion)
-    with seeded(derive_seed(job.seed, "model")):
-        model = build_network(workload)
+    model = network_of_seed(workload, job.seed)
     units = prunable_parameters(model, job.prune.exclude)
     _refuse_frozen_movement(job, units)
     shapes = {unit.name: tuple(unit.parameter.shape) for unit in units}
@@ -229,20 +205,15 @@ class _Run:
 
     def __init__(self, job: JobConfig, workload: Workload, ranks: Ranks, tell: Tell) -> None:
         self.job, self.workload, self.ranks, self.tell = job, workload, ranks, tell
-        with seeded(derive_seed(job.seed, "model")):
-            self.model = build_network(workload).to(ranks.device)
+        self.model, self.macs = build_start(workload, job.seed, ranks, job.cluster.strategy)
         self.units = prunable_parameters(self.model, job.prune.exclude)
         _refuse_frozen_movement(job, self.units)
         self.masks = MaskSet.dense(self.units)
         self.schedule = sparsity_schedule(
             job.prune.schedule, job.prune.sparsity, job.prune.rounds, job.prune.ramp_rounds
         )
-        example, _ = take_batch(
-            workload, workload.train, torch.zeros(1, dtype=torch.long), device=ranks.device
-        )
-        self.macs = count_macs(self.model, example)
         self.gathers_movement = job.prune.criterion == "movement"
-        self.movement_N: Tensor | None = None
+        self.movement: dict[str, Tensor] | None = None
         self.optimizer: Optimizer | None = None
         self.dense_state: dict[str, Tensor] = {}
         self.teacher: Teacher | None = None
@@ -314,25 +285,26 @@ class _Run:
         )
 
     def restore(self, saved: Checkpoint) -> None:
-        load_weights(self.model, saved.dense_weights, "round_000/weights.safetensors")
-        self._remember_dense()
-        load_weights(self.model, saved.weights, f"round_{saved.round:03d}/weights.safetensors")
-        self.masks = self._read_masks(saved).to(self.ranks.device)
-        try:
-            state = torch.load(
-                io.BytesIO(saved.state), map_location=self.ranks.device, weights_only=True
-            )
-            self.movement_N = state["movement_N"]
-            if state["optimizer"] is not None:
-                self.optimizer = make_optimizer(self.model, self.job.finetune)
-                self.optimizer.load_state_dict(state["optimizer"])
-            check_pruned_zero(self.model, self.optimizer, self.masks)
-        except Exception as error:
-            # torch raises half a dozen kinds for bytes that it did not write.
+        if saved.dense_weights:
+            load_weights(self.model, saved.dense_weights, "round_000/weights.safetensors")
+            self._remember_dense()
+        masks = self._read_masks(saved)
+        self.optimizer, self.movement = restore_state(
+            saved,
+            self.model,
+            lambda: make_optimizer(self.model, self.job.finetune),
+            self.ranks.device,
+        )
+        if (name := masks.find_revived(self.model)) is not None:
             raise StoreError(
-                f"round_{saved.round:03d}/state.pt: is damaged ({type(error).__name__}); restore "
-                "it or delete its round and those after it, and run the job again"
-            ) from error
+                f"round_{saved.round:03d}/masks.safetensors: prunes weights of '{name}' that the "
+                "weights file keeps"
+            )
+        self.masks = masks
+        try:
+            check_pruned_zero(self.model, self.optimizer, self.masks)
+        except PruneError as error:
+            raise damaged(f"round_{saved.round:03d}/state", error) from error
 
     def _read_masks(self, saved: Checkpoint) -> MaskSet:
         source = f"round_{saved.round:03d}/masks.safetensors"
@@ -340,9 +312,7 @@ class _Run:
         shapes = {name: mask.shape for name, mask in masks.items()}
         if shapes != {name: mask.shape for name, mask in self.masks.items()}:
             raise StoreError(f"{source}: does not fit the model; was the workload changed?")
-        if (name := masks.to(self.ranks.device).find_revived(self.model)) is not None:
-            raise StoreError(f"{source}: prunes weights of '{name}' that the weights file keeps")
-        return masks
+        return spread_masks(masks, self.model).to(self.ranks.device)
 
     # -- the steps of a round --------------------------------------------------------------------
 
@@ -356,7 +326,7 @@ class _Run:
                 self.ranks,
                 seed=self.job.seed,
                 round_number=number,
-                movement_N=self.movement_N,
+                movement=self.movement,
                 tell=lambda done, total: self.tell("score", number, done, total, None),
             )
         with self._timed("select"):
@@ -405,10 +375,10 @@ class _Run:
         if self.optimizer is None:
             self.optimizer = make_optimizer(self.model, recipe)
         if self.gathers_movement:
-            num_weights = sum(unit.parameter.numel() for unit in self.units)
-            self.movement_N = torch.zeros(
-                num_weights, dtype=torch.float64, device=self.ranks.device
-            )
+            self.movement = {
+                unit.name: torch.zeros_like(unit.parameter.detach(), dtype=torch.float64)
+                for unit in self.units
+            }
         with self._timed("finetune"):
             return train_epochs(
                 self.model,
@@ -425,10 +395,11 @@ class _Run:
             )
 
     def _gather_movement(self, gradients: Mapping[str, Tensor]) -> None:
-        assert self.movement_N is not None
-        weights_N = torch.cat([unit.parameter.detach().reshape(-1) for unit in self.units])
-        gradients_N = torch.cat([gradients[unit.name].reshape(-1) for unit in self.units])
-        self.movement_N += movement_statistic(weights_N, gradients_N)
+        assert self.movement is not None
+        for unit in self.units:
+            weight, gradient = unit.parameter.detach(), gradients[unit.name]
+            gathered = local(self.movement[unit.name])
+            gathered += movement_statistic(local(weight), local(gradient))
 
     def _evaluate(self, number: int) -> tuple[float, float]:
         with self._timed("evaluate"):
@@ -453,14 +424,12 @@ class _Run:
             self.dense_state = {k: v.clone() for k, v in self.model.state_dict().items()}
         distillation = self.job.finetune.distillation
         if distillation.weight > 0:
-            self.teacher = Teacher(
-                copy.deepcopy(self.model).eval().requires_grad_(False), distillation
-            )
+            self.teacher = Teacher(copy_frozen(self.model), distillation)
 
     def _finish_round(self, record: RoundRecord) -> RoundState:
         record = record.model_copy(update={"seconds": self.seconds})
         self.seconds = {}
-        return RoundState(record, self.model, self.masks, self.optimizer, self.movement_N)
+        return RoundState(record, self.model, self.masks, self.optimizer, self.movement)
 
     def _step_teller(self, phase: str, number: int) -> Callable[[int, int, float], None]:
         return lambda done, total, loss: self.tell(phase, number, done, total, loss)
@@ -475,44 +444,3 @@ class _Run:
 
 def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _save_weights(model: nn.Module) -> bytes:
-    """Writes the state dict; of tied tensors, which the format refuses, the first name alone."""
-    seen: set[tuple[int, tuple[int, ...]]] = set()
-    plain: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tuple(tensor.shape))
-        if tensor.numel() and key in seen:
-            continue
-        seen.add(key)
-        # A copy, since the format refuses views of one buffer, too.
-        plain[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    return save_tensors(plain, {"format": "pt"})
-
-
-def load_weights(model: nn.Module, data: bytes, source: str) -> None:
-    """Loads a round's weights into a freshly built network, in place.
-
-    Raises:
-        StoreError: The bytes are not safetensors, or do not fit the model.
-    """
-    try:
-        tensors = load_tensors(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        # KeyError: a dtype that torch does not have.
-        raise StoreError(f"{source}: is not a readable safetensors file: {error}") from None
-    own = model.state_dict()
-
-    def fits(name: str, tensor: Tensor) -> bool:
-        return name in own and (own[name].shape, own[name].dtype) == (tensor.shape, tensor.dtype)
-
-    missing, unexpected = model.load_state_dict(
-        {name: tensor for name, tensor in tensors.items() if fits(name, tensor)}, strict=False
-    )
-    present = {own[name].data_ptr() for name in tensors if name in own}
-    missing = [name for name in missing if own[name].data_ptr() not in present]
-    misfits = [name for name, tensor in tensors.items() if not fits(name, tensor)]
-    if missing or misfits or unexpected:
-        name = (missing or misfits or unexpected)[0]
-        raise StoreError(f"{source}: does not fit the model at '{name}'; was the workload changed?")

@@ -35,7 +35,8 @@ from gbp_ray.config import PruneConfig, nearest_name
 from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.slices import Slice, SlicedScores
+from gbp_ray.pruning.sharding import is_shard, like_shard, local
+from gbp_ray.pruning.slices import Slice, SlicedScores, owned
 from gbp_ray.pruning.thresholds import Cut, Pool, exact_threshold, find_cuts
 
 __all__ = [
@@ -72,7 +73,7 @@ class _Layer:
 
     piece: Slice
     scores_L: np.ndarray
-    num_pruned: int
+    num_pruned: int = 0
     num_exempt: int = 0
     floor: int = 0
     ceiling: int = 0
@@ -128,9 +129,13 @@ def select_masks(
     else:
         quotas, cuts, held_back = _share_globally(layers, k, ranks)
     kept = _mark(layers, quotas, cuts, ranks)
-    whole = _exchange_masks([layer.piece for layer in layers], kept, ranks)
+    pieces = [layer.piece for layer in layers]
+    if any(is_shard(mask) for mask in masks.values()):
+        found = _spread_masks(pieces, kept, masks)
+    else:
+        found = _exchange_masks(pieces, kept, ranks)
     device = next(iter(masks.values())).device
-    chosen = MaskSet(whole, masks.round + 1, config.criterion, masks.digest).to(device)
+    chosen = MaskSet(found, masks.round + 1, config.criterion, masks.digest).to(device)
     assert chosen.num_pruned == max(k, masks.num_pruned)
     return Selection(chosen, tuple(held_back))
 
@@ -230,10 +235,9 @@ def _make_layers(
     is_wide = any(values.dtype is torch.float64 for values in scores.values)
     dtype = torch.float64 if is_wide else torch.float32
     layers = []
-    counts = torch.zeros(len(scores.slices), 2, dtype=torch.int64)
+    counts = torch.zeros(len(scores.slices), 3, dtype=torch.int64)
     for number, (piece, values) in enumerate(zip(scores.slices, scores.values, strict=True)):
-        mask = masks[piece.name]
-        pruned_L = ~mask.reshape(-1)[piece.start : piece.stop].cpu().numpy()
+        pruned_L = ~owned(masks[piece.name], piece).cpu().numpy()
         # A copy: what follows writes into it.
         scores_L = values.detach().cpu().to(dtype, copy=True).numpy()
         counts[number, 0] = int(np.count_nonzero(~(np.isfinite(scores_L) | pruned_L)))
@@ -244,15 +248,16 @@ def _make_layers(
             )
             scores_L[exempt_L] = np.inf
             counts[number, 1] = int(np.count_nonzero(exempt_L))
-        layers.append(_Layer(piece, scores_L, mask.numel() - int(mask.sum())))
+        counts[number, 2] = int(np.count_nonzero(pruned_L))
+        layers.append(_Layer(piece, scores_L))
     ranks.add_up(counts)
-    for layer, (num_bad, num_exempt) in zip(layers, counts.tolist(), strict=True):
+    for layer, (num_bad, num_exempt, num_pruned) in zip(layers, counts.tolist(), strict=True):
         if num_bad:
             raise PruneError(
                 f"scores of '{layer.name}': {num_bad} are NaN or infinite; the criterion "
                 f"'{config.criterion}' overflowed or the weights diverged"
             )
-        layer.num_exempt = num_exempt
+        layer.num_exempt, layer.num_pruned = num_exempt, num_pruned
     return layers
 
 
@@ -444,6 +449,16 @@ def _count_before(counts: list[int], ranks: Ranks) -> list[int]:
     table = torch.zeros(ranks.world_size, len(counts), dtype=torch.int64)
     table[ranks.rank] = torch.tensor(counts)
     return ranks.add_up(table)[: ranks.rank].sum(dim=0).tolist()
+
+
+def _spread_masks(pieces: list[Slice], kept: list[np.ndarray], masks: MaskSet) -> dict[str, Tensor]:
+    """Leaves each rank's rows where they are."""
+    found = {}
+    for piece, kept_L in zip(pieces, kept, strict=True):
+        before = masks[piece.name]
+        rows = torch.from_numpy(kept_L).view(local(before).shape).to(before.device)
+        found[piece.name] = like_shard(rows, before)
+    return found
 
 
 def _exchange_masks(pieces: list[Slice], kept: list[np.ndarray], ranks: Ranks) -> dict[str, Tensor]:

@@ -1,20 +1,21 @@
 """What each worker of a trial runs, under Ray or alone: resume, drive the rounds, commit each.
 
-Nothing here knows Ray. Rank 0 writes; a failure to write, like any other failure, reaches all ranks
-together (`Ranks.agree`).
+Nothing here knows Ray. Rank 0 writes, and of a sharded network every rank its shards; a failure to
+write, like any other failure, reaches all ranks together (`Ranks.agree`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 
 from gbp_ray.config import JobConfig, trial_id
+from gbp_ray.pruning.checkpoint import SHARDS, Checkpoint
 from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.rounds import Checkpoint, RoundState, run_rounds
+from gbp_ray.pruning.rounds import RoundState, run_rounds
+from gbp_ray.pruning.sharding import is_sharded
 from gbp_ray.pruning.training import num_steps
 from gbp_ray.runtime.progress import Tick
 from gbp_ray.store import RoundRecord, Store
@@ -52,22 +53,41 @@ def work_trial(
             resume = ranks.together(lambda: _read_checkpoint(store, name, records))
         teller = _Teller(job, workload, name, tell)
         for state in run_rounds(job, workload, ranks, resume=resume, tell=teller):
-            # Only rank 0 writes, but a full disk stops all.
-            commit = partial(_commit, store, name, state, ranks.is_first)
-            round_done(ranks.together(commit))
+            round_done(_commit(store, name, state, ranks))
 
 
-def _commit(store: Store, name: str, state: RoundState, is_writer: bool) -> RoundRecord:
-    return store.write_round(name, state.record, state.to_files()) if is_writer else state.record
+def _commit(store: Store, name: str, state: RoundState, ranks: Ranks) -> RoundRecord:
+    """Writes a round, each rank what it holds of it; a full disk stops all."""
+    number = state.record.round
+    if is_sharded(state.model):
+        files = state.to_files()
+    else:
+        files = ranks.together(lambda: state.to_files() if ranks.is_first else {})
+    ranks.together(lambda: store.begin_round(name, number) if ranks.is_first else None)
+    written = ranks.together(lambda: store.put_files(name, number, files))
+    everything = {k: v for part in ranks.gather_objects(written) for k, v in part.items()}
+
+    def end() -> RoundRecord:
+        return store.end_round(name, state.record, everything) if ranks.is_first else state.record
+
+    return ranks.together(end)
 
 
 def _read_checkpoint(store: Store, name: str, records: list[RoundRecord]) -> Checkpoint:
     last = records[-1]
+
+    def read(file: str) -> bytes:
+        return store.read_file(name, last, file)
+
+    shards = {
+        file.removeprefix(SHARDS): read(file) for file in last.files if file.startswith(SHARDS)
+    }
     return Checkpoint(
         round=last.round,
-        weights=store.read_file(name, last, "weights.safetensors"),
-        masks=store.read_file(name, last, "masks.safetensors"),
-        state=store.read_file(name, last, "state.pt"),
+        masks=read("masks.safetensors"),
+        weights=b"" if shards else read("weights.safetensors"),
+        state=b"" if shards else read("state.pt"),
+        shards=shards,
         dense_weights=store.read_file(name, records[0], "weights.safetensors"),
     )
 

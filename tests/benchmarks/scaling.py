@@ -32,7 +32,7 @@ from gbp_ray.pruning.masks import MaskSet, Prunable, prunable_parameters
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.saliency import score
 from gbp_ray.pruning.selection import select_masks
-from gbp_ray.pruning.slices import SlicedScores, cut_flat
+from gbp_ray.pruning.slices import Layout, SlicedScores
 from gbp_ray.pruning.thresholds import exact_threshold
 from gbp_ray.workload import Workload
 from gbp_ray.zoo.resnet import build_cifar_resnet
@@ -92,14 +92,15 @@ def decide(ranks: Ranks, size: int, repeats: int) -> dict[str, list[float]]:
         Prunable(f"layer{number:02d}.weight", nn.Parameter(torch.empty(layer, 100)), 1)
         for number in range(NUM_LAYERS)
     ]
-    bounds = cut_flat(units, ranks.world_size)
-    start, stop = bounds[ranks.rank : ranks.rank + 2]
-    stretch = np.random.default_rng(ranks.rank).standard_normal(stop - start, dtype=np.float32)
+    layout = Layout(units, ranks)
+    size = layout.num_weights
+    own = [piece.size for piece in layout.own]
+    stretch = np.random.default_rng(ranks.rank).standard_normal(sum(own), dtype=np.float32)
     np.abs(stretch, out=stretch)
-    scores = SlicedScores.cut(torch.from_numpy(stretch), units, start)
+    scores = SlicedScores(layout.own, torch.from_numpy(stretch).split(own))
     masks = MaskSet.dense(units)
     config = PruneConfig(criterion="taylor", sparsity=0.9)
-    k = int(0.9 * bounds[-1])
+    k = int(0.9 * size)
     return {
         "threshold": timed(lambda: exact_threshold(stretch, k, ranks), ranks, repeats),
         "whole decision": timed(

@@ -33,7 +33,7 @@ from gbp_ray.config import PruneConfig
 from gbp_ray.pruning.masks import MaskSet, Prunable
 from gbp_ray.pruning.ranks import OrderedSum, Ranks
 from gbp_ray.pruning.selection import select_masks
-from gbp_ray.pruning.slices import SlicedScores, cut_flat
+from gbp_ray.pruning.slices import Layout, SlicedScores
 from gbp_ray.pruning.thresholds import exact_threshold
 
 NUM_LAYERS = 60
@@ -72,15 +72,15 @@ def measure(ranks: Ranks, size: int) -> dict[str, float]:
         Prunable(f"layer{number:02d}.weight", nn.Parameter(torch.empty(layer, 100)), 1)
         for number in range(NUM_LAYERS)
     ]
-    bounds = cut_flat(units, ranks.world_size)
-    start, stop = bounds[ranks.rank : ranks.rank + 2]
-    random = np.random.default_rng(ranks.rank)
-    stretch = random.standard_normal(stop - start, dtype=np.float32)
+    layout = Layout(units, ranks)
+    size = layout.num_weights
+    own = [piece.size for piece in layout.own]
+    stretch = np.random.default_rng(ranks.rank).standard_normal(sum(own), dtype=np.float32)
     np.abs(stretch, out=stretch)
-    scores = SlicedScores.cut(torch.from_numpy(stretch), units, start)
+    scores = SlicedScores(layout.own, torch.from_numpy(stretch).split(own))
     masks = MaskSet.dense(units)
     config = PruneConfig(criterion="taylor", sparsity=0.9)
-    k = int(0.9 * bounds[-1])
+    k = int(0.9 * size)
 
     def gather() -> None:
         whole = torch.empty(ranks.world_size * -(-size // ranks.world_size))
@@ -89,8 +89,8 @@ def measure(ranks: Ranks, size: int) -> dict[str, float]:
         dist.all_gather(list(whole.chunk(ranks.world_size)), part)
 
     def reduce_scatter() -> None:
-        sums = OrderedSum(ranks, bounds[-1], ranks.world_size, torch.float64, bounds=bounds)
-        sums.add(torch.zeros(bounds[-1]))
+        sums = OrderedSum(ranks, size, ranks.world_size, torch.float64, bounds=layout.bounds)
+        sums.add(torch.zeros(size))
         sums.owned()
 
     return {

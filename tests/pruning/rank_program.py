@@ -8,7 +8,7 @@ import hashlib
 import multiprocessing
 import pickle
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,22 @@ from small_networks import (
 )
 from torch import Tensor, nn
 
-from gbp_ray.config import CRITERIA, DistillationConfig, FinetuneConfig, PretrainConfig
+from gbp_ray.config import (
+    CRITERIA,
+    DistillationConfig,
+    FinetuneConfig,
+    JobConfig,
+    PretrainConfig,
+)
 from gbp_ray.errors import ConfigError, PruneError, WorkloadError
+from gbp_ray.pruning.building import copy_frozen
+from gbp_ray.pruning.checkpoint import Checkpoint
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
 from gbp_ray.pruning.ranks import OrderedSum, Ranks
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.pruning.saliency import score
 from gbp_ray.pruning.selection import select_masks
+from gbp_ray.pruning.sharding import gather_whole, local, shard_network
 from gbp_ray.pruning.training import (
     Span,
     Teacher,
@@ -79,12 +88,12 @@ def digest(tensors: dict[str, Tensor]) -> str:
 
 def report_of(ranks: Ranks) -> dict[str, Any]:
     """Runs every case and reports what this rank got."""
-    trained, movement_N = _train(ranks)
+    trained, movement = _train(ranks)
     return {
         "sums": [_sum_in_order(ranks, *case) for case in SUM_CASES],
-        "masks": _masks(ranks, trained, movement_N),
+        "masks": _masks(ranks, trained, movement),
         "trained": digest(trained.state_dict()),
-        "movement": digest({"movement": movement_N}),
+        "movement": digest(movement),
         "float64 scores": _float64_scores(ranks),
         "evaluated": evaluate(trained, images(), ranks, 4),
         "progress": _progress(ranks, trained),
@@ -100,6 +109,24 @@ def report_of(ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def sharded_report_of(ranks: Ranks) -> dict[str, Any]:
+    """Runs the cases that a sharded network has in common with a replicated one."""
+    trained, movement = _train(ranks, is_sharded=True)
+    return {
+        "masks": _masks(ranks, trained, movement),
+        "trained": digest(_gathered(trained.state_dict())),
+        "movement": digest(_gathered(movement)),
+        "evaluated": evaluate(trained, images(), ranks, 4),
+        "recalibrated": _recalibrated(ranks, trained),
+        "rounds": _rounds(ranks, strategy="fsdp"),
+        "rank": ranks.rank,
+    }
+
+
+def _gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: gather_whole(tensor) for name, tensor in tensors.items()}
+
+
 def _sum_in_order(
     ranks: Ranks, num_elements: int, num_items: int, dtype: torch.dtype, wire: torch.dtype
 ) -> bytes:
@@ -110,16 +137,23 @@ def _sum_in_order(
     return sums.result().numpy().tobytes()
 
 
-def _train(ranks: Ranks, build: Callable[[], nn.Module] = ConvNet) -> tuple[nn.Module, Tensor]:
+def _train(
+    ranks: Ranks, build: Callable[[], nn.Module] = ConvNet, *, is_sharded: bool = False
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """Trains with BatchNorm, dropout and augmentation; gathers movement on the way."""
     workload, model = images(build), built(build)
+    if is_sharded:
+        shard_network(model, ranks.device, ranks.world_size)
     units = prunable_parameters(model)
     recipe = FinetuneConfig(epochs=2, batch_size=14, microbatches=5, learning_rate=0.05)
-    gathered = torch.zeros(sum(unit.parameter.numel() for unit in units), dtype=torch.float64)
+    gathered = {
+        unit.name: torch.zeros_like(unit.parameter.detach(), dtype=torch.float64) for unit in units
+    }
 
-    def gather(gradients: dict[str, Tensor]) -> None:
-        pieces = [(unit.parameter * gradients[unit.name]).reshape(-1) for unit in units]
-        gathered.sub_(torch.cat(pieces).detach())
+    def gather(gradients: Mapping[str, Tensor]) -> None:
+        for unit in units:
+            moved = local(unit.parameter.detach()) * local(gradients[unit.name])
+            local(gathered[unit.name]).sub_(moved)
 
     span = Span("finetune", range(6), range(6))
     optimizer = make_optimizer(model, recipe)
@@ -131,21 +165,22 @@ def _train(ranks: Ranks, build: Callable[[], nn.Module] = ConvNet) -> tuple[nn.M
         optimizer,
         span,
         seed=5,
-        teacher=Teacher(copy.deepcopy(model), DistillationConfig(weight=0.5)),
+        teacher=Teacher(copy_frozen(model), DistillationConfig(weight=0.5)),
         movement=gather,
     )
     return model, gathered
 
 
-def _masks(ranks: Ranks, model: nn.Module, movement_N: Tensor) -> dict[tuple[str, str, str], str]:
+def _masks(
+    ranks: Ranks, model: nn.Module, movement: dict[str, Tensor]
+) -> dict[tuple[str, str, str], str]:
     found = {}
     for rule in CRITERIA:
         config = prune_config(
             rule, exclude=("conv1.*",), calibration_examples=23, calibration_batch_size=5
         )
         units = prunable_parameters(model, config.exclude)
-        gathered_N = movement_N[-sum(unit.parameter.numel() for unit in units) :]
-        scores = score(model, units, images(), config, ranks, seed=6, movement_N=gathered_N)
+        scores = score(model, units, images(), config, ranks, seed=6, movement=movement)
         for _, scope, granularity in (case for case in MASK_CASES if case[0] == rule):
             chosen = config.model_copy(update={"scope": scope, "granularity": granularity})
             axes = {unit.name: unit.input_dim for unit in units}
@@ -173,9 +208,9 @@ def _progress(ranks: Ranks, trained: nn.Module) -> list[tuple[int, int]]:
 
 
 def _recalibrated(ranks: Ranks, trained: nn.Module) -> str:
-    model = copy.deepcopy(trained)
+    model = copy_frozen(trained)
     recalibrate_batchnorm(model, images(), ranks, examples=31, batch_size=6, seed=1)
-    return digest(model.state_dict())
+    return digest(_gathered(model.state_dict()))
 
 
 class UnrulyNet(ConvNet):
@@ -205,8 +240,20 @@ def _unruly_model(ranks: Ranks) -> tuple[str, tuple[float, float], str]:
     return digest(scores), figures, digest(model.state_dict())
 
 
-def _rounds(ranks: Ranks) -> list[tuple[dict[str, Any], str, str]]:
-    job = job_config(
+def _rounds(
+    ranks: Ranks, strategy: str = "replicated", resume: Checkpoint | None = None
+) -> list[tuple[dict[str, Any], str, str]]:
+    found = []
+    for state in run_rounds(rounds_job(strategy), images(), ranks, resume=resume):
+        record = state.record.model_dump(exclude={"seconds"})
+        weights = digest(_gathered(state.model.state_dict()))
+        found.append((record, state.masks.digest, weights))
+    return found
+
+
+def rounds_job(strategy: str) -> JobConfig:
+    """A job of two rounds that trains before and after each."""
+    return job_config(
         pretrain=PretrainConfig(epochs=1, batch_size=15, microbatches=4),
         finetune=FinetuneConfig(epochs=1, batch_size=15, microbatches=4),
         prune={
@@ -216,12 +263,8 @@ def _rounds(ranks: Ranks) -> list[tuple[dict[str, Any], str, str]]:
             "batchnorm_examples": 20,
         },
         workload={"eval_batch_size": 5},
+        cluster={"strategy": strategy},
     )
-    found = []
-    for state in run_rounds(job, images(), ranks):
-        record = state.record.model_dump(exclude={"seconds"})
-        found.append((record, state.masks.digest, digest(state.model.state_dict())))
-    return found
 
 
 def _filled_in(ranks: Ranks) -> Tensor:
@@ -301,13 +344,15 @@ def _disagreement(ranks: Ranks) -> list[str]:
 # -- starting the processes ------------------------------------------------------------------------
 
 
-def reports_of_world(world_size: int, folder: Path) -> list[dict[str, Any]]:
-    """Starts `world_size` gloo processes and returns their reports, rank 0 first."""
+def reports_of_world(
+    world_size: int, folder: Path, program: Callable[[Ranks], dict[str, Any]] = report_of
+) -> list[dict[str, Any]]:
+    """Runs a program on `world_size` gloo processes; returns their reports, rank 0 first."""
     # The fork server imports torch once and forks clean processes from then on.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rank_program"])
     processes = [
-        context.Process(target=_work, args=(rank, world_size, folder), daemon=True)
+        context.Process(target=_work, args=(rank, world_size, folder, program), daemon=True)
         for rank in range(world_size)
     ]
     for process in processes:
@@ -319,15 +364,18 @@ def reports_of_world(world_size: int, folder: Path) -> list[dict[str, Any]]:
     return [_read(folder / f"rank-{rank}") for rank in range(world_size)]
 
 
-def _work(rank: int, world_size: int, folder: Path) -> None:
+def _work(
+    rank: int, world_size: int, folder: Path, program: Callable[[Ranks], dict[str, Any]]
+) -> None:
     torch.set_num_threads(1)
     report: dict[str, Any] = {}
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size
         )
-        report = report_of(Ranks.current())
-        dist.destroy_process_group()
+        report = program(Ranks.current())
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except Exception:
         report = {"failure": traceback.format_exc()}
         raise

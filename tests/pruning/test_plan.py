@@ -12,7 +12,6 @@ from small_networks import ConvNet, TanhNet, draw, images, job_config, regressio
 from torch import nn
 
 from gbp_ray.config import CRITERIA, DistillationConfig, FinetuneConfig, JobConfig, PretrainConfig
-from gbp_ray.errors import PruneError
 from gbp_ray.pruning import rounds
 from gbp_ray.pruning.footprint import count_live_bytes
 from gbp_ray.pruning.plan import Phase, Plan, make_plan
@@ -214,8 +213,8 @@ def test_what_is_sent_follows_from_sizes_alone() -> None:
     plan = make_plan(job, workload)
     # 8 batches in 4 turns, each with half of the weights to the other rank, in float32.
     assert phase_of(plan, "score").sent_bytes == 4 * 12 * 4
-    # 4 steps of 2 turns and a gathering of the sum: half of 20 gradients and a loss.
-    assert phase_of(plan, "finetune").sent_bytes == 4 * 3 * 42
+    # 4 steps of 2 turns and a gathering of the sum: 3 of 5 rows, and half of a loss.
+    assert phase_of(plan, "finetune").sent_bytes == 4 * 3 * (12 * 4 + 2)
     grasp = job.model_copy(update={"prune": job.prune.model_copy(update={"criterion": "grasp"})})
     assert phase_of(make_plan(grasp, workload), "score").sent_bytes == 2 * 4 * 12 * 4 + 8 * 12
 
@@ -226,9 +225,13 @@ def test_examples_in_memory_are_counted_once() -> None:
     assert plan.data_bytes == 4 * (30 + 20)
 
 
-def test_a_strategy_without_a_plan_is_refused() -> None:
-    with pytest.raises(PruneError, match=r"'tensor_parallel' \(allowed: replicated"):
-        make_plan(job_config(), images(), "tensor_parallel")
+def test_a_strategy_without_rows_is_planned_without_memory_and_traffic() -> None:
+    sharded = make_plan(whole_job(cluster={"strategy": "fsdp", "num_workers": 2}), images())
+    replicated = make_plan(whole_job(cluster={"num_workers": 2}), images())
+    assert sharded.phases == ()
+    assert (sharded.peak_bytes, sharded.sent_bytes_per_round) == (None, None)
+    assert sharded.num_steps == replicated.num_steps
+    assert sharded.stored_bytes == replicated.stored_bytes
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from gbp_ray.pruning import thresholds
 from gbp_ray.pruning.masks import MaskSet, Prunable
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.selection import _share_out, num_to_prune, select_masks
-from gbp_ray.pruning.slices import SlicedScores, cut_flat
+from gbp_ray.pruning.slices import Layout, SlicedScores, owned
 from gbp_ray.pruning.thresholds import Pool, exact_threshold, find_cuts
 
 DTYPES = (np.float16, np.float32, np.float64)
@@ -134,13 +134,12 @@ def networks(draw_from: st.DrawFn) -> dict[str, Tensor]:
 def decide(scores: dict[str, Tensor], world_size: int, shares: list[float], **fields: Any) -> str:
     """Decides twice, the second time over what is left; all ranks must agree."""
     units = [Prunable(name, nn.Parameter(scores[name]), 1) for name in sorted(scores)]
-    flat_N = torch.cat([unit.parameter.detach().reshape(-1) for unit in units])
-    bounds = cut_flat(units, world_size)
     config = prune_config(sparsity=shares[-1], **fields)
 
     def program(ranks: Ranks) -> str:
-        start, stop = bounds[ranks.rank : ranks.rank + 2]
-        sliced = SlicedScores.cut(flat_N[start:stop], units, start)
+        own = Layout(units, ranks).own
+        values = [owned(unit.parameter, piece) for unit, piece in zip(units, own, strict=True)]
+        sliced = SlicedScores(own, tuple(values))
         masks, digests = MaskSet.dense(units), ""
         for share in shares:
             masks = select_masks(sliced, masks, config, share, ranks=ranks).masks

@@ -1,0 +1,344 @@
+"""What a whole round leaves behind, written and read: network, masks, the next round's state.
+
+    weights.safetensors   the state dict; what anyone loads
+    masks.safetensors     see `masks`
+    state.pt              of a replicated network: the optimizer's state and the movement statistic
+    shards/               of a sharded one: weights and state as torch.distributed.checkpoint writes
+                          them, each rank its own file
+
+Shards are read back onto any number of ranks, onto a replicated network, too; and a sharded network
+takes its rows from the files of a replicated one. So a trial goes on whatever its cluster became.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+from torch.optim import Optimizer
+
+from gbp_ray.errors import StoreError
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.pruning.sharding import gather_whole, is_shard, is_sharded, like_shard, local
+from gbp_ray.pruning.slices import cut_rows, owned
+
+__all__ = [
+    "SHARDS",
+    "Checkpoint",
+    "damaged",
+    "load_weights",
+    "restore_state",
+    "save_round",
+    "spread_masks",
+]
+
+SHARDS = "shards/"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a whole round left behind, as the bytes of its files.
+
+    Attributes:
+        round: Its number.
+        masks: masks.safetensors.
+        weights: weights.safetensors; not needed where there are shards.
+        state: state.pt, of a replicated network.
+        shards: Files below shards/ by name, of a sharded network.
+        dense_weights: weights.safetensors of round 0, for rewinding to them and for teaching.
+    """
+
+    round: int
+    masks: bytes
+    weights: bytes = b""
+    state: bytes = b""
+    shards: Mapping[str, bytes] = field(default_factory=dict)
+    dense_weights: bytes = b""
+
+
+def save_round(
+    model: nn.Module,
+    masks: MaskSet,
+    optimizer: Optimizer | None,
+    movement: dict[str, Tensor] | None,
+) -> dict[str, bytes]:
+    """Writes a round; returns this rank's files by name. Communicates where it is sharded.
+
+    Of a sharded network each rank returns its shards, and rank 0 the rest as well.
+    """
+    if not is_sharded(model):
+        buffer = io.BytesIO()
+        state = optimizer.state_dict() if optimizer else None
+        torch.save({"optimizer": state, "movement": movement}, buffer)
+        return {
+            "weights.safetensors": _save_weights(model),
+            "masks.safetensors": masks.to_bytes(),
+            "state.pt": buffer.getvalue(),
+        }
+    files = {
+        f"{SHARDS}{name}": data
+        for name, data in _save_shards(_state_by_name(model, optimizer, movement)).items()
+    }
+    is_first = Ranks.current().is_first
+    packed = masks.to_bytes()
+    weights = _stream_weights(model, is_kept=is_first)
+    if is_first:
+        files |= {"weights.safetensors": weights, "masks.safetensors": packed}
+    return files
+
+
+def restore_state(
+    saved: Checkpoint,
+    model: nn.Module,
+    make_optimizer: Callable[[], Optimizer],
+    device: torch.device,
+) -> tuple[Optimizer | None, dict[str, Tensor] | None]:
+    """Puts the weights back in place; returns the optimizer and the movement statistic.
+
+    Args:
+        make_optimizer: () -> a fresh optimizer over the network.
+
+    Raises:
+        StoreError: A file is damaged or does not fit the network.
+    """
+    folder = f"round_{saved.round:03d}"
+    if saved.shards:
+        return _load_shards(saved, model, make_optimizer)
+    load_weights(model, saved.weights, f"{folder}/weights.safetensors")
+    try:
+        state = torch.load(io.BytesIO(saved.state), map_location=device, weights_only=True)
+        movement = state["movement"]
+        optimizer: Optimizer | None = None
+        if state["optimizer"] is not None:
+            optimizer = make_optimizer()
+            optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:
+        # torch raises half a dozen kinds for bytes that it did not write.
+        raise damaged(f"{folder}/state.pt", error) from error
+    if is_sharded(model):
+        by_name = dict(model.named_parameters())
+        if optimizer is not None:
+            _keep_rows_of_state(optimizer)
+        if movement is not None:
+            movement = {name: _rows_like(value, by_name[name]) for name, value in movement.items()}
+    return optimizer, movement
+
+
+def spread_masks(masks: MaskSet, model: nn.Module) -> MaskSet:
+    """Spreads masks as the weights of a network are, each rank keeping its rows."""
+    by_name = dict(model.named_parameters(remove_duplicate=False))
+    spread = {name: _rows_like(mask, by_name[name]) for name, mask in masks.items()}
+    return MaskSet(spread, masks.round, masks.criterion, masks.parent)
+
+
+def load_weights(model: nn.Module, data: bytes, source: str) -> None:
+    """Loads a round's weights into a freshly built network, in place; a sharded one takes its rows.
+
+    Raises:
+        StoreError: The bytes are not safetensors, or do not fit the model.
+    """
+    try:
+        tensors = load_tensors(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        # KeyError: a dtype that torch does not have.
+        raise StoreError(f"{source}: is not a readable safetensors file: {error}") from None
+    own = model.state_dict()
+
+    def fits(name: str, tensor: Tensor) -> bool:
+        return name in own and (own[name].shape, own[name].dtype) == (tensor.shape, tensor.dtype)
+
+    missing, unexpected = model.load_state_dict(
+        {
+            name: _rows_like(tensor, own[name])
+            for name, tensor in tensors.items()
+            if fits(name, tensor)
+        },
+        strict=False,
+    )
+    present = {local(own[name]).data_ptr() for name in tensors if name in own}
+    missing = [name for name in missing if local(own[name]).data_ptr() not in present]
+    misfits = [name for name, tensor in tensors.items() if not fits(name, tensor)]
+    if missing or misfits or unexpected:
+        name = (missing or misfits or unexpected)[0]
+        raise StoreError(f"{source}: does not fit the model at '{name}'; was the workload changed?")
+
+
+def damaged(what: str, error: Exception) -> StoreError:
+    """Words what is wrong with a file that cannot be used."""
+    return StoreError(
+        f"{what}: is damaged ({type(error).__name__}); restore it or delete its round and those "
+        "after it, and run the job again"
+    )
+
+
+# -- replicated networks ---------------------------------------------------------------------------
+
+
+def _distinct(model: nn.Module) -> dict[str, Tensor]:
+    """Lists the state dict; of tied tensors, which the format refuses, the first name alone."""
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    distinct: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        key = (local(tensor).data_ptr(), tuple(tensor.shape))
+        if local(tensor).numel() and key in seen:
+            continue
+        seen.add(key)
+        distinct[name] = tensor.detach()
+    return distinct
+
+
+def _save_weights(model: nn.Module) -> bytes:
+    # A copy, since the format refuses views of one buffer, too.
+    plain = {
+        name: tensor.cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in _distinct(model).items()
+    }
+    return save_tensors(plain, {"format": "pt"})
+
+
+# -- sharded networks ------------------------------------------------------------------------------
+
+
+def _stream_weights(model: nn.Module, *, is_kept: bool) -> bytes:
+    """Puts weights.safetensors together on disk, tensor by tensor, so that no rank holds it all.
+
+    Returns:
+        A view of the file, which has no name any more; nothing where it is not kept.
+    """
+    with tempfile.TemporaryDirectory(prefix="gbp-ray-weights-") as folder:
+        on_disk: dict[str, Tensor] = {}
+        for number, (name, tensor) in enumerate(_distinct(model).items()):
+            gathered = gather_whole(tensor)
+            if is_kept:
+                place = Path(folder) / str(number)
+                on_disk[name] = _tensor_on_disk(place, gathered).copy_(gathered)
+            del gathered
+        if not is_kept:
+            return b""
+        target = Path(folder) / "weights.safetensors"
+        save_file(on_disk, target, {"format": "pt"})
+        with target.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # type: ignore[return-value]
+
+
+def _tensor_on_disk(place: Path, like: Tensor) -> Tensor:
+    if like.numel() == 0:
+        return torch.empty(like.shape, dtype=like.dtype)
+    flat = torch.from_file(str(place), shared=True, size=like.numel(), dtype=like.dtype)
+    return flat.view(like.shape)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # Advice to the authors of torch's own callers.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _save_shards(state: dict[str, Tensor]) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory(prefix="gbp-ray-shards-") as folder:
+        # Ranks share no folder: each writes into one of its own, and rank 0 the directory of all.
+        with _quiet():
+            save_shards(state, storage_writer=FileSystemWriter(folder))
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def _load_shards(
+    saved: Checkpoint, model: nn.Module, make_optimizer: Callable[[], Optimizer]
+) -> tuple[Optimizer | None, dict[str, Tensor] | None]:
+    try:
+        with tempfile.TemporaryDirectory(prefix="gbp-ray-shards-") as folder:
+            for name, data in saved.shards.items():
+                (Path(folder) / name).write_bytes(data)
+            reader = FileSystemReader(folder)
+            known = reader.read_metadata().state_dict_metadata
+            optimizer = _blank_optimizer(model, make_optimizer, known)
+            movement = _blank_movement(model, known)
+            state = _state_by_name(model, optimizer, movement)
+            with _quiet():
+                load_shards(state, storage_reader=reader)
+    except Exception as error:
+        raise damaged(f"round_{saved.round:03d}/shards", error) from error
+    # Tensors are filled in place, but a scalar may have been bound anew.
+    if optimizer is not None:
+        for name, parameter in model.named_parameters():
+            for key in optimizer.state.get(parameter, {}):
+                optimizer.state[parameter][key] = state[f"optimizer.{name}.{key}"]
+    return optimizer, movement
+
+
+def _state_by_name(
+    model: nn.Module, optimizer: Optimizer | None, movement: dict[str, Tensor] | None
+) -> dict[str, Tensor]:
+    state = {f"model.{name}": tensor for name, tensor in _distinct(model).items()}
+    if optimizer is not None:
+        for name, parameter in model.named_parameters():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                state[f"optimizer.{name}.{key}"] = value
+    return state | {f"movement.{name}": value for name, value in (movement or {}).items()}
+
+
+def _blank_optimizer(
+    model: nn.Module, make_optimizer: Callable[[], Optimizer], known: Mapping[str, Any]
+) -> Optimizer | None:
+    """Makes an optimizer with the state that the shards have, still to be filled."""
+    if not any(name.startswith("optimizer.") for name in known):
+        return None
+    optimizer: Optimizer = make_optimizer()
+    for name, parameter in model.named_parameters():
+        prefix = f"optimizer.{name}."
+        for full, metadata in known.items():
+            key = full.removeprefix(prefix)
+            if key == full or "." in key:
+                continue
+            is_like = metadata.size == parameter.shape
+            optimizer.state[parameter][key] = (
+                torch.zeros_like(parameter.detach(), dtype=metadata.properties.dtype)
+                if is_like
+                else torch.zeros(metadata.size, dtype=metadata.properties.dtype)
+            )
+    return optimizer
+
+
+def _blank_movement(model: nn.Module, known: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    movement = {
+        name: torch.zeros_like(parameter.detach(), dtype=torch.float64)
+        for name, parameter in model.named_parameters()
+        if f"movement.{name}" in known
+    }
+    return movement or None
+
+
+def _keep_rows_of_state(optimizer: Optimizer) -> None:
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[key] = _rows_like(value, parameter)
+
+
+def _rows_like(tensor: Tensor, pattern: Tensor) -> Tensor:
+    """Spreads a whole tensor as `pattern` is, each rank keeping its rows."""
+    if not is_shard(pattern) or is_shard(tensor):
+        return tensor
+    ranks = Ranks.current()
+    piece = cut_rows("", pattern.shape, ranks.world_size)[ranks.rank]
+    rows = owned(tensor, piece).clone().view(local(pattern.detach()).shape)
+    return like_shard(rows.to(pattern.device), pattern)

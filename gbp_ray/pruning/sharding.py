@@ -1,0 +1,265 @@
+"""Networks whose weights are spread over the ranks by FSDP2 (`fully_shard`).
+
+What the rest of the core must know of it is here: which tensor of this rank holds its shard
+(`local`), which tensors autograd differentiates by (`leaves`), and how to see a network with all of
+its weights for the few criteria that differentiate twice or example by example (`whole`). All of it
+works on replicated networks, too, where the answers are the parameters and the network themselves.
+
+FSDP2 gathers the weights of one group at a time, in the forward pass and again in the backward
+pass. Its own reduction of gradients, an average in an order of its own, never runs: the gradients
+are taken from the leaves as they arrive (`gradients`), before FSDP2 sees them.
+
+Every pass through a sharded network communicates, so all ranks must make the same passes.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+__all__ = [
+    "add_over_ranks",
+    "copy_sharded",
+    "gather_bits",
+    "gather_whole",
+    "is_shard",
+    "is_sharded",
+    "leaves",
+    "like_shard",
+    "local",
+    "shard_network",
+    "whole",
+]
+
+_LEAST_GROUP = 1024
+"""Weights that are worth a gathering of their own; smaller modules join the group around them."""
+
+
+@dataclass(frozen=True)
+class _Sharding:
+    """What is known of a sharded network beside itself.
+
+    Attributes:
+        leaves: Parameter name to the tensor that holds the gathered weights while they are there.
+        template: The network before it was sharded, on the meta device.
+    """
+
+    leaves: dict[str, nn.Parameter]
+    template: nn.Module
+
+
+_SHARDINGS: WeakKeyDictionary[nn.Module, _Sharding] = WeakKeyDictionary()
+# fully_shard changes a module in place, so what goes with it is kept beside it.
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over the ranks."""
+    return isinstance(tensor, DTensor)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a network's weights are spread over the ranks."""
+    return model in _SHARDINGS
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Returns this rank's rows of a tensor, sharing its memory; a replicated tensor is its own."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like_shard(rows: Tensor, pattern: Tensor) -> Tensor:
+    """Makes this rank's rows a tensor spread as `pattern` is; the rows themselves if it is not."""
+    if not isinstance(pattern, DTensor):
+        return rows
+    return DTensor.from_local(
+        rows,
+        pattern.device_mesh,
+        pattern.placements,
+        run_check=False,
+        shape=pattern.shape,
+        stride=pattern.stride(),
+    )
+
+
+def gather_whole(tensor: Tensor) -> Tensor:
+    """Puts a tensor together on every rank, to export it. Communicates where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def add_over_ranks(counts: Sequence[int], spread: Iterable[Tensor]) -> list[int]:
+    """Adds up what each rank counted in its rows, if the counted tensors are spread over ranks."""
+    shard = next((tensor for tensor in spread if isinstance(tensor, DTensor)), None)
+    if shard is None:
+        return list(counts)
+    total = torch.tensor(counts, dtype=torch.int64, device=shard.device)
+    dist.all_reduce(total, group=shard.device_mesh.get_group())
+    found: list[int] = total.tolist()
+    return found
+
+
+def gather_bits(mask: Tensor) -> np.ndarray:
+    """Puts a bool tensor together on every rank, flat, one bit an element on the wire.
+
+    Communicates where it is sharded.
+    """
+    own = local(mask.detach()).reshape(-1)
+    if not isinstance(mask, DTensor):
+        return own.cpu().numpy()
+    group = mask.device_mesh.get_group()
+    world_size = group.size()
+    row = max(1, math.prod(mask.shape[1:]))
+    chunk = -(-mask.shape[0] // world_size)
+    sizes = [
+        max(min((rank + 1) * chunk, mask.shape[0]) - rank * chunk, 0) * row
+        for rank in range(world_size)
+    ]
+    packed = np.packbits(own.cpu().numpy())
+    padded = torch.zeros(-(-max(sizes) // 8), dtype=torch.uint8, device=mask.device)
+    padded[: packed.size] = torch.from_numpy(packed).to(mask.device)
+    parts = [torch.empty_like(padded) for _ in range(world_size)]
+    dist.all_gather(parts, padded, group=group)
+    return np.concatenate(
+        [
+            np.unpackbits(part.cpu().numpy(), count=size).astype(bool)
+            for part, size in zip(parts, sizes, strict=True)
+        ]
+    )
+
+
+def leaves(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Lists what autograd differentiates by, under each parameter's first name."""
+    if model in _SHARDINGS:
+        return _SHARDINGS[model].leaves
+    return dict(model.named_parameters())
+
+
+def shard_network(model: nn.Module, device: torch.device, world_size: int) -> None:
+    """Spreads a network's weights over the ranks, in place. Communicates.
+
+    A group that FSDP2 gathers at once is a member of an `nn.Sequential` or `nn.ModuleList`, as
+    blocks usually are, with at least `_LEAST_GROUP` weights of its own; the rest is one group. A
+    module that shares a weight with another joins the group around both.
+
+    Args:
+        model: On the meta device it gets memory for this rank's rows alone, still to be filled.
+    """
+    template = _blank_copy(model)
+    mesh = init_device_mesh(device.type, (world_size,))
+    # The outermost group, too, gives its weights back after the forward pass.
+    for module in (*_groups(model), model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.to_empty(device=device)
+    _SHARDINGS[model] = _Sharding(_find_leaves(model), template)
+
+
+def _blank_copy(model: nn.Module) -> nn.Module:
+    """Copies a network onto the meta device, where tied weights stay tied."""
+    blanks: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        blank = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            blank = nn.Parameter(blank, requires_grad=tensor.requires_grad)
+        blanks[id(tensor)] = blank
+    return copy.deepcopy(model, blanks)
+
+
+@torch.no_grad()
+def copy_sharded(model: nn.Module) -> nn.Module:
+    """Copies a sharded network, each rank its rows. Communicates."""
+    sharding = _SHARDINGS[model]
+    twin = copy.deepcopy(sharding.template)
+    some = next(model.parameters())
+    assert isinstance(some, DTensor)
+    shard_network(twin, some.device, some.device_mesh.size())
+    for (_, own), (_, other) in zip(
+        (*twin.named_parameters(), *twin.named_buffers()),
+        (*model.named_parameters(), *model.named_buffers()),
+        strict=True,
+    ):
+        local(own.detach()).copy_(local(other.detach()))
+    return twin
+
+
+def _groups(model: nn.Module) -> list[nn.Module]:
+    """Lists the modules that become groups, inner ones first."""
+    uses: dict[nn.Parameter, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        uses[parameter] = uses.get(parameter, 0) + 1
+    found: list[nn.Module] = []
+    for container in model.modules():
+        if not isinstance(container, (nn.Sequential, nn.ModuleList)):
+            continue
+        for member in container.children():
+            if isinstance(member, (nn.ModuleList, nn.ModuleDict)) or member in found:
+                continue
+            within: dict[nn.Parameter, int] = {}
+            for _, parameter in member.named_parameters(remove_duplicate=False):
+                within[parameter] = within.get(parameter, 0) + 1
+            is_worth_it = sum(p.numel() for p in within) >= _LEAST_GROUP
+            if is_worth_it and all(uses[p] == count for p, count in within.items()):
+                found.append(member)
+    # modules() lists outer ones first, and FSDP2 wants to meet the inner ones before.
+    return found[::-1]
+
+
+def _find_leaves(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Finds the tensors that FSDP2 gathers into; they stay the same ones from pass to pass."""
+    found: dict[str, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            for name, parameter in model.get_submodule(path).named_parameters():
+                if not is_shard(parameter):
+                    found[f"{path}.{name}".lstrip(".")] = parameter
+            module.reshard()
+    # In the order of the parameters, as on a replicated network.
+    return {name: found[name] for name, _ in model.named_parameters()}
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[nn.Module]:
+    """Lends the network with all weights gathered and without FSDP2's hooks. Communicates.
+
+    It shares its buffers with the sharded one. While the block runs each rank holds all weights.
+    """
+    sharding = _SHARDINGS.get(model)
+    if sharding is None:
+        yield model
+        return
+    groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for group in groups:
+        group.unshard()
+    plain = sharding.template
+    kept: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for path, module in model.named_modules():
+            twin = plain.get_submodule(path)
+            twin.training = module.training
+            lent: list[tuple[dict[str, Any], Mapping[str, Any]]] = [
+                (twin._parameters, module._parameters),
+                (twin._buffers, module._buffers),
+            ]
+            for own, theirs in lent:
+                for name, value in theirs.items():
+                    kept.append((own, name, own[name]))
+                    own[name] = value
+        yield plain
+    finally:
+        for own, name, value in kept:
+            own[name] = value
+        for group in groups:
+            group.reshard()

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from rank_program import MASK_CASES, report_of, reports_of_world, sharded_report_of
+from sharded_program import (
+    DATA,
+    MOVEMENT,
+    RESNET_CASES,
+    TrialProgram,
+    blank_net,
+    blocks_program,
+    checkpoint_of,
+    failing_program,
+    resnet_masks,
+    resnet_program,
+    trial,
+)
+
+from gbp_ray.pruning.ranks import Ranks
+
+World = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    """What one process computes with a replicated network."""
+    return report_of(Ranks.current())
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids="{0}-ranks".format)
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    return reports_of_world(request.param, folder, sharded_report_of)
+
+
+@pytest.mark.parametrize("case", MASK_CASES, ids="-".join)
+def test_masks_of_a_sharded_network_are_those_of_a_replicated_one(
+    case: tuple[str, str, str], alone: dict[str, Any], world: World
+) -> None:
+    assert {report["masks"][case] for report in world} == {alone["masks"][case]}
+
+
+@pytest.mark.parametrize("result", ["trained", "movement", "evaluated", "recalibrated"])
+def test_results_of_a_sharded_network_are_those_of_a_replicated_one(
+    result: str, alone: dict[str, Any], world: World
+) -> None:
+    assert [report[result] for report in world] == [alone[result]] * len(world)
+
+
+def test_whole_trials_of_sharded_networks_end_as_those_of_replicated_ones(
+    alone: dict[str, Any], world: World
+) -> None:
+    for report in world:
+        for expected, found in zip(alone["rounds"], report["rounds"], strict=True):
+            assert found == expected
+
+
+@pytest.fixture(scope="module")
+def resnet_alone() -> dict[tuple[str, str, str], str]:
+    if not (DATA / "checkpoints").is_dir():
+        pytest.skip(f"no CIFAR-10 and checkpoints under '{DATA}'; set GBP_RAY_DATA to their folder")
+    return resnet_masks(Ranks.current(), is_sharded=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_masks_of_a_sharded_resnet_are_those_of_a_replicated_one(
+    world_size: int,
+    resnet_alone: dict[tuple[str, str, str], str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    reports = reports_of_world(world_size, tmp_path_factory.mktemp("resnet"), resnet_program)
+    for case in RESNET_CASES:
+        assert {report["masks"][case] for report in reports} == {resnet_alone[case]}, case
+
+
+def test_the_resnet_cases_differ(resnet_alone: dict[tuple[str, str, str], str]) -> None:
+    """Only snip decides like taylor, on purpose, and a whole pattern leaves scopes no choice."""
+    num_rules = len({rule for rule, *_ in RESNET_CASES}) - 1
+    assert len(set(resnet_alone.values())) == num_rules * (2 + 1 + 1)
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return reports_of_world(2, tmp_path_factory.mktemp("blocks"), blocks_program)
+
+
+def test_each_rank_holds_its_rows_alone(blocks: World) -> None:
+    for report, outputs in zip(blocks, (2, 1), strict=True):
+        assert report["are shards"]
+        assert report["rows"]["blocks.0.first.weight"] == (24, 24)
+        assert report["rows"]["head.weight"] == (outputs, 24)
+
+
+def test_blocks_are_groups_but_for_those_that_share_a_weight(blocks: World) -> None:
+    for report in blocks:
+        assert report["groups"] == ["", "blocks.0", "blocks.2", "blocks.4"]
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ("blank", {"build": blank_net}),
+        ("fisher", {"criterion": "fisher", "rewind": "weights"}),
+        ("movement", MOVEMENT),
+    ],
+)
+def test_trials_in_blocks_end_as_replicated_ones(
+    case: str, options: dict[str, Any], blocks: World
+) -> None:
+    expected = without_files(trial(Ranks(), "replicated", **options))
+    for report in blocks:
+        assert without_files(report[case]) == expected
+
+
+def without_files(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in report.items() if k != "files"} for report in rounds]
+
+
+@pytest.fixture(scope="module")
+def whole() -> list[dict[str, Any]]:
+    """The trial that all others must end like."""
+    return trial(Ranks(), "replicated")
+
+
+def test_shards_are_read_back_onto_any_number_of_ranks(
+    whole: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    def go_on(size: int, resume: Any = None) -> list[dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("resumed")
+        reports = reports_of_world(size, folder, TrialProgram(resume))
+        assert all(
+            without_files(r["rounds"]) == without_files(reports[0]["rounds"]) for r in reports
+        )
+        rounds: list[dict[str, Any]] = reports[0]["rounds"]
+        return rounds
+
+    started = go_on(2)
+    assert without_files(started) == without_files(whole)
+    names = {name for name in started[1]["files"] if name.startswith("shards/")}
+    assert names == {"shards/.metadata", "shards/__0_0.distcp", "shards/__1_0.distcp"}
+    saved = checkpoint_of(started, 1)
+    # Onto three ranks, onto one replicated network, and from a replicated one onto two ranks.
+    assert without_files(go_on(3, saved)) == without_files(whole[2:])
+    assert without_files(trial(Ranks(), "replicated", resume=saved)) == without_files(whole[2:])
+    assert without_files(go_on(2, checkpoint_of(whole, 1))) == without_files(whole[2:])
+
+
+def test_exported_files_of_shards_are_those_of_a_replicated_network(
+    whole: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    (first, _) = reports_of_world(2, tmp_path_factory.mktemp("export"), TrialProgram())
+    for expected, found in zip(whole, first["rounds"], strict=True):
+        for name in ("weights.safetensors", "masks.safetensors"):
+            assert found["files"][name] == expected["files"][name]
+
+
+def test_a_rank_that_fails_alone_hangs_up_on_the_others(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Every rank went on to report, so none was left waiting for the lost one's weights."""
+    others, last = reports_of_world(2, tmp_path_factory.mktemp("failing"), failing_program)
+    assert last["failed with"] == "ZeroDivisionError: planted"
+    assert others["failed with"].startswith("RuntimeError")
