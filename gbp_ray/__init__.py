@@ -26,6 +26,7 @@ _HOMES = {
     "load_job": "gbp_ray.config",
     "open_result": "gbp_ray.api",
     "open_results": "gbp_ray.results",
+    "plan_prune": "gbp_ray.api",
     "prune": "gbp_ray.api",
 }
 

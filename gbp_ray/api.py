@@ -23,19 +23,22 @@ from torch import nn
 from gbp_ray.config import JobConfig, find_idle_options, load_job, trial_id
 from gbp_ray.errors import ConfigError, StoreError
 from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.plan import Plan, make_plan
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import check_job, load_weights
+from gbp_ray.records import JobRecord
 from gbp_ray.runtime.progress import ProgressBoard
 from gbp_ray.runtime.worker import work_trial
 from gbp_ray.store import RoundRecord, Store, TrialRecord, locate_jobs, locate_trials
 from gbp_ray.workload import (
+    Workload,
     add_import_paths,
     build_network,
     find_shadowed_module,
     load_workload,
 )
 
-__all__ = ["PruneResult", "open_result", "prune"]
+__all__ = ["PrunePlan", "PruneResult", "open_result", "plan_prune", "prune"]
 
 
 @dataclass(frozen=True)
@@ -112,13 +115,7 @@ def prune(
     Raises:
         GbpError: One line that names the field, what is allowed and what to do.
     """
-    import_paths = [str(Path.cwd())]
-    if isinstance(job, (str, Path)):
-        import_paths.append(str(Path(job).resolve().parent))
-    add_import_paths(import_paths)
-    job = load_job(job, overrides)
-    for key, reason in find_idle_options(job):
-        warnings.warn(f"{key} has no effect with {reason}", stacklevel=2)
+    job, import_paths = _load(job, overrides)
     store, name = Store(job.storage, job.name), trial_id(job)
     finished = store.read_trial(name)
     if finished is not None:
@@ -126,14 +123,7 @@ def prune(
     store.preflight()
     started = time.monotonic()
     with ProgressBoard(is_quiet) as board:
-        check_job(job, load_workload(job.workload))
-        for key, plug_in in _plug_ins(job):
-            if shadowed := find_shadowed_module(plug_in, import_paths[-1]):
-                warnings.warn(
-                    f"{key} = {plug_in}: module {shadowed}; rename yours, or start a new process "
-                    "if another job brought it in",
-                    stacklevel=2,
-                )
+        _load_checked(job, import_paths)
         store.claim(job)
         with store.hold(name) as lease:
             # Whoever held it before may have finished the trial.
@@ -143,6 +133,64 @@ def prune(
                 lease.check()
                 record = _finish(job, store, time.monotonic() - started)
     return PruneResult(record, store.trial_uri(name))
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What running a job would do now.
+
+    Attributes:
+        trial_id: Of the job.
+        uri: Where its rounds lie or will lie.
+        num_done: Whole rounds that are there already, the dense network among them.
+        num_left: Rounds that would be run, likewise; 0 for a finished trial.
+        plan: What the whole job costs; None for a finished trial, which answers at once.
+    """
+
+    trial_id: str
+    uri: str
+    num_done: int
+    num_left: int
+    plan: Plan | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Gives plain values, for JSON and for tables."""
+        return {
+            "trial_id": self.trial_id,
+            "uri": self.uri,
+            "finished": self.num_left == 0,
+            "rounds_done": self.num_done,
+            "rounds_left": self.num_left,
+            "plan": self.plan and self.plan.to_dict(),
+        }
+
+
+def plan_prune(
+    job: JobConfig | str | Path | None = None,
+    overrides: Mapping[str, Any] | list[str] | None = None,
+) -> PrunePlan:
+    """Plans what `prune` would do; starts no workers and writes nothing.
+
+    Builds the network, checks the job as `prune` does and sends a few examples through. Whether the
+    storage can be written is left open.
+
+    Args:
+        job: As for `prune`.
+        overrides: Likewise.
+
+    Raises:
+        GbpError: As `prune`.
+    """
+    job, import_paths = _load(job, overrides)
+    store, name = Store(job.storage, job.name), trial_id(job)
+    uri, num_rounds = store.trial_uri(name), job.prune.rounds + 1
+    if store.read_trial(name) is not None:
+        return PrunePlan(name, uri, num_rounds, 0, None)
+    workload = _load_checked(job, import_paths)
+    store.check_claim(JobRecord(factory=job.workload.factory))
+    _check_device(job)
+    num_done = len(store.read_rounds(name))
+    return PrunePlan(name, uri, num_done, num_rounds - num_done, make_plan(job, workload))
 
 
 def open_result(uri: str | Path) -> PruneResult:
@@ -164,6 +212,45 @@ def open_result(uri: str | Path) -> PruneResult:
             "same job again to go on"
         )
     return PruneResult(record, store.trial_uri(name))
+
+
+def _load(
+    source: JobConfig | str | Path | None, overrides: Mapping[str, Any] | list[str] | None
+) -> tuple[JobConfig, list[str]]:
+    """Reads a job and makes the user's own modules importable; returns it and their folders."""
+    import_paths = [str(Path.cwd())]
+    if isinstance(source, (str, Path)):
+        import_paths.append(str(Path(source).resolve().parent))
+    add_import_paths(import_paths)
+    job = load_job(source, overrides)
+    for key, reason in find_idle_options(job):
+        warnings.warn(f"{key} has no effect with {reason}", stacklevel=3)
+    return job, import_paths
+
+
+def _load_checked(job: JobConfig, import_paths: list[str]) -> Workload:
+    """Loads what is pruned and refuses what the job could only fail at later."""
+    workload = load_workload(job.workload)
+    check_job(job, workload)
+    for key, plug_in in _plug_ins(job):
+        if shadowed := find_shadowed_module(plug_in, import_paths[-1]):
+            warnings.warn(
+                f"{key} = {plug_in}: module {shadowed}; rename yours, or start a new process if "
+                "another job brought it in",
+                stacklevel=3,
+            )
+    return workload
+
+
+def _check_device(job: JobConfig) -> None:
+    """Refuses a GPU that is not there, where the job would run on this machine."""
+    if job.cluster.num_workers == 0:
+        _own_device(job)
+    elif job.cluster.use_gpu and job.cluster.address is None and not torch.cuda.is_available():
+        raise ConfigError(
+            "cluster.use_gpu = true: this machine has no CUDA device; set it to false or give "
+            "cluster.address"
+        )
 
 
 def _run_rounds(

@@ -29,6 +29,8 @@ from gbp_ray.report import (
     difference_table,
     layer_table,
     overlap_table,
+    plan_lines,
+    plan_table,
     results_table,
     round_table,
     summary_line,
@@ -89,6 +91,12 @@ def prune(
             help="Override a field, as prune.sparsity=0.95; repeatable.",
         ),
     ] = None,
+    is_dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Show what it would cost: memory, traffic, steps; run nothing."
+        ),
+    ] = False,
     as_json: AsJson = False,
     is_quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
     is_debug: Annotated[
@@ -108,12 +116,18 @@ def prune(
       gbp-ray prune --set prune.sparsity=0.95 --set prune.criterion=fisher
 
       gbp-ray prune my_job.toml --set cluster.num_workers=4 --json > result.json
+
+      gbp-ray prune my_job.toml --dry-run
     """
     # torch takes seconds to import; --help and a mistyped option should not.
+    from gbp_ray.api import plan_prune
     from gbp_ray.api import prune as prune_network
 
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning  # type: ignore[assignment]
+        if is_dry_run:
+            _print_plan(plan_prune(job, overrides).to_dict(), as_json)
+            return
         result = prune_network(job, overrides, is_quiet=is_quiet, is_debug=is_debug)
     if as_json:
         _print_json({"uri": result.uri, **result.record.model_dump(mode="json")})
@@ -549,6 +563,17 @@ def _print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _say(text: str) -> None:
     _console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_plan(planned: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(planned)
+        return
+    _say(planned["trial_id"])
+    if planned["plan"] and planned["plan"]["phases"]:
+        _console().print(plan_table(planned["plan"]))
+    for line in plan_lines(planned):
+        _say(line)
 
 
 def _print_trial(record: TrialRecord) -> None:

@@ -15,6 +15,8 @@ __all__ = [
     "difference_table",
     "layer_table",
     "overlap_table",
+    "plan_lines",
+    "plan_table",
     "results_table",
     "round_table",
     "summary_line",
@@ -112,6 +114,60 @@ def overlap_table(layers: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def plan_table(plan: Mapping[str, Any]) -> Table:
+    """Lists the phases of a plan: peak memory of a rank, what holds it, bytes sent to others."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("phase")
+    for heading in ("peak MB", "sends MB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("held at the peak, MB", overflow="fold")
+    for phase in plan["phases"]:
+        parts = sorted(phase["held"].items(), key=lambda item: -item[1])
+        table.add_row(
+            phase["name"],
+            _megabytes(phase["num_bytes"]),
+            _megabytes(phase["sent_bytes"]) if phase["sent_bytes"] else "",
+            ", ".join(f"{name} {_megabytes(size)}" for name, size in parts),
+        )
+    return table
+
+
+def plan_lines(planned: Mapping[str, Any]) -> list[str]:
+    """Says what running a job would do and cost, beside the table of its phases."""
+    done, left, plan = planned["rounds_done"], planned["rounds_left"], planned["plan"]
+    if plan is None:
+        return [f"finished: all {done} rounds are in {planned['uri']}; nothing would be run"]
+    progress = "nothing yet"
+    if done:
+        progress = f"round {done - 1} is the last whole one, what comes before is skipped"
+    memory = sent = f"not foretold yet for cluster.strategy = {plan['strategy']}"
+    if plan["phases"]:
+        memory = f"{_megabytes(plan['peak_bytes'])} MB at the peak"
+        sent = f"{_megabytes(plan['sent_bytes_per_round'])} MB each round"
+    workers = plan["num_workers"]
+    passes = "no pass over the data"
+    if plan["num_passes"]:
+        times = "1 pass" if plan["num_passes"] == 1 else f"{plan['num_passes']} passes"
+        passes = f"{times} over {plan['calibration_examples']:,} examples each round"
+    return [
+        f"network: {plan['num_parameters']:,} parameters, {plan['num_prunable']:,} prunable; "
+        f"{plan['strategy']} on {workers or 1} {'worker' if workers < 2 else 'workers'}",
+        f"memory of a rank: {memory}; {_megabytes(plan['data_bytes'])} MB of data come on top, and "
+        "the interpreter with its libraries",
+        f"scoring: {plan['criterion']}, {passes}; cost {plan['criterion_cost']} against a forward "
+        "and backward pass",
+        f"training: {plan['pretrain_steps']:,} steps, then {plan['finetune_steps']:,} after each "
+        f"of {plan['num_rounds']} rounds, {plan['num_steps']:,} in all",
+        f"sent by a rank: {sent}",
+        f"stored: {_megabytes(plan['round_bytes'])} MB each round, "
+        f"{_megabytes(plan['stored_bytes'])} MB in all, in {planned['uri']}",
+        f"done: {progress}; {left} of {done + left} rounds would be run, the dense network's among "
+        "them"
+        if not done
+        else f"done: {progress}; {left} of {done + left} rounds would be run",
+    ]
+
+
 def summary_line(trial: TrialRecord) -> str:
     """Says in one line what was reached."""
     dense, final = trial.dense, trial.final
@@ -136,3 +192,7 @@ def _word(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f}" if num_bytes >= 1e5 else f"{num_bytes / 1e6:.3f}"

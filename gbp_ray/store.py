@@ -100,6 +100,18 @@ class Store:
 
     def adopt(self, claim: JobRecord) -> None:
         """Claims the folder for a job that is known by its claim elsewhere; see `claim`."""
+        if self.check_claim(claim) or self.objects.put_if("job.json", seal_record(claim), None):
+            return
+        # Another driver was faster; whether it does the same job is in its claim.
+        if not self.check_claim(claim):
+            raise self._not_ours("has vanished")
+
+    def check_claim(self, claim: JobRecord) -> bool:
+        """Says whether the folder is claimed for the same job; one that may be claimed is not.
+
+        Raises:
+            StoreError: The folder is another job's, or is not ours.
+        """
         found = self.read_claim()
         if found is None:
             if next(self.objects.entries(), None) is not None:
@@ -107,16 +119,16 @@ class Store:
                     f"storage: '{self.uri}' is not empty and not a results folder; choose another "
                     "name or storage"
                 )
-            if self.objects.put_if("job.json", seal_record(claim), None) is not None:
-                return
-            # Another driver was faster; whether it does the same job is in its claim.
-            found = self.read_claim()
-        if found is None or found.factory != claim.factory:
-            owner = "has vanished" if found is None else f"= '{found.factory}'"
-            raise StoreError(
-                f"storage: '{self.uri}' holds results of another job, whose workload.factory "
-                f"{owner}; choose another name or storage"
-            )
+            return False
+        if found.factory != claim.factory:
+            raise self._not_ours(f"= '{found.factory}'")
+        return True
+
+    def _not_ours(self, owner: str) -> StoreError:
+        return StoreError(
+            f"storage: '{self.uri}' holds results of another job, whose workload.factory {owner}; "
+            "choose another name or storage"
+        )
 
     def read_claim(self) -> JobRecord | None:
         """Reads whose folder this is, or None where it is nobody's."""

@@ -8,6 +8,12 @@ float32, eight float64; what travels is 2 KB per layer and round, whatever the n
 Before that, where scores are many, a sample brackets the value, and one pass over the scores counts
 what lies outside the bracket and keeps the percent or two inside. The sample decides how much is
 kept, never the result: a bracket that misses is noticed by its counts, and all scores are counted.
+One score is drawn from each stretch of equal length, so no period in the scores misleads it. A rank
+that would have to keep more than a sixteenth of its scores keeps none, and reads them again.
+
+Scores are float16, float32 or float64, the same on all ranks, and compared as they are: nothing is
+rounded. bfloat16, which NumPy does not have, is widened to float32 by the caller, which keeps its
+order. Counts are int64 throughout: 2^31 weights are no limit.
 
 Shape suffixes: L = a rank's scores of one layer, flat.
 """
@@ -30,6 +36,7 @@ _SAMPLE = 2**17
 _LEAST_STRIDE = 64
 _MANY = 2**18  # below this many scores in a pool, counting all of them takes milliseconds
 _DEVIATIONS = 5.0
+_MOST_KEPT = 1 / 16  # of a rank's scores: what lies inside the bracket, if it is no more than this
 _DIGIT_BITS = 8
 _NUM_DIGITS = 2**_DIGIT_BITS
 
@@ -75,7 +82,7 @@ def exact_threshold(scores_L: np.ndarray, k: int, ranks: Ranks | None = None) ->
     """Finds where the k lowest scores end. Communicates.
 
     Args:
-        scores_L: This rank's scores, float32 or float64, without NaN; all of them with one rank.
+        scores_L: This rank's scores, of a dtype named above, without NaN; with one rank, all.
         k: 1 <= k <= number of scores over all ranks.
 
     Returns:
@@ -109,7 +116,9 @@ class _Search:
         self.pool, self.values = pool, values
         self.below = np.zeros(len(values), dtype=np.int64)
         self.equal = np.zeros(len(values), dtype=np.int64)
-        self.inside: list[np.ndarray] | None = None  # keys; None: all values
+        self.ends = -math.inf, math.inf
+        self.is_bracketed = False
+        self.inside: list[np.ndarray | None] = [None] * len(values)  # keys; None: read the values
         self.threshold = math.nan
         self.prefix = 0
         self.is_done = False
@@ -124,11 +133,14 @@ class _Search:
         self.threshold, self.below, self.equal, self.is_done = threshold, below, equal, True
 
     def keys(self, layer: int) -> Iterator[np.ndarray]:
-        if self.inside is not None:
-            yield self.inside[layer]
+        """Yields the keys of a layer's scores that are still in question."""
+        kept = self.inside[layer]
+        if kept is not None:
+            yield kept
             return
+        low, high = (self.values[layer].dtype.type(end) for end in self.ends)
         for chunk in _chunks(self.values[layer]):
-            yield _to_keys(chunk)
+            yield _to_keys(chunk[(chunk > low) & (chunk < high)] if self.is_bracketed else chunk)
 
 
 # -- the bracket -----------------------------------------------------------------------------------
@@ -151,7 +163,7 @@ def _bracket(searches: list[_Search], ranks: Ranks) -> None:
     for number, (search, size) in enumerate(many):
         sample = np.sort(np.concatenate([of_rank[number] for of_rank in samples]))
         low, high = _bracket_ends(sample, search.pool.target / size)
-        found.append((search, low, high, [_scan(v, low, high) for v in search.values]))
+        found.append((search, low, high, _scan_all(search.values, low, high)))
     counts = torch.tensor([scan.counts for *_, scans in found for scan in scans], dtype=torch.int64)
     everywhere = ranks.add_up(counts).numpy()
     for search, low, high, scans in found:
@@ -163,15 +175,24 @@ def _bracket(searches: list[_Search], ranks: Ranks) -> None:
         if reaches(to_low):
             search.settle(low, below_low, to_low - below_low)
         elif reaches(below_high):
-            search.below = to_low
-            search.inside = [_to_keys(scan.inside) for scan in scans]
+            search.below, search.ends, search.is_bracketed = to_low, (low, high), True
+            search.inside = [scan.inside for scan in scans]
         else:
             search.settle(high, below_high, to_high - below_high)
 
 
 def _sample(search: _Search, size: int) -> np.ndarray:
+    """Draws a score from each stretch; the draws are the same in every run."""
     stride = max(_LEAST_STRIDE, size // _SAMPLE)
-    return np.concatenate([values[::stride] for values in search.values])
+    random = np.random.default_rng(stride)
+    drawn = []
+    for values in search.values:
+        places = np.arange(0, values.size, stride)
+        places += random.integers(stride, size=places.size)
+        # The last stretch may be short; what falls behind it is not drawn, which keeps shares fair.
+        is_behind = places.size > 0 and places[-1] >= values.size
+        drawn.append(values[places[:-1] if is_behind else places])
+    return np.concatenate(drawn)
 
 
 def _bracket_ends(sample: np.ndarray, share: float) -> tuple[float, float]:
@@ -186,26 +207,40 @@ def _bracket_ends(sample: np.ndarray, share: float) -> tuple[float, float]:
 @dataclass(frozen=True)
 class _Scan:
     counts: tuple[int, int, int, int]  # below low, up to it, below high, up to it
-    inside: np.ndarray
+    inside: np.ndarray | None  # keys of those strictly between; None where they are too many
 
 
-def _scan(values: np.ndarray, low: float, high: float) -> _Scan:
-    """Counts the scores below and at both ends; keeps those strictly between."""
+def _scan_all(values: list[np.ndarray], low: float, high: float) -> list[_Scan]:
+    room = int(_MOST_KEPT * sum(layer.size for layer in values))
+    scans = []
+    for layer in values:
+        scans.append(_scan(layer, low, high, room))
+        kept = scans[-1].inside
+        room -= 0 if kept is None else kept.size
+    return scans
+
+
+def _scan(values: np.ndarray, low: float, high: float, room: int) -> _Scan:
+    """Counts the scores below and at both ends; keeps those strictly between, if there is room."""
     low, high = values.dtype.type(low), values.dtype.type(high)
-    below_low = to_low = at_high = 0
-    inside = [values[:0]]
+    below_low = to_low = num_inside = at_high = 0
+    kept = [_to_keys(values[:0])]
     for chunk in _chunks(values):
         below_low += int(np.count_nonzero(chunk < low))
-        is_above = chunk > low
-        to_low += chunk.size - int(np.count_nonzero(is_above))
-        is_above &= chunk < high
-        inside.append(chunk[is_above])
+        is_inside = chunk > low
+        to_low += chunk.size - int(np.count_nonzero(is_inside))
+        is_inside &= chunk < high
+        inside = chunk[is_inside]
+        num_inside += inside.size
+        if num_inside <= room:
+            kept.append(_to_keys(inside))
+        else:
+            kept.clear()
         at_high += int(np.count_nonzero(chunk == high))
-    kept = np.concatenate(inside)
-    if low == high:
-        return _Scan((below_low, to_low, to_low, to_low), kept)
-    below_high = to_low + kept.size
-    return _Scan((below_low, to_low, below_high, below_high + at_high), kept)
+    below_high = to_low + num_inside
+    up_to_high = below_high + (at_high if low < high else 0)
+    counts = below_low, to_low, below_high, up_to_high
+    return _Scan(counts, np.concatenate(kept) if num_inside <= room else None)
 
 
 # -- counting digit by digit -----------------------------------------------------------------------

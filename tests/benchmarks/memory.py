@@ -1,0 +1,142 @@
+"""Peak memory of each phase as `--dry-run` predicts it, against what a rank then held.
+
+    python tests/benchmarks/memory.py [--depth 20 56] [--criteria taylor fisher] [--batch 128]
+
+A CIFAR ResNet with random weights on random images goes through two rounds in a process of its own.
+Measured is how far the resident set rose above what it was before the network was built, by the
+kernel's high-water mark, which starts anew with each phase. The allocator is told to give memory
+back at once (MALLOC_MMAP_THRESHOLD_); what libraries keep for good, such as oneDNN's plans, counts
+against the plan.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from gbp_ray.config import FinetuneConfig, JobConfig, PretrainConfig, PruneConfig, WorkloadConfig
+from gbp_ray.pruning import rounds
+from gbp_ray.pruning.plan import make_plan
+from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.workload import Workload
+from gbp_ray.zoo.resnet import build_cifar_resnet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--depth", type=int, nargs="*", default=[20, 56], help="layers")
+    parser.add_argument("--criteria", nargs="*", default=["taylor", "fisher", "grasp"])
+    parser.add_argument("--batch", type=int, default=128, help="images per step, in four parts")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        depth, criterion = options.child.split(",")
+        print(json.dumps(measure_rounds(int(depth), criterion, options.batch)))
+        return
+    table = Table(box=SIMPLE_HEAD)
+    for heading in ("network", "criterion", "phase", "predicted MB", "measured MB", "ratio"):
+        table.add_column(heading, justify="right" if "MB" in heading or "ra" in heading else "left")
+    for depth in options.depth:
+        for criterion in options.criteria:
+            for phase, predicted, measured in in_new_process(depth, criterion, options.batch):
+                table.add_row(
+                    f"ResNet-{depth}",
+                    criterion,
+                    phase,
+                    f"{predicted / 1e6:.1f}",
+                    f"{measured / 1e6:.1f}",
+                    f"{predicted / max(1, measured):.2f}",
+                )
+    console = Console(width=110)
+    console.print(
+        f"two rounds on one rank, batches of {options.batch} in 4 parts, calibration and "
+        f"evaluation in batches of 64 and 256; {date.today()}, torch {torch.__version__}, "
+        f"{platform.machine()}",
+        highlight=False,
+    )
+    console.print(table)
+
+
+def in_new_process(depth: int, criterion: str, batch: int) -> list[tuple[str, int, int]]:
+    command = [sys.executable, __file__, "--batch", str(batch), "--child", f"{depth},{criterion}"]
+    variables = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def measure_rounds(depth: int, criterion: str, batch: int) -> list[tuple[str, int, int]]:
+    """Returns (phase, predicted bytes, measured bytes)."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    images, labels = torch.randn(1024, 3, 32, 32), torch.randint(0, 10, (1024,))
+    workload = Workload(lambda: build_cifar_resnet(depth), (images, labels), (images, labels))
+    recipe = {"epochs": 0.4, "batch_size": batch, "learning_rate": 1e-4}
+    job = JobConfig(
+        name="memory",
+        workload=WorkloadConfig(factory="nowhere:nothing"),
+        pretrain=PretrainConfig(**recipe),
+        prune=PruneConfig(
+            criterion=criterion,
+            sparsity=0.5,
+            rounds=2,
+            calibration_examples=192,
+            batchnorm_examples=192,
+        ),
+        finetune=FinetuneConfig(**recipe),
+    )
+    plan = make_plan(job, workload)
+    # Loads the kernels of every phase, and what libraries set up once.
+    for _ in rounds.run_rounds(job, workload, Ranks()):
+        pass
+    measured: dict[str, int] = {}
+    base = resident_bytes("VmRSS")
+
+    @contextlib.contextmanager
+    def watched(phase: str) -> Iterator[None]:
+        Path("/proc/self/clear_refs").write_text("5")
+        yield
+        measured[phase] = max(measured.get(phase, 0), resident_bytes("VmHWM") - base)
+
+    def watch(name: str, phase: Callable[..., str]) -> None:
+        original = getattr(rounds, name)
+
+        def wrapped(*args, **kwargs):
+            with watched(phase(*args)):
+                return original(*args, **kwargs)
+
+        setattr(rounds, name, wrapped)
+
+    watch("score", lambda *args: "score")
+    watch("select_masks", lambda *args: "decide")
+    watch("evaluate", lambda *args: "evaluate")
+    watch("recalibrate_batchnorm", lambda *args: "batchnorm")
+    watch("train_epochs", lambda *args: args[5].phase)
+    watch("_Run", lambda *args: "build")
+    for state in rounds.run_rounds(job, workload, Ranks()):
+        with watched("write"):
+            state.to_files()
+    phases = [dataclasses.astuple(phase)[:2] for phase in plan.phases]
+    return [(name, predicted, measured[name]) for name, predicted in phases]
+
+
+def resident_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+if __name__ == "__main__":
+    main()

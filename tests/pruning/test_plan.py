@@ -1,0 +1,249 @@
+"""The plan of a job against what the job then does."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small_networks import ConvNet, TanhNet, draw, images, job_config, regression
+from torch import nn
+
+from gbp_ray.config import CRITERIA, DistillationConfig, FinetuneConfig, JobConfig, PretrainConfig
+from gbp_ray.pruning import rounds
+from gbp_ray.pruning.footprint import count_live_bytes
+from gbp_ray.pruning.plan import Phase, Plan, make_plan
+from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.pruning.rounds import run_rounds
+from gbp_ray.workload import Workload
+
+
+def phase_of(plan: Plan, name: str) -> Phase:
+    (phase,) = [phase for phase in plan.phases if phase.name == name]
+    return phase
+
+
+def whole_job(criterion: str = "taylor", **sections: Any) -> JobConfig:
+    recipe = {"epochs": 1, "batch_size": 20, "microbatches": 4}
+    prune = {
+        "criterion": criterion,
+        "sparsity": 0.5,
+        "rounds": 2,
+        "calibration_examples": 40,
+        "calibration_batch_size": 16,
+        "batchnorm_examples": 40,
+    }
+    return job_config(
+        pretrain=PretrainConfig(**recipe),
+        finetune=FinetuneConfig(**recipe, **sections.pop("finetune", {})),
+        prune=prune | sections.pop("prune", {}),
+        workload={"eval_batch_size": 16},
+        **sections,
+    )
+
+
+class WideNet(nn.Sequential):
+    """Weights enough that they, too, count beside the activations."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(2, 32, 3, padding=1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1, bias=False),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(256, 3),
+        )
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+WATCHED: dict[str, Callable[..., str]] = {
+    "score": lambda *args: "score",
+    "evaluate": lambda *args: "evaluate",
+    "recalibrate_batchnorm": lambda *args: "batchnorm",
+    "train_epochs": lambda *args: args[5].phase,
+}
+
+
+def measured_peaks(job: JobConfig, workload: Workload, patch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Runs a job; returns the peak of what each phase allocated beyond what was there before it."""
+    peaks: dict[str, int] = {}
+
+    def watch(name: str, phase_by: Callable[..., str]) -> None:
+        original = getattr(rounds, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            results: list[Any] = []
+            phase = phase_by(*args)
+            live = count_live_bytes(lambda: results.append(original(*args, **kwargs)))
+            peaks[phase] = max(peaks.get(phase, 0), *live)
+            return results[0]
+
+        patch.setattr(rounds, name, watched)
+
+    for name, phase_by in WATCHED.items():
+        watch(name, phase_by)
+    for _ in run_rounds(job, workload, Ranks()):
+        pass
+    return peaks
+
+
+STANDING = {"model", "masks", "dense weights", "teacher", "movement", "optimizer"}
+
+
+@pytest.mark.parametrize("criterion", [rule for rule in CRITERIA if rule != "snip"])
+def test_a_phase_holds_what_the_plan_says(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, workload = whole_job(criterion), images(WideNet)
+    plan = make_plan(job, workload)
+    peaks = measured_peaks(job, workload, monkeypatch)
+    assert set(peaks) == {"score", "evaluate", "batchnorm", "pretrain", "finetune"}
+    for name, measured in peaks.items():
+        held = phase_of(plan, name).held
+        # Training makes the optimizer's state; what else stands was made before.
+        made = held.get("optimizer", 0) if name in ("pretrain", "finetune") else 0
+        predicted = made + sum(size for part, size in held.items() if part not in STANDING)
+        assert predicted == pytest.approx(measured, rel=0.1), name
+
+
+def test_what_stands_through_all_phases_is_told_by_name() -> None:
+    workload = images(WideNet)
+    model = WideNet()
+    parameters = sum(4 * p.numel() for p in model.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    prunable = sum(m.weight.numel() for m in model if isinstance(m, (nn.Conv2d, nn.Linear)))
+    plain = phase_of(make_plan(whole_job(), workload), "score").held
+    assert plain["model"] == parameters + buffers
+    assert plain["masks"] == prunable
+    assert plain["optimizer"] == parameters
+    assert plain["statistic"] == 8 * prunable
+    assert not {"dense weights", "teacher", "movement"} & set(plain)
+    rewound = make_plan(whole_job(prune={"rewind": "weights"}), workload)
+    assert phase_of(rewound, "score").held["dense weights"] == parameters + buffers
+    assert "optimizer" not in phase_of(rewound, "score").held
+    taught = whole_job(finetune={"distillation": DistillationConfig(weight=0.5)})
+    assert phase_of(make_plan(taught, workload), "score").held["teacher"] == parameters + buffers
+    adam = make_plan(whole_job(finetune={"optimizer": "adam"}), workload)
+    assert phase_of(adam, "finetune").held["optimizer"] == 2 * parameters
+    moved = make_plan(whole_job("movement"), workload)
+    assert phase_of(moved, "decide").held["movement"] == 8 * prunable
+
+
+def test_more_workers_hold_smaller_shares_of_the_scores() -> None:
+    one, four = (
+        make_plan(whole_job(cluster={"num_workers": workers}), images(WideNet))
+        for workers in (1, 4)
+    )
+    shares = [phase_of(plan, "score").held["statistic"] for plan in (one, four)]
+    assert shares[1] == pytest.approx(shares[0] / 4, rel=0.05)
+    assert phase_of(four, "decide").num_bytes < phase_of(one, "decide").num_bytes
+
+
+def test_a_plan_leaves_the_model_and_the_random_numbers_as_they_were() -> None:
+    """The network is built anew under the job's seed, so the workload alone is shared."""
+    built_models: list[nn.Module] = []
+
+    def build() -> nn.Module:
+        built_models.append(ConvNet())
+        return built_models[-1]
+
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    make_plan(whole_job(), images(build))
+    assert torch.equal(torch.rand(3), expected)
+    (model,) = built_models
+    assert int(model.norm1.num_batches_tracked) == 0
+    assert bool((model.norm1.running_mean == 0).all())
+
+
+# -- steps, passes, storage ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "grasp", "magnitude", "movement"])
+def test_a_job_takes_the_steps_and_the_passes_of_its_plan(criterion: str) -> None:
+    job = whole_job(criterion)
+    plan = make_plan(job, images())
+    told: list[tuple[str, int, int, int]] = []
+    for _ in run_rounds(job, images(), Ranks(), tell=lambda *tick: told.append(tuple(tick[:4]))):
+        pass
+    steps = [tick for tick in told if tick[0] in ("pretrain", "finetune")]
+    assert len(steps) == plan.num_steps
+    assert sum(tick[0] == "pretrain" for tick in steps) == plan.pretrain_steps
+    scored = [tick for tick in told if tick[:2] == ("score", 1)]
+    assert len(scored) == plan.num_passes * 3  # 40 examples in batches of 16
+    assert plan.num_passes == {"taylor": 1, "grasp": 2, "magnitude": 0, "movement": 0}[criterion]
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "movement"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_job_stores_what_its_plan_says(criterion: str, optimizer: str) -> None:
+    class LargeNet(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Flatten(), nn.Linear(72, 700), nn.Tanh(), nn.Linear(700, 3))
+
+    job, workload = whole_job(criterion, finetune={"optimizer": optimizer}), images(LargeNet)
+    plan = make_plan(job, workload)
+    stored = [sum(map(len, s.to_files().values())) for s in run_rounds(job, workload, Ranks())]
+    assert plan.round_bytes == pytest.approx(stored[-1], rel=0.05)
+    assert plan.stored_bytes == pytest.approx(sum(stored), rel=0.05)
+
+
+def test_one_worker_sends_nothing() -> None:
+    for workers in (0, 1):
+        plan = make_plan(whole_job(cluster={"num_workers": workers}), images())
+        assert plan.sent_bytes_per_round == 0
+        assert {phase.sent_bytes for phase in plan.phases} == {0}
+
+
+def test_what_is_sent_follows_from_sizes_alone() -> None:
+    """A linear network of 20 weights without a bias: every figure can be counted by hand."""
+    inputs, targets = draw(32, 4), draw(32, 5)
+    workload = regression(lambda: nn.Linear(4, 5, bias=False), inputs, targets)
+    recipe = {"epochs": 1, "batch_size": 8, "microbatches": 4}
+    job = job_config(
+        prune={"calibration_examples": 32, "calibration_batch_size": 4, "batchnorm_examples": 0},
+        finetune=FinetuneConfig(**recipe),
+        cluster={"num_workers": 2},
+    )
+    plan = make_plan(job, workload)
+    # 8 batches in 4 turns, each with half of the weights to the other rank, in float32.
+    assert phase_of(plan, "score").sent_bytes == 4 * 12 * 4
+    # 4 steps of 2 turns and a gathering of the sum: 3 of 5 rows, and half of a loss.
+    assert phase_of(plan, "finetune").sent_bytes == 4 * 3 * (12 * 4 + 2)
+    grasp = job.model_copy(update={"prune": job.prune.model_copy(update={"criterion": "grasp"})})
+    assert phase_of(make_plan(grasp, workload), "score").sent_bytes == 2 * 4 * 12 * 4 + 8 * 12
+
+
+def test_examples_in_memory_are_counted_once() -> None:
+    inputs, targets = draw(10, 3), draw(10, 2)
+    plan = make_plan(job_config(), regression(TanhNet, inputs, targets))
+    assert plan.data_bytes == 4 * (30 + 20)
+
+
+def test_a_strategy_without_rows_is_planned_without_memory_and_traffic() -> None:
+    sharded = make_plan(whole_job(cluster={"strategy": "fsdp", "num_workers": 2}), images())
+    replicated = make_plan(whole_job(cluster={"num_workers": 2}), images())
+    assert sharded.phases == ()
+    assert (sharded.peak_bytes, sharded.sent_bytes_per_round) == (None, None)
+    assert sharded.num_steps == replicated.num_steps
+    assert sharded.stored_bytes == replicated.stored_bytes
+
+
+@pytest.mark.parametrize(
+    ("pretrain", "norm"), list(itertools.product([True, False], [True, False]))
+)
+def test_phases_that_will_not_happen_are_not_listed(pretrain: bool, norm: bool) -> None:
+    job = whole_job(prune={"batchnorm_examples": 40 if norm else 0})
+    if not pretrain:
+        job = job.model_copy(update={"pretrain": PretrainConfig(), "finetune": FinetuneConfig()})
+    names = [phase.name for phase in make_plan(job, images()).phases]
+    expected = ["build", "pretrain", "score", "decide", "batchnorm", "finetune", "evaluate"]
+    missing = ({"pretrain", "finetune"} if not pretrain else set()) | (
+        set() if norm else {"batchnorm"}
+    )
+    assert names == [*(name for name in expected if name not in missing), "write"]

@@ -1,0 +1,150 @@
+"""The dry run: what a job would cost and do, told without doing it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from user_files import USER_JOB, USER_MODULE
+
+from gbp_ray import cli
+from gbp_ray.api import plan_prune, prune
+from gbp_ray.errors import GbpError
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working folder of a user, with a module and a job file."""
+    (tmp_path / "rings_of_a_user.py").write_text(USER_MODULE)
+    (tmp_path / "job.toml").write_text(USER_JOB)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("rings_of_a_user", None)
+
+
+def run_cli(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> str:
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["gbp-ray", "prune", "job.toml", "--dry-run", *arguments])
+    monkeypatch.setattr(cli.signal, "signal", lambda number, handler: None)
+    cli.main()
+    return capsys.readouterr().out
+
+
+def files_in(folder: Path) -> dict[Path, bytes]:
+    return {
+        path: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def test_a_dry_run_writes_nothing_and_starts_no_ray(folder: Path) -> None:
+    before = files_in(folder)
+    code = (
+        "import sys; from gbp_ray.cli import main; main();"
+        "print({'ray'} & set(sys.modules), file=sys.stderr)"
+    )
+    arguments = ["prune", "job.toml", "--dry-run", "--json", "--set", "cluster.num_workers=2"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == "set()"
+    planned = json.loads(done.stdout)
+    assert planned["plan"]["num_workers"] == 2
+    assert planned["plan"]["sent_bytes_per_round"] > 0
+    assert files_in(folder) == before
+
+
+def test_json_and_text_tell_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = json.loads(run_cli(monkeypatch, capsys, "--json"))
+    plan = planned["plan"]
+    assert planned["trial_id"].startswith("taylor-s0.50-r2-")
+    assert (planned["finished"], planned["rounds_done"], planned["rounds_left"]) == (False, 0, 3)
+    assert (plan["num_passes"], plan["calibration_examples"]) == (1, 100)
+    # 300 training points: 6 steps an epoch, 3 epochs, then half an epoch in each of two rounds.
+    assert (plan["pretrain_steps"], plan["finetune_steps"], plan["num_steps"]) == (18, 3, 24)
+    assert plan["peak_bytes"] == max(phase["num_bytes"] for phase in plan["phases"])
+    text = run_cli(monkeypatch, capsys)
+    for phase in plan["phases"]:
+        assert phase["num_bytes"] == sum(phase["held"].values())
+        assert f" {phase['name']} " in text
+    assert "18 steps, then 3 after each of 2 rounds, 24 in all" in text
+    assert "1 pass over 100 examples each round" in text
+    assert "nothing yet; 3 of 3 rounds would be run" in text
+    assert planned["uri"] in text
+
+
+def test_what_is_done_already_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trial = Path(prune("job.toml", is_quiet=True).uri)
+    finished = plan_prune("job.toml")
+    assert (finished.num_done, finished.num_left, finished.plan) == (3, 0, None)
+    assert "finished: all 3 rounds are in" in run_cli(monkeypatch, capsys)
+    assert json.loads(run_cli(monkeypatch, capsys, "--json"))["plan"] is None
+    (trial / "trial.json").unlink()
+    shutil.rmtree(trial / "round_002")
+    broken = plan_prune("job.toml")
+    assert (broken.num_done, broken.num_left) == (2, 1)
+    assert "round 1 is the last whole one, what comes before is skipped; 1 of 3 rounds" in run_cli(
+        monkeypatch, capsys
+    )
+
+
+BAD_INPUTS: list[dict[str, Any]] = [
+    {"prune.sparsity": 1.5},
+    {"prune.criterion": "tailor"},
+    {"workload.factory": "nowhere_at_all:rings"},
+    {"workload.options.example": 3},
+    {"workload.factory": "rings_of_a_user:cursed"},
+    {"prune.exclude": ["conv*"]},
+    {"prune.granularity": "2:4"},
+    {"prune.layer_max_sparsity": {"0.*": 0.1}, "prune.sparsity": 0.9},
+    {"workload.options.top": 7},
+    {"cluster.use_gpu": True},
+    {"storage": "gs://bucket"},
+]
+
+
+@pytest.mark.parametrize("overrides", BAD_INPUTS, ids=lambda overrides: next(iter(overrides)))
+def test_bad_input_ends_as_it_would_in_earnest(folder: Path, overrides: dict[str, Any]) -> None:
+    if "cluster.use_gpu" in overrides and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(GbpError) as planned:
+        plan_prune("job.toml", overrides)
+    assert not (folder / "gbp-results").exists()
+    with pytest.raises(GbpError) as pruned:
+        prune("job.toml", overrides, is_quiet=True)
+    assert (type(planned.value), str(planned.value)) == (type(pruned.value), str(pruned.value))
+
+
+def test_a_folder_of_another_job_is_refused(folder: Path) -> None:
+    prune("job.toml", is_quiet=True)
+    other = {"workload.factory": "gbp_ray.zoo:digits_convnet"}
+    with pytest.raises(GbpError, match="holds results of another job") as planned:
+        plan_prune("job.toml", other)
+    with pytest.raises(GbpError) as pruned:
+        prune("job.toml", other, is_quiet=True)
+    assert str(planned.value) == str(pruned.value)
+
+
+def test_a_folder_that_is_not_ours_is_refused(folder: Path) -> None:
+    (folder / "gbp-results" / "rings").mkdir(parents=True)
+    (folder / "gbp-results" / "rings" / "thesis.tex").write_text("")
+    with pytest.raises(GbpError, match="is not empty and not a results folder"):
+        plan_prune("job.toml")
