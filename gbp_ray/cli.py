@@ -440,7 +440,7 @@ def criteria(as_json: AsJson = False) -> None:
 
       gbp-ray prune --set prune.criterion=fisher
     """
-    from gbp_ray.pruning.saliency import CRITERIA
+    from gbp_ray.pruning.criteria import CRITERIA
 
     fields = ("name", "formula", "summed", "cost", "is_signed", "source")
     rows = [{field: getattr(rule, field) for field in fields} for rule in CRITERIA.values()]

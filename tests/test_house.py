@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gbp_ray.config import CRITERIA, load_job
-from gbp_ray.pruning.saliency import CRITERIA as RULES
+from gbp_ray.pruning.criteria import CRITERIA as RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

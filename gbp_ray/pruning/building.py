@@ -32,18 +32,22 @@ from gbp_ray.workload import Workload, build_network, derive_seed, seeded, take_
 __all__ = ["build_start", "copy_frozen", "network_of_seed"]
 
 
-def network_of_seed(workload: Workload, seed: int) -> nn.Module:
+def network_of_seed(workload: Workload, seed: int) -> tuple[nn.Module, bool]:
     """Builds the network in one piece, with the weights that every rank starts from.
+
+    Returns:
+        The network, and whether the workload built it without weights.
 
     Raises:
         WorkloadError: It cannot be built, or has no way to get its first weights.
     """
     with seeded(derive_seed(seed, "model")):
         model = build_network(workload)
-    if _is_blank(model):
-        blank = copy.deepcopy(model)
-        _fill(model.to_empty(device="cpu"), blank, seed, Ranks())
-    return model
+    if not _is_blank(model):
+        return model, False
+    blank = copy.deepcopy(model)
+    _fill(model.to_empty(device="cpu"), blank, seed, Ranks())
+    return model, True
 
 
 def build_start(

@@ -1,102 +1,24 @@
-"""What a job will cost each rank, before it runs: memory by phase, bytes on the wire, steps.
+"""What a job will cost before it runs: the arithmetic behind `gbp-ray prune JOB --dry-run`.
 
-The arithmetic behind `gbp-ray prune JOB --dry-run`. Memory is counted in bytes of tensors and
-arrays; the interpreter with its libraries, about 0.4 GB, and the data come on top. Activations are
-told from small real passes (`footprint`), all else from sizes:
-
-    P, B    bytes of the parameters, of the buffers
-    T       bytes of the trainable parameters
-    N, S    prunable weights; the most that a rank owns of them, about N / W
-    e       bytes of a prunable weight
-    O       state of the optimizer: T for sgd with momentum, 2 T for adam and adamw
-    A(b)    peak of a pass over b examples, gradients in flight and vectors of its own included,
-            the sum that it adds to not
-
-Strategy "replicated": each rank holds the whole model. Held all along:
-
-    model P + B, masks N, the dense weights P + B with rewind = "weights", the teacher P + B with
-    distillation, O from the first fine-tuning on (not with a rewind), movement's sums 8 N
-
-To which each phase adds the greatest of what it holds at its moments:
-
-    build       the forward pass of one example, which counts multiply-adds
-    pretrain    O + T (the last step's gradients) + T / W (this one's sum) + B + A(part), or 2 T
-    finetune    while they are put together; O is held all along in finetune;
-                movement: or T + 24 times the largest layer
-    score       8 S (the sum) + A(batch), or 8 S + N e + 8 N while a criterion's own vector is
-                added (W > 1: 8 S + 3 N e); criteria without a pass: as measured, once
-    decide      4 S (scores) + 4 S (a copy) + 2 S (marks) or, while masks are put together,
-                9 S + N (W > 1: 12 S + S / 8 + N / 8 + 2 N)
-    batchnorm   the forward pass of a batch
-    evaluate    the forward pass of a batch + B
-    write       O + 3 (P + B) + N / 4, on the first rank
-
-While W > 1 ranks exchange gradients, 8 MB at most are in flight beside them. Bytes per weight of
-the scoring statistic are so 8 / W for every criterion. Those of gradients alone (taylor, snip,
-taylor_squared) hold no vector; fisher, obd and a user's own hold one of e (fisher: one for each
-example of a chunk), grasp the sum of its first pass, 8, on every rank.
-
-A rank sends, each round, with n turns of all ranks over the batches or parts, and rows padded to
-those of the rank that has most:
-
-    score       passes * n * (W - 1) * S e, and (W - 1) * 8 S between two passes
-    decide      (W - 1) * S / 8 for the masks; samples and counts, a few megabytes at most
-    finetune    (n + 1) * (W - 1) * (T + B) / W for each step
-    batchnorm   (n * 4 + 8) * (W - 1) / W for each running statistic
-
-Strategy "fsdp" has no rows yet: its plan tells steps, passes and storage.
+Memory and traffic by phase come from `phases`, which says how they are computed; here they meet the
+number of steps, of passes over the data, and what is written to storage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import reduce
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-
-from gbp_ray.config import JobConfig, Recipe
+from gbp_ray.config import JobConfig
 from gbp_ray.pruning.building import network_of_seed
-from gbp_ray.pruning.footprint import Footprint, measure_footprint
-from gbp_ray.pruning.gradients import GradientSums
-from gbp_ray.pruning.masks import prunable_parameters
-from gbp_ray.pruning.ranks import Ranks, isolated
-from gbp_ray.pruning.saliency import criterion, score
-from gbp_ray.pruning.slices import Layout, cut_rows
-from gbp_ray.pruning.training import num_steps
+from gbp_ray.pruning.criteria import criterion
+from gbp_ray.pruning.phases import Passes, Phase, Sizes, bytes_of, plan_phases
 from gbp_ray.workload import (
     Workload,
-    num_examples,
-    take_batch,
 )
 
 __all__ = ["Phase", "Plan", "make_plan"]
-
-_LEAST_NORM_BATCH = 32
-_SAMPLED_BYTES = 2**19  # of the scores, for a threshold's bracket, over all ranks
-_IN_FLIGHT_BYTES = 2**23  # of gradients, sent and received, at most
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One phase on one rank.
-
-    Attributes:
-        name: As in the module's docstring.
-        num_bytes: Peak of what is held.
-        held: The parts of it, in bytes.
-        sent_bytes: What this rank sends to others in each round (pretrain: once).
-    """
-
-    name: str
-    num_bytes: int
-    held: dict[str, int]
-    sent_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +29,6 @@ class Plan:
         data_bytes: Examples held in memory by tensors and arrays; data sets are not looked into.
         num_passes: Over the calibration examples, each round.
         num_steps: Optimizer steps, pretrain and all rounds.
-        phases: Empty, as are the two figures that come of them, where a strategy has no rows.
         round_bytes: What one round writes to storage.
         stored_bytes: What all rounds write, the dense network's included.
     """
@@ -126,8 +47,8 @@ class Plan:
     finetune_steps: int
     num_steps: int
     phases: tuple[Phase, ...]
-    peak_bytes: int | None
-    sent_bytes_per_round: int | None
+    peak_bytes: int
+    sent_bytes_per_round: int
     round_bytes: int
     stored_bytes: int
 
@@ -138,10 +59,9 @@ class Plan:
 
 def make_plan(job: JobConfig, workload: Workload) -> Plan:
     """Plans a job whose network has been checked; a few examples pass through it."""
-    model = network_of_seed(workload, job.seed)
-    sizes = _Sizes(job, workload, model)
-    plan_phases = _PHASES_OF.get(job.cluster.strategy)
-    phases = plan_phases(sizes, _Passes(job, workload, model)) if plan_phases else []
+    model, is_blank = network_of_seed(workload, job.seed)
+    sizes = Sizes(job, workload, model, is_blank=is_blank)
+    phases = plan_phases(sizes, Passes(job, workload, model))
     rule = criterion(job.prune.criterion)
     # movement fine-tunes before the first decision as well.
     stretches = job.prune.rounds + (job.prune.criterion == "movement")
@@ -150,7 +70,7 @@ def make_plan(job: JobConfig, workload: Workload) -> Plan:
         num_workers=job.cluster.num_workers,
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_prunable=sizes.num_prunable,
-        data_bytes=sum(_bytes_of(column) for column in _columns(workload)),
+        data_bytes=sum(bytes_of(column) for column in _columns(workload)),
         criterion=rule.name,
         criterion_cost=rule.cost,
         num_passes=sizes.num_passes,
@@ -160,103 +80,12 @@ def make_plan(job: JobConfig, workload: Workload) -> Plan:
         finetune_steps=sizes.finetune_steps,
         num_steps=sizes.pretrain_steps + stretches * sizes.finetune_steps,
         phases=tuple(phases),
-        peak_bytes=max((phase.num_bytes for phase in phases), default=None),
-        sent_bytes_per_round=sum(p.sent_bytes for p in phases if p.name != "pretrain")
-        if phases
-        else None,
+        peak_bytes=max(phase.num_bytes for phase in phases),
+        sent_bytes_per_round=sum(p.sent_bytes for p in phases if p.name != "pretrain"),
         round_bytes=sizes.stored_bytes(has_optimizer=True),
         stored_bytes=sizes.stored_bytes(has_optimizer=job.prune.criterion == "movement")
         + job.prune.rounds * sizes.stored_bytes(has_optimizer=True),
     )
-
-
-# -- sizes -----------------------------------------------------------------------------------------
-
-
-class _Sizes:
-    """The letters of the module's docstring for one job."""
-
-    def __init__(self, job: JobConfig, workload: Workload, model: nn.Module) -> None:
-        self.job, self.workload = job, workload
-        units = prunable_parameters(model, job.prune.exclude)
-        self.world_size = max(1, job.cluster.num_workers)
-        self.num_layers = len(units)
-        self.num_prunable = sum(unit.parameter.numel() for unit in units)
-        self.largest_layer = max(unit.parameter.numel() for unit in units)
-        layout = Layout(units, Ranks(0, self.world_size))
-        self.stretch = max(stop - start for start, stop in pairwise(layout.bounds))
-        dtype = reduce(torch.promote_types, (unit.parameter.dtype for unit in units))
-        self.weight_bytes = dtype.itemsize
-        self.model_bytes = sum(map(_bytes_of, (*model.parameters(), *model.buffers())))
-        self.buffer_bytes = sum(map(_bytes_of, model.buffers()))
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        self.trainable_bytes = sum(map(_bytes_of, trainable))
-        self.layer_rows = sum(
-            max(pieces[number].size for pieces in layout.by_rank) * unit.parameter.element_size()
-            for number, unit in enumerate(units)
-        )
-        self.trainable_rows = sum(
-            cut_rows("", p.shape, self.world_size)[0].size * p.element_size() for p in trainable
-        )
-        # A change of each buffer, of each counter one, and the loss.
-        changes = sum(b.numel() if b.is_floating_point() else 1 for b in model.buffers())
-        self.beside_bytes = 4 * (changes + 1)
-        rule = criterion(job.prune.criterion)
-        self.num_passes = 1 if rule.of_gradients is not None else len(rule.passes)
-        self.statistic_elements = sum(
-            statistic.numel()
-            for module in model.modules()
-            if isinstance(module, _BatchNorm)
-            for statistic in (module.running_mean, module.running_var)
-            if statistic is not None
-        )
-        self.state_bytes = sum(map(_bytes_of, model.state_dict().values()))
-        self.pretrain_steps = num_steps(job.pretrain, workload, job.pretrain.epochs)
-        self.finetune_steps = num_steps(job.finetune, workload, job.finetune.epochs)
-        available = num_examples(workload.train)
-        self.calibration_examples = min(job.prune.calibration_examples, available)
-        self.norm_examples = min(job.prune.batchnorm_examples, available)
-
-    def optimizer_bytes(self, recipe: Recipe) -> int:
-        if recipe.optimizer == "sgd":
-            return self.trainable_bytes if recipe.momentum > 0 else 0
-        return 2 * self.trainable_bytes
-
-    @property
-    def kept_optimizer_bytes(self) -> int:
-        return self.optimizer_bytes(self.job.finetune) if self.finetune_steps else 0
-
-    @property
-    def movement_bytes(self) -> int:
-        return 8 * self.num_prunable if self.job.prune.criterion == "movement" else 0
-
-    def part_size(self, recipe: Recipe) -> int:
-        """Counts the examples of the largest part of a batch."""
-        size = min(recipe.batch_size, num_examples(self.workload.train))
-        return -(-size // min(recipe.microbatches, size))
-
-    def in_flight(self, num_bytes: int) -> int:
-        """Computes what is sent and received at a time of gradients of this size."""
-        return min(2 * num_bytes, _IN_FLIGHT_BYTES) if self.world_size > 1 else 0
-
-    def num_turns(self, num_items: int) -> int:
-        return -(-num_items // self.world_size)
-
-    def sent_share(self, num_bytes: int) -> int:
-        """Computes what a rank sends when each has a share of so many bytes for every other."""
-        return (self.world_size - 1) * -(-num_bytes // self.world_size)
-
-    def stored_bytes(self, *, has_optimizer: bool) -> int:
-        kept = self.kept_optimizer_bytes if has_optimizer else 0
-        return self.state_bytes + self.num_prunable // 8 + kept + self.movement_bytes
-
-
-def _bytes_of(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    # A memory map is the page cache's to hold.
-    is_held = isinstance(value, np.ndarray) and not isinstance(value, np.memmap)
-    return value.nbytes if is_held else 0
 
 
 def _columns(workload: Workload) -> Iterator[Any]:
@@ -266,208 +95,3 @@ def _columns(workload: Workload) -> Iterator[Any]:
             if id(column) not in seen:
                 seen.add(id(column))
                 yield column
-
-
-# -- passes ----------------------------------------------------------------------------------------
-
-
-class _Passes:
-    """A(b) of the passes of a job, from small real ones that leave the model as it was."""
-
-    def __init__(self, job: JobConfig, workload: Workload, model: nn.Module) -> None:
-        self._job, self._workload, self._model = job, workload, model
-        self._units = prunable_parameters(model, job.prune.exclude)
-        self._movement = {
-            unit.name: torch.zeros(unit.parameter.shape, dtype=torch.float64)
-            for unit in self._units
-        }
-        self.forward = self._measure(self._run_forward)
-        self.training = self._measure(self._run_training) if self._trains() else None
-        self.scoring = self._measure(self._run_scoring)
-
-    def _trains(self) -> bool:
-        return self._job.pretrain.epochs > 0 or self._job.finetune.epochs > 0
-
-    def _measure(self, run: Callable[[int], object]) -> Footprint:
-        modes = {module: module.training for module in self._model.modules()}
-        try:
-            with isolated(self._model, 0):
-                return measure_footprint(run)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-
-    def _batch(self, size: int) -> tuple[Tensor, Tensor]:
-        indices = torch.arange(size) % num_examples(self._workload.train)
-        return take_batch(self._workload, self._workload.train, indices, augment_seed=0)
-
-    @torch.no_grad()
-    def _run_forward(self, size: int) -> object:
-        self._model.eval()
-        inputs, targets = self._batch(size)
-        return self._workload.loss(self._model(inputs), targets)
-
-    def _run_training(self, size: int) -> object:
-        self._model.train()
-        trainable = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
-        pieces = {name: cut_rows(name, p.shape, 1) for name, p in trainable.items()}
-        sums = GradientSums(
-            Ranks(), trainable, trainable, pieces, [1.0], lambda gradient, weight, share: gradient
-        )
-        inputs, targets = self._batch(size)
-        with sums.listening(), sums.turn():
-            self._workload.loss(self._model(inputs), targets).backward()
-        return sums
-
-    def _run_scoring(self, size: int) -> object:
-        small = {"calibration_examples": size, "calibration_batch_size": size}
-        config = self._job.prune.model_copy(update=small)
-        return score(
-            self._model, self._units, self._workload, config, Ranks(), movement=self._movement
-        )
-
-
-# -- phases ----------------------------------------------------------------------------------------
-
-
-def _plan_replicated(sizes: _Sizes, passes: _Passes) -> list[Phase]:
-    job = sizes.job
-    base = {"model": sizes.model_bytes, "masks": sizes.num_prunable}
-    later = dict(base)
-    if job.prune.rewind == "weights":
-        later["dense weights"] = sizes.state_bytes
-    if job.finetune.distillation.weight > 0:
-        later["teacher"] = sizes.model_bytes
-    if sizes.movement_bytes:
-        later["movement"] = sizes.movement_bytes
-    kept = dict(later)
-    if job.prune.rewind == "none" and sizes.kept_optimizer_bytes:
-        kept["optimizer"] = sizes.kept_optimizer_bytes
-    tuned = later | {"optimizer": sizes.kept_optimizer_bytes}
-    phases = [_phase("build", base, {"pass": passes.forward.peak_bytes(1)})]
-    if sizes.pretrain_steps:
-        optimizer = {"optimizer": sizes.optimizer_bytes(job.pretrain)}
-        phases.append(
-            _phase(
-                "pretrain",
-                base | optimizer,
-                *_training_moments(sizes, passes, job.pretrain, is_finetune=False),
-                sent=sizes.pretrain_steps * _sent_by_step(sizes, job.pretrain),
-            )
-        )
-    phases.append(
-        _phase("score", kept, *_scoring_moments(sizes, passes), sent=_sent_by_scoring(sizes))
-    )
-    phases.append(_phase("decide", kept, *_deciding_moments(sizes), sent=_sent_by_decision(sizes)))
-    if sizes.norm_examples and sizes.statistic_elements:
-        batch = max(job.prune.calibration_batch_size, _LEAST_NORM_BATCH)
-        num_batches = -(-sizes.norm_examples // batch)
-        turns = sizes.num_turns(num_batches)
-        held = {
-            "sums": 8 * sizes.statistic_elements + sizes.buffer_bytes,
-            "pass": passes.forward.peak_bytes(min(batch, sizes.norm_examples)),
-        }
-        sent = sizes.sent_share((4 * turns + 8) * sizes.statistic_elements)
-        phases.append(_phase("batchnorm", kept, held, sent=sent))
-    if sizes.finetune_steps:
-        phases.append(
-            _phase(
-                "finetune",
-                tuned,
-                *_training_moments(sizes, passes, job.finetune, is_finetune=True),
-                sent=sizes.finetune_steps * _sent_by_step(sizes, job.finetune),
-            )
-        )
-    batch = min(job.workload.eval_batch_size, num_examples(sizes.workload.test))
-    held = {"buffers": sizes.buffer_bytes, "pass": passes.forward.peak_bytes(batch)}
-    phases.append(_phase("evaluate", tuned, held))
-    files = {
-        "state": sizes.kept_optimizer_bytes + sizes.movement_bytes,
-        "weights": 3 * sizes.state_bytes,
-        "packed masks": sizes.num_prunable // 4,
-    }
-    phases.append(_phase("write", tuned, files))
-    return phases
-
-
-# "fsdp" comes here with a function of its own: what a rank holds is then its rows of the model, and
-# one group of layers at a time is whole.
-_PHASES_OF: dict[str, Callable[[_Sizes, _Passes], list[Phase]]] = {"replicated": _plan_replicated}
-
-
-def _phase(name: str, held: dict[str, int], *moments: dict[str, int], sent: int = 0) -> Phase:
-    """Makes a phase of what is held all along and of the moment that adds most."""
-    most = max(moments, key=lambda moment: sum(moment.values()))
-    parts = {part: num_bytes for part, num_bytes in (held | most).items() if num_bytes}
-    return Phase(name, sum(parts.values()), parts, sent)
-
-
-def _training_moments(
-    sizes: _Sizes, passes: _Passes, recipe: Recipe, *, is_finetune: bool
-) -> Iterator[dict[str, int]]:
-    assert passes.training is not None
-    whole, own = sizes.trainable_bytes, sizes.trainable_rows
-    part = sizes.part_size(recipe)
-    # The pass was measured together with a sum over all of the parameters.
-    activations = max(0, passes.training.peak_bytes(part) - whole)
-    if is_finetune and sizes.job.finetune.distillation.weight > 0:
-        # The teacher's pass comes while the activations wait.
-        activations += passes.forward.peak_bytes(part)
-    held = {"buffers": sizes.buffer_bytes, "in flight": sizes.in_flight(whole)}
-    yield held | {"gradients": whole + own, "pass": activations}
-    yield held | {"gradients": 2 * whole}
-    if is_finetune and sizes.movement_bytes:
-        yield held | {"gradients": whole, "-w g": 24 * sizes.largest_layer}
-
-
-def _scoring_moments(sizes: _Sizes, passes: _Passes) -> Iterator[dict[str, int]]:
-    prune = sizes.job.prune
-    if not sizes.num_passes:
-        yield {"pass": passes.scoring.peak_bytes(1)}
-        return
-    batch = min(prune.calibration_batch_size, sizes.calibration_examples)
-    total, statistic = sizes.num_prunable, {"statistic": 8 * sizes.stretch}
-    vector = total * sizes.weight_bytes
-    # The pass was measured together with a sum over all of the weights.
-    alone = max(0, passes.scoring.peak_bytes(batch) - 8 * total)
-    if criterion(prune.criterion).of_gradients is not None:
-        yield statistic | {"pass": alone, "in flight": sizes.in_flight(vector)}
-        return
-    yield statistic | {"pass": alone}
-    yield statistic | {"vectors": 3 * vector if sizes.world_size > 1 else vector + 8 * total}
-
-
-def _deciding_moments(sizes: _Sizes) -> Iterator[dict[str, int]]:
-    stretch, total = sizes.stretch, sizes.num_prunable
-    held = {"scores": 4 * stretch, "their copy": 4 * stretch}
-    yield held | {"marks": 2 * stretch}
-    if sizes.world_size == 1:
-        yield held | {"new masks": stretch + total}
-    else:
-        packed = stretch // 8 + total // 8
-        yield held | {"new masks": 4 * stretch + packed + 2 * total}
-
-
-def _sent_by_step(sizes: _Sizes, recipe: Recipe) -> int:
-    size = min(recipe.batch_size, num_examples(sizes.workload.train))
-    turns = sizes.num_turns(min(recipe.microbatches, size))
-    others = sizes.world_size - 1
-    return (turns + 1) * (others * sizes.trainable_rows + sizes.sent_share(sizes.beside_bytes))
-
-
-def _sent_by_scoring(sizes: _Sizes) -> int:
-    prune = sizes.job.prune
-    turns = sizes.num_turns(-(-sizes.calibration_examples // prune.calibration_batch_size))
-    others = sizes.world_size - 1
-    if criterion(prune.criterion).of_gradients is not None:
-        return turns * others * sizes.layer_rows
-    reduced = sizes.num_passes * turns * others * sizes.stretch * sizes.weight_bytes
-    return reduced + max(0, sizes.num_passes - 1) * others * 8 * sizes.stretch
-
-
-def _sent_by_decision(sizes: _Sizes) -> int:
-    others = sizes.world_size - 1
-    # A sample of the scores, four rounds of counts, and a bit for each weight.
-    sampled = min(_SAMPLED_BYTES, sizes.num_prunable // 16)
-    counted = 4 * 2 * sizes.sent_share(2048 * sizes.num_layers)
-    return sizes.sent_share(sampled) + counted + others * -(-sizes.stretch // 8)

@@ -29,10 +29,11 @@ from gbp_ray.pruning.checkpoint import (
     save_round,
     spread_masks,
 )
+from gbp_ray.pruning.criteria import criterion, movement_statistic
 from gbp_ray.pruning.masks import MaskSet, Prunable, prunable_parameters
 from gbp_ray.pruning.metrics import measure
 from gbp_ray.pruning.ranks import Ranks, isolated
-from gbp_ray.pruning.saliency import check_criterion, criterion, movement_statistic, score
+from gbp_ray.pruning.saliency import check_criterion, score
 from gbp_ray.pruning.schedule import sparsity_schedule
 from gbp_ray.pruning.selection import check_reachable, check_selectable, num_to_prune, select_masks
 from gbp_ray.pruning.sharding import is_sharded, local
@@ -128,7 +129,7 @@ def check_job(job: JobConfig, workload: Workload) -> None:
         PruneError: The criterion fails on a small batch.
     """
     criterion(job.prune.criterion)
-    model = network_of_seed(workload, job.seed)
+    model, _ = network_of_seed(workload, job.seed)
     units = prunable_parameters(model, job.prune.exclude)
     _refuse_frozen_movement(job, units)
     shapes = {unit.name: tuple(unit.parameter.shape) for unit in units}

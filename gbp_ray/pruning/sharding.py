@@ -35,6 +35,7 @@ __all__ = [
     "copy_sharded",
     "gather_bits",
     "gather_whole",
+    "group_parameters",
     "is_shard",
     "is_sharded",
     "leaves",
@@ -192,6 +193,16 @@ def copy_sharded(model: nn.Module) -> nn.Module:
     ):
         local(own.detach()).copy_(local(other.detach()))
     return twin
+
+
+def group_parameters(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Lists the parameters of each group that `shard_network` would make, the outermost last."""
+    taken: set[nn.Parameter] = set()
+    groups = []
+    for module in (*_groups(model), model):
+        groups.append([p for p in module.parameters() if p not in taken])
+        taken.update(groups[-1])
+    return groups
 
 
 def _groups(model: nn.Module) -> list[nn.Module]:

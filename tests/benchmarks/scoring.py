@@ -30,10 +30,10 @@ from torch import nn
 from torch.nn import functional
 
 from gbp_ray.config import CRITERIA, PruneConfig
+from gbp_ray.pruning.criteria import CRITERIA as RULES
 from gbp_ray.pruning.footprint import count_live_bytes
 from gbp_ray.pruning.masks import prunable_parameters
 from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.saliency import CRITERIA as RULES
 from gbp_ray.pruning.saliency import score
 from gbp_ray.workload import Workload
 from gbp_ray.zoo.resnet import build_cifar_resnet

@@ -39,7 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gbp_ray import config as config_module
 from gbp_ray.errors import PruneError
 from gbp_ray.pruning import saliency
-from gbp_ray.pruning.saliency import criterion, movement_statistic
+from gbp_ray.pruning.criteria import criterion, movement_statistic
 from gbp_ray.workload import Workload
 
 # -- the frame -------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def test_fisher_is_the_mean_square_of_example_gradients(
     expected_N = weights_of(model).square() * mean_square_of_example_gradients(model, workload)
     if room_for_examples is not None:
         room = room_for_examples * 4 * len(expected_N)
-        monkeypatch.setattr("gbp_ray.pruning.saliency._PER_EXAMPLE_BYTES", room)
+        monkeypatch.setattr("gbp_ray.pruning.criteria._PER_EXAMPLE_BYTES", room)
     counted = dataclasses.replace(workload, loss=counted_loss)
     assert_scores(scores_of(model, counted, config_of("fisher")), expected_N)
     # Batches of 4, 4 and 2 in chunks of all, of 3 and of 1.
