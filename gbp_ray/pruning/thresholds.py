@@ -21,8 +21,10 @@ Shape suffixes: L = a rank's scores of one layer, flat.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -257,13 +259,18 @@ def _count_digits(searches: list[_Search], values: Sequence[np.ndarray], ranks: 
             counts = everywhere[: len(search.values)]
             everywhere = everywhere[len(search.values) :]
             up_to = search.below[:, None] + np.cumsum(counts, axis=1)
-            digit = next(d for d in range(_NUM_DIGITS) if search.pool.reaches(up_to[:, d]))
+            # More digits reach more, so the first that reaches it is found by halving.
+            digit = bisect_left(range(_NUM_DIGITS), True, key=partial(_reaches, search.pool, up_to))
             search.prefix = search.prefix << _DIGIT_BITS | digit
             search.equal = counts[:, digit].copy()
             search.below = up_to[:, digit] - search.equal
     for search in searches:
         search.threshold = _from_key(search.prefix, values[0].dtype)
         search.is_done = True
+
+
+def _reaches(pool: Pool, up_to: np.ndarray, digit: int) -> bool:
+    return pool.reaches(up_to[:, digit].tolist())
 
 
 def _histograms(search: _Search, shift: int) -> np.ndarray:
