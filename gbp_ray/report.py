@@ -140,10 +140,8 @@ def plan_lines(planned: Mapping[str, Any]) -> list[str]:
     progress = "nothing yet"
     if done:
         progress = f"round {done - 1} is the last whole one, what comes before is skipped"
-    memory = sent = f"not foretold yet for cluster.strategy = {plan['strategy']}"
-    if plan["phases"]:
-        memory = f"{_megabytes(plan['peak_bytes'])} MB at the peak"
-        sent = f"{_megabytes(plan['sent_bytes_per_round'])} MB each round"
+    memory = f"{_megabytes(plan['peak_bytes'])} MB at the peak"
+    sent = f"{_megabytes(plan['sent_bytes_per_round'])} MB each round"
     workers = plan["num_workers"]
     passes = "no pass over the data"
     if plan["num_passes"]:

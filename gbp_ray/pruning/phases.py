@@ -76,8 +76,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gbp_ray.config import JobConfig, Recipe
 from gbp_ray.pruning.criteria import criterion
+from gbp_ray.pruning.folding import GradientSums
 from gbp_ray.pruning.footprint import Footprint, measure_footprint
-from gbp_ray.pruning.gradients import GradientSums
 from gbp_ray.pruning.masks import prunable_parameters
 from gbp_ray.pruning.ranks import Ranks, isolated
 from gbp_ray.pruning.saliency import score
@@ -172,16 +172,19 @@ class Sizes:
         return num_bytes * self.trainable_rows // max(1, self.trainable_bytes)
 
     def optimizer_bytes(self, recipe: Recipe) -> int:
+        """Computes what a recipe's optimizer keeps of the whole network."""
         if recipe.optimizer == "sgd":
             return self.trainable_bytes if recipe.momentum > 0 else 0
         return 2 * self.trainable_bytes
 
     @property
     def kept_optimizer_bytes(self) -> int:
+        """What the optimizer of the fine-tuning keeps of the whole network."""
         return self.optimizer_bytes(self.job.finetune) if self.finetune_steps else 0
 
     @property
     def movement_bytes(self) -> int:
+        """What movement has gathered, of the whole network."""
         return 8 * self.num_prunable if self.job.prune.criterion == "movement" else 0
 
     def part_size(self, recipe: Recipe) -> int:
@@ -194,6 +197,7 @@ class Sizes:
         return min(2 * num_bytes, _IN_FLIGHT_BYTES) if self.world_size > 1 else 0
 
     def num_turns(self, num_items: int) -> int:
+        """Counts the turns that all ranks need for so many batches or parts."""
         return -(-num_items // self.world_size)
 
     def sent_share(self, num_bytes: int) -> int:
@@ -201,8 +205,11 @@ class Sizes:
         return (self.world_size - 1) * -(-num_bytes // self.world_size)
 
     def stored_bytes(self, *, has_optimizer: bool) -> int:
+        """Computes what one round writes, over all ranks."""
         kept = self.kept_optimizer_bytes if has_optimizer else 0
-        return self.state_bytes + self.num_prunable // 8 + kept + self.movement_bytes
+        # Shards hold the weights beside the file that anyone loads.
+        copies = 2 if self.job.cluster.strategy == "fsdp" else 1
+        return copies * self.state_bytes + self.num_prunable // 8 + kept + self.movement_bytes
 
 
 def bytes_of(value: Any) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gbp_ray.config import PruneConfig, nearest_name
 from gbp_ray.errors import ConfigError, GbpError, PruneError
-from gbp_ray.pruning.gradients import Fold
+from gbp_ray.pruning.folding import Fold
 from gbp_ray.pruning.masks import Prunable
 from gbp_ray.workload import import_attribute
 

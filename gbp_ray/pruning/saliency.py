@@ -1,7 +1,7 @@
 """Saliency: the estimated loss change from removing a weight, each rank for those it owns.
 
 A criterion is an additive statistic plus a finish. What a calibration batch adds is a function of
-its gradients alone, weight by weight, and is folded into the sum as they arrive (`gradients`), or
+its gradients alone, weight by weight, and is folded into the sum as they arrive (`folding`), or
 it takes passes of its own and comes as one flat vector (`ranks.OrderedSum`). Either way the batches
 are added in batch order over all workers, and only then comes anything non-linear. Models are
 scored in eval mode and left as they were found.
@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gbp_ray.config import PruneConfig
 from gbp_ray.errors import PruneError
 from gbp_ray.pruning.criteria import criterion, synaptic_flow
-from gbp_ray.pruning.gradients import GradientSums
+from gbp_ray.pruning.folding import GradientSums
 from gbp_ray.pruning.masks import Prunable
 from gbp_ray.pruning.ranks import OrderedSum, Ranks, isolated
 from gbp_ray.pruning.rules import Criterion, Probe

@@ -7,7 +7,7 @@ works on replicated networks, too, where the answers are the parameters and the 
 
 FSDP2 gathers the weights of one group at a time, in the forward pass and again in the backward
 pass. Its own reduction of gradients, an average in an order of its own, never runs: the gradients
-are taken from the leaves as they arrive (`gradients`), before FSDP2 sees them.
+are taken from the leaves as they arrive (`folding`), before FSDP2 sees them.
 
 Every pass through a sharded network communicates, so all ranks must make the same passes.
 """

@@ -1,7 +1,7 @@
 """Training, evaluation and BatchNorm re-estimation of masked networks, the same on any W.
 
 An optimizer step sees one batch, cut into `microbatches` parts. A part is computed whole on one
-rank, and the parts' gradients are added in part order (`gradients.GradientSums`), so a step gives
+rank, and the parts' gradients are added in part order (`folding.GradientSums`), so a step gives
 the same bits on any number of workers, and on replicated and sharded networks. BatchNorm normalises
 each part by itself; its running statistics move by the mean of what the parts would have done.
 
@@ -27,7 +27,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from gbp_ray.config import DistillationConfig, Recipe
 from gbp_ray.errors import PruneError
-from gbp_ray.pruning.gradients import GradientSums
+from gbp_ray.pruning.folding import GradientSums
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.ranks import OrderedSum, Ranks, buffer_slots, isolated
 from gbp_ray.pruning.sharding import add_over_ranks, is_shard, is_sharded, leaves, local

@@ -225,13 +225,28 @@ def test_examples_in_memory_are_counted_once() -> None:
     assert plan.data_bytes == 4 * (30 + 20)
 
 
-def test_a_strategy_without_rows_is_planned_without_memory_and_traffic() -> None:
-    sharded = make_plan(whole_job(cluster={"strategy": "fsdp", "num_workers": 2}), images())
-    replicated = make_plan(whole_job(cluster={"num_workers": 2}), images())
-    assert sharded.phases == ()
-    assert (sharded.peak_bytes, sharded.sent_bytes_per_round) == (None, None)
-    assert sharded.num_steps == replicated.num_steps
-    assert sharded.stored_bytes == replicated.stored_bytes
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "fisher", "synflow", "movement"])
+def test_a_sharded_network_takes_less_of_each_rank_and_more_of_the_wire(criterion: str) -> None:
+    """What the ranks really hold is compared in tests/benchmarks/sharded_memory.py."""
+    workload = images(WideNet)
+
+    def plan_of(strategy: str, num_workers: int) -> Plan:
+        cluster = {"strategy": strategy, "num_workers": num_workers}
+        return make_plan(whole_job(criterion, cluster=cluster), workload)
+
+    sharded, wider, replicated = plan_of("fsdp", 2), plan_of("fsdp", 4), plan_of("replicated", 2)
+    assert [p.name for p in sharded.phases] == [p.name for p in replicated.phases]
+    assert (sharded.num_steps, sharded.num_passes) == (replicated.num_steps, replicated.num_passes)
+    for name in ("finetune", "evaluate", "write"):
+        parts = [phase_of(plan, name).held for plan in (sharded, wider)]
+        assert parts[1]["rows of the model"] < parts[0]["rows of the model"]
+        assert parts[1]["optimizer"] < parts[0]["optimizer"]
+    assert phase_of(sharded, "decide").num_bytes < phase_of(replicated, "decide").num_bytes
+    for name in ("evaluate", "finetune"):
+        assert phase_of(sharded, name).sent_bytes > phase_of(replicated, name).sent_bytes
+    # The weights are stored as shards, too.
+    weights = sum(p.numel() * 4 for p in (*WideNet().parameters(), *WideNet().buffers()))
+    assert sharded.round_bytes - replicated.round_bytes == pytest.approx(weights, rel=0.01)
 
 
 @pytest.mark.parametrize(

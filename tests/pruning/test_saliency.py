@@ -38,16 +38,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gbp_ray import config as config_module
 from gbp_ray.errors import PruneError
-from gbp_ray.pruning import saliency
-from gbp_ray.pruning.criteria import criterion, movement_statistic
+from gbp_ray.pruning.criteria import CRITERIA, criterion, movement_statistic
 from gbp_ray.workload import Workload
 
 # -- the frame -------------------------------------------------------------------------------------
 
 
 def test_the_job_and_the_registry_know_the_same_criteria() -> None:
-    assert tuple(saliency.CRITERIA) == config_module.CRITERIA
-    assert all(rule.name == name for name, rule in saliency.CRITERIA.items())
+    assert tuple(CRITERIA) == config_module.CRITERIA
+    assert all(rule.name == name for name, rule in CRITERIA.items())
 
 
 @pytest.mark.parametrize("name", [*GRADIENT_CRITERIA, *DATA_FREE_CRITERIA])
@@ -66,7 +65,7 @@ def test_excluded_parameters_get_no_score(name: str) -> None:
     assert list(scores_of(model, tiny(), config_of(name, exclude=("0.*",)))) == ["2.weight"]
 
 
-@pytest.mark.parametrize("name", [n for n in saliency.CRITERIA if not criterion(n).is_signed])
+@pytest.mark.parametrize("name", [n for n in CRITERIA if not criterion(n).is_signed])
 def test_criteria_that_are_not_signed_give_no_score_below_zero(name: str) -> None:
     scores = scores_of(in_float64(TanhNet), tiny(), config_of(name))
     assert flat(scores).min() >= 0
