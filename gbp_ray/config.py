@@ -264,9 +264,8 @@ class ClusterConfig(_Section):
     """Where the job runs. Nothing here changes the result."""
 
     num_workers: int | tuple[int, int] = 1
-    """Ray Train workers; 0 runs in this very process without starting Ray. [min, max] takes what the
-    cluster has room for and goes on with more or fewer, after the last whole round, as it changes.
-    """
+    """Ray Train workers; 0 runs in this very process without starting Ray. [min, max] takes as many
+    as the cluster has room for, and follows when that changes, from the last whole round on."""
     use_gpu: bool = False
     """One GPU per worker (NCCL) instead of CPUs (gloo)."""
     threads_per_worker: int = Field(1, ge=1)
@@ -284,10 +283,10 @@ class ClusterConfig(_Section):
     @classmethod
     def _is_number_or_range(cls, value: object) -> object:
         is_range = isinstance(value, (list, tuple)) and len(value) == 2
-        low, high = value if is_range else (value, value)  # type: ignore[misc]
-        if not type(low) is type(high) is int or not int(is_range) <= low <= high:
+        numbers: list[Any] = list(value) if is_range else [value, value]  # type: ignore[call-overload]
+        if not all(type(n) is int for n in numbers) or not is_range <= numbers[0] <= numbers[1]:
             raise ValueError("must be a whole number from 0, or [min, max] with 1 <= min <= max")
-        return (low, high) if is_range else low
+        return tuple(numbers) if is_range else value
 
     @property
     def min_workers(self) -> int:
