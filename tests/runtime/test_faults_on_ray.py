@@ -7,9 +7,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from ray.cluster_utils import Cluster
 
 from gbp_ray.api import prune
 from gbp_ray.config import load_job
@@ -64,12 +64,8 @@ def unlucky(folder):
 
 
 @pytest.fixture
-def cluster() -> Iterator[Any]:
+def cluster() -> Iterator[Cluster]:
     """A head without room, a machine for two workers and one for a third."""
-    # The environment that Ray reads is set by this floor.
-    import gbp_ray.runtime.trial  # noqa: F401
-    from ray.cluster_utils import Cluster
-
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     cluster.add_node(num_cpus=2)
     cluster.machine_to_lose = cluster.add_node(num_cpus=1)
@@ -77,14 +73,14 @@ def cluster() -> Iterator[Any]:
     cluster.shutdown()
 
 
-def lose_a_machine(cluster: Any, when: Path) -> None:
+def lose_a_machine(cluster: Cluster, when: Path) -> None:
     while not when.exists():
         time.sleep(0.1)
     cluster.remove_node(cluster.machine_to_lose, allow_graceful=False)
 
 
 def test_a_trial_outlives_a_lost_machine_and_every_end_of_a_worker(
-    cluster: Any,
+    cluster: Cluster,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
