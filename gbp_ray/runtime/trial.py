@@ -7,6 +7,7 @@ another, goes on after the last committed round, and so does a new driver.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -23,9 +24,10 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gbp_ray.config import ClusterConfig, JobConfig, trial_id
-from gbp_ray.errors import ConfigError, GbpError, TrialError
+from gbp_ray.errors import ConfigError, GbpError, StoreError, TrialError
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.runtime import START_TIMEOUT_S
 from gbp_ray.runtime.failures import Failure, find_failure, first_line, is_consequence, unwrap
@@ -90,8 +92,13 @@ def _scratch(job: JobConfig) -> Iterator[str]:
             yield local
     else:
         # Several machines share no folder, but all of them reach the store.
-        yield store.objects.uri_of("ray")
-        store.objects.delete([e.key for e in store.objects.entries(f"ray/{trial_id(job)}/")])
+        try:
+            yield store.objects.uri_of("ray")
+        finally:
+            # What ended the trial matters more than what it leaves here.
+            with contextlib.suppress(StoreError):
+                leftovers = store.objects.entries(f"ray/{trial_id(job)}/")
+                store.objects.delete([entry.key for entry in leftovers])
 
 
 def _fit(
@@ -132,7 +139,7 @@ def _fit(
         text = first_line(cause)
         if "startup timed out" in text:
             text = (
-                f"the cluster had no room for cluster.num_workers = {cluster.num_workers} within "
+                f"the cluster had no room for cluster.num_workers = {cluster.max_workers} within "
                 f"{_NUM_STARTS * START_TIMEOUT_S} s; ask for fewer"
             )
         raise TrialError(
@@ -266,9 +273,7 @@ class _Relay:
 
     def __init__(self, board: ProgressBoard, name: str, max_failures: int) -> None:
         # Beside the driver: machines that carry workers may come and go.
-        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=True
-        )
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self.mailbox = _Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         self._board, self._name, self._max_failures = board, name, max_failures
         self._last_tick: Tick | None = None
@@ -338,6 +343,13 @@ def _ray_session(cluster: ClusterConfig, is_debug: bool) -> Iterator[None]:
             "cluster.use_gpu = true: this machine has no CUDA device; set it to false or give "
             "cluster.address"
         )
+    if cluster.use_gpu and cluster.address is None:
+        num_devices = torch.cuda.device_count()
+        if num_devices < cluster.min_workers:
+            raise ConfigError(
+                f"cluster.num_workers = {json.dumps(cluster.num_workers)}: each needs a CUDA "
+                f"device, and this machine has {num_devices}; lower it or give cluster.address"
+            )
     options: dict[str, Any] = {"address": cluster.address or "local"}
     if cluster.address is None:
         # Workers that wait for each other must all be placed, even on fewer cores.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
@@ -15,6 +16,11 @@ from gbp_ray.api import prune
 from gbp_ray.config import load_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+logger = logging.getLogger(__name__)
+
+HANG_TIMEOUT_S = 25
+"""More than a slow machine needs to start with its first batch."""
 
 QUICK = {
     "pretrain.epochs": 1,
@@ -103,7 +109,7 @@ def test_a_trial_outlives_a_lost_machine_and_every_end_of_a_worker(
             "name": "unlucky",
             "cluster.num_workers": [1, 3],
             "cluster.max_failures": 4,
-            "cluster.hang_timeout_s": 10,
+            "cluster.hang_timeout_s": HANG_TIMEOUT_S,
             "cluster.address": cluster.address,
         },
     )
@@ -112,13 +118,14 @@ def test_a_trial_outlives_a_lost_machine_and_every_end_of_a_worker(
     ).start()
     result = prune(job)
     told = capfd.readouterr().err
+    logger.info(told)
     assert (tmp_path / "groups").read_text().split() == ["3", "2", "2", "2", "2"]
     for number, what in enumerate(
         (
             r"was lost together with its machine",
             r"worker 1 was killed, perhaps for memory",
-            r"worker 1 made no progress for 1\d s after .* at unlucky_workload.py:\d+ in meet",
-            r"worker 1 did not answer for 1\d s \(its process was stopped",
+            r"worker 1 made no progress for [23]\d s after .* at unlucky_workload.py:\d+ in meet",
+            r"worker 1 did not answer for [23]\d s \(its process was stopped",
         ),
         start=1,
     ):
