@@ -273,7 +273,7 @@ class _Relay:
 
     def __init__(self, board: ProgressBoard, name: str, max_failures: int) -> None:
         # Beside the driver: machines that carry workers may come and go.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.mailbox = _Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         self._board, self._name, self._max_failures = board, name, max_failures
         self._last_tick: Tick | None = None

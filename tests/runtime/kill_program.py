@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -110,6 +111,14 @@ def start_group(job: JobConfig, world_size: int, death: Death | None = None) -> 
     return processes
 
 
+def wait_until_met(job: JobConfig, processes: list[BaseProcess], timeout_s: float = 120) -> None:
+    """Waits until all are in one group: before that, Ray itself sees who dies."""
+    deadline = time.monotonic() + timeout_s
+    while not all((Path(job.storage) / f"met-{p.pid}").exists() for p in processes):
+        assert time.monotonic() < deadline, "the group never met"
+        time.sleep(0.01)
+
+
 def end_group(processes: list[BaseProcess], timeout_s: float = 120) -> list[int | None]:
     """Waits for all of them; those that wait for a dead one must end by themselves."""
     for process in processes:
@@ -128,6 +137,8 @@ def _work(job: JobConfig, rank: int, world_size: int, meeting: Path, death: Deat
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size
     )
+    dist.barrier()
+    Path(job.storage, f"met-{os.getpid()}").touch()
 
     def round_done(record: RoundRecord) -> None:
         # As many rounds are there now as the next one's number says.

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 logger = logging.getLogger(__name__)
 
-HANG_TIMEOUT_S = 25
+HANG_TIMEOUT_S = 20
 """More than a slow machine needs to start with its first batch."""
 
 QUICK = {

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kill_program import PHASES, Death, end_group, make_job, start_group
+from kill_program import PHASES, Death, end_group, make_job, start_group, wait_until_met
 
 from gbp_ray.config import JobConfig, trial_id
 from gbp_ray.pruning.ranks import Ranks
@@ -82,8 +82,10 @@ def test_workers_killed_at_random_moments_lose_nothing(
     """A random rank of a group of random size; GBP_RAY_KILLS asks for more than three deaths."""
     draws = random.Random(os.environ.get("GBP_RAY_KILL_SEED", "5"))
     job = make_job(tmp_path / "first")
+    group = start_group(job, 2)
+    wait_until_met(job, group)
     started = time.monotonic()
-    assert end_group(start_group(job, 2)) == [0, 0]
+    assert end_group(group) == [0, 0]
     length = time.monotonic() - started
     num_deaths, num_trials = 0, 0
     while num_deaths < int(os.environ.get("GBP_RAY_KILLS", "3")):
@@ -94,7 +96,8 @@ def test_workers_killed_at_random_moments_lose_nothing(
         size, before = draws.randint(1, 4), len(rounds_of(job))
         group = start_group(job, size)
         victim = group[draws.randrange(size)]
-        victim.join(draws.uniform(0.0, length))
+        wait_until_met(job, group)
+        victim.join(draws.random() * length)
         victim.kill()
         codes = end_group(group)
         assert None not in codes, "a survivor waits for the dead"
