@@ -89,6 +89,9 @@ def _in_words(error: BaseException) -> str:
         )
     if isinstance(error, ray.exceptions.OutOfMemoryError) or "low on memory" in text:
         return "was killed by Ray, because its machine ran out of memory"
+    if isinstance(error, ray.exceptions.ActorUnavailableError):
+        # Ray itself does not know yet, and no longer waits to learn.
+        return "is out of reach, perhaps lost together with its machine"
     if isinstance(error, (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)):
         is_node = "node" in text.lower() and re.search(r"node (has )?(died|was terminated)", text)
         return "was lost together with its machine" if is_node else _KILLED

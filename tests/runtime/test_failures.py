@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+)
 from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
@@ -51,6 +57,11 @@ def dead(error: Exception) -> Exception:
             },
             2,
             "did not answer for 12 s",
+        ),
+        (
+            {0: CLOSED, 2: dead(ActorUnavailableError("RpcError", None))},
+            2,
+            "is out of reach, perhaps lost together with its machine",
         ),
         ({0: RayTaskError("f", "trace", KeyError("a"))}, 0, "failed with KeyError: 'a'"),
     ],
