@@ -271,7 +271,9 @@ def _run_rounds(
         # Ray takes seconds to import, and jobs without workers do not need it.
         from gbp_ray.runtime.trial import run_trial
 
-        board.note(f"{name}  starting {job.cluster.num_workers} workers on Ray")
+        least, most = job.cluster.min_workers, job.cluster.max_workers
+        asked = f"{most}" if least == most else f"{least} to {most}"
+        board.note(f"{name}  starting {asked} workers on Ray")
         run_trial(job, import_paths, board, is_debug=is_debug)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import signal
 import sys
 import traceback
@@ -24,7 +25,7 @@ from rich.table import Table
 
 from gbp_ray import __version__
 from gbp_ray.config import describe_fields
-from gbp_ray.errors import ConfigError, GbpError
+from gbp_ray.errors import ConfigError, GbpError, TrialError
 from gbp_ray.report import (
     difference_table,
     layer_table,
@@ -508,6 +509,9 @@ def main() -> None:
         # Typer answers Ctrl-C by returning the code that it would have exited with.
         if app(standalone_mode=False, prog_name="gbp-ray") == _STOPPED:
             raise KeyboardInterrupt
+    except TrialError as error:
+        # It ends with the advice to run the job again, and this is how.
+        _fail(f"{error}: {shlex.join(['gbp-ray', *sys.argv[1:]])}", error.exit_code, is_debug)
     except GbpError as error:
         _fail(str(error), error.exit_code, is_debug)
     except KeyboardInterrupt:

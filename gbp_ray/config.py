@@ -263,8 +263,9 @@ class PruneConfig(_Section):
 class ClusterConfig(_Section):
     """Where the job runs. Nothing here changes the result."""
 
-    num_workers: int = Field(1, ge=0)
-    """Ray Train workers; 0 runs in this very process without starting Ray."""
+    num_workers: int | tuple[int, int] = 1
+    """Ray Train workers; 0 runs in this very process without starting Ray. [min, max] takes as many
+    as the cluster has room for, and follows when that changes, from the last whole round on."""
     use_gpu: bool = False
     """One GPU per worker (NCCL) instead of CPUs (gloo)."""
     strategy: Literal["replicated", "fsdp"] = "replicated"
@@ -273,9 +274,31 @@ class ClusterConfig(_Section):
     """CPU threads of each worker. Kernels add in an order of their own per thread count, so results
     agree to the bit between runs that share this number."""
     max_failures: int = Field(2, ge=0)
-    """Lost workers a trial survives; each time it goes on after its last whole round."""
+    """Lost or hung workers a trial survives; each time it goes on after its last whole round."""
+    hang_timeout_s: float = Field(900.0, ge=0.0)
+    """A worker that for so long finishes no step, no batch and no exchange with the others counts
+    as lost. Building the workload and reading or writing storage may take longer. 0: never."""
     address: str | None = None
     """Ray cluster to join; None starts a private one on this machine."""
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _is_number_or_range(cls, value: object) -> object:
+        is_range = isinstance(value, (list, tuple)) and len(value) == 2
+        numbers: list[Any] = list(value) if is_range else [value, value]  # type: ignore[call-overload]
+        if not all(type(n) is int for n in numbers) or not is_range <= numbers[0] <= numbers[1]:
+            raise ValueError("must be a whole number from 0, or [min, max] with 1 <= min <= max")
+        return tuple(numbers) if is_range else value
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest workers the job goes on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers the job makes use of."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class JobConfig(_Section):
@@ -310,10 +333,11 @@ class JobConfig(_Section):
         faults = []
         for section in ("pretrain", "finetune"):
             recipe: Recipe = getattr(self, section)
-            if recipe.epochs > 0 and recipe.microbatches < self.cluster.num_workers:
+            if recipe.epochs > 0 and recipe.microbatches < self.cluster.max_workers:
+                asked = json.dumps(self.cluster.num_workers)
                 faults.append(
                     f"{section}.microbatches = {recipe.microbatches} cannot occupy "
-                    f"cluster.num_workers = {self.cluster.num_workers}; lower the workers, which "
+                    f"cluster.num_workers = {asked}; lower the workers, which "
                     f"keeps the result, or raise {section}.microbatches, which changes it"
                 )
         if self.prune.criterion == "movement" and self.finetune.epochs == 0:

@@ -136,7 +136,7 @@ class TrialRecord(_Record):
     job: JobConfig
     rounds: tuple[RoundRecord, ...]
     seconds: float
-    num_workers: int
+    num_workers: int | tuple[int, int]
     versions: dict[str, str] = {}
 
     @field_validator("job", mode="before")

@@ -189,6 +189,12 @@ FAULTS = [
     ("prune.granularity", "2:4 ", 'must be "weight" or "n:m"'),
     ("prune.granularity", "1:4", "means sparsity = 0.75, not 0.5; set prune.sparsity=0.75"),
     ("cluster.num_workers", -1, "cluster.num_workers = -1"),
+    ("cluster.num_workers", 1.5, "cluster.num_workers = 1.5: must be a whole number from 0, or"),
+    ("cluster.num_workers", [1], "cluster.num_workers = [1]: must be a whole number from 0, or"),
+    ("cluster.num_workers", [0, 2], "or [min, max] with 1 <= min <= max"),
+    ("cluster.num_workers", [4, 1], "or [min, max] with 1 <= min <= max"),
+    ("cluster.num_workers", [1, 2, 3], "or [min, max] with 1 <= min <= max"),
+    ("cluster.hang_timeout_s", -1, "cluster.hang_timeout_s = -1"),
     ("cluster.use_gpu", "perhaps", "cluster.use_gpu = 'perhaps'"),
     ("sub\nkey", 1, '"sub\\nkey": no such key'),
 ]
@@ -230,6 +236,24 @@ def test_all_disagreements_inside_a_section_come_at_once(job_file: Path) -> None
     text = refusal(job_file, wrong)
     for key in wrong:
         assert f"{key} = " in text
+
+
+def test_a_range_of_workers_is_read_and_changes_no_trial_id(job_file: Path) -> None:
+    job = load_job(job_file, ["cluster.num_workers=[1, 4]"])
+    assert (job.cluster.num_workers, job.cluster.min_workers, job.cluster.max_workers) == (
+        (1, 4),
+        1,
+        4,
+    )
+    assert JobConfig.model_validate(job.model_dump(mode="json")) == job
+    assert trial_id(job) == trial_id(load_job(job_file))
+    fixed = load_job(job_file, {"cluster.num_workers": 3}).cluster
+    assert (fixed.min_workers, fixed.max_workers) == (3, 3)
+
+
+def test_a_range_of_workers_must_be_occupied_at_its_largest(job_file: Path) -> None:
+    text = refusal(job_file, {"cluster.num_workers": [1, 8], "pretrain.epochs": 1})
+    assert "pretrain.microbatches = 4 cannot occupy cluster.num_workers = [1, 8]" in text
 
 
 def test_all_disagreements_between_sections_come_at_once(job_file: Path) -> None:

@@ -1,52 +1,53 @@
 """One trial on Ray: a TorchTrainer over 1 to N workers, with Ray's noise and errors unwrapped.
 
-The store, not Ray, holds the state of a trial: a restarted worker group goes on after the last
-committed round, and so does a new driver.
+The store, not Ray, holds the state of a trial: a restarted worker group, of the same size or
+another, goes on after the last committed round, and so does a new driver.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from gbp_ray.config import ClusterConfig, JobConfig, trial_id
-from gbp_ray.errors import ConfigError, GbpError, TrialError
+from gbp_ray.errors import ConfigError, GbpError, StoreError, TrialError
 from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.runtime import START_TIMEOUT_S
+from gbp_ray.runtime.failures import Failure, find_failure, first_line, is_consequence, unwrap
 from gbp_ray.runtime.progress import ProgressBoard, Tick
+from gbp_ray.runtime.watch import Standstill, Watch
 from gbp_ray.runtime.worker import work_trial
 from gbp_ray.store import RoundRecord, Store
 from gbp_ray.workload import add_import_paths
-
-# Ray reads these when it is imported and when processes start, so they come before the import.
-for _name, _value in {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_AUTH_MODE": "token",
-}.items():
-    os.environ.setdefault(_name, _value)
-
-import ray  # noqa: E402
-import ray.train  # noqa: E402
-import ray.train.torch  # noqa: E402
-import torch  # noqa: E402
 
 __all__ = ["run_trial"]
 
 _POLL_INTERVAL_S = 0.2
 _TICK_INTERVAL_S = 0.2
+_NUM_STARTS = 60
+"""Attempts at starting the workers: ten minutes for a cluster to make room."""
+_GRACE_S = 5.0
+"""How long a worker holds back that it lost the others: Ray then sees which one died."""
+_EXCHANGE_TIMEOUT_S = 4 * 3600
+"""How long workers wait for one that builds the workload; hung ones are noticed by `watch`."""
+_MAILBOX_TIMEOUT_S = 10.0
 
 
 def run_trial(
@@ -64,15 +65,14 @@ def run_trial(
         TrialError: The workers failed for another reason; names trial, rank and root cause.
     """
     name = trial_id(job)
-    with _ray_session(job.cluster, is_debug), _relay(board) as mailbox:
-        failure = _fit(job, name, import_paths, mailbox)
-    if failure is not None:
-        raise failure
-
-
-def _fit(job: JobConfig, name: str, import_paths: list[str], mailbox: Any) -> GbpError | None:
-    with _scratch(job) as scratch:
-        return _fit_in(scratch, job, name, import_paths, mailbox)
+    with (
+        _ray_session(job.cluster, is_debug),
+        _Relay(board, name, job.cluster.max_failures) as relay,
+        _scratch(job) as scratch,
+    ):
+        refusal = _fit(scratch, job, name, import_paths, relay)
+    if refusal is not None:
+        raise refusal
 
 
 @contextlib.contextmanager
@@ -92,44 +92,62 @@ def _scratch(job: JobConfig) -> Iterator[str]:
             yield local
     else:
         # Several machines share no folder, but all of them reach the store.
-        yield store.objects.uri_of("ray")
-        store.objects.delete([e.key for e in store.objects.entries(f"ray/{trial_id(job)}/")])
+        try:
+            yield store.objects.uri_of("ray")
+        finally:
+            # What ended the trial matters more than what it leaves here.
+            with contextlib.suppress(StoreError):
+                leftovers = store.objects.entries(f"ray/{trial_id(job)}/")
+                store.objects.delete([entry.key for entry in leftovers])
 
 
-def _fit_in(
-    scratch: str, job: JobConfig, name: str, import_paths: list[str], mailbox: Any
+def _fit(
+    scratch: str, job: JobConfig, name: str, import_paths: list[str], relay: _Relay
 ) -> GbpError | None:
+    cluster = job.cluster
+    # A worker that answers Ray no more is frozen.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cluster.hang_timeout_s or "inf")
     trainer = ray.train.torch.TorchTrainer(
         _train_worker,
         train_loop_config={
             "job": job.model_dump(mode="json"),
             "import_paths": import_paths,
             "working_folder": os.getcwd(),  # noqa: PTH109
-            "mailbox": mailbox,
+            "mailbox": relay.mailbox,
         },
+        torch_config=ray.train.torch.TorchConfig(timeout_s=_EXCHANGE_TIMEOUT_S),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=job.cluster.num_workers,
-            use_gpu=job.cluster.use_gpu,
-            resources_per_worker={"CPU": 1, **({"GPU": 1} if job.cluster.use_gpu else {})},
+            num_workers=cluster.num_workers,
+            use_gpu=cluster.use_gpu,
+            resources_per_worker={"CPU": 1, **({"GPU": 1} if cluster.use_gpu else {})},
         ),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=scratch,
             failure_config=ray.train.FailureConfig(
-                max_failures=job.cluster.max_failures, controller_failure_limit=3
+                max_failures=cluster.max_failures, controller_failure_limit=_NUM_STARTS - 1
             ),
+            callbacks=[_Listener(relay.mailbox)],
         ),
     )
     try:
         result = _fit_interruptibly(trainer)
     except ray.train.WorkerGroupError as error:
-        raise _root_cause(error, job, name) from error
+        raise _final_error(find_failure(error.worker_failures), relay, job, name) from error
     except ray.train.ControllerError as error:
+        cause = unwrap(error)
+        text = first_line(cause)
+        if "startup timed out" in text:
+            text = (
+                f"the cluster had no room for cluster.num_workers = {cluster.max_workers} within "
+                f"{_NUM_STARTS * START_TIMEOUT_S} s; ask for fewer"
+            )
         raise TrialError(
-            f"trial {name}: Ray could not run the workers: {_first_line(error)}",
+            f"trial {name}: Ray could not run the workers: {text}; run the job again to go on "
+            "after its last whole round",
             trial_id=name,
             rank=None,
-            cause=_first_line(error),
+            cause=text,
         ) from error
     return result.return_value
 
@@ -164,10 +182,17 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
     device = ray.train.torch.get_device() if job.cluster.use_gpu else torch.device("cpu")
     ranks = Ranks.current(device)
     mailbox = config["mailbox"]
+    watch = Watch(
+        ranks,
+        job.cluster.hang_timeout_s,
+        compare=partial(_compare, mailbox, ranks.share_object(uuid.uuid4().hex)),
+        accuse=partial(_say, mailbox),
+    )
     last_sent, last_phase = 0.0, ""
 
     def tell(tick: Tick) -> None:
         nonlocal last_sent, last_phase
+        watch.note(tick)
         now = time.monotonic()
         is_due = now - last_sent > _TICK_INTERVAL_S or tick.phase != last_phase
         if ranks.is_first and is_due:
@@ -176,22 +201,42 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
 
     def round_done(record: RoundRecord) -> None:
         if ranks.is_first:
-            mailbox.put.remote((trial_id(job), record))
+            mailbox.put.remote(record)
         ray.train.report({"round": record.round, "accuracy": record.accuracy})
 
     try:
-        work_trial(job, ranks, tell=tell, round_done=round_done)
+        with watch:
+            work_trial(job, ranks, tell=tell, round_done=round_done)
     except GbpError as error:
         return error
+    except Exception as error:
+        if is_consequence(error):
+            time.sleep(_GRACE_S)
+        raise
     return None
+
+
+def _compare(mailbox: Any, group: str, own: Standstill) -> list[Standstill]:
+    try:
+        return ray.get(mailbox.compare.remote(group, own), timeout=_MAILBOX_TIMEOUT_S)
+    except ray.exceptions.RayError:
+        return []
+
+
+def _say(mailbox: Any, message: Standstill) -> None:
+    """Makes sure that a last word has arrived."""
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.get(mailbox.put.remote(message), timeout=_MAILBOX_TIMEOUT_S)
 
 
 @ray.remote(num_cpus=0)
 class _Mailbox:
-    """Holds what workers said until the driver fetches it."""
+    """Holds what workers said until the driver fetches it, and where those that stand still are."""
 
     def __init__(self) -> None:
         self._messages: list[Any] = []
+        self._group = ""
+        self._standstills: dict[int, Standstill] = {}
 
     def put(self, message: Any) -> None:
         self._messages.append(message)
@@ -200,37 +245,91 @@ class _Mailbox:
         messages, self._messages = self._messages, []
         return messages
 
+    def compare(self, group: str, own: Standstill) -> list[Standstill]:
+        if group != self._group:
+            self._group, self._standstills = group, {}
+        self._standstills[own.rank] = own
+        return list(self._standstills.values())
 
-@contextlib.contextmanager
-def _relay(board: ProgressBoard) -> Iterator[Any]:
-    """Carries the workers' messages to the board while the block runs."""
-    mailbox = _Mailbox.remote()  # type: ignore[attr-defined]
-    is_over = threading.Event()
 
-    def deliver() -> None:
-        for message in ray.get(mailbox.take.remote(), timeout=30):
-            if isinstance(message, Tick):
-                board.show(message)
-            else:
-                board.show_round(*message)
+class _Listener(ray.train.UserCallback):  # type: ignore[misc]
+    """Tells the driver of failures that Ray answers by starting the workers again."""
 
-    def poll() -> None:
-        while not is_over.wait(_POLL_INTERVAL_S):
-            # Progress is a courtesy: losing it must not lose the trial.
-            with contextlib.suppress(ray.exceptions.RayError):
-                deliver()
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
 
-    thread = threading.Thread(target=poll, name="gbp-ray-progress", daemon=True)
-    thread.start()
-    try:
-        yield mailbox
-        is_over.set()
-        thread.join(timeout=5)
-        with contextlib.suppress(ray.exceptions.RayError):
-            deliver()
-    finally:
-        is_over.set()
-        thread.join(timeout=5)
+    def after_exception(
+        self, run_context: object, worker_exceptions: Mapping[int, BaseException]
+    ) -> None:
+        self._mailbox.put.remote(find_failure(worker_exceptions))
+
+
+class _Relay:
+    """Carries the workers' messages to the board while the block runs.
+
+    Attributes:
+        mailbox: Where workers leave messages.
+    """
+
+    def __init__(self, board: ProgressBoard, name: str, max_failures: int) -> None:
+        # Beside the driver: machines that carry workers may come and go.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.mailbox = _Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        self._board, self._name, self._max_failures = board, name, max_failures
+        self._last_tick: Tick | None = None
+        self._accused: Standstill | None = None
+        self._num_failures = 0
+        self._lock = threading.Lock()
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="gbp-ray-progress", daemon=True)
+
+    def __enter__(self) -> _Relay:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._is_over.set()
+        self._thread.join(timeout=5)
+        if kind is None:
+            self.deliver()
+
+    def describe(self, failure: Failure) -> tuple[int, str]:
+        """Adds to a failure what the workers themselves said: (rank, words)."""
+        if self._accused is not None:
+            return self._accused.rank, self._accused.in_words()
+        place = ""
+        if self._last_tick is not None:
+            place = f" in {self._last_tick.phase} of round {self._last_tick.round}"
+        return failure.rank, f"{failure.words}{place}"
+
+    def deliver(self) -> None:
+        """Shows what has arrived; losing progress must not lose the trial."""
+        with contextlib.suppress(ray.exceptions.RayError), self._lock:
+            for message in ray.get(self.mailbox.take.remote(), timeout=30):
+                self._show(message)
+
+    def _poll(self) -> None:
+        while not self._is_over.wait(_POLL_INTERVAL_S):
+            self.deliver()
+
+    def _show(self, message: Tick | RoundRecord | Standstill | Failure) -> None:
+        if isinstance(message, Tick):
+            self._last_tick = message
+            self._board.show(message)
+        elif isinstance(message, RoundRecord):
+            self._board.show_round(self._name, message)
+        elif isinstance(message, Standstill):
+            self._accused = message
+        else:
+            self._num_failures += 1
+            if self._num_failures > self._max_failures:
+                return
+            rank, words = self.describe(message)
+            self._board.note(
+                f"{self._name}  worker {rank} {words}; starting the workers again "
+                f"({self._num_failures} of cluster.max_failures = {self._max_failures})"
+            )
+            self._accused = self._last_tick = None
 
 
 @contextlib.contextmanager
@@ -244,11 +343,18 @@ def _ray_session(cluster: ClusterConfig, is_debug: bool) -> Iterator[None]:
             "cluster.use_gpu = true: this machine has no CUDA device; set it to false or give "
             "cluster.address"
         )
+    if cluster.use_gpu and cluster.address is None:
+        num_devices = torch.cuda.device_count()
+        if num_devices < cluster.min_workers:
+            raise ConfigError(
+                f"cluster.num_workers = {json.dumps(cluster.num_workers)}: each needs a CUDA "
+                f"device, and this machine has {num_devices}; lower it or give cluster.address"
+            )
     options: dict[str, Any] = {"address": cluster.address or "local"}
     if cluster.address is None:
         # Workers that wait for each other must all be placed, even on fewer cores.
         cores = os.cpu_count() or 1
-        options |= {"num_cpus": max(cores, cluster.num_workers + 1), "include_dashboard": False}
+        options |= {"num_cpus": max(cores, cluster.max_workers + 1), "include_dashboard": False}
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         _start_ray(cluster, options, is_debug)
@@ -271,42 +377,19 @@ def _start_ray(cluster: ClusterConfig, options: dict[str, Any], is_debug: bool) 
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = cluster.address or "unset, a private one on this machine"
         raise ConfigError(
-            f"cluster.address = {where}: Ray did not start or answer: {_first_line(error)}"
+            f"cluster.address = {where}: Ray did not start or answer: {first_line(error)}"
         ) from error
 
 
-def _root_cause(error: ray.train.WorkerGroupError, job: JobConfig, name: str) -> GbpError:
-    """Picks the failure that explains the others: ours first, lost connections last."""
-    failures: Mapping[int, BaseException] = error.worker_failures
-    unwrapped = {rank: _unwrap(failure) for rank, failure in sorted(failures.items())}
-    for failure in unwrapped.values():
-        if isinstance(failure, GbpError):
-            return failure
-    rank, cause = min(unwrapped.items(), key=lambda item: (_is_consequence(item[1]), item[0]))
-    text = f"{type(cause).__name__}: {_first_line(cause)}"
+def _final_error(failure: Failure, relay: _Relay, job: JobConfig, name: str) -> GbpError:
+    if failure.cause is not None:
+        return failure.cause
+    relay.deliver()
+    rank, words = relay.describe(failure)
     return TrialError(
-        f"trial {name}: worker {rank} failed more than cluster.max_failures = "
-        f"{job.cluster.max_failures} times, the last time with {text}; run the job again to go on "
-        "after its last whole round",
+        f"trial {name}: worker {rank} {words}; cluster.max_failures = {job.cluster.max_failures} "
+        "allows no more restarts; run the job again to go on after its last whole round",
         trial_id=name,
         rank=rank,
-        cause=text,
+        cause=words,
     )
-
-
-def _unwrap(error: BaseException) -> BaseException:
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
-        if not isinstance(inner, BaseException):
-            break
-        error = inner
-    return error
-
-
-def _is_consequence(error: BaseException) -> bool:
-    text = str(error).lower()
-    return "connection" in text or "gloo" in text or "nccl" in text
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,100 @@
+"""What ended a group of workers, in words: whose fault it was, and what happened to that worker.
+
+A worker that dies takes the others' connections with it, and Ray reports what it hears first. Here
+a failure that explains the others is told from those that follow from it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import ray
+
+from gbp_ray.errors import GbpError
+
+__all__ = ["Failure", "find_failure", "first_line", "is_consequence", "unwrap"]
+
+_KILLED = (
+    "was killed, perhaps for memory (its process ended without a word: SIGKILL, the system's "
+    "out-of-memory killer, or a crash in native code)"
+)
+_LOST_CONNECTION = re.compile(
+    r"gloo|nccl|connection (was )?(closed|reset) by peer|broken pipe|process group|socket",
+    re.IGNORECASE,
+)
+_SILENT = re.compile(r"health check has been hanging for ([\d.]+)")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The failure that explains a group's end.
+
+    Attributes:
+        words: What happened, to be read after "worker N".
+        cause: The error itself where the worker raised it on purpose.
+    """
+
+    rank: int
+    words: str
+    cause: GbpError | None = None
+
+
+def find_failure(failures: Mapping[int, BaseException]) -> Failure:
+    """Picks the failure that explains the others: ours first, lost connections last."""
+    unwrapped = {rank: unwrap(error) for rank, error in failures.items()}
+    rank, error = min(unwrapped.items(), key=lambda item: (_order(item[1]), item[0]))
+    return Failure(rank, _in_words(error), error if isinstance(error, GbpError) else None)
+
+
+def unwrap(error: BaseException) -> BaseException:
+    """Finds the error inside those that Ray wraps around it."""
+    while True:
+        # Not __cause__: what a user raises from another error says more than that one.
+        inner = (
+            getattr(error, "health_check_failure", None)
+            or getattr(error, "controller_failure", None)
+            or (isinstance(error, ray.exceptions.RayTaskError) and error.cause)
+        )
+        if not isinstance(inner, BaseException):
+            return error
+        error = inner
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Whether an error only says that another worker is gone."""
+    # torch's distributed errors are all of this kind; a user's own ConnectionError is not.
+    return isinstance(error, RuntimeError) and bool(_LOST_CONNECTION.search(str(error)))
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line that says anything."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _order(error: BaseException) -> int:
+    if isinstance(error, GbpError):
+        return 0
+    return 2 if is_consequence(error) else 1
+
+
+def _in_words(error: BaseException) -> str:
+    text = str(error)
+    if silent := _SILENT.search(text):
+        return (
+            f"did not answer for {float(silent[1]):.0f} s (its process was stopped, or is in "
+            "native code that holds the interpreter)"
+        )
+    if isinstance(error, ray.exceptions.OutOfMemoryError) or "low on memory" in text:
+        return "was killed by Ray, because its machine ran out of memory"
+    if isinstance(error, ray.exceptions.ActorUnavailableError):
+        # Ray itself does not know yet, and no longer waits to learn.
+        return "is out of reach, perhaps lost together with its machine"
+    if isinstance(error, (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)):
+        is_node = "node" in text.lower() and re.search(r"node (has )?(died|was terminated)", text)
+        return "was lost together with its machine" if is_node else _KILLED
+    if is_consequence(error):
+        return f"lost its connection to the others ({first_line(error)})"
+    return f"failed with {type(error).__name__}: {first_line(error)}"

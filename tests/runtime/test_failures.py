@@ -1,0 +1,118 @@
+"""Which failure explains a group's end, and how it is put; no Ray is started."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+)
+from ray.train.v2._internal.exceptions import (
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
+
+from gbp_ray import cli
+from gbp_ray.errors import PruneError, TrialError
+from gbp_ray.runtime.failures import Failure, find_failure, is_consequence
+
+CLOSED = RuntimeError(
+    "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:6573. This is "
+    "typically caused by a remote worker crashing."
+)
+RESET = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer.")
+
+
+def dead(error: Exception) -> Exception:
+    return WorkerHealthCheckFailedError("A worker health check failed.\nWorker info: ...", error)
+
+
+@pytest.mark.parametrize(
+    ("failures", "rank", "part"),
+    [
+        ({0: CLOSED, 1: dead(ActorDiedError())}, 1, "was killed, perhaps for memory"),
+        ({0: CLOSED, 1: RESET, 2: ValueError("bad\nluck")}, 2, "failed with ValueError: bad"),
+        ({0: CLOSED, 1: RESET}, 0, "lost its connection to the others"),
+        ({0: ConnectionError("connection reset by peer"), 1: CLOSED}, 0, "ConnectionError"),
+        ({1: CLOSED, 0: ConnectionError("connection reset by peer")}, 0, "ConnectionError"),
+        ({0: ValueError("x"), 1: PruneError("ours")}, 1, "PruneError: ours"),
+        ({2: dead(OutOfMemoryError("x"))}, 2, "because its machine ran out of memory"),
+        (
+            {2: dead(RayActorError(error_msg="The actor died because its node has died."))},
+            2,
+            "was lost together with its machine",
+        ),
+        (
+            {
+                0: CLOSED,
+                2: WorkerHealthCheckTimeoutError("health check has been hanging for 12.3 s"),
+            },
+            2,
+            "did not answer for 12 s",
+        ),
+        (
+            {0: CLOSED, 2: dead(ActorUnavailableError("RpcError", None))},
+            2,
+            "is out of reach, perhaps lost together with its machine",
+        ),
+        ({0: RayTaskError("f", "trace", KeyError("a"))}, 0, "failed with KeyError: 'a'"),
+    ],
+)
+def test_the_failure_that_explains_the_others_is_found(
+    failures: dict[int, Exception], rank: int, part: str
+) -> None:
+    found = find_failure(failures)
+    assert found.rank == rank
+    assert part in found.words
+    assert "\n" not in found.words
+    assert pickle.loads(pickle.dumps(found)) == Failure(rank, found.words, found.cause) or (
+        found.cause is not None
+    )
+
+
+def test_an_error_of_ours_arrives_as_raised() -> None:
+    error = PruneError("ours")
+    assert find_failure({0: CLOSED, 1: error}).cause is error
+    assert find_failure({0: CLOSED}).cause is None
+
+
+def test_a_users_error_raised_from_another_stays_the_users() -> None:
+    error = ValueError("split 3 is unreadable")
+    error.__cause__ = OSError("no such file")
+    assert "split 3 is unreadable" in find_failure({0: error}).words
+
+
+def test_a_lost_connection_to_a_data_server_is_no_consequence() -> None:
+    assert is_consequence(CLOSED)
+    assert is_consequence(RESET)
+    assert not is_consequence(ConnectionResetError("Connection reset by peer"))
+    assert not is_consequence(RuntimeError("CUDA error: device-side assert triggered"))
+
+
+def test_a_failed_trial_ends_with_the_command_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise TrialError(
+            "trial t: worker 1 was killed; run the job again", trial_id="t", rank=1, cause="killed"
+        )
+
+    monkeypatch.setattr("gbp_ray.api._run_rounds", fail)
+    arguments = ["prune", "-q", "--set=prune.exclude=['linear*']"]
+    monkeypatch.setattr(sys, "argv", ["gbp-ray", *arguments, f"--set=storage={tmp_path}"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: trial t: worker 1 was killed; run the job again: gbp-ray prune -q "
+        """'--set=prune.exclude=['"'"'linear*'"'"']' """
+        f"--set=storage={tmp_path}"
+    )

@@ -1,0 +1,113 @@
+"""Workers killed in every phase and at any moment: the round is lost, never the result.
+
+Processes over gloo stand for Ray's workers, and a new group of another size for a restart on what
+is left of a cluster; `test_faults_on_ray` does a little of it on Ray itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kill_program import PHASES, Death, end_group, make_job, start_group, wait_until_met
+
+from gbp_ray.config import JobConfig, trial_id
+from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.runtime.worker import work_trial
+from gbp_ray.store import Store
+
+logger = logging.getLogger(__name__)
+
+DEATHS = [
+    *(Death(phase, 0, 1) for phase in ("build", "train", "write")),
+    *(Death(phase, 1, 0) for phase in ("score", "decide", "train", "evaluate", "write", "written")),
+    *(Death(phase, 2, 1) for phase in ("build", "score", "decide", "train")),
+]
+
+
+def rounds_of(job: JobConfig) -> list[tuple[Any, ...]]:
+    """Everything of a trial that a death must not change."""
+    store, name = Store(job.storage, job.name), trial_id(job)
+    return [
+        (
+            record.model_dump(exclude={"seconds", "files"}),
+            store.read_file(name, record, "weights.safetensors"),
+            store.read_file(name, record, "masks.safetensors"),
+        )
+        for record in store.read_rounds(name)
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+    """The rounds of a trial that nobody disturbed, in this very process."""
+    job = make_job(tmp_path_factory.mktemp("whole"))
+    work_trial(job, Ranks())
+    return rounds_of(job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes", [(2,), (3, 2, 1, 4)], ids=["the same number of workers", "another number each time"]
+)
+def test_a_worker_killed_in_any_phase_costs_its_round_alone(
+    tmp_path: Path, whole: list[tuple[Any, ...]], sizes: tuple[int, ...]
+) -> None:
+    assert {death.phase for death in DEATHS} == set(PHASES)
+    job = make_job(tmp_path)
+    for number, planned in enumerate(DEATHS):
+        size = sizes[number % len(sizes)]
+        is_writing = planned.phase in ("write", "written")
+        death = Death(planned.phase, planned.round, 0 if is_writing else planned.rank % size)
+        codes = end_group(start_group(job, size, death))
+        assert codes[death.rank] == -signal.SIGKILL, f"nobody died of {death} among {size}"
+        assert None not in codes, f"{death}: a survivor waits for the dead"
+        assert 0 not in codes, f"{death}: a survivor went on alone"
+        kept = death.round + (death.phase == "written")
+        assert rounds_of(job) == whole[:kept], f"{death} among {size} took more than its round"
+    assert end_group(start_group(job, sizes[-1])) == [0] * sizes[-1]
+    assert rounds_of(job) == whole
+
+
+@pytest.mark.slow
+def test_workers_killed_at_random_moments_lose_nothing(
+    tmp_path: Path, whole: list[tuple[Any, ...]]
+) -> None:
+    """A random rank of a group of random size; GBP_RAY_KILLS asks for more than three deaths."""
+    draws = random.Random(os.environ.get("GBP_RAY_KILL_SEED", "5"))
+    job = make_job(tmp_path / "first")
+    group = start_group(job, 2)
+    wait_until_met(job, group)
+    started = time.monotonic()
+    assert end_group(group) == [0, 0]
+    length = time.monotonic() - started
+    num_deaths, num_trials = 0, 0
+    while num_deaths < int(os.environ.get("GBP_RAY_KILLS", "3")):
+        if len(rounds_of(job)) == len(whole):
+            assert rounds_of(job) == whole
+            num_trials += 1
+            job = make_job(tmp_path / f"trial{num_trials}")
+        size, before = draws.randint(1, 4), len(rounds_of(job))
+        group = start_group(job, size)
+        victim = group[draws.randrange(size)]
+        wait_until_met(job, group)
+        victim.join(draws.random() * length)
+        victim.kill()
+        codes = end_group(group)
+        assert None not in codes, "a survivor waits for the dead"
+        if -signal.SIGKILL not in codes:
+            assert codes == [0] * size
+            continue
+        num_deaths += 1
+        after = rounds_of(job)
+        assert len(after) >= before
+        assert after == whole[: len(after)]
+        logger.info("death %d among %d: %d whole rounds", num_deaths, size, len(after))
+    assert end_group(start_group(job, 3)) == [0, 0, 0]
+    assert rounds_of(job) == whole
