@@ -281,6 +281,14 @@ class ClusterConfig(_Section):
     address: str | None = None
     """Ray cluster to join; None starts a private one on this machine."""
 
+    @model_validator(mode="after")
+    def _can_shard(self) -> ClusterConfig:
+        if self.strategy == "fsdp" and self.min_workers == 0:
+            raise ValueError(
+                "strategy = fsdp: spreads the network over workers; set num_workers to 1 or more"
+            )
+        return self
+
     @field_validator("num_workers", mode="before")
     @classmethod
     def _is_number_or_range(cls, value: object) -> object:

@@ -12,6 +12,8 @@ told from small real passes (`footprint`), all else from sizes:
     A(b)    peak of a pass over b examples, gradients in flight and vectors of its own included,
             the sum that it adds to not
 
+Of a range of workers W is the most.
+
 Strategy "replicated": each rank holds the whole model. Held all along:
 
     model P + B, masks N, the dense weights P + B with rewind = "weights", the teacher P + B with
@@ -125,7 +127,7 @@ class Sizes:
     ) -> None:
         self.job, self.workload = job, workload
         units = prunable_parameters(model, job.prune.exclude)
-        self.world_size = max(1, job.cluster.num_workers)
+        self.world_size = max(1, job.cluster.max_workers)
         self.num_layers = len(units)
         self.num_prunable = sum(unit.parameter.numel() for unit in units)
         self.largest_layer = max(unit.parameter.numel() for unit in units)

@@ -67,7 +67,7 @@ def make_plan(job: JobConfig, workload: Workload) -> Plan:
     stretches = job.prune.rounds + (job.prune.criterion == "movement")
     return Plan(
         strategy=job.cluster.strategy,
-        num_workers=job.cluster.num_workers,
+        num_workers=job.cluster.max_workers,
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_prunable=sizes.num_prunable,
         data_bytes=sum(bytes_of(column) for column in _columns(workload)),

@@ -92,6 +92,11 @@ class Ranks:
         self.agree(failure)
         return result  # type: ignore[return-value]
 
+    @property
+    def has_left(self) -> bool:
+        """Whether this rank has hung up on the others; see `leave`."""
+        return self.world_size > 1 and not dist.is_initialized()
+
     def leave(self) -> None:
         """Hangs up on the other ranks, which fail at once instead of waiting for this one.
 

@@ -208,6 +208,9 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
         with watch:
             work_trial(job, ranks, tell=tell, round_done=round_done)
     except GbpError as error:
+        if ranks.has_left:
+            # The others know nothing of it.
+            raise
         return error
     except Exception as error:
         if is_consequence(error):
