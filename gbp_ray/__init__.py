@@ -17,6 +17,7 @@ _HOMES = {
     "MaskSet": "gbp_ray.pruning.masks",
     "PruneError": "gbp_ray.errors",
     "PruneResult": "gbp_ray.api",
+    "Report": "gbp_ray.page",
     "Results": "gbp_ray.results",
     "StoreError": "gbp_ray.errors",
     "TransientStoreError": "gbp_ray.errors",
@@ -27,6 +28,7 @@ _HOMES = {
     "open_result": "gbp_ray.api",
     "open_results": "gbp_ray.results",
     "prune": "gbp_ray.api",
+    "write_report": "gbp_ray.page",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])
