@@ -274,11 +274,8 @@ def make_report(
 
     Examples:
 
-      gbp-ray report gbp-results
-
       gbp-ray report s3://bucket/prefix/my-job --to my-report --where rounds=5
     """
-    # matplotlib takes a second to import; --help should not.
     from gbp_ray.page import write_report
 
     report = write_report(uri, to, conditions=conditions or ())

@@ -316,22 +316,22 @@ def plot_cost(curves: WorkloadCurves, targets: Sequence[float], salt: str) -> Pl
             left_in=left,
             has_titles=False,
         )
-        for y, (_, point) in enumerate(pairs):
-            start = 0.0
-            for phase, (colour, hatch) in zip(phases, fills, strict=True):
-                seconds = point.phases.get(phase, 0.0)
-                ax.barh(
-                    y,
-                    seconds,
-                    left=start,
-                    height=0.72,
-                    color=colour,
-                    hatch=hatch,
-                    edgecolor=PAPER,
-                    linewidth=0.4,
-                )
-                start += seconds
-            ax.text(start + 0.01 * longest, y, f"{start:,.3g}", va="center", fontsize=7)
+        starts = np.zeros(len(pairs))
+        for phase, (colour, hatch) in zip(phases, fills, strict=True):
+            seconds = np.array([point.phases.get(phase, 0.0) for _, point in pairs])
+            ax.barh(
+                range(len(pairs)),
+                seconds,
+                left=starts,
+                height=0.72,
+                color=colour,
+                hatch=hatch,
+                edgecolor=PAPER,
+                linewidth=0.4,
+            )
+            starts += seconds
+        for y, total in enumerate(starts):
+            ax.text(total + 0.01 * longest, y, f"{total:,.3g}", va="center", fontsize=7)
         ax.grid(visible=False, axis="y")
         ax.set_yticks(range(len(pairs)), texts)
         ax.set_ylim(len(pairs) - 0.4, -0.6)
