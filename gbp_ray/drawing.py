@@ -40,7 +40,10 @@ __all__ = [
     "style_curves",
 ]
 
-INK, PAPER, GRID, QUIET = "#1b1f24", "#fefefe", "#dadee3", "#6b7280"
+INK = "#1b1f24"
+PAPER = "#fefefe"
+GRID = "#dadee3"
+QUIET = "#6b7280"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _MARKERS = ("o", "^", "D", "v", "P", "*", "<", ">")
 _DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (6, 2, 1, 2)), (0, (2.5, 1.2)), (0, (9, 3)))
@@ -185,6 +188,7 @@ def add_panels(
 
 
 def make_handle(style: Style) -> Line2D:
+    """Draws a curve's entry in a legend."""
     return Line2D([], [], color=style.colour, marker=style.marker, linestyle=style.dash)
 
 
@@ -200,6 +204,7 @@ def shorten_name(text: str, width: int) -> str:
 
 
 def render_plot(draw: Callable[[bool], Figure], salt: str) -> Plot:
+    """Draws a figure wide and narrow; the salt keeps its ids apart from other figures'."""
     with mpl.rc_context(_SETTINGS), warnings.catch_warnings():
         # A name in a script that the font lacks shows as boxes in the PNG, not in the page.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
