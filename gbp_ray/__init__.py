@@ -17,6 +17,7 @@ _HOMES = {
     "MaskSet": "gbp_ray.pruning.masks",
     "PruneError": "gbp_ray.errors",
     "PruneResult": "gbp_ray.api",
+    "Report": "gbp_ray.page",
     "Results": "gbp_ray.results",
     "StoreError": "gbp_ray.errors",
     "TransientStoreError": "gbp_ray.errors",
@@ -28,6 +29,7 @@ _HOMES = {
     "open_results": "gbp_ray.results",
     "plan_prune": "gbp_ray.api",
     "prune": "gbp_ray.api",
+    "write_report": "gbp_ray.page",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])

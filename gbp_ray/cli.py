@@ -67,6 +67,16 @@ Place = Annotated[
 ]
 
 
+Conditions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where",
+        metavar="CONDITION",
+        help="Keep what has prune.criterion=taylor or sparsity>=0.9; repeatable.",
+    ),
+]
+
+
 @app.callback(invoke_without_command=True)
 def _options(
     is_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
@@ -202,14 +212,7 @@ def show(
 @app.command("results")
 def list_results(
     uri: Place,
-    conditions: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--where",
-            metavar="CONDITION",
-            help="Keep rounds with prune.criterion=taylor or sparsity>=0.9; repeatable.",
-        ),
-    ] = None,
+    conditions: Conditions = None,
     best: Annotated[
         str | None,
         typer.Option(metavar="METRIC@CONDITION", help="Show the one best round of all."),
@@ -270,6 +273,33 @@ def list_results(
         _console().print(results_table(rows, fields))
         if num_more:
             _say(f"and {num_more:,} more (--limit ROWS shows them, --csv and --json show all)")
+
+
+@app.command("report")
+def make_report(
+    uri: Place,
+    to: Annotated[str, typer.Option(metavar="DIR", help="Receives the page.")] = "gbp-report",
+    conditions: Conditions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a report on the finished trials: one HTML page, its figures, the jobs.
+
+    Curves over sparsity with the spread over seeds, layers, masks, cost,
+    how to run each trial again, and what the results cannot show.
+
+    Examples:
+
+      gbp-ray report s3://bucket/prefix/my-job --to my-report --where rounds=5
+    """
+    from gbp_ray.page import write_report
+
+    report = write_report(uri, to, conditions=conditions or ())
+    if as_json:
+        _print_json({**asdict(report), "page": str(report.page)})
+        return
+    for text in report.left_out:
+        _say(f"left out: {text}")
+    _say(f"{report.page}: {report.num_trials:,} trials, {len(report.files)} files")
 
 
 @app.command("index")

@@ -98,6 +98,25 @@ class Results:
                 table = table.filter(self._mask(table, part))
         return Results(self._uri, self._stores, table)
 
+    def ending_with(self, *conditions: str) -> Results:
+        """Keeps the trials whose last round meets all conditions, with all their rounds.
+
+        Raises:
+            ConfigError: A condition is none, as for `where`.
+            StoreError: No trial is left.
+        """
+        if not conditions:
+            return self
+        kept = self.final().where(*conditions)
+        if not len(kept):
+            raise StoreError(f"'{self._uri}': no trial ends with {', '.join(conditions)}")
+
+        def names(table: pa.Table) -> pa.ChunkedArray:
+            return pc.binary_join_element_wise(table["job"], table["trial_id"], "/")
+
+        rows = pc.is_in(names(self.table), value_set=names(kept.table).combine_chunks())
+        return Results(self._uri, self._stores, self.table.filter(rows))
+
     def final(self) -> Results:
         """Keeps the last round of each trial."""
         return Results(self._uri, self._stores, self.table.filter(self.table["is_final"]))

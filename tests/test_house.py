@@ -28,7 +28,9 @@ def test_every_job_validates_and_opens_with_what_it_shows(path: Path) -> None:
     assert re.search(r"^# (Costs|Needs|Shows):", path.read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("module", ["gbp_ray", "gbp_ray.config", "gbp_ray.store", "gbp_ray.report"])
+@pytest.mark.parametrize(
+    "module", ["gbp_ray", "gbp_ray.config", "gbp_ray.store", "gbp_ray.report", "gbp_ray.page"]
+)
 def test_results_are_read_without_torch_and_ray(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'ray'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -16,7 +16,7 @@ from gbp_ray import cli
 from gbp_ray.results import open_results
 from gbp_ray.store import Store
 
-READING_VERBS = ["results", "index", "diff", "fetch", "verify", "gc"]
+READING_VERBS = ["results", "report", "index", "diff", "fetch", "verify", "gc"]
 
 
 class Shell:
@@ -146,6 +146,18 @@ def test_verify_names_the_fault_and_exits_1(shell: Shell, store: Store) -> None:
     assert errors == f"error: '{store.uri}': 1 faults, the first in {uri}\n"
 
 
+def test_report_writes_a_page(shell: Shell, store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "page"
+    made = shell.json("report", store.uri, "--to", str(folder))
+    assert made["page"] == str(folder / "index.html")
+    assert made["num_trials"] == 4
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert there == set(made["files"])
+    code, out, errors = shell("report", store.uri, "--to", str(folder), "--where=criterion=taylor")
+    assert (code, errors) == (0, "")
+    assert out.replace("\n", "").endswith(f"{folder / 'index.html'}: 2 trials, 7 files")
+
+
 def test_gc_lists_before_it_removes(shell: Shell, store: Store) -> None:
     key = f"trials/{write_trial(store, sample_job(seed=1), num_rounds=1)}/round_001/state.pt"
     store.objects.put(key, b"s" * 9)
@@ -183,6 +195,9 @@ def test_show_reads_any_storage(shell: Shell, store: Store) -> None:
         (["gc", "nowhere"], "no such folder"),
         (["fetch", "{uri}", "/dev/null/x"], "Not a directory"),
         (["index", "nowhere"], "no such folder"),
+        (["report", "nowhere"], "no such folder"),
+        (["report", "{uri}", "--to", "{uri}"], "which is of no earlier report"),
+        (["report", "{uri}", "--where", "sparsity>2"], "no trial ends with"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -1,0 +1,240 @@
+"""How the report draws: styles that colour-blind readers can tell apart, panels in inches, SVG.
+
+In the page a figure is inline SVG whose ink, grid and line colours are the page's own variables, so
+that it follows light, dark and print. Curves are told apart by colour, marker and dash at once; the
+colours are those of Okabe and Ito, and the baselines are black and grey. Text is never read as
+mathematics: names are users' own.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from gbp_ray.curves import Curve
+
+__all__ = [
+    "GRID",
+    "INK",
+    "NUM_STYLED",
+    "PAPER",
+    "QUIET",
+    "SERIES",
+    "Plot",
+    "Style",
+    "add_panels",
+    "make_handle",
+    "render_plot",
+    "shorten_name",
+    "style_curves",
+]
+
+INK = "#1b1f24"
+PAPER = "#fefefe"
+GRID = "#dadee3"
+QUIET = "#6b7280"
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_MARKERS = ("o", "^", "D", "v", "P", "*", "<", ">")
+_DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (6, 2, 1, 2)), (0, (2.5, 1.2)), (0, (9, 3)))
+_VARIABLES = {
+    INK: "currentColor",
+    PAPER: "var(--paper)",
+    GRID: "var(--grid)",
+    QUIET: "var(--quiet)",
+    **{colour: f"var(--series-{i})" for i, colour in enumerate(SERIES)},
+}
+NUM_STYLED = 8
+"""Curves that get a style of their own each."""
+_WIDTHS_IN = {False: 7.2, True: 3.5}
+_SETTINGS: Any = {
+    "font.size": 8.5,
+    "font.family": ["DejaVu Sans"],
+    "text.color": INK,
+    "axes.edgecolor": QUIET,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 8.5,
+    "axes.titlelocation": "left",
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.5,
+    "hatch.color": PAPER,
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+}
+
+
+class Style(NamedTuple):
+    """How a curve is told from the others."""
+
+    colour: str
+    marker: str
+    dash: Any
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure, ready for a page and for a file.
+
+    Attributes:
+        wide: Inline SVG for screens and paper.
+        narrow: Inline SVG for phones.
+        png: The wide one, at 200 dots per inch.
+    """
+
+    wide: str
+    narrow: str
+    png: bytes
+
+
+def style_curves(curves: Sequence[Curve]) -> dict[str, Style]:
+    """Gives each curve a style by its label; of many curves those of a criterion share one."""
+    is_own = len(curves) <= NUM_STYLED
+    names = dict.fromkeys(curve.label if is_own else curve.criterion for curve in curves)
+    is_alone = len({curve.criterion for curve in curves}) == len(names)
+    grey = {
+        "random": Style(QUIET, "X", (0, (3, 1, 1, 1, 1, 1))),
+        "magnitude": Style(INK, "s", (0, (4, 2))),
+    }
+    criterion = {curve.label if is_own else curve.criterion: curve.criterion for curve in curves}
+    styles: dict[str, Style] = {}
+    number = 0
+    for name in names:
+        if is_alone and criterion[name] in grey and len(names) > 1:
+            styles[name] = grey[criterion[name]]
+            continue
+        # Colours, markers and dashes come round at different times: 24 styles before any repeats.
+        styles[name] = Style(
+            SERIES[number % len(SERIES)],
+            _MARKERS[number % len(_MARKERS)],
+            _DASHES[number % len(_DASHES)],
+        )
+        number += 1
+    return {c.label: styles[c.label if is_own else c.criterion] for c in curves}
+
+
+def add_panels(
+    number: int,
+    is_narrow: bool,
+    legend: Sequence[tuple[Any, str]],
+    *,
+    height_in: float,
+    num_columns: int,
+    left_in: float = 0.55,
+    is_shared_left: bool = False,
+    has_titles: bool = True,
+) -> tuple[Figure, list[Axes]]:
+    """Lays panels of one size out, in inches, with the legend above them."""
+    width = _WIDTHS_IN[is_narrow]
+    columns = 1 if is_narrow else min(num_columns, number)
+    rows = math.ceil(number / columns)
+    gap, foot, right = 0.28 if is_shared_left else left_in, 0.48, 0.12
+    title = 0.24 if has_titles else 0.08
+    texts = [shorten_name(text, 46 if is_narrow else 60) for _, text in legend]
+    legend_columns = 1
+    if texts:
+        longest = max(map(len, texts))
+        room = (width - 0.2) / (0.55 + 0.066 * longest)
+        legend_columns = max(1, min(len(texts), int(room)))
+    legend_height = 0.2 * math.ceil(len(texts) / legend_columns) + 0.08 if texts else 0.0
+    height = legend_height + rows * (title + height_in + foot)
+    figure = Figure(figsize=(width, height))
+    panel = (width - left_in - right - (columns - 1) * (gap + right)) / columns
+    axes = []
+    for place in range(number):
+        row, column = divmod(place, columns)
+        x = left_in + column * (panel + gap + right)
+        y = height - legend_height - (row + 1) * (title + height_in + foot) + foot
+        axes.append(figure.add_axes((x / width, y / height, panel / width, height_in / height)))
+    if texts:
+        figure.legend(
+            [handle for handle, _ in legend],
+            # matplotlib takes a label with an underscore in front for none.
+            [f"\u200b{text}" if text.startswith("_") else text for text in texts],
+            loc="upper left",
+            bbox_to_anchor=(0.0, 1.0),
+            ncols=legend_columns,
+            fontsize=8,
+            handlelength=2.4,
+            borderaxespad=0.1,
+            columnspacing=1.2,
+            labelspacing=0.35,
+        )
+    return figure, axes
+
+
+def make_handle(style: Style) -> Line2D:
+    """Draws a curve's entry in a legend."""
+    return Line2D([], [], color=style.colour, marker=style.marker, linestyle=style.dash)
+
+
+def shorten_name(text: str, width: int) -> str:
+    """Cuts the middle out: names that begin alike end differently."""
+    if len(text) <= width:
+        return text
+    head = (width - 1) // 2
+    return f"{text[:head]}…{text[head + 1 - width :]}"
+
+
+# -- from a figure to the page ---------------------------------------------------------------------
+
+
+def render_plot(draw: Callable[[bool], Figure], salt: str) -> Plot:
+    """Draws a figure wide and narrow; the salt keeps its ids apart from other figures'."""
+    with mpl.rc_context(_SETTINGS), warnings.catch_warnings():
+        # A name in a script that the font lacks shows as boxes in the PNG, not in the page.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        wide = draw(False)
+        FigureCanvasAgg(wide)
+        png = io.BytesIO()
+        wide.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+        return Plot(_as_svg(wide, salt), _as_svg(draw(True), f"{salt}-narrow"), png.getvalue())
+
+
+def _as_svg(figure: Figure, salt: str) -> str:
+    # The salt keeps the ids of one figure apart from those of the others in the page.
+    with mpl.rc_context({"svg.hashsalt": salt}):
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"^<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", r'<svg \1 aria-hidden="true">', svg)
+    used = set(re.findall(r"url\(#([^)]+)\)|href=\"#([^\"]+)\"", svg))
+    ids = {name for pair in used for name in pair}
+    svg = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in ids else "", svg)
+    svg = re.sub(r"(?<=font-family: )[^;\"]+", "system-ui, sans-serif", svg)
+    svg = re.sub(r' transform="rotate\(-0 [^"]*"|(?<=>)\s+(?=<)', "", svg)
+    colours = "|".join(map(re.escape, _VARIABLES))
+
+    def tidy(tag: re.Match[str]) -> str:
+        text = re.sub(colours, lambda m: _VARIABLES[m[0]], tag[0])
+        # A hundredth of a point is less than a pixel anywhere.
+        return re.sub(r"(\d\.\d\d)\d+", r"\1", text)
+
+    # Users' names stand between tags; colours and places inside them.
+    return re.sub(r"<[^>]+>", tidy, svg)

@@ -1,0 +1,554 @@
+"""The report: one HTML page that needs nothing else, its figures as PNG files, its jobs as TOML.
+
+Written from the index and a few records, without torch or Ray. The page is whole or is not there:
+everything is made and written aside first and moved into place last. A folder that holds anything
+but an earlier report is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import tomli_w
+from markupsafe import Markup
+
+from gbp_ray import __version__, plots
+from gbp_ray.checklist import Check, answer_checklist
+from gbp_ray.closeup import CloseUp, look_closely
+from gbp_ray.config import JobConfig, load_job, trial_id
+from gbp_ray.curves import Curve, Point, Spread, Trial, WorkloadCurves, gather_curves, pick_targets
+from gbp_ray.drawing import Plot, style_curves
+from gbp_ray.errors import ConfigError, StoreError
+from gbp_ray.lease import is_held
+from gbp_ray.results import Results, open_results
+from gbp_ray.store import Store, locate_jobs
+
+__all__ = ["Report", "write_report"]
+
+_PAGE = "index.html"
+_MARK = re.compile(r'<meta name="gbp-ray-report" content="([^"]*)">')
+_MOST_WORKLOADS, _MOST_TRIALS, _MOST_POINTS = 6, 200, 120
+_MOST_UNFINISHED, _MOST_JOBS = 30, 40
+_OUTSIDE: Any = {"storage": True, "sweep": True, "cluster": {"address"}}
+"""What a job to run again does without: where it ran, and which sweep it was part of."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written.
+
+    Attributes:
+        page: The HTML file.
+        files: Every file, relative to the page's folder.
+        num_trials: Finished trials that the figures are of.
+        left_out: What the page does not show, a sentence each.
+    """
+
+    page: Path
+    files: tuple[str, ...]
+    num_trials: int
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the page with what it says in words."""
+
+    name: str
+    title: str
+    alt: str
+    caption: str
+    wide: Markup
+    narrow: Markup
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The job of a curve, for running its trials again."""
+
+    label: str
+    file: str
+    text: str
+
+
+@dataclass
+class Section:
+    """One workload of the page."""
+
+    number: int
+    curves: WorkloadCurves
+    checks: list[Check]
+    figures: list[Figure] = field(default_factory=list)
+    close_ups: list[CloseUp] = field(default_factory=list)
+    recipes: list[Recipe] = field(default_factory=list)
+    commands: dict[tuple[str, str], str] = field(default_factory=dict)
+    rows: list[tuple[Curve, Any]] = field(default_factory=list)
+    trials: list[tuple[Curve, Trial]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A trial that started and has no result."""
+
+    job: str
+    trial_id: str
+    state: str
+
+
+def write_report(
+    uri: str | Path, to: str | Path = "gbp-report", *, conditions: Sequence[str] = ()
+) -> Report:
+    """Writes a report on the finished trials of a storage, a job or one trial.
+
+    Args:
+        uri: A trial's, a job's or a storage's address.
+        to: The folder that receives `index.html` and the files beside it. It may hold an earlier
+            report, which is replaced, and nothing else.
+        conditions: Keeps the trials whose last round meets them, as `Results.where` reads them.
+
+    Raises:
+        ConfigError: A condition is none, or the folder is no place for a report.
+        StoreError: There is no finished trial, or the folder cannot be written.
+    """
+    folder = _check_folder(to)
+    everything = open_results(uri)
+    results = everything.ending_with(*conditions)
+    stores, only = locate_jobs(uri)
+    by_name = {store.name: store for store in stores}
+    left_out: list[str] = []
+    unfinished, num_unfinished = ([], 0) if only else _find_unfinished(stores, everything, left_out)
+    workloads = gather_curves(results)
+    if len(workloads) > _MOST_WORKLOADS:
+        workloads.sort(key=lambda curves: -len(curves.trials))
+        hidden = [curves.title for curves in workloads[_MOST_WORKLOADS:]]
+        left_out.append(f"{len(hidden)} of {len(workloads)} workloads: {'; '.join(hidden[:9])}")
+    versions = _list_versions(results)
+    files: dict[str, bytes] = {}
+    sections = []
+    for number, curves in enumerate(workloads[:_MOST_WORKLOADS], start=1):
+        checks = answer_checklist(
+            curves,
+            num_workloads=len(workloads),
+            versions=versions,
+            num_unfinished=num_unfinished,
+        )
+        section = Section(number, curves, checks)
+        _fill_section(section, by_name, files, left_out)
+        sections.append(section)
+    left_out = list(dict.fromkeys(left_out))
+    names = sorted([_PAGE, *files])
+    page = _template().render(
+        uri=str(uri),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=__version__,
+        conditions=conditions,
+        sections=sections,
+        unfinished=unfinished,
+        num_unfinished=num_unfinished,
+        versions=versions,
+        left_out=left_out,
+        mark=" ".join(names),
+        num_trials=sum(len(curves.trials) for curves in workloads),
+    )
+    files[_PAGE] = page.encode()
+    _publish(folder, files)
+    return Report(
+        page=folder / _PAGE,
+        files=tuple(names),
+        num_trials=sum(len(section.curves.trials) for section in sections),
+        left_out=tuple(left_out),
+    )
+
+
+def _find_unfinished(
+    stores: Iterable[Store], results: Results, left_out: list[str]
+) -> tuple[list[Unfinished], int]:
+    """Describes some trials that have no result, and counts them all."""
+    table = results.table
+    finished = set(zip(table["job"].to_pylist(), table["trial_id"].to_pylist(), strict=True))
+    places = [
+        (store, trial)
+        for store in stores
+        for trial in store.objects.list_folders("trials/")
+        if (store.name, trial) not in finished
+    ]
+    if len(places) > _MOST_UNFINISHED:
+        left_out.append(
+            f"{len(places) - _MOST_UNFINISHED:,} of {len(places):,} trials without a result"
+        )
+    return [
+        Unfinished(
+            store.name,
+            trial,
+            _describe_unfinished(store, trial),
+        )
+        for store, trial in places[:_MOST_UNFINISHED]
+    ], len(places)
+
+
+def _describe_unfinished(store: Store, trial: str) -> str:
+    try:
+        if is_held(store.objects, f"trials/{trial}"):
+            return "running"
+        rounds = store.read_rounds(trial)
+    except StoreError as error:
+        return str(error)
+    done = f"round {rounds[-1].round} is its last whole one" if rounds else "no whole round"
+    # A sweep notes beside the rounds why a trial ended without a result.
+    for name, word in (("failure", "failed"), ("stop", "stopped by the scheduler")):
+        note = store.objects.get(f"trials/{trial}/{name}.json")
+        if note is not None:
+            cause = _cause_of(note)
+            return f"{word}{f': {cause}' if cause else ''}; {done}"
+    return f"stopped; {done}"
+
+
+def _cause_of(note: bytes) -> str:
+    try:
+        return str(json.loads(note).get("cause", ""))
+    except (ValueError, AttributeError):
+        return ""
+
+
+def _list_versions(results: Results) -> list[str]:
+    table = results.table
+    names = [name for name in table.column_names if name.startswith("versions.")]
+    if not names:
+        return []
+    found = table.select(names).group_by(names).aggregate([]).to_pylist()
+    return sorted(
+        ", ".join(f"{name.partition('.')[2]} {value}" for name, value in row.items() if value)
+        for row in found
+    )
+
+
+# -- a workload ------------------------------------------------------------------------------------
+
+
+def _fill_section(
+    section: Section, stores: Mapping[str, Store], files: dict[str, bytes], left_out: list[str]
+) -> None:
+    curves = section.curves
+    styles = style_curves(curves.curves)
+    salt = f"w{section.number}"
+    section.close_ups, omitted = look_closely(curves, stores)
+    left_out += omitted
+    targets = [close_up.target for close_up in section.close_ups]
+    targets = targets or pick_targets(curves.curves, 3)
+
+    def add(name: str, title: str, plot: Plot | None, alt: str, caption: str) -> None:
+        if plot is not None:
+            file = f"{name}.png" if section.number == 1 else f"{name}-{section.number}.png"
+            files[file] = plot.png
+            # Made by this package, with every name in it escaped.
+            wide, narrow = Markup(plot.wide), Markup(plot.narrow)
+            section.figures.append(Figure(file, title, alt, caption, wide, narrow))
+
+    words = _word_figures(curves, targets)
+    plot: Plot | None = plots.plot_accuracy(curves, styles, salt)
+    add("accuracy", "Accuracy against sparsity", plot, *words["accuracy"])
+    plot = plots.plot_tradeoffs(curves, styles, salt)
+    add("tradeoffs", "Accuracy against size and arithmetic", plot, *words["tradeoffs"])
+    plot = plots.plot_rounds(curves, targets, styles, salt)
+    add("rounds", "Training over the rounds", plot, *words["rounds"])
+    if section.close_ups:
+        plot = plots.plot_layers(section.close_ups, styles, salt)
+        add("layers", "Sparsity by layer", plot, *words["layers"])
+    if any(close_up.overlaps for close_up in section.close_ups):
+        plot = plots.plot_overlaps([c for c in section.close_ups if c.overlaps], salt)
+        add("overlaps", "Overlap of the masks", plot, *words["overlaps"])
+    plot = plots.plot_cost(curves, targets, salt)
+    add("cost", "Cost of each point", plot, *words["cost"])
+
+    pairs = [(curve, point) for curve in curves.curves for point in curve.points]
+    front = {id(point) for _, point in curves.front}
+    section.rows = pairs
+    if len(pairs) > _MOST_POINTS:
+        ranked = sorted(pairs, key=lambda pair: (id(pair[1]) not in front, -pair[1].accuracy.mean))
+        kept = {id(point) for _, point in ranked[:_MOST_POINTS]}
+        section.rows = [pair for pair in pairs if id(pair[1]) in kept]
+        left_out.append(
+            f"table of points: {len(pairs) - _MOST_POINTS} of {len(pairs)}; the front and the most "
+            "accurate are there"
+        )
+    trials = [(curve, trial) for curve, point in pairs for trial in point.trials]
+    trials.sort(key=lambda pair: (-pair[1].final.accuracy, pair[1].trial_id))
+    if len(trials) > _MOST_TRIALS:
+        left_out.append(
+            f"table of trials: {len(trials) - _MOST_TRIALS:,} of {len(trials):,}; the most "
+            "accurate are there, and gbp-ray results --csv lists all"
+        )
+    section.trials = trials[:_MOST_TRIALS]
+    _add_recipes(section, stores, files, left_out)
+
+
+def _add_recipes(
+    section: Section, stores: Mapping[str, Store], files: dict[str, bytes], left_out: list[str]
+) -> None:
+    """Writes a job file per curve, and finds the command of each listed trial from it.
+
+    A command is given only if the job that it makes has the id of the trial on record.
+    """
+    jobs: dict[int, tuple[Recipe, JobConfig] | None] = {}
+    for curve, trial in section.trials:
+        if id(curve) not in jobs:
+            if len(jobs) == _MOST_JOBS:
+                left_out.append(f"job files of curves beyond {_MOST_JOBS}")
+            jobs[id(curve)] = (
+                _make_recipe(section, curve, stores, len(jobs) + 1)
+                if len(jobs) < _MOST_JOBS
+                else None
+            )
+            if made := jobs[id(curve)]:
+                section.recipes.append(made[0])
+                files[made[0].file] = made[0].text.encode()
+        made = jobs[id(curve)]
+        if made is None:
+            continue
+        overrides = {"prune.sparsity": trial.target, "seed": trial.seed}
+        try:
+            is_same = trial_id(load_job(made[1], overrides)) == trial.trial_id
+        except ConfigError:
+            is_same = False
+        if is_same:
+            settings = " ".join(f"--set {name}={value}" for name, value in overrides.items())
+            command = f"gbp-ray prune {made[0].file} {settings}"
+            section.commands[trial.job, trial.trial_id] = command
+
+
+def _make_recipe(
+    section: Section, curve: Curve, stores: Mapping[str, Store], number: int
+) -> tuple[Recipe, JobConfig] | None:
+    trial = curve.points[-1].trials[0]
+    try:
+        record = stores[trial.job].read_trial(trial.trial_id)
+        if record is None:
+            return None
+        tree = record.job.model_dump(
+            mode="json", exclude_defaults=True, exclude=_OUTSIDE, exclude_none=True
+        )
+        text = tomli_w.dumps(tree)
+        job = JobConfig.model_validate(tomllib.loads(text))
+    except (StoreError, TypeError, ValueError):
+        # What TOML cannot say, or what this version would refuse, has no command to show.
+        return None
+    stem = re.sub(r"[^a-z0-9]+", "-", curve.label.lower()).strip("-")[:40] or "job"
+    file = f"jobs/{section.number}-{number:02d}-{stem}.toml"
+    return Recipe(curve.label, file, text), job
+
+
+# -- words of the figures --------------------------------------------------------------------------
+
+
+def _word_figures(curves: WorkloadCurves, targets: Sequence[float]) -> dict[str, tuple[str, str]]:
+    """Says of each figure what it shows (for those who cannot see it) and how to read it."""
+    names = ", ".join(curve.label for curve in curves.curves[:8])
+    more = len(curves.curves) - 8
+    names += f" and {more} more" if more > 0 else ""
+    best = []
+    for target in targets:
+        points = [(c.label, p) for c in curves.curves if (p := c.at(target))]
+        if points:
+            label, point = max(points, key=lambda pair: pair[1].accuracy.mean)
+            best.append(f"{label} with {_percent(point.accuracy)} at sparsity {100 * target:.4g} %")
+    found = f"Best: {'; '.join(best)}. Dense: {_percent(curves.dense)}."
+    is_spread = any(p.accuracy.num > 1 for c in curves.curves for p in c.points)
+    spread = (
+        "Bars are one sample standard deviation over seeds."
+        if is_spread
+        else "One seed: there are no deviations to show."
+    )
+    on_the_way = [curve for curve in curves.curves if curve.on_the_way]
+    way = ""
+    if on_the_way:
+        own = [curve.has_own_schedules for curve in on_the_way]
+        way = (
+            " Hollow marks are earlier rounds of the sparsest trials"
+            + (
+                ", each with a learning-rate schedule of its own: comparable, though pruned in "
+                "fewer rounds."
+                if all(own)
+                else ", measured before the learning rate had come down: lower bounds, not "
+                "comparable with last rounds."
+                if not any(own)
+                else "; comparable only where each round has a learning-rate schedule of its own."
+            )
+            + " They are no part of the front."
+        )
+    front = (
+        " Rings mark the Pareto front: no other point is as sparse and as accurate."
+        if len(curves.front) > 1
+        else ""
+    )
+    at = ", ".join(f"{100 * target:.4g} %" for target in targets)
+    return {
+        "accuracy": (
+            f"Test accuracy against sparsity of {names}. {found}",
+            f"{spread}{front}{way}",
+        ),
+        "tradeoffs": (
+            f"Test accuracy against compression and theoretical speed-up of {names}. {found}",
+            "Compression counts every parameter of the model; the speed-up counts multiply-adds "
+            f"and is theory, not a measured time. {spread}",
+        ),
+        "rounds": (
+            f"Test accuracy and loss after each round of {names}, for trials to sparsity {at}.",
+            "Lines are means over seeds, bands one sample standard deviation. Dotted: accuracy "
+            "before the round's fine-tuning; training loss of the fine-tuning.",
+        ),
+        "layers": (
+            f"Sparsity of each layer after the last round of {names}, at sparsity {at}; the "
+            "numbers are in the table below.",
+            "Layers from the input, top, to the output; means over seeds.",
+        ),
+        "overlaps": (
+            f"Matrix of the overlap of kept weights between {names}, at sparsity {at}; the numbers "
+            "are in the table below.",
+            "Kept weights in common over those that either keeps. Off the diagonal: two curves, "
+            "the same seed. On it: two seeds of one curve. The table gives the overlap of random "
+            "masks with the same layers' sparsities beside it.",
+        ),
+        "cost": (
+            f"Worker-seconds by phase of each point of {names}.",
+            "Seconds of each phase on record, over all rounds, times the workers; the mean over "
+            "seeds. Start-up and waiting are not in it.",
+        ),
+    }
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gbp_ray", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": _percent,
+        "points": lambda spread: _spread(spread, lambda value: f"{100 * value:+.2f}", 100),
+        "times": lambda spread: _spread(spread, lambda v: f"{v:.2f}x", 1, is_quiet=True),
+        "sparsity": lambda spread: _spread(spread, lambda v: f"{100 * v:.2f}", 100, is_quiet=True),
+        "plain": lambda spread: _spread(spread, lambda value: f"{value:.4f}", 1),
+        "seconds": lambda spread: f"{spread.mean:,.1f}",
+        "share": lambda value: f"{100 * value:.4g} %",
+        "percent_of": lambda value: f"{100 * value:.2f}",
+        "count": lambda value: f"{value:,.0f}",
+        "without_sign": lambda text: text.removesuffix(" %"),
+        "within_a_point": _find_within_a_point,
+        "spent": lambda curves: sum(sum(t.worker_seconds.values()) for t in curves.trials),
+        "is_on_front": lambda curves, point: any(point is other for _, other in curves.front),
+        "curve_labels": lambda layers: list(dict.fromkeys(name for s in layers for name in s)),
+    }
+    return environment.get_template("page.html.j2")
+
+
+def _find_within_a_point(curves: WorkloadCurves) -> tuple[Curve, Point] | None:
+    """Finds the sparsest point that loses no more than a percentage point of accuracy."""
+    pairs = [(c, p) for c in curves.curves for p in c.points if p.drop.mean >= -0.01]
+    return max(pairs, key=lambda pair: pair[1].sparsity.mean) if pairs else None
+
+
+def _percent(spread: Spread | None) -> str:
+    """Writes a share as a percentage with its deviation."""
+    return _spread(spread, lambda value: f"{100 * value:.2f}", 100) + (" %" if spread else "")
+
+
+def _spread(
+    spread: Spread | None, write: Callable[[float], str], scale: float, *, is_quiet: bool = False
+) -> str:
+    """Writes a mean and its deviation; a quiet one is left out where it would read as zero."""
+    if spread is None:
+        return ""
+    if spread.deviation is None:
+        return write(spread.mean)
+    digits = len(write(spread.mean).rstrip("x").rpartition(".")[2])
+    deviation = f"{scale * spread.deviation:.{digits}f}"
+    if is_quiet and not float(deviation):
+        return write(spread.mean)
+    return f"{write(spread.mean)} ± {deviation}"
+
+
+# -- the folder ------------------------------------------------------------------------------------
+
+
+def _check_folder(to: str | Path) -> Path:
+    """Makes sure before any work that a report may be written there."""
+    if "://" in str(to):
+        raise ConfigError(f"--to = '{to}': must be a folder; copy the report from there")
+    folder = Path(to).expanduser().absolute()
+    try:
+        if not folder.exists():
+            return folder
+        if not folder.is_dir():
+            raise ConfigError(f"--to = '{to}': is a file; give another folder")
+        foreign = _list_files(folder) - _earlier_files(folder)
+    except OSError as error:
+        raise StoreError(f"--to = '{to}': cannot be read: {error.strerror}") from None
+    if foreign:
+        raise ConfigError(
+            f"--to = '{to}': holds '{min(foreign)}', which is of no earlier report; give another "
+            "folder"
+        )
+    return folder
+
+
+def _list_files(folder: Path) -> set[str]:
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
+
+
+def _earlier_files(folder: Path) -> set[str]:
+    try:
+        with (folder / _PAGE).open("rb") as file:
+            mark = _MARK.search(file.read(20_000).decode(errors="replace"))
+    except OSError:
+        return set()
+    return set(mark[1].split()) if mark else set()
+
+
+def _publish(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes all files aside, then moves them into place, the page last."""
+    aside = None
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = _earlier_files(folder)
+        aside = Path(tempfile.mkdtemp(prefix=".report-", dir=folder))
+        for name, data in files.items():
+            path = aside / name
+            path.parent.mkdir(exist_ok=True)
+            with path.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for name in sorted(files, key=lambda name: name == _PAGE):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (aside / name).replace(folder / name)
+        for name in earlier - set(files):
+            (folder / name).unlink(missing_ok=True)
+        is_new = False
+    except OSError as error:
+        raise StoreError(f"'{folder}': cannot be written: {error.strerror}") from None
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+        if is_new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
