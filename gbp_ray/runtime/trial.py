@@ -360,13 +360,41 @@ def _ray_session(cluster: ClusterConfig, is_debug: bool) -> Iterator[None]:
         options |= {"num_cpus": max(cores, cluster.max_workers + 1), "include_dashboard": False}
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
-        _start_ray(cluster, options, is_debug)
+        try:
+            with _interrupts_deferred():
+                _start_ray(cluster, options, is_debug)
+        except SystemExit:
+            # Ray's own handler of SIGTERM has ended what was started; ours says the rest.
+            signal.signal(signal.SIGTERM, on_terminate)
+            signal.raise_signal(signal.SIGTERM)
+            raise
         if threading.current_thread() is threading.main_thread():
             # Ray's own handler aborts the process and leaves its workers behind.
             signal.signal(signal.SIGTERM, on_terminate)
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Lets Ctrl-C wait for the end of the block: a half-started Ray leaves processes behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    num_interrupts = 0
+
+    def count(number: int, frame: object) -> None:
+        nonlocal num_interrupts
+        num_interrupts += 1
+
+    before = signal.signal(signal.SIGINT, count)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if num_interrupts:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _start_ray(cluster: ClusterConfig, options: dict[str, Any], is_debug: bool) -> None:

@@ -122,7 +122,8 @@ def test_a_trial_outlives_a_lost_machine_and_every_end_of_a_worker(
     assert (tmp_path / "groups").read_text().split() == ["3", "2", "2", "2", "2"]
     for number, what in enumerate(
         (
-            r"lost together with its machine",
+            # What Ray has learnt of a lost machine by then differs.
+            r"worker \d (is out of reach|was lost|was killed)",
             r"worker 1 was killed, perhaps for memory",
             r"worker 1 made no progress for [23]\d s after .* at unlucky_workload.py:\d+ in meet",
             r"worker 1 did not answer for [23]\d s \(its process was stopped",
