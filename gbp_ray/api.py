@@ -8,24 +8,35 @@ model, masks = result.load_model(), result.load_masks()
 
 from __future__ import annotations
 
-import platform
 import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from gbp_ray.config import JobConfig, find_idle_options, load_job, trial_id
-from gbp_ray.errors import ConfigError, StoreError
+from gbp_ray.config import JobConfig, SweepConfig, expand, find_idle_options, load_job, trial_id
+from gbp_ray.errors import StoreError, TrialError
+from gbp_ray.index import read_index
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import check_job, load_weights
-from gbp_ray.runtime.progress import ProgressBoard
+from gbp_ray.results import Results, open_results
+from gbp_ray.runtime.plans import (
+    Answer,
+    Bisection,
+    Feeder,
+    Outcome,
+    Plan,
+    Sparsities,
+    TrialList,
+    spread,
+)
+from gbp_ray.runtime.progress import ProgressBoard, SweepBoard
+from gbp_ray.runtime.shared import dense_origin
+from gbp_ray.runtime.solo import finish_trial, own_device
 from gbp_ray.runtime.worker import work_trial
 from gbp_ray.store import RoundRecord, Store, TrialRecord, locate_jobs, locate_trials
 from gbp_ray.workload import (
@@ -35,7 +46,7 @@ from gbp_ray.workload import (
     load_workload,
 )
 
-__all__ = ["PruneResult", "open_result", "prune"]
+__all__ = ["PruneResult", "SweepResult", "open_result", "prune", "sweep"]
 
 
 @dataclass(frozen=True)
@@ -112,13 +123,12 @@ def prune(
     Raises:
         GbpError: One line that names the field, what is allowed and what to do.
     """
-    import_paths = [str(Path.cwd())]
-    if isinstance(job, (str, Path)):
-        import_paths.append(str(Path(job).resolve().parent))
-    add_import_paths(import_paths)
+    import_paths = _add_import_paths(job)
     job = load_job(job, overrides)
-    for key, reason in find_idle_options(job):
-        warnings.warn(f"{key} has no effect with {reason}", stacklevel=2)
+    if job.sweep != SweepConfig():
+        warnings.warn("sweep has no effect on a single prune; gbp-ray sweep runs it", stacklevel=2)
+        job = job.model_copy(update={"sweep": SweepConfig()})
+    _warn_of_idle_options(job)
     store, name = Store(job.storage, job.name), trial_id(job)
     finished = store.read_trial(name)
     if finished is not None:
@@ -127,13 +137,7 @@ def prune(
     started = time.monotonic()
     with ProgressBoard(is_quiet) as board:
         check_job(job, load_workload(job.workload))
-        for key, plug_in in _plug_ins(job):
-            if shadowed := find_shadowed_module(plug_in, import_paths[-1]):
-                warnings.warn(
-                    f"{key} = {plug_in}: module {shadowed}; rename yours, or start a new process "
-                    "if another job brought it in",
-                    stacklevel=2,
-                )
+        _warn_of_shadowed_modules(job, import_paths)
         store.claim(job)
         with store.hold(name) as lease:
             # Whoever held it before may have finished the trial.
@@ -141,8 +145,175 @@ def prune(
             if record is None:
                 _run_rounds(job, store, import_paths, board, is_debug=is_debug)
                 lease.check()
-                record = _finish(job, store, time.monotonic() - started)
+                record = finish_trial(job, store, time.monotonic() - started)
     return PruneResult(record, store.trial_uri(name))
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A sweep that has ended.
+
+    Attributes:
+        uri: Where the job's results lie.
+        outcomes: How each trial ended: finished, stopped by the scheduler, or failed and why.
+        answers: With a target, the largest sparsity for each combination.
+        seconds: What this run took.
+    """
+
+    uri: str
+    outcomes: tuple[Outcome, ...]
+    answers: tuple[Answer, ...]
+    seconds: float
+
+    @property
+    def results(self) -> Results:
+        """The rounds of the finished trials, as `open_results` gives them."""
+        return open_results(self.uri).of_trials(o.trial_id for o in self.by_state("finished"))
+
+    @property
+    def num_new(self) -> int:
+        """How many trials this run has worked on."""
+        return sum(outcome.is_new for outcome in self.outcomes)
+
+    def by_state(self, state: str) -> list[Outcome]:
+        """Lists the trials that ended so: finished, stopped or failed."""
+        return [outcome for outcome in self.outcomes if outcome.state == state]
+
+
+def sweep(
+    job: JobConfig | str | Path,
+    overrides: Mapping[str, Any] | list[str] | None = None,
+    *,
+    is_quiet: bool = False,
+    is_debug: bool = False,
+) -> SweepResult:
+    """Runs the trials that a job's [sweep] spans; those that have ended answer at once.
+
+    Args:
+        job: A checked job or the path of a TOML file.
+        overrides: Dotted keys to values, applied before the check.
+        is_quiet: Shows no progress.
+        is_debug: Lets Ray's own output through.
+
+    Raises:
+        GbpError: The job is wrong, the storage does not work, Ray does not start, or all trials
+            failed; one that fails among others is an outcome.
+    """
+    started = time.monotonic()
+    import_paths = _add_import_paths(job)
+    job = load_job(job, overrides)
+    _warn_of_idle_options(job)
+    trials = expand(job)
+    store = Store(job.storage, job.name)
+    known = _Known(store, job.sweep)
+    plan = _plan(job, trials, known)
+    feeder = Feeder(plan, known)
+    with SweepBoard(is_quiet, job.sweep.metric) as board:
+        first = feeder.next()
+        values = ((o.trial_id, getattr(o, job.sweep.metric)) for o in feeder.outcomes.values())
+        board.begin(plan.total, values)
+        if first is not None:
+            feeder.put_back(first)
+            store.preflight()
+            # What ails all trials is better said once; the others are checked as they start.
+            check_job(first, load_workload(first.workload))
+            _warn_of_shadowed_modules(first, import_paths)
+            store.claim(first)
+            # Ray takes seconds to import, and a sweep that has ended does not need it.
+            from gbp_ray.runtime.sweep import run_sweep
+
+            board.note(f"{job.name}  starting Ray")
+            run_sweep(job, feeder, import_paths, board, is_debug=is_debug)
+    order = {trial_id(trial): number for number, trial in enumerate(trials)}
+    outcomes = sorted(
+        feeder.outcomes.values(), key=lambda o: (order.get(o.trial_id, -1), o.trial_id)
+    )
+    _refuse_failure_of_all(job, outcomes)
+    return SweepResult(
+        uri=store.uri,
+        outcomes=tuple(outcomes),
+        answers=tuple(plan.answers()) if isinstance(plan, Bisection) else (),
+        seconds=time.monotonic() - started,
+    )
+
+
+class _Known:
+    """Finds how trials ended before: from the index, in two requests, and the stops on record."""
+
+    def __init__(self, store: Store, sweep: SweepConfig) -> None:
+        table, _ = read_index(store.objects)
+        phases = [name for name in table.column_names if name.startswith("seconds.")]
+        columns = ["trial_id", "round", "is_final", "accuracy", "loss", *phases]
+        # Folders are listed, too, since results may have been removed by hand.
+        self._there = set(store.objects.list_folders("trials/"))
+        self._rounds: dict[str, list[dict[str, Any]]] = {}
+        for row in table.select(columns).to_pylist():
+            self._rounds.setdefault(row["trial_id"], []).append(row)
+        # Without a scheduler nothing is weak, and what was stopped goes on.
+        stops = [] if sweep.scheduler == "fifo" else store.list_unfinished("stopped.json")
+        self._stops = {name: store.read_stop(name) for name in stops}
+        self._store = store
+
+    def __call__(self, job: JobConfig) -> Outcome | None:
+        name = trial_id(job)
+        if name not in self._there:
+            return None
+        if (rows := self._rounds.get(name)) is not None:
+            spent_s = sum(
+                v or 0 for row in rows for k, v in row.items() if k.startswith("seconds.")
+            )
+            return self._outcome(job, "finished", rows[0], rows[-1], spent_s)
+        if (stop := self._stops.get(name)) is not None:
+            records = self._store.read_rounds(name)
+            rows = [record.model_dump() for record in records[: stop.round + 1]]
+            spent_s = sum(sum(record.seconds.values()) for record in records)
+            return self._outcome(job, "stopped", rows[0], rows[-1], spent_s)
+        return None
+
+    def _outcome(
+        self,
+        job: JobConfig,
+        state: Any,
+        dense: dict[str, Any],
+        last: dict[str, Any],
+        spent_s: float,
+    ) -> Outcome:
+        return Outcome(
+            trial_id=trial_id(job),
+            job=job,
+            state=state,
+            round=last["round"],
+            accuracy=last["accuracy"],
+            loss=last["loss"],
+            dense_accuracy=dense["accuracy"],
+            seconds=spent_s * max(1, job.cluster.num_workers),
+            is_new=False,
+        )
+
+
+def _plan(job: JobConfig, trials: list[JobConfig], known: _Known) -> Plan:
+    if job.sweep.target.max_drop is not None:
+        return Bisection(trials, Sparsities(job))
+    groups = {trial_id(trial): _dense_group(trial) for trial in trials}
+    # What is known first, so that the board starts from there.
+    return TrialList(sorted(spread(trials, groups), key=lambda trial: known(trial) is None))
+
+
+def _dense_group(job: JobConfig) -> str | None:
+    origin = dense_origin(job)
+    return None if origin is None else str(origin)
+
+
+def _refuse_failure_of_all(job: JobConfig, outcomes: list[Outcome]) -> None:
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    if failed and len(failed) == len(outcomes):
+        cause = failed[0].cause
+        raise TrialError(
+            f"sweep: all {len(failed)} trials failed, {failed[0].trial_id} with: {cause}",
+            trial_id=failed[0].trial_id,
+            rank=None,
+            cause=cause,
+        )
 
 
 def open_result(uri: str | Path) -> PruneResult:
@@ -176,7 +347,7 @@ def _run_rounds(
     if job.cluster.num_workers == 0:
         work_trial(
             job,
-            Ranks(device=_own_device(job)),
+            Ranks(device=own_device(job)),
             tell=board.show,
             round_done=lambda record: board.show_round(name, record),
         )
@@ -188,41 +359,26 @@ def _run_rounds(
         run_trial(job, import_paths, board, is_debug=is_debug)
 
 
-def _finish(job: JobConfig, store: Store, seconds: float) -> TrialRecord:
-    name = trial_id(job)
-    rounds = store.read_rounds(name)
-    if len(rounds) != job.prune.rounds + 1:
-        raise StoreError(
-            f"storage: round {len(rounds)} vanished from '{store.trial_uri(name)}'; is another "
-            "process running this job? Run the job again when it has ended"
-        )
-    record = TrialRecord(
-        trial_id=name,
-        job=job,
-        rounds=tuple(rounds),
-        seconds=round(seconds, 1),
-        num_workers=job.cluster.num_workers,
-        versions=_versions(),
-    )
-    store.write_trial(record)
-    return record
+def _add_import_paths(job: JobConfig | str | Path | None) -> list[str]:
+    """Makes the modules beside the job file and in the working folder importable."""
+    import_paths = [str(Path.cwd())]
+    if isinstance(job, (str, Path)):
+        import_paths.append(str(Path(job).resolve().parent))
+    add_import_paths(import_paths)
+    return import_paths
 
 
-def _plug_ins(job: JobConfig) -> list[tuple[str, str]]:
+def _warn_of_idle_options(job: JobConfig) -> None:
+    for key, reason in find_idle_options(job):
+        warnings.warn(f"{key} has no effect with {reason}", stacklevel=3)
+
+
+def _warn_of_shadowed_modules(job: JobConfig, import_paths: list[str]) -> None:
     named = [("workload.factory", job.workload.factory), ("prune.criterion", job.prune.criterion)]
-    return [(key, name) for key, name in named if ":" in name]
-
-
-def _own_device(job: JobConfig) -> torch.device:
-    if not job.cluster.use_gpu:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            "cluster.use_gpu = true: this machine has no CUDA device; set it to false"
-        )
-    return torch.device("cuda")
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("gbp-ray", "torch", "ray", "numpy")}
-    return {"python": platform.python_version(), **packages, "machine": platform.machine()}
+    for key, plug_in in named:
+        if ":" in plug_in and (shadowed := find_shadowed_module(plug_in, import_paths[-1])):
+            warnings.warn(
+                f"{key} = {plug_in}: module {shadowed}; rename yours, or start a new process "
+                "if another job brought it in",
+                stacklevel=3,
+            )

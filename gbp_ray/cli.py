@@ -472,7 +472,7 @@ def fields(
     if not rows:
         raise ConfigError(
             f"SECTION = '{section}': no such section (allowed: workload, pretrain, prune, "
-            "finetune, cluster)"
+            "finetune, cluster, sweep)"
         )
     if as_json:
         keys = ("field", "default", "description")

@@ -7,21 +7,23 @@ paths and the nearest valid name.
 
 from __future__ import annotations
 
-import difflib
+import copy
 import hashlib
 import json
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from gbp_ray.address import S3Address
 from gbp_ray.errors import ConfigError
+from gbp_ray.sections import Section, dotted, explain_faults, nearest_name
+from gbp_ray.space import SweepConfig, TargetConfig, first_values, span
 
 __all__ = [
     "CRITERIA",
@@ -33,8 +35,11 @@ __all__ = [
     "PretrainConfig",
     "PruneConfig",
     "Recipe",
+    "SweepConfig",
+    "TargetConfig",
     "WorkloadConfig",
     "describe_fields",
+    "expand",
     "find_idle_options",
     "load_job",
     "nearest_name",
@@ -60,19 +65,12 @@ CRITERIA = (
 
 _PLUG_IN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _PATTERN_N_M = re.compile(r"(\d+):(\d+)")
-_TRAINING_KEYS_OUTSIDE_IDENTITY = {"name", "storage", "cluster"}
-_LAYER_BOUNDS = ("layer_min_sparsity", "layer_max_sparsity")
+_TRAINING_KEYS_OUTSIDE_IDENTITY = {"name", "storage", "cluster", "sweep"}
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class WorkloadConfig(_Section):
+class WorkloadConfig(Section):
     """What is pruned: a model with its data."""
 
     factory: str
@@ -105,7 +103,7 @@ class WorkloadConfig(_Section):
         return plain
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """How weights are trained; pretrain and finetune each have one."""
 
     epochs: float = Field(0.0, ge=0.0, le=1e6)
@@ -146,7 +144,7 @@ class PretrainConfig(Recipe):
     """Training of the dense network before the first round; epochs = 0 takes it as built."""
 
 
-class DistillationConfig(_Section):
+class DistillationConfig(Section):
     """Fine-tuning that learns from the dense network's outputs beside the labels."""
 
     weight: Fraction = 0.0
@@ -163,7 +161,7 @@ class FinetuneConfig(Recipe):
     distillation: DistillationConfig = DistillationConfig()
 
 
-class PruneConfig(_Section):
+class PruneConfig(Section):
     """What is removed, and by which rule."""
 
     criterion: str
@@ -260,7 +258,7 @@ class PruneConfig(_Section):
         return (int(match[1]), int(match[2])) if match else None
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """Where the job runs. Nothing here changes the result."""
 
     num_workers: int = Field(1, ge=0)
@@ -276,7 +274,7 @@ class ClusterConfig(_Section):
     """Ray cluster to join; None starts a private one on this machine."""
 
 
-class JobConfig(_Section):
+class JobConfig(Section):
     """One whole job."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -291,6 +289,7 @@ class JobConfig(_Section):
     prune: PruneConfig
     finetune: FinetuneConfig = FinetuneConfig()
     cluster: ClusterConfig = ClusterConfig()
+    sweep: SweepConfig = SweepConfig()
 
     @field_validator("storage")
     @classmethod
@@ -347,17 +346,59 @@ def load_job(
         overrides = dict(_split_override(item) for item in overrides)
     for key, value in (overrides or {}).items():
         _set_dotted(tree, key, value)
+    _fill_in(tree)
     try:
         return JobConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError("; ".join(explain_faults(error, JobConfig))) from None
+
+
+def expand(job: JobConfig) -> list[JobConfig]:
+    """Lists the trials of a sweep, each a whole job of its own; equal ones once.
+
+    With a target each stands for a search, and has the highest sparsity of it.
+
+    Raises:
+        ConfigError: Some are refused by the schema; one line that lists every fault once.
+    """
+    target = job.sweep.target
+    sparsities: list[float | None] = [None]
+    if target.max_drop is not None:
+        sparsities = [max(target.lowest, target.tolerance), target.highest]
+    tree = job.model_dump(mode="json", exclude_unset=True, exclude={"sweep"})
+    trials: dict[str, JobConfig] = {}
+    faults: dict[str, None] = {}
+    num_refused = 0
+    try:
+        points = span(job.sweep, job.seed, _takes_whole_numbers)
+    except ValueError as error:
+        raise ConfigError(f"sweep.space: {error}") from None
+    for point in points:
+        for sparsity in sparsities:
+            one = copy.deepcopy(tree)
+            extra = {} if sparsity is None else {"prune.sparsity": sparsity}
+            for key, value in {**point, **extra}.items():
+                _set_dotted(one, key, value)
+            try:
+                trial = JobConfig.model_validate(one)
+            except ValidationError as error:
+                faults |= dict.fromkeys(explain_faults(error, JobConfig))
+                num_refused += 1
+                break
+        else:
+            trials[trial_id(trial)] = trial
+    if faults:
+        raise ConfigError(
+            f"sweep.space: {num_refused} of {len(points)} trials are refused: {'; '.join(faults)}"
+        )
+    return list(trials.values())
 
 
 def trial_id(job: JobConfig) -> str:
     """Names a trial by what decides its result, like "taylor-s0.90-r5-3f9c1a2b".
 
     The hash covers the non-default fields alone, so that a new field with a default keeps old
-    names; `name`, `storage` and `cluster` are left out because they do not change the result.
+    names; `name`, `storage`, `cluster` and `sweep` are left out: they do not change the result.
     """
     identity = job.model_dump(
         mode="json", exclude_defaults=True, exclude=_TRAINING_KEYS_OUTSIDE_IDENTITY
@@ -419,12 +460,6 @@ def find_idle_options(job: JobConfig) -> list[tuple[str, str]]:
     return idle
 
 
-def nearest_name(name: str, allowed: tuple[str, ...] | list[str]) -> str:
-    """Words a suggestion: ", did you mean 'taylor'?", or nothing where none is near."""
-    near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
-    return f", did you mean '{near[0]}'?" if near else ""
-
-
 def describe_fields() -> list[tuple[str, str, str]]:
     """Lists every field as (dotted key, default, description), in the order of the file."""
     rows: list[tuple[str, str, str]] = []
@@ -442,6 +477,35 @@ def describe_fields() -> list[tuple[str, str, str]]:
 
     walk(JobConfig, "")
     return rows
+
+
+def _takes_whole_numbers(key: str) -> bool | None:
+    section: type[BaseModel] = JobConfig
+    *parents, last = key.split(".")
+    for part in parents:
+        field = section.model_fields.get(part)
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return None
+        section = inner
+    field = section.model_fields.get(last)
+    return field is not None and field.annotation in (int, int | None)
+
+
+def _fill_in(tree: dict[str, Any]) -> None:
+    """Gives a job what it leaves to its sweep, so that a field that varies is written once."""
+    sweep = tree.get("sweep")
+    if not isinstance(sweep, dict):
+        return
+    missing = first_values(sweep.get("space"))
+    if isinstance(target := sweep.get("target"), dict) and "max_drop" in target:
+        missing["prune.sparsity"] = target.get("highest", TargetConfig().highest)
+    for key, value in missing.items():
+        node: Any = tree
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        if node is None:
+            _set_dotted(tree, key, value)
 
 
 def _as_toml(value: object) -> str:
@@ -491,64 +555,6 @@ def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"{_dotted(key.split('.'))}: {parent!r} is a value, not a section")
+            raise ConfigError(f"{dotted(key.split('.'))}: {parent!r} is a value, not a section")
         node = child
     node[last] = value
-
-
-def _explain(error: ValidationError) -> str:
-    texts = [_explain_fault(dict(fault)) for fault in error.errors(include_url=False)]
-    # The branches of a union each find their own fault in one value.
-    return "; ".join(dict.fromkeys(texts))
-
-
-def _explain_fault(fault: dict[str, Any]) -> str:
-    where = _dotted(fault["loc"])
-    given, kind, context = fault["input"], fault["type"], fault.get("ctx", {})
-    if (bound := next((n for n in fault["loc"] if n in _LAYER_BOUNDS), None)) and (
-        fault["loc"][-1] != bound
-    ):
-        where = f"prune.{bound}"
-        return f"{where}: must be a number, or a table of name globs with a number each"
-    if kind == "extra_forbidden":
-        section = _section_at(fault["loc"][:-1])
-        assert section is not None
-        names = list(section.model_fields)
-        return (
-            f"{where}: no such key{nearest_name(str(fault['loc'][-1]), names)} "
-            f"(allowed: {', '.join(names)})"
-        )
-    if kind == "missing":
-        return f"{where}: is required"
-    if kind == "literal_error":
-        allowed = re.findall(r"'([^']*)'", context["expected"])
-        return (
-            f"{where} = {given!r}: not allowed{nearest_name(str(given), allowed)} "
-            f"(allowed: {', '.join(allowed)})"
-        )
-    if kind == "value_error":
-        messages = [str(message) for message in context["error"].args]
-        if _section_at(fault["loc"]) is not None:
-            return "; ".join(f"{where}.{message}" if where else message for message in messages)
-        return f"{where} = {given!r}: {'; '.join(messages)}"
-    reason = fault["msg"].removeprefix("Input ")
-    return f"{where} = {given!r}: {reason}"
-
-
-def _dotted(path: Iterable[int | str]) -> str:
-    """Joins a path as TOML writes it: what is no bare key gets quotes."""
-    return ".".join(
-        str(part) if re.fullmatch(r"[\w-]+", str(part)) else json.dumps(part) for part in path
-    )
-
-
-def _section_at(path: tuple[int | str, ...]) -> type[BaseModel] | None:
-    """Finds the section that a path leads to, or None where it leads to a value."""
-    section: type[BaseModel] = JobConfig
-    for part in path:
-        field = section.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return None
-        section = inner
-    return section

@@ -66,8 +66,8 @@ _SCHEMA = pa.schema(
         ("trial_seconds", pa.float64()),
     ]
 )
-# Where a result lies is no part of it, and it may have been moved.
-_OUTSIDE = ("storage",)
+# Where a result lies and which sweep made it are no part of it; it may have been moved.
+_OUTSIDE = ("storage", "sweep")
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")

@@ -27,10 +27,13 @@ from gbp_ray.objects import Objects
 
 __all__ = [
     "CostRecord",
+    "FailureRecord",
     "FileRecord",
     "JobRecord",
     "LayerRecord",
     "RoundRecord",
+    "SharedRecord",
+    "StopRecord",
     "TrialRecord",
     "parse_record",
     "read_record",
@@ -154,6 +157,30 @@ class TrialRecord(_Record):
     def final(self) -> RoundRecord:
         """The network after the last round."""
         return self.rounds[-1]
+
+
+class FailureRecord(_Record):
+    """Why a trial of a sweep ended without a result; the next sweep tries it again."""
+
+    trial_id: str
+    cause: str
+    round: int | None = None
+
+
+class StopRecord(_Record):
+    """Where a scheduler ended a trial that was weaker than others; only "fifo" goes on with it."""
+
+    trial_id: str
+    round: int
+    scheduler: str
+
+
+class SharedRecord(_Record):
+    """Files that several trials use, and what they were made from."""
+
+    files: dict[str, FileRecord]
+    origin: dict[str, Any]
+    round: RoundRecord | None = None
 
 
 class JobRecord(_Record):

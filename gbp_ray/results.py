@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,12 @@ class Results:
     def final(self) -> Results:
         """Keeps the last round of each trial."""
         return Results(self._uri, self._stores, self.table.filter(self.table["is_final"]))
+
+    def of_trials(self, trial_ids: Iterable[str]) -> Results:
+        """Keeps the rounds of these trials."""
+        wanted = pa.array(list(trial_ids), pa.string())
+        table = self.table.filter(pc.is_in(self.table["trial_id"], wanted))
+        return Results(self._uri, self._stores, table)
 
     def best(self, wanted: str) -> dict[str, Any]:
         """Finds the best round, as "accuracy@sparsity>=0.9" or "loss" asks.

@@ -43,7 +43,17 @@ import ray.train  # noqa: E402
 import ray.train.torch  # noqa: E402
 import torch  # noqa: E402
 
-__all__ = ["run_trial"]
+__all__ = [
+    "Mailbox",
+    "StoppedError",
+    "first_line",
+    "fit_interruptibly",
+    "fit_trial",
+    "ray_session",
+    "relay",
+    "run_trial",
+    "unwrap",
+]
 
 _POLL_INTERVAL_S = 0.2
 _TICK_INTERVAL_S = 0.2
@@ -63,16 +73,23 @@ def run_trial(
         GbpError: What a worker raised on purpose, as it raised it.
         TrialError: The workers failed for another reason; names trial, rank and root cause.
     """
-    name = trial_id(job)
-    with _ray_session(job.cluster, is_debug), _relay(board) as mailbox:
-        failure = _fit(job, name, import_paths, mailbox)
+    with ray_session(job.cluster, is_debug), relay(board) as mailbox:
+        failure = fit_trial(job, import_paths, mailbox)
     if failure is not None:
         raise failure
 
 
-def _fit(job: JobConfig, name: str, import_paths: list[str], mailbox: Any) -> GbpError | None:
+def fit_trial(
+    job: JobConfig, import_paths: list[str], mailbox: Any, gate: Any = None
+) -> GbpError | None:
+    """Runs the workers to their end; returns what they all agreed to fail with.
+
+    Args:
+        mailbox: Takes their progress.
+        gate: A mailbox that takes each round and says when to go on with the next one.
+    """
     with _scratch(job) as scratch:
-        return _fit_in(scratch, job, name, import_paths, mailbox)
+        return _fit_in(scratch, job, trial_id(job), import_paths, mailbox, gate)
 
 
 @contextlib.contextmanager
@@ -97,7 +114,7 @@ def _scratch(job: JobConfig) -> Iterator[str]:
 
 
 def _fit_in(
-    scratch: str, job: JobConfig, name: str, import_paths: list[str], mailbox: Any
+    scratch: str, job: JobConfig, name: str, import_paths: list[str], mailbox: Any, gate: Any
 ) -> GbpError | None:
     trainer = ray.train.torch.TorchTrainer(
         _train_worker,
@@ -106,6 +123,7 @@ def _fit_in(
             "import_paths": import_paths,
             "working_folder": os.getcwd(),  # noqa: PTH109
             "mailbox": mailbox,
+            "gate": gate,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.cluster.num_workers,
@@ -121,20 +139,20 @@ def _fit_in(
         ),
     )
     try:
-        result = _fit_interruptibly(trainer)
+        result = fit_interruptibly(trainer)
     except ray.train.WorkerGroupError as error:
         raise _root_cause(error, job, name) from error
     except ray.train.ControllerError as error:
         raise TrialError(
-            f"trial {name}: Ray could not run the workers: {_first_line(error)}",
+            f"trial {name}: Ray could not run the workers: {first_line(error)}",
             trial_id=name,
             rank=None,
-            cause=_first_line(error),
+            cause=first_line(error),
         ) from error
     return result.return_value
 
 
-def _fit_interruptibly(trainer: Any) -> Any:
+def fit_interruptibly(trainer: Any) -> Any:
     """Runs fit() beside the main thread, which stays free to be interrupted.
 
     In the main thread Ray would take over the SIGINT handler for good and end the process with its
@@ -163,7 +181,7 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
     job = JobConfig.model_validate(config["job"])
     device = ray.train.torch.get_device() if job.cluster.use_gpu else torch.device("cpu")
     ranks = Ranks.current(device)
-    mailbox = config["mailbox"]
+    mailbox, gate = config["mailbox"], config["gate"]
     last_sent, last_phase = 0.0, ""
 
     def tell(tick: Tick) -> None:
@@ -178,6 +196,14 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
         if ranks.is_first:
             mailbox.put.remote((trial_id(job), record))
         ray.train.report({"round": record.round, "accuracy": record.accuracy})
+        if gate is not None:
+            if ranks.is_first:
+                gate.put.remote(record)
+            # All ranks hear the same, so none is left behind in a collective.
+            while (verdict := ray.get(gate.verdict.remote(record.round))) is None:
+                time.sleep(_POLL_INTERVAL_S)
+            if not verdict:
+                raise StoppedError(f"trial {trial_id(job)}: stopped after round {record.round}")
 
     try:
         work_trial(job, ranks, tell=tell, round_done=round_done)
@@ -186,12 +212,17 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
     return None
 
 
+class StoppedError(GbpError):
+    """A scheduler ended the trial between two rounds."""
+
+
 @ray.remote(num_cpus=0)
-class _Mailbox:
-    """Holds what workers said until the driver fetches it."""
+class Mailbox:
+    """Holds what workers said until the driver fetches it, and what the driver has to say."""
 
     def __init__(self) -> None:
         self._messages: list[Any] = []
+        self._last_allowed, self._is_ended = -1, False
 
     def put(self, message: Any) -> None:
         self._messages.append(message)
@@ -200,11 +231,21 @@ class _Mailbox:
         messages, self._messages = self._messages, []
         return messages
 
+    def allow(self, number: int) -> None:
+        self._last_allowed = number
+
+    def end(self) -> None:
+        self._is_ended = True
+
+    def verdict(self, number: int) -> bool | None:
+        """Whether to go on after a round; None while that is open."""
+        return True if number <= self._last_allowed else False if self._is_ended else None
+
 
 @contextlib.contextmanager
-def _relay(board: ProgressBoard) -> Iterator[Any]:
+def relay(board: ProgressBoard) -> Iterator[Any]:
     """Carries the workers' messages to the board while the block runs."""
-    mailbox = _Mailbox.remote()  # type: ignore[attr-defined]
+    mailbox = Mailbox.remote()  # type: ignore[attr-defined]
     is_over = threading.Event()
 
     def deliver() -> None:
@@ -234,7 +275,7 @@ def _relay(board: ProgressBoard) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _ray_session(cluster: ClusterConfig, is_debug: bool) -> Iterator[None]:
+def ray_session(cluster: ClusterConfig, is_debug: bool) -> Iterator[None]:
     """Joins the cluster named by the job or starts a private one; ends what it started."""
     if ray.is_initialized():
         yield
@@ -271,19 +312,19 @@ def _start_ray(cluster: ClusterConfig, options: dict[str, Any], is_debug: bool) 
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = cluster.address or "unset, a private one on this machine"
         raise ConfigError(
-            f"cluster.address = {where}: Ray did not start or answer: {_first_line(error)}"
+            f"cluster.address = {where}: Ray did not start or answer: {first_line(error)}"
         ) from error
 
 
 def _root_cause(error: ray.train.WorkerGroupError, job: JobConfig, name: str) -> GbpError:
     """Picks the failure that explains the others: ours first, lost connections last."""
     failures: Mapping[int, BaseException] = error.worker_failures
-    unwrapped = {rank: _unwrap(failure) for rank, failure in sorted(failures.items())}
+    unwrapped = {rank: unwrap(failure) for rank, failure in sorted(failures.items())}
     for failure in unwrapped.values():
         if isinstance(failure, GbpError):
             return failure
     rank, cause = min(unwrapped.items(), key=lambda item: (_is_consequence(item[1]), item[0]))
-    text = f"{type(cause).__name__}: {_first_line(cause)}"
+    text = f"{type(cause).__name__}: {first_line(cause)}"
     return TrialError(
         f"trial {name}: worker {rank} failed more than cluster.max_failures = "
         f"{job.cluster.max_failures} times, the last time with {text}; run the job again to go on "
@@ -294,7 +335,8 @@ def _root_cause(error: ray.train.WorkerGroupError, job: JobConfig, name: str) ->
     )
 
 
-def _unwrap(error: BaseException) -> BaseException:
+def unwrap(error: BaseException) -> BaseException:
+    """Finds the error that Ray's own wrap."""
     while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
         if not isinstance(inner, BaseException):
             break
@@ -307,6 +349,7 @@ def _is_consequence(error: BaseException) -> bool:
     return "connection" in text or "gloo" in text or "nccl" in text
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Takes the first line of an error's text, or its type where there is none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -14,13 +14,13 @@ import torch
 
 from gbp_ray.config import JobConfig, trial_id
 from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.rounds import Checkpoint, RoundState, run_rounds
+from gbp_ray.pruning.rounds import Checkpoint, RoundState, ScoreCache, run_rounds
 from gbp_ray.pruning.training import num_steps
 from gbp_ray.runtime.progress import Tick
 from gbp_ray.store import RoundRecord, Store
 from gbp_ray.workload import Workload, load_workload
 
-__all__ = ["work_trial"]
+__all__ = ["iterate_trial", "work_trial"]
 
 
 def work_trial(
@@ -39,6 +39,25 @@ def work_trial(
     Raises:
         GbpError: The same one on all ranks.
     """
+    for record in iterate_trial(job, ranks, tell=tell):
+        round_done(record)
+
+
+def iterate_trial(
+    job: JobConfig,
+    ranks: Ranks,
+    *,
+    tell: Callable[[Tick], None] = lambda tick: None,
+    score_cache: ScoreCache | None = None,
+) -> Iterator[RoundRecord]:
+    """Does the same and stops after each round, until it is asked for the next one.
+
+    Args:
+        score_cache: Asked for the scores of the dense network.
+
+    Yields:
+        The record of each committed round.
+    """
     with _fixed_kernels(job.cluster.threads_per_worker):
         name = trial_id(job)
         store = Store(job.storage, job.name)
@@ -51,10 +70,12 @@ def work_trial(
         if records:
             resume = ranks.together(lambda: _read_checkpoint(store, name, records))
         teller = _Teller(job, workload, name, tell)
-        for state in run_rounds(job, workload, ranks, resume=resume, tell=teller):
+        for state in run_rounds(
+            job, workload, ranks, resume=resume, tell=teller, score_cache=score_cache
+        ):
             # Only rank 0 writes, but a full disk stops all.
             commit = partial(_commit, store, name, state, ranks.is_first)
-            round_done(ranks.together(commit))
+            yield ranks.together(commit)
 
 
 def _commit(store: Store, name: str, state: RoundState, is_writer: bool) -> RoundRecord:
