@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from gbp_ray.errors import GbpError, PruneError, TrialError
 from gbp_ray.workload import seeded
 
-__all__ = ["OrderedSum", "Ranks", "buffer_slots", "isolated"]
+__all__ = ["OrderedSum", "Ranks", "all_gather", "buffer_slots", "isolated"]
 
 Result = TypeVar("Result")
 
@@ -169,7 +169,7 @@ class Ranks:
         padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
         padded[: part.numel()] = part
         whole = padded.new_empty(self.world_size * max(lengths))
-        _all_gather(whole, padded)
+        all_gather(whole, padded)
         rows = whole.view(self.world_size, -1).cpu()
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
@@ -261,7 +261,7 @@ class OrderedSum:
         if self._ranks.world_size == 1:
             return own
         whole = self._total_S.new_empty(self._slice_size * self._ranks.world_size)
-        _all_gather(whole, self._total_S)
+        all_gather(whole, self._total_S)
         rows = whole.view(self._ranks.world_size, -1)
         sizes = [stop - start for start, stop in pairwise(self._bounds)]
         return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
@@ -320,5 +320,6 @@ def _all_gather_function() -> Callable[[Tensor, Tensor], object]:
     return function
 
 
-def _all_gather(whole: Tensor, part: Tensor) -> None:
+def all_gather(whole: Tensor, part: Tensor) -> None:
+    """Fills `whole`, (W * S,), with every rank's `part`, (S,), in rank order. Communicates."""
     _all_gather_function()(whole, part)

@@ -76,9 +76,9 @@ class ScoreCache(Protocol):
     """Where trials find the scores of the dense network that another one has computed."""
 
     def fetch(
-        self, job: JobConfig, model: nn.Module, compute: Callable[[], Tensor]
-    ) -> Tensor | None:
-        """Gives the flat float32 scores of a model, shape (N,), computing them if nobody has.
+        self, job: JobConfig, model: nn.Module, compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor] | None:
+        """Gives the float32 scores of a model by parameter name, computing them if nobody has.
 
         Returns None where scores of this job are not worth keeping.
         """
@@ -117,13 +117,13 @@ class RoundState:
     model: nn.Module
     masks: MaskSet
     _optimizer: Optimizer | None = field(repr=False, default=None)
-    _movement_N: Tensor | None = field(repr=False, default=None)
+    _movement: dict[str, Tensor] | None = field(repr=False, default=None)
 
     def to_files(self) -> dict[str, bytes]:
         """Writes weights, masks and the state that the next round needs."""
         buffer = io.BytesIO()
         optimizer = self._optimizer.state_dict() if self._optimizer else None
-        torch.save({"optimizer": optimizer, "movement_N": self._movement_N}, buffer)
+        torch.save({"optimizer": optimizer, "movement": self._movement}, buffer)
         return {
             "weights.safetensors": _save_weights(self.model),
             "masks.safetensors": self.masks.to_bytes(),
@@ -274,7 +274,7 @@ class _Run:
         )
         self.macs = count_macs(self.model, example)
         self.gathers_movement = job.prune.criterion == "movement"
-        self.movement_N: Tensor | None = None
+        self.movement: dict[str, Tensor] | None = None
         self.optimizer: Optimizer | None = None
         self.dense_state: dict[str, Tensor] = {}
         self.teacher: Teacher | None = None
@@ -354,7 +354,7 @@ class _Run:
             state = torch.load(
                 io.BytesIO(saved.state), map_location=self.ranks.device, weights_only=True
             )
-            self.movement_N = state["movement_N"]
+            self.movement = state["movement"]
             if state["optimizer"] is not None:
                 self.optimizer = make_optimizer(self.model, self.job.finetune)
                 self.optimizer.load_state_dict(state["optimizer"])
@@ -403,7 +403,7 @@ class _Run:
             self.ranks,
             seed=self.job.seed,
             round_number=number,
-            movement_N=self.movement_N,
+            movement=self.movement,
             tell=lambda done, total: self.tell("score", number, done, total, None),
         )
 
@@ -411,12 +411,12 @@ class _Run:
         # Later weights are this trial's own, and nobody else can use their scores.
         if self.score_cache is None or self.ranks.world_size > 1 or number > 1:
             return None
-        scores_N = self.score_cache.fetch(
-            self.job, self.model, lambda: torch.cat(self._score(number).values).cpu()
+        scores = self.score_cache.fetch(
+            self.job, self.model, lambda: self._score(number).gather(self.ranks)
         )
-        if scores_N is None:
+        if scores is None:
             return None
-        return SlicedScores.cut(scores_N.to(self.ranks.device), self.units, 0)
+        return SlicedScores.whole({n: s.to(self.ranks.device) for n, s in scores.items()})
 
     def _rewind(self) -> None:
         if self.job.prune.rewind == "weights":
@@ -451,10 +451,10 @@ class _Run:
         if self.optimizer is None:
             self.optimizer = make_optimizer(self.model, recipe)
         if self.gathers_movement:
-            num_weights = sum(unit.parameter.numel() for unit in self.units)
-            self.movement_N = torch.zeros(
-                num_weights, dtype=torch.float64, device=self.ranks.device
-            )
+            self.movement = {
+                unit.name: torch.zeros_like(unit.parameter.detach(), dtype=torch.float64)
+                for unit in self.units
+            }
         with self._timed("finetune"):
             return train_epochs(
                 self.model,
@@ -471,10 +471,11 @@ class _Run:
             )
 
     def _gather_movement(self, gradients: Mapping[str, Tensor]) -> None:
-        assert self.movement_N is not None
-        weights_N = torch.cat([unit.parameter.detach().reshape(-1) for unit in self.units])
-        gradients_N = torch.cat([gradients[unit.name].reshape(-1) for unit in self.units])
-        self.movement_N += movement_statistic(weights_N, gradients_N)
+        assert self.movement is not None
+        for unit in self.units:
+            self.movement[unit.name] += movement_statistic(
+                unit.parameter.detach(), gradients[unit.name]
+            )
 
     def _evaluate(self, number: int) -> tuple[float, float]:
         with self._timed("evaluate"):
@@ -506,7 +507,7 @@ class _Run:
     def _finish_round(self, record: RoundRecord) -> RoundState:
         record = record.model_copy(update={"seconds": self.seconds})
         self.seconds = {}
-        return RoundState(record, self.model, self.masks, self.optimizer, self.movement_N)
+        return RoundState(record, self.model, self.masks, self.optimizer, self.movement)
 
     def _step_teller(self, phase: str, number: int) -> Callable[[int, int, float], None]:
         return lambda done, total, loss: self.tell(phase, number, done, total, loss)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gbp_ray.config import PruneConfig, nearest_name
 from gbp_ray.errors import ConfigError, GbpError, PruneError
+from gbp_ray.pruning.gradients import Fold
 from gbp_ray.pruning.masks import Prunable
 from gbp_ray.workload import import_attribute
 
@@ -65,9 +66,9 @@ BatchStatistic = Callable[[Probe, Tensor, Tensor], Tensor]
 """(probe, inputs (B, ...), targets (B, ...)) -> the batch's additive vector, shape (N,)."""
 
 Finish = Callable[[Tensor, Tensor, int], Tensor]
-"""(weights_S, statistic_S, num_examples) -> scores_S, weight by weight: a rank finishes its share.
+"""(weights_L, statistic_L, num_examples) -> scores_L, weight by weight.
 
-statistic_S is the last pass's sum.
+A rank finishes its slice of one layer after the other; statistic_L is the last pass's sum.
 """
 
 
@@ -81,7 +82,9 @@ class Criterion:
         summed: What is added over batches and workers.
         cost: Against one forward and backward pass over the calibration examples.
         source: Authors, year, arXiv id or venue, equation.
-        passes: One statistic per pass over the calibration data; none for data-free criteria.
+        of_gradients: What a batch adds, made of its gradients weight by weight: cheapest, and the
+            only way that never needs a sharded network whole.
+        passes: Else one statistic per pass over the calibration data; none for data-free criteria.
         finish: Turns the last sum into scores.
         is_signed: Whether scores below zero have a meaning: removal is expected to help.
     """
@@ -92,6 +95,7 @@ class Criterion:
     cost: str
     source: str
     finish: Finish
+    of_gradients: Fold | None = None
     passes: tuple[BatchStatistic, ...] = ()
     is_signed: bool = False
 
@@ -165,7 +169,17 @@ def _named(rule: Criterion, name: str) -> Criterion:
         scores_N = _call_own(name, partial(rule.finish, weights_N, statistic_N, total))
         return _require_flat(name, scores_N, len(weights_N))
 
-    return replace(rule, passes=tuple(guarded(s) for s in rule.passes), finish=finish)
+    def fold(gradient_L: Tensor, weight_L: Tensor, factor: float) -> Tensor:
+        assert rule.of_gradients is not None
+        added_L = _call_own(name, partial(rule.of_gradients, gradient_L, weight_L, factor))
+        return _require_flat(name, added_L, len(gradient_L))
+
+    return replace(
+        rule,
+        of_gradients=fold if rule.of_gradients is not None else None,
+        passes=tuple(guarded(statistic) for statistic in rule.passes),
+        finish=finish,
+    )
 
 
 def _call_own(name: str, call: Callable[[], Result]) -> Result:
@@ -181,8 +195,8 @@ def _call_own(name: str, call: Callable[[], Result]) -> Result:
 def _require_flat(name: str, vector_N: object, num_weights: int) -> Tensor:
     if not isinstance(vector_N, Tensor) or vector_N.shape != (num_weights,):
         raise PruneError(
-            f"prune.criterion = '{name}': its passes and its finish must return a tensor of shape "
-            f"({num_weights},), not {_kind_of(vector_N)}"
+            f"prune.criterion = '{name}': its of_gradients, passes and finish must return a tensor "
+            f"of shape ({num_weights},), not {_kind_of(vector_N)}"
         )
     return vector_N
 

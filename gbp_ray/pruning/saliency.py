@@ -1,24 +1,30 @@
 """Every criterion: the estimated loss change from removing a weight, lowest removed first.
 
-A criterion is an additive statistic plus a finish. The statistic of one calibration batch is a flat
-vector, the vectors of all batches are added in batch order over all workers (`ranks.OrderedSum`),
-and only then comes anything non-linear. Models are scored in eval mode and left as they were found.
+A criterion is an additive statistic plus a finish. What a calibration batch adds is a function of
+its gradients alone, weight by weight, and is folded into the sum as they arrive (`gradients`), or
+it takes passes of its own and comes as one flat vector (`ranks.OrderedSum`). Either way the batches
+are added in batch order over all workers, and only then comes anything non-linear. Models are
+scored in eval mode and left as they were found.
 
-Sums are float64; a batch's own vector has the weights' precision. Scores are float32.
+Sums are float64; a batch's own part has the weights' precision. Scores are float32.
 
-Each rank owns a stretch of the sum, and so of the scores (`slices`); nobody gathers them.
+Each rank owns a slice of every layer's sum, and so of its scores (`slices`); nobody gathers them.
+Of a sharded network criteria that take gradients alone never see more than one group's weights;
+those with passes of their own need the whole network at once, and get it (`sharding.whole`).
 
 Shape suffixes: N = prunable weights of the model in the order of the global flat index, S = those
-that this rank owns.
+that this rank owns, L = its slice of one layer.
 Symbols of the formulas: w weight, g gradient of the mean loss over a batch, g_i of one example,
 H Hessian, sum_b over batches, n_b examples in batch b, n in all, z random signs.
 """
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import reduce
 
 import torch
@@ -28,10 +34,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gbp_ray.config import PruneConfig
 from gbp_ray.errors import ConfigError, PruneError
+from gbp_ray.pruning.gradients import GradientSums
 from gbp_ray.pruning.masks import Prunable
 from gbp_ray.pruning.ranks import OrderedSum, Ranks, buffer_slots, isolated
 from gbp_ray.pruning.rules import Criterion, Probe, own_criterion
-from gbp_ray.pruning.slices import SlicedScores, cut_flat, flat_stretch
+from gbp_ray.pruning.sharding import is_sharded, leaves, local, whole
+from gbp_ray.pruning.slices import Layout, SlicedScores, owned
 from gbp_ray.workload import (
     Workload,
     blaming_labels,
@@ -68,49 +76,91 @@ def score(
     *,
     seed: int = 0,
     round_number: int = 1,
-    movement_N: Tensor | None = None,
+    movement: Mapping[str, Tensor] | None = None,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> SlicedScores:
-    """Scores every prunable weight, each rank its slice; the bits do not depend on their number.
+    """Scores every prunable weight, each rank its slices; the bits do not depend on their number.
 
     Args:
         units: From `prunable_parameters(model)`.
         round_number: Distinguishes the draws of `random`.
-        movement_N: What `training` gathered, for the criterion movement alone.
+        movement: What `training` gathered by parameter name, for the criterion movement alone.
         tell: Called with (batches done, batches in all) on this rank.
 
     Returns:
-        This rank's slice of the scores, float32. Communicates.
+        This rank's slices of the scores, float32. Communicates.
 
     Raises:
         ConfigError: The criterion cannot be found.
         PruneError: A score is NaN or infinite (raised on every rank), or movement has no history.
     """
     rule = criterion(config.criterion)
-    bounds = cut_flat(units, ranks.world_size)
-    start, stop = bounds[ranks.rank : ranks.rank + 2]
-    total = 1
+    layout = Layout(units, ranks)
     with _scoring_mode(model, units):
-        if config.criterion == "random":
-            draws = derive_seed(seed, "random", round_number)
-            statistic_S = _draw_scores(bounds[-1], draws)[start:stop]
-        elif config.criterion == "synflow":
-            statistic_S = ranks.together(lambda: _synaptic_flow(model, units, workload))[start:stop]
-        elif config.criterion == "movement":
-            if movement_N is None:
-                raise PruneError(
-                    "prune.criterion = movement: nothing was gathered; set finetune.epochs above 0"
-                )
-            statistic_S = movement_N[start:stop]
-        else:
-            statistic_S, total = _sum_over_batches(
-                rule, model, units, workload, config, ranks, seed, bounds, tell
-            )
-    weights_S = flat_stretch([unit.parameter for unit in units], start, stop).double()
-    scores_S = ranks.together(lambda: rule.finish(weights_S, statistic_S, total)).float()
-    scores = SlicedScores.cut(scores_S, units, start)
+        statistic, total = _statistic(
+            rule, model, units, workload, config, ranks, layout, seed, round_number, movement, tell
+        )
+    scores = ranks.together(lambda: _finish(rule, units, layout, statistic, total))
     ranks.together(lambda: _refuse_non_finite(scores, units, config.criterion, ranks))
     return scores
+
+
+def _statistic(
+    rule: Criterion,
+    model: nn.Module,
+    units: list[Prunable],
+    workload: Workload,
+    config: PruneConfig,
+    ranks: Ranks,
+    layout: Layout,
+    seed: int,
+    round_number: int,
+    movement: Mapping[str, Tensor] | None,
+    tell: Callable[[int, int], None],
+) -> tuple[Mapping[str, Tensor], int]:
+    """Gives what a rule finishes, by layer this rank's slice (L,), and the number of examples."""
+    if config.criterion == "random":
+        return _draw_scores(layout, derive_seed(seed, "random", round_number)), 1
+    if config.criterion == "movement":
+        if movement is None:
+            raise PruneError(
+                "prune.criterion = movement: nothing was gathered; set finetune.epochs above 0"
+            )
+        return {piece.name: owned(movement[piece.name], piece) for piece in layout.own}, 1
+    if config.criterion == "synflow":
+        with whole(model) as plain:
+            own = _units_of(plain, units)
+            flow_N = ranks.together(lambda: _synaptic_flow(plain, own, workload))
+        start, stop = layout.bounds[ranks.rank : ranks.rank + 2]
+        return layout.split_own(layout.by_owner(flow_N)[start:stop]), 1
+    calibration = _Calibration(workload, config, seed)
+    if rule.of_gradients is not None:
+        return _sum_gradients(rule, model, units, calibration, ranks, layout, tell)
+    if not rule.passes:
+        return {piece.name: torch.zeros(()) for piece in layout.own}, 1
+    with whole(model) as plain:
+        vector_S = _sum_over_batches(
+            rule, plain, _units_of(plain, units), calibration, ranks, layout, tell
+        )
+    return layout.split_own(vector_S), calibration.num_examples
+
+
+def _finish(
+    rule: Criterion,
+    units: list[Prunable],
+    layout: Layout,
+    statistic: Mapping[str, Tensor],
+    total: int,
+) -> SlicedScores:
+    values = []
+    for unit, piece in zip(units, layout.own, strict=True):
+        weights_L = owned(unit.parameter, piece)
+        if piece.size == 0:
+            values.append(weights_L.float())
+            continue
+        statistic_L = statistic[unit.name].expand(piece.size)
+        values.append(rule.finish(weights_L.double(), statistic_L, total).float())
+    return SlicedScores(layout.own, tuple(values))
 
 
 def check_criterion(
@@ -132,14 +182,16 @@ def check_criterion(
     rule = criterion(config.criterion)
     size = min(_TRIAL_EXAMPLES, config.calibration_batch_size)
     small = config.model_copy(update={"calibration_examples": size, "calibration_batch_size": size})
+    if config.criterion == "movement":
+        return
+    alone = Ranks(device=units[0].parameter.device)
+    layout = Layout(units, alone)
     with _scoring_mode(model, units):
-        if config.criterion == "synflow":
-            _synaptic_flow(model, units, workload)
-        elif config.criterion not in ("random", "movement"):
-            statistic_N, total = _sum_over_batches(
-                rule, model, units, workload, small, Ranks(), seed, None, lambda done, total: None
-            )
-            rule.finish(_flat([unit.parameter for unit in units]).double(), statistic_N, total)
+        statistic, total = _statistic(
+            *(rule, model, units, workload, small, alone, layout, seed, 1, None),
+            tell=lambda done, total: None,
+        )
+    _finish(rule, units, layout, statistic, total)
 
 
 def criterion(name: str) -> Criterion:
@@ -155,59 +207,144 @@ def criterion(name: str) -> Criterion:
     return CRITERIA[name]
 
 
-def movement_statistic(weights_N: Tensor, gradients_N: Tensor) -> Tensor:
-    """Computes what one training step adds to the movement score: -w * g, shape (N,)."""
-    return -(weights_N.double() * gradients_N.double())
+def movement_statistic(weight: Tensor, gradient: Tensor) -> Tensor:
+    """Computes what one training step adds to the movement score: -w * g, shaped like w."""
+    return -(weight.double() * gradient.double())
 
 
 # -- passes over the data --------------------------------------------------------------------------
+
+
+class _Calibration:
+    """The calibration examples, cut into batches that depend on the job alone."""
+
+    def __init__(self, workload: Workload, config: PruneConfig, seed: int) -> None:
+        self.workload, self.config, self.seed = workload, config, seed
+        available = num_examples(workload.train)
+        self.num_examples = min(config.calibration_examples, available)
+        order = shuffled_indices(available, derive_seed(seed, "calibration"))
+        cuts = cut_batches(self.num_examples, config.calibration_batch_size)
+        self.batches = [order[cut.start : cut.stop] for cut in cuts]
+
+    def draws(self, item: int) -> int:
+        return derive_seed(self.seed, "calibration", "augment", item)
+
+    @contextmanager
+    def batch(self, model: nn.Module, item: int, device: torch.device) -> Iterator[_Batch]:
+        indices = self.batches[item]
+        with blaming_labels(self.workload, model, "train", indices):
+            yield take_batch(
+                self.workload,
+                self.workload.train,
+                indices,
+                device=device,
+                augment_seed=self.draws(item) if self.config.calibration_augment else None,
+            )
+
+
+_Batch = tuple[Tensor, Tensor]
+
+
+def _sum_gradients(
+    rule: Criterion,
+    model: nn.Module,
+    units: list[Prunable],
+    calibration: _Calibration,
+    ranks: Ranks,
+    layout: Layout,
+    tell: Callable[[int, int], None],
+) -> tuple[Mapping[str, Tensor], int]:
+    """Folds the gradients of each batch into this rank's slices of the sum."""
+    assert rule.of_gradients is not None
+    batches = calibration.batches
+    names = [unit.name for unit in units]
+    differentiated = leaves(model)
+    sums = GradientSums(
+        ranks,
+        {unit.name: unit.parameter for unit in units},
+        {name: differentiated[name] for name in names},
+        {name: [pieces[i] for pieces in layout.by_rank] for i, name in enumerate(names)},
+        [len(batch) for batch in batches],
+        rule.of_gradients,
+        torch.float64,
+        is_sharded=is_sharded(model),
+    )
+    turns = -(-len(batches) // ranks.world_size)
+    with _only_requiring(differentiated, names), sums.listening():
+        for turn, item in enumerate(ranks.deal(len(batches))):
+            with sums.turn():
+                # All ranks pass through a sharded network; one without a batch for nothing.
+                number = 0 if item is None and is_sharded(model) else item
+                if number is not None:
+                    with (
+                        calibration.batch(model, number, ranks.device) as (inputs, targets),
+                        isolated(model, derive_seed(calibration.draws(number), 0)),
+                    ):
+                        loss = calibration.workload.loss(model(inputs), targets)
+                        if loss.requires_grad:
+                            loss.backward()
+            tell(turn + 1, turns)
+    return sums.owned(), calibration.num_examples
+
+
+@contextmanager
+def _only_requiring(leaves_by_name: Mapping[str, nn.Parameter], names: list[str]) -> Iterator[None]:
+    """Spares the gradients of everything else."""
+    required = {name: leaf.requires_grad for name, leaf in leaves_by_name.items()}
+    wanted = set(names)
+    for name, leaf in leaves_by_name.items():
+        leaf.requires_grad_(name in wanted)
+    try:
+        yield
+    finally:
+        for name, leaf in leaves_by_name.items():
+            leaf.requires_grad_(required[name])
 
 
 def _sum_over_batches(
     rule: Criterion,
     model: nn.Module,
     units: list[Prunable],
-    workload: Workload,
-    config: PruneConfig,
+    calibration: _Calibration,
     ranks: Ranks,
-    seed: int,
-    bounds: list[int] | None,
+    layout: Layout,
     tell: Callable[[int, int], None],
-) -> tuple[Tensor, int]:
-    """Runs a rule's passes; returns this rank's share of the last sum, and how many examples."""
-    available = num_examples(workload.train)
-    total = min(config.calibration_examples, available)
-    chosen = shuffled_indices(available, derive_seed(seed, "calibration"))[:total]
-    batches = cut_batches(total, config.calibration_batch_size)
-    num_weights = sum(unit.parameter.numel() for unit in units)
+) -> Tensor:
+    """Runs a rule's passes; returns what this rank owns of the last sum, (S,)."""
+    batches = calibration.batches
     turns = -(-len(batches) // ranks.world_size)
     wire_dtype = reduce(torch.promote_types, (unit.parameter.dtype for unit in units))
     previous_N: Tensor | None = None
-    sums = OrderedSum(ranks, num_weights, 0, torch.float64, wire_dtype, bounds)
+    sums: OrderedSum | None = None
     for number, statistic in enumerate(rule.passes):
-        if number > 0:
+        if sums is not None:
             # What the pass before summed may be a direction for this one, so all need all of it.
-            previous_N = sums.result()
-        sums = OrderedSum(ranks, num_weights, len(batches), torch.float64, wire_dtype, bounds)
+            previous_N = layout.by_layer(sums.result())
+        sums = OrderedSum(
+            ranks, layout.num_weights, len(batches), torch.float64, wire_dtype, layout.bounds
+        )
         for turn, item in enumerate(ranks.deal(len(batches))):
             vector_N: Tensor | None = None
             if item is not None:
-                batch = chosen[batches[item].start : batches[item].stop]
-                draws = derive_seed(seed, "calibration", "augment", item)
-                probe = Probe(model, units, workload.loss, config, seed, item, previous_N)
-                with sums.attempt(), blaming_labels(workload, model, "train", batch):
-                    inputs, targets = take_batch(
-                        workload,
-                        workload.train,
-                        batch,
-                        device=ranks.device,
-                        augment_seed=draws if config.calibration_augment else None,
-                    )
-                    with isolated(model, derive_seed(draws, number)):
-                        vector_N = statistic(probe, inputs, targets)
+                probe = Probe(
+                    *(model, units, calibration.workload.loss, calibration.config),
+                    *(calibration.seed, item, previous_N),
+                )
+                with (
+                    sums.attempt(),
+                    calibration.batch(model, item, ranks.device) as (inputs, targets),
+                    isolated(model, derive_seed(calibration.draws(item), number)),
+                ):
+                    vector_N = layout.by_owner(statistic(probe, inputs, targets))
             sums.add(vector_N)
             tell(number * turns + turn + 1, len(rule.passes) * turns)
-    return sums.owned(), total
+    assert sums is not None
+    return sums.owned()
+
+
+def _units_of(model: nn.Module, units: list[Prunable]) -> list[Prunable]:
+    """Looks the units up in another copy of their network."""
+    return [replace(unit, parameter=model.get_parameter(unit.name)) for unit in units]
 
 
 def _flat(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
@@ -224,12 +361,6 @@ def _zeros_like_flat(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
 def _summed_gradient(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
     """n_b * g: a sum over examples, so that a short batch counts with its true size."""
     return _flat(probe.gradients(inputs, targets)).mul_(len(targets))
-
-
-def _squared_product(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
-    """(w * g)^2 of the batch."""
-    product_N = _flat(probe.gradients(inputs, targets)).mul_(_flat(list(probe.parameters)))
-    return product_N.square_()
 
 
 def _squared_example_gradients(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -342,8 +473,15 @@ def _hessian_product(
 # -- criteria without a pass over the data ---------------------------------------------------------
 
 
-def _draw_scores(num_weights: int, seed: int) -> Tensor:
-    return torch.rand(num_weights, generator=torch.Generator().manual_seed(seed))
+def _draw_scores(layout: Layout, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    # Every rank draws for all, one layer at a time, and keeps its own.
+    return {
+        piece.name: torch.rand(math.prod(piece.shape), generator=generator)[
+            piece.start : piece.stop
+        ].clone()
+        for piece in layout.own
+    }
 
 
 def _synaptic_flow(model: nn.Module, units: list[Prunable], workload: Workload) -> Tensor:
@@ -389,7 +527,9 @@ def _scoring_mode(model: nn.Module, units: list[Prunable]) -> Iterator[None]:
     Weights that training leaves alone are scored like the others, so they take a gradient here.
     """
     modes = {module: module.training for module in model.modules()}
-    frozen = [unit.parameter for unit in units if not unit.parameter.requires_grad]
+    differentiated = leaves(model)
+    scored = [tensor for unit in units for tensor in (unit.parameter, differentiated[unit.name])]
+    frozen = [parameter for parameter in scored if not parameter.requires_grad]
     model.eval()
     try:
         for parameter in frozen:
@@ -414,7 +554,7 @@ def _refuse_non_finite(
     if not bad:
         return
     # One weight that is not finite spoils the gradients of all: name that one.
-    culprit = next((u for u in units if not bool(torch.isfinite(u.parameter).all())), bad[0])
+    culprit = next((u for u in units if not bool(torch.isfinite(local(u.parameter)).all())), bad[0])
     seen = f", seen by worker {ranks.rank}" if ranks.world_size > 1 else ""
     raise PruneError(
         f"scores of '{culprit.name}': NaN or infinite under prune.criterion = {rule}{seen}; the "
@@ -431,7 +571,7 @@ _TAYLOR = Criterion(
     summed="gradients, n_b * g_b",
     cost="1",
     source="Molchanov et al. 2017 (1611.06440), eq. 7, per weight",
-    passes=(_summed_gradient,),
+    of_gradients=lambda gradient_L, weight_L, num_examples: gradient_L * num_examples,
     finish=lambda weights_N, statistic_N, total: (weights_N * statistic_N / total).abs(),
 )
 
@@ -461,7 +601,7 @@ CRITERIA: dict[str, Criterion] = {
             summed=_TAYLOR.summed,
             cost=_TAYLOR.cost,
             source="Lee et al. 2019 (1810.02340), eq. 5, without its normalising factor",
-            passes=_TAYLOR.passes,
+            of_gradients=_TAYLOR.of_gradients,
             finish=_TAYLOR.finish,
         ),
         Criterion(
@@ -470,7 +610,9 @@ CRITERIA: dict[str, Criterion] = {
             summed="(w g_b)^2; depends on calibration_batch_size",
             cost="1",
             source="Molchanov et al. 2019 (1906.10771), eq. 8",
-            passes=(_squared_product,),
+            of_gradients=lambda gradient_L, weight_L, num_examples: (
+                gradient_L * weight_L
+            ).square_(),
             finish=lambda weights_N, statistic_N, total: statistic_N,
         ),
         Criterion(

@@ -1,14 +1,14 @@
 """Training, evaluation and BatchNorm re-estimation of masked networks, the same on any W.
 
 An optimizer step sees one batch, cut into `microbatches` parts. A part is computed whole on one
-rank, and the parts' gradients are added in part order (`ranks.OrderedSum`), so a step gives the
-same bits on any number of workers. BatchNorm normalises each part by itself; its running statistics
-move by the mean of what the parts would have done.
+rank, and the parts' gradients are added in part order (`gradients.GradientSums`), so a step gives
+the same bits on any number of workers, and on replicated and sharded networks. BatchNorm normalises
+each part by itself; its running statistics move by the mean of what the parts would have done.
 
 Pruned weights stay exactly zero without being reset: their gradients and the optimizer's state for
 them are zero, so momentum has nothing to carry, and decay of a zero is a zero.
 
-Shape suffixes: N = all trainable weights, flat; P = prunable weights, flat; B = buffer elements.
+Shape suffixes: L = weights of one slice, flat; B = buffer elements.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from gbp_ray.config import DistillationConfig, Recipe
 from gbp_ray.errors import PruneError
+from gbp_ray.pruning.gradients import GradientSums
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.ranks import OrderedSum, Ranks, buffer_slots, isolated
+from gbp_ray.pruning.sharding import is_shard, is_sharded, leaves, local
+from gbp_ray.pruning.slices import cut_rows
 from gbp_ray.workload import (
     Workload,
     blaming_labels,
@@ -138,7 +141,7 @@ def forget_pruned(model: nn.Module, optimizer: Optimizer, masks: MaskSet) -> Non
     for name, parameter in model.named_parameters():
         if name in masks:
             for value in _state_like(optimizer, parameter).values():
-                value.masked_fill_(~masks[name], 0)
+                local(value).masked_fill_(~local(masks[name]), 0)
 
 
 def check_pruned_zero(model: nn.Module, optimizer: Optimizer | None, masks: MaskSet) -> None:
@@ -155,7 +158,7 @@ def check_pruned_zero(model: nn.Module, optimizer: Optimizer | None, masks: Mask
     for name, parameter in model.named_parameters():
         if name in masks:
             for key, value in _state_like(optimizer, parameter).items():
-                if bool(torch.any(value[~masks[name]] != 0)):
+                if bool(torch.any(local(value)[~local(masks[name])] != 0)):
                     raise PruneError(
                         f"'{name}': optimizer state '{key}' of a pruned weight is not 0"
                     )
@@ -199,46 +202,50 @@ def train_epochs(
         PruneError: The loss or a gradient is not finite; on every rank, before weights move.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    buffers = _Buffers(model)
+    differentiated = leaves(model)
+    pieces = {n: cut_rows(n, p.shape, ranks.world_size) for n, p in trainable.items()}
+    buffers = _Buffers(model, ranks.device)
     kept = [(trainable[n], mask) for n, mask in (masks or {}).items() if n in trainable]
-    sizes = [p.numel() for p in trainable.values()]
-    dtype = reduce(torch.promote_types, (p.dtype for p in trainable.values()))
     warmup = round(recipe.warmup_epochs * _steps_per_epoch(recipe, workload))
     model.train()
     recent: list[float] = []
     for done, step in enumerate(span.steps, start=1):
         batch = _batch_of_step(recipe, workload, seed, span.phase, step)
         parts = batch.tensor_split(min(recipe.microbatches, len(batch)))
-        sums = OrderedSum(ranks, sum(sizes) + buffers.size + 1, len(parts), dtype, dtype)
+        sums = GradientSums(
+            ranks,
+            trainable,
+            {name: differentiated[name] for name in trainable},
+            pieces,
+            [len(part) / len(batch) for part in parts],
+            lambda gradient_L, weight_L, share: gradient_L * share,
+            is_sharded=is_sharded(model),
+        )
+        besides = OrderedSum(ranks, buffers.size + 1, len(parts), buffers.dtype, buffers.dtype)
         buffers.remember()
-        for item in ranks.deal(len(parts)):
-            vector: Tensor | None = None
-            if item is not None:
-                share = len(parts[item]) / len(batch)
-                draws = derive_seed(seed, span.phase, step, item)
-                with sums.attempt():
-                    loss, gradients = _differentiate(
-                        model,
-                        workload,
-                        teacher,
-                        parts[item],
-                        list(trainable.values()),
-                        draws,
-                        ranks.device,
-                    )
-                    moved_B = buffers.collect_change()
-                    vector = torch.cat([*(g.reshape(-1) for g in gradients), moved_B, loss.view(1)])
-                    vector *= share
-            sums.add(vector)
-        gradients_N, moved_B, loss_1 = sums.result().split([sum(sizes), buffers.size, 1])
-        _refuse_non_finite(loss_1, gradients_N, trainable, span, step, recipe)
-        for parameter, piece in zip(trainable.values(), gradients_N.split(sizes), strict=True):
-            parameter.grad = piece.view_as(parameter).to(parameter.dtype)
+        with sums.listening():
+            for item in ranks.deal(len(parts)):
+                beside: Tensor | None = None
+                with sums.turn():
+                    # All ranks pass through a sharded network; one without a part for nothing.
+                    number = 0 if item is None and is_sharded(model) else item
+                    if number is not None:
+                        part, draws = parts[number], derive_seed(seed, span.phase, step, number)
+                        loss = _loss_of(model, workload, teacher, part, draws, ranks.device)
+                        loss.backward()
+                        beside = torch.cat([buffers.collect_change(), loss.detach().view(1)])
+                        beside *= len(part) / len(batch)
+                besides.add(None if item is None else beside)
+        gradients = sums.totals()
+        moved_B, loss_1 = besides.result().split([buffers.size, 1])
+        _refuse_non_finite(loss_1, gradients, span, step, recipe, ranks)
+        for name, parameter in trainable.items():
+            parameter.grad = gradients[name]
         if movement is not None:
-            movement({name: p.grad for name, p in trainable.items() if p.grad is not None})
+            movement(gradients)
         for parameter, mask in kept:
             assert parameter.grad is not None
-            parameter.grad.masked_fill_(~mask, 0)
+            local(parameter.grad).masked_fill_(~local(mask), 0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
                 recipe, step - span.planned.start, len(span.planned), warmup
@@ -264,15 +271,14 @@ def _epoch_order(total: int, seed: int) -> Tensor:
     return shuffled_indices(total, seed)
 
 
-def _differentiate(
+def _loss_of(
     model: nn.Module,
     workload: Workload,
     teacher: Teacher | None,
     indices: Tensor,
-    parameters: list[nn.Parameter],
     draws: int,
     device: torch.device,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> Tensor:
     inputs, targets = take_batch(
         workload, workload.train, indices, device=device, augment_seed=draws
     )
@@ -290,8 +296,7 @@ def _differentiate(
         weight = teacher.config.weight
         imitation = distillation_loss(outputs, taught, teacher.config.temperature)
         loss = (1 - weight) * loss + weight * imitation
-    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-    return loss.detach(), gradients
+    return loss
 
 
 def distillation_loss(outputs: Tensor, taught: Tensor, temperature: float) -> Tensor:
@@ -317,22 +322,21 @@ def distillation_loss(outputs: Tensor, taught: Tensor, temperature: float) -> Te
 
 def _refuse_non_finite(
     loss_1: Tensor,
-    gradients_N: Tensor,
-    trainable: Mapping[str, nn.Parameter],
+    gradients: Mapping[str, Tensor],
     span: Span,
     step: int,
     recipe: Recipe,
+    ranks: Ranks,
 ) -> None:
-    if bool(torch.isfinite(loss_1).all() & torch.isfinite(gradients_N).all()):
+    is_bad = [not bool(torch.isfinite(local(gradient)).all()) for gradient in gradients.values()]
+    if any(is_shard(gradient) for gradient in gradients.values()):
+        # Each rank has seen its own rows alone.
+        is_bad = ranks.add_up(torch.tensor(is_bad, dtype=torch.int64)).bool().tolist()
+    if bool(torch.isfinite(loss_1).all()) and not any(is_bad):
         return
     what = f"loss is {loss_1.item():g}"
     if bool(torch.isfinite(loss_1).all()):
-        pieces = gradients_N.split([p.numel() for p in trainable.values()])
-        culprit = next(
-            name
-            for name, piece in zip(trainable, pieces, strict=True)
-            if not bool(torch.isfinite(piece).all())
-        )
+        culprit = next(name for name, bad in zip(gradients, is_bad, strict=True) if bad)
         what = f"gradient of '{culprit}' is not finite"
     section = span.phase
     raise PruneError(
@@ -349,15 +353,17 @@ class _Buffers:
     one. A change of exactly zero leaves constants untouched, bit for bit.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._slots = buffer_slots(model)
         buffers = list({id(buffer): buffer for _, _, buffer in self._slots}.values())
         self._floating = [b for b in buffers if b.is_floating_point()]
         self._counters = [b for b in buffers if b.ndim == 0 and b.dtype is torch.int64]
         self._all = buffers
-        self._device = next(model.parameters()).device
+        self._device = device
         self._before: dict[Tensor, Tensor] = {}
         self.size = sum(b.numel() for b in self._floating) + len(self._counters)
+        kinds = (tensor.dtype for tensor in (*self._floating, *model.parameters()))
+        self.dtype = reduce(torch.promote_types, kinds, torch.float32)
 
     def remember(self) -> None:
         self._before = {b: b.clone() for b in self._all}

@@ -91,24 +91,23 @@ class SharedScores:
         self._store = store
 
     def fetch(
-        self, job: JobConfig, model: nn.Module, compute: Callable[[], Tensor]
-    ) -> Tensor | None:
+        self, job: JobConfig, model: nn.Module, compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor] | None:
         """Reads the scores, or computes and keeps them; see `ScoreCache`."""
         origin = _scores_origin(job, model)
         if origin is None:
             return None
         folder = _folder("scores", origin)
-        if (scores_N := self._find(folder)) is None:
+        if (scores := self._find(folder)) is None:
             with self._store.await_lease(folder):
-                if (scores_N := self._find(folder)) is None:
-                    scores_N = compute()
-                    data = save_tensors({"scores": scores_N.contiguous()})
-                    self._store.write_shared(folder, {_SCORES: data}, origin)
-        return scores_N
+                if (scores := self._find(folder)) is None:
+                    scores = {name: values.contiguous() for name, values in compute().items()}
+                    self._store.write_shared(folder, {_SCORES: save_tensors(scores)}, origin)
+        return scores
 
-    def _find(self, folder: str) -> Tensor | None:
+    def _find(self, folder: str) -> dict[str, Tensor] | None:
         found = _read(self._store, folder)
-        return None if found is None else load_tensors(found[1][_SCORES])["scores"]
+        return None if found is None else load_tensors(found[1][_SCORES])
 
 
 def _scores_origin(job: JobConfig, model: nn.Module) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ import hashlib
 import multiprocessing
 import pickle
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +79,12 @@ def digest(tensors: dict[str, Tensor]) -> str:
 
 def report_of(ranks: Ranks) -> dict[str, Any]:
     """Runs every case and reports what this rank got."""
-    trained, movement_N = _train(ranks)
+    trained, movement = _train(ranks)
     return {
         "sums": [_sum_in_order(ranks, *case) for case in SUM_CASES],
-        "masks": _masks(ranks, trained, movement_N),
+        "masks": _masks(ranks, trained, movement),
         "trained": digest(trained.state_dict()),
-        "movement": digest({"movement": movement_N}),
+        "movement": digest(movement),
         "float64 scores": _float64_scores(ranks),
         "evaluated": evaluate(trained, images(), ranks, 4),
         "progress": _progress(ranks, trained),
@@ -110,16 +110,20 @@ def _sum_in_order(
     return sums.result().numpy().tobytes()
 
 
-def _train(ranks: Ranks, build: Callable[[], nn.Module] = ConvNet) -> tuple[nn.Module, Tensor]:
+def _train(
+    ranks: Ranks, build: Callable[[], nn.Module] = ConvNet
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """Trains with BatchNorm, dropout and augmentation; gathers movement on the way."""
     workload, model = images(build), built(build)
     units = prunable_parameters(model)
     recipe = FinetuneConfig(epochs=2, batch_size=14, microbatches=5, learning_rate=0.05)
-    gathered = torch.zeros(sum(unit.parameter.numel() for unit in units), dtype=torch.float64)
+    gathered = {
+        unit.name: torch.zeros_like(unit.parameter.detach(), dtype=torch.float64) for unit in units
+    }
 
-    def gather(gradients: dict[str, Tensor]) -> None:
-        pieces = [(unit.parameter * gradients[unit.name]).reshape(-1) for unit in units]
-        gathered.sub_(torch.cat(pieces).detach())
+    def gather(gradients: Mapping[str, Tensor]) -> None:
+        for unit in units:
+            gathered[unit.name] -= unit.parameter.detach() * gradients[unit.name]
 
     span = Span("finetune", range(6), range(6))
     optimizer = make_optimizer(model, recipe)
@@ -137,15 +141,16 @@ def _train(ranks: Ranks, build: Callable[[], nn.Module] = ConvNet) -> tuple[nn.M
     return model, gathered
 
 
-def _masks(ranks: Ranks, model: nn.Module, movement_N: Tensor) -> dict[tuple[str, str, str], str]:
+def _masks(
+    ranks: Ranks, model: nn.Module, movement: dict[str, Tensor]
+) -> dict[tuple[str, str, str], str]:
     found = {}
     for rule in CRITERIA:
         config = prune_config(
             rule, exclude=("conv1.*",), calibration_examples=23, calibration_batch_size=5
         )
         units = prunable_parameters(model, config.exclude)
-        gathered_N = movement_N[-sum(unit.parameter.numel() for unit in units) :]
-        scores = score(model, units, images(), config, ranks, seed=6, movement_N=gathered_N)
+        scores = score(model, units, images(), config, ranks, seed=6, movement=movement)
         for _, scope, granularity in (case for case in MASK_CASES if case[0] == rule):
             chosen = config.model_copy(update={"scope": scope, "granularity": granularity})
             axes = {unit.name: unit.input_dim for unit in units}

@@ -179,7 +179,7 @@ FAULTY: dict[str, tuple[object, str]] = {
     ),
     "a pass of another size": (
         dataclasses.replace(OWN_RULE, passes=(lambda *batch: torch.zeros(3),)),
-        r"its passes and its finish must return a tensor of shape \(20,\), not \(3,\)$",
+        r"its of_gradients, passes and finish must return a tensor of shape \(20,\), not \(3,\)$",
     ),
     "a finish raises": (
         dataclasses.replace(OWN_DATA_FREE_RULE, finish=raising),
@@ -187,7 +187,7 @@ FAULTY: dict[str, tuple[object, str]] = {
     ),
     "a finish of another kind": (
         dataclasses.replace(OWN_DATA_FREE_RULE, finish=lambda *sums: None),
-        r"must return a tensor of shape \(20,\), not NoneType$",
+        r"must return a tensor of shape \(12,\), not NoneType$",
     ),
 }
 

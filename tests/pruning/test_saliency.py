@@ -352,11 +352,14 @@ def test_a_step_moves_by_minus_weight_times_gradient() -> None:
 
 def test_movement_scores_are_what_was_gathered() -> None:
     model = built(TanhNet)
-    gathered_N = draw(20, seed=8, dtype=torch.float64)
+    gathered = {
+        "0.weight": draw(4, 3, seed=8, dtype=torch.float64),
+        "2.weight": draw(2, 4, seed=9, dtype=torch.float64),
+    }
     workload, batches = recorded(tiny())
-    scores = scores_of(model, workload, config_of("movement"), movement_N=gathered_N)
-    assert torch.equal(scores["0.weight"], gathered_N[:12].view(4, 3).float())
-    assert torch.equal(scores["2.weight"], gathered_N[12:].view(2, 4).float())
+    scores = scores_of(model, workload, config_of("movement"), movement=gathered)
+    assert torch.equal(scores["0.weight"], gathered["0.weight"].float())
+    assert torch.equal(scores["2.weight"], gathered["2.weight"].float())
     assert batches == []
 
 

@@ -499,8 +499,8 @@ def test_weights_of_another_dtype_are_refused_by_name() -> None:
     [
         {},
         {"optimizer": None},
-        {"movement_N": None, "optimizer": {"state": {}, "param_groups": []}},
-        {"movement_N": None, "optimizer": 7},
+        {"movement": None, "optimizer": {"state": {}, "param_groups": []}},
+        {"movement": None, "optimizer": 7},
         [1, 2],
     ],
     ids=str,

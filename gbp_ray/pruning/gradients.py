@@ -1,0 +1,247 @@
+"""Sums over items of what is made of each item's gradients, folded in as the gradients arrive.
+
+An item (a calibration batch, a part of a training batch) is computed whole on one rank. In its
+backward pass each gradient is taken the moment it is complete, sent to the ranks that own its rows,
+and freed, so that no rank holds the gradients of a whole network beside the sum. The owner folds
+the rows of the turn's items one after another, in item order: the same bits on any number of ranks,
+and on replicated and sharded networks (`slices` says who owns what).
+
+Gradients travel in buckets of a fixed order (that of the parameters, turned round, since the last
+layers' come first), never in the order of their arrival: which collectives come when is the same on
+every rank, whatever a network does with an example.
+
+Shape suffixes: L = weights of one slice, flat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gbp_ray.errors import PruneError
+from gbp_ray.pruning.ranks import Ranks, all_gather
+from gbp_ray.pruning.sharding import like_shard, local
+from gbp_ray.pruning.slices import Slice, owned
+
+__all__ = ["Fold", "GradientSums"]
+
+_BUCKET_BYTES = 2**22
+"""Gradients below this travel together; above it, in blocks of as much."""
+
+Fold = Callable[[Tensor, Tensor, float], Tensor]
+"""(gradient_L, weight_L, factor of the item) -> what the item adds, (L,), element by element."""
+
+
+class GradientSums:
+    """One sum per parameter, each rank keeping its slice of it.
+
+    Args:
+        parameters: What is summed over, by name.
+        leaves: What autograd differentiates by, for each of the parameters (`sharding.leaves`).
+        pieces: For each parameter its slices, in rank order.
+        factors: One for each item, handed to `fold`.
+        fold: What an item adds.
+        dtype: Of the sums; None takes each parameter's own.
+        is_sharded: A rank that fails then cannot go on alone, since others wait for its weights.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        parameters: Mapping[str, nn.Parameter],
+        leaves: Mapping[str, nn.Parameter],
+        pieces: Mapping[str, Sequence[Slice]],
+        factors: Sequence[float],
+        fold: Fold,
+        dtype: torch.dtype | None = None,
+        *,
+        is_sharded: bool = False,
+    ) -> None:
+        self._ranks, self._fold, self._factors = ranks, fold, factors
+        self._parameters, self._leaves, self._pieces = parameters, leaves, pieces
+        self._is_sharded = is_sharded
+        self._weights = {
+            name: owned(parameter, pieces[name][ranks.rank])
+            for name, parameter in parameters.items()
+        }
+        self._totals = {
+            name: torch.zeros_like(weights_L, dtype=dtype or weights_L.dtype)
+            for name, weights_L in self._weights.items()
+        }
+        self._buckets = _make_buckets(parameters)
+        self._next_item = 0
+        self._failure: Exception | None = None
+        self._arrived: dict[str, Tensor] = {}
+        self._next_bucket = 0
+        self._present = range(0)
+
+    @contextmanager
+    def listening(self) -> Iterator[GradientSums]:
+        """Takes the gradients of all backward passes in the block."""
+        for leaf in self._leaves.values():
+            leaf.grad = None
+        hooks = [
+            self._leaves[name].register_post_accumulate_grad_hook(self._taker(name))
+            for name in self._parameters
+        ]
+        try:
+            yield self
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Adds one item of each rank; one without an item does nothing in the block. Communicates.
+
+        A failure in the block is held back until the sum is taken, which all ranks reach.
+        """
+        num_present = min(self._ranks.world_size, len(self._factors) - self._next_item)
+        assert num_present > 0, "more turns than items"
+        self._present = range(self._next_item, self._next_item + num_present)
+        self._next_item += num_present
+        self._next_bucket, self._arrived = 0, {}
+        try:
+            yield
+        except Exception as error:
+            if self._ranks.world_size == 1 or self._is_sharded:
+                raise
+            self._failure = self._failure or error
+        self._send_ready(is_last=True)
+
+    def owned(self) -> dict[str, Tensor]:
+        """Returns this rank's slices of the sums, (L,) by name. Communicates.
+
+        Raises:
+            Exception: What a turn failed with on any rank, as `Ranks.agree` says.
+        """
+        self._ranks.agree(self._failure)
+        assert self._next_item == len(self._factors), "fewer turns than items"
+        return self._totals
+
+    def totals(self) -> dict[str, Tensor]:
+        """Returns the sums shaped and spread like the parameters; fails as `owned`. Communicates.
+
+        Of a replicated network every rank gets all of every sum.
+        """
+        totals = self.owned()
+        if self._is_sharded:
+            return {
+                name: like_shard(totals[name].view_as(local(parameter.detach())), parameter)
+                for name, parameter in self._parameters.items()
+            }
+        if self._ranks.world_size > 1:
+            for bucket in self._buckets:
+                self._gather(bucket)
+        return {name: totals[name].view_as(self._parameters[name]) for name in self._parameters}
+
+    # -- one turn --------------------------------------------------------------------------------
+
+    def _taker(self, name: str) -> Callable[[Tensor], None]:
+        def take(leaf: Tensor) -> None:
+            gradient, leaf.grad = leaf.grad, None
+            assert gradient is not None
+            if name in self._arrived or self._is_sent(name):
+                raise PruneError(
+                    f"the gradient of '{name}' comes in several pieces, as re-entrant "
+                    "checkpointing makes it; use torch.utils.checkpoint with use_reentrant=False"
+                )
+            self._arrived[name] = gradient.detach()
+            self._send_ready()
+
+        return take
+
+    def _is_sent(self, name: str) -> bool:
+        return any(name in bucket for bucket in self._buckets[: self._next_bucket])
+
+    def _send_ready(self, *, is_last: bool = False) -> None:
+        """Sends the buckets that are complete, in their order; at the end all that are left."""
+        while self._next_bucket < len(self._buckets):
+            bucket = self._buckets[self._next_bucket]
+            if not is_last and not all(name in self._arrived for name in bucket):
+                return
+            self._next_bucket += 1
+            gradients = {name: self._arrived.pop(name, None) for name in bucket}
+            if self._ranks.world_size == 1:
+                self._add_own(gradients)
+            else:
+                self._exchange(gradients)
+
+    @torch.no_grad()
+    def _add_own(self, gradients: dict[str, Tensor | None]) -> None:
+        for name, gradient in gradients.items():
+            gradient_L = (
+                torch.zeros_like(self._weights[name]) if gradient is None else gradient.reshape(-1)
+            )
+            self._add(name, 0, gradient_L, self._factors[self._present.start])
+
+    def _add(self, name: str, start: int, gradient_L: Tensor, factor: float) -> None:
+        stop = start + gradient_L.numel()
+        weight_L = self._weights[name][start:stop]
+        self._totals[name][start:stop] += self._fold(gradient_L, weight_L, factor)
+
+    @torch.no_grad()
+    def _exchange(self, gradients: dict[str, Tensor | None]) -> None:
+        """Sends each owner its rows, block by block, and folds what the others send."""
+        world, rank = self._ranks.world_size, self._ranks.rank
+        pieces = {name: self._pieces[name] for name in gradients}
+        some = self._weights[next(iter(gradients))]
+        block = max(1, _BUCKET_BYTES // (some.element_size() * world))
+        longest = {name: max(piece.size for piece in pieces[name]) for name in gradients}
+        for start in range(0, max(longest.values()), block):
+            widths = {name: min(max(n - start, 0), block) for name, n in longest.items()}
+            # All send and receive alike, padded to the longest slice.
+            outgoing = some.new_zeros(world, sum(widths.values()))
+            for row, owner in zip(outgoing, range(world), strict=True):
+                for (name, gradient), place in zip(
+                    gradients.items(), row.split(list(widths.values())), strict=True
+                ):
+                    piece = pieces[name][owner]
+                    count = min(max(piece.size - start, 0), block)
+                    if gradient is not None and count:
+                        first = piece.start + start
+                        place[:count] = gradient.reshape(-1)[first : first + count]
+            incoming = torch.empty_like(outgoing)
+            dist.all_to_all_single(incoming, outgoing)
+            del outgoing
+            for item, row in zip(self._present, incoming, strict=False):
+                for name, place in zip(gradients, row.split(list(widths.values())), strict=True):
+                    count = min(max(pieces[name][rank].size - start, 0), block)
+                    if count:
+                        self._add(name, start, place[:count], self._factors[item])
+
+    @torch.no_grad()
+    def _gather(self, bucket: Sequence[str]) -> None:
+        """Replaces this rank's slices of a bucket's sums by the whole sums."""
+        widths = [max(piece.size for piece in self._pieces[name]) for name in bucket]
+        padded = self._totals[bucket[0]].new_zeros(sum(widths))
+        for name, place in zip(bucket, padded.split(widths), strict=True):
+            place[: self._totals[name].numel()] = self._totals[name]
+        everywhere = padded.new_empty(self._ranks.world_size * padded.numel())
+        all_gather(everywhere, padded)
+        rows = [row.split(widths) for row in everywhere.view(self._ranks.world_size, -1)]
+        for number, name in enumerate(bucket):
+            self._totals[name] = torch.cat(
+                [
+                    row[number][: piece.size]
+                    for row, piece in zip(rows, self._pieces[name], strict=True)
+                ]
+            )
+
+
+def _make_buckets(parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
+    """Joins neighbours of one dtype into buckets, last parameters first."""
+    buckets: list[list[str]] = []
+    num_bytes, dtype = 0, None
+    for name, parameter in reversed(list(parameters.items())):
+        size = parameter.numel() * parameter.element_size()
+        if not buckets or parameter.dtype is not dtype or num_bytes + size > _BUCKET_BYTES:
+            buckets.append([])
+            num_bytes, dtype = 0, parameter.dtype
+        buckets[-1].append(name)
+        num_bytes += size
+    return buckets
