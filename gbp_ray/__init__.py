@@ -19,6 +19,7 @@ _HOMES = {
     "PruneResult": "gbp_ray.api",
     "Results": "gbp_ray.results",
     "StoreError": "gbp_ray.errors",
+    "SweepResult": "gbp_ray.api",
     "TransientStoreError": "gbp_ray.errors",
     "TrialError": "gbp_ray.errors",
     "Workload": "gbp_ray.workload",
@@ -27,6 +28,7 @@ _HOMES = {
     "open_result": "gbp_ray.api",
     "open_results": "gbp_ray.results",
     "prune": "gbp_ray.api",
+    "sweep": "gbp_ray.api",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])

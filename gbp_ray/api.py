@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import nn
 
 from gbp_ray.config import JobConfig, SweepConfig, expand, find_idle_options, load_job, trial_id
 from gbp_ray.errors import StoreError, TrialError
-from gbp_ray.index import read_index
+from gbp_ray.index import flatten, read_index
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import check_job, load_weights
@@ -39,6 +39,7 @@ from gbp_ray.runtime.shared import dense_origin
 from gbp_ray.runtime.solo import finish_trial, own_device
 from gbp_ray.runtime.worker import work_trial
 from gbp_ray.store import RoundRecord, Store, TrialRecord, locate_jobs, locate_trials
+from gbp_ray.summary import summarize
 from gbp_ray.workload import (
     add_import_paths,
     build_network,
@@ -175,6 +176,41 @@ class SweepResult:
         """How many trials this run has worked on."""
         return sum(outcome.is_new for outcome in self.outcomes)
 
+    def describe(self) -> dict[str, Any]:
+        """Puts all of it into plain values: counts, means over seeds, answers, what failed."""
+        fields: list[str] = []
+        lines: list[dict[str, Any]] = []
+        if self.by_state("finished"):
+            results = self.results.final()
+            fields = results.find_varying()
+            lines = summarize(results.to_rows(), fields)
+        states = {state: self.by_state(state) for state in ("finished", "stopped", "failed")}
+        return {
+            "uri": self.uri,
+            **{f"num_{state}": len(outcomes) for state, outcomes in states.items()},
+            "num_new": self.num_new,
+            "seconds": round(self.seconds, 1),
+            # What was found finished cost nothing this time.
+            "worker_seconds": round(sum(o.seconds for o in self.outcomes if o.is_new), 1),
+            "fields": fields,
+            "summary": lines,
+            "answers": [_describe_answer(answer, self.answers) for answer in self.answers],
+            "finished": [outcome.trial_id for outcome in states["finished"]],
+            **{
+                state: [
+                    {
+                        "trial_id": outcome.trial_id,
+                        "state": state,
+                        "round": outcome.round,
+                        "accuracy": outcome.accuracy,
+                        "cause": outcome.cause,
+                    }
+                    for outcome in states[state]
+                ]
+                for state in ("stopped", "failed")
+            },
+        }
+
     def by_state(self, state: str) -> list[Outcome]:
         """Lists the trials that ended so: finished, stopped or failed."""
         return [outcome for outcome in self.outcomes if outcome.state == state]
@@ -235,6 +271,36 @@ def sweep(
         answers=tuple(plan.answers()) if isinstance(plan, Bisection) else (),
         seconds=time.monotonic() - started,
     )
+
+
+def _describe_answer(answer: Answer, others: Sequence[Answer]) -> dict[str, Any]:
+    """Names the combination by the fields in which it differs from the others."""
+    flat = [flatten(other.job.model_dump(mode="json")) for other in others]
+    own = flatten(answer.job.model_dump(mode="json"))
+    varying = [
+        name
+        for name in own
+        if name not in ("prune.sparsity", "storage")
+        and any(other.get(name) != own[name] for other in flat)
+    ]
+    label = ", ".join(f"{name}={own[name]}" for name in varying)
+    return {
+        "label": label or answer.job.name,
+        "fields": {name: own[name] for name in varying},
+        **{
+            name: getattr(answer, name)
+            for name in (
+                "sparsity",
+                "trial_id",
+                "accuracy",
+                "dense_accuracy",
+                "is_highest",
+                "num_trials",
+                "seconds",
+                "cause",
+            )
+        },
+    }
 
 
 class _Known:
