@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from gbp_ray.address import S3Address
 from gbp_ray.errors import ConfigError
@@ -97,7 +98,7 @@ class WorkloadConfig(Section):
                 plain[name] = json.loads(json.dumps(option, allow_nan=False))
             except (TypeError, ValueError, RecursionError):
                 raise ValueError(
-                    f"'{name}' must be text, a finite number, true or false, a list or a table; "
+                    f"{name!r} must be text, a finite number, true or false, a list or a table; "
                     "put quotes around a date"
                 ) from None
         return plain
@@ -479,7 +480,8 @@ def describe_fields() -> list[tuple[str, str, str]]:
     return rows
 
 
-def _takes_whole_numbers(key: str) -> bool | None:
+def _field_at(key: str) -> FieldInfo | None:
+    """Finds the schema of a dotted field; None inside a table, such as the workload's options."""
     section: type[BaseModel] = JobConfig
     *parents, last = key.split(".")
     for part in parents:
@@ -488,12 +490,16 @@ def _takes_whole_numbers(key: str) -> bool | None:
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             return None
         section = inner
-    field = section.model_fields.get(last)
-    return field is not None and field.annotation in (int, int | None)
+    return section.model_fields.get(last)
+
+
+def _takes_whole_numbers(key: str) -> bool | None:
+    field = _field_at(key)
+    return None if field is None else field.annotation in (int, int | None)
 
 
 def _fill_in(tree: dict[str, Any]) -> None:
-    """Gives a job what it leaves to its sweep, so that a field that varies is written once."""
+    """Gives a job the required fields that it leaves to its sweep, so that they are said once."""
     sweep = tree.get("sweep")
     if not isinstance(sweep, dict):
         return
@@ -501,6 +507,8 @@ def _fill_in(tree: dict[str, Any]) -> None:
     if isinstance(target := sweep.get("target"), dict) and "max_drop" in target:
         missing["prune.sparsity"] = target.get("highest", TargetConfig().highest)
     for key, value in missing.items():
+        if (field := _field_at(key)) is None or not field.is_required():
+            continue
         node: Any = tree
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else None

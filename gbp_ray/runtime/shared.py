@@ -29,13 +29,15 @@ from torch import Tensor, nn
 
 from gbp_ray.config import SCHEMA_VERSION, JobConfig, trial_id
 from gbp_ray.errors import StoreError
-from gbp_ray.pruning.saliency import Criterion, criterion
+from gbp_ray.pruning.rules import Criterion
 from gbp_ray.store import RoundRecord, SharedRecord, Store
 from gbp_ray.workload import import_attribute
 
 __all__ = ["SharedScores", "adopt_dense", "dense_origin", "share_dense"]
 
 _SCORES = "scores.safetensors"
+_CHEAP = ("magnitude", "random", "synflow", "movement")
+"""Criteria that do not pass over the data."""
 
 
 def dense_origin(job: JobConfig) -> dict[str, Any] | None:
@@ -112,8 +114,7 @@ class SharedScores:
 
 def _scores_origin(job: JobConfig, model: nn.Module) -> dict[str, Any] | None:
     prune = job.prune
-    rule = criterion(prune.criterion)
-    if not rule.passes:
+    if prune.criterion in _CHEAP:
         return None
     fields = {
         "criterion",
