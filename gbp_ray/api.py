@@ -238,8 +238,8 @@ def sweep(
     started = time.monotonic()
     import_paths = _add_import_paths(job)
     job = load_job(job, overrides)
-    _warn_of_idle_options(job)
     trials = expand(job)
+    _warn_of_idle_options(*trials)
     store = Store(job.storage, job.name)
     known = _Known(store, job.sweep)
     plan = _plan(job, trials, known)
@@ -264,7 +264,7 @@ def sweep(
     outcomes = sorted(
         feeder.outcomes.values(), key=lambda o: (order.get(o.trial_id, -1), o.trial_id)
     )
-    _refuse_failure_of_all(job, outcomes)
+    _refuse_failure_of_all(outcomes)
     return SweepResult(
         uri=store.uri,
         outcomes=tuple(outcomes),
@@ -370,7 +370,7 @@ def _dense_group(job: JobConfig) -> str | None:
     return None if origin is None else str(origin)
 
 
-def _refuse_failure_of_all(job: JobConfig, outcomes: list[Outcome]) -> None:
+def _refuse_failure_of_all(outcomes: list[Outcome]) -> None:
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     if failed and len(failed) == len(outcomes):
         cause = failed[0].cause
@@ -434,9 +434,12 @@ def _add_import_paths(job: JobConfig | str | Path | None) -> list[str]:
     return import_paths
 
 
-def _warn_of_idle_options(job: JobConfig) -> None:
-    for key, reason in find_idle_options(job):
-        warnings.warn(f"{key} has no effect with {reason}", stacklevel=3)
+def _warn_of_idle_options(*jobs: JobConfig) -> None:
+    """Warns of what does nothing in any of these jobs."""
+    idle = [dict(find_idle_options(job)) for job in jobs]
+    for key, reason in idle[0].items():
+        if all(key in other for other in idle):
+            warnings.warn(f"{key} has no effect with {reason}", stacklevel=3)
 
 
 def _warn_of_shadowed_modules(job: JobConfig, import_paths: list[str]) -> None:
