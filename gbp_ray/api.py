@@ -17,13 +17,24 @@ from typing import Any
 
 from torch import nn
 
-from gbp_ray.config import JobConfig, SweepConfig, expand, find_idle_options, load_job, trial_id
+from gbp_ray.config import (
+    JobConfig,
+    SweepConfig,
+    expand,
+    find_idle_options,
+    load_job,
+    takes_whole_numbers,
+    trial_id,
+)
 from gbp_ray.errors import StoreError, TrialError
-from gbp_ray.index import flatten, read_index
+from gbp_ray.index import flatten
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import check_job, load_weights
 from gbp_ray.results import Results, open_results
+from gbp_ray.runtime.known import Known
+from gbp_ray.runtime.loggers import check_extras
+from gbp_ray.runtime.optuna_plan import OptunaPlan, make_search
 from gbp_ray.runtime.plans import (
     Answer,
     Bisection,
@@ -238,10 +249,11 @@ def sweep(
     started = time.monotonic()
     import_paths = _add_import_paths(job)
     job = load_job(job, overrides)
-    trials = expand(job)
-    _warn_of_idle_options(*trials)
+    trials = expand(job) if job.sweep.search == "grid" else []
+    _warn_of_idle_options(*trials or [job])
+    check_extras(job)
     store = Store(job.storage, job.name)
-    known = _Known(store, job.sweep)
+    known = Known(store, job.sweep)
     plan = _plan(job, trials, known)
     feeder = Feeder(plan, known)
     with SweepBoard(is_quiet, job.sweep.metric) as board:
@@ -303,63 +315,13 @@ def _describe_answer(answer: Answer, others: Sequence[Answer]) -> dict[str, Any]
     }
 
 
-class _Known:
-    """Finds how trials ended before: from the index, in two requests, and the stops on record."""
-
-    def __init__(self, store: Store, sweep: SweepConfig) -> None:
-        table, _ = read_index(store.objects)
-        phases = [name for name in table.column_names if name.startswith("seconds.")]
-        columns = ["trial_id", "round", "is_final", "accuracy", "loss", *phases]
-        # Folders are listed, too, since results may have been removed by hand.
-        self._there = set(store.objects.list_folders("trials/"))
-        self._rounds: dict[str, list[dict[str, Any]]] = {}
-        for row in table.select(columns).to_pylist():
-            self._rounds.setdefault(row["trial_id"], []).append(row)
-        # Without a scheduler nothing is weak, and what was stopped goes on.
-        stops = [] if sweep.scheduler == "fifo" else store.list_unfinished("stopped.json")
-        self._stops = {name: store.read_stop(name) for name in stops}
-        self._store = store
-
-    def __call__(self, job: JobConfig) -> Outcome | None:
-        name = trial_id(job)
-        if name not in self._there:
-            return None
-        if (rows := self._rounds.get(name)) is not None:
-            spent_s = sum(
-                v or 0 for row in rows for k, v in row.items() if k.startswith("seconds.")
-            )
-            return self._outcome(job, "finished", rows[0], rows[-1], spent_s)
-        if (stop := self._stops.get(name)) is not None:
-            records = self._store.read_rounds(name)
-            rows = [record.model_dump() for record in records[: stop.round + 1]]
-            spent_s = sum(sum(record.seconds.values()) for record in records)
-            return self._outcome(job, "stopped", rows[0], rows[-1], spent_s)
-        return None
-
-    def _outcome(
-        self,
-        job: JobConfig,
-        state: Any,
-        dense: dict[str, Any],
-        last: dict[str, Any],
-        spent_s: float,
-    ) -> Outcome:
-        return Outcome(
-            trial_id=trial_id(job),
-            job=job,
-            state=state,
-            round=last["round"],
-            accuracy=last["accuracy"],
-            loss=last["loss"],
-            dense_accuracy=dense["accuracy"],
-            seconds=spent_s * max(1, job.cluster.num_workers),
-            is_new=False,
-        )
-
-
-def _plan(job: JobConfig, trials: list[JobConfig], known: _Known) -> Plan:
+def _plan(job: JobConfig, trials: list[JobConfig], known: Known) -> Plan:
     if job.sweep.target.max_drop is not None:
         return Bisection(trials, Sparsities(job))
+    if job.sweep.search == "optuna":
+        return OptunaPlan(
+            job, known.find_in(job), lambda base: make_search(base, takes_whole_numbers)
+        )
     groups = {trial_id(trial): _dense_group(trial) for trial in trials}
     # What is known first, so that the board starts from there.
     return TrialList(sorted(spread(trials, groups), key=lambda trial: known(trial) is None))

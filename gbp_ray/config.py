@@ -44,6 +44,7 @@ __all__ = [
     "find_idle_options",
     "load_job",
     "nearest_name",
+    "takes_whole_numbers",
     "trial_id",
 ]
 
@@ -371,7 +372,7 @@ def expand(job: JobConfig) -> list[JobConfig]:
     faults: dict[str, None] = {}
     num_refused = 0
     try:
-        points = span(job.sweep, job.seed, _takes_whole_numbers)
+        points = span(job.sweep, job.seed, takes_whole_numbers)
     except ValueError as error:
         raise ConfigError(f"sweep.space: {error}") from None
     for point in points:
@@ -493,7 +494,8 @@ def _field_at(key: str) -> FieldInfo | None:
     return section.model_fields.get(last)
 
 
-def _takes_whole_numbers(key: str) -> bool | None:
+def takes_whole_numbers(key: str) -> bool | None:
+    """Tells whether a dotted field is a whole number; None where the schema does not say."""
     field = _field_at(key)
     return None if field is None else field.annotation in (int, int | None)
 

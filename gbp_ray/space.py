@@ -29,7 +29,7 @@ from pydantic import Field, field_validator, model_validator
 
 from gbp_ray.sections import Section
 
-__all__ = ["Axis", "SweepConfig", "TargetConfig", "first_values", "parse_space", "span"]
+__all__ = ["Axis", "IsWhole", "SweepConfig", "TargetConfig", "first_values", "parse_space", "span"]
 
 _MOST_TRIALS = 100_000
 _RANGES = ("linear", "log", "uniform", "loguniform")
@@ -193,6 +193,8 @@ class SweepConfig(Section):
                 faults.append("space: is empty, and optuna has nothing to choose")
             if any(len(axis.fields) > 1 for axis in axes):
                 faults.append("search = optuna: chooses each field by itself; write them apart")
+            if any(isinstance(v, list | dict) for a in axes for row in a.given for v in row):
+                faults.append("search = optuna: chooses among text, numbers, true and false alone")
             if self.scheduler == "median":
                 faults.append("scheduler = median: does not go with optuna; take asha or fifo")
         if faults:

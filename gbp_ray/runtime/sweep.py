@@ -16,18 +16,20 @@ the user's code) is tried again `sweep.max_failures` times, and then is a row wi
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import queue
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from gbp_ray.config import JobConfig, trial_id
 from gbp_ray.errors import ConfigError, GbpError, TransientStoreError, TrialError
+from gbp_ray.runtime.loggers import make_loggers
 from gbp_ray.runtime.plans import Feeder, Outcome
 from gbp_ray.runtime.progress import SweepBoard, Tick
 from gbp_ray.runtime.solo import Step, run_solo, run_whole
@@ -41,6 +43,7 @@ from gbp_ray.runtime.trial import (
     relay,
     unwrap,
 )
+from gbp_ray.space import parse_space
 from gbp_ray.store import FailureRecord, RoundRecord, StopRecord, Store
 from gbp_ray.workload import add_import_paths
 
@@ -103,7 +106,7 @@ def run_sweep(
                 tune.with_resources(trainable, _resources(base)),
                 tune_config=tune.TuneConfig(
                     num_samples=-1,
-                    search_alg=_FeederSearch(feeder, base.sweep.max_concurrent, num_slots),
+                    search_alg=_FeederSearch(base, feeder, num_slots),
                     scheduler=scheduler,
                     reuse_actors=True,
                     trial_name_creator=_name_of,
@@ -115,7 +118,10 @@ def run_sweep(
                     verbose=0,
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                     failure_config=tune.FailureConfig(max_failures=base.sweep.max_failures),
-                    callbacks=[_Bookkeeper(base, feeder, store, board)],
+                    callbacks=[
+                        _Bookkeeper(base, feeder, store, board),
+                        *make_loggers(base, store),
+                    ],
                 ),
             )
             try:
@@ -172,12 +178,16 @@ class _Unsaved:
 class _FeederSearch(_Unsaved, Searcher):  # type: ignore[misc]
     """Lets Tune take its trials from a feeder."""
 
-    def __init__(self, feeder: Feeder, max_concurrent: int | None, num_slots: int) -> None:
+    def __init__(self, base: JobConfig, feeder: Feeder, num_slots: int) -> None:
         super().__init__()
         self._feeder = feeder
-        # One that waits for a process saves the process from waiting for it; Tune starts as many
-        # as there are resources for. Where workers are nested, it does not know of those.
-        self._most = max_concurrent or num_slots + 1
+        # One more that waits for a process saves the process from waiting for it, as Tune starts no
+        # more than it has resources for. Of the CPUs of nested workers it knows nothing.
+        is_bounded = _is_nested(base) or base.sweep.max_concurrent is not None
+        self._most = num_slots + (not is_bounded)
+        self._fields = [field for axis in parse_space(base.sweep.space) for field in axis.fields]
+        if base.sweep.target.max_drop is not None:
+            self._fields.append("prune.sparsity")
 
     def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
         return True
@@ -186,7 +196,8 @@ class _FeederSearch(_Unsaved, Searcher):  # type: ignore[misc]
         if not self._feeder.is_over and self._feeder.num_running < self._most:
             job = self._feeder.next()
             if job is not None:
-                return _as_config(job)
+                # The loggers show what varies; the trial goes by the whole.
+                return {"job": job.model_dump_json(), **_pick(job, self._fields)}
         return Searcher.FINISHED if self._feeder.is_over else None
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
@@ -200,8 +211,16 @@ class _FeederSearch(_Unsaved, Searcher):  # type: ignore[misc]
         raise NotImplementedError
 
 
-def _as_config(job: JobConfig) -> dict[str, Any]:
-    return {"job": job.model_dump_json()}
+def _pick(job: JobConfig, fields: Iterable[str]) -> dict[str, Any]:
+    """Looks up dotted fields of a job."""
+    found = {}
+    for field in fields:
+        value: Any = job.model_dump(mode="json")
+        for part in field.split("."):
+            value = value[part]
+        # As text where it is a list or a table, which Tune would take apart.
+        found[field] = value if isinstance(value, str | int | float | None) else json.dumps(value)
+    return found
 
 
 def _job_of(trial: Any) -> JobConfig:
