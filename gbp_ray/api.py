@@ -178,7 +178,7 @@ class SweepResult:
     seconds: float
 
     @property
-    def results(self) -> Results:
+    def finished(self) -> Results:
         """The rounds of the finished trials, as `open_results` gives them."""
         return open_results(self.uri).of_trials(o.trial_id for o in self.by_state("finished"))
 
@@ -192,7 +192,7 @@ class SweepResult:
         fields: list[str] = []
         lines: list[dict[str, Any]] = []
         if self.by_state("finished"):
-            results = self.results.final()
+            results = self.finished.final()
             fields = results.find_varying()
             lines = summarize(results.to_rows(), fields)
         states = {state: self.by_state(state) for state in ("finished", "stopped", "failed")}
@@ -250,7 +250,7 @@ def sweep(
     import_paths = _add_import_paths(job)
     job = load_job(job, overrides)
     trials = expand(job) if job.sweep.search == "grid" else []
-    _warn_of_idle_options(*trials or [job])
+    _warn_of_idle_options(*trials)
     check_extras(job)
     store = Store(job.storage, job.name)
     known = Known(store, job.sweep)
@@ -399,7 +399,7 @@ def _add_import_paths(job: JobConfig | str | Path | None) -> list[str]:
 def _warn_of_idle_options(*jobs: JobConfig) -> None:
     """Warns of what does nothing in any of these jobs."""
     idle = [dict(find_idle_options(job)) for job in jobs]
-    for key, reason in idle[0].items():
+    for key, reason in idle[0].items() if idle else ():
         if all(key in other for other in idle):
             warnings.warn(f"{key} has no effect with {reason}", stacklevel=3)
 

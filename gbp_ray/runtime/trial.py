@@ -225,20 +225,24 @@ class Mailbox:
         self._last_allowed, self._is_ended = -1, False
 
     def put(self, message: Any) -> None:
+        """Takes a message."""
         self._messages.append(message)
 
     def take(self) -> list[Any]:
+        """Hands over what has come since the last time."""
         messages, self._messages = self._messages, []
         return messages
 
     def allow(self, number: int) -> None:
+        """Lets workers go on after a round and those before it."""
         self._last_allowed = number
 
     def end(self) -> None:
+        """Lets workers go on after no other round."""
         self._is_ended = True
 
     def verdict(self, number: int) -> bool | None:
-        """Whether to go on after a round; None while that is open."""
+        """Says whether to go on after a round; None while that is open."""
         return True if number <= self._last_allowed else False if self._is_ended else None
 
 

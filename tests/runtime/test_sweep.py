@@ -101,7 +101,7 @@ def test_a_sweep_from_end_to_end(job_file: Path) -> None:
         record = Store("gbp-results", "tiny").read_failure(outcome.trial_id)
         assert record is not None
         assert record.cause == outcome.cause
-    results = result.results
+    results = result.finished
     assert len(results) == 8 * 3
     assert {row["sparsity"] >= 0.49 for row in results.final().to_rows()} == {True}
     described = result.describe()
