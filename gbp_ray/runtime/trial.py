@@ -42,6 +42,7 @@ import ray  # noqa: E402
 import ray.train  # noqa: E402
 import ray.train.torch  # noqa: E402
 import torch  # noqa: E402
+from ray._private import auto_init_hook  # noqa: E402
 
 __all__ = [
     "Mailbox",
@@ -167,7 +168,14 @@ def fit_interruptibly(trainer: Any) -> Any:
             outcome.set_exception(error)
 
     threading.Thread(target=fit, name="gbp-ray-fit", daemon=True).start()
-    return outcome.result()
+    try:
+        return outcome.result()
+    except BaseException:
+        # The thread may still be at work when Ray has shut down, and Ray's functions would then join
+        # whatever other Ray there is.
+        if not outcome.done():
+            auto_init_hook.enable_auto_connect = False
+        raise
 
 
 def _train_worker(config: dict[str, Any]) -> GbpError | None:
