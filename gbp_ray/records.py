@@ -19,7 +19,14 @@ import json
 import re
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, computed_field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    computed_field,
+    field_serializer,
+    field_validator,
+)
 
 from gbp_ray.config import SCHEMA_VERSION, JobConfig
 from gbp_ray.errors import StoreError
@@ -147,6 +154,11 @@ class TrialRecord(_Record):
     def _drop_later_fields(cls, value: object) -> object:
         # A job file must not hold unknown keys, but a record of a later version may.
         return _known_fields(JobConfig, value)
+
+    @field_serializer("job")
+    def _without_sweep(self, job: JobConfig) -> dict[str, Any]:
+        # A trial is the same whichever sweep it was part of.
+        return job.model_dump(mode="json", exclude={"sweep"})
 
     @property
     def dense(self) -> RoundRecord:

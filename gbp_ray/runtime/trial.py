@@ -171,8 +171,8 @@ def fit_interruptibly(trainer: Any) -> Any:
     try:
         return outcome.result()
     except BaseException:
-        # The thread may still be at work when Ray has shut down, and Ray's functions would then join
-        # whatever other Ray there is.
+        # The thread may still be at work when Ray has shut down, and Ray's functions would then
+        # join whatever other Ray there is.
         if not outcome.done():
             auto_init_hook.enable_auto_connect = False
         raise
