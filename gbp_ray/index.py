@@ -315,4 +315,6 @@ def _parse(data: bytes) -> pa.Table | None:
     blank = data[: seals[-1].start()] + _BLANK + data[seals[-1].end() :]
     if hashlib.sha256(blank).hexdigest().encode() != seals[-1][1]:
         return None
-    return pq.read_table(io.BytesIO(data)).replace_schema_metadata(None)
+    # pyarrow's threads, once started, now and then abort a process at its end where torch is, too.
+    table = pq.read_table(io.BytesIO(data), use_threads=False)
+    return table.replace_schema_metadata(None)

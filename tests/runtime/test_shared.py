@@ -203,3 +203,15 @@ def test_time_is_on_record_where_it_was_spent(tmp_path: Path) -> None:
         for s in (0.5, 0.7)
     ]
     assert spent == [True, False]
+
+
+def test_trials_share_on_an_object_store_alike(
+    moto_storage: str, tmp_path: Path, counted: dict[str, int]
+) -> None:
+    first = {"prune.rounds": 1, "prune.sparsity": 0.5}
+    run(quick_job(moto_storage, **first))
+    found = run(quick_job(moto_storage, **first | {"prune.sparsity": 0.7}))
+    assert counted == {"score": 1, "dense": 1}
+    alone = quick_job(tmp_path, **first | {"prune.sparsity": 0.7})
+    work_trial(alone, Ranks())
+    assert found == results_of(alone)
