@@ -141,7 +141,9 @@ class Results:
         name = self._column(column)
         order = "descending" if name in _MOST_IS_BEST else "ascending"
         keys = [(name, order), ("job", "ascending"), ("trial_id", "ascending")]
-        table = self.table.sort_by([*keys, ("round", "ascending")]) if len(self) else self.table
+        keys.append(("round", "ascending"))
+        # Not sort_by, which starts threads; see read_stored.
+        table = self.table.take(pc.sort_indices(self.table, sort_keys=keys))
         return Results(self._uri, self._stores, table)
 
     def head(self, num_rows: int) -> Results:
