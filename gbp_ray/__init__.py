@@ -20,6 +20,7 @@ _HOMES = {
     "Report": "gbp_ray.page",
     "Results": "gbp_ray.results",
     "StoreError": "gbp_ray.errors",
+    "SweepResult": "gbp_ray.api",
     "TransientStoreError": "gbp_ray.errors",
     "TrialError": "gbp_ray.errors",
     "Workload": "gbp_ray.workload",
@@ -29,6 +30,7 @@ _HOMES = {
     "open_results": "gbp_ray.results",
     "plan_prune": "gbp_ray.api",
     "prune": "gbp_ray.api",
+    "sweep": "gbp_ray.api",
     "write_report": "gbp_ray.page",
 }
 

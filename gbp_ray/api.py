@@ -8,28 +8,53 @@ model, masks = result.load_model(), result.load_masks()
 
 from __future__ import annotations
 
-import platform
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from gbp_ray.config import JobConfig, find_idle_options, load_job, trial_id
-from gbp_ray.errors import ConfigError, StoreError
+from gbp_ray.config import (
+    JobConfig,
+    SweepConfig,
+    expand,
+    find_idle_options,
+    load_job,
+    takes_whole_numbers,
+    trial_id,
+)
+from gbp_ray.errors import ConfigError, StoreError, TrialError
+from gbp_ray.index import flatten
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.pruning.plan import Plan, make_plan
+from gbp_ray.pruning.plan import Plan as CostPlan
+from gbp_ray.pruning.plan import make_plan
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import check_job, load_weights
 from gbp_ray.records import JobRecord
-from gbp_ray.runtime.progress import ProgressBoard
+from gbp_ray.results import Results, open_results
+from gbp_ray.runtime.known import Known
+from gbp_ray.runtime.loggers import check_extras
+from gbp_ray.runtime.optuna_plan import OptunaPlan, make_search
+from gbp_ray.runtime.plans import (
+    Answer,
+    Bisection,
+    Feeder,
+    Outcome,
+    Plan,
+    Sparsities,
+    TrialList,
+    spread,
+)
+from gbp_ray.runtime.progress import ProgressBoard, SweepBoard
+from gbp_ray.runtime.shared import dense_origin
+from gbp_ray.runtime.solo import finish_trial, own_device
 from gbp_ray.runtime.worker import work_trial
 from gbp_ray.store import RoundRecord, Store, TrialRecord, locate_jobs, locate_trials
+from gbp_ray.summary import summarize
 from gbp_ray.workload import (
     Workload,
     add_import_paths,
@@ -38,7 +63,15 @@ from gbp_ray.workload import (
     load_workload,
 )
 
-__all__ = ["PrunePlan", "PruneResult", "open_result", "plan_prune", "prune"]
+__all__ = [
+    "PrunePlan",
+    "PruneResult",
+    "SweepResult",
+    "open_result",
+    "plan_prune",
+    "prune",
+    "sweep",
+]
 
 
 @dataclass(frozen=True)
@@ -131,7 +164,7 @@ def prune(
             if record is None:
                 _run_rounds(job, store, import_paths, board, is_debug=is_debug)
                 lease.check()
-                record = _finish(job, store, time.monotonic() - started)
+                record = finish_trial(job, store, time.monotonic() - started)
     return PruneResult(record, store.trial_uri(name))
 
 
@@ -151,7 +184,7 @@ class PrunePlan:
     uri: str
     num_done: int
     num_left: int
-    plan: Plan | None
+    plan: CostPlan | None
 
     def to_dict(self) -> dict[str, Any]:
         """Gives plain values, for JSON and for tables."""
@@ -193,6 +226,189 @@ def plan_prune(
     return PrunePlan(name, uri, num_done, num_rounds - num_done, make_plan(job, workload))
 
 
+@dataclass(frozen=True)
+class SweepResult:
+    """A sweep that has ended.
+
+    Attributes:
+        uri: Where the job's results lie.
+        outcomes: How each trial ended: finished, stopped by the scheduler, or failed and why.
+        answers: With a target, the largest sparsity for each combination.
+        seconds: What this run took.
+    """
+
+    uri: str
+    outcomes: tuple[Outcome, ...]
+    answers: tuple[Answer, ...]
+    seconds: float
+
+    @property
+    def finished(self) -> Results:
+        """The rounds of the finished trials, as `open_results` gives them."""
+        return open_results(self.uri).of_trials(o.trial_id for o in self.by_state("finished"))
+
+    @property
+    def num_new(self) -> int:
+        """How many trials this run has worked on."""
+        return sum(outcome.is_new for outcome in self.outcomes)
+
+    def describe(self) -> dict[str, Any]:
+        """Puts all of it into plain values: counts, means over seeds, answers, what failed."""
+        fields: list[str] = []
+        lines: list[dict[str, Any]] = []
+        if self.by_state("finished"):
+            results = self.finished.final()
+            fields = results.find_varying()
+            lines = summarize(results.to_rows(), fields)
+        states = {state: self.by_state(state) for state in ("finished", "stopped", "failed")}
+        return {
+            "uri": self.uri,
+            **{f"num_{state}": len(outcomes) for state, outcomes in states.items()},
+            "num_new": self.num_new,
+            "seconds": round(self.seconds, 1),
+            # What was found finished cost nothing this time.
+            "worker_seconds": round(sum(o.seconds for o in self.outcomes if o.is_new), 1),
+            "fields": fields,
+            "summary": lines,
+            "answers": [_describe_answer(answer, self.answers) for answer in self.answers],
+            "finished": [outcome.trial_id for outcome in states["finished"]],
+            **{
+                state: [
+                    {
+                        "trial_id": outcome.trial_id,
+                        "state": state,
+                        "round": outcome.round,
+                        "accuracy": outcome.accuracy,
+                        "cause": outcome.cause,
+                    }
+                    for outcome in states[state]
+                ]
+                for state in ("stopped", "failed")
+            },
+        }
+
+    def by_state(self, state: str) -> list[Outcome]:
+        """Lists the trials that ended so: finished, stopped or failed."""
+        return [outcome for outcome in self.outcomes if outcome.state == state]
+
+
+def sweep(
+    job: JobConfig | str | Path,
+    overrides: Mapping[str, Any] | list[str] | None = None,
+    *,
+    is_quiet: bool = False,
+    is_debug: bool = False,
+) -> SweepResult:
+    """Runs the trials that a job's [sweep] spans; those that have ended answer at once.
+
+    Args:
+        job: A checked job or the path of a TOML file.
+        overrides: Dotted keys to values, applied before the check.
+        is_quiet: Shows no progress.
+        is_debug: Lets Ray's own output through.
+
+    Raises:
+        GbpError: The job is wrong, the storage does not work, Ray does not start, or all trials
+            failed; one that fails among others is an outcome.
+    """
+    started = time.monotonic()
+    import_paths = _add_import_paths(job)
+    job = load_job(job, overrides)
+    trials = expand(job) if job.sweep.search == "grid" else []
+    _warn_of_idle_options(*trials)
+    check_extras(job)
+    store = Store(job.storage, job.name)
+    known = Known(store, job.sweep)
+    plan = _plan(job, trials, known)
+    feeder = Feeder(plan, known)
+    with SweepBoard(is_quiet, job.sweep.metric) as board:
+        first = feeder.next()
+        values = ((o.trial_id, getattr(o, job.sweep.metric)) for o in feeder.outcomes.values())
+        board.begin(plan.total, values)
+        if first is not None:
+            feeder.put_back(first)
+            store.preflight()
+            # What ails all trials is better said once; the others are checked as they start.
+            check_job(first, load_workload(first.workload))
+            _warn_of_shadowed_modules(first, import_paths)
+            store.claim(first)
+            # Ray takes seconds to import, and a sweep that has ended does not need it.
+            from gbp_ray.runtime.sweep import run_sweep
+
+            board.note(f"{job.name}  starting Ray")
+            run_sweep(job, feeder, import_paths, board, is_debug=is_debug)
+    order = {trial_id(trial): number for number, trial in enumerate(trials)}
+    outcomes = sorted(
+        feeder.outcomes.values(), key=lambda o: (order.get(o.trial_id, -1), o.trial_id)
+    )
+    _refuse_failure_of_all(outcomes)
+    return SweepResult(
+        uri=store.uri,
+        outcomes=tuple(outcomes),
+        answers=tuple(plan.answers()) if isinstance(plan, Bisection) else (),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _describe_answer(answer: Answer, others: Sequence[Answer]) -> dict[str, Any]:
+    """Names the combination by the fields in which it differs from the others."""
+    flat = [flatten(other.job.model_dump(mode="json")) for other in others]
+    own = flatten(answer.job.model_dump(mode="json"))
+    varying = [
+        name
+        for name in own
+        if name not in ("prune.sparsity", "storage")
+        and any(other.get(name) != own[name] for other in flat)
+    ]
+    label = ", ".join(f"{name}={own[name]}" for name in varying)
+    return {
+        "label": label or answer.job.name,
+        "fields": {name: own[name] for name in varying},
+        **{
+            name: getattr(answer, name)
+            for name in (
+                "sparsity",
+                "trial_id",
+                "accuracy",
+                "dense_accuracy",
+                "is_highest",
+                "num_trials",
+                "seconds",
+                "cause",
+            )
+        },
+    }
+
+
+def _plan(job: JobConfig, trials: list[JobConfig], known: Known) -> Plan:
+    if job.sweep.target.max_drop is not None:
+        return Bisection(trials, Sparsities(job))
+    if job.sweep.search == "optuna":
+        return OptunaPlan(
+            job, known.find_in(job), lambda base: make_search(base, takes_whole_numbers)
+        )
+    groups = {trial_id(trial): _dense_group(trial) for trial in trials}
+    # What is known first, so that the board starts from there.
+    return TrialList(sorted(spread(trials, groups), key=lambda trial: known(trial) is None))
+
+
+def _dense_group(job: JobConfig) -> str | None:
+    origin = dense_origin(job)
+    return None if origin is None else str(origin)
+
+
+def _refuse_failure_of_all(outcomes: list[Outcome]) -> None:
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    if failed and len(failed) == len(outcomes):
+        cause = failed[0].cause
+        raise TrialError(
+            f"sweep: all {len(failed)} trials failed, {failed[0].trial_id} with: {cause}",
+            trial_id=failed[0].trial_id,
+            rank=None,
+            cause=cause,
+        )
+
+
 def open_result(uri: str | Path) -> PruneResult:
     """Opens a finished trial by its folder, or by its job's folder where that holds one trial.
 
@@ -217,14 +433,13 @@ def open_result(uri: str | Path) -> PruneResult:
 def _load(
     source: JobConfig | str | Path | None, overrides: Mapping[str, Any] | list[str] | None
 ) -> tuple[JobConfig, list[str]]:
-    """Reads a job and makes the user's own modules importable; returns it and their folders."""
-    import_paths = [str(Path.cwd())]
-    if isinstance(source, (str, Path)):
-        import_paths.append(str(Path(source).resolve().parent))
-    add_import_paths(import_paths)
+    """Reads a job that runs once, and says what of it does nothing."""
+    import_paths = _add_import_paths(source)
     job = load_job(source, overrides)
-    for key, reason in find_idle_options(job):
-        warnings.warn(f"{key} has no effect with {reason}", stacklevel=3)
+    if job.sweep != SweepConfig():
+        warnings.warn("sweep has no effect on a single prune; gbp-ray sweep runs it", stacklevel=3)
+        job = job.model_copy(update={"sweep": SweepConfig()})
+    _warn_of_idle_options(job)
     return job, import_paths
 
 
@@ -232,20 +447,14 @@ def _load_checked(job: JobConfig, import_paths: list[str]) -> Workload:
     """Loads what is pruned and refuses what the job could only fail at later."""
     workload = load_workload(job.workload)
     check_job(job, workload)
-    for key, plug_in in _plug_ins(job):
-        if shadowed := find_shadowed_module(plug_in, import_paths[-1]):
-            warnings.warn(
-                f"{key} = {plug_in}: module {shadowed}; rename yours, or start a new process if "
-                "another job brought it in",
-                stacklevel=3,
-            )
+    _warn_of_shadowed_modules(job, import_paths)
     return workload
 
 
 def _check_device(job: JobConfig) -> None:
     """Refuses a GPU that is not there, where the job would run on this machine."""
-    if job.cluster.num_workers == 0:
-        _own_device(job)
+    if job.cluster.max_workers == 0:
+        own_device(job)
     elif job.cluster.use_gpu and job.cluster.address is None and not torch.cuda.is_available():
         raise ConfigError(
             "cluster.use_gpu = true: this machine has no CUDA device; set it to false or give "
@@ -263,7 +472,7 @@ def _run_rounds(
     if job.cluster.num_workers == 0:
         work_trial(
             job,
-            Ranks(device=_own_device(job)),
+            Ranks(device=own_device(job)),
             tell=board.show,
             round_done=lambda record: board.show_round(name, record),
         )
@@ -277,41 +486,29 @@ def _run_rounds(
         run_trial(job, import_paths, board, is_debug=is_debug)
 
 
-def _finish(job: JobConfig, store: Store, seconds: float) -> TrialRecord:
-    name = trial_id(job)
-    rounds = store.read_rounds(name)
-    if len(rounds) != job.prune.rounds + 1:
-        raise StoreError(
-            f"storage: round {len(rounds)} vanished from '{store.trial_uri(name)}'; is another "
-            "process running this job? Run the job again when it has ended"
-        )
-    record = TrialRecord(
-        trial_id=name,
-        job=job,
-        rounds=tuple(rounds),
-        seconds=round(seconds, 1),
-        num_workers=job.cluster.num_workers,
-        versions=_versions(),
-    )
-    store.write_trial(record)
-    return record
+def _add_import_paths(job: JobConfig | str | Path | None) -> list[str]:
+    """Makes the modules beside the job file and in the working folder importable."""
+    import_paths = [str(Path.cwd())]
+    if isinstance(job, (str, Path)):
+        import_paths.append(str(Path(job).resolve().parent))
+    add_import_paths(import_paths)
+    return import_paths
 
 
-def _plug_ins(job: JobConfig) -> list[tuple[str, str]]:
+def _warn_of_idle_options(*jobs: JobConfig) -> None:
+    """Warns of what does nothing in any of these jobs."""
+    idle = [dict(find_idle_options(job)) for job in jobs]
+    for key, reason in idle[0].items() if idle else ():
+        if all(key in other for other in idle):
+            warnings.warn(f"{key} has no effect with {reason}", stacklevel=3)
+
+
+def _warn_of_shadowed_modules(job: JobConfig, import_paths: list[str]) -> None:
     named = [("workload.factory", job.workload.factory), ("prune.criterion", job.prune.criterion)]
-    return [(key, name) for key, name in named if ":" in name]
-
-
-def _own_device(job: JobConfig) -> torch.device:
-    if not job.cluster.use_gpu:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            "cluster.use_gpu = true: this machine has no CUDA device; set it to false"
-        )
-    return torch.device("cuda")
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("gbp-ray", "torch", "ray", "numpy")}
-    return {"python": platform.python_version(), **packages, "machine": platform.machine()}
+    for key, plug_in in named:
+        if ":" in plug_in and (shadowed := find_shadowed_module(plug_in, import_paths[-1])):
+            warnings.warn(
+                f"{key} = {plug_in}: module {shadowed}; rename yours, or start a new process "
+                "if another job brought it in",
+                stacklevel=3,
+            )

@@ -28,6 +28,7 @@ __all__ = ["Audit", "Garbage", "find_faults", "find_garbage", "remove_garbage"]
 
 _MARKS = ("driver.lock", "driver.json")
 _PROBE = ".probe-"
+_SHARED = ("dense/", "scores/")
 
 
 @dataclass
@@ -89,6 +90,8 @@ def find_faults(uri: str | Path) -> Audit:
         audit.num_jobs += 1
         with _noted(audit, store.objects.uri_of("job.json")):
             store.read_claim()
+        if only is None:
+            _audit_shared(audit, store)
         records: dict[str, TrialRecord] = {}
         damaged = set()
         for trial, (part, record) in zip(
@@ -128,6 +131,10 @@ def _audit_trial(store: Store, trial: str) -> tuple[Audit, TrialRecord | None]:
     uri = store.objects.uri_of(f"trials/{trial}/trial.json")
     with _noted(audit, uri):
         finished = store.read_trial(trial)
+    if finished is None:
+        with _noted(audit, uri):
+            store.read_failure(trial)
+            store.read_stop(trial)
     if not audit.faults:
         wanted = range(len(finished.rounds) if finished else len(rounds))
         for number in wanted:
@@ -167,6 +174,16 @@ def _audit_round(audit: Audit, store: Store, trial: str, record: RoundRecord) ->
                 )
         if masks is not None and (revived := find_revived(data, masks, folder)):
             audit.faults.append((folder, f"'{revived}' has weights that its mask removes"))
+
+
+def _audit_shared(audit: Audit, store: Store) -> None:
+    for kind in _SHARED:
+        for name in store.objects.list_folders(kind):
+            with _noted(audit, store.objects.uri_of(f"{kind}{name}")):
+                found = store.read_shared(f"{kind}{name}")
+                if found is not None:
+                    audit.num_files += len(found[1])
+                    audit.num_bytes += sum(map(len, found[1].values()))
 
 
 def _audit_index(
@@ -249,11 +266,11 @@ def remove_garbage(items: Iterable[Garbage]) -> list[Garbage]:
     for item in items:
         by_trial.setdefault((item.objects.uri_of(), item.trial), []).append(item)
     for group in by_trial.values():
-        objects, trial = group[0].objects, f"trials/{group[0].trial}"
+        objects, folder = group[0].objects, _folder_of(group[0].trial)
         if not group[0].trial:
             removed += [item for item in group if _remove(item)]
-        elif not is_held(objects, trial):
-            with hold_lease(objects, trial):
+        elif not is_held(objects, folder):
+            with hold_lease(objects, folder):
                 removed += [item for item in group if _remove(item)]
     return removed
 
@@ -279,7 +296,7 @@ def _garbage_of(store: Store, only: str | None, is_unfinished_too: bool) -> Iter
 
     def is_live(trial: str) -> bool:
         if trial not in held:
-            held[trial] = is_held(objects, f"trials/{trial}")
+            held[trial] = is_held(objects, _folder_of(trial))
         return held[trial]
 
     for entry in entries:
@@ -297,7 +314,7 @@ def _garbage_of(store: Store, only: str | None, is_unfinished_too: bool) -> Iter
 
 
 def _judge(entry: Entry, is_unfinished_too: bool) -> tuple[str, str, str]:
-    """Tells an object's trial, why it is garbage, or "", and the name that would make it none."""
+    """Tells whose an object is, why it is garbage, or "", and the name that would make it none."""
     key = entry.key
     folder, _, name = key.rpartition("/")
     if key.startswith(_PROBE):
@@ -306,6 +323,11 @@ def _judge(entry: Entry, is_unfinished_too: bool) -> tuple[str, str, str]:
         return key.split("/")[1], "it is Ray's own", ""
     if key.startswith(UNINDEXED):
         return name, "it announces a trial that never finished", f"trials/{name}/trial.json"
+    if key.startswith(_SHARED):
+        if name in _MARKS:
+            return folder, "its driver is dead", ""
+        why = "" if name == "shared.json" else "it was never committed"
+        return folder, why, f"{folder}/shared.json"
     trial = _trial_of(key)
     if not trial:
         return "", "", ""
@@ -316,6 +338,11 @@ def _judge(entry: Entry, is_unfinished_too: bool) -> tuple[str, str, str]:
     if name not in ("round.json", "trial.json") and "/round_" in folder:
         return trial, "its round was never committed", f"{folder}/round.json"
     return trial, "", ""
+
+
+def _folder_of(trial: str) -> str:
+    """Finds the folder whose lease covers a trial, or what trials share."""
+    return trial if trial.startswith(_SHARED) else f"trials/{trial}"
 
 
 def _trial_of(key: str) -> str:

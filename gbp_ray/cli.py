@@ -6,24 +6,22 @@ done, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 143 by a termination signal.
 
 from __future__ import annotations
 
-import csv
-import json
 import shlex
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from gbp_ray import __version__
+from gbp_ray.cli_sweep import run_sweep
 from gbp_ray.config import describe_fields
 from gbp_ray.errors import ConfigError, GbpError, TrialError
 from gbp_ray.report import (
@@ -37,6 +35,15 @@ from gbp_ray.report import (
     summary_line,
 )
 from gbp_ray.store import TrialRecord, locate_trials
+from gbp_ray.terminal import (
+    AsJson,
+    Conditions,
+    console,
+    print_csv,
+    print_json,
+    say,
+    show_warning,
+)
 
 __all__ = ["app", "main"]
 
@@ -54,10 +61,6 @@ app = typer.Typer(
 
 _STOPPED = 130
 
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
-]
-
 Place = Annotated[
     str,
     typer.Argument(
@@ -67,14 +70,7 @@ Place = Annotated[
 ]
 
 
-Conditions = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--where",
-        metavar="CONDITION",
-        help="Keep what has prune.criterion=taylor or sparsity>=0.9; repeatable.",
-    ),
-]
+app.command("sweep")(run_sweep)
 
 
 @app.callback(invoke_without_command=True)
@@ -135,17 +131,17 @@ def prune(
     from gbp_ray.api import prune as prune_network
 
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        warnings.showwarning = show_warning  # type: ignore[assignment]
         if is_dry_run:
             _print_plan(plan_prune(job, overrides).to_dict(), as_json)
             return
         result = prune_network(job, overrides, is_quiet=is_quiet, is_debug=is_debug)
     if as_json:
-        _print_json({"uri": result.uri, **result.record.model_dump(mode="json")})
+        print_json({"uri": result.uri, **result.record.model_dump(mode="json")})
         return
     _print_trial(result.record)
-    console = _console()
-    console.print(
+    out = console()
+    out.print(
         f"\n{summary_line(result.record)}\nweights and masks: {result.round_uri()}",
         highlight=False,
         markup=False,
@@ -170,21 +166,21 @@ def show(
     if len(trials) > 1:
         rows = [_describe_trial(store, name) for store, name in trials]
         if as_json:
-            _print_json({"trials": rows})
+            print_json({"trials": rows})
             return
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for heading in rows[0]:
             table.add_column(heading)
         for row in rows:
             table.add_row(*(escape(str(value)) for value in row.values()))
-        _console().print(table)
+        console().print(table)
         return
     store, name = trials[0]
     record = store.read_trial(name)
     if record is None:
         rounds = store.read_rounds(name)
         if as_json:
-            _print_json(
+            print_json(
                 {
                     "trial_id": name,
                     "finished": False,
@@ -192,21 +188,21 @@ def show(
                 }
             )
             return
-        _console().print(
+        console().print(
             f"{name}: not finished, round {rounds[-1].round} is the last whole one; run the same "
             "job again to go on",
             highlight=False,
             soft_wrap=True,
         )
-        _console().print(layer_table(rounds[-1]))
+        console().print(layer_table(rounds[-1]))
         return
     if as_json:
-        _print_json(
+        print_json(
             {"uri": store.trial_uri(name), "finished": True, **record.model_dump(mode="json")}
         )
         return
     _print_trial(record)
-    _console().print(summary_line(record), highlight=False, soft_wrap=True)
+    console().print(summary_line(record), highlight=False, soft_wrap=True)
 
 
 @app.command("results")
@@ -252,27 +248,27 @@ def list_results(
     if best is not None:
         row = results.best(best)
         if as_json:
-            _print_json(row)
+            print_json(row)
         elif as_csv:
-            _print_csv([row])
+            print_csv([row])
         else:
-            _console().print(results_table([row], results.find_varying()))
-            _say(f"weights and masks: {row['uri']}")
+            console().print(results_table([row], results.find_varying()))
+            say(f"weights and masks: {row['uri']}")
         return
     results = (results if is_every_round else results.final()).sort(sort)
     shown = limit or (len(results) if as_json or as_csv else 100)
     num_more, results = max(0, len(results) - shown), results.head(shown)
     if as_json:
-        _print_json({"results": results.to_rows()})
+        print_json({"results": results.to_rows()})
     elif as_csv:
-        _print_csv(results.to_rows())
+        print_csv(results.to_rows())
     else:
         fields = results.find_varying()
         columns = ["trial_id", "round", "sparsity", "accuracy", "loss", "num_nonzero"]
         rows = results.to_rows([*columns, "macs_nonzero", *fields])
-        _console().print(results_table(rows, fields))
+        console().print(results_table(rows, fields))
         if num_more:
-            _say(f"and {num_more:,} more (--limit ROWS shows them, --csv and --json show all)")
+            say(f"and {num_more:,} more (--limit ROWS shows them, --csv and --json show all)")
 
 
 @app.command("report")
@@ -295,11 +291,11 @@ def make_report(
 
     report = write_report(uri, to, conditions=conditions or ())
     if as_json:
-        _print_json({**asdict(report), "page": str(report.page)})
+        print_json({**asdict(report), "page": str(report.page)})
         return
     for text in report.left_out:
-        _say(f"left out: {text}")
-    _say(f"{report.page}: {report.num_trials:,} trials, {len(report.files)} files")
+        say(f"left out: {text}")
+    say(f"{report.page}: {report.num_trials:,} trials, {len(report.files)} files")
 
 
 @app.command("index")
@@ -321,10 +317,10 @@ def make_index(uri: Place, as_json: AsJson = False) -> None:
     stores, _ = locate_jobs(uri)
     counts = {store.uri: rebuild_index(store.objects) for store in stores}
     if as_json:
-        _print_json({"indexed": counts})
+        print_json({"indexed": counts})
         return
     for place, number in counts.items():
-        _say(f"{place}: {number} finished trials")
+        say(f"{place}: {number} finished trials")
 
 
 @app.command("diff")
@@ -348,20 +344,20 @@ def show_difference(
 
     found = compare_trials(one, other)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     for name, place in zip("AB", found["trials"], strict=True):
-        _say(f"{name}: {place}")
+        say(f"{name}: {place}")
     if found["config"] is None:
-        _say("job: a trial that has not finished does not tell")
+        say("job: a trial that has not finished does not tell")
     elif found["config"]:
-        _console().print(difference_table(found["config"], "job"))
+        console().print(difference_table(found["config"], "job"))
     else:
-        _say("job: no difference")
-    _console().print(difference_table(found["metrics"], "measured"))
-    _console().print(overlap_table(found["masks"]))
+        say("job: no difference")
+    console().print(difference_table(found["metrics"], "measured"))
+    console().print(overlap_table(found["masks"]))
     if found["overlap"] is not None:
-        _say(f"overlap of the masks {found['overlap']:.2%}")
+        say(f"overlap of the masks {found['overlap']:.2%}")
 
 
 @app.command("fetch")
@@ -385,9 +381,9 @@ def copy_results(
 
     fetched = fetch_results(uri, folder)
     if as_json:
-        _print_json({"folder": folder, **asdict(fetched)})
+        print_json({"folder": folder, **asdict(fetched)})
         return
-    _say(
+    say(
         f"{folder}: {fetched.num_trials} trials, {fetched.num_rounds} rounds of them new, "
         f"{fetched.num_bytes / 1e6:.1f} MB"
     )
@@ -411,11 +407,11 @@ def check_results(uri: Place, as_json: AsJson = False) -> None:
     audit = find_faults(uri)
     if as_json:
         faults = [{"uri": place, "fault": fault} for place, fault in audit.faults]
-        _print_json({**asdict(audit), "faults": faults})
+        print_json({**asdict(audit), "faults": faults})
     else:
         for place, fault in audit.faults:
-            _say(f"{place}: {fault}")
-        _say(
+            say(f"{place}: {fault}")
+        say(
             f"{audit.num_trials} trials, {audit.num_rounds} rounds, {audit.num_files} files, "
             f"{audit.num_bytes / 1e6:.1f} MB: "
             + (f"{len(audit.faults)} faults" if audit.faults else "all as claimed")
@@ -450,15 +446,15 @@ def collect_garbage(
     items = find_garbage(uri, is_unfinished_too=is_unfinished_too)
     if not as_json:
         for item in items:
-            _say(f"{item.uri}  {item.num_bytes:,} bytes: {item.why}")
+            say(f"{item.uri}  {item.num_bytes:,} bytes: {item.why}")
     removed = remove_garbage(items) if is_removing else []
     num_bytes = sum(item.num_bytes for item in items)
     if as_json:
         rows = [{"uri": i.uri, "num_bytes": i.num_bytes, "why": i.why} for i in items]
-        _print_json({"garbage": rows, "num_bytes": num_bytes, "num_removed": len(removed)})
+        print_json({"garbage": rows, "num_bytes": num_bytes, "num_removed": len(removed)})
         return
     done = f"{len(removed)} removed" if is_removing else "nothing removed (--remove does)"
-    _say(f"{len(items)} left over, {num_bytes / 1e6:.1f} MB; {done}")
+    say(f"{len(items)} left over, {num_bytes / 1e6:.1f} MB; {done}")
 
 
 @app.command()
@@ -476,7 +472,7 @@ def criteria(as_json: AsJson = False) -> None:
     fields = ("name", "formula", "summed", "cost", "is_signed", "source")
     rows = [{field: getattr(rule, field) for field in fields} for rule in CRITERIA.values()]
     if as_json:
-        _print_json({"criteria": rows})
+        print_json({"criteria": rows})
         return
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_lines=False)
     for heading in ("criterion", "score", "cost", "source"):
@@ -484,8 +480,8 @@ def criteria(as_json: AsJson = False) -> None:
     for row in rows:
         sign = ", signed" if row["is_signed"] else ""
         table.add_row(row["name"], f"{row['formula']}{sign}", row["cost"], row["source"])
-    _console().print(table)
-    _console().print(
+    console().print(table)
+    console().print(
         "The lowest scores are removed first. Cost counts forward and backward passes over the\n"
         'calibration examples. Your own criterion: prune.criterion = "module:function".\n'
         "w weight, g gradient of the mean loss of a batch, g_i of one example, H Hessian,\n"
@@ -517,18 +513,18 @@ def fields(
     if not rows:
         raise ConfigError(
             f"SECTION = '{section}': no such section (allowed: workload, pretrain, prune, "
-            "finetune, cluster)"
+            "finetune, cluster, sweep)"
         )
     if as_json:
         keys = ("field", "default", "description")
-        _print_json({"fields": [dict(zip(keys, row, strict=True)) for row in rows]})
+        print_json({"fields": [dict(zip(keys, row, strict=True)) for row in rows]})
         return
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("field", "default", "meaning"):
         table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(*(escape(text) for text in row))
-    _console().print(table)
+    console().print(table)
 
 
 def main() -> None:
@@ -574,46 +570,21 @@ def _fail(message: str, code: int, is_debug: bool) -> None:
     raise SystemExit(code)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-    if issubclass(category, UserWarning):
-        typer.echo(f"warning: {message}", err=True)
-
-
-def _console() -> Console:
-    # Piped output has no width of its own, and a table cut at 80 columns is of no use.
-    return Console() if sys.stdout.isatty() else Console(width=140)
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=1))
-
-
-def _print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
-    if rows:
-        writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _say(text: str) -> None:
-    _console().print(text, highlight=False, markup=False, soft_wrap=True)
-
-
 def _print_plan(planned: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
-        _print_json(planned)
+        print_json(planned)
         return
-    _say(planned["trial_id"])
-    if planned["plan"] and planned["plan"]["phases"]:
-        _console().print(plan_table(planned["plan"]))
+    say(planned["trial_id"])
+    if planned["plan"]:
+        console().print(plan_table(planned["plan"]))
     for line in plan_lines(planned):
-        _say(line)
+        say(line)
 
 
 def _print_trial(record: TrialRecord) -> None:
-    console = _console()
-    console.print(round_table(record))
-    console.print(layer_table(record.final))
+    out = console()
+    out.print(round_table(record))
+    out.print(layer_table(record.final))
 
 
 def _describe_trial(store: Any, name: str) -> dict[str, object]:

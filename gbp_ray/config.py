@@ -7,21 +7,25 @@ paths and the nearest valid name.
 
 from __future__ import annotations
 
-import difflib
+import copy
 import hashlib
 import json
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from gbp_ray.address import S3Address
+from gbp_ray.cluster_config import ClusterConfig
 from gbp_ray.errors import ConfigError
+from gbp_ray.sections import Section, dotted, explain_faults, nearest_name
+from gbp_ray.space import SweepConfig, TargetConfig, first_values, span
 
 __all__ = [
     "CRITERIA",
@@ -33,11 +37,15 @@ __all__ = [
     "PretrainConfig",
     "PruneConfig",
     "Recipe",
+    "SweepConfig",
+    "TargetConfig",
     "WorkloadConfig",
     "describe_fields",
+    "expand",
     "find_idle_options",
     "load_job",
     "nearest_name",
+    "takes_whole_numbers",
     "trial_id",
 ]
 
@@ -60,19 +68,12 @@ CRITERIA = (
 
 _PLUG_IN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _PATTERN_N_M = re.compile(r"(\d+):(\d+)")
-_TRAINING_KEYS_OUTSIDE_IDENTITY = {"name", "storage", "cluster"}
-_LAYER_BOUNDS = ("layer_min_sparsity", "layer_max_sparsity")
+_TRAINING_KEYS_OUTSIDE_IDENTITY = {"name", "storage", "cluster", "sweep"}
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class WorkloadConfig(_Section):
+class WorkloadConfig(Section):
     """What is pruned: a model with its data."""
 
     factory: str
@@ -99,13 +100,13 @@ class WorkloadConfig(_Section):
                 plain[name] = json.loads(json.dumps(option, allow_nan=False))
             except (TypeError, ValueError, RecursionError):
                 raise ValueError(
-                    f"'{name}' must be text, a finite number, true or false, a list or a table; "
+                    f"{name!r} must be text, a finite number, true or false, a list or a table; "
                     "put quotes around a date"
                 ) from None
         return plain
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """How weights are trained; pretrain and finetune each have one."""
 
     epochs: float = Field(0.0, ge=0.0, le=1e6)
@@ -146,7 +147,7 @@ class PretrainConfig(Recipe):
     """Training of the dense network before the first round; epochs = 0 takes it as built."""
 
 
-class DistillationConfig(_Section):
+class DistillationConfig(Section):
     """Fine-tuning that learns from the dense network's outputs beside the labels."""
 
     weight: Fraction = 0.0
@@ -163,7 +164,7 @@ class FinetuneConfig(Recipe):
     distillation: DistillationConfig = DistillationConfig()
 
 
-class PruneConfig(_Section):
+class PruneConfig(Section):
     """What is removed, and by which rule."""
 
     criterion: str
@@ -260,56 +261,7 @@ class PruneConfig(_Section):
         return (int(match[1]), int(match[2])) if match else None
 
 
-class ClusterConfig(_Section):
-    """Where the job runs. Nothing here changes the result."""
-
-    num_workers: int | tuple[int, int] = 1
-    """Ray Train workers; 0 runs in this very process without starting Ray. [min, max] takes as many
-    as the cluster has room for, and follows when that changes, from the last whole round on."""
-    use_gpu: bool = False
-    """One GPU per worker (NCCL) instead of CPUs (gloo)."""
-    strategy: Literal["replicated", "fsdp"] = "replicated"
-    """Whether each worker holds the whole network, or all of them one, in shards (FSDP2)."""
-    threads_per_worker: int = Field(1, ge=1)
-    """CPU threads of each worker. Kernels add in an order of their own per thread count, so results
-    agree to the bit between runs that share this number."""
-    max_failures: int = Field(2, ge=0)
-    """Lost or hung workers a trial survives; each time it goes on after its last whole round."""
-    hang_timeout_s: float = Field(900.0, ge=0.0)
-    """A worker that for so long finishes no step, no batch and no exchange with the others counts
-    as lost. Building the workload and reading or writing storage may take longer. 0: never."""
-    address: str | None = None
-    """Ray cluster to join; None starts a private one on this machine."""
-
-    @model_validator(mode="after")
-    def _can_shard(self) -> ClusterConfig:
-        if self.strategy == "fsdp" and self.min_workers == 0:
-            raise ValueError(
-                "strategy = fsdp: spreads the network over workers; set num_workers to 1 or more"
-            )
-        return self
-
-    @field_validator("num_workers", mode="before")
-    @classmethod
-    def _is_number_or_range(cls, value: object) -> object:
-        is_range = isinstance(value, (list, tuple)) and len(value) == 2
-        numbers: list[Any] = list(value) if is_range else [value, value]  # type: ignore[call-overload]
-        if not all(type(n) is int for n in numbers) or not is_range <= numbers[0] <= numbers[1]:
-            raise ValueError("must be a whole number from 0, or [min, max] with 1 <= min <= max")
-        return tuple(numbers) if is_range else value
-
-    @property
-    def min_workers(self) -> int:
-        """Fewest workers the job goes on with."""
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
-
-    @property
-    def max_workers(self) -> int:
-        """Most workers the job makes use of."""
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
-
-
-class JobConfig(_Section):
+class JobConfig(Section):
     """One whole job."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -324,6 +276,7 @@ class JobConfig(_Section):
     prune: PruneConfig
     finetune: FinetuneConfig = FinetuneConfig()
     cluster: ClusterConfig = ClusterConfig()
+    sweep: SweepConfig = SweepConfig()
 
     @field_validator("storage")
     @classmethod
@@ -381,17 +334,59 @@ def load_job(
         overrides = dict(_split_override(item) for item in overrides)
     for key, value in (overrides or {}).items():
         _set_dotted(tree, key, value)
+    _fill_in(tree)
     try:
         return JobConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError("; ".join(explain_faults(error, JobConfig))) from None
+
+
+def expand(job: JobConfig) -> list[JobConfig]:
+    """Lists the trials of a sweep, each a whole job of its own; equal ones once.
+
+    With a target each stands for a search, and has the highest sparsity of it.
+
+    Raises:
+        ConfigError: Some are refused by the schema; one line that lists every fault once.
+    """
+    target = job.sweep.target
+    sparsities: list[float | None] = [None]
+    if target.max_drop is not None:
+        sparsities = [max(target.lowest, target.tolerance), target.highest]
+    tree = job.model_dump(mode="json", exclude_unset=True, exclude={"sweep"})
+    trials: dict[str, JobConfig] = {}
+    faults: dict[str, None] = {}
+    num_refused = 0
+    try:
+        points = span(job.sweep, job.seed, takes_whole_numbers)
+    except ValueError as error:
+        raise ConfigError(f"sweep.space: {error}") from None
+    for point in points:
+        for sparsity in sparsities:
+            one = copy.deepcopy(tree)
+            extra = {} if sparsity is None else {"prune.sparsity": sparsity}
+            for key, value in {**point, **extra}.items():
+                _set_dotted(one, key, value)
+            try:
+                trial = JobConfig.model_validate(one)
+            except ValidationError as error:
+                faults |= dict.fromkeys(explain_faults(error, JobConfig))
+                num_refused += 1
+                break
+        else:
+            trials[trial_id(trial)] = trial
+    if faults:
+        raise ConfigError(
+            f"sweep.space: {num_refused} of {len(points)} trials are refused: {'; '.join(faults)}"
+        )
+    return list(trials.values())
 
 
 def trial_id(job: JobConfig) -> str:
     """Names a trial by what decides its result, like "taylor-s0.90-r5-3f9c1a2b".
 
     The hash covers the non-default fields alone, so that a new field with a default keeps old
-    names; `name`, `storage` and `cluster` are left out because they do not change the result.
+    names; `name`, `storage`, `cluster` and `sweep` are left out: they do not change the result.
     """
     identity = job.model_dump(
         mode="json", exclude_defaults=True, exclude=_TRAINING_KEYS_OUTSIDE_IDENTITY
@@ -453,12 +448,6 @@ def find_idle_options(job: JobConfig) -> list[tuple[str, str]]:
     return idle
 
 
-def nearest_name(name: str, allowed: tuple[str, ...] | list[str]) -> str:
-    """Words a suggestion: ", did you mean 'taylor'?", or nothing where none is near."""
-    near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
-    return f", did you mean '{near[0]}'?" if near else ""
-
-
 def describe_fields() -> list[tuple[str, str, str]]:
     """Lists every field as (dotted key, default, description), in the order of the file."""
     rows: list[tuple[str, str, str]] = []
@@ -476,6 +465,43 @@ def describe_fields() -> list[tuple[str, str, str]]:
 
     walk(JobConfig, "")
     return rows
+
+
+def _field_at(key: str) -> FieldInfo | None:
+    """Finds the schema of a dotted field; None inside a table, such as the workload's options."""
+    section: type[BaseModel] = JobConfig
+    *parents, last = key.split(".")
+    for part in parents:
+        field = section.model_fields.get(part)
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return None
+        section = inner
+    return section.model_fields.get(last)
+
+
+def takes_whole_numbers(key: str) -> bool | None:
+    """Tells whether a dotted field is a whole number; None where the schema does not say."""
+    field = _field_at(key)
+    return None if field is None else field.annotation in (int, int | None)
+
+
+def _fill_in(tree: dict[str, Any]) -> None:
+    """Gives a job the required fields that it leaves to its sweep, so that they are said once."""
+    sweep = tree.get("sweep")
+    if not isinstance(sweep, dict):
+        return
+    missing = first_values(sweep.get("space"))
+    if isinstance(target := sweep.get("target"), dict) and "max_drop" in target:
+        missing["prune.sparsity"] = target.get("highest", TargetConfig().highest)
+    for key, value in missing.items():
+        if (field := _field_at(key)) is None or not field.is_required():
+            continue
+        node: Any = tree
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        if node is None:
+            _set_dotted(tree, key, value)
 
 
 def _as_toml(value: object) -> str:
@@ -525,64 +551,6 @@ def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"{_dotted(key.split('.'))}: {parent!r} is a value, not a section")
+            raise ConfigError(f"{dotted(key.split('.'))}: {parent!r} is a value, not a section")
         node = child
     node[last] = value
-
-
-def _explain(error: ValidationError) -> str:
-    texts = [_explain_fault(dict(fault)) for fault in error.errors(include_url=False)]
-    # The branches of a union each find their own fault in one value.
-    return "; ".join(dict.fromkeys(texts))
-
-
-def _explain_fault(fault: dict[str, Any]) -> str:
-    where = _dotted(fault["loc"])
-    given, kind, context = fault["input"], fault["type"], fault.get("ctx", {})
-    if (bound := next((n for n in fault["loc"] if n in _LAYER_BOUNDS), None)) and (
-        fault["loc"][-1] != bound
-    ):
-        where = f"prune.{bound}"
-        return f"{where}: must be a number, or a table of name globs with a number each"
-    if kind == "extra_forbidden":
-        section = _section_at(fault["loc"][:-1])
-        assert section is not None
-        names = list(section.model_fields)
-        return (
-            f"{where}: no such key{nearest_name(str(fault['loc'][-1]), names)} "
-            f"(allowed: {', '.join(names)})"
-        )
-    if kind == "missing":
-        return f"{where}: is required"
-    if kind == "literal_error":
-        allowed = re.findall(r"'([^']*)'", context["expected"])
-        return (
-            f"{where} = {given!r}: not allowed{nearest_name(str(given), allowed)} "
-            f"(allowed: {', '.join(allowed)})"
-        )
-    if kind == "value_error":
-        messages = [str(message) for message in context["error"].args]
-        if _section_at(fault["loc"]) is not None:
-            return "; ".join(f"{where}.{message}" if where else message for message in messages)
-        return f"{where} = {given!r}: {'; '.join(messages)}"
-    reason = fault["msg"].removeprefix("Input ")
-    return f"{where} = {given!r}: {reason}"
-
-
-def _dotted(path: Iterable[int | str]) -> str:
-    """Joins a path as TOML writes it: what is no bare key gets quotes."""
-    return ".".join(
-        str(part) if re.fullmatch(r"[\w-]+", str(part)) else json.dumps(part) for part in path
-    )
-
-
-def _section_at(path: tuple[int | str, ...]) -> type[BaseModel] | None:
-    """Finds the section that a path leads to, or None where it leads to a value."""
-    section: type[BaseModel] = JobConfig
-    for part in path:
-        field = section.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return None
-        section = inner
-    return section

@@ -11,6 +11,7 @@ They can be compared with last rounds where each round ran a learning-rate sched
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -277,7 +278,7 @@ def _read_trials(results: Results, varying: list[str]) -> list[Trial]:
     starts = [i for i, item in enumerate(rounds) if item.round == 0]
     trials = []
     for start, stop in zip(starts, [*starts[1:], len(rounds)], strict=True):
-        workers = max(1, columns["cluster.num_workers"][start] or 0)
+        workers = _num_workers(columns["cluster.num_workers"][start])
         spent = {
             phase: workers * sum(second or 0.0 for second in seconds[start:stop])
             for phase, seconds in phases.items()
@@ -420,3 +421,9 @@ def _word(value: Any) -> str:
 
 def _place(criterion: str) -> tuple[int, str]:
     return (CRITERIA.index(criterion) if criterion in CRITERIA else len(CRITERIA), criterion)
+
+
+def _num_workers(value: int | str | None) -> int:
+    """Reads how many workers a trial had; of a range, which the index holds as text, the most."""
+    most = json.loads(value)[-1] if isinstance(value, str) else value
+    return max(1, most or 0)

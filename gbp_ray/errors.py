@@ -8,6 +8,7 @@ exactly as it was raised.
 from __future__ import annotations
 
 __all__ = [
+    "BusyError",
     "ConfigError",
     "ExportError",
     "GbpError",
@@ -62,6 +63,10 @@ class TransientStoreError(StoreError):
     """A storage fault that may pass, but did not while it was retried; run the command again."""
 
     exit_code = 1
+
+
+class BusyError(StoreError):
+    """Another driver is at work on the trial."""
 
 
 class TrialError(GbpError):

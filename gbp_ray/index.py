@@ -66,8 +66,8 @@ _SCHEMA = pa.schema(
         ("trial_seconds", pa.float64()),
     ]
 )
-# Where a result lies is no part of it, and it may have been moved.
-_OUTSIDE = ("storage",)
+# Where a result lies and which sweep made it are no part of it; it may have been moved.
+_OUTSIDE = ("storage", "sweep")
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
@@ -315,5 +315,7 @@ def _parse(data: bytes) -> pa.Table | None:
     blank = data[: seals[-1].start()] + _BLANK + data[seals[-1].end() :]
     if hashlib.sha256(blank).hexdigest().encode() != seals[-1][1]:
         return None
-    # Not read_table, which imports pandas where it is installed, for half a second.
-    return pq.ParquetFile(io.BytesIO(data)).read().replace_schema_metadata(None)
+    # Not read_table, which imports pandas where it is installed, for half a second. Nor threads:
+    # pyarrow's, once started, now and then abort a process at its end where torch is, too.
+    file = pq.ParquetFile(io.BytesIO(data))
+    return file.read(use_threads=False).replace_schema_metadata(None)

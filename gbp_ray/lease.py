@@ -27,11 +27,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from gbp_ray.errors import StoreError
+from gbp_ray.errors import BusyError, StoreError
 from gbp_ray.files import FolderObjects
 from gbp_ray.objects import Objects
 
-__all__ = ["BEAT_S", "DEAD_S", "Lease", "hold_lease", "is_held"]
+__all__ = ["BEAT_S", "DEAD_S", "Lease", "await_lease", "hold_lease", "is_held"]
 
 BEAT_S = 5.0
 """Seconds between two signs of life."""
@@ -76,7 +76,7 @@ def hold_lease(objects: Objects, trial: str) -> Iterator[Lease]:
         trial: Name of the trial's folder among the objects.
 
     Raises:
-        StoreError: Another driver is at work on it.
+        BusyError: Another driver is at work on it.
     """
     lease = Lease(objects.uri_of(trial))
     held = (
@@ -85,6 +85,20 @@ def hold_lease(objects: Objects, trial: str) -> Iterator[Lease]:
         else _beat(objects, trial, lease)
     )
     with held:
+        yield lease
+
+
+@contextlib.contextmanager
+def await_lease(objects: Objects, trial: str) -> Iterator[Lease]:
+    """Does the same, and waits while another driver is at work on it."""
+    pause_s = 0.1 if isinstance(objects, FolderObjects) else 2.0
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                lease = stack.enter_context(hold_lease(objects, trial))
+                break
+            except BusyError:
+                time.sleep(pause_s)
         yield lease
 
 
@@ -276,11 +290,11 @@ def _parse(data: bytes) -> dict[str, Any]:
     return card if isinstance(card, dict) else {}
 
 
-def _refusal(place: str, holder: dict[str, Any]) -> StoreError:
+def _refusal(place: str, holder: dict[str, Any]) -> BusyError:
     who = "another driver"
     if "pid" in holder:
         who = f"process {holder['pid']} on {holder['host']}, since {holder['since']},"
-    return StoreError(
+    return BusyError(
         f"storage: '{place}': {who} is at work on this trial; wait until it has ended, or stop it, "
         "and run the job again"
     )

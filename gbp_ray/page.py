@@ -7,7 +7,6 @@ but an earlier report is left alone.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -202,23 +201,13 @@ def _describe_unfinished(store: Store, trial: str) -> str:
         if is_held(store.objects, f"trials/{trial}"):
             return "running"
         rounds = store.read_rounds(trial)
+        failure, stop = store.read_failure(trial), store.read_stop(trial)
     except StoreError as error:
         return str(error)
     done = f"round {rounds[-1].round} is its last whole one" if rounds else "no whole round"
-    # A sweep notes beside the rounds why a trial ended without a result.
-    for name, word in (("failure", "failed"), ("stop", "stopped by the scheduler")):
-        note = store.objects.get(f"trials/{trial}/{name}.json")
-        if note is not None:
-            cause = _cause_of(note)
-            return f"{word}{f': {cause}' if cause else ''}; {done}"
-    return f"stopped; {done}"
-
-
-def _cause_of(note: bytes) -> str:
-    try:
-        return str(json.loads(note).get("cause", ""))
-    except (ValueError, AttributeError):
-        return ""
+    if failure is not None:
+        return f"failed: {failure.cause}; {done}"
+    return f"stopped{' by the scheduler' if stop is not None else ''}; {done}"
 
 
 def _list_versions(results: Results) -> list[str]:

@@ -19,7 +19,14 @@ import json
 import re
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, computed_field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    computed_field,
+    field_serializer,
+    field_validator,
+)
 
 from gbp_ray.config import SCHEMA_VERSION, JobConfig
 from gbp_ray.errors import StoreError
@@ -27,10 +34,13 @@ from gbp_ray.objects import Objects
 
 __all__ = [
     "CostRecord",
+    "FailureRecord",
     "FileRecord",
     "JobRecord",
     "LayerRecord",
     "RoundRecord",
+    "SharedRecord",
+    "StopRecord",
     "TrialRecord",
     "parse_record",
     "read_record",
@@ -145,6 +155,11 @@ class TrialRecord(_Record):
         # A job file must not hold unknown keys, but a record of a later version may.
         return _known_fields(JobConfig, value)
 
+    @field_serializer("job")
+    def _without_sweep(self, job: JobConfig) -> dict[str, Any]:
+        # A trial is the same whichever sweep it was part of.
+        return job.model_dump(mode="json", exclude={"sweep"})
+
     @property
     def dense(self) -> RoundRecord:
         """The network before the first prune."""
@@ -154,6 +169,30 @@ class TrialRecord(_Record):
     def final(self) -> RoundRecord:
         """The network after the last round."""
         return self.rounds[-1]
+
+
+class FailureRecord(_Record):
+    """Why a trial of a sweep ended without a result; the next sweep tries it again."""
+
+    trial_id: str
+    cause: str
+    round: int | None = None
+
+
+class StopRecord(_Record):
+    """Where a scheduler ended a trial that was weaker than others; only "fifo" goes on with it."""
+
+    trial_id: str
+    round: int
+    scheduler: str
+
+
+class SharedRecord(_Record):
+    """Files that several trials use, and what they were made from."""
+
+    files: dict[str, FileRecord]
+    origin: dict[str, Any]
+    round: RoundRecord | None = None
 
 
 class JobRecord(_Record):

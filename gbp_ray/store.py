@@ -4,6 +4,9 @@
     <storage>/<job>/trials/<trial_id>/round_000/     the dense network; round_001 ... pruned ones
         weights.safetensors  masks.safetensors  state.pt  round.json
     <storage>/<job>/trials/<trial_id>/trial.json     the finished trial
+                                      failure.json   why one ended without, in a sweep
+                                      stopped.json   that a sweep's scheduler ended it
+    <storage>/<job>/dense/<hash>/  scores/<hash>/    what trials share; shared.json is the record
     <storage>/<job>/unindexed/<trial_id>             announces a trial to the index
     <storage>/<job>/index.parquet                    all finished trials, from their records
 
@@ -26,14 +29,17 @@ from pathlib import Path
 from gbp_ray.config import JobConfig
 from gbp_ray.errors import StoreError
 from gbp_ray.files import FolderObjects
-from gbp_ray.lease import Lease, hold_lease
+from gbp_ray.lease import Lease, await_lease, hold_lease
 from gbp_ray.objects import Objects
 from gbp_ray.records import (
     CostRecord,
+    FailureRecord,
     FileRecord,
     JobRecord,
     LayerRecord,
     RoundRecord,
+    SharedRecord,
+    StopRecord,
     TrialRecord,
     read_record,
     seal_record,
@@ -41,15 +47,22 @@ from gbp_ray.records import (
 
 __all__ = [
     "CostRecord",
+    "FailureRecord",
     "FileRecord",
     "LayerRecord",
     "RoundRecord",
+    "SharedRecord",
+    "StopRecord",
     "Store",
     "TrialRecord",
     "locate_jobs",
     "locate_trials",
     "open_objects",
 ]
+
+
+_FAILURE = "failure.json"
+_STOP = "stopped.json"
 
 
 class Store:
@@ -142,6 +155,10 @@ class Store:
         """
         return hold_lease(self.objects, f"trials/{trial_id}")
 
+    def await_lease(self, folder: str) -> AbstractContextManager[Lease]:
+        """Keeps a trial or what trials share from others, and waits for those who have it."""
+        return await_lease(self.objects, folder)
+
     def trial_uri(self, trial_id: str) -> str:
         """Says where a trial is."""
         return self.objects.uri_of(f"trials/{trial_id}")
@@ -171,11 +188,15 @@ class Store:
         Raises:
             StoreError: The file is missing, cut short or altered.
         """
-        key = f"{_round_key(trial_id, record.round)}/{name}"
-        uri, fault = self.objects.uri_of(key), ""
-        committed = record.files.get(name)
-        if committed is None:
+        folder = _round_key(trial_id, record.round)
+        if name not in record.files:
+            uri = self.objects.uri_of(f"{folder}/{name}")
             raise StoreError(f"'{uri}': is not part of round {record.round}")
+        return self._read_committed(folder, name, record.files[name])
+
+    def _read_committed(self, folder: str, name: str, committed: FileRecord) -> bytes:
+        key = f"{folder}/{name}"
+        uri, fault = self.objects.uri_of(key), ""
         for _ in range(self.objects.num_reads):
             data = self.objects.get(key)
             if data is None:
@@ -217,9 +238,12 @@ class Store:
         self, trial_id: str, number: int, files: Mapping[str, bytes]
     ) -> dict[str, FileRecord]:
         """Writes one writer's files of a round that has begun; returns what the record holds."""
+        return self._put_files(_round_key(trial_id, number), files)
+
+    def _put_files(self, folder: str, files: Mapping[str, bytes]) -> dict[str, FileRecord]:
         written = {}
         for name, data in files.items():
-            self.objects.put(f"{_round_key(trial_id, number)}/{name}", data)
+            self.objects.put(f"{folder}/{name}", data)
             digest = hashlib.sha256(data).hexdigest()
             written[name] = FileRecord(num_bytes=len(data), sha256=digest)
         return written
@@ -232,6 +256,54 @@ class Store:
         key = f"{_round_key(trial_id, record.round)}/round.json"
         self.objects.put(key, seal_record(record))
         return record
+
+    def read_failure(self, trial_id: str) -> FailureRecord | None:
+        """Reads why a trial of a sweep ended without a result, or None."""
+        return read_record(self.objects, f"trials/{trial_id}/{_FAILURE}", FailureRecord)
+
+    def write_failure(self, record: FailureRecord) -> None:
+        """Notes why a trial ended without a result."""
+        self.objects.put(f"trials/{record.trial_id}/{_FAILURE}", seal_record(record))
+
+    def read_stop(self, trial_id: str) -> StopRecord | None:
+        """Reads where a scheduler ended a trial, or None."""
+        return read_record(self.objects, f"trials/{trial_id}/{_STOP}", StopRecord)
+
+    def write_stop(self, record: StopRecord) -> None:
+        """Notes where a scheduler ended a trial."""
+        self.objects.put(f"trials/{record.trial_id}/{_STOP}", seal_record(record))
+
+    def list_unfinished(self, name: str) -> list[str]:
+        """Lists the trials that have a failure or a stop on record; costs a listing of all."""
+        keys = (entry.key.split("/") for entry in self.objects.entries("trials/"))
+        return [parts[1] for parts in keys if len(parts) == 3 and parts[2] == name]
+
+    def read_shared(self, folder: str) -> tuple[SharedRecord, dict[str, bytes]] | None:
+        """Reads what trials share under `dense/<hash>` or `scores/<hash>`, or None.
+
+        Raises:
+            StoreError: It is damaged.
+        """
+        record = read_record(self.objects, f"{folder}/shared.json", SharedRecord)
+        if record is None:
+            return None
+        return record, {
+            name: self._read_committed(folder, name, committed)
+            for name, committed in record.files.items()
+        }
+
+    def write_shared(
+        self,
+        folder: str,
+        files: Mapping[str, bytes],
+        origin: Mapping[str, object],
+        round_record: RoundRecord | None = None,
+    ) -> None:
+        """Commits what trials share: the files, then their record."""
+        self.objects.delete([f"{folder}/shared.json"])
+        committed = self._put_files(folder, files)
+        record = SharedRecord(files=committed, origin=dict(origin), round=round_record)
+        self.objects.put(f"{folder}/shared.json", seal_record(record))
 
     def write_trial(self, record: TrialRecord) -> None:
         """Commits a finished trial, whose rounds must be there, and tells the index.
@@ -248,6 +320,7 @@ class Store:
         # From here on the trial is finished, whatever becomes of the rest.
         try:
             refresh_index(self.objects, is_lazy=True)
+            self.objects.delete([f"{folder}/{_FAILURE}", f"{folder}/{_STOP}"])
             # Writers that were killed have left what they were writing.
             for leftover in list(self.objects.find_leftovers(f"{folder}/")):
                 self.objects.discard(leftover)

@@ -15,7 +15,7 @@ from sample_results import sample_job, write_trial
 from gbp_ray.address import S3Address
 from gbp_ray.audit import find_faults, find_garbage, remove_garbage
 from gbp_ray.errors import StoreError
-from gbp_ray.records import seal_record
+from gbp_ray.records import FailureRecord, StopRecord, seal_record
 from gbp_ray.results import open_results
 from gbp_ray.store import Store
 from gbp_ray.tensors import count_nonzero
@@ -77,6 +77,22 @@ def test_a_flipped_byte_in_any_object_is_found_named_and_refused(storage: str) -
         store.objects.put(entry.key, good)
     assert find_faults(store.uri).faults == []
     read_all(store)
+
+
+def test_what_a_sweep_keeps_besides_is_checked_too(storage: str) -> None:
+    store = Store(storage, "try")
+    write_trial(store, sample_job())
+    broken = write_trial(store, sample_job(sparsity=0.9), num_rounds=1)
+    store.write_failure(FailureRecord(trial_id=broken, cause="out of luck", round=0))
+    store.write_stop(StopRecord(trial_id=broken, round=0, scheduler="asha"))
+    store.write_shared("scores/5c04e5", {"scores.safetensors": b"the scores"}, {"seed": 0})
+    assert find_faults(store.uri).faults == []
+    kept = (f"trials/{broken}/", "scores/")
+    for entry in [e for e in store.objects.entries() if e.key.startswith(kept)]:
+        good = store.objects.get(entry.key) or b""
+        store.objects.put(entry.key, good[:-7] + bytes([good[-7] ^ 2]) + good[-6:])
+        assert store.objects.uri_of(entry.key) in [uri for uri, _ in find_faults(store.uri).faults]
+        store.objects.put(entry.key, good)
 
 
 def test_a_missing_object_is_found_and_named(store: Store) -> None:
@@ -181,6 +197,20 @@ def test_garbage_is_listed_then_removed_and_the_job_goes_on(
     assert {item.key for item in unfinished} == before - left - whole
     remove_garbage(unfinished)
     assert {entry.key for entry in store.objects.entries()} == whole
+
+
+def test_of_what_trials_share_only_the_uncommitted_and_abandoned_is_garbage(storage: str) -> None:
+    store = Store(storage, "try")
+    write_trial(store, sample_job())
+    store.write_shared("dense/whole", {"weights.safetensors": b"weights"}, {})
+    store.objects.put("dense/dead/weights.safetensors", b"weights")
+    store.objects.put("scores/live/scores.safetensors", b"scores")
+    with store.await_lease("scores/live"):
+        found = find_garbage(store.uri)
+        assert [item.key for item in found] == ["dense/dead/weights.safetensors"]
+        assert len(remove_garbage(found)) == 1
+    assert store.read_shared("dense/whole") is not None
+    assert [item.key for item in find_garbage(store.uri)] == ["scores/live/scores.safetensors"]
 
 
 def test_what_a_live_driver_works_on_is_left_alone(storage: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gbp_ray.config import CRITERIA, load_job
+from gbp_ray.config import CRITERIA, expand, load_job
 from gbp_ray.pruning.criteria import CRITERIA as RULES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +23,7 @@ def test_a_job_may_name_every_criterion_and_no_other() -> None:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("jobs/**/*.toml")), ids=lambda path: path.stem)
 def test_every_job_validates_and_opens_with_what_it_shows(path: Path) -> None:
-    load_job(path)
+    expand(load_job(path))
     assert path.read_text().startswith("# ")
     assert re.search(r"^# (Costs|Needs|Shows):", path.read_text(), re.MULTILINE)
 
@@ -82,9 +82,12 @@ def test_the_readme_names_only_verbs_that_exist() -> None:
 
 
 def test_the_readme_job_validates(tmp_path: Path) -> None:
-    (block,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "job.toml").write_text(block)
-    assert load_job(tmp_path / "job.toml").name == "my-job"
+    # The second block is the sweep of the first.
+    blocks = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "job.toml").write_text("\n".join(blocks))
+    job = load_job(tmp_path / "job.toml")
+    assert job.name == "my-job"
+    assert len(expand(job)) == 3 * 5 * 2 * 3
 
 
 def test_the_readme_python_runs(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from gbp_ray import page
 from gbp_ray.config import load_job, trial_id
 from gbp_ray.errors import ConfigError, StoreError
 from gbp_ray.page import write_report
-from gbp_ray.records import TrialRecord
+from gbp_ray.records import FailureRecord, TrialRecord
 from gbp_ray.store import Store
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -231,7 +231,7 @@ def test_what_has_no_result_is_listed_with_its_cause(tmp_path: Path) -> None:
     store = write_sweep(tmp_path / "r", criteria=("taylor",), sparsities=(0.5,), rounds=1)
     for name in ("broken", "halted"):
         store.objects.put(f"trials/{name}/round_000/weights.safetensors", b"")
-    store.objects.put("trials/broken/failure.json", b'{"cause": "CUDA <ran> out"}')
+    store.write_failure(FailureRecord(trial_id="broken", cause="CUDA <ran> out"))
     found = Page(write_report(store.uri, tmp_path / "page").page)
     states = {row["trial"]: row["state"] for row in found.rows("unfinished")}
     assert states == {

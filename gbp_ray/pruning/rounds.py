@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from gbp_ray.pruning.saliency import check_criterion, score
 from gbp_ray.pruning.schedule import sparsity_schedule
 from gbp_ray.pruning.selection import check_reachable, check_selectable, num_to_prune, select_masks
 from gbp_ray.pruning.sharding import is_sharded, local
+from gbp_ray.pruning.slices import SlicedScores
 from gbp_ray.pruning.training import (
     Span,
     Teacher,
@@ -56,13 +58,33 @@ from gbp_ray.workload import (
     take_batch,
 )
 
-__all__ = ["Checkpoint", "RoundState", "Tell", "check_job", "load_weights", "run_rounds"]
+__all__ = [
+    "Checkpoint",
+    "RoundState",
+    "ScoreCache",
+    "Tell",
+    "check_job",
+    "load_weights",
+    "run_rounds",
+]
 
 _LEAST_NORM_BATCH = 32
 """Smaller scoring batches would make poor statistics, and single examples none at all."""
 
 Tell = Callable[[str, int, int, int, float | None], None]
 """(phase, round, steps done, steps of the phase, loss or None): live progress of this rank."""
+
+
+class ScoreCache(Protocol):
+    """Where trials find the scores of the dense network that another one has computed."""
+
+    def fetch(
+        self, job: JobConfig, model: nn.Module, compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor] | None:
+        """Gives the float32 scores of a model by parameter name, computing them if nobody has.
+
+        Returns None where scores of this job are not worth keeping.
+        """
 
 
 @dataclass(frozen=True)
@@ -93,12 +115,14 @@ def run_rounds(
     *,
     resume: Checkpoint | None = None,
     tell: Tell = lambda phase, number, done, total, loss: None,
+    score_cache: ScoreCache | None = None,
 ) -> Iterator[RoundState]:
     """Prunes in rounds; every rank drives its own generator in step with the others.
 
     Args:
         job: Sections pretrain, prune and finetune, and the seed.
         resume: Goes on after this round; rounds up to it are not yielded again.
+        score_cache: Asked for the scores of the dense network, with one rank only.
 
     Yields:
         The state after each round: 0 is the dense network, then 1 to `prune.rounds`.
@@ -107,7 +131,7 @@ def run_rounds(
         PruneError: A loss or score is not finite, a mask is impossible, or workers disagree.
         ConfigError: The job asks for something this model does not have.
     """
-    run = _Run(job, workload, ranks, tell)
+    run = _Run(job, workload, ranks, tell, score_cache)
     if resume is None:
         yield run.train_dense()
         first = 1
@@ -215,8 +239,16 @@ def _refuse_lone_part(
 class _Run:
     """The moving parts of one trial on one rank."""
 
-    def __init__(self, job: JobConfig, workload: Workload, ranks: Ranks, tell: Tell) -> None:
+    def __init__(
+        self,
+        job: JobConfig,
+        workload: Workload,
+        ranks: Ranks,
+        tell: Tell,
+        score_cache: ScoreCache | None = None,
+    ) -> None:
         self.job, self.workload, self.ranks, self.tell = job, workload, ranks, tell
+        self.score_cache = score_cache
         self.model, self.macs = build_start(workload, job.seed, ranks, job.cluster.strategy)
         self.units = prunable_parameters(self.model, job.prune.exclude)
         _refuse_frozen_movement(job, self.units)
@@ -330,17 +362,7 @@ class _Run:
 
     def _prune(self, number: int, sparsity: float) -> tuple[str, ...]:
         with self._timed("score"):
-            scores = score(
-                self.model,
-                self.units,
-                self.workload,
-                self.job.prune,
-                self.ranks,
-                seed=self.job.seed,
-                round_number=number,
-                movement=self.movement,
-                tell=lambda done, total: self.tell("score", number, done, total, None),
-            )
+            scores = self._recall_scores(number) or self._score(number)
         with self._timed("select"):
             selection = select_masks(
                 scores,
@@ -353,6 +375,30 @@ class _Run:
         self.ranks.check_agreement(selection.masks.digest, f"the mask of round {number}")
         self.masks = selection.masks
         return selection.held_back
+
+    def _score(self, number: int) -> SlicedScores:
+        return score(
+            self.model,
+            self.units,
+            self.workload,
+            self.job.prune,
+            self.ranks,
+            seed=self.job.seed,
+            round_number=number,
+            movement=self.movement,
+            tell=lambda done, total: self.tell("score", number, done, total, None),
+        )
+
+    def _recall_scores(self, number: int) -> SlicedScores | None:
+        # Later weights are this trial's own, and nobody else can use their scores.
+        if self.score_cache is None or self.ranks.world_size > 1 or number > 1:
+            return None
+        scores = self.score_cache.fetch(
+            self.job, self.model, lambda: self._score(number).gather(self.ranks)
+        )
+        if scores is None:
+            return None
+        return SlicedScores.whole({n: s.to(self.ranks.device) for n, s in scores.items()})
 
     def _rewind(self) -> None:
         if self.job.prune.rewind == "weights":

@@ -3,20 +3,25 @@
 On a terminal a bar shows trial, round, phase, step, loss and time left; elsewhere plain lines come
 at the start of each phase and at most every few seconds, fit for a log. All of it goes to standard
 error: standard output belongs to results.
+
+A sweep has a board of its own: how many trials are done, running and failed, the time left and the
+best so far, above a bar per running trial; elsewhere a line per trial that has ended.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from gbp_ray.store import RoundRecord
 
-__all__ = ["ProgressBoard", "Tick"]
+__all__ = ["ProgressBoard", "SweepBoard", "Tick"]
 
 _PLAIN_INTERVAL_S = 10.0
 
@@ -62,7 +67,7 @@ class ProgressBoard:
         self._started: dict[str, tuple[float, float]] = {}
         self._last_line: dict[str, tuple[str, int, float]] = {}
 
-    def __enter__(self) -> ProgressBoard:
+    def __enter__(self) -> Self:
         if self._is_live:
             self._bars.start()
         return self
@@ -114,6 +119,104 @@ class ProgressBoard:
         self.note(
             f"{trial}  round {record.round}  sparsity {record.sparsity:.4f}  "
             f"accuracy {record.accuracy:.2%}{pruned}"
+        )
+
+
+class SweepBoard(ProgressBoard):
+    """Shows a sweep as a whole; use it as a context manager.
+
+    Args:
+        is_quiet: Show nothing at all.
+        metric: What "best" goes by: accuracy or loss.
+    """
+
+    def __init__(self, is_quiet: bool = False, metric: str = "accuracy") -> None:
+        super().__init__(is_quiet)
+        self._metric = metric
+        self._total: int | None = None
+        self._num_known = self._num_failed = self._num_stopped = self._num_done = 0
+        self._begun = time.monotonic()
+        self._best: tuple[float, str] | None = None
+        self._summary: TaskID | None = None
+
+    def begin(self, total: int | None, known: Iterable[tuple[str, float]]) -> None:
+        """Starts the clock.
+
+        Args:
+            total: Trials of the sweep, or None where that shows on the way.
+            known: (trial, metric) of those that need no work.
+        """
+        self._total, self._begun = total, time.monotonic()
+        for trial, value in known:
+            self._num_known += 1
+            self._rank(trial, value)
+        if self._is_live:
+            self._summary = self._bars.add_task("", total=1.0, detail="")
+        self._refresh()
+
+    def show(self, tick: Tick) -> None:
+        """Moves the trial's bar; elsewhere trials are told of when they end."""
+        if self._is_live:
+            super().show(tick)
+            self._refresh()
+
+    def show_round(self, trial: str, record: RoundRecord) -> None:
+        """Says nothing: a sweep has too many rounds."""
+
+    def end_trial(self, trial: str, state: str, detail: str, value: float | None = None) -> None:
+        """Says how a trial ended.
+
+        Args:
+            state: finished, stopped or failed.
+            detail: What it reached, or why it failed.
+            value: The metric of a finished one.
+        """
+        self._num_done += state == "finished"
+        self._num_stopped += state == "stopped"
+        self._num_failed += state == "failed"
+        if value is not None:
+            self._rank(trial, value)
+        self.note(f"{self._count()}  {trial}  {state}  {detail}{self._left()}")
+        if self._is_live and (task := self._tasks.pop(trial, None)) is not None:
+            self._bars.remove_task(task)
+        self._refresh()
+
+    def _rank(self, trial: str, value: float) -> None:
+        sign = 1 if self._metric == "accuracy" else -1
+        if self._best is None or sign * value > sign * self._best[0]:
+            self._best = (value, trial)
+
+    @property
+    def _num_ended(self) -> int:
+        return self._num_known + self._num_done + self._num_stopped + self._num_failed
+
+    def _count(self) -> str:
+        return f"{self._num_ended}/{'?' if self._total is None else self._total}"
+
+    def _left(self) -> str:
+        num_now = self._num_ended - self._num_known
+        # The first trials pay for the start.
+        if self._total is None or num_now < 2 or self._num_ended >= self._total:
+            return ""
+        pace = (time.monotonic() - self._begun) / num_now
+        return f", {_clock(pace * (self._total - self._num_ended))} left"
+
+    def _refresh(self) -> None:
+        if self._summary is None:
+            return
+        parts = [f"{self._num_known + self._num_done} done", f"{len(self._tasks)} running"]
+        parts += [f"{self._num_stopped} stopped"] if self._num_stopped else []
+        parts += [f"{self._num_failed} failed"]
+        best = ""
+        if self._best is not None:
+            value, trial = self._best
+            worded = f"{value:.2%}" if self._metric == "accuracy" else f"{value:.4f}"
+            best = f", best {worded} by {trial}"
+        self._bars.update(
+            self._summary,
+            completed=self._num_ended / self._total if self._total else 0.0,
+            description=f"sweep {self._count()}: {', '.join(parts)}",
+            detail=f"{self._left().removeprefix(', ')}{best}",
         )
 
 

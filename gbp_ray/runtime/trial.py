@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -24,20 +24,21 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray._private import auto_init_hook
 
 from gbp_ray.config import ClusterConfig, JobConfig, trial_id
 from gbp_ray.errors import ConfigError, GbpError, StoreError, TrialError
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.runtime import START_TIMEOUT_S
 from gbp_ray.runtime.failures import Failure, find_failure, first_line, is_consequence, unwrap
+from gbp_ray.runtime.mailbox import Relay
 from gbp_ray.runtime.progress import ProgressBoard, Tick
 from gbp_ray.runtime.watch import Standstill, Watch
 from gbp_ray.runtime.worker import work_trial
 from gbp_ray.store import RoundRecord, Store
 from gbp_ray.workload import add_import_paths
 
-__all__ = ["run_trial"]
+__all__ = ["StoppedError", "fit_interruptibly", "fit_trial", "ray_session", "run_trial"]
 
 _POLL_INTERVAL_S = 0.2
 _TICK_INTERVAL_S = 0.2
@@ -64,15 +65,28 @@ def run_trial(
         GbpError: What a worker raised on purpose, as it raised it.
         TrialError: The workers failed for another reason; names trial, rank and root cause.
     """
-    name = trial_id(job)
-    with (
-        _ray_session(job.cluster, is_debug),
-        _Relay(board, name, job.cluster.max_failures) as relay,
-        _scratch(job) as scratch,
-    ):
-        refusal = _fit(scratch, job, name, import_paths, relay)
+    with ray_session(job.cluster, is_debug), Relay(board, job.cluster.max_failures) as relay:
+        refusal = fit_trial(job, import_paths, relay.mailbox, describe=relay.describe)
     if refusal is not None:
         raise refusal
+
+
+def fit_trial(
+    job: JobConfig,
+    import_paths: list[str],
+    mailbox: Any,
+    gate: Any = None,
+    describe: Callable[[Failure], tuple[int, str]] = lambda failure: (failure.rank, failure.words),
+) -> GbpError | None:
+    """Runs the workers to their end; returns what they all agreed to fail with.
+
+    Args:
+        mailbox: Takes their progress.
+        gate: A mailbox of this trial's own that takes each round and says when to go on.
+        describe: Says of a failure which worker it was and what happened to it.
+    """
+    with _scratch(job) as scratch:
+        return _fit(scratch, job, import_paths, mailbox, gate, describe)
 
 
 @contextlib.contextmanager
@@ -102,9 +116,14 @@ def _scratch(job: JobConfig) -> Iterator[str]:
 
 
 def _fit(
-    scratch: str, job: JobConfig, name: str, import_paths: list[str], relay: _Relay
+    scratch: str,
+    job: JobConfig,
+    import_paths: list[str],
+    mailbox: Any,
+    gate: Any,
+    describe: Callable[[Failure], tuple[int, str]],
 ) -> GbpError | None:
-    cluster = job.cluster
+    cluster, name = job.cluster, trial_id(job)
     # A worker that answers Ray no more is frozen.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cluster.hang_timeout_s or "inf")
     trainer = ray.train.torch.TorchTrainer(
@@ -113,7 +132,8 @@ def _fit(
             "job": job.model_dump(mode="json"),
             "import_paths": import_paths,
             "working_folder": os.getcwd(),  # noqa: PTH109
-            "mailbox": relay.mailbox,
+            "mailbox": mailbox,
+            "gate": gate,
         },
         torch_config=ray.train.torch.TorchConfig(timeout_s=_EXCHANGE_TIMEOUT_S),
         scaling_config=ray.train.ScalingConfig(
@@ -127,13 +147,14 @@ def _fit(
             failure_config=ray.train.FailureConfig(
                 max_failures=cluster.max_failures, controller_failure_limit=_NUM_STARTS - 1
             ),
-            callbacks=[_Listener(relay.mailbox)],
+            callbacks=[_Listener(mailbox, name)],
         ),
     )
     try:
-        result = _fit_interruptibly(trainer)
+        result = fit_interruptibly(trainer)
     except ray.train.WorkerGroupError as error:
-        raise _final_error(find_failure(error.worker_failures), relay, job, name) from error
+        failure = find_failure(error.worker_failures)
+        raise _final_error(failure, describe, job, name) from error
     except ray.train.ControllerError as error:
         cause = unwrap(error)
         text = first_line(cause)
@@ -152,7 +173,7 @@ def _fit(
     return result.return_value
 
 
-def _fit_interruptibly(trainer: Any) -> Any:
+def fit_interruptibly(trainer: Any) -> Any:
     """Runs fit() beside the main thread, which stays free to be interrupted.
 
     In the main thread Ray would take over the SIGINT handler for good and end the process with its
@@ -167,7 +188,14 @@ def _fit_interruptibly(trainer: Any) -> Any:
             outcome.set_exception(error)
 
     threading.Thread(target=fit, name="gbp-ray-fit", daemon=True).start()
-    return outcome.result()
+    try:
+        return outcome.result()
+    except BaseException:
+        # The thread may still be at work when Ray has shut down, and Ray's functions would then
+        # join whatever other Ray there is.
+        if not outcome.done():
+            auto_init_hook.enable_auto_connect = False
+        raise
 
 
 def _train_worker(config: dict[str, Any]) -> GbpError | None:
@@ -181,11 +209,13 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
     job = JobConfig.model_validate(config["job"])
     device = ray.train.torch.get_device() if job.cluster.use_gpu else torch.device("cpu")
     ranks = Ranks.current(device)
-    mailbox = config["mailbox"]
+    mailbox, gate = config["mailbox"], config["gate"]
+    # Several trials of a sweep may share the other one.
+    meeting = gate if gate is not None else mailbox
     watch = Watch(
         ranks,
         job.cluster.hang_timeout_s,
-        compare=partial(_compare, mailbox, ranks.share_object(uuid.uuid4().hex)),
+        compare=partial(_compare, meeting, ranks.share_object(uuid.uuid4().hex)),
         accuse=partial(_say, mailbox),
     )
     last_sent, last_phase = 0.0, ""
@@ -201,8 +231,16 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
 
     def round_done(record: RoundRecord) -> None:
         if ranks.is_first:
-            mailbox.put.remote(record)
+            mailbox.put.remote((trial_id(job), record))
         ray.train.report({"round": record.round, "accuracy": record.accuracy})
+        if gate is not None:
+            if ranks.is_first:
+                gate.put.remote(record)
+            # All ranks hear the same, so none is left behind in a collective.
+            while (verdict := ray.get(gate.verdict.remote(record.round))) is None:
+                time.sleep(_POLL_INTERVAL_S)
+            if not verdict:
+                raise StoppedError(f"trial {trial_id(job)}: stopped after round {record.round}")
 
     try:
         with watch:
@@ -232,111 +270,24 @@ def _say(mailbox: Any, message: Standstill) -> None:
         ray.get(mailbox.put.remote(message), timeout=_MAILBOX_TIMEOUT_S)
 
 
-@ray.remote(num_cpus=0)
-class _Mailbox:
-    """Holds what workers said until the driver fetches it, and where those that stand still are."""
-
-    def __init__(self) -> None:
-        self._messages: list[Any] = []
-        self._group = ""
-        self._standstills: dict[int, Standstill] = {}
-
-    def put(self, message: Any) -> None:
-        self._messages.append(message)
-
-    def take(self) -> list[Any]:
-        messages, self._messages = self._messages, []
-        return messages
-
-    def compare(self, group: str, own: Standstill) -> list[Standstill]:
-        if group != self._group:
-            self._group, self._standstills = group, {}
-        self._standstills[own.rank] = own
-        return list(self._standstills.values())
+class StoppedError(GbpError):
+    """A scheduler ended the trial between two rounds."""
 
 
 class _Listener(ray.train.UserCallback):  # type: ignore[misc]
     """Tells the driver of failures that Ray answers by starting the workers again."""
 
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
+    def __init__(self, mailbox: Any, name: str) -> None:
+        self._mailbox, self._name = mailbox, name
 
     def after_exception(
         self, run_context: object, worker_exceptions: Mapping[int, BaseException]
     ) -> None:
-        self._mailbox.put.remote(find_failure(worker_exceptions))
-
-
-class _Relay:
-    """Carries the workers' messages to the board while the block runs.
-
-    Attributes:
-        mailbox: Where workers leave messages.
-    """
-
-    def __init__(self, board: ProgressBoard, name: str, max_failures: int) -> None:
-        # Beside the driver: machines that carry workers may come and go.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.mailbox = _Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-        self._board, self._name, self._max_failures = board, name, max_failures
-        self._last_tick: Tick | None = None
-        self._accused: Standstill | None = None
-        self._num_failures = 0
-        self._lock = threading.Lock()
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._poll, name="gbp-ray-progress", daemon=True)
-
-    def __enter__(self) -> _Relay:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._is_over.set()
-        self._thread.join(timeout=5)
-        if kind is None:
-            self.deliver()
-
-    def describe(self, failure: Failure) -> tuple[int, str]:
-        """Adds to a failure what the workers themselves said: (rank, words)."""
-        if self._accused is not None:
-            return self._accused.rank, self._accused.in_words()
-        place = ""
-        if self._last_tick is not None:
-            place = f" in {self._last_tick.phase} of round {self._last_tick.round}"
-        return failure.rank, f"{failure.words}{place}"
-
-    def deliver(self) -> None:
-        """Shows what has arrived; losing progress must not lose the trial."""
-        with contextlib.suppress(ray.exceptions.RayError), self._lock:
-            for message in ray.get(self.mailbox.take.remote(), timeout=30):
-                self._show(message)
-
-    def _poll(self) -> None:
-        while not self._is_over.wait(_POLL_INTERVAL_S):
-            self.deliver()
-
-    def _show(self, message: Tick | RoundRecord | Standstill | Failure) -> None:
-        if isinstance(message, Tick):
-            self._last_tick = message
-            self._board.show(message)
-        elif isinstance(message, RoundRecord):
-            self._board.show_round(self._name, message)
-        elif isinstance(message, Standstill):
-            self._accused = message
-        else:
-            self._num_failures += 1
-            if self._num_failures > self._max_failures:
-                return
-            rank, words = self.describe(message)
-            self._board.note(
-                f"{self._name}  worker {rank} {words}; starting the workers again "
-                f"({self._num_failures} of cluster.max_failures = {self._max_failures})"
-            )
-            self._accused = self._last_tick = None
+        self._mailbox.put.remote((self._name, find_failure(worker_exceptions)))
 
 
 @contextlib.contextmanager
-def _ray_session(cluster: ClusterConfig, is_debug: bool) -> Iterator[None]:
+def ray_session(cluster: ClusterConfig, is_debug: bool) -> Iterator[None]:
     """Joins the cluster named by the job or starts a private one; ends what it started."""
     if ray.is_initialized():
         yield
@@ -412,11 +363,15 @@ def _start_ray(cluster: ClusterConfig, options: dict[str, Any], is_debug: bool) 
         ) from error
 
 
-def _final_error(failure: Failure, relay: _Relay, job: JobConfig, name: str) -> GbpError:
+def _final_error(
+    failure: Failure,
+    describe: Callable[[Failure], tuple[int, str]],
+    job: JobConfig,
+    name: str,
+) -> GbpError:
     if failure.cause is not None:
         return failure.cause
-    relay.deliver()
-    rank, words = relay.describe(failure)
+    rank, words = describe(failure)
     return TrialError(
         f"trial {name}: worker {rank} {words}; cluster.max_failures = {job.cluster.max_failures} "
         "allows no more restarts; run the job again to go on after its last whole round",

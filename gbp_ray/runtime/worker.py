@@ -14,14 +14,14 @@ import torch
 from gbp_ray.config import JobConfig, trial_id
 from gbp_ray.pruning.checkpoint import SHARDS, Checkpoint
 from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.rounds import RoundState, run_rounds
+from gbp_ray.pruning.rounds import RoundState, ScoreCache, run_rounds
 from gbp_ray.pruning.sharding import is_sharded
 from gbp_ray.pruning.training import num_steps
 from gbp_ray.runtime.progress import Tick
 from gbp_ray.store import RoundRecord, Store
 from gbp_ray.workload import Workload, load_workload
 
-__all__ = ["work_trial"]
+__all__ = ["iterate_trial", "work_trial"]
 
 
 def work_trial(
@@ -40,6 +40,25 @@ def work_trial(
     Raises:
         GbpError: The same one on all ranks.
     """
+    for record in iterate_trial(job, ranks, tell=tell):
+        round_done(record)
+
+
+def iterate_trial(
+    job: JobConfig,
+    ranks: Ranks,
+    *,
+    tell: Callable[[Tick], None] = lambda tick: None,
+    score_cache: ScoreCache | None = None,
+) -> Iterator[RoundRecord]:
+    """Does the same and stops after each round, until it is asked for the next one.
+
+    Args:
+        score_cache: Asked for the scores of the dense network.
+
+    Yields:
+        The record of each committed round.
+    """
     with _fixed_kernels(job.cluster.threads_per_worker):
         name = trial_id(job)
         store = Store(job.storage, job.name)
@@ -52,8 +71,10 @@ def work_trial(
         if records:
             resume = ranks.together(lambda: _read_checkpoint(store, name, records))
         teller = _Teller(job, workload, name, tell)
-        for state in run_rounds(job, workload, ranks, resume=resume, tell=teller):
-            round_done(_commit(store, name, state, ranks))
+        for state in run_rounds(
+            job, workload, ranks, resume=resume, tell=teller, score_cache=score_cache
+        ):
+            yield _commit(store, name, state, ranks)
 
 
 def _commit(store: Store, name: str, state: RoundState, ranks: Ranks) -> RoundRecord:

@@ -72,9 +72,9 @@ def sound(flag):
 
 @pytest.fixture(scope="module")
 def ray_session():
-    from gbp_ray.runtime.trial import _ray_session
+    from gbp_ray.runtime.trial import ray_session
 
-    with _ray_session(ClusterConfig(num_workers=4), is_debug=False):
+    with ray_session(ClusterConfig(num_workers=4), is_debug=False):
         yield
 
 

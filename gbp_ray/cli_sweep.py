@@ -1,0 +1,72 @@
+"""`gbp-ray sweep`: many trials, one board, and the table of what they found."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Annotated
+
+import typer
+
+from gbp_ray.summary import answers_table, ends_table, summary_table
+from gbp_ray.terminal import AsJson, console, print_json, say, show_warning
+
+__all__ = ["run_sweep"]
+
+_STATES = ("finished", "stopped", "failed")
+
+
+def run_sweep(
+    job: Annotated[str, typer.Argument(help="Job file (TOML) with a [sweep].", metavar="JOB")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Override a field, as sweep.space.seed=[0,1]; repeatable.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    is_quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    is_debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and Ray's own output.")
+    ] = False,
+) -> None:
+    """Run many trials of a job: all that its [sweep] spans, or a search for a sparsity.
+
+    As many trials run at a time as the cluster holds; the dense network and
+    its scores are computed once for all. Run the same command again after an
+    interruption: what has ended is kept, what was broken off goes on, what
+    failed is tried again. Trials that fail are listed, and the exit code is 1
+    only if all did.
+
+    Examples:
+
+      gbp-ray sweep jobs/digits_sweep.toml
+
+      gbp-ray sweep job.toml --set sweep.scheduler=asha --set sweep.max_concurrent=4
+
+      gbp-ray sweep job.toml --set sweep.target.max_drop=0.01 --json
+    """
+    # torch takes seconds to import; --help and a mistyped option should not.
+    from gbp_ray.api import sweep
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning  # type: ignore[assignment]
+        result = sweep(job, overrides, is_quiet=is_quiet, is_debug=is_debug)
+    described = result.describe()
+    if as_json:
+        print_json(described)
+        return
+    if result.answers:
+        console().print(answers_table(described["answers"]))
+    else:
+        console().print(summary_table(described["summary"], described["fields"]))
+    others = [*described["failed"], *described["stopped"]]
+    if others:
+        console().print(ends_table(others))
+    counts = ", ".join(f"{described[f'num_{state}']} {state}" for state in _STATES)
+    say(
+        f"{len(result.outcomes)} trials: {counts}; {result.num_new} of them now, "
+        f"{described['worker_seconds']:,.0f} worker-seconds in {result.seconds:,.0f} s\n"
+        f"results: {result.uri}"
+    )

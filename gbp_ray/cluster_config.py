@@ -1,0 +1,60 @@
+"""The `[cluster]` section of a job: where it runs, which changes nothing of its result."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from gbp_ray.sections import Section
+
+__all__ = ["ClusterConfig"]
+
+
+class ClusterConfig(Section):
+    """Where the job runs. Nothing here changes the result."""
+
+    num_workers: int | tuple[int, int] = 1
+    """Ray Train workers; 0 runs in this very process without starting Ray. [min, max] takes as many
+    as the cluster has room for, and follows when that changes, from the last whole round on."""
+    use_gpu: bool = False
+    """One GPU per worker (NCCL) instead of CPUs (gloo)."""
+    strategy: Literal["replicated", "fsdp"] = "replicated"
+    """Whether each worker holds the whole network, or all of them one, in shards (FSDP2)."""
+    threads_per_worker: int = Field(1, ge=1)
+    """CPU threads of each worker. Kernels add in an order of their own per thread count, so results
+    agree to the bit between runs that share this number."""
+    max_failures: int = Field(2, ge=0)
+    """Lost or hung workers a trial survives; each time it goes on after its last whole round."""
+    hang_timeout_s: float = Field(900.0, ge=0.0)
+    """A worker that for so long finishes no step, no batch and no exchange with the others counts
+    as lost. Building the workload and reading or writing storage may take longer. 0: never."""
+    address: str | None = None
+    """Ray cluster to join; None starts a private one on this machine."""
+
+    @model_validator(mode="after")
+    def _can_shard(self) -> ClusterConfig:
+        if self.strategy == "fsdp" and self.min_workers == 0:
+            raise ValueError(
+                "strategy = fsdp: spreads the network over workers; set num_workers to 1 or more"
+            )
+        return self
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _is_number_or_range(cls, value: object) -> object:
+        is_range = isinstance(value, (list, tuple)) and len(value) == 2
+        numbers: list[Any] = list(value) if is_range else [value, value]  # type: ignore[call-overload]
+        if not all(type(n) is int for n in numbers) or not is_range <= numbers[0] <= numbers[1]:
+            raise ValueError("must be a whole number from 0, or [min, max] with 1 <= min <= max")
+        return tuple(numbers) if is_range else value
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest workers the job goes on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers the job makes use of."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]

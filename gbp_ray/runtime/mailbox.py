@@ -1,0 +1,156 @@
+"""What workers and their driver tell each other: progress one way, leave to go on the other."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import Any, Protocol
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from gbp_ray.runtime.failures import Failure
+from gbp_ray.runtime.progress import Tick
+from gbp_ray.runtime.watch import Standstill
+from gbp_ray.store import RoundRecord
+
+__all__ = ["Board", "Mailbox", "Relay"]
+
+_POLL_INTERVAL_S = 0.2
+
+
+class Board(Protocol):
+    """Where messages are shown."""
+
+    def show(self, tick: Tick) -> None:
+        """Shows progress."""
+
+    def show_round(self, trial: str, record: RoundRecord) -> None:
+        """Shows a round that has been committed."""
+
+    def note(self, text: str) -> None:
+        """Shows a line of its own."""
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """Holds what workers said until the driver fetches it, and what the driver has to say.
+
+    It also knows where those workers are that stand still.
+    """
+
+    def __init__(self) -> None:
+        self._messages: list[Any] = []
+        self._group = ""
+        self._standstills: dict[int, Standstill] = {}
+        self._last_allowed, self._is_ended = -1, False
+
+    def put(self, message: Any) -> None:
+        """Takes a message."""
+        self._messages.append(message)
+
+    def take(self) -> list[Any]:
+        """Hands over what has come since the last time."""
+        messages, self._messages = self._messages, []
+        return messages
+
+    def allow(self, number: int) -> None:
+        """Lets workers go on after a round and those before it."""
+        self._last_allowed = number
+
+    def end(self) -> None:
+        """Lets workers go on after no other round."""
+        self._is_ended = True
+
+    def verdict(self, number: int) -> bool | None:
+        """Says whether to go on after a round; None while that is open."""
+        return True if number <= self._last_allowed else False if self._is_ended else None
+
+    def compare(self, group: str, own: Standstill) -> list[Standstill]:
+        """Takes where one worker of a group stands still, and says where all do."""
+        if group != self._group:
+            self._group, self._standstills = group, {}
+        self._standstills[own.rank] = own
+        return list(self._standstills.values())
+
+
+class Relay:
+    """Carries the workers' messages to the board while the block runs.
+
+    Args:
+        max_failures: Restarts up to this many are told; None tells none of them.
+
+    Attributes:
+        mailbox: Where workers leave messages.
+    """
+
+    def __init__(self, board: Board, max_failures: int | None = None) -> None:
+        # Beside the driver: machines that carry workers may come and go.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.mailbox = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        self._board, self._max_failures = board, max_failures
+        self._last_tick: Tick | None = None
+        self._accused: Standstill | None = None
+        self._num_failures = 0
+        self._lock = threading.Lock()
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="gbp-ray-progress", daemon=True)
+
+    def __enter__(self) -> Relay:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._is_over.set()
+        self._thread.join(timeout=5)
+        if kind is None:
+            self.deliver()
+
+    def describe(self, failure: Failure) -> tuple[int, str]:
+        """Adds to a failure what the workers themselves said: (rank, words)."""
+        self.deliver()
+        return self._describe(failure)
+
+    def _describe(self, failure: Failure) -> tuple[int, str]:
+        if self._accused is not None:
+            return self._accused.rank, self._accused.in_words()
+        place = ""
+        if self._last_tick is not None:
+            place = f" in {self._last_tick.phase} of round {self._last_tick.round}"
+        return failure.rank, f"{failure.words}{place}"
+
+    def deliver(self) -> None:
+        """Shows what has arrived; losing progress must not lose the trial."""
+        with contextlib.suppress(ray.exceptions.RayError), self._lock:
+            for message in ray.get(self.mailbox.take.remote(), timeout=30):
+                self._show(message)
+
+    def _poll(self) -> None:
+        while not self._is_over.wait(_POLL_INTERVAL_S):
+            self.deliver()
+
+    def _show(self, message: Tick | Standstill | tuple[str, RoundRecord | Failure]) -> None:
+        if isinstance(message, Tick):
+            self._last_tick = message
+            self._board.show(message)
+        elif isinstance(message, Standstill):
+            self._accused = message
+        else:
+            name, content = message
+            if isinstance(content, RoundRecord):
+                self._board.show_round(name, content)
+            else:
+                self._note_restart(name, content)
+
+    def _note_restart(self, name: str, failure: Failure) -> None:
+        if self._max_failures is None:
+            return
+        self._num_failures += 1
+        if self._num_failures > self._max_failures:
+            return
+        rank, words = self._describe(failure)
+        self._board.note(
+            f"{name}  worker {rank} {words}; starting the workers again "
+            f"({self._num_failures} of cluster.max_failures = {self._max_failures})"
+        )
+        self._accused = self._last_tick = None

@@ -1,0 +1,319 @@
+"""Which trial comes next: a list to its end, or bisections towards a sparsity.
+
+A plan is asked for a trial when there is room for one, and told how each ended. It knows neither
+Ray nor the storage. The same outcomes lead to the same answers whatever the order in which they
+arrive and however many trials ran at a time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gbp_ray.config import JobConfig, trial_id
+
+__all__ = [
+    "Answer",
+    "Bisection",
+    "Feeder",
+    "Outcome",
+    "Plan",
+    "Sparsities",
+    "TrialList",
+    "spread",
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial of a sweep ended.
+
+    Attributes:
+        round: Its last whole round, or None where there is none.
+        cause: Why it failed, one line.
+        seconds: What its workers spent on it, all phases together.
+        is_new: Whether this sweep ran it, rather than finding it.
+    """
+
+    trial_id: str
+    job: JobConfig
+    state: Literal["finished", "stopped", "failed"]
+    round: int | None = None
+    accuracy: float | None = None
+    loss: float | None = None
+    dense_accuracy: float | None = None
+    cause: str = ""
+    seconds: float = 0.0
+    is_new: bool = True
+
+
+class Plan(ABC):
+    """What is left to try."""
+
+    total: int | None = None
+    """How many trials there are in all, where that is known."""
+    num_slots: int = 1
+    """How many run at a time."""
+
+    @abstractmethod
+    def next(self) -> JobConfig | None:
+        """Gives the next trial; None where there is nothing to start before others end."""
+
+    @abstractmethod
+    def tell(self, outcome: Outcome) -> None:
+        """Takes note of how a trial ended that `next` gave."""
+
+    @property
+    @abstractmethod
+    def is_over(self) -> bool:
+        """Whether every trial has ended."""
+
+
+class TrialList(Plan):
+    """Trials known beforehand, in order."""
+
+    def __init__(self, jobs: Iterable[JobConfig]) -> None:
+        self._jobs = deque(jobs)
+        self.total = self._num_open = len(self._jobs)
+
+    def next(self) -> JobConfig | None:
+        """Gives them one after another."""
+        return self._jobs.popleft() if self._jobs else None
+
+    def tell(self, outcome: Outcome) -> None:
+        """Counts."""
+        self._num_open -= 1
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all have ended."""
+        return self._num_open == 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The largest sparsity within the target, for one combination of everything else.
+
+    Attributes:
+        job: The combination; its sparsity is the answer's, or the lowest where there is none.
+        sparsity: None where the lowest already loses too much, or a trial failed.
+        trial_id: The trial at that sparsity; None at 0, which is the dense network.
+        is_highest: Whether the search ended at its upper end.
+        num_trials: How many it took, those found finished included.
+        seconds: What the workers spent on these.
+        cause: Why there is no answer, one line.
+    """
+
+    job: JobConfig
+    sparsity: float | None
+    trial_id: str | None
+    accuracy: float | None
+    dense_accuracy: float | None
+    is_highest: bool
+    num_trials: int
+    seconds: float
+    cause: str = ""
+
+
+@dataclass
+class _Search:
+    """One bisection over the numbers of the sparsities lowest, lowest + tolerance, ...
+
+    Attributes:
+        low: The largest number known to be within the target, or taken to be.
+        high: The least known not to be.
+        asked: Numbers whose trial was given out; their outcome, once told.
+    """
+
+    job: JobConfig
+    low: int
+    high: int
+    asked: dict[int, Outcome | None] = field(default_factory=dict)
+    cause: str = ""
+
+    @property
+    def is_over(self) -> bool:
+        return self.high - self.low <= 1 or bool(self.cause)
+
+    @property
+    def middle(self) -> int:
+        return (self.low + self.high) // 2
+
+
+class Bisection(Plan):
+    """Finds for each job the largest sparsity that loses no more accuracy than allowed.
+
+    Accuracy is taken to fall with sparsity. Where noise makes it rise again, the answer is still a
+    sparsity that is within the target, next to one that is not.
+
+    With room left, the trials that may come next are run before it is known which does; that
+    changes what is spent and not what is found.
+
+    Args:
+        jobs: From `expand`.
+    """
+
+    def __init__(self, jobs: Iterable[JobConfig], sparsities: Sparsities) -> None:
+        self._sparsities = sparsities
+        self._searches = [_Search(job, sparsities.first, sparsities.num) for job in jobs]
+        self._places: dict[str, tuple[_Search, int]] = {}
+        self._num_running = 0
+
+    def next(self) -> JobConfig | None:
+        """Gives the middle of a search that has none running, else one that may become it."""
+        searches = [search for search in self._searches if not search.is_over]
+        for search in searches:
+            if search.middle not in search.asked:
+                return self._ask(search, search.middle)
+        if self._num_running >= self.num_slots:
+            return None
+        for search in searches:
+            for low, high in ((search.low, search.middle), (search.middle, search.high)):
+                if high - low > 1 and (low + high) // 2 not in search.asked:
+                    return self._ask(search, (low + high) // 2)
+        return None
+
+    def tell(self, outcome: Outcome) -> None:
+        """Moves the search on as far as is known."""
+        self._num_running -= 1
+        search, number = self._places[outcome.trial_id]
+        search.asked[number] = outcome
+        while not search.is_over and (known := search.asked.get(search.middle)) is not None:
+            if known.state != "finished":
+                search.cause = known.cause or known.state
+            elif self._sparsities.is_within(known):
+                search.low = search.middle
+            else:
+                search.high = search.middle
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every search has ended, and every trial that it started."""
+        return self._num_running == 0 and all(search.is_over for search in self._searches)
+
+    def answers(self) -> list[Answer]:
+        """Says what was found, in the order of the jobs."""
+        return [self._answer(search) for search in self._searches]
+
+    def _ask(self, search: _Search, number: int) -> JobConfig:
+        job = self._sparsities.at(search.job, number)
+        search.asked[number] = None
+        self._places[trial_id(job)] = (search, number)
+        self._num_running += 1
+        return job
+
+    def _answer(self, search: _Search) -> Answer:
+        told = [outcome for outcome in search.asked.values() if outcome is not None]
+        best = search.asked.get(search.low)
+        is_dense = search.low == 0 and self._sparsities.first == 0
+        has_answer = not search.cause and (best is not None or is_dense)
+        dense = next((outcome.dense_accuracy for outcome in told), None)
+        return Answer(
+            job=self._sparsities.at(search.job, max(search.low, 0)),
+            sparsity=self._sparsities[search.low] if has_answer else None,
+            trial_id=best.trial_id if best and has_answer else None,
+            accuracy=(best.accuracy if best else dense) if has_answer else None,
+            dense_accuracy=dense,
+            is_highest=has_answer and search.low == self._sparsities.num - 1,
+            num_trials=len(told),
+            seconds=sum(outcome.seconds for outcome in told),
+            cause=search.cause,
+        )
+
+
+class Sparsities:
+    """The sparsities of a search by number, and which outcomes are within its target.
+
+    Number 0 is the lowest. A search begins at `first`: at 0 where the lowest is the dense network,
+    which is within any target, else one below it, so that the lowest itself is tried.
+
+    Attributes:
+        num: How many there are; the first number that is beyond the highest.
+    """
+
+    def __init__(self, job: JobConfig) -> None:
+        target = job.sweep.target
+        assert target.max_drop is not None
+        self._lowest, self._step, self._max_drop = target.lowest, target.tolerance, target.max_drop
+        self.num = int((target.highest - target.lowest) / target.tolerance + 1e-9) + 1
+        self.first = 0 if target.lowest == 0 else -1
+
+    def __getitem__(self, number: int) -> float:
+        return round(self._lowest + number * self._step, 6)
+
+    def at(self, job: JobConfig, number: int) -> JobConfig:
+        """Makes the trial at a sparsity."""
+        tree = job.model_dump(mode="json", exclude_unset=True)
+        tree["prune"]["sparsity"] = self[number]
+        return JobConfig.model_validate(tree)
+
+    def is_within(self, outcome: Outcome) -> bool:
+        """Tells whether a trial lost no more than allowed; a rounding error is no loss."""
+        assert outcome.accuracy is not None
+        assert outcome.dense_accuracy is not None
+        return outcome.accuracy >= outcome.dense_accuracy - self._max_drop - 1e-9
+
+
+def spread(jobs: Iterable[JobConfig], groups: Mapping[str, str | None]) -> list[JobConfig]:
+    """Puts the first of each group before all others, so that these do not wait for it.
+
+    Args:
+        groups: What a trial shares with others, by its id; None for nothing.
+    """
+    first, rest, seen = [], [], set()
+    for job in jobs:
+        group = groups[trial_id(job)]
+        if group is not None and group not in seen:
+            first.append(job)
+            seen.add(group)
+        else:
+            rest.append(job)
+    return [*first, *rest]
+
+
+class Feeder:
+    """Gives out the trials of a plan that are not known yet, and gathers how all of them ended.
+
+    Args:
+        known: Finds how a trial ended before this sweep, or None.
+    """
+
+    def __init__(self, plan: Plan, known: Callable[[JobConfig], Outcome | None]) -> None:
+        self.plan, self._known = plan, known
+        self.outcomes: dict[str, Outcome] = {}
+        self.num_running = 0
+        self._kept: JobConfig | None = None
+
+    def next(self) -> JobConfig | None:
+        """Gives the next trial that needs work; None where there is none at the moment."""
+        job, self._kept = self._kept, None
+        while job is None and (candidate := self.plan.next()) is not None:
+            if (outcome := self._known(candidate)) is None:
+                job = candidate
+            else:
+                self._note(outcome)
+        self.num_running += job is not None
+        return job
+
+    def put_back(self, job: JobConfig) -> None:
+        """Takes a trial back, to give it out again."""
+        assert self._kept is None
+        self._kept = job
+        self.num_running -= 1
+
+    def tell(self, outcome: Outcome) -> None:
+        """Takes note of how a trial ended that was given out."""
+        self.num_running -= 1
+        self._note(outcome)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to do."""
+        return self._kept is None and self.plan.is_over
+
+    def _note(self, outcome: Outcome) -> None:
+        self.outcomes[outcome.trial_id] = outcome
+        self.plan.tell(outcome)

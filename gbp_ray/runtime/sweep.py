@@ -1,0 +1,414 @@
+"""A sweep on Ray Tune: one Tune trial per trial, as many at a time as the cluster holds.
+
+The store, not Tune, holds the state. What has ended is known from its records and never started;
+what was broken off goes on after its last whole round, because that is what running it again does.
+So resuming a sweep is running it again, and Tune's own files are scratch.
+
+A trial of 0 or 1 workers runs in the process of its Tune trial, which is used again for the next
+one, so that torch is imported once per process. More workers are a TorchTrainer inside the Tune
+trial. The Tune trial itself then asks for no CPU, and no more of them run at a time than the
+cluster has CPUs for their workers, so none waits for another one's. Workers pause after each round
+until the scheduler has judged it; a stopped trial ends by itself, and Ray frees what it held.
+
+A fault of the job ends a trial at once. Whatever else breaks one (the process killed, an error in
+the user's code) is tried again `sweep.max_failures` times, and then is a row with its cause.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gbp_ray.config import JobConfig, trial_id
+from gbp_ray.errors import ConfigError, GbpError, TransientStoreError, TrialError
+from gbp_ray.runtime.failures import first_line, unwrap
+from gbp_ray.runtime.loggers import make_loggers
+from gbp_ray.runtime.mailbox import Mailbox, Relay
+from gbp_ray.runtime.plans import Feeder, Outcome
+from gbp_ray.runtime.progress import SweepBoard, Tick
+from gbp_ray.runtime.solo import Step, run_solo, run_whole
+from gbp_ray.runtime.trial import StoppedError, fit_interruptibly, fit_trial, ray_session
+from gbp_ray.space import parse_space
+from gbp_ray.store import FailureRecord, RoundRecord, StopRecord, Store
+from gbp_ray.workload import add_import_paths
+
+# As with Ray Train's, which are set where trial.py imports Ray.
+for _name, _value in {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import ray  # noqa: E402
+from ray import tune  # noqa: E402
+from ray.tune.search import Searcher  # noqa: E402
+
+from gbp_ray.runtime.schedulers import GuardedScheduler  # noqa: E402
+
+__all__ = ["run_sweep"]
+
+_TICK_INTERVAL_S = 0.5
+
+
+def run_sweep(
+    base: JobConfig,
+    feeder: Feeder,
+    import_paths: list[str],
+    board: SweepBoard,
+    *,
+    is_debug: bool = False,
+) -> None:
+    """Runs what the feeder gives until it is over; the feeder then has all outcomes.
+
+    Args:
+        base: The job with its sweep.
+        import_paths: Folders where workers find the user's modules.
+        is_debug: Lets Ray's own output through.
+
+    Raises:
+        GbpError: Ray did not start, or stopped working.
+    """
+    store = Store(base.storage, base.name)
+    if not is_debug:
+        # It repeats at the end what the board has said when it happened.
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    with ray_session(base.cluster, is_debug), Relay(board) as relay:
+        num_slots = _count_slots(base)
+        feeder.plan.num_slots = num_slots
+        scheduler = None
+        if base.sweep.scheduler != "fifo":
+            scheduler = _make_scheduler(base, feeder, store)
+        trainable = tune.with_parameters(
+            _TuneTrial,
+            import_paths=import_paths,
+            working_folder=os.getcwd(),  # noqa: PTH109
+            mailbox=relay.mailbox,
+        )
+        with tempfile.TemporaryDirectory(prefix="gbp-ray-") as scratch:
+            tuner = tune.Tuner(
+                tune.with_resources(trainable, _resources(base)),
+                tune_config=tune.TuneConfig(
+                    num_samples=-1,
+                    search_alg=_FeederSearch(base, feeder, num_slots),
+                    scheduler=scheduler,
+                    reuse_actors=True,
+                    trial_name_creator=_name_of,
+                    trial_dirname_creator=_name_of,
+                ),
+                run_config=tune.RunConfig(
+                    name=base.name,
+                    storage_path=scratch,
+                    verbose=0,
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                    failure_config=tune.FailureConfig(max_failures=base.sweep.max_failures),
+                    callbacks=[
+                        _Bookkeeper(base, feeder, store, board),
+                        *make_loggers(base, store),
+                    ],
+                ),
+            )
+            try:
+                fit_interruptibly(tuner)
+            except (tune.TuneError, ray.exceptions.RayError) as error:
+                raise TrialError(
+                    f"sweep: Ray Tune stopped: {first_line(unwrap(error))}; run the same command "
+                    "again to go on",
+                    trial_id="",
+                    rank=None,
+                    cause=first_line(unwrap(error)),
+                ) from error
+
+
+def _count_slots(base: JobConfig) -> int:
+    """Counts the trials that the cluster holds at a time."""
+    kind = "GPU" if base.cluster.use_gpu else "CPU"
+    nodes = [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
+    if _is_nested(base):
+        num_slots = int(sum(nodes) // base.cluster.max_workers)
+        if num_slots == 0:
+            raise ConfigError(
+                f"cluster.num_workers = {base.cluster.max_workers}: the cluster has "
+                f"{sum(nodes):g} {kind}s; lower it"
+            )
+    else:
+        num_slots = max(1, int(sum(n // _resources(base)[kind] for n in nodes)))
+    return min(num_slots, base.sweep.max_concurrent or num_slots)
+
+
+def _is_nested(base: JobConfig) -> bool:
+    return base.cluster.max_workers > 1
+
+
+def _resources(base: JobConfig) -> dict[str, float]:
+    if _is_nested(base):
+        # Tune takes no request without any resource, and a byte of memory is always there.
+        return {"CPU": 0, "memory": 1}
+    most = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    cpus = max(1, min(base.cluster.threads_per_worker, most))
+    return {"CPU": cpus, **({"GPU": 1} if base.cluster.use_gpu else {})}
+
+
+# -- what Tune asks the driver ---------------------------------------------------------------------
+
+
+class _Unsaved:
+    """Stays out of what Tune saves of itself: a sweep is resumed from its store."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _FeederSearch(_Unsaved, Searcher):  # type: ignore[misc]
+    """Lets Tune take its trials from a feeder."""
+
+    def __init__(self, base: JobConfig, feeder: Feeder, num_slots: int) -> None:
+        super().__init__()
+        self._feeder = feeder
+        # One more that waits for a process saves the process from waiting for it, as Tune starts no
+        # more than it has resources for. Of the CPUs of nested workers it knows nothing.
+        is_bounded = _is_nested(base) or base.sweep.max_concurrent is not None
+        self._most = num_slots + (not is_bounded)
+        self._fields = [field for axis in parse_space(base.sweep.space) for field in axis.fields]
+        if base.sweep.target.max_drop is not None:
+            self._fields.append("prune.sparsity")
+
+    def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        if not self._feeder.is_over and self._feeder.num_running < self._most:
+            job = self._feeder.next()
+            if job is not None:
+                # The loggers show what varies; the trial goes by the whole.
+                return {"job": job.model_dump_json(), **_pick(job, self._fields)}
+        return Searcher.FINISHED if self._feeder.is_over else None
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        # The bookkeeper, which knows the causes, tells the feeder.
+        pass
+
+    def save(self, checkpoint_path: str) -> None:
+        Path(checkpoint_path).write_bytes(b"")
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError
+
+
+def _pick(job: JobConfig, fields: Iterable[str]) -> dict[str, Any]:
+    """Looks up dotted fields of a job."""
+    found = {}
+    for field in fields:
+        value: Any = job.model_dump(mode="json")
+        for part in field.split("."):
+            value = value[part]
+        # As text where it is a list or a table, which Tune would take apart.
+        found[field] = value if isinstance(value, str | int | float | None) else json.dumps(value)
+    return found
+
+
+def _job_of(trial: Any) -> JobConfig:
+    return JobConfig.model_validate_json(trial.config["job"])
+
+
+def _name_of(trial: Any) -> str:
+    return trial_id(_job_of(trial))
+
+
+class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
+    """Takes note of how each trial ended."""
+
+    def __init__(self, base: JobConfig, feeder: Feeder, store: Store, board: SweepBoard) -> None:
+        self._base, self._feeder, self._store, self._board = base, feeder, store, board
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        result = trial.last_result
+        state = result.get("state", "stopped")
+        self._end(trial, state, result, result.get("cause", ""))
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        text = _cause_of(trial)
+        result = trial.last_result or {}
+        self._store.write_failure(
+            FailureRecord(trial_id=_name_of(trial), cause=text, round=result.get("round"))
+        )
+        self._end(trial, "failed", result, text)
+
+    def _end(self, trial: Any, state: Any, result: dict[str, Any], cause: str) -> None:
+        job = _job_of(trial)
+        outcome = Outcome(
+            trial_id=trial_id(job),
+            job=job,
+            state=state,
+            round=result.get("round"),
+            accuracy=result.get("accuracy"),
+            loss=result.get("loss"),
+            dense_accuracy=result.get("dense_accuracy"),
+            cause=cause,
+            seconds=result.get("spent_s", 0.0),
+        )
+        self._feeder.tell(outcome)
+        detail, value = cause, None
+        if state == "finished":
+            value = getattr(outcome, self._base.sweep.metric)
+            detail = f"accuracy {outcome.accuracy:.2%}"
+        elif state == "stopped":
+            detail = f"after round {outcome.round}, accuracy {outcome.accuracy:.2%}"
+        self._board.end_trial(outcome.trial_id, state, detail, value)
+
+
+def _cause_of(trial: Any) -> str:
+    """Says in one line what a trial that broke too often met the last time."""
+    path = trial.pickled_error_file
+    if path is None or not Path(path).exists():
+        return "Ray Tune gave up on it"
+    cause = unwrap(ray.cloudpickle.loads(Path(path).read_bytes()))
+    if isinstance(cause, ray.exceptions.RayActorError):
+        return "its process died; perhaps it ran out of memory, or the user's code crashed"
+    if isinstance(cause, GbpError):
+        return first_line(cause)
+    return f"{type(cause).__name__}: {first_line(cause)}"
+
+
+def _make_scheduler(base: JobConfig, feeder: Feeder, store: Store) -> GuardedScheduler:
+    def stopped(job: JobConfig, number: int) -> None:
+        store.write_stop(
+            StopRecord(trial_id=trial_id(job), round=number, scheduler=base.sweep.scheduler)
+        )
+
+    scheduler = GuardedScheduler(base.sweep, _job_of, stopped)
+    for outcome in feeder.outcomes.values():
+        scheduler.remember(outcome.job, store.read_rounds(outcome.trial_id))
+    return scheduler
+
+
+# -- what a Tune trial does ------------------------------------------------------------------------
+
+
+class _TuneTrial(tune.Trainable):  # type: ignore[misc]
+    """One trial after another in one process, a round per step."""
+
+    def setup(
+        self,
+        config: dict[str, Any],
+        *,
+        import_paths: list[str],
+        working_folder: str,
+        mailbox: Any,
+    ) -> None:
+        self._working_folder, self._import_paths = working_folder, import_paths
+        self._mailbox = mailbox
+        self._steps: Iterator[Step] | None = None
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.cleanup()
+        self._begin(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        # Gives the lease back where the trial was stopped between two rounds.
+        if self._steps is not None:
+            self._steps.close()  # type: ignore[attr-defined]
+
+    def step(self) -> dict[str, Any]:
+        assert self._steps is not None
+        try:
+            step = next(self._steps, None)
+            if step is not None:
+                self._last |= _as_result(self._job, step, self._last)
+            if step is None or step.record.round == self._job.prune.rounds:
+                # Going on after the last round commits the trial.
+                next(self._steps, None)
+                self._last |= {"state": "finished", "done": True}
+        except (TrialError, TransientStoreError):
+            raise
+        except GbpError as error:
+            cause = " ".join(str(error).split())
+            self._store.write_failure(
+                FailureRecord(
+                    trial_id=trial_id(self._job), cause=cause, round=self._last.get("round")
+                )
+            )
+            self._last |= {"state": "failed", "cause": cause, "done": True}
+        return dict(self._last)
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        os.chdir(self._working_folder)
+        add_import_paths(self._import_paths)
+        self._job = JobConfig.model_validate_json(config["job"])
+        self._store = Store(self._job.storage, self._job.name)
+        self._last: dict[str, Any] = {}
+        tell = _throttle(self._mailbox)
+        if _is_nested(self._job):
+            self._steps = run_whole(
+                self._job,
+                self._store,
+                lambda: _run_nested(self._job, self._import_paths, self._mailbox),
+            )
+        else:
+            self._steps = run_solo(self._job, tell)
+
+
+def _as_result(job: JobConfig, step: Step, before: dict[str, Any]) -> dict[str, Any]:
+    record = step.record
+    spent_s = sum(record.seconds.values()) * max(1, job.cluster.max_workers)
+    return {
+        "round": record.round,
+        "sparsity": record.sparsity,
+        "accuracy": record.accuracy,
+        "loss": record.loss,
+        "dense_accuracy": before.get("dense_accuracy", record.accuracy),
+        "spent_s": round(before.get("spent_s", 0.0) + spent_s, 3),
+        "is_old": step.is_old,
+        "done": False,
+    }
+
+
+def _throttle(mailbox: Any) -> Callable[[Tick], None]:
+    last_sent = 0.0
+
+    def tell(tick: Tick) -> None:
+        nonlocal last_sent
+        if (now := time.monotonic()) - last_sent > _TICK_INTERVAL_S:
+            last_sent = now
+            mailbox.put.remote(tick)
+
+    return tell
+
+
+def _run_nested(job: JobConfig, import_paths: list[str], mailbox: Any) -> Iterator[RoundRecord]:
+    """Runs a trial's missing rounds on workers of its own, which wait after each round."""
+    gate = Mailbox.remote()  # type: ignore[attr-defined]
+    ended: queue.Queue[GbpError | BaseException | None] = queue.Queue()
+
+    def fit() -> None:
+        try:
+            ended.put(fit_trial(job, import_paths, mailbox, gate))
+        except BaseException as error:  # noqa: BLE001 - handed to the waiting thread
+            ended.put(error)
+
+    thread = threading.Thread(target=fit, name="gbp-ray-fit", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(timeout=0.2)
+            for record in ray.get(gate.take.remote()):
+                yield record
+                ray.get(gate.allow.remote(record.round))
+        failure = ended.get()
+        if failure is not None and not isinstance(failure, StoppedError):
+            raise failure
+    finally:
+        # Stopped between two rounds: the workers hear it and leave.
+        ray.get(gate.end.remote())
+        thread.join()

@@ -1,0 +1,95 @@
+"""What the sections of a job have in common: how they are declared, how faults are worded.
+
+All faults of a job go into one line, with dotted paths and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+__all__ = ["Section", "dotted", "explain_faults", "nearest_name"]
+
+_LAYER_BOUNDS = ("layer_min_sparsity", "layer_max_sparsity")
+
+
+class Section(BaseModel):
+    """A part of a job: frozen, without unknown keys, each field described by the text below it."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+def nearest_name(name: str, allowed: tuple[str, ...] | list[str]) -> str:
+    """Words a suggestion: ", did you mean 'taylor'?", or nothing where none is near."""
+    near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+    return f", did you mean '{near[0]}'?" if near else ""
+
+
+def dotted(path: Iterable[int | str]) -> str:
+    """Joins a path as TOML writes it: what is no bare key gets quotes."""
+    return ".".join(
+        str(part) if re.fullmatch(r"[\w-]+", str(part)) else json.dumps(part) for part in path
+    )
+
+
+def explain_faults(error: ValidationError, whole: type[BaseModel]) -> list[str]:
+    """Words what is wrong with a job, each fault once.
+
+    Args:
+        whole: What was being validated.
+    """
+    texts = [_explain_fault(dict(fault), whole) for fault in error.errors(include_url=False)]
+    # The branches of a union each find their own fault in one value.
+    return list(dict.fromkeys(texts))
+
+
+def _explain_fault(fault: dict[str, Any], whole: type[BaseModel]) -> str:
+    where = dotted(fault["loc"])
+    given, kind, context = fault["input"], fault["type"], fault.get("ctx", {})
+    if (bound := next((n for n in fault["loc"] if n in _LAYER_BOUNDS), None)) and (
+        fault["loc"][-1] != bound
+    ):
+        where = f"prune.{bound}"
+        return f"{where}: must be a number, or a table of name globs with a number each"
+    if kind == "extra_forbidden":
+        section = _section_at(fault["loc"][:-1], whole)
+        assert section is not None
+        names = list(section.model_fields)
+        return (
+            f"{where}: no such key{nearest_name(str(fault['loc'][-1]), names)} "
+            f"(allowed: {', '.join(names)})"
+        )
+    if kind == "missing":
+        return f"{where}: is required"
+    if kind == "literal_error":
+        allowed = re.findall(r"'([^']*)'", context["expected"])
+        return (
+            f"{where} = {given!r}: not allowed{nearest_name(str(given), allowed)} "
+            f"(allowed: {', '.join(allowed)})"
+        )
+    if kind == "value_error":
+        messages = [str(message) for message in context["error"].args]
+        if _section_at(fault["loc"], whole) is not None:
+            return "; ".join(f"{where}.{message}" if where else message for message in messages)
+        return f"{where} = {given!r}: {'; '.join(messages)}"
+    reason = fault["msg"].removeprefix("Input ")
+    return f"{where} = {given!r}: {reason}"
+
+
+def _section_at(path: tuple[int | str, ...], whole: type[BaseModel]) -> type[BaseModel] | None:
+    """Finds the section that a path leads to, or None where it leads to a value."""
+    section = whole
+    for part in path:
+        field = section.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return None
+        section = inner
+    return section

@@ -1,0 +1,116 @@
+"""What a sweep found: means and deviations over seeds, and the answers to a target.
+
+Rows that differ in nothing but the seed are one line of the table. From rows alone: neither torch
+nor Ray nor the records are needed.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+__all__ = ["answers_table", "ends_table", "summarize", "summary_table"]
+
+_MEASURED = ("accuracy", "loss", "sparsity", "macs_nonzero", "num_nonzero")
+
+
+def summarize(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> list[dict[str, Any]]:
+    """Takes together the rows of trials that differ in the seed alone.
+
+    Args:
+        rows: The last round of each trial, as `Results.to_rows` gives them.
+        fields: The dotted fields in which the trials differ; the seed among them is passed over.
+
+    Returns:
+        One row per combination: its fields, `num_seeds`, and of each measurement the mean and,
+        as `..._deviation`, the sample standard deviation, None for a single trial. Sorted by
+        sparsity, then by accuracy, the best first.
+    """
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    kept = [field for field in fields if field != "seed"]
+    for row in rows:
+        groups.setdefault(tuple(repr(row[field]) for field in kept), []).append(row)
+    lines = []
+    for members in groups.values():
+        line: dict[str, Any] = {field: members[0][field] for field in kept}
+        line["num_seeds"] = len(members)
+        for name in _MEASURED:
+            values = [row[name] for row in members]
+            line[name] = statistics.fmean(values)
+            line[f"{name}_deviation"] = statistics.stdev(values) if len(values) > 1 else None
+        lines.append(line)
+    # Measured sparsities of equal jobs may differ by a weight.
+    return sorted(lines, key=lambda line: (round(line["sparsity"], 3), -line["accuracy"]))
+
+
+def summary_table(lines: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> Table:
+    """Shows what `summarize` gives."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    kept = [field for field in fields if field not in ("seed", "prune.sparsity")]
+    table.add_column("sparsity", justify="right", no_wrap=True)
+    for field in kept:
+        table.add_column(escape(field.removeprefix("prune.")), overflow="fold")
+    for heading in ("accuracy", "+-", "seeds", "loss", "weights left"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    before = None
+    for line in lines:
+        sparsity = f"{line['sparsity']:.2%}"
+        deviation = line["accuracy_deviation"]
+        table.add_row(
+            "" if sparsity == before else sparsity,
+            *(escape(_word(line[field])) for field in kept),
+            f"{line['accuracy']:.2%}",
+            "" if deviation is None else f"{deviation:.2%}",
+            str(line["num_seeds"]),
+            f"{line['loss']:.4f}",
+            f"{line['num_nonzero']:,.0f}",
+        )
+        before = sparsity
+    return table
+
+
+def answers_table(lines: Sequence[Mapping[str, Any]]) -> Table:
+    """Shows the largest sparsities within a target, and what they took."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("for")
+    for heading in ("sparsity", "accuracy", "dense", "trials", "worker-seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for line in lines:
+        sparsity = "none" if line["sparsity"] is None else f"{line['sparsity']:.2%}"
+        note = line["cause"]
+        if line["is_highest"]:
+            note = "the highest that was asked for"
+        elif line["sparsity"] is None and not note:
+            note = "the lowest already loses more"
+        table.add_row(
+            escape(line["label"]),
+            sparsity,
+            "" if line["accuracy"] is None else f"{line['accuracy']:.2%}",
+            "" if line["dense_accuracy"] is None else f"{line['dense_accuracy']:.2%}",
+            str(line["num_trials"]),
+            f"{line['seconds']:.0f}",
+            escape(note),
+        )
+    return table
+
+
+def ends_table(lines: Sequence[Mapping[str, Any]]) -> Table:
+    """Shows the trials that failed or were stopped, and why."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("trial", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for line in lines:
+        why = line["cause"] or f"weaker than others after round {line['round']}"
+        table.add_row(escape(line["trial_id"]), line["state"], escape(why))
+    return table
+
+
+def _word(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)

@@ -1,0 +1,163 @@
+"""Which trial comes next: lists, bisections against a known truth, and what is known beforehand."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gbp_ray.config import JobConfig, expand, load_job, trial_id
+from gbp_ray.runtime.plans import Bisection, Feeder, Outcome, Sparsities, TrialList, spread
+
+
+def job_with(**changed: Any) -> JobConfig:
+    base = {
+        "name": "try",
+        "workload": {"factory": "my_module:make"},
+        "prune": {"criterion": "taylor", "sparsity": 0.5},
+    }
+    return load_job(JobConfig.model_validate(base), changed)
+
+
+def outcome_of(job: JobConfig, accuracy: float = 0.9, **changed: Any) -> Outcome:
+    found = {"accuracy": accuracy, "dense_accuracy": 0.95, "seconds": 2.0} | changed
+    return Outcome(trial_id(job), job, found.pop("state", "finished"), **found)
+
+
+def run(plan: Any, truth: Any, num_slots: int, order: random.Random) -> tuple[int, list[float]]:
+    """Runs a plan, trials ending in any order; returns how many at most ran, and what was tried."""
+    plan.num_slots = num_slots
+    running: list[JobConfig] = []
+    most, tried = 0, []
+    while True:
+        while len(running) < num_slots and (job := plan.next()) is not None:
+            running.append(job)
+            tried.append(job.prune.sparsity)
+        most = max(most, len(running))
+        if not running:
+            break
+        plan.tell(truth(running.pop(order.randrange(len(running)))))
+    assert plan.is_over
+    return most, tried
+
+
+# -- lists -----------------------------------------------------------------------------------------
+
+
+def test_a_list_is_given_out_in_order_and_over_when_all_have_ended() -> None:
+    jobs = expand(job_with(**{"sweep.space": {"seed": [0, 1, 2]}}))
+    plan = TrialList(jobs)
+    assert [plan.next() for _ in range(4)] == [*jobs, None]
+    for job in jobs:
+        assert not plan.is_over
+        plan.tell(outcome_of(job))
+    assert plan.is_over
+
+
+def test_known_trials_are_never_given_out() -> None:
+    jobs = expand(job_with(**{"sweep.space": {"seed": [0, 1, 2, 3]}}))
+    feeder = Feeder(TrialList(jobs), lambda job: outcome_of(job) if job.seed % 2 else None)
+    first = feeder.next()
+    assert first is not None
+    feeder.put_back(first)
+    assert feeder.num_running == 0
+    given_out = []
+    while (job := feeder.next()) is not None:
+        given_out.append(job.seed)
+        feeder.tell(outcome_of(job))
+    assert given_out == [0, 2]
+    assert feeder.is_over
+    assert len(feeder.outcomes) == 4
+
+
+def test_one_of_each_group_comes_first() -> None:
+    jobs = expand(job_with(**{"sweep.space": {"prune.sparsity": [0.5, 0.9], "seed": [0, 1]}}))
+    groups = {trial_id(job): str(job.seed) for job in jobs}
+    order = [(job.prune.sparsity, job.seed) for job in spread(jobs, groups)]
+    assert order == [(0.5, 0), (0.5, 1), (0.9, 0), (0.9, 1)]
+    alone = dict.fromkeys(groups)
+    assert spread(jobs, alone) == jobs
+    jobs = expand(job_with(**{"sweep.space": {"seed": [0, 1], "prune.sparsity": [0.5, 0.9]}}))
+    order = [(job.prune.sparsity, job.seed) for job in spread(jobs, groups)]
+    assert order == [(0.5, 0), (0.5, 1), (0.9, 0), (0.9, 1)]
+
+
+# -- bisection -------------------------------------------------------------------------------------
+
+
+@given(
+    edges=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=4),
+    num_slots=st.integers(1, 9),
+    seed=st.integers(0, 99),
+    lowest=st.sampled_from([0.0, 0.3]),
+    tolerance=st.sampled_from([0.01, 0.05, 0.07]),
+)
+def test_the_largest_sparsity_is_found_whatever_the_order(
+    edges: list[float], num_slots: int, seed: int, lowest: float, tolerance: float
+) -> None:
+    target = {"max_drop": 0.01, "lowest": lowest, "tolerance": tolerance, "highest": 0.95}
+    job = job_with(**{"sweep.space": {"seed": list(range(len(edges)))}, "sweep.target": target})
+
+    def truth(one: JobConfig) -> Outcome:
+        return outcome_of(one, 0.945 if one.prune.sparsity <= edges[one.seed] else 0.5)
+
+    plan = Bisection(expand(job), Sparsities(job))
+    most, tried = run(plan, truth, num_slots, random.Random(seed))
+    assert most <= num_slots
+    grid = [round(lowest + n * tolerance, 6) for n in range(200)]
+    grid = [sparsity for sparsity in grid if sparsity <= 0.95 + 1e-9]
+    assert set(tried) <= set(grid)
+    for edge, answer in zip(edges, plan.answers(), strict=True):
+        within = [sparsity for sparsity in grid if sparsity <= edge]
+        if within or lowest == 0:
+            assert answer.sparsity == (max(within) if within else 0.0)
+            assert answer.job.prune.sparsity == answer.sparsity
+        else:
+            assert answer.sparsity is None
+        assert answer.is_highest == (bool(within) and max(within) == grid[-1])
+    if num_slots == 1:
+        # Halving: 95 sparsities in seven trials.
+        assert len(tried) <= len(edges) * (len(grid)).bit_length()
+        assert len(tried) == sum(answer.num_trials for answer in plan.answers())
+
+
+def test_a_drop_of_just_the_target_is_within_it() -> None:
+    job = job_with(**{"sweep.target.max_drop": 0.01})
+    sparsities = Sparsities(job)
+    assert sparsities.is_within(outcome_of(job, 0.97, dense_accuracy=0.98))
+    assert not sparsities.is_within(outcome_of(job, 0.969, dense_accuracy=0.98))
+
+
+def test_a_failed_trial_ends_its_search_alone() -> None:
+    job = job_with(**{"sweep.space": {"seed": [0, 1]}, "sweep.target": {"max_drop": 0.01}})
+
+    def truth(one: JobConfig) -> Outcome:
+        if one.seed == 0:
+            return outcome_of(one, state="failed", cause="out of luck")
+        return outcome_of(one, 0.95)
+
+    plan = Bisection(expand(job), Sparsities(job))
+    run(plan, truth, 2, random.Random(0))
+    broken, found = plan.answers()
+    assert (broken.sparsity, broken.cause) == (None, "out of luck")
+    assert found.sparsity == pytest.approx(0.99)
+    assert found.is_highest
+    assert found.seconds == 2.0 * found.num_trials
+
+
+def test_an_answer_names_its_trial() -> None:
+    job = job_with(**{"sweep.target": {"max_drop": 0.01, "tolerance": 0.1}})
+    plan = Bisection(expand(job), Sparsities(job))
+    run(
+        plan,
+        lambda one: outcome_of(one, 0.95 if one.prune.sparsity < 0.65 else 0.2),
+        1,
+        random.Random(0),
+    )
+    (answer,) = plan.answers()
+    assert answer.sparsity == 0.6
+    assert answer.trial_id == trial_id(job_with(**{"prune.sparsity": 0.6}))
+    assert (answer.accuracy, answer.dense_accuracy) == (0.95, 0.95)

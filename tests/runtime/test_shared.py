@@ -1,0 +1,217 @@
+"""Dense networks and scores that trials share: the bits of a trial alone, and one computation."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gbp_ray.config import JobConfig, load_job, trial_id
+from gbp_ray.pruning import rounds
+from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.runtime.shared import dense_origin
+from gbp_ray.runtime.solo import run_solo
+from gbp_ray.runtime.worker import work_trial
+from gbp_ray.store import Store
+
+torch.set_num_threads(1)
+
+QUICK = {
+    "cluster.num_workers": 1,
+    "workload.options.width": 4,
+    "pretrain.epochs": 0.3,
+    "finetune.epochs": 0.2,
+    "prune.rounds": 2,
+    "prune.calibration_examples": 64,
+    "prune.batchnorm_examples": 64,
+}
+
+
+def quick_job(storage: Path | str, **changed: Any) -> JobConfig:
+    return load_job(None, QUICK | {"storage": str(storage)} | changed)
+
+
+def run(job: JobConfig) -> list[tuple[Any, ...]]:
+    for _ in run_solo(job):
+        pass
+    return results_of(job)
+
+
+def results_of(job: JobConfig) -> list[tuple[Any, ...]]:
+    store, name = Store(job.storage, job.name), trial_id(job)
+    return [
+        (
+            record.model_dump(exclude={"seconds", "files"}),
+            *(store.read_file(name, record, f"{f}.safetensors") for f in ("weights", "masks")),
+        )
+        for record in store.read_rounds(name)
+    ]
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    """Counts what is computed."""
+    counts = {"score": 0, "dense": 0}
+    score, train_dense = rounds.score, rounds._Run.train_dense
+
+    def counting_score(*arguments: Any, **options: Any) -> Any:
+        counts["score"] += 1
+        return score(*arguments, **options)
+
+    def counting_dense(run: Any) -> Any:
+        counts["dense"] += 1
+        return train_dense(run)
+
+    monkeypatch.setattr(rounds, "score", counting_score)
+    monkeypatch.setattr(rounds._Run, "train_dense", counting_dense)
+    return counts
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"prune.criterion": "taylor_squared"},
+        {"prune.criterion": "fisher", "prune.rewind": "weights"},
+        {"prune.criterion": "magnitude", "finetune.distillation.weight": 0.5},
+        {"prune.criterion": "movement"},
+        {"prune.criterion": "random"},
+        {"prune.criterion": "taylor", "prune.exclude": ["linear.*"]},
+    ],
+    ids=str,
+)
+def test_a_trial_that_shares_ends_with_the_bits_of_one_alone(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    # Three that have met what the others left, against one that never met anything.
+    for sparsity in (0.5, 0.7):
+        run(quick_job(tmp_path, **changed, **{"prune.sparsity": sparsity}))
+    third = run(quick_job(tmp_path, **changed, **{"prune.sparsity": 0.9}))
+    alone = quick_job(tmp_path / "alone", **changed, **{"prune.sparsity": 0.9})
+    work_trial(alone, Ranks())
+    assert third == results_of(alone)
+
+
+def test_many_one_shot_sparsities_cost_one_dense_network_and_one_scoring_pass(
+    tmp_path: Path, counted: dict[str, int]
+) -> None:
+    one_shot = {"prune.rounds": 1, "finetune.epochs": 0, "prune.batchnorm_examples": 0}
+    for number in range(6):
+        run(quick_job(tmp_path, **one_shot, **{"prune.sparsity": 0.5 + number / 20}))
+    assert counted == {"score": 1, "dense": 1}
+
+
+@pytest.mark.parametrize(
+    ("changed", "dense", "score"),
+    [
+        ({"prune.sparsity": 0.6}, 1, 1),
+        ({"finetune.epochs": 0.4}, 1, 1),
+        ({"prune.criterion": "fisher"}, 1, 2),
+        ({"prune.calibration_examples": 128}, 1, 2),
+        ({"prune.calibration_augment": False}, 1, 2),
+        ({"prune.exclude": ["linear.*"]}, 2, 2),
+        ({"seed": 1}, 2, 2),
+        ({"pretrain.epochs": 0.4}, 2, 2),
+        ({"workload.options.width": 6}, 2, 2),
+        ({"cluster.threads_per_worker": 2, "prune.sparsity": 0.6}, 2, 2),
+    ],
+    ids=str,
+)
+def test_shared_is_only_what_would_be_the_same(
+    tmp_path: Path, counted: dict[str, int], changed: dict[str, Any], dense: int, score: int
+) -> None:
+    first = {"prune.rounds": 1, "prune.sparsity": 0.5}
+    run(quick_job(tmp_path, **first))
+    run(quick_job(tmp_path, **first | changed))
+    assert counted == {"dense": dense, "score": score}
+
+
+def test_movement_has_a_dense_network_of_its_own(tmp_path: Path) -> None:
+    assert dense_origin(quick_job(tmp_path, **{"prune.criterion": "movement"})) is None
+
+
+def test_of_two_trials_at_once_one_computes(tmp_path: Path, counted: dict[str, int]) -> None:
+    jobs = [quick_job(tmp_path, **{"prune.rounds": 1, "prune.sparsity": s}) for s in (0.5, 0.7)]
+    failures: list[BaseException] = []
+
+    def work(job: JobConfig) -> None:
+        try:
+            run(job)
+        except BaseException as error:  # noqa: BLE001 - looked at below
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=[job]) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert counted == {"score": 1, "dense": 1}
+
+
+@pytest.mark.parametrize("kind", ["dense", "scores"])
+def test_what_is_damaged_is_computed_anew(
+    tmp_path: Path, counted: dict[str, int], kind: str
+) -> None:
+    first = quick_job(tmp_path, **{"prune.rounds": 1, "prune.sparsity": 0.5})
+    run(first)
+    (path,) = (tmp_path / first.name / kind).glob(
+        "*/*s.safetensors" if kind == "scores" else "*/weights.safetensors"
+    )
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+    second = quick_job(tmp_path, **{"prune.rounds": 1, "prune.sparsity": 0.7})
+    with pytest.warns(UserWarning, match="does not match its checksum.*computed anew"):
+        found = run(second)
+    alone = quick_job(tmp_path / "alone", **{"prune.rounds": 1, "prune.sparsity": 0.7})
+    work_trial(alone, Ranks())
+    assert found == results_of(alone)
+    # Mended on the way.
+    run(quick_job(tmp_path, **{"prune.rounds": 1, "prune.sparsity": 0.8}))
+    assert counted["dense"] == (3 if kind == "dense" else 2)
+    assert counted["score"] == (2 if kind == "dense" else 3)
+
+
+def test_a_trial_broken_off_while_it_shares_is_gone_on_with(tmp_path: Path) -> None:
+    job = quick_job(tmp_path, **{"prune.sparsity": 0.9})
+    steps = run_solo(job)
+    assert [next(steps).record.round for _ in range(2)] == [0, 1]
+    steps.close()
+    again = list(run_solo(job))
+    assert [(step.record.round, step.is_old) for step in again] == [
+        (0, True),
+        (1, True),
+        (2, False),
+    ]
+    alone = quick_job(tmp_path / "alone", **{"prune.sparsity": 0.9})
+    work_trial(alone, Ranks())
+    assert results_of(job) == results_of(alone)
+    assert all(step.is_old for step in run_solo(job))
+
+
+def test_time_is_on_record_where_it_was_spent(tmp_path: Path) -> None:
+    for sparsity in (0.5, 0.7):
+        run(quick_job(tmp_path, **{"prune.sparsity": sparsity}))
+    store = Store(tmp_path, "digits")
+    spent = [
+        "pretrain"
+        in store.read_rounds(trial_id(quick_job(tmp_path, **{"prune.sparsity": s})))[0].seconds
+        for s in (0.5, 0.7)
+    ]
+    assert spent == [True, False]
+
+
+def test_trials_share_on_an_object_store_alike(
+    moto_storage: str, tmp_path: Path, counted: dict[str, int]
+) -> None:
+    first = {"prune.rounds": 1, "prune.sparsity": 0.5}
+    run(quick_job(moto_storage, **first))
+    found = run(quick_job(moto_storage, **first | {"prune.sparsity": 0.7}))
+    assert counted == {"score": 1, "dense": 1}
+    alone = quick_job(tmp_path, **first | {"prune.sparsity": 0.7})
+    work_trial(alone, Ranks())
+    assert found == results_of(alone)

@@ -1,0 +1,181 @@
+"""Sweeps as a user meets them, as far as no Ray is needed: answers, tables, refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gbp_ray import api
+from gbp_ray.config import expand, load_job, trial_id
+from gbp_ray.errors import ConfigError, TrialError
+from gbp_ray.runtime import loggers
+from gbp_ray.runtime.plans import Outcome
+from gbp_ray.runtime.solo import run_solo
+from gbp_ray.store import Store
+from gbp_ray.summary import summarize
+
+torch.set_num_threads(1)
+
+JOB = """
+name = "tiny"
+workload = { factory = "gbp_ray.zoo:digits_convnet", options = { width = 4 } }
+pretrain.epochs = 0.3
+finetune.epochs = 0.2
+cluster.num_workers = 1
+prune = { rounds = 1, calibration_examples = 64, batchnorm_examples = 64 }
+
+[sweep.space]
+prune.criterion = ["taylor", "fisher"]
+prune.sparsity = [0.5, 0.9]
+seed = [0, 1]
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a job, all of whose trials have ended."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "job.toml").write_text(JOB)
+    for job in expand(load_job(folder / "job.toml", {"storage": str(folder / "results")})):
+        Store(job.storage, job.name).claim(job)
+        for _ in run_solo(job):
+            pass
+    return folder
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gbp_ray", "sweep", "job.toml", *arguments]
+    return subprocess.run(
+        [*command, f"--set=storage={folder / 'results'}"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_finished_sweep_answers_with_one_line_per_criterion_and_sparsity(finished: Path) -> None:
+    done = run(finished)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = [line.split() for line in done.stdout.splitlines() if "%" in line]
+    assert sorted(word for line in lines for word in line if word.isalpha()) == (
+        ["fisher"] * 2 + ["taylor"] * 2
+    )
+    assert "8 trials: 8 finished, 0 stopped, 0 failed; 0 of them now" in done.stdout
+
+
+def test_json_is_one_object_with_means_over_the_seeds(finished: Path) -> None:
+    done = run(finished, "--json")
+    told = json.loads(done.stdout)
+    assert (told["num_finished"], told["num_new"], told["worker_seconds"]) == (8, 0, 0)
+    assert len(told["summary"]) == 4
+    accuracies = {
+        (row["prune.criterion"], row["prune.sparsity"], row["seed"]): row["accuracy"]
+        for row in api.open_results(finished / "results").final().to_rows()
+    }
+    for line in told["summary"]:
+        one, two = (accuracies[line["prune.criterion"], line["prune.sparsity"], s] for s in (0, 1))
+        assert line["num_seeds"] == 2
+        assert line["accuracy"] == pytest.approx((one + two) / 2)
+        assert line["accuracy_deviation"] == pytest.approx(abs(one - two) / 2**0.5)
+
+
+def test_a_finished_sweep_never_starts_ray(finished: Path) -> None:
+    code = (
+        "import sys, gbp_ray;"
+        f"result = gbp_ray.sweep('job.toml', {{'storage': {str(finished / 'results')!r}}});"
+        "print(result.num_new, len(result.finished), 'ray' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=finished, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["0", "16", "False"]
+
+
+def test_a_search_that_has_ended_answers_from_its_trials(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(JOB.split("[sweep.space]")[0])
+    target = ["target.max_drop=0.9", "target.highest=0.4", "target.tolerance=0.1"]
+    settings = [f"sweep.{text}" for text in target]
+    settings += ["prune.criterion=taylor", f"storage={tmp_path / 'results'}"]
+    # With so much to lose, all of its trials are within the target: 0.2 and then 0.3 and 0.4.
+    for sparsity in (0.2, 0.3, 0.4):
+        job = load_job(tmp_path / "job.toml", [*settings, f"prune.sparsity={sparsity}"])
+        one = job.model_copy(update={"sweep": load_job().sweep})
+        Store(one.storage, one.name).claim(one)
+        list(run_solo(one))
+    done = run(tmp_path, "--json", *(f"--set={text}" for text in settings))
+    assert done.returncode == 0, done.stderr
+    (answer,) = json.loads(done.stdout)["answers"]
+    assert (answer["sparsity"], answer["is_highest"], answer["num_trials"]) == (0.4, True, 3)
+    assert (
+        "the highest that was asked for"
+        in run(tmp_path, *(f"--set={text}" for text in settings)).stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("sweep.space.prune.sparsity=[0.5, 1.5]", "sweep.space: 4 of 8 trials are refused"),
+        ("sweep.scheduler=fast", "sweep.scheduler = 'fast': not allowed"),
+        ("sweep.space.prune.exclude=[['nothing.*']]", "matches no parameter"),
+    ],
+)
+def test_what_no_trial_could_do_is_refused_in_one_line(
+    finished: Path, setting: str, expected: str
+) -> None:
+    done = run(finished, "--set", setting)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert expected in done.stderr.splitlines()[-1]
+
+
+def test_if_all_trials_failed_so_has_the_sweep() -> None:
+    job = load_job()
+    failed = Outcome(trial_id(job), job, "failed", cause="out of luck")
+    with pytest.raises(TrialError, match=r"all 2 trials failed.*out of luck") as caught:
+        api._refuse_failure_of_all([failed, failed])
+    assert caught.value.exit_code == 1
+    api._refuse_failure_of_all([failed, Outcome("b", job, "finished")])
+    api._refuse_failure_of_all([])
+
+
+def test_an_extra_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
+    job = load_job(None, {"sweep.loggers": ["wandb"]})
+    with pytest.raises(ConfigError, match=r"pip install 'gbp-ray\[wandb\]'"):
+        loggers.check_extras(job)
+    loggers.check_extras(load_job())
+
+
+def test_a_prune_of_a_sweeps_job_says_what_it_leaves_out(finished: Path) -> None:
+    settings = {"storage": str(finished / "results"), "prune.sparsity": 0.9}
+    with pytest.warns(UserWarning, match="sweep has no effect on a single prune"):
+        result = api.prune(finished / "job.toml", settings, is_quiet=True)
+    # It is the trial of the sweep itself.
+    assert result.record.trial_id.startswith("taylor-s0.90")
+    assert result.record.num_workers == 1
+    assert "sweep" not in result.record.model_dump(mode="json")["job"]
+
+
+def test_rows_are_taken_together_whatever_the_seed() -> None:
+    def row(seed: int, criterion: str, accuracy: float, sparsity: float = 0.5) -> dict[str, Any]:
+        measured = {"loss": 1.0, "macs_nonzero": 10, "num_nonzero": 5, "sparsity": sparsity}
+        return {"seed": seed, "prune.criterion": criterion, "accuracy": accuracy} | measured
+
+    rows = [row(0, "a", 0.7), row(1, "b", 0.9), row(1, "a", 0.9), row(0, "c", 0.5, 0.4)]
+    lines = summarize(rows, ["prune.criterion", "seed"])
+    assert [(line["prune.criterion"], line["num_seeds"]) for line in lines] == [
+        ("c", 1),
+        ("b", 1),
+        ("a", 2),
+    ]
+    assert lines[2]["accuracy"] == pytest.approx(0.8)
+    assert lines[2]["accuracy_deviation"] == pytest.approx(0.2 / 2**0.5)
+    assert lines[0]["accuracy_deviation"] is None
