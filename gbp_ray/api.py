@@ -315,7 +315,7 @@ def sweep(
     import_paths = _add_import_paths(job)
     job = load_job(job, overrides)
     trials = expand(job) if job.sweep.search == "grid" else []
-    _warn_of_idle_options(*trials)
+    _warn_of_idle_options(trials, stacklevel=3)
     check_extras(job)
     store = Store(job.storage, job.name)
     known = Known(store, job.sweep)
@@ -330,7 +330,7 @@ def sweep(
             store.preflight()
             # What ails all trials is better said once; the others are checked as they start.
             check_job(first, load_workload(first.workload))
-            _warn_of_shadowed_modules(first, import_paths)
+            _warn_of_shadowed_modules(first, import_paths, stacklevel=3)
             store.claim(first)
             # Ray takes seconds to import, and a sweep that has ended does not need it.
             from gbp_ray.runtime.sweep import run_sweep
@@ -439,7 +439,7 @@ def _load(
     if job.sweep != SweepConfig():
         warnings.warn("sweep has no effect on a single prune; gbp-ray sweep runs it", stacklevel=3)
         job = job.model_copy(update={"sweep": SweepConfig()})
-    _warn_of_idle_options(job)
+    _warn_of_idle_options([job], stacklevel=4)
     return job, import_paths
 
 
@@ -447,7 +447,7 @@ def _load_checked(job: JobConfig, import_paths: list[str]) -> Workload:
     """Loads what is pruned and refuses what the job could only fail at later."""
     workload = load_workload(job.workload)
     check_job(job, workload)
-    _warn_of_shadowed_modules(job, import_paths)
+    _warn_of_shadowed_modules(job, import_paths, stacklevel=4)
     return workload
 
 
@@ -495,20 +495,20 @@ def _add_import_paths(job: JobConfig | str | Path | None) -> list[str]:
     return import_paths
 
 
-def _warn_of_idle_options(*jobs: JobConfig) -> None:
+def _warn_of_idle_options(jobs: Sequence[JobConfig], stacklevel: int) -> None:
     """Warns of what does nothing in any of these jobs."""
     idle = [dict(find_idle_options(job)) for job in jobs]
     for key, reason in idle[0].items() if idle else ():
         if all(key in other for other in idle):
-            warnings.warn(f"{key} has no effect with {reason}", stacklevel=3)
+            warnings.warn(f"{key} has no effect with {reason}", stacklevel=stacklevel)
 
 
-def _warn_of_shadowed_modules(job: JobConfig, import_paths: list[str]) -> None:
+def _warn_of_shadowed_modules(job: JobConfig, import_paths: list[str], stacklevel: int) -> None:
     named = [("workload.factory", job.workload.factory), ("prune.criterion", job.prune.criterion)]
     for key, plug_in in named:
         if ":" in plug_in and (shadowed := find_shadowed_module(plug_in, import_paths[-1])):
             warnings.warn(
                 f"{key} = {plug_in}: module {shadowed}; rename yours, or start a new process "
                 "if another job brought it in",
-                stacklevel=3,
+                stacklevel=stacklevel,
             )

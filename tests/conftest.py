@@ -16,6 +16,15 @@ os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Deals the tests to processes: those that start Ray to one, of the others whole files."""
+    # Ray's start is mostly waiting, so these come first.
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    for item in items:
+        starts_ray = item.get_closest_marker("ray") is not None
+        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def moto_endpoint() -> Iterator[str]:
     """Starts moto's S3 server in this process, with a bucket `gbp`; gives host:port."""

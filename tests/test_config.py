@@ -147,7 +147,7 @@ FAULTS = [
     ("workload.options.x", math.nan, "'x' must be text, a finite number"),
     ("workload.options.x", {1, 2}, "'x' must be text"),
     ("workload.options.x", b"\xff", "'x' must be text"),
-    ("workload.options.x", object(), "'x' must be text"),
+    ("workload.options.x", Ellipsis, "'x' must be text"),
     ("workload.eval_batch_size", 0, "workload.eval_batch_size = 0"),
     ("pretrain.epochs", -1, "pretrain.epochs = -1"),
     ("pretrain.epochs", 1e308, "pretrain.epochs = 1e+308"),

@@ -73,6 +73,7 @@ class GradientSums:
             for name, weights_L in self._weights.items()
         }
         self._buckets = _make_buckets(parameters)
+        self._bucket_of = {n: number for number, names in enumerate(self._buckets) for n in names}
         self._next_item = 0
         self._failure: Exception | None = None
         self._arrived: dict[str, Tensor] = {}
@@ -98,7 +99,8 @@ class GradientSums:
     def turn(self) -> Iterator[None]:
         """Adds one item of each rank; one without an item does nothing in the block. Communicates.
 
-        A failure in the block is held back until the sum is taken, which all ranks reach.
+        A failure in the block is held back until the sum is taken, which all ranks reach; where the
+        network is sharded, this rank hangs up and raises at once, as others wait inside the block.
         """
         num_present = min(self._ranks.world_size, len(self._factors) - self._next_item)
         assert num_present > 0, "more turns than items"
@@ -147,7 +149,7 @@ class GradientSums:
         def take(leaf: Tensor) -> None:
             gradient, leaf.grad = leaf.grad, None
             assert gradient is not None
-            if name in self._arrived or self._is_sent(name):
+            if name in self._arrived or self._bucket_of[name] < self._next_bucket:
                 raise PruneError(
                     f"the gradient of '{name}' comes in several pieces, as re-entrant "
                     "checkpointing makes it; use torch.utils.checkpoint with use_reentrant=False"
@@ -156,9 +158,6 @@ class GradientSums:
             self._send_ready()
 
         return take
-
-    def _is_sent(self, name: str) -> bool:
-        return any(name in bucket for bucket in self._buckets[: self._next_bucket])
 
     def _send_ready(self, *, is_last: bool = False) -> None:
         """Sends the buckets that are complete, in their order; at the end all that are left."""

@@ -68,7 +68,7 @@ def digits_convnet(augment: bool = True, width: int = 32) -> Workload:
 def _read_splits() -> dict[str, tuple[Tensor, Tensor]]:
     asset = resources.files("gbp_ray.zoo").joinpath("digits.parquet")
     # pyarrow's threads, once started, now and then abort a process at its end where torch is, too.
-    table = pq.read_table(pa.BufferReader(asset.read_bytes()), use_threads=False)
+    table = pq.ParquetFile(pa.BufferReader(asset.read_bytes())).read(use_threads=False)
     pixels = table["image"].combine_chunks().flatten().to_numpy()
     images = pixels.reshape(-1, 1, _SIZE, _SIZE)
     labels = table["label"].to_numpy().astype(np.int64)

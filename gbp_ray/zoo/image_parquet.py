@@ -55,7 +55,9 @@ def decode_shards(
                 with pq.ParquetFile(shard.path, filesystem=filesystem) as parquet:
                     _check_columns(parquet.schema_arrow, shard_where)
                     first_row = 0
-                    for batch in parquet.iter_batches(_ROWS_AT_ONCE, columns=["img", "label"]):
+                    for batch in parquet.iter_batches(
+                        _ROWS_AT_ONCE, columns=["img", "label"], use_threads=False
+                    ):
                         labels.append(_check_labels(batch, first_row, num_classes, shard_where))
                         images.append(_decode_batch(batch, first_row, size, pool, shard_where))
                         first_row += len(batch)

@@ -29,7 +29,7 @@ def alone() -> dict[str, Any]:
     return report_of(Ranks.current())
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids="{0}-ranks".format)
+@pytest.fixture(scope="module", params=[4], ids="{0}-ranks".format)
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("world")
     return reports_of_world(request.param, folder, sharded_report_of)

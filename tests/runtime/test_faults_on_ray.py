@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 import time
@@ -15,7 +16,14 @@ from ray.cluster_utils import Cluster
 from gbp_ray.api import prune
 from gbp_ray.config import load_job
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        "GBP_RAY_KILLS" not in os.environ,
+        reason="takes two minutes and more; set GBP_RAY_KILLS to try it",
+    ),
+]
 
 logger = logging.getLogger(__name__)
 
