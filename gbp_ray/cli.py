@@ -170,7 +170,7 @@ def show(
             return
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for heading in rows[0]:
-            table.add_column(heading)
+            table.add_column(heading, overflow="fold")
         for row in rows:
             table.add_row(*(escape(str(value)) for value in row.values()))
         console().print(table)

