@@ -504,10 +504,31 @@ def test_trial_id_changes_with_every_field_that_decides_the_result(job_file: Pat
             f"{section}.warmup_epochs": 0.3,
             f"{section}.batch_size": 7,
             f"{section}.microbatches": 2,
+            f"{section}.freeze": ["a"],
+            f"{section}.adversarial.kind": "fgsm",
+            f"{section}.adversarial.epsilon": 0.3,
+            f"{section}.adversarial.steps": 3,
+            f"{section}.adversarial.step_size": 0.3,
+            f"{section}.adversarial.weight": 0.3,
         }
     changes |= {
         "finetune.distillation.weight": 0.5,
         "finetune.distillation.temperature": 2.0,
+        "finetune.distillation.teacher": "a",
+        "finetune.distillation.features": ["a"],
+        "finetune.distillation.features_weight": 2.0,
+        "workload.transfer.checkpoint": "a",
+        "workload.transfer.new_head": ["a"],
+        "workload.encoding.kind": "one_hot",
+        "workload.encoding.levels": 4,
+        "workload.encoding.mean": [0.3],
+        "workload.encoding.deviation": [0.3],
+        "attack.kind": "fgsm",
+        "attack.epsilon": 0.3,
+        "attack.steps": 3,
+        "attack.step_size": 0.3,
+        "attack.restarts": 3,
+        "attack.examples": 3,
     }
     fields = {row[0] for row in describe_fields() if not row[0].startswith("[")}
     outside = {

@@ -1,54 +1,136 @@
-"""What a part of a batch is trained towards: the workload's own loss, and a teacher's outputs."""
+"""What a part of a batch is trained towards: the workload's own loss, and a teacher's outputs.
+
+With `adversarial`, adversarial examples of the part take the place of `weight` of its loss; they
+are made against the network as it is, by the loss without the teacher. A teacher sees the clean
+examples alone: what it says of them is what is right for the changed ones, too.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gbp_ray.config import DistillationConfig
+from gbp_ray.config import DistillationConfig, Recipe
+from gbp_ray.pruning.attack import perturb
+from gbp_ray.pruning.features import feature_distance, tapped
 from gbp_ray.pruning.ranks import isolated
 from gbp_ray.workload import Workload, blaming_labels, check_labels, derive_seed, seeded, take_batch
 
-__all__ = ["Teacher", "distillation_loss", "training_loss"]
+__all__ = ["Lesson", "Teacher", "distillation_loss", "training_loss"]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a teacher says of some examples.
+
+    Attributes:
+        outputs: Its outputs; None where only features count.
+        features: What its modules put out, by name.
+    """
+
+    outputs: Tensor | None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A network whose outputs the one in training learns to give; never trained itself."""
+    """A network whose outputs the one in training learns to give; never trained itself.
+
+    Attributes:
+        known: What it says of every training example, (examples, ...), where that was computed once
+            for all; the network itself is not asked then.
+    """
 
     model: nn.Module
     config: DistillationConfig
+    known: Tensor | None = None
+
+    def teach(self, inputs: Tensor, indices: Tensor, draws: int) -> Lesson:
+        """Says what it makes of some examples.
+
+        Args:
+            inputs: (B, ...) prepared.
+            indices: (B,) which training examples they are.
+        """
+        if self.known is not None:
+            return Lesson(self.known[indices.to(self.known.device)].to(inputs.device))
+        self.model.eval()
+        with (
+            torch.no_grad(),
+            isolated(self.model, derive_seed(draws, "teacher")),
+            tapped(self.model, self.config.features) as features,
+        ):
+            outputs = self.model(inputs)
+        return Lesson(outputs if self.config.weight > 0 else None, features)
+
+    def mark(
+        self, loss: Tensor, outputs: Tensor, features: Mapping[str, Tensor], lesson: Lesson
+    ) -> Tensor:
+        """Adds to a loss how far outputs and features are from what was taught."""
+        if lesson.outputs is not None:
+            weight = self.config.weight
+            imitation = distillation_loss(outputs, lesson.outputs, self.config.temperature)
+            loss = (1 - weight) * loss + weight * imitation
+        if lesson.features:
+            distance = feature_distance(features, lesson.features)
+            loss = loss + self.config.features_weight * distance
+        return loss
 
 
 def training_loss(
     model: nn.Module,
     workload: Workload,
+    recipe: Recipe,
     teacher: Teacher | None,
     indices: Tensor,
     draws: int,
     device: torch.device,
 ) -> Tensor:
+    """Computes the mean loss of a part of a batch, as its recipe and its teacher shape it.
+
+    Args:
+        indices: (B,) the examples.
+        draws: Seeds all that is drawn for the part.
+    """
     inputs, targets = take_batch(
         workload, workload.train, indices, device=device, augment_seed=draws
     )
-    with (
-        blaming_labels(workload, model, "train", indices),
-        seeded(derive_seed(draws, "forward")),
-    ):
-        outputs = model(inputs)
+    lesson = None if teacher is None else teacher.teach(inputs, indices, draws)
+
+    def loss_of(seen: Tensor, *, is_attack: bool = False) -> Tensor:
+        names = teacher.config.features if teacher is not None and not is_attack else ()
+        with tapped(model, names) as features:
+            outputs = model(seen)
         check_labels(workload, "train", indices, outputs, targets)
         loss = workload.loss(outputs, targets)
-    if teacher is not None:
-        teacher.model.eval()
-        with torch.no_grad(), isolated(teacher.model, derive_seed(draws, "teacher")):
-            taught = teacher.model(inputs)
-        weight = teacher.config.weight
-        imitation = distillation_loss(outputs, taught, teacher.config.temperature)
-        loss = (1 - weight) * loss + weight * imitation
-    return loss
+        if teacher is None or lesson is None or is_attack:
+            return loss
+        return teacher.mark(loss, outputs, features, lesson)
+
+    adversarial = recipe.adversarial
+    with blaming_labels(workload, model, "train", indices):
+        attacked: Tensor | None = None
+        if adversarial.kind != "none":
+            attacked = perturb(
+                model,
+                lambda seen: loss_of(seen, is_attack=True),
+                workload,
+                inputs,
+                adversarial,
+                derive_seed(draws, "attack"),
+                "adversarial",
+            )
+        with seeded(derive_seed(draws, "forward")):
+            if attacked is None:
+                return loss_of(inputs)
+            if adversarial.weight == 1:
+                return loss_of(attacked)
+            clean = (1 - adversarial.weight) * loss_of(inputs)
+            return clean + adversarial.weight * loss_of(attacked)
 
 
 def distillation_loss(outputs: Tensor, taught: Tensor, temperature: float) -> Tensor:

@@ -25,6 +25,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from gbp_ray.config import Recipe
 from gbp_ray.errors import PruneError
 from gbp_ray.pruning.folding import GradientSums
+from gbp_ray.pruning.freezing import trainable_parameters, training_mode
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.objective import Teacher, training_loss
 from gbp_ray.pruning.ranks import OrderedSum, Ranks, buffer_slots
@@ -96,12 +97,12 @@ def learning_rate(recipe: Recipe, step: int, total: int, warmup: int) -> float:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
-    """Builds the optimizer of a recipe over the trainable parameters.
+    """Builds the optimizer of a recipe over the parameters that it trains.
 
     Raises:
         PruneError: No parameter is trainable.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = list(trainable_parameters(model, recipe.freeze).values())
     if not trainable:
         raise PruneError(
             "the model has no parameter that requires a gradient, so it cannot be trained; set "
@@ -184,13 +185,12 @@ def train_epochs(
     Raises:
         PruneError: The loss or a gradient is not finite; on every rank, before weights move.
     """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable = trainable_parameters(model, recipe.freeze)
     differentiated = leaves(model)
     pieces = {n: cut_rows(n, p.shape, ranks.world_size) for n, p in trainable.items()}
     buffers = _Buffers(model, ranks.device)
     kept = [(trainable[n], mask) for n, mask in (masks or {}).items() if n in trainable]
     warmup = round(recipe.warmup_epochs * _steps_per_epoch(recipe, workload))
-    model.train()
     recent: list[float] = []
     for done, step in enumerate(span.steps, start=1):
         batch = _batch_of_step(recipe, workload, seed, span.phase, step)
@@ -206,7 +206,7 @@ def train_epochs(
         )
         besides = OrderedSum(ranks, buffers.size + 1, len(parts), buffers.dtype, buffers.dtype)
         buffers.remember()
-        with sums.listening():
+        with training_mode(model, recipe.freeze), sums.listening():
             for item in ranks.deal(len(parts)):
                 beside: Tensor | None = None
                 with sums.turn():
@@ -214,7 +214,9 @@ def train_epochs(
                     number = 0 if item is None and is_sharded(model) else item
                     if number is not None:
                         part, draws = parts[number], derive_seed(seed, span.phase, step, number)
-                        loss = training_loss(model, workload, teacher, part, draws, ranks.device)
+                        loss = training_loss(
+                            model, workload, recipe, teacher, part, draws, ranks.device
+                        )
                         loss.backward()
                         beside = torch.cat([buffers.collect_change(), loss.detach().view(1)])
                         beside *= len(part) / len(batch)

@@ -44,7 +44,10 @@ def dense_origin(job: JobConfig) -> dict[str, Any] | None:
     """Says what decides the dense network of a job, or None where nobody else can have the same."""
     if job.prune.criterion == "movement":
         return None
+    attack = job.attack.model_dump(mode="json", exclude_defaults=True)
     return {
+        # Measured of round 0 as of any other.
+        **({"attack": attack} if job.attack.kind != "none" else {}),
         "workload": job.workload.model_dump(mode="json", exclude_defaults=True),
         "pretrain": job.pretrain.model_dump(mode="json", exclude_defaults=True),
         # Masks and measurements of round 0 cover what is not excluded.

@@ -16,7 +16,7 @@ from gbp_ray.errors import WorkloadError
 from gbp_ray.workload import Workload
 from gbp_ray.zoo.checkpoint import with_checkpoint
 from gbp_ray.zoo.cifar10_files import IMAGE_SIZE, NUM_CLASSES, read_cifar10
-from gbp_ray.zoo.images import build_augment, normalise
+from gbp_ray.zoo.images import INPUT_RANGE, build_augment, normalise
 from gbp_ray.zoo.resnet import build_cifar_resnet
 from gbp_ray.zoo.subset import take_examples
 
@@ -127,6 +127,7 @@ def _make_workload(
         test=take_examples(test, test_examples, "test_examples"),
         prepare=normalise,
         augment=transform,
+        input_range=INPUT_RANGE,
     )
 
 

@@ -17,7 +17,7 @@ from gbp_ray.config import nearest_name
 from gbp_ray.errors import WorkloadError
 from gbp_ray.zoo.vision import import_vision
 
-__all__ = ["AUGMENTATIONS", "build_augment", "normalise"]
+__all__ = ["AUGMENTATIONS", "INPUT_RANGE", "build_augment", "normalise"]
 
 AUGMENTATIONS = ("crop", "flip", "rotation")
 """Crop after padding by an eighth on each side; mirror half of them; turn by up to 15 degrees."""
@@ -26,6 +26,12 @@ _KEY = "workload.options.augment"
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 _MAX_DEGREES = 15
+
+INPUT_RANGE = (
+    [-mean / std for mean, std in zip(_MEAN, _STD, strict=True)],
+    [(1 - mean) / std for mean, std in zip(_MEAN, _STD, strict=True)],
+)
+"""What `normalise` makes of black and of white."""
 
 
 def build_augment(names: Sequence[str], image_size: int) -> Callable[[Tensor], Tensor] | None:
