@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def torchvision_classifier(
         stored_size = image_size or _FOLDER_IMAGE_SIZE
         train, test = _open_folders(data, stored_size)
         num_classes = len(train.classes)
-    build_model = partial(_build_model, model, num_classes)
+    build_model: Callable[[], nn.Module] = partial(_build_model, model, num_classes)
     if weights is not None:
         build_model = with_vision_weights(build_model, model, weights)
     return Workload(
