@@ -62,6 +62,9 @@ class WorkloadConfig(Section):
     """Where the workload comes from, as "module:attr"; the attr is called with the options."""
     options: dict[str, Any] = {}
     """Keyword arguments of the factory."""
+    tie: tuple[tuple[str, ...], ...] = ()
+    """Groups of layers that share one weight, by name or glob: [["layer1.*.conv2"]]. Their shapes
+    must be equal; the weight is that of the first layer."""
     eval_batch_size: int = Field(256, ge=1)
     """Examples per batch when accuracy is measured, on each worker."""
 
@@ -254,6 +257,8 @@ def find_idle_options(job: JobConfig) -> list[tuple[str, str]]:
         if recipe.lr_schedule != "step":
             names = ("lr_milestones", "lr_gamma")
             note(recipe, prefix, names, f"{prefix}.lr_schedule = {recipe.lr_schedule}")
+    if job.finetune.epochs > 0 and job.finetune.distillation.weight == 1:
+        note(job.finetune, "finetune", ("label_smoothing",), "finetune.distillation.weight = 1")
     if job.finetune.epochs > 0 and job.finetune.distillation.weight == 0:
         note(
             job.finetune.distillation,

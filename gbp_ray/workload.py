@@ -14,7 +14,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.utils.data import default_collate
 
 from gbp_ray.config import WorkloadConfig, nearest_name
 from gbp_ray.errors import ConfigError, GbpError, WorkloadError
+from gbp_ray.tying import with_tied_weights
 
 __all__ = [
     "Workload",
@@ -124,7 +125,7 @@ def load_workload(config: WorkloadConfig) -> Workload:
             f"workload.factory = '{config.factory}' returned {type(workload).__name__}; "
             "it must return a gbp_ray.Workload"
         )
-    return workload
+    return replace(workload, build_model=with_tied_weights(workload.build_model, config.tie))
 
 
 def build_network(workload: Workload) -> nn.Module:

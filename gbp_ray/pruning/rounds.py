@@ -35,7 +35,7 @@ from gbp_ray.pruning.criteria import criterion, movement_statistic
 from gbp_ray.pruning.evaluation import evaluate
 from gbp_ray.pruning.masks import MaskSet, Prunable, prunable_parameters
 from gbp_ray.pruning.metrics import measure
-from gbp_ray.pruning.objective import Teacher
+from gbp_ray.pruning.objective import Teacher, refuse_unlearnable
 from gbp_ray.pruning.ranks import Ranks, isolated
 from gbp_ray.pruning.saliency import check_criterion, score
 from gbp_ray.pruning.schedule import sparsity_schedule
@@ -163,6 +163,8 @@ def check_job(job: JobConfig, workload: Workload) -> None:
     check_workload(workload, model, min(8, job.prune.calibration_batch_size))
     if job.finetune.distillation.weight > 0:
         _refuse_unteachable(workload, model)
+    for section in ("pretrain", "finetune"):
+        refuse_unlearnable(getattr(job, section), section, workload)
     _refuse_lone_examples(job, workload, model)
     check_criterion(model, units, workload, job.prune, seed=job.seed)
 
