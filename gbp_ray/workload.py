@@ -125,6 +125,8 @@ def load_workload(config: WorkloadConfig) -> Workload:
             f"workload.factory = '{config.factory}' returned {type(workload).__name__}; "
             "it must return a gbp_ray.Workload"
         )
+    if not config.tie:
+        return workload
     return replace(workload, build_model=with_tied_weights(workload.build_model, config.tie))
 
 

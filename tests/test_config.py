@@ -389,6 +389,15 @@ IDLE = [
     ({"prune.rewind": "learning_rate"}, "prune.rewind"),
     ({"prune.rewind": "learning_rate", "finetune.epochs": 1}, ""),
     ({"prune.rewind": "weights"}, ""),
+    (
+        {
+            "finetune.epochs": 1,
+            "finetune.batch_size": 8,
+            "finetune.microbatches": 8,
+            "finetune.mixup": 0.2,
+        },
+        "finetune.mixup",
+    ),
     ({"pretrain.mixup": 0.2, "finetune.ema_decay": 0.9}, "pretrain.mixup finetune.ema_decay"),
     (
         {

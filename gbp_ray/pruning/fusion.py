@@ -77,12 +77,15 @@ def _layer_before(name: str, norm: nn.Module, model: nn.Module, graph: Graph) ->
         is_call = isinstance(node, Node) and node.op == "call_module"
         return model.get_submodule(str(node.target)) if is_call else None  # type: ignore[attr-defined]
 
+    def is_read(path: str) -> bool:
+        reads = (str(node.target) for node in graph.nodes if node.op == "get_attr")
+        return any(target.startswith(f"{path}.") for target in reads)
+
     assert isinstance(norm, _BatchNorm)
     if norm.running_mean is None or norm.running_var is None:
         raise _fault(name, "it keeps no running statistics")
     calls = [node for node in graph.nodes if called(node) is norm]
-    read = [n for n in graph.nodes if n.op == "get_attr" and str(n.target).startswith(f"{name}.")]
-    if not calls or read:
+    if not calls or is_read(name):
         raise _fault(name, "its tensors are used otherwise than by calling it")
     layers = {called(node.args[0]) for node in calls}
     layer = next(iter(layers))
@@ -94,8 +97,8 @@ def _layer_before(name: str, norm: nn.Module, model: nn.Module, graph: Graph) ->
     if isinstance(layer, nn.Linear) and not isinstance(norm, nn.BatchNorm1d):
         raise _fault(name, f"it is no BatchNorm1d, and '{where}' is a linear layer")
     uses = [node for node in graph.nodes if called(node) is layer]
-    if any(user not in calls for node in uses for user in node.users):
-        raise _fault(name, f"what '{where}' computes is used by others, too")
+    if is_read(where) or any(user not in calls for node in uses for user in node.users):
+        raise _fault(name, f"'{where}' or what it computes is used by others, too")
     if not isinstance(layer.weight, nn.Parameter):
         raise _fault(name, f"the weight of '{where}' is computed from other tensors")
     sharers = [

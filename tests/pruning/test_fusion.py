@@ -118,6 +118,8 @@ class Norm(nn.Module):
         hidden = self.conv(images)
         if self.way == "used twice":
             return self.norm(hidden) + hidden
+        if self.way == "read":
+            return self.norm(hidden) + self.conv.weight.sum()
         if self.way == "opened":
             return functional.batch_norm(hidden, self.norm.running_mean, self.norm.running_var)
         if self.way == "by value" and hidden.sum() > 0:
@@ -139,10 +141,11 @@ REFUSED = [
     (nn.ReLU, "the network has none"),
     (lambda: Norm("untracked"), "'norm' cannot be folded: it keeps no running statistics"),
     (lambda: Norm("before"), "'norm' cannot be folded: it follows 'images', not one convolution"),
-    (lambda: Norm("used twice"), "what 'conv' computes is used by others"),
+    (lambda: Norm("used twice"), "'conv' or what it computes is used by others"),
+    (lambda: Norm("read"), "'conv' or what it computes is used by others"),
     (lambda: Norm("opened"), "its tensors are used otherwise"),
     (lambda: Norm("by value"), r"torch\.fx cannot read the network's graph \(TraceError"),
-    (recurrent, r"'layer1\.norms\.0' cannot be folded: what 'layer1\.drive' computes is used by"),
+    (recurrent, r"'layer1\.norms\.0' cannot be folded: 'layer1\.drive' or what it computes"),
     (tied, r"'layer1\.0\.bn2' .*'layer1\.0\.conv2' shares its weight with 'layer1\.1\.conv2'"),
     (lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3)), "'1' .* it follows ReLU"),
 ]

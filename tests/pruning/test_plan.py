@@ -112,7 +112,8 @@ def test_a_technique_of_training_holds_what_the_plan_says(
     predicted = sum(size for part, size in held.items() if part not in STANDING - {"optimizer"})
     measured = measured_peaks(job, workload, monkeypatch)["finetune"]
     assert predicted == pytest.approx(measured, rel=0.1)
-    if recipe.keys() != {"max_gradient_norm", "optimizer"}:
+    # What clipping and mixing hold is less than the peak of the pass, and changes nothing.
+    if recipe.keys() & {"ema_decay", "precision"}:
         assert held != phase_of(make_plan(plain, workload), "finetune").held
 
 

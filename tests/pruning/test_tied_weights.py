@@ -127,7 +127,7 @@ def test_a_criterion_agrees_with_differentiating_the_one_kernel(rule: str) -> No
 def test_obd_approaches_the_diagonal_of_the_one_kernels_hessian() -> None:
     model = in_float64(tied)
     kernel = model.first.weight.detach().clone()
-    num_probes = 3000
+    num_probes = 500
     config = config_of("obd", hutchinson_probes=num_probes, calibration_batch_size=NUM_EXAMPLES)
     (found,) = scores_of(model, workload(), config).values()
     direct = DirectLoss(model)
@@ -199,7 +199,8 @@ def test_figures_of_a_recurrent_network_agree_with_a_count_by_hand() -> None:
     assert torch.count_nonzero(joined.layer1.kernels[2].weight) == 72
     units = prunable_parameters(joined)
     cost = measure(joined, units, count_macs(joined, torch.zeros(1, 1, 8, 8)))
-    assert cost.num_nonzero == cost.num_parameters - 72
+    # The shifts of fresh norms are zero, too.
+    assert cost.num_nonzero == cost.num_parameters - 2 * 4 * (4 + 8) // 2 - 72
     assert cost.macs - cost.macs_nonzero == 64 * 3 * 72
 
 
@@ -234,10 +235,10 @@ def test_files_hold_the_one_kernel_and_load_into_a_tied_network() -> None:
     build = with_tied_weights(TwoConvs, [["first", "second"]])
     reports = trial(Ranks(), "replicated", recurrent)
     names = load(reports[-1]["files"]["weights.safetensors"])
-    assert [n for n in names if "kernels" in n] == [
+    assert {n for n in names if "kernels" in n} == {
         "layer1.kernels.0.weight",
         "layer2.kernels.0.weight",
-    ]
+    }
     inputs = draw(20, 2, 6, 6, seed=1)
     job = job_config(prune={"rounds": 1, "sparsity": 0.5})
     *_, state = run_rounds(job, regression(build, inputs, inputs[:, :, 0, 0]), Ranks())
@@ -256,7 +257,7 @@ def test_files_hold_the_one_kernel_and_load_into_a_tied_network() -> None:
 @pytest.fixture(scope="module")
 def alone() -> dict[str, list[dict[str, Any]]]:
     return {
-        "recurrent": trial(Ranks(), "replicated", recurrent),
+        "taylor": trial(Ranks(), "replicated", recurrent),
         "fisher": trial(Ranks(), "replicated", recurrent, criterion="fisher"),
         "blank": trial(Ranks(), "replicated", tied_blank),
     }
@@ -273,7 +274,7 @@ def test_tied_networks_end_alike_on_any_number_of_ranks_and_in_shards(
 def test_a_resumed_trial_of_a_tied_network_ends_as_an_uninterrupted_one(
     alone: dict[str, list[dict[str, Any]]],
 ) -> None:
-    for case, build in (("recurrent", recurrent), ("blank", tied_blank)):
+    for case, build in (("taylor", recurrent), ("blank", tied_blank)):
         saved = checkpoint_of(alone[case], 1)
         rest = trial(Ranks(), "replicated", build, resume=saved)
         assert without_files(rest) == without_files(alone[case][2:])

@@ -30,13 +30,10 @@ def tied_blank(*, is_tied: bool = True) -> nn.Module:
 
 
 def tied_program(ranks: Ranks) -> dict[Any, Any]:
-    """Runs the trials in one piece and in shards."""
+    """Runs trials in one piece and in shards."""
     return {
-        (case, strategy): trial(ranks, strategy, build, **options)
-        for strategy in ("replicated", "fsdp")
-        for case, build, options in (
-            ("recurrent", recurrent, {}),
-            ("fisher", recurrent, {"criterion": "fisher"}),
-            ("blank", tied_blank, {}),
-        )
+        ("taylor", "replicated"): trial(ranks, "replicated", recurrent),
+        ("taylor", "fsdp"): trial(ranks, "fsdp", recurrent),
+        ("fisher", "fsdp"): trial(ranks, "fsdp", recurrent, criterion="fisher"),
+        ("blank", "fsdp"): trial(ranks, "fsdp", tied_blank),
     }
