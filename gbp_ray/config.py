@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -69,6 +69,9 @@ class WorkloadConfig(Section):
     """Where the workload comes from, as "module:attr"; the attr is called with the options."""
     options: dict[str, Any] = {}
     """Keyword arguments of the factory."""
+    tie: tuple[Annotated[tuple[str, ...], Field(min_length=1)], ...] = ()
+    """Groups of layers that share one weight, by name or glob: [["layer1.*.conv2"]]. Their shapes
+    must be equal; the weight is that of the first layer."""
     eval_batch_size: int = Field(256, ge=1)
     """Examples per batch when accuracy is measured, on each worker."""
     transfer: TransferConfig = TransferConfig()
@@ -263,6 +266,9 @@ def find_idle_options(job: JobConfig) -> list[tuple[str, str]]:
             others = tuple(name for name in type(recipe).model_fields if name != "epochs")
             note(recipe, prefix, others, f"{prefix}.epochs = 0")
             continue
+        if recipe.microbatches == recipe.batch_size:
+            names = ("mixup", "cutmix")
+            note(recipe, prefix, names, f"{prefix}.microbatches = {recipe.microbatches}")
         if recipe.optimizer != "sgd":
             note(recipe, prefix, ("momentum",), f"{prefix}.optimizer = {recipe.optimizer}")
         if recipe.lr_schedule != "step":
@@ -271,6 +277,8 @@ def find_idle_options(job: JobConfig) -> list[tuple[str, str]]:
         _note_perturbation(note, recipe.adversarial, f"{prefix}.adversarial")
     if job.finetune.epochs > 0:
         distillation, section = job.finetune.distillation, "finetune.distillation"
+        if distillation.weight == 1:
+            note(job.finetune, "finetune", ("label_smoothing",), f"{section}.weight = 1")
         if distillation.weight == 0:
             note(distillation, section, ("temperature",), f"{section}.weight = 0")
         if not distillation.features:

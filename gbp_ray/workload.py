@@ -28,6 +28,7 @@ from torch.utils.data import default_collate
 from gbp_ray.config import EncodingConfig, WorkloadConfig, nearest_name
 from gbp_ray.encoding import encode_network
 from gbp_ray.errors import ConfigError, GbpError, WorkloadError
+from gbp_ray.tying import with_tied_weights
 from gbp_ray.weights import start_from
 
 __all__ = [
@@ -135,6 +136,9 @@ def load_workload(config: WorkloadConfig) -> Workload:
     if config.transfer.checkpoint:
         start = start_from(workload.build_model, config.transfer)
         workload = replace(workload, build_model=start)
+    if config.tie:
+        tied = with_tied_weights(workload.build_model, config.tie)
+        workload = replace(workload, build_model=tied)
     if config.encoding.kind != "none":
         workload = _encoded(workload, config.encoding)
     return workload

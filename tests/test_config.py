@@ -389,6 +389,24 @@ IDLE = [
     ({"prune.rewind": "learning_rate"}, "prune.rewind"),
     ({"prune.rewind": "learning_rate", "finetune.epochs": 1}, ""),
     ({"prune.rewind": "weights"}, ""),
+    (
+        {
+            "finetune.epochs": 1,
+            "finetune.batch_size": 8,
+            "finetune.microbatches": 8,
+            "finetune.mixup": 0.2,
+        },
+        "finetune.mixup",
+    ),
+    ({"pretrain.mixup": 0.2, "finetune.ema_decay": 0.9}, "pretrain.mixup finetune.ema_decay"),
+    (
+        {
+            "finetune.epochs": 1,
+            "finetune.label_smoothing": 0.1,
+            "finetune.distillation": {"weight": 1.0},
+        },
+        "finetune.label_smoothing",
+    ),
 ]
 
 
@@ -473,6 +491,7 @@ def test_trial_id_changes_with_every_field_that_decides_the_result(job_file: Pat
         "seed": 1,
         "workload.factory": "other:make",
         "workload.options.x": 1,
+        "workload.tie": [["a", "b"]],
         "workload.eval_batch_size": 7,
         "prune.criterion": "snip",
         "prune.sparsity": 0.25,
@@ -510,6 +529,12 @@ def test_trial_id_changes_with_every_field_that_decides_the_result(job_file: Pat
             f"{section}.adversarial.steps": 3,
             f"{section}.adversarial.step_size": 0.3,
             f"{section}.adversarial.weight": 0.3,
+            f"{section}.label_smoothing": 0.1,
+            f"{section}.mixup": 0.2,
+            f"{section}.cutmix": 1.0,
+            f"{section}.max_gradient_norm": 1.0,
+            f"{section}.precision": "bfloat16",
+            f"{section}.ema_decay": 0.9,
         }
     changes |= {
         "finetune.distillation.weight": 0.5,

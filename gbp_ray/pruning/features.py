@@ -41,7 +41,9 @@ def feature_distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) 
     Source:
         Romero et al. 2015 (1412.6550), eq. 3, between networks of one shape, without a regressor.
     """
-    return torch.stack([functional.mse_loss(found[name], wanted[name]) for name in wanted]).mean()
+    return torch.stack(
+        [functional.mse_loss(found[name].float(), wanted[name].float()) for name in wanted]
+    ).mean()
 
 
 def refuse_untappable(model: nn.Module, names: Sequence[str], inputs: Tensor, key: str) -> None:

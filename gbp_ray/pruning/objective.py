@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from gbp_ray.config import DistillationConfig, Recipe
+from gbp_ray.errors import ConfigError
 from gbp_ray.pruning.attack import perturb
 from gbp_ray.pruning.features import feature_distance, tapped
+from gbp_ray.pruning.mixing import draw_mix, refuse_unmixable
 from gbp_ray.pruning.ranks import isolated
 from gbp_ray.workload import Workload, blaming_labels, check_labels, derive_seed, seeded, take_batch
 
-__all__ = ["Lesson", "Teacher", "distillation_loss", "training_loss"]
+__all__ = ["Lesson", "Teacher", "distillation_loss", "refuse_unlearnable", "training_loss"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Teacher:
     config: DistillationConfig
     known: Tensor | None = None
 
-    def teach(self, inputs: Tensor, indices: Tensor, draws: int) -> Lesson:
+    def teach(self, inputs: Tensor, indices: Tensor, draws: int, recipe: Recipe) -> Lesson:
         """Says what it makes of some examples.
 
         Args:
@@ -64,7 +67,7 @@ class Teacher:
             isolated(self.model, derive_seed(draws, "teacher")),
             tapped(self.model, self.config.features) as features,
         ):
-            outputs = self.model(inputs)
+            outputs = _run(self.model, inputs, recipe)
         return Lesson(outputs if self.config.weight > 0 else None, features)
 
     def mark(
@@ -99,15 +102,26 @@ def training_loss(
     inputs, targets = take_batch(
         workload, workload.train, indices, device=device, augment_seed=draws
     )
-    lesson = None if teacher is None else teacher.teach(inputs, indices, draws)
+    mix = draw_mix(recipe, inputs, draws)
+    if mix is not None:
+        inputs = mix.inputs
+    lesson = None if teacher is None else teacher.teach(inputs, indices, draws, recipe)
 
-    def loss_of(seen: Tensor, *, is_attack: bool = False) -> Tensor:
-        names = teacher.config.features if teacher is not None and not is_attack else ()
-        with tapped(model, names) as features:
-            outputs = model(seen)
+    def label_loss(outputs: Tensor) -> Tensor:
+        def loss_of(targets: Tensor) -> Tensor:
+            smoothing = recipe.label_smoothing
+            if smoothing == 0:
+                return workload.loss(outputs, targets)
+            return functional.cross_entropy(outputs, targets, label_smoothing=smoothing)
+
+        return loss_of(targets) if mix is None else mix.loss(loss_of, targets)
+
+    def lesson_loss(seen: Tensor) -> Tensor:
+        with tapped(model, teacher.config.features if teacher is not None else ()) as features:
+            outputs = _run(model, seen, recipe)
         check_labels(workload, "train", indices, outputs, targets)
-        loss = workload.loss(outputs, targets)
-        if teacher is None or lesson is None or is_attack:
+        loss = label_loss(outputs)
+        if teacher is None or lesson is None:
             return loss
         return teacher.mark(loss, outputs, features, lesson)
 
@@ -117,7 +131,7 @@ def training_loss(
         if adversarial.kind != "none":
             attacked = perturb(
                 model,
-                lambda seen: loss_of(seen, is_attack=True),
+                lambda seen: label_loss(_run(model, seen, recipe)),
                 workload,
                 inputs,
                 adversarial,
@@ -126,11 +140,40 @@ def training_loss(
             )
         with seeded(derive_seed(draws, "forward")):
             if attacked is None:
-                return loss_of(inputs)
+                return lesson_loss(inputs)
             if adversarial.weight == 1:
-                return loss_of(attacked)
-            clean = (1 - adversarial.weight) * loss_of(inputs)
-            return clean + adversarial.weight * loss_of(attacked)
+                return lesson_loss(attacked)
+            clean = (1 - adversarial.weight) * lesson_loss(inputs)
+            return clean + adversarial.weight * lesson_loss(attacked)
+
+
+def _run(model: nn.Module, inputs: Tensor, recipe: Recipe) -> Any:
+    """Passes inputs through a network in the recipe's precision; a loss gets float32."""
+    if recipe.precision == "float32":
+        return model(inputs)
+    with torch.autocast(inputs.device.type, dtype=torch.bfloat16):
+        outputs = model(inputs)
+    is_narrow = isinstance(outputs, Tensor) and outputs.dtype is torch.bfloat16
+    return outputs.float() if is_narrow else outputs
+
+
+def refuse_unlearnable(recipe: Recipe, section: str, workload: Workload) -> None:
+    """Refuses a recipe whose objective the workload does not allow.
+
+    Raises:
+        ConfigError: Smoothed labels of a loss that takes none, or inputs that cannot be mixed.
+    """
+    if recipe.epochs == 0:
+        return
+    if recipe.label_smoothing > 0 and workload.loss is not functional.cross_entropy:
+        raise ConfigError(
+            f"{section}.label_smoothing = {recipe.label_smoothing:g}: needs a workload whose loss "
+            "is torch.nn.functional.cross_entropy; set it to 0"
+        )
+    if recipe.mixup > 0 or recipe.cutmix > 0:
+        first = torch.zeros(1, dtype=torch.long)
+        inputs, _ = take_batch(workload, workload.train, first, augment_seed=0)
+        refuse_unmixable(recipe, section, inputs)
 
 
 def distillation_loss(outputs: Tensor, taught: Tensor, temperature: float) -> Tensor:

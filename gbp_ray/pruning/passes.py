@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from gbp_ray.config import JobConfig
+from gbp_ray.config import JobConfig, Recipe
 from gbp_ray.pruning.folding import GradientSums
 from gbp_ray.pruning.footprint import Footprint, measure_footprint
 from gbp_ray.pruning.masks import prunable_parameters
+from gbp_ray.pruning.objective import training_loss
 from gbp_ray.pruning.ranks import Ranks, isolated
 from gbp_ray.pruning.saliency import score
 from gbp_ray.pruning.slices import cut_rows
@@ -29,13 +31,18 @@ class Passes:
             unit.name: torch.zeros(unit.parameter.shape, dtype=torch.float64)
             for unit in self._units
         }
+        self._trainings: dict[tuple[object, ...], Footprint] = {}
         self.forward = self._measure(self._run_forward)
-        self.training = self._measure(self._run_training) if self._trains() else None
         self.scoring = self._measure(self._run_scoring)
         self.backward = self._measure(self._run_backward)
 
-    def _trains(self) -> bool:
-        return self._job.pretrain.epochs > 0 or self._job.finetune.epochs > 0
+    def training(self, recipe: Recipe) -> Footprint:
+        """Measures a training pass together with a sum over all trainable parameters."""
+        # What of a recipe changes its pass.
+        kind = (recipe.precision, recipe.label_smoothing > 0, recipe.mixup > 0, recipe.cutmix > 0)
+        if kind not in self._trainings:
+            self._trainings[kind] = self._measure(partial(self._run_training, recipe))
+        return self._trainings[kind]
 
     def _measure(self, run: Callable[[int], object]) -> Footprint:
         modes = {module: module.training for module in self._model.modules()}
@@ -47,8 +54,10 @@ class Passes:
                 module.training = mode
 
     def _batch(self, size: int) -> tuple[Tensor, Tensor]:
-        indices = torch.arange(size) % num_examples(self._workload.train)
-        return take_batch(self._workload, self._workload.train, indices, augment_seed=0)
+        return take_batch(self._workload, self._workload.train, self._indices(size), augment_seed=0)
+
+    def _indices(self, size: int) -> Tensor:
+        return torch.arange(size) % num_examples(self._workload.train)
 
     @torch.no_grad()
     def _run_forward(self, size: int) -> object:
@@ -56,16 +65,18 @@ class Passes:
         inputs, targets = self._batch(size)
         return self._workload.loss(self._model(inputs), targets)
 
-    def _run_training(self, size: int) -> object:
+    def _run_training(self, recipe: Recipe, size: int) -> object:
         self._model.train()
         trainable = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
         pieces = {name: cut_rows(name, p.shape, 1) for name, p in trainable.items()}
         sums = GradientSums(
             Ranks(), trainable, trainable, pieces, [1.0], lambda gradient, weight, share: gradient
         )
-        inputs, targets = self._batch(size)
+        device = next(self._model.parameters()).device
         with sums.listening(), sums.turn():
-            self._workload.loss(self._model(inputs), targets).backward()
+            training_loss(
+                self._model, self._workload, recipe, None, self._indices(size), 0, device
+            ).backward()
         return sums
 
     def _run_backward(self, size: int) -> object:

@@ -25,6 +25,8 @@ To which each phase adds the greatest of what it holds at its moments:
     pretrain    O + T (the last step's gradients) + T / W (this one's sum) + B + A(part), or 2 T
     finetune    while they are put together; O is held all along in finetune;
                 movement: or T + 24 times the largest layer
+                (either) ema_decay: T + B all along, or T + 3 times the largest tensor;
+                max_gradient_norm: or T + the largest tensor in float64
     score       8 S (the sum) + A(batch), or 8 S + N e + 8 N while a criterion's own vector is
                 added (W > 1: 8 S + 3 N e); criteria without a pass: as measured, once
     decide      4 S (scores) + 4 S (a copy) + 2 S (marks) or, while masks are put together,
@@ -54,7 +56,7 @@ group that FSDP2 gathers at once, R the outermost one, which stays gathered thro
     a pass      R + 3 G (a group's weights, and the next one's twice while they arrive) + A(batch)
     build       the network as built, P + B, unless it is built on the meta device; then the
                 largest layer
-    pretrain    o + 2 t (the last step's gradients and this one's) + B + a pass
+    pretrain    o + 2 t (the last step's gradients and this one's) + B + a pass; ema_decay: t + B
     score       8 S + a pass; criteria with passes of their own: 8 S + P + as replicated
     decide      4 S + 4 S + 2 S, then 4 S + 4 S + 2 S + S / 4 + twice the bits of the largest layer
     write       p + o (the shards), the largest tensor twice, N / 4; the whole file lies on disk
@@ -133,6 +135,7 @@ class Sizes:
         self.buffer_bytes = sum(map(bytes_of, model.buffers()))
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.trainable_bytes = sum(map(bytes_of, trainable))
+        self.largest_trainable_bytes = max(map(bytes_of, trainable), default=0)
         self.layer_rows = sum(
             max(pieces[number].size for pieces in layout.by_rank) * unit.parameter.element_size()
             for number, unit in enumerate(units)
@@ -342,14 +345,15 @@ def _plan_fsdp(sizes: Sizes, passes: Passes) -> list[Phase]:
     gathered = {"gathered": shards.gathered_bytes}
 
     def trained(name: str, recipe: Recipe, held: dict[str, int], steps: int) -> Phase:
-        assert passes.training is not None
         part = sizes.part_size(recipe)
-        activations = max(0, passes.training.peak_bytes(part) - sizes.trainable_bytes)
+        activations = passes.training(recipe).peak_bytes(part) - sizes.trainable_bytes
+        activations = max(0, activations)
         if name == "finetune" and job.finetune.distillation.weight > 0:
             activations += passes.forward.peak_bytes(part)
         moment = gathered | {
             "gradients": 2 * sizes.trainable_rows,
-            "buffers": sizes.buffer_bytes,
+            "average": sizes.rows_of(sizes.trainable_bytes) if recipe.ema_decay > 0 else 0,
+            "buffers": sizes.buffer_bytes * (2 if recipe.ema_decay > 0 else 1),
             "in flight": sizes.in_flight(sizes.trainable_bytes),
             "pass": activations,
         }
@@ -435,15 +439,20 @@ def _phase(name: str, held: dict[str, int], *moments: dict[str, int], sent: int 
 def _training_moments(
     sizes: Sizes, passes: Passes, recipe: Recipe, *, is_finetune: bool
 ) -> Iterator[dict[str, int]]:
-    assert passes.training is not None
     whole, own = sizes.trainable_bytes, sizes.trainable_rows
     part = sizes.part_size(recipe)
     # The pass was measured together with a sum over all of the parameters.
-    activations = max(0, passes.training.peak_bytes(part) - whole)
+    activations = max(0, passes.training(recipe).peak_bytes(part) - whole)
     if is_finetune and sizes.job.finetune.distillation.weight > 0:
         # The teacher's pass comes while the activations wait.
         activations += passes.forward.peak_bytes(part)
     held = {"buffers": sizes.buffer_bytes, "in flight": sizes.in_flight(whole)}
+    if recipe.ema_decay > 0:
+        held["average"] = whole + sizes.buffer_bytes
+        yield held | {"gradients": whole, "its step": 3 * sizes.largest_trainable_bytes}
+    if recipe.max_gradient_norm is not None:
+        # In float64.
+        yield held | {"gradients": whole, "squares": 2 * sizes.largest_trainable_bytes}
     yield held | {"gradients": whole + own, "pass": activations}
     yield held | {"gradients": 2 * whole}
     if is_finetune and sizes.movement_bytes:

@@ -37,7 +37,7 @@ from gbp_ray.pruning.evaluation import evaluate
 from gbp_ray.pruning.freezing import refuse_unfreezable, trainable_parameters
 from gbp_ray.pruning.masks import MaskSet, Prunable, prunable_parameters
 from gbp_ray.pruning.metrics import measure
-from gbp_ray.pruning.objective import Teacher
+from gbp_ray.pruning.objective import Teacher, refuse_unlearnable
 from gbp_ray.pruning.ranks import Ranks, isolated
 from gbp_ray.pruning.robustness import robust_accuracy
 from gbp_ray.pruning.saliency import check_criterion, score
@@ -170,6 +170,7 @@ def check_job(job: JobConfig, workload: Workload) -> None:
         if recipe.epochs > 0:
             refuse_unfreezable(model, recipe.freeze, section)
             refuse_unattackable(workload, model, recipe.adversarial, f"{section}.adversarial")
+            refuse_unlearnable(recipe, section, workload)
     refuse_unattackable(workload, model, job.attack, "attack")
     if job.finetune.epochs > 0:
         refuse_unteachable(job, workload, model)

@@ -2,7 +2,7 @@
 
 The teacher is the dense network of the trial, or a checkpoint of the same network. It answers each
 part of a batch anew, or, where that is the same and cheaper, once for every training example
-beforehand. That takes examples that always look alike (the workload does not augment), outputs
+beforehand. That takes examples that always look alike (nothing augments or mixes them), outputs
 alone (features are too large to keep), a fine-tuning that meets each example at least once, and a
 table of at most 256 MB. All of it is decided by the job and the workload, never by a machine, since
 a network's outputs for an example may differ in the last bit with the batch it is part of.
@@ -69,7 +69,8 @@ def is_taught_once(
     Communicates where the network is sharded.
     """
     config, recipe = job.finetune.distillation, job.finetune
-    if config.weight == 0 or config.features or workload.augment is not None:
+    looks_alike = workload.augment is None and recipe.mixup == 0 and recipe.cutmix == 0
+    if config.weight == 0 or config.features or not looks_alike:
         return False
     total = num_examples(workload.train)
     stretches = job.prune.rounds + (job.prune.criterion == "movement")

@@ -5,6 +5,9 @@ rank, and the parts' gradients are added in part order (`folding.GradientSums`),
 the same bits on any number of workers, and on replicated and sharded networks. BatchNorm normalises
 each part by itself; its running statistics move by the mean of what the parts would have done.
 
+What shapes a step beside the loss (`objective`): its gradient may be clipped (`clipping`), and the
+weights averaged over the steps of a training (`averaging`).
+
 Pruned weights stay exactly zero without being reset: their gradients and the optimizer's state for
 them are zero, so momentum has nothing to carry, and decay of a zero is a zero.
 
@@ -24,6 +27,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from gbp_ray.config import Recipe
 from gbp_ray.errors import PruneError
+from gbp_ray.pruning.averaging import MovingAverage
+from gbp_ray.pruning.clipping import clip_gradients
 from gbp_ray.pruning.folding import GradientSums
 from gbp_ray.pruning.freezing import trainable_parameters, training_mode
 from gbp_ray.pruning.masks import MaskSet
@@ -191,6 +196,7 @@ def train_epochs(
     buffers = _Buffers(model, ranks.device)
     kept = [(trainable[n], mask) for n, mask in (masks or {}).items() if n in trainable]
     warmup = round(recipe.warmup_epochs * _steps_per_epoch(recipe, workload))
+    average = MovingAverage(model, recipe.ema_decay) if recipe.ema_decay > 0 else None
     recent: list[float] = []
     for done, step in enumerate(span.steps, start=1):
         batch = _batch_of_step(recipe, workload, seed, span.phase, step)
@@ -231,16 +237,22 @@ def train_epochs(
         for parameter, mask in kept:
             assert parameter.grad is not None
             local(parameter.grad).masked_fill_(~local(mask), 0)
+        if recipe.max_gradient_norm is not None:
+            clip_gradients(gradients.values(), recipe.max_gradient_norm, ranks)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
                 recipe, step - span.planned.start, len(span.planned), warmup
             )
         optimizer.step()
         buffers.move(moved_B)
+        if average is not None:
+            average.update()
         recent.append(loss_1.item())
         tell(done, len(span.steps), recent[-1])
     for parameter in trainable.values():
         parameter.grad = None
+    if average is not None:
+        average.take_over()
     tail = recent[-max(1, len(recent) // 10) :]
     return sum(tail) / len(tail) if tail else math.nan
 

@@ -136,7 +136,11 @@ def _scores_origin(job: JobConfig, model: nn.Module) -> dict[str, Any] | None:
             fields = set(type(prune).model_fields)
     return {
         "weights": _digest_state(model),
-        "workload": {"factory": job.workload.factory, "options": job.workload.options},
+        "workload": {
+            "factory": job.workload.factory,
+            "options": job.workload.options,
+            **({"tie": job.workload.tie} if job.workload.tie else {}),
+        },
         "prune": prune.model_dump(mode="json", include=fields, exclude_defaults=True),
         **_surroundings(job, *plug_ins),
     }

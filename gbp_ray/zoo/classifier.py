@@ -17,7 +17,7 @@ from gbp_ray.location import describe_fault, open_location
 from gbp_ray.workload import Workload
 from gbp_ray.zoo.checkpoint import with_checkpoint
 from gbp_ray.zoo.cifar10_files import IMAGE_SIZE, NUM_CLASSES, has_cifar10, read_cifar10
-from gbp_ray.zoo.images import INPUT_RANGE, build_augment, normalise
+from gbp_ray.zoo.images import INPUT_RANGE, Augmentation, build_augment, normalise
 from gbp_ray.zoo.subset import take_examples
 from gbp_ray.zoo.vision import import_vision
 from gbp_ray.zoo.vision_weights import with_vision_weights
@@ -35,7 +35,7 @@ def torchvision_classifier(
     model: str,
     data: str,
     image_size: int | None = None,
-    augment: Sequence[str] = ("crop", "flip"),
+    augment: Sequence[Augmentation] = ("crop", "flip"),
     checkpoint: str | None = None,
     train_examples: int | None = None,
     test_examples: int | None = None,
@@ -50,7 +50,8 @@ def torchvision_classifier(
         image_size: Height and width the network sees, in pixels. CIFAR-10 is scaled up from 32,
             which is also the default; images in folders are scaled, then cut square, to 224 by
             default. Most vision transformers want 224.
-        augment: Some of "crop" (an eighth of black padding), "flip", "rotation" (15 degrees).
+        augment: Some of "crop" (an eighth of black padding), "flip", "rotation" (15 degrees),
+            "randaugment", "trivialaugment"; see `cifar10.cifar10_resnet`.
         checkpoint: File with dense weights to start from; None starts from random ones.
         train_examples: Takes fewer training examples: CIFAR-10's first, or an even spread.
         test_examples: Takes fewer test examples likewise.
