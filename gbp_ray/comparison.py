@@ -18,7 +18,10 @@ from gbp_ray.tensors import PackedMask, read_masks
 
 __all__ = ["compare_trials"]
 
-_METRICS = ("round", "sparsity", "accuracy", "loss", "accuracy_pruned", "loss_pruned", "train_loss")
+_METRICS = (
+    *("round", "sparsity", "accuracy", "loss", "accuracy_pruned", "loss_pruned"),
+    *("robust_accuracy", "train_loss"),
+)
 _COSTS = ("num_nonzero", "compression", "macs_nonzero", "num_bytes_sparse")
 
 

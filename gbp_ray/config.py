@@ -11,17 +11,19 @@ import copy
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from gbp_ray.address import S3Address
+from gbp_ray.attack_config import AdversarialConfig, AttackConfig, Perturbation, find_weaker_attack
 from gbp_ray.cluster_config import ClusterConfig
 from gbp_ray.errors import ConfigError
+from gbp_ray.network_config import EncodingConfig, TransferConfig
 from gbp_ray.prune_config import CRITERIA, PruneConfig
 from gbp_ray.sections import PLUG_IN, Section, dotted, explain_faults, nearest_name
 from gbp_ray.space import SweepConfig, TargetConfig, first_values, span
@@ -30,15 +32,20 @@ from gbp_ray.training_config import DistillationConfig, FinetuneConfig, Pretrain
 __all__ = [
     "CRITERIA",
     "SCHEMA_VERSION",
+    "AdversarialConfig",
+    "AttackConfig",
     "ClusterConfig",
     "DistillationConfig",
+    "EncodingConfig",
     "FinetuneConfig",
     "JobConfig",
+    "Perturbation",
     "PretrainConfig",
     "PruneConfig",
     "Recipe",
     "SweepConfig",
     "TargetConfig",
+    "TransferConfig",
     "WorkloadConfig",
     "describe_fields",
     "expand",
@@ -62,8 +69,13 @@ class WorkloadConfig(Section):
     """Where the workload comes from, as "module:attr"; the attr is called with the options."""
     options: dict[str, Any] = {}
     """Keyword arguments of the factory."""
+    tie: tuple[Annotated[tuple[str, ...], Field(min_length=1)], ...] = ()
+    """Groups of layers that share one weight, by name or glob: [["layer1.*.conv2"]]. Their shapes
+    must be equal; the weight is that of the first layer."""
     eval_batch_size: int = Field(256, ge=1)
     """Examples per batch when accuracy is measured, on each worker."""
+    transfer: TransferConfig = TransferConfig()
+    encoding: EncodingConfig = EncodingConfig()
 
     @field_validator("factory")
     @classmethod
@@ -102,6 +114,7 @@ class JobConfig(Section):
     pretrain: PretrainConfig = PretrainConfig()
     prune: PruneConfig
     finetune: FinetuneConfig = FinetuneConfig()
+    attack: AttackConfig = AttackConfig()
     cluster: ClusterConfig = ClusterConfig()
     sweep: SweepConfig = SweepConfig()
 
@@ -128,6 +141,10 @@ class JobConfig(Section):
                     f"cluster.num_workers = {asked}; lower the workers, which "
                     f"keeps the result, or raise {section}.microbatches, which changes it"
                 )
+            if recipe.epochs > 0 and (
+                fault := find_weaker_attack(self.attack, recipe.adversarial, section)
+            ):
+                faults.append(fault)
         if self.prune.criterion == "movement" and self.finetune.epochs == 0:
             faults.append(
                 "prune.criterion = movement gathers its scores while fine-tuning; "
@@ -249,18 +266,35 @@ def find_idle_options(job: JobConfig) -> list[tuple[str, str]]:
             others = tuple(name for name in type(recipe).model_fields if name != "epochs")
             note(recipe, prefix, others, f"{prefix}.epochs = 0")
             continue
+        if recipe.microbatches == recipe.batch_size:
+            names = ("mixup", "cutmix")
+            note(recipe, prefix, names, f"{prefix}.microbatches = {recipe.microbatches}")
         if recipe.optimizer != "sgd":
             note(recipe, prefix, ("momentum",), f"{prefix}.optimizer = {recipe.optimizer}")
         if recipe.lr_schedule != "step":
             names = ("lr_milestones", "lr_gamma")
             note(recipe, prefix, names, f"{prefix}.lr_schedule = {recipe.lr_schedule}")
-    if job.finetune.epochs > 0 and job.finetune.distillation.weight == 0:
-        note(
-            job.finetune.distillation,
-            "finetune.distillation",
-            ("temperature",),
-            "finetune.distillation.weight = 0",
-        )
+        _note_perturbation(note, recipe.adversarial, f"{prefix}.adversarial")
+    if job.finetune.epochs > 0:
+        distillation, section = job.finetune.distillation, "finetune.distillation"
+        if distillation.weight == 1:
+            note(job.finetune, "finetune", ("label_smoothing",), f"{section}.weight = 1")
+        if distillation.weight == 0:
+            note(distillation, section, ("temperature",), f"{section}.weight = 0")
+        if not distillation.features:
+            note(distillation, section, ("features_weight",), f"{section}.features = []")
+        if not distillation.is_on:
+            note(distillation, section, ("teacher",), f"{section}.weight = 0")
+    _note_perturbation(note, job.attack, "attack")
+    encoding, transfer = job.workload.encoding, job.workload.transfer
+    if encoding.kind != "normalise":
+        reason = f"workload.encoding.kind = {encoding.kind}"
+        note(encoding, "workload.encoding", ("mean", "deviation"), reason)
+    if encoding.kind in ("none", "normalise"):
+        reason = f"workload.encoding.kind = {encoding.kind}"
+        note(encoding, "workload.encoding", ("levels",), reason)
+    if not transfer.checkpoint:
+        note(transfer, "workload.transfer", ("new_head",), 'workload.transfer.checkpoint = ""')
     if prune.criterion in ("magnitude", "random", "synflow", "movement"):
         names = ("calibration_examples", "calibration_augment")
         note(prune, "prune", names, f"prune.criterion = {prune.criterion}")
@@ -273,6 +307,21 @@ def find_idle_options(job: JobConfig) -> list[tuple[str, str]]:
     if prune.rewind == "learning_rate" and job.finetune.epochs == 0:
         note(prune, "prune", ("rewind",), "finetune.epochs = 0")
     return idle
+
+
+def _note_perturbation(
+    note: Callable[[BaseModel, str, tuple[str, ...], str], None],
+    perturbation: Perturbation,
+    section: str,
+) -> None:
+    """Notes what of a perturbation has no effect."""
+    reason = f"{section}.kind = {perturbation.kind}"
+    if perturbation.kind == "none":
+        others = tuple(name for name in type(perturbation).model_fields if name != "kind")
+        note(perturbation, section, others, reason)
+    elif perturbation.kind == "fgsm":
+        names = ("steps", "step_size", *(n for n in ("restarts",) if hasattr(perturbation, n)))
+        note(perturbation, section, names, reason)
 
 
 def describe_fields() -> list[tuple[str, str, str]]:

@@ -48,7 +48,15 @@ _BYTES_PER_FINISH = 50_000
 _CHECKSUM = re.compile(rb"gbp_ray-sha256-([0-9a-f]{64})")
 _BLANK = b"gbp_ray-sha256-" + b"0" * 64
 
-_FLOATS = ("sparsity_target", "accuracy", "loss", "accuracy_pruned", "loss_pruned", "train_loss")
+_FLOATS = (
+    "sparsity_target",
+    "accuracy",
+    "loss",
+    "accuracy_pruned",
+    "loss_pruned",
+    "robust_accuracy",
+    "train_loss",
+)
 _COUNTS = ("num_parameters", "num_nonzero", "macs", "macs_nonzero", "num_bytes", "num_bytes_sparse")
 _SCHEMA = pa.schema(
     [

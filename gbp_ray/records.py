@@ -115,7 +115,8 @@ class RoundRecord(_Record):
     """One whole round; round 0 is the dense network.
 
     Accuracies are shares of the test split, losses means over it. `accuracy_pruned` is measured
-    after the prune and the BatchNorm re-estimation, before any fine-tuning.
+    after the prune and the BatchNorm re-estimation, before any fine-tuning. `robust_accuracy` is
+    the share of attacked test examples that stay right, where the job has an attack.
     """
 
     round: int
@@ -124,6 +125,7 @@ class RoundRecord(_Record):
     loss: float
     accuracy_pruned: float | None = None
     loss_pruned: float | None = None
+    robust_accuracy: float | None = None
     train_loss: float | None = None
     cost: CostRecord
     mask_digest: str

@@ -27,7 +27,10 @@ def round_table(trial: TrialRecord) -> Table:
     """Lists the rounds of a trial, dense network first."""
     table = Table(box=SIMPLE_HEAD, title=trial.trial_id, title_justify="left", pad_edge=False)
     table.add_column("round")
-    for heading in ("sparsity", "accuracy", "before fine-tuning", "loss", "weights left", "MACs"):
+    is_attacked = any(record.robust_accuracy is not None for record in trial.rounds)
+    attacked = ("under attack",) if is_attacked else ()
+    headings = ("sparsity", "accuracy", "before fine-tuning", *attacked, "loss")
+    for heading in (*headings, "weights left", "MACs"):
         table.add_column(heading, justify="right")
     for record in trial.rounds:
         cost = record.cost
@@ -35,12 +38,17 @@ def round_table(trial: TrialRecord) -> Table:
             str(record.round) if record.round else "dense",
             f"{record.sparsity:.2%}",
             f"{record.accuracy:.2%}",
-            "" if record.accuracy_pruned is None else f"{record.accuracy_pruned:.2%}",
+            _percent(record.accuracy_pruned),
+            *((_percent(record.robust_accuracy),) if is_attacked else ()),
             f"{record.loss:.4f}",
             f"{cost.num_nonzero:,}",
             _short(cost.macs_nonzero),
         )
     return table
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"
 
 
 def layer_table(record: RoundRecord) -> Table:
@@ -71,7 +79,9 @@ def results_table(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> T
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("trial", "round"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("sparsity", "accuracy", "loss", "weights left", "MACs left"):
+    is_attacked = any(row.get("robust_accuracy") is not None for row in rows)
+    attacked = ("under attack",) if is_attacked else ()
+    for heading in ("sparsity", "accuracy", *attacked, "loss", "weights left", "MACs left"):
         table.add_column(heading, justify="right", no_wrap=True)
     for field in fields:
         table.add_column(escape(field), overflow="fold")
@@ -81,6 +91,7 @@ def results_table(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> T
             str(row["round"]),
             f"{row['sparsity']:.2%}",
             f"{row['accuracy']:.2%}",
+            *((_percent(row["robust_accuracy"]),) if is_attacked else ()),
             f"{row['loss']:.4f}",
             f"{row['num_nonzero']:,}",
             _short(row["macs_nonzero"]),

@@ -36,7 +36,7 @@ _COMPARE = {
     "==": pc.equal,
     "!=": pc.not_equal,
 }
-_MOST_IS_BEST = ("accuracy", "accuracy_pruned", "sparsity", "compression")
+_MOST_IS_BEST = ("accuracy", "accuracy_pruned", "robust_accuracy", "sparsity", "compression")
 _LEAST_IS_BEST = (
     "loss",
     "loss_pruned",

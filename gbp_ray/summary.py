@@ -17,6 +17,8 @@ from rich.table import Table
 __all__ = ["answers_table", "ends_table", "summarize", "summary_table"]
 
 _MEASURED = ("accuracy", "loss", "sparsity", "macs_nonzero", "num_nonzero")
+_MEASURED_BY_SOME = ("robust_accuracy",)
+_ROBUST = ("robust_accuracy", "robust_accuracy_deviation")
 
 
 def summarize(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> list[dict[str, Any]]:
@@ -28,9 +30,13 @@ def summarize(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> list[
 
     Returns:
         One row per combination: its fields, `num_seeds`, and of each measurement the mean and,
-        as `..._deviation`, the sample standard deviation, None for a single trial. Sorted by
+        as `..._deviation`, the sample standard deviation, None for a single trial. What only some
+        jobs measure is there if any of these trials has it, None where not all have. Sorted by
         sparsity, then by accuracy, the best first.
     """
+    rows = list(rows)
+    measured = [*_MEASURED]
+    measured += [n for n in _MEASURED_BY_SOME if any(row.get(n) is not None for row in rows)]
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     kept = [field for field in fields if field != "seed"]
     for row in rows:
@@ -39,10 +45,12 @@ def summarize(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> list[
     for members in groups.values():
         line: dict[str, Any] = {field: members[0][field] for field in kept}
         line["num_seeds"] = len(members)
-        for name in _MEASURED:
+        for name in measured:
             values = [row[name] for row in members]
-            line[name] = statistics.fmean(values)
-            line[f"{name}_deviation"] = statistics.stdev(values) if len(values) > 1 else None
+            is_whole = None not in values
+            line[name] = statistics.fmean(values) if is_whole else None
+            has_spread = is_whole and len(values) > 1
+            line[f"{name}_deviation"] = statistics.stdev(values) if has_spread else None
         lines.append(line)
     # Measured sparsities of equal jobs may differ by a weight.
     return sorted(lines, key=lambda line: (round(line["sparsity"], 3), -line["accuracy"]))
@@ -55,17 +63,19 @@ def summary_table(lines: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> 
     table.add_column("sparsity", justify="right", no_wrap=True)
     for field in kept:
         table.add_column(escape(field.removeprefix("prune.")), overflow="fold")
-    for heading in ("accuracy", "+-", "seeds", "loss", "weights left"):
+    attacked = ("under attack", "+-") if any("robust_accuracy" in n for n in lines) else ()
+    for heading in ("accuracy", "+-", *attacked, "seeds", "loss", "weights left"):
         table.add_column(heading, justify="right", no_wrap=True)
     before = None
     for line in lines:
         sparsity = f"{line['sparsity']:.2%}"
-        deviation = line["accuracy_deviation"]
+        robust = [_percent(line[n]) for n in _ROBUST] if attacked else []
         table.add_row(
             "" if sparsity == before else sparsity,
             *(escape(_word(line[field])) for field in kept),
             f"{line['accuracy']:.2%}",
-            "" if deviation is None else f"{deviation:.2%}",
+            _percent(line["accuracy_deviation"]),
+            *robust,
             str(line["num_seeds"]),
             f"{line['loss']:.4f}",
             f"{line['num_nonzero']:,.0f}",
@@ -110,6 +120,10 @@ def ends_table(lines: Sequence[Mapping[str, Any]]) -> Table:
         why = line["cause"] or f"weaker than others after round {line['round']}"
         table.add_row(escape(line["trial_id"]), line["state"], escape(why))
     return table
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"
 
 
 def _word(value: Any) -> str:

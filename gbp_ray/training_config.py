@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from gbp_ray.attack_config import AdversarialConfig
 from gbp_ray.sections import Fraction, Section
 
 __all__ = ["DistillationConfig", "FinetuneConfig", "PretrainConfig", "Recipe"]
@@ -37,6 +38,29 @@ class Recipe(Section):
     microbatches: int = Field(4, ge=1)
     """Equal parts each batch is cut into and dealt to the workers; at most this many share a step.
     BatchNorm sees one part at a time, so the result depends on this and never on num_workers."""
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of each label that is spread evenly over all classes; needs cross_entropy as loss."""
+    mixup: float = Field(0.0, ge=0.0, le=100.0)
+    """Mixup: alpha of the Beta distribution that shares are drawn from, such as 0.2; 0 turns it
+    off. Each part of a batch is mixed with itself in another order, the loss in the same shares."""
+    cutmix: float = Field(0.0, ge=0.0, le=100.0)
+    """CutMix: likewise, such as 1.0, with a rectangle of another image pasted in. Where mixup is on
+    as well, a coin decides for each part."""
+    max_gradient_norm: float | None = Field(None, gt=0.0)
+    """Scales down the gradient of a step whose norm over all kept weights exceeds this; unset never
+    does."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Numbers inside the passes of training (torch.autocast). Weights, gradients and sums stay
+    float32, and so do scoring and evaluation."""
+    ema_decay: float = Field(0.0, ge=0.0, lt=1.0)
+    """Decay of an exponential moving average of the weights, such as 0.99; 0 turns it off. When a
+    training ends, the average becomes the network: what is evaluated, stored, scored next and
+    trained on."""
+    freeze: tuple[str, ...] = ()
+    """Globs of parameters and buffers that this training leaves alone, such as "layer1.*"; they are
+    scored and pruned like the others. A BatchNorm whose running statistics a glob names normalises
+    by them in training, and keeps them; the re-estimation after a prune covers it all the same."""
+    adversarial: AdversarialConfig = AdversarialConfig()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
@@ -53,12 +77,24 @@ class PretrainConfig(Recipe):
 
 
 class DistillationConfig(Section):
-    """Fine-tuning that learns from the dense network's outputs beside the labels."""
+    """Fine-tuning that learns from a teacher's outputs beside the labels."""
 
     weight: Fraction = 0.0
     """Share of the distillation loss, the rest being the workload's own; 0 turns it off."""
     temperature: float = Field(4.0, gt=0.0)
     """What both networks' outputs are divided by before the softmax; higher is softer."""
+    teacher: str = ""
+    """File of the teacher's weights, as for workload.transfer.checkpoint and of the same network;
+    empty takes the dense network of this trial."""
+    features: tuple[str, ...] = ()
+    """Names of modules, such as "layer3", whose outputs are to match the teacher's as well."""
+    features_weight: float = Field(1.0, gt=0.0)
+    """What the mean squared distance of those outputs is multiplied by before it joins the loss."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is a teacher at all."""
+        return self.weight > 0 or bool(self.features)
 
 
 class FinetuneConfig(Recipe):

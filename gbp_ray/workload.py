@@ -12,9 +12,10 @@ import hashlib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,21 @@ from torch.nn import functional
 from torch.nn.parameter import is_lazy
 from torch.utils.data import default_collate
 
-from gbp_ray.config import WorkloadConfig, nearest_name
+from gbp_ray.config import EncodingConfig, WorkloadConfig, nearest_name
+from gbp_ray.encoding import encode_network
 from gbp_ray.errors import ConfigError, GbpError, WorkloadError
+from gbp_ray.tying import with_tied_weights
+from gbp_ray.weights import start_from
 
 __all__ = [
     "Workload",
     "add_import_paths",
     "blaming_labels",
+    "bounds_of_inputs",
     "build_network",
     "check_finite",
     "check_labels",
+    "check_range",
     "check_workload",
     "count_top1",
     "cut_batches",
@@ -69,6 +75,8 @@ class Workload:
         prepare: `inputs -> inputs` for every batch, such as scaling bytes to normalised floats.
         augment: `inputs -> inputs` for training batches alone, before `prepare`; draws from torch's
             global generator, which is seeded for each part of each batch.
+        input_range: What `prepare` makes of the darkest and of the brightest intensity, each a
+            number or one for each channel (axis 1). Attacks and encodings need to know.
     """
 
     build_model: Callable[[], nn.Module]
@@ -78,6 +86,7 @@ class Workload:
     count_correct: Callable[[Tensor, Tensor], Tensor] = count_top1
     prepare: Callable[[Tensor], Tensor] | None = None
     augment: Callable[[Tensor], Tensor] | None = None
+    input_range: tuple[float | Sequence[float], float | Sequence[float]] | None = None
 
 
 def load_workload(config: WorkloadConfig) -> Workload:
@@ -124,7 +133,95 @@ def load_workload(config: WorkloadConfig) -> Workload:
             f"workload.factory = '{config.factory}' returned {type(workload).__name__}; "
             "it must return a gbp_ray.Workload"
         )
+    if config.transfer.checkpoint:
+        start = start_from(workload.build_model, config.transfer)
+        workload = replace(workload, build_model=start)
+    if config.tie:
+        tied = with_tied_weights(workload.build_model, config.tie)
+        workload = replace(workload, build_model=tied)
+    if config.encoding.kind != "none":
+        workload = _encoded(workload, config.encoding)
     return workload
+
+
+def _encoded(workload: Workload, config: EncodingConfig) -> Workload:
+    """Puts the workload's network behind an encoding, and gives it intensities to take."""
+    example, _ = take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
+    low, high = bounds_of_inputs(workload, example, "workload.encoding.kind")
+    check_range(example, low, high)
+    build, prepare = workload.build_model, workload.prepare
+    return replace(
+        workload,
+        build_model=partial(_build_encoded, build, config, low, high, example),
+        prepare=partial(_to_intensities, prepare, low, high),
+        input_range=(0.0, 1.0),
+    )
+
+
+def _build_encoded(
+    build_model: Callable[[], nn.Module],
+    config: EncodingConfig,
+    low: Tensor,
+    high: Tensor,
+    example: Tensor,
+) -> nn.Module:
+    return encode_network(build_model(), config, low, high, example)
+
+
+def _to_intensities(
+    prepare: Callable[[Tensor], Tensor] | None, low: Tensor, high: Tensor, inputs: Tensor
+) -> Tensor:
+    prepared = inputs if prepare is None else prepare(inputs)
+    low, high = low.to(prepared.device), high.to(prepared.device)
+    return (prepared - low) / (high - low)
+
+
+def bounds_of_inputs(workload: Workload, inputs: Tensor, key: str) -> tuple[Tensor, Tensor]:
+    """Gives what stands for the darkest and the brightest intensity in prepared inputs.
+
+    Args:
+        inputs: (B, ...) a prepared batch.
+        key: Dotted name of the option that needs to know, for messages.
+
+    Returns:
+        (low, high), each shaped to spread over `inputs`.
+
+    Raises:
+        ConfigError: The workload does not say, or its inputs are not floating point.
+        WorkloadError: It says something else than a range of these inputs.
+    """
+    if workload.input_range is None or not inputs.is_floating_point():
+        raise ConfigError(
+            f"{key}: needs a workload of floating-point inputs that says what its darkest and "
+            "brightest are; give Workload(input_range=(low, high)), as the network is given them"
+        )
+    bounds = []
+    for bound in workload.input_range:
+        values = torch.as_tensor(bound, dtype=inputs.dtype, device=inputs.device)
+        if values.ndim == 1 and inputs.ndim >= 2 and len(values) == inputs.shape[1]:
+            values = values.view(-1, *[1] * (inputs.ndim - 2))
+        elif values.ndim:
+            raise WorkloadError(
+                f"workload.input_range: has {values.numel()} values for inputs of shape "
+                f"{tuple(inputs.shape)}; give a number, or one for each channel"
+            )
+        bounds.append(values)
+    return bounds[0], bounds[1]
+
+
+def check_range(inputs: Tensor, low: Tensor, high: Tensor) -> None:
+    """Refuses inputs outside of what `bounds_of_inputs` gave for them.
+
+    Raises:
+        WorkloadError: Some are, by more than rounding; or the range is empty.
+    """
+    slack = 1e-3 * (high - low)
+    is_outside = (inputs < low - slack) | (inputs > high + slack)
+    if bool((low >= high).any()) or bool(is_outside.any()):
+        raise WorkloadError(
+            f"workload.input_range: inputs run from {inputs.min():.4g} to {inputs.max():.4g} and "
+            "leave it; it must hold what `prepare` makes of the intensities 0 and 1"
+        )
 
 
 def build_network(workload: Workload) -> nn.Module:

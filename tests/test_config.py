@@ -389,6 +389,24 @@ IDLE = [
     ({"prune.rewind": "learning_rate"}, "prune.rewind"),
     ({"prune.rewind": "learning_rate", "finetune.epochs": 1}, ""),
     ({"prune.rewind": "weights"}, ""),
+    (
+        {
+            "finetune.epochs": 1,
+            "finetune.batch_size": 8,
+            "finetune.microbatches": 8,
+            "finetune.mixup": 0.2,
+        },
+        "finetune.mixup",
+    ),
+    ({"pretrain.mixup": 0.2, "finetune.ema_decay": 0.9}, "pretrain.mixup finetune.ema_decay"),
+    (
+        {
+            "finetune.epochs": 1,
+            "finetune.label_smoothing": 0.1,
+            "finetune.distillation": {"weight": 1.0},
+        },
+        "finetune.label_smoothing",
+    ),
 ]
 
 
@@ -473,6 +491,7 @@ def test_trial_id_changes_with_every_field_that_decides_the_result(job_file: Pat
         "seed": 1,
         "workload.factory": "other:make",
         "workload.options.x": 1,
+        "workload.tie": [["a", "b"]],
         "workload.eval_batch_size": 7,
         "prune.criterion": "snip",
         "prune.sparsity": 0.25,
@@ -504,10 +523,37 @@ def test_trial_id_changes_with_every_field_that_decides_the_result(job_file: Pat
             f"{section}.warmup_epochs": 0.3,
             f"{section}.batch_size": 7,
             f"{section}.microbatches": 2,
+            f"{section}.freeze": ["a"],
+            f"{section}.adversarial.kind": "fgsm",
+            f"{section}.adversarial.epsilon": 0.3,
+            f"{section}.adversarial.steps": 3,
+            f"{section}.adversarial.step_size": 0.3,
+            f"{section}.adversarial.weight": 0.3,
+            f"{section}.label_smoothing": 0.1,
+            f"{section}.mixup": 0.2,
+            f"{section}.cutmix": 1.0,
+            f"{section}.max_gradient_norm": 1.0,
+            f"{section}.precision": "bfloat16",
+            f"{section}.ema_decay": 0.9,
         }
     changes |= {
         "finetune.distillation.weight": 0.5,
         "finetune.distillation.temperature": 2.0,
+        "finetune.distillation.teacher": "a",
+        "finetune.distillation.features": ["a"],
+        "finetune.distillation.features_weight": 2.0,
+        "workload.transfer.checkpoint": "a",
+        "workload.transfer.new_head": ["a"],
+        "workload.encoding.kind": "one_hot",
+        "workload.encoding.levels": 4,
+        "workload.encoding.mean": [0.3],
+        "workload.encoding.deviation": [0.3],
+        "attack.kind": "fgsm",
+        "attack.epsilon": 0.3,
+        "attack.steps": 3,
+        "attack.step_size": 0.3,
+        "attack.restarts": 3,
+        "attack.examples": 3,
     }
     fields = {row[0] for row in describe_fields() if not row[0].startswith("[")}
     outside = {

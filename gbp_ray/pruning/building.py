@@ -46,7 +46,8 @@ def network_of_seed(workload: Workload, seed: int) -> tuple[nn.Module, bool]:
     if not _is_blank(model):
         return model, False
     blank = copy.deepcopy(model)
-    _fill(model.to_empty(device="cpu"), blank, seed, Ranks())
+    _give_memory(model, torch.device("cpu"))
+    _fill(model, blank, seed, Ranks())
     return model, True
 
 
@@ -66,7 +67,7 @@ def build_start(
     if blank is None:
         model = model.to(ranks.device)
     elif strategy != "fsdp":
-        model = model.to_empty(device=ranks.device)
+        _give_memory(model, ranks.device)
     if strategy == "fsdp":
         shard_network(model, ranks.device, ranks.world_size)
     if blank is not None:
@@ -92,17 +93,36 @@ def _is_blank(model: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
+def _give_memory(model: nn.Module, device: torch.device) -> None:
+    """Moves a network off the meta device; tied weights, which torch would part, stay tied."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(parameter, []).append((module, name))
+    model.to_empty(device=device)
+    for (owner, key), *others in places.values():
+        for module, name in others:
+            module._parameters[name] = owner._parameters[key]
+
+
 @torch.no_grad()
 def _fill(model: nn.Module, blank: nn.Module, seed: int, ranks: Ranks) -> None:
     """Draws the first weights of one layer after the other, each rank keeping its rows.
 
+    A tied weight is the first layer's.
+
     Args:
         blank: The same network on the meta device, in one piece.
     """
+    filled: set[nn.Parameter] = set()
     for path, module in model.named_modules():
         drawn = _draw_layer(path, blank.get_submodule(path), derive_seed(seed, "layer", path))
         for name, values in drawn.items():
             tensor = module.get_parameter(name) if name in module._parameters else None
+            if tensor is not None and tensor in filled:
+                continue
+            filled.update(() if tensor is None else (tensor,))
             target = module.get_buffer(name) if tensor is None else tensor.detach()
             piece = cut_rows(name, target.shape, ranks.world_size)[ranks.rank]
             rows = owned(values, piece) if is_shard(target) else values

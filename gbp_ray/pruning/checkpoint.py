@@ -46,6 +46,7 @@ __all__ = [
     "SHARDS",
     "Checkpoint",
     "damaged",
+    "load_rows",
     "load_weights",
     "restore_state",
     "save_round",
@@ -183,6 +184,13 @@ def load_weights(model: nn.Module, data: bytes, source: str) -> None:
     if missing or misfits or unexpected:
         name = (missing or misfits or unexpected)[0]
         raise StoreError(f"{source}: does not fit the model at '{name}'; was the workload changed?")
+
+
+def load_rows(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Loads whole tensors that fit into a network, in place; a sharded one takes its rows."""
+    own = model.state_dict()
+    rows = {name: _rows_like(t.to(own[name].dtype), own[name]) for name, t in tensors.items()}
+    model.load_state_dict(rows, strict=False)
 
 
 def damaged(what: str, error: Exception) -> StoreError:

@@ -25,6 +25,8 @@ To which each phase adds the greatest of what it holds at its moments:
     pretrain    O + T (the last step's gradients) + T / W (this one's sum) + B + A(part), or 2 T
     finetune    while they are put together; O is held all along in finetune;
                 movement: or T + 24 times the largest layer
+                (either) ema_decay: T + B all along, or T + 3 times the largest tensor;
+                max_gradient_norm: or T + the largest tensor in float64
     score       8 S (the sum) + A(batch), or 8 S + N e + 8 N while a criterion's own vector is
                 added (W > 1: 8 S + 3 N e); criteria without a pass: as measured, once
     decide      4 S (scores) + 4 S (a copy) + 2 S (marks) or, while masks are put together,
@@ -54,7 +56,7 @@ group that FSDP2 gathers at once, R the outermost one, which stays gathered thro
     a pass      R + 3 G (a group's weights, and the next one's twice while they arrive) + A(batch)
     build       the network as built, P + B, unless it is built on the meta device; then the
                 largest layer
-    pretrain    o + 2 t (the last step's gradients and this one's) + B + a pass
+    pretrain    o + 2 t (the last step's gradients and this one's) + B + a pass; ema_decay: t + B
     score       8 S + a pass; criteria with passes of their own: 8 S + P + as replicated
     decide      4 S + 4 S + 2 S, then 4 S + 4 S + 2 S + S / 4 + twice the bits of the largest layer
     write       p + o (the shards), the largest tensor twice, N / 4; the whole file lies on disk
@@ -78,21 +80,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gbp_ray.config import JobConfig, Recipe
 from gbp_ray.pruning.criteria import criterion
-from gbp_ray.pruning.folding import GradientSums
-from gbp_ray.pruning.footprint import Footprint, measure_footprint
 from gbp_ray.pruning.masks import prunable_parameters
-from gbp_ray.pruning.ranks import Ranks, isolated
-from gbp_ray.pruning.saliency import score
+from gbp_ray.pruning.passes import Passes
+from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.sharding import group_parameters
 from gbp_ray.pruning.slices import Layout, cut_rows
 from gbp_ray.pruning.training import num_steps
-from gbp_ray.workload import (
-    Workload,
-    num_examples,
-    take_batch,
-)
+from gbp_ray.workload import Workload, num_examples
 
-__all__ = ["Passes", "Phase", "Sizes", "bytes_of", "plan_phases"]
+__all__ = ["Phase", "Sizes", "bytes_of", "plan_phases"]
 
 _LEAST_NORM_BATCH = 32
 _SAMPLED_BYTES = 2**19  # of the scores, for a threshold's bracket, over all ranks
@@ -139,6 +135,7 @@ class Sizes:
         self.buffer_bytes = sum(map(bytes_of, model.buffers()))
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.trainable_bytes = sum(map(bytes_of, trainable))
+        self.largest_trainable_bytes = max(map(bytes_of, trainable), default=0)
         self.layer_rows = sum(
             max(pieces[number].size for pieces in layout.by_rank) * unit.parameter.element_size()
             for number, unit in enumerate(units)
@@ -265,92 +262,6 @@ class _Shards:
         )
 
 
-# -- passes ----------------------------------------------------------------------------------------
-
-
-class Passes:
-    """A(b) of the passes of a job, from small real ones that leave the model as it was."""
-
-    def __init__(self, job: JobConfig, workload: Workload, model: nn.Module) -> None:
-        self._job, self._workload, self._model = job, workload, model
-        self._units = prunable_parameters(model, job.prune.exclude)
-        self._movement = {
-            unit.name: torch.zeros(unit.parameter.shape, dtype=torch.float64)
-            for unit in self._units
-        }
-        self.forward = self._measure(self._run_forward)
-        self.training = self._measure(self._run_training) if self._trains() else None
-        self.scoring = self._measure(self._run_scoring)
-        self.backward = self._measure(self._run_backward)
-
-    def _trains(self) -> bool:
-        return self._job.pretrain.epochs > 0 or self._job.finetune.epochs > 0
-
-    def _measure(self, run: Callable[[int], object]) -> Footprint:
-        modes = {module: module.training for module in self._model.modules()}
-        try:
-            with isolated(self._model, 0):
-                return measure_footprint(run)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-
-    def _batch(self, size: int) -> tuple[Tensor, Tensor]:
-        indices = torch.arange(size) % num_examples(self._workload.train)
-        return take_batch(self._workload, self._workload.train, indices, augment_seed=0)
-
-    @torch.no_grad()
-    def _run_forward(self, size: int) -> object:
-        self._model.eval()
-        inputs, targets = self._batch(size)
-        return self._workload.loss(self._model(inputs), targets)
-
-    def _run_training(self, size: int) -> object:
-        self._model.train()
-        trainable = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
-        pieces = {name: cut_rows(name, p.shape, 1) for name, p in trainable.items()}
-        sums = GradientSums(
-            Ranks(), trainable, trainable, pieces, [1.0], lambda gradient, weight, share: gradient
-        )
-        inputs, targets = self._batch(size)
-        with sums.listening(), sums.turn():
-            self._workload.loss(self._model(inputs), targets).backward()
-        return sums
-
-    def _run_backward(self, size: int) -> object:
-        """Takes the gradients of the prunable weights and drops them as they arrive."""
-        self._model.eval()
-
-        def drop(leaf: Tensor) -> None:
-            leaf.grad = None
-
-        frozen = [p for p in self._model.parameters() if p.requires_grad]
-        hooks = []
-        try:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-            for unit in self._units:
-                unit.parameter.requires_grad_(True)
-                hooks.append(unit.parameter.register_post_accumulate_grad_hook(drop))
-            inputs, targets = self._batch(size)
-            self._workload.loss(self._model(inputs), targets).backward()
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for unit in self._units:
-                unit.parameter.requires_grad_(False)
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-        return None
-
-    def _run_scoring(self, size: int) -> object:
-        small = {"calibration_examples": size, "calibration_batch_size": size}
-        config = self._job.prune.model_copy(update=small)
-        return score(
-            self._model, self._units, self._workload, config, Ranks(), movement=self._movement
-        )
-
-
 # -- phases ----------------------------------------------------------------------------------------
 
 
@@ -434,14 +345,15 @@ def _plan_fsdp(sizes: Sizes, passes: Passes) -> list[Phase]:
     gathered = {"gathered": shards.gathered_bytes}
 
     def trained(name: str, recipe: Recipe, held: dict[str, int], steps: int) -> Phase:
-        assert passes.training is not None
         part = sizes.part_size(recipe)
-        activations = max(0, passes.training.peak_bytes(part) - sizes.trainable_bytes)
+        activations = passes.training(recipe).peak_bytes(part) - sizes.trainable_bytes
+        activations = max(0, activations)
         if name == "finetune" and job.finetune.distillation.weight > 0:
             activations += passes.forward.peak_bytes(part)
         moment = gathered | {
             "gradients": 2 * sizes.trainable_rows,
-            "buffers": sizes.buffer_bytes,
+            "average": sizes.rows_of(sizes.trainable_bytes) if recipe.ema_decay > 0 else 0,
+            "buffers": sizes.buffer_bytes * (2 if recipe.ema_decay > 0 else 1),
             "in flight": sizes.in_flight(sizes.trainable_bytes),
             "pass": activations,
         }
@@ -527,15 +439,20 @@ def _phase(name: str, held: dict[str, int], *moments: dict[str, int], sent: int 
 def _training_moments(
     sizes: Sizes, passes: Passes, recipe: Recipe, *, is_finetune: bool
 ) -> Iterator[dict[str, int]]:
-    assert passes.training is not None
     whole, own = sizes.trainable_bytes, sizes.trainable_rows
     part = sizes.part_size(recipe)
     # The pass was measured together with a sum over all of the parameters.
-    activations = max(0, passes.training.peak_bytes(part) - whole)
+    activations = max(0, passes.training(recipe).peak_bytes(part) - whole)
     if is_finetune and sizes.job.finetune.distillation.weight > 0:
         # The teacher's pass comes while the activations wait.
         activations += passes.forward.peak_bytes(part)
     held = {"buffers": sizes.buffer_bytes, "in flight": sizes.in_flight(whole)}
+    if recipe.ema_decay > 0:
+        held["average"] = whole + sizes.buffer_bytes
+        yield held | {"gradients": whole, "its step": 3 * sizes.largest_trainable_bytes}
+    if recipe.max_gradient_norm is not None:
+        # In float64.
+        yield held | {"gradients": whole, "squares": 2 * sizes.largest_trainable_bytes}
     yield held | {"gradients": whole + own, "pass": activations}
     yield held | {"gradients": 2 * whole}
     if is_finetune and sizes.movement_bytes:

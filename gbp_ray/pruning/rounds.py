@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from gbp_ray.config import JobConfig, Recipe
 from gbp_ray.errors import ConfigError, PruneError, StoreError
+from gbp_ray.pruning.attack import refuse_unattackable
 from gbp_ray.pruning.batchnorm import recalibrate_batchnorm
 from gbp_ray.pruning.building import build_start, copy_frozen, network_of_seed
 from gbp_ray.pruning.checkpoint import (
@@ -33,15 +34,18 @@ from gbp_ray.pruning.checkpoint import (
 )
 from gbp_ray.pruning.criteria import criterion, movement_statistic
 from gbp_ray.pruning.evaluation import evaluate
+from gbp_ray.pruning.freezing import refuse_unfreezable, trainable_parameters
 from gbp_ray.pruning.masks import MaskSet, Prunable, prunable_parameters
 from gbp_ray.pruning.metrics import measure
-from gbp_ray.pruning.objective import Teacher
+from gbp_ray.pruning.objective import Teacher, refuse_unlearnable
 from gbp_ray.pruning.ranks import Ranks, isolated
+from gbp_ray.pruning.robustness import robust_accuracy
 from gbp_ray.pruning.saliency import check_criterion, score
 from gbp_ray.pruning.schedule import sparsity_schedule
 from gbp_ray.pruning.selection import check_reachable, check_selectable, num_to_prune, select_masks
 from gbp_ray.pruning.sharding import is_sharded, local
 from gbp_ray.pruning.slices import SlicedScores
+from gbp_ray.pruning.teaching import prepare_teacher, refuse_unteachable
 from gbp_ray.pruning.training import (
     Span,
     check_pruned_zero,
@@ -155,14 +159,21 @@ def check_job(job: JobConfig, workload: Workload) -> None:
     criterion(job.prune.criterion)
     model, _ = network_of_seed(workload, job.seed)
     units = prunable_parameters(model, job.prune.exclude)
-    _refuse_frozen_movement(job, units)
+    _refuse_frozen_movement(job, model, units)
     shapes = {unit.name: tuple(unit.parameter.shape) for unit in units}
     check_selectable(shapes, job.prune, {unit.name: unit.input_dim for unit in units})
     check_reachable(shapes, job.prune)
     _refuse_split_patterns(job, units)
     check_workload(workload, model, min(8, job.prune.calibration_batch_size))
-    if job.finetune.distillation.weight > 0:
-        _refuse_unteachable(workload, model)
+    for section in ("pretrain", "finetune"):
+        recipe: Recipe = getattr(job, section)
+        if recipe.epochs > 0:
+            refuse_unfreezable(model, recipe.freeze, section)
+            refuse_unattackable(workload, model, recipe.adversarial, f"{section}.adversarial")
+            refuse_unlearnable(recipe, section, workload)
+    refuse_unattackable(workload, model, job.attack, "attack")
+    if job.finetune.epochs > 0:
+        refuse_unteachable(job, workload, model)
     _refuse_lone_examples(job, workload, model)
     check_criterion(model, units, workload, job.prune, seed=job.seed)
 
@@ -177,23 +188,14 @@ def _refuse_split_patterns(job: JobConfig, units: list[Prunable]) -> None:
         )
 
 
-def _refuse_unteachable(workload: Workload, model: nn.Module) -> None:
-    inputs, _ = take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
-    with torch.no_grad(), isolated(model.eval(), 0):
-        outputs = model(inputs)
-    if not isinstance(outputs, Tensor) or not outputs.is_floating_point() or outputs.ndim < 2:
-        raise ConfigError(
-            "finetune.distillation.weight: needs a network that gives logits of shape "
-            "(examples, classes); set it to 0"
-        )
-
-
-def _refuse_frozen_movement(job: JobConfig, units: list[Prunable]) -> None:
-    frozen = [unit.name for unit in units if not unit.parameter.requires_grad]
+def _refuse_frozen_movement(job: JobConfig, model: nn.Module, units: list[Prunable]) -> None:
+    trainable = trainable_parameters(model, job.finetune.freeze)
+    frozen = [unit for unit in units if unit.name not in trainable]
     if job.prune.criterion == "movement" and frozen:
+        why = "finetune.freeze" if frozen[0].parameter.requires_grad else "requires_grad = False"
         raise ConfigError(
-            f"prune.criterion = movement: '{frozen[0]}' is frozen (requires_grad = False) and "
-            "never moves; name it in prune.exclude"
+            f"prune.criterion = movement: '{frozen[0].name}' is frozen ({why}) and never moves; "
+            "name it in prune.exclude"
         )
 
 
@@ -251,7 +253,7 @@ class _Run:
         self.score_cache = score_cache
         self.model, self.macs = build_start(workload, job.seed, ranks, job.cluster.strategy)
         self.units = prunable_parameters(self.model, job.prune.exclude)
-        _refuse_frozen_movement(job, self.units)
+        _refuse_frozen_movement(job, self.model, self.units)
         self.masks = MaskSet.dense(self.units)
         self.schedule = sparsity_schedule(
             job.prune.schedule, job.prune.sparsity, job.prune.rounds, job.prune.ramp_rounds
@@ -261,6 +263,7 @@ class _Run:
         self.optimizer: Optimizer | None = None
         self.dense_state: dict[str, Tensor] = {}
         self.teacher: Teacher | None = None
+        self.is_teacher_ready = False
         self.seconds: dict[str, float] = {}
 
     def train_dense(self) -> RoundState:
@@ -289,6 +292,7 @@ class _Run:
                 sparsity_target=0.0,
                 accuracy=accuracy,
                 loss=loss,
+                robust_accuracy=self._attack(0),
                 train_loss=_finite_or_none(train_loss),
                 cost=measure(self.model, self.units, self.macs),
                 mask_digest=self.masks.digest,
@@ -321,6 +325,7 @@ class _Run:
                 loss=loss,
                 accuracy_pruned=accuracy_pruned,
                 loss_pruned=loss_pruned,
+                robust_accuracy=self._attack(number),
                 train_loss=_finite_or_none(train_loss),
                 cost=measure(self.model, self.units, self.macs),
                 mask_digest=self.masks.digest,
@@ -432,6 +437,10 @@ class _Run:
         planned = range(stretches * length) if self.job.prune.rewind == "none" else steps
         if self.optimizer is None:
             self.optimizer = make_optimizer(self.model, recipe)
+        if self.teacher is not None and not self.is_teacher_ready:
+            with self._timed("teach"):
+                self.teacher = prepare_teacher(self.teacher, self.job, self.workload, self.ranks)
+            self.is_teacher_ready = True
         if self.gathers_movement:
             self.movement = {
                 unit.name: torch.zeros_like(unit.parameter.detach(), dtype=torch.float64)
@@ -475,13 +484,26 @@ class _Run:
             )
         return accuracy, loss
 
+    def _attack(self, number: int) -> float | None:
+        if self.job.attack.kind == "none":
+            return None
+        with self._timed("attack"):
+            return robust_accuracy(
+                self.model,
+                self.workload,
+                self.ranks,
+                self.job.attack,
+                self.job.workload.eval_batch_size,
+                tell=lambda done, total: self.tell("evaluate", number, done, total, None),
+            )
+
     # -- small change ----------------------------------------------------------------------------
 
     def _remember_dense(self) -> None:
         if self.job.prune.rewind == "weights":
             self.dense_state = {k: v.clone() for k, v in self.model.state_dict().items()}
         distillation = self.job.finetune.distillation
-        if distillation.weight > 0:
+        if distillation.is_on and self.job.finetune.epochs > 0:
             self.teacher = Teacher(copy_frozen(self.model), distillation)
 
     def _finish_round(self, record: RoundRecord) -> RoundState:

@@ -5,6 +5,9 @@ rank, and the parts' gradients are added in part order (`folding.GradientSums`),
 the same bits on any number of workers, and on replicated and sharded networks. BatchNorm normalises
 each part by itself; its running statistics move by the mean of what the parts would have done.
 
+What shapes a step beside the loss (`objective`): its gradient may be clipped (`clipping`), and the
+weights averaged over the steps of a training (`averaging`).
+
 Pruned weights stay exactly zero without being reset: their gradients and the optimizer's state for
 them are zero, so momentum has nothing to carry, and decay of a zero is a zero.
 
@@ -24,7 +27,10 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from gbp_ray.config import Recipe
 from gbp_ray.errors import PruneError
+from gbp_ray.pruning.averaging import MovingAverage
+from gbp_ray.pruning.clipping import clip_gradients
 from gbp_ray.pruning.folding import GradientSums
+from gbp_ray.pruning.freezing import trainable_parameters, training_mode
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.objective import Teacher, training_loss
 from gbp_ray.pruning.ranks import OrderedSum, Ranks, buffer_slots
@@ -96,12 +102,12 @@ def learning_rate(recipe: Recipe, step: int, total: int, warmup: int) -> float:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
-    """Builds the optimizer of a recipe over the trainable parameters.
+    """Builds the optimizer of a recipe over the parameters that it trains.
 
     Raises:
         PruneError: No parameter is trainable.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = list(trainable_parameters(model, recipe.freeze).values())
     if not trainable:
         raise PruneError(
             "the model has no parameter that requires a gradient, so it cannot be trained; set "
@@ -184,13 +190,13 @@ def train_epochs(
     Raises:
         PruneError: The loss or a gradient is not finite; on every rank, before weights move.
     """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable = trainable_parameters(model, recipe.freeze)
     differentiated = leaves(model)
     pieces = {n: cut_rows(n, p.shape, ranks.world_size) for n, p in trainable.items()}
     buffers = _Buffers(model, ranks.device)
     kept = [(trainable[n], mask) for n, mask in (masks or {}).items() if n in trainable]
     warmup = round(recipe.warmup_epochs * _steps_per_epoch(recipe, workload))
-    model.train()
+    average = MovingAverage(model, recipe.ema_decay) if recipe.ema_decay > 0 else None
     recent: list[float] = []
     for done, step in enumerate(span.steps, start=1):
         batch = _batch_of_step(recipe, workload, seed, span.phase, step)
@@ -206,7 +212,7 @@ def train_epochs(
         )
         besides = OrderedSum(ranks, buffers.size + 1, len(parts), buffers.dtype, buffers.dtype)
         buffers.remember()
-        with sums.listening():
+        with training_mode(model, recipe.freeze), sums.listening():
             for item in ranks.deal(len(parts)):
                 beside: Tensor | None = None
                 with sums.turn():
@@ -214,7 +220,9 @@ def train_epochs(
                     number = 0 if item is None and is_sharded(model) else item
                     if number is not None:
                         part, draws = parts[number], derive_seed(seed, span.phase, step, number)
-                        loss = training_loss(model, workload, teacher, part, draws, ranks.device)
+                        loss = training_loss(
+                            model, workload, recipe, teacher, part, draws, ranks.device
+                        )
                         loss.backward()
                         beside = torch.cat([buffers.collect_change(), loss.detach().view(1)])
                         beside *= len(part) / len(batch)
@@ -229,16 +237,22 @@ def train_epochs(
         for parameter, mask in kept:
             assert parameter.grad is not None
             local(parameter.grad).masked_fill_(~local(mask), 0)
+        if recipe.max_gradient_norm is not None:
+            clip_gradients(gradients.values(), recipe.max_gradient_norm, ranks)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
                 recipe, step - span.planned.start, len(span.planned), warmup
             )
         optimizer.step()
         buffers.move(moved_B)
+        if average is not None:
+            average.update()
         recent.append(loss_1.item())
         tell(done, len(span.steps), recent[-1])
     for parameter in trainable.values():
         parameter.grad = None
+    if average is not None:
+        average.take_over()
     tail = recent[-max(1, len(recent) // 10) :]
     return sum(tail) / len(tail) if tail else math.nan
 

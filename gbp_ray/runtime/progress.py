@@ -111,15 +111,20 @@ class ProgressBoard:
     def show_round(self, trial: str, record: RoundRecord) -> None:
         """Says what a finished round reached."""
         if record.round == 0:
-            self.note(f"{trial}  dense  accuracy {record.accuracy:.2%}")
+            self.note(f"{trial}  dense  accuracy {record.accuracy:.2%}{_attacked(record)}")
             return
         pruned = ""
         if record.accuracy_pruned is not None:
             pruned = f"  ({record.accuracy_pruned:.2%} before fine-tuning)"
         self.note(
             f"{trial}  round {record.round}  sparsity {record.sparsity:.4f}  "
-            f"accuracy {record.accuracy:.2%}{pruned}"
+            f"accuracy {record.accuracy:.2%}{pruned}{_attacked(record)}"
         )
+
+
+def _attacked(record: RoundRecord) -> str:
+    robust = record.robust_accuracy
+    return "" if robust is None else f"  {robust:.2%} under attack"
 
 
 class SweepBoard(ProgressBoard):

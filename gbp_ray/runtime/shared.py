@@ -44,7 +44,10 @@ def dense_origin(job: JobConfig) -> dict[str, Any] | None:
     """Says what decides the dense network of a job, or None where nobody else can have the same."""
     if job.prune.criterion == "movement":
         return None
+    attack = job.attack.model_dump(mode="json", exclude_defaults=True)
     return {
+        # Measured of round 0 as of any other.
+        **({"attack": attack} if job.attack.kind != "none" else {}),
         "workload": job.workload.model_dump(mode="json", exclude_defaults=True),
         "pretrain": job.pretrain.model_dump(mode="json", exclude_defaults=True),
         # Masks and measurements of round 0 cover what is not excluded.
@@ -133,7 +136,11 @@ def _scores_origin(job: JobConfig, model: nn.Module) -> dict[str, Any] | None:
             fields = set(type(prune).model_fields)
     return {
         "weights": _digest_state(model),
-        "workload": {"factory": job.workload.factory, "options": job.workload.options},
+        "workload": {
+            "factory": job.workload.factory,
+            "options": job.workload.options,
+            **({"tie": job.workload.tie} if job.workload.tie else {}),
+        },
         "prune": prune.model_dump(mode="json", include=fields, exclude_defaults=True),
         **_surroundings(job, *plug_ins),
     }

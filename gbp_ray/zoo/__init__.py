@@ -7,7 +7,7 @@ from gbp_ray.zoo.cifar10 import (
     cifar10_resnet56,
 )
 from gbp_ray.zoo.classifier import torchvision_classifier
-from gbp_ray.zoo.digits import digits_convnet
+from gbp_ray.zoo.digits import digits_convnet, digits_recurrent, digits_resnet20
 
 __all__ = [
     "cifar10_convnet",
@@ -15,5 +15,7 @@ __all__ = [
     "cifar10_resnet32",
     "cifar10_resnet56",
     "digits_convnet",
+    "digits_recurrent",
+    "digits_resnet20",
     "torchvision_classifier",
 ]

@@ -1,30 +1,19 @@
-"""Dense weights from a file: the one place where every built-in workload loads a checkpoint.
-
-A file is compared with the model name by name before anything is trained. Nothing in it is run:
-safetensors holds tensors alone, and the other format is read by `torch.load(weights_only=True)`.
-"""
+"""Dense weights from a file: how every built-in workload takes its option `checkpoint`."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from pathlib import PurePath
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from gbp_ray.errors import WorkloadError
+from gbp_ray.weights import find_misfits, load_state, read_state
 from gbp_ray.workload import seeded
-from gbp_ray.zoo.location import describe_fault, read_bytes
 
 __all__ = ["with_checkpoint"]
 
 _KEY = "workload.options.checkpoint"
-_PICKLED = (".pt", ".pth", ".th")
-_NUM_NAMED = 3
 
 
 def with_checkpoint(
@@ -36,94 +25,24 @@ def with_checkpoint(
 
     Args:
         build_model: Makes the model with fresh weights.
-        checkpoint: Path or s3:// address of a `.safetensors` file or of a `.pt`, `.pth` or `.th`
-            state dict, which may lie under "state_dict" and have "module." before each name; None
-            leaves `build_model` as it is.
+        checkpoint: Path or s3:// address of a file as `weights.read_state` takes it; None leaves
+            `build_model` as it is.
 
     Raises:
         WorkloadError: The file is missing or damaged, or its names or shapes are not the model's.
     """
     if checkpoint is None:
         return build_model
-    state = _read_state(checkpoint)
+    state = read_state(checkpoint, _KEY)
     with seeded(0):  # the check's own draws must not shift those of the job
         expected = build_model().state_dict()
-    faults = _compare(state, expected)
-    if faults:
+    if faults := find_misfits(state, expected):
         raise WorkloadError(
-            f"{_KEY} = '{checkpoint}': does not fit the model: {'; '.join(faults)}; give a "
-            "checkpoint of this very model, or another workload.factory"
+            f"{_KEY} = '{checkpoint}': does not fit the model: {faults}; give a checkpoint of this "
+            "very model, another workload.factory, or workload.transfer with a new_head"
         )
     return partial(_build_loaded, build_model, state)
 
 
 def _build_loaded(build_model: Callable[[], nn.Module], state: dict[str, Tensor]) -> nn.Module:
-    model = build_model()
-    # Counts of BatchNorm batches may be absent; `_compare` has refused every other gap.
-    model.load_state_dict(state, strict=False)
-    return model
-
-
-def _read_state(checkpoint: str) -> dict[str, Tensor]:
-    content = read_bytes(checkpoint, _KEY)
-    suffix = PurePath(checkpoint.partition("?")[0]).suffix
-    if suffix == ".safetensors":
-        try:
-            return load_tensors(content)
-        except (SafetensorError, ValueError) as error:
-            raise WorkloadError(
-                f"{_KEY} = '{checkpoint}': is truncated or not a safetensors file "
-                f"({describe_fault(error)}); copy it again"
-            ) from error
-    if suffix not in _PICKLED:
-        raise WorkloadError(
-            f"{_KEY} = '{checkpoint}': unknown kind of file '{suffix}' (allowed: .safetensors, "
-            f"{', '.join(_PICKLED)}); save the state dict as .safetensors"
-        )
-    try:
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle may raise anything
-        raise WorkloadError(
-            f"{_KEY} = '{checkpoint}': is truncated or holds more than tensors "
-            f"({describe_fault(error)}); save the state dict as .safetensors"
-        ) from error
-    return _unwrap(loaded, checkpoint)
-
-
-def _unwrap(loaded: object, checkpoint: str) -> dict[str, Tensor]:
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise WorkloadError(
-            f"{_KEY} = '{checkpoint}': holds no state dict; save model.state_dict() itself, or "
-            "under 'state_dict'"
-        )
-    return {str(name).removeprefix("module."): tensor for name, tensor in loaded.items()}
-
-
-def _compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    missing = [
-        f"'{name}'"
-        for name in expected
-        if name not in state and not name.endswith(".num_batches_tracked")
-    ]
-    unexpected = [f"'{name}'" for name in state if name not in expected]
-    reshaped = [
-        f"'{name}' has shape {tuple(tensor.shape)} where the model has "
-        f"{tuple(expected[name].shape)}"
-        for name, tensor in state.items()
-        if name in expected and tensor.shape != expected[name].shape
-    ]
-    faults = []
-    if missing:
-        faults.append(f"it lacks {_name_some(missing)}")
-    if unexpected:
-        faults.append(f"it has the unexpected {_name_some(unexpected)}")
-    if reshaped:
-        faults.append(_name_some(reshaped))
-    return faults
-
-
-def _name_some(items: list[str]) -> str:
-    rest = len(items) - _NUM_NAMED
-    return ", ".join(items[:_NUM_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+    return load_state(build_model(), state)

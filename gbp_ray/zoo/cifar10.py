@@ -16,7 +16,7 @@ from gbp_ray.errors import WorkloadError
 from gbp_ray.workload import Workload
 from gbp_ray.zoo.checkpoint import with_checkpoint
 from gbp_ray.zoo.cifar10_files import IMAGE_SIZE, NUM_CLASSES, read_cifar10
-from gbp_ray.zoo.images import build_augment, normalise
+from gbp_ray.zoo.images import INPUT_RANGE, Augmentation, build_augment, normalise
 from gbp_ray.zoo.resnet import build_cifar_resnet
 from gbp_ray.zoo.subset import take_examples
 
@@ -33,7 +33,7 @@ def cifar10_resnet(
     depth: int,
     data: str,
     download: bool = False,
-    augment: Sequence[str] = ("crop", "flip"),
+    augment: Sequence[Augmentation] = ("crop", "flip"),
     checkpoint: str | None = None,
     train_examples: int | None = None,
     test_examples: int | None = None,
@@ -44,7 +44,9 @@ def cifar10_resnet(
         depth: Weighted layers: 20 (269,722 parameters), 32 (464,154), 56 (853,018), ...
         data: Folder or s3:// prefix of the data; see `cifar10_files.read_cifar10`.
         download: Fetches torchvision's copy of the data into a folder that holds none.
-        augment: Some of "crop" (4 black pixels of padding), "flip", "rotation" (15 degrees).
+        augment: Some of "crop" (4 black pixels of padding), "flip", "rotation" (15 degrees),
+            "randaugment", "trivialaugment"; with parameters as a table, such as
+            { name = "randaugment", num_ops = 2, magnitude = 9 }.
         checkpoint: File with dense weights to start from; None starts from random ones.
         train_examples: Takes only the first so many training examples.
         test_examples: Takes only the first so many test examples.
@@ -72,7 +74,7 @@ cifar10_resnet56 = partial(cifar10_resnet, 56)
 def cifar10_convnet(
     data: str,
     download: bool = False,
-    augment: Sequence[str] = ("crop", "flip"),
+    augment: Sequence[Augmentation] = ("crop", "flip"),
     checkpoint: str | None = None,
     train_examples: int | None = None,
     test_examples: int | None = None,
@@ -112,7 +114,7 @@ def _make_workload(
     build_model: Callable[[], nn.Module],
     data: str,
     download: bool,
-    augment: Sequence[str],
+    augment: Sequence[Augmentation],
     checkpoint: str | None,
     train_examples: int | None,
     test_examples: int | None,
@@ -127,6 +129,7 @@ def _make_workload(
         test=take_examples(test, test_examples, "test_examples"),
         prepare=normalise,
         augment=transform,
+        input_range=INPUT_RANGE,
     )
 
 

@@ -17,9 +17,9 @@ import numpy as np
 from pyarrow.fs import FileInfo, FileSystem, FileType, LocalFileSystem
 
 from gbp_ray.errors import WorkloadError
+from gbp_ray.location import describe_fault, list_files, open_location
 from gbp_ray.zoo.array_cache import cached_arrays
 from gbp_ray.zoo.image_parquet import decode_shards
-from gbp_ray.zoo.location import describe_fault, list_files, open_location
 from gbp_ray.zoo.vision import import_vision
 
 __all__ = ["IMAGE_SIZE", "NUM_CLASSES", "Split", "has_cifar10", "read_cifar10"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from torch import nn
 
 from gbp_ray.config import nearest_name
 from gbp_ray.errors import WorkloadError
+from gbp_ray.location import describe_fault, open_location
 from gbp_ray.workload import Workload
 from gbp_ray.zoo.checkpoint import with_checkpoint
 from gbp_ray.zoo.cifar10_files import IMAGE_SIZE, NUM_CLASSES, has_cifar10, read_cifar10
-from gbp_ray.zoo.images import build_augment, normalise
-from gbp_ray.zoo.location import describe_fault, open_location
+from gbp_ray.zoo.images import INPUT_RANGE, Augmentation, build_augment, normalise
 from gbp_ray.zoo.subset import take_examples
 from gbp_ray.zoo.vision import import_vision
+from gbp_ray.zoo.vision_weights import with_vision_weights
 
 __all__ = ["torchvision_classifier"]
 
@@ -34,10 +35,11 @@ def torchvision_classifier(
     model: str,
     data: str,
     image_size: int | None = None,
-    augment: Sequence[str] = ("crop", "flip"),
+    augment: Sequence[Augmentation] = ("crop", "flip"),
     checkpoint: str | None = None,
     train_examples: int | None = None,
     test_examples: int | None = None,
+    weights: str | None = None,
 ) -> Workload:
     """Makes a torchvision classifier by name, with an output for each class of the data.
 
@@ -48,16 +50,24 @@ def torchvision_classifier(
         image_size: Height and width the network sees, in pixels. CIFAR-10 is scaled up from 32,
             which is also the default; images in folders are scaled, then cut square, to 224 by
             default. Most vision transformers want 224.
-        augment: Some of "crop" (an eighth of black padding), "flip", "rotation" (15 degrees).
+        augment: Some of "crop" (an eighth of black padding), "flip", "rotation" (15 degrees),
+            "randaugment", "trivialaugment"; see `cifar10.cifar10_resnet`.
         checkpoint: File with dense weights to start from; None starts from random ones.
         train_examples: Takes fewer training examples: CIFAR-10's first, or an even spread.
         test_examples: Takes fewer test examples likewise.
+        weights: Torchvision's own, by name, such as "DEFAULT" or "IMAGENET1K_V1", all but the last
+            layer where the data have other classes. Downloaded once, into torch.hub's folder.
 
     Raises:
         WorkloadError: The model is unknown, or an option, the data or the checkpoint cannot be
             used.
     """
     _check_model(model)
+    if weights is not None and checkpoint is not None:
+        raise WorkloadError(
+            "workload.options.weights: comes from torchvision, workload.options.checkpoint from a "
+            "file; give one of them"
+        )
     is_whole = isinstance(image_size, int) and not isinstance(image_size, bool)
     if image_size is not None and (not is_whole or image_size < 1):
         raise WorkloadError(
@@ -71,12 +81,16 @@ def torchvision_classifier(
         stored_size = image_size or _FOLDER_IMAGE_SIZE
         train, test = _open_folders(data, stored_size)
         num_classes = len(train.classes)
+    build_model: Callable[[], nn.Module] = partial(_build_model, model, num_classes)
+    if weights is not None:
+        build_model = with_vision_weights(build_model, model, weights)
     return Workload(
-        build_model=with_checkpoint(partial(_build_model, model, num_classes), checkpoint),
+        build_model=with_checkpoint(build_model, checkpoint),
         train=take_examples(train, train_examples, "train_examples"),
         test=take_examples(test, test_examples, "test_examples"),
         prepare=partial(normalise, image_size=image_size),
         augment=build_augment(augment, stored_size),
+        input_range=INPUT_RANGE,
     )
 
 

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from pyarrow.fs import FileInfo, FileSystem
 
 from gbp_ray.errors import WorkloadError
-from gbp_ray.zoo.location import describe_fault
+from gbp_ray.location import describe_fault
 
 __all__ = ["decode_shards"]
 

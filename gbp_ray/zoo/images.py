@@ -1,13 +1,15 @@
-"""What colour images go through on their way into a network: augmentation by name, normalisation.
+"""What images go through on their way into a network: augmentation by name, normalisation.
 
-Images are uint8 (B, 3, H, W) until `normalise`, so that augmentation comes first and the border
-that cropping adds is black, as published results have it.
+Images are uint8 (B, channels, H, W) until `normalise`, so that augmentation comes first and the
+border that cropping adds is black, as published results have it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,18 +19,48 @@ from gbp_ray.config import nearest_name
 from gbp_ray.errors import WorkloadError
 from gbp_ray.zoo.vision import import_vision
 
-__all__ = ["AUGMENTATIONS", "build_augment", "normalise"]
+__all__ = ["AUGMENTATIONS", "INPUT_RANGE", "Augmentation", "build_augment", "normalise"]
 
-AUGMENTATIONS = ("crop", "flip", "rotation")
-"""Crop after padding by an eighth on each side; mirror half of them; turn by up to 15 degrees."""
+AUGMENTATIONS = ("crop", "flip", "rotation", "randaugment", "trivialaugment")
+"""Crop after padding by an eighth on each side; mirror half of them; turn by up to 15 degrees; a
+few random operations of one strength (Cubuk et al. 2019, 1909.13719); one of random strength
+(Mueller and Hutter 2021, 2103.10158). The last two want bytes that use their whole range."""
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """What a parameter of an augmentation may be; without a default that depends on the images."""
+
+    default: float | None
+    least: float
+    most: float
+
+
+_PARAMETERS: dict[str, dict[str, _Parameter]] = {
+    "crop": {"padding": _Parameter(None, 1, 1000)},
+    "flip": {"probability": _Parameter(0.5, 0.0, 1.0)},
+    "rotation": {"degrees": _Parameter(15.0, 0.0, 180.0)},
+    "randaugment": {"num_ops": _Parameter(2, 1, 20), "magnitude": _Parameter(9, 0, 30)},
+    "trivialaugment": {"num_magnitude_bins": _Parameter(31, 2, 1000)},
+}
+
+Augmentation = str | Mapping[str, Any]
+"""A name, or a table of a name and its parameters: { name = "rotation", degrees = 5 }."""
 
 _KEY = "workload.options.augment"
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
-_MAX_DEGREES = 15
+
+INPUT_RANGE = (
+    [-mean / std for mean, std in zip(_MEAN, _STD, strict=True)],
+    [(1 - mean) / std for mean, std in zip(_MEAN, _STD, strict=True)],
+)
+"""What `normalise` makes of black and of white."""
 
 
-def build_augment(names: Sequence[str], image_size: int) -> Callable[[Tensor], Tensor] | None:
+def build_augment(
+    entries: Sequence[Augmentation], image_size: int
+) -> Callable[[Tensor], Tensor] | None:
     """Chains augmentations in the order given; each image of a batch draws for itself.
 
     A transform of torchvision draws once per call, so it is called once per image: 30 to 70 us for
@@ -36,33 +68,60 @@ def build_augment(names: Sequence[str], image_size: int) -> Callable[[Tensor], T
     generator.
 
     Args:
-        names: Some of `AUGMENTATIONS`; none gives None.
+        entries: Some of `AUGMENTATIONS`, with or without parameters; none gives None.
         image_size: Height and width in pixels; a crop pads by an eighth of it, 4 for 32.
 
     Raises:
-        WorkloadError: A name is unknown, or this is not a list.
+        WorkloadError: A name or a parameter is unknown or out of range, or this is not a list.
     """
-    if isinstance(names, str) or not isinstance(names, Sequence):
+    if isinstance(entries, (str, Mapping)) or not isinstance(entries, Sequence):
         raise WorkloadError(
-            f'{_KEY} = {names!r}: must be a list such as ["crop", "flip"] (allowed: '
+            f'{_KEY} = {entries!r}: must be a list such as ["crop", "flip"] (allowed: '
             f"{', '.join(AUGMENTATIONS)}; [] for none)"
         )
-    for name in names:
-        if name not in AUGMENTATIONS:
-            raise WorkloadError(
-                f"{_KEY} = {list(names)!r}: no augmentation {name!r}"
-                f"{nearest_name(str(name), AUGMENTATIONS)} (allowed: {', '.join(AUGMENTATIONS)})"
-            )
-    if not names:
+    chosen = [_read_entry(entry) for entry in entries]
+    if not chosen:
         return None
     v2 = import_vision("transforms.v2")
-    transforms = {
-        "crop": v2.RandomCrop(image_size, padding=image_size // 8),
-        "flip": v2.RandomHorizontalFlip(),
-        "rotation": v2.RandomRotation(_MAX_DEGREES),
+    makers: dict[str, Callable[..., Any]] = {
+        "crop": lambda padding=None: v2.RandomCrop(
+            image_size, padding=image_size // 8 if padding is None else padding
+        ),
+        "flip": lambda probability: v2.RandomHorizontalFlip(probability),
+        "rotation": lambda degrees: v2.RandomRotation(degrees),
+        "randaugment": lambda num_ops, magnitude: v2.RandAugment(num_ops, magnitude),
+        "trivialaugment": lambda num_magnitude_bins: v2.TrivialAugmentWide(num_magnitude_bins),
     }
-    chain = v2.Compose([transforms[name] for name in names])
-    return partial(_transform_each, chain)
+    return partial(_transform_each, v2.Compose([makers[name](**given) for name, given in chosen]))
+
+
+def _read_entry(entry: Augmentation) -> tuple[str, dict[str, Any]]:
+    """Checks an entry of the list; returns its name and all parameters that are known."""
+    given: dict[str, Any] = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
+    name: Any = given.pop("name", None)
+    if name not in AUGMENTATIONS:
+        raise WorkloadError(
+            f"{_KEY}: {entry!r}: no augmentation {name!r}"
+            f"{nearest_name(str(name), AUGMENTATIONS)} (allowed: {', '.join(AUGMENTATIONS)})"
+        )
+    known = _PARAMETERS[name]
+    for key, value in given.items():
+        if key not in known:
+            raise WorkloadError(
+                f"{_KEY}: {name} has no parameter {key!r}{nearest_name(key, list(known))} "
+                f"(allowed: {', '.join(known)})"
+            )
+        rule = known[key]
+        kinds = (int, float) if isinstance(rule.default, float) else (int,)
+        is_number = isinstance(value, kinds) and not isinstance(value, bool)
+        if not is_number or not rule.least <= value <= rule.most:
+            kind = "number" if float in kinds else "whole number"
+            raise WorkloadError(
+                f"{_KEY}: {name}.{key} = {value!r}: must be a {kind} from {rule.least:g} to "
+                f"{rule.most:g}"
+            )
+    defaults = {key: rule.default for key, rule in known.items() if rule.default is not None}
+    return name, defaults | given
 
 
 def _transform_each(transform: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from robust_program import CASES, rounds_of
 from small_networks import (
     ConvNet,
     TanhNet,
@@ -96,6 +97,7 @@ def report_of(ranks: Ranks) -> dict[str, Any]:
         "recalibrated": _recalibrated(ranks, trained),
         "unruly model": _unruly_model(ranks),
         "rounds": _rounds(ranks),
+        **{case: rounds_of(case, ranks) for case in CASES},
         "filled in": _filled_in(ranks).tolist(),
         "shared": ranks.share_object({"from": ranks.rank}),
         "together": _together(ranks),
@@ -115,6 +117,7 @@ def sharded_report_of(ranks: Ranks) -> dict[str, Any]:
         "evaluated": evaluate(trained, images(), ranks, 4),
         "recalibrated": _recalibrated(ranks, trained),
         "rounds": _rounds(ranks, strategy="fsdp"),
+        **{case: rounds_of(case, ranks, strategy="fsdp") for case in CASES},
         "rank": ranks.rank,
     }
 

@@ -93,6 +93,30 @@ def measured_peaks(job: JobConfig, workload: Workload, patch: pytest.MonkeyPatch
     return peaks
 
 
+TECHNIQUES: list[dict[str, Any]] = [
+    {"ema_decay": 0.9},
+    {"max_gradient_norm": 0.1, "optimizer": "adam"},
+    {"mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1},
+    {"precision": "bfloat16"},
+]
+
+
+@pytest.mark.parametrize("recipe", TECHNIQUES, ids=lambda recipe: "-".join(recipe))
+def test_a_technique_of_training_holds_what_the_plan_says(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, job = whole_job("magnitude"), whole_job("magnitude", finetune=recipe)
+    workload = images(WideNet)
+    plan = make_plan(job, workload)
+    held = phase_of(plan, "finetune").held
+    predicted = sum(size for part, size in held.items() if part not in STANDING - {"optimizer"})
+    measured = measured_peaks(job, workload, monkeypatch)["finetune"]
+    assert predicted == pytest.approx(measured, rel=0.1)
+    # What clipping and mixing hold is less than the peak of the pass, and changes nothing.
+    if recipe.keys() & {"ema_decay", "precision"}:
+        assert held != phase_of(make_plan(plain, workload), "finetune").held
+
+
 STANDING = {"model", "masks", "dense weights", "teacher", "movement", "optimizer"}
 
 

@@ -30,6 +30,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "one shot": {"prune": {"schedule": "one_shot"}},
     "sparse early": {"prune": {"ramp_rounds": 2}},
     "distilled": {"finetune": {"distillation": {"weight": 0.8}}},
+    "averaged and mixed": {
+        "pretrain": {"ema_decay": 0.9, "cutmix": 1.0, "label_smoothing": 0.1},
+        "finetune": {"ema_decay": 0.9, "mixup": 0.4, "cutmix": 1.0, "max_gradient_norm": 0.5},
+    },
+    "bfloat16, averaged, weights rewound": {
+        "prune": {"rewind": "weights"},
+        "finetune": {"precision": "bfloat16", "ema_decay": 0.8},
+    },
 }
 
 

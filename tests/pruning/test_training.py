@@ -167,6 +167,27 @@ def test_sgd_with_one_part_equals_plain_torch() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_optimizer_with_its_schedule_equals_plain_torch(name: str) -> None:
+    """Several steps, float64, a cosine by torch's own scheduler."""
+    workload, model = tanh_workload(), in_float64(TanhNet)
+    twin = copy.deepcopy(model)
+    recipe = recipe_of(
+        optimizer=name, lr_schedule="cosine", microbatches=1, batch_size=23, weight_decay=0.1
+    )
+    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    momentum = {"momentum": 0.9} if name == "sgd" else {}
+    plain = kinds[name](twin.parameters(), lr=0.05, weight_decay=0.1, **momentum)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(plain, T_max=6)
+    for _ in range(6):
+        plain.zero_grad()
+        workload.loss(twin(workload.train[0]), workload.train[1]).backward()
+        plain.step()
+        schedule.step()
+    train(model, workload, recipe, steps(6))
+    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_parts_change_nothing_without_batchnorm(name: str) -> None:
     workload = tanh_workload()
     results = []

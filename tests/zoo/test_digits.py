@@ -12,7 +12,7 @@ import torch
 from small_data import REPOSITORY
 
 from gbp_ray.workload import seeded, shuffled_indices, take_batch
-from gbp_ray.zoo import digits_convnet
+from gbp_ray.zoo import digits_convnet, digits_recurrent
 
 
 def read_digits():
@@ -87,3 +87,48 @@ def test_digits_shift_is_a_shift_drawn_per_image():
     }
     assert {one.numpy().tobytes() for one in shifted} == allowed
     assert digits_convnet(augment=False).augment is None
+
+
+@pytest.mark.parametrize("names", [["crop", "rotation"], ["randaugment"], ["trivialaugment"]])
+def test_digits_take_augmentations_by_name(names):
+    workload = digits_convnet(augment=names)
+    images, _ = take_batch(workload, workload.train, torch.arange(200))
+    drawn, _ = take_batch(workload, workload.train, torch.arange(200), augment_seed=1)
+    again, _ = take_batch(workload, workload.train, torch.arange(200), augment_seed=1)
+    assert drawn.shape == images.shape
+    assert torch.equal(drawn, again)
+    # In the range that the network knows, white being 255 / 15 / 16.
+    assert float(drawn.min()) >= 0
+    assert float(drawn.max()) <= 17 / 16
+    assert float((drawn != images).flatten(1).any(dim=1).float().mean()) > 0.3
+    # What stays of an image is still that image: strangers are not as much alike.
+    likeness = torch.nn.functional.cosine_similarity(drawn.flatten(1), images.flatten(1))
+    strangers = torch.nn.functional.cosine_similarity(
+        drawn.flatten(1), images.roll(1, 0).flatten(1)
+    )
+    assert float(likeness.median()) > float(strangers.median())
+
+
+def test_a_list_without_names_augments_nothing():
+    workload = digits_convnet(augment=[])
+    assert workload.augment is None
+
+
+def test_batchnorm_can_be_left_out():
+    with_norm, without = (digits_convnet(batchnorm=b).build_model() for b in (True, False))
+    names = [name for name, _ in without.named_parameters()]
+    assert not any("bn" in name for name in names)
+    assert {"conv1.bias", "conv2.bias", "conv3.bias"} <= set(names)
+    assert with_norm.conv1.bias is None
+
+
+def test_the_recurrent_network_uses_one_kernel_in_all_steps():
+    with seeded(0):
+        model = digits_recurrent(width=4, steps=2).build_model().eval()
+    layer, images = model.layer1, torch.rand(3, 1, 8, 8)
+    driven, kernel = layer.drive(images), layer.kernels[0]
+    expected = torch.relu(layer.norms[0](driven))
+    expected = torch.relu(layer.norms[1](driven + kernel(expected)))
+    expected = torch.relu(layer.norms[2](driven + kernel(expected)))
+    torch.testing.assert_close(layer(images), expected)
+    assert model(images).shape == (3, 10)

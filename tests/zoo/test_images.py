@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_data import draw_images
+from small_data import draw_images, message_of
 
 from gbp_ray.workload import seeded
 from gbp_ray.zoo.images import AUGMENTATIONS, build_augment, normalise
+from gbp_ray.zoo.vision import import_vision
 
 
 @pytest.mark.parametrize("names", [*([name] for name in AUGMENTATIONS), list(AUGMENTATIONS)])
@@ -25,6 +26,63 @@ def test_augmentation_draws_for_each_image(names):
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert len({image.numpy().tobytes() for image in first}) > 1
+
+
+@pytest.mark.parametrize(
+    ("entry", "smaller"),
+    [
+        ({"name": "crop", "padding": 1}, "crop"),
+        ({"name": "flip", "probability": 0.0}, "flip"),
+        ({"name": "rotation", "degrees": 1}, "rotation"),
+        ({"name": "randaugment", "num_ops": 1, "magnitude": 0}, "randaugment"),
+    ],
+)
+def test_parameters_are_heeded(entry, smaller):
+    """Less of each changes less of the pixels than the default does."""
+    images = torch.as_tensor(draw_images(1)).expand(24, 3, 32, 32)
+
+    def changed(given):
+        with seeded(1):
+            return int((build_augment([given], 32)(images) != images).sum())
+
+    assert changed(entry) < changed(smaller)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "transform"),
+    [
+        ("randaugment", {"num_ops": 3, "magnitude": 12}, lambda v2: v2.RandAugment(3, 12)),
+        ("randaugment", {}, lambda v2: v2.RandAugment()),
+        ("trivialaugment", {}, lambda v2: v2.TrivialAugmentWide()),
+    ],
+)
+def test_named_policies_are_those_of_torchvision(name, parameters, transform):
+    images = torch.as_tensor(draw_images(6))
+    theirs = transform(import_vision("transforms.v2"))
+    with seeded(3):
+        expected = torch.stack([theirs(image) for image in images])
+    with seeded(3):
+        found = build_augment([{"name": name, **parameters}], 32)(images)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        (["randaugmnet"], "no augmentation 'randaugmnet', did you mean 'randaugment'? (allowed: "),
+        ([{"degrees": 5}], "no augmentation None"),
+        ([3], "no augmentation 3"),
+        ([{"name": "rotation", "degree": 5}], "rotation has no parameter 'degree', did you mean"),
+        ([{"name": "rotation", "degrees": 200}], "rotation.degrees = 200: must be a number from 0"),
+        ([{"name": "randaugment", "num_ops": 1.5}], "num_ops = 1.5: must be a whole number from 1"),
+        ([{"name": "randaugment", "magnitude": True}], "magnitude = True: must be a whole number"),
+        ({"name": "crop"}, "must be a list such as"),
+    ],
+)
+def test_bad_entries_are_refused_in_one_line(entries, expected):
+    text = message_of(build_augment, entries, 32)
+    assert text.startswith("workload.options.augment")
+    assert expected in text
 
 
 def test_crop_pads_with_black_by_at_most_four_pixels():

@@ -16,7 +16,10 @@ from gbp_ray.zoo import cifar10_convnet
     ("factory", "options", "expected"),
     [
         ("digits_convnet", {"width": 0}, "options.width = 0: must be a whole number"),
-        ("digits_convnet", {"augment": "yes"}, "options.augment = 'yes': must be true or false"),
+        ("digits_convnet", {"batchnorm": 1}, "options.batchnorm = 1: must be true or false"),
+        ("digits_recurrent", {"steps": 0}, "options.steps = 0: must be a whole number"),
+        ("digits_recurrent", {"shared": "no"}, "options.shared = 'no': must be true or false"),
+        ("digits_convnet", {"augment": "yes"}, "options.augment = 'yes': must be a list such as"),
         ("cifar10_resnet20", {"data": "/none"}, "options.data = '/none': no such folder; set"),
         ("cifar10_resnet20", {"data": 3}, "options.data = 3: must be the path"),
         ("cifar10_resnet20", {"data": "what://x"}, "options.data = 'what://x': "),
@@ -31,7 +34,7 @@ from gbp_ray.zoo import cifar10_convnet
     ],
 )
 def test_bad_options_are_refused_in_one_line(tiny, factory, options, expected):
-    needs_data = factory != "digits_convnet" and "data" not in options
+    needs_data = not factory.startswith("digits") and "data" not in options
     options = ({"data": str(tiny)} if needs_data else {}) | options
     config = WorkloadConfig(factory=f"gbp_ray.zoo:{factory}", options=options)
     text = message_of(load_workload, config)

@@ -1,0 +1,105 @@
+"""Layers that share one weight: a job ties layers of an existing network by name.
+
+The weights of the layers of a group become one parameter, that of the first of them in the
+network's order, under its name. From there on it is one weight like any other: differentiated
+through all its uses, scored, masked, stored and counted once; only its multiply-adds count for each
+use. Biases and norms stay each layer's own.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from gbp_ray.config import nearest_name
+from gbp_ray.errors import ConfigError
+
+__all__ = ["tie_weights", "with_tied_weights"]
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
+
+
+def with_tied_weights(
+    build_model: Callable[[], nn.Module], groups: Sequence[Sequence[str]]
+) -> Callable[[], nn.Module]:
+    """Returns a builder whose every model has its layers tied; without groups the builder itself.
+
+    Args:
+        groups: As for `tie_weights`.
+    """
+    if not groups:
+        return build_model
+
+    def build_tied() -> nn.Module:
+        model = build_model()
+        # Whoever builds checks first that this is a network.
+        if isinstance(model, nn.Module):
+            tie_weights(model, groups)
+        return model
+
+    return build_tied
+
+
+def tie_weights(model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
+    """Gives the layers of each group one weight, in place.
+
+    Args:
+        groups: Each the names of convolutions and linear layers, such as "layer1.0.conv2", or globs
+            of them.
+
+    Raises:
+        ConfigError: A name or a glob matches no layer, a group has one layer alone, a layer is in
+            two groups, or the weights of a group differ in shape or meaning. Nothing is tied.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, _LAYERS)}
+    group_of: dict[str, Sequence[str]] = {}
+    tied: list[list[str]] = []
+    for group in groups:
+        chosen: set[str] = set()
+        for pattern in group:
+            found = fnmatch.filter(layers, pattern)
+            if not found:
+                raise _fault(
+                    group,
+                    f"'{pattern}' matches no convolution or linear layer"
+                    f"{nearest_name(pattern, list(layers))}",
+                )
+            chosen.update(found)
+        names = [name for name in layers if name in chosen]
+        if len(names) < 2:
+            raise _fault(group, f"'{names[0]}' is alone; name two layers or more")
+        for name in names:
+            if name in group_of:
+                raise _fault(group, f"'{name}' is in {list(group_of[name])}, too; join the two")
+            group_of[name] = group
+        _check_alike(group, {name: layers[name] for name in names})
+        tied.append(names)
+    for first, *others in tied:
+        for name in others:
+            layers[name].weight = layers[first].weight
+
+
+def _check_alike(group: Sequence[str], layers: dict[str, nn.Module]) -> None:
+    (first, pattern), *_ = layers.items()
+    for name, layer in layers.items():
+        if not isinstance(layer.weight, nn.Parameter):
+            raise _fault(
+                group,
+                f"the weight of '{name}' is computed from other tensors (by torch.nn.utils.prune "
+                "or a parametrization); make it a plain parameter first",
+            )
+        assert isinstance(pattern.weight, nn.Parameter)
+        if isinstance(layer, _TRANSPOSED) != isinstance(pattern, _TRANSPOSED):
+            raise _fault(
+                group, f"one of '{first}' and '{name}' is a transposed convolution; leave it out"
+            )
+        own, other = tuple(pattern.weight.shape), tuple(layer.weight.shape)
+        if own != other:
+            raise _fault(group, f"'{first}' has shape {own} and '{name}' {other}; leave one out")
+
+
+def _fault(group: Sequence[str], what: str) -> ConfigError:
+    return ConfigError(f"workload.tie: in {list(group)} {what}")
