@@ -342,6 +342,7 @@ def _make_recipe(
 
 def _word_figures(curves: WorkloadCurves, targets: Sequence[float]) -> dict[str, tuple[str, str]]:
     """Says of each figure what it shows (for those who cannot see it) and how to read it."""
+    judged = curves.judged_on.capitalize()
     names = ", ".join(curve.label for curve in curves.curves[:8])
     more = len(curves.curves) - 8
     names += f" and {more} more" if more > 0 else ""
@@ -383,16 +384,16 @@ def _word_figures(curves: WorkloadCurves, targets: Sequence[float]) -> dict[str,
     at = ", ".join(f"{100 * target:.4g} %" for target in targets)
     return {
         "accuracy": (
-            f"Test accuracy against sparsity of {names}. {found}",
+            f"{judged} accuracy against sparsity of {names}. {found}",
             f"{spread}{front}{way}",
         ),
         "tradeoffs": (
-            f"Test accuracy against compression and theoretical speed-up of {names}. {found}",
+            f"{judged} accuracy against compression and theoretical speed-up of {names}. {found}",
             "Compression counts every parameter of the model; the speed-up counts multiply-adds "
             f"and is theory, not a measured time. {spread}",
         ),
         "rounds": (
-            f"Test accuracy and loss after each round of {names}, for trials to sparsity {at}.",
+            f"{judged} accuracy and loss after each round of {names}, for trials to sparsity {at}.",
             "Lines are means over seeds, bands one sample standard deviation. Dotted: accuracy "
             "before the round's fine-tuning; training loss of the fine-tuning.",
         ),

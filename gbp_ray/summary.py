@@ -16,7 +16,15 @@ from rich.table import Table
 
 __all__ = ["answers_table", "ends_table", "summarize", "summary_table"]
 
-_MEASURED = ("accuracy", "loss", "sparsity", "macs_nonzero", "num_nonzero")
+_MEASURED = (
+    "accuracy",
+    "test_accuracy",
+    "train_accuracy",
+    "loss",
+    "sparsity",
+    "macs_nonzero",
+    "num_nonzero",
+)
 
 
 def summarize(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> list[dict[str, Any]]:
@@ -40,9 +48,10 @@ def summarize(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> list[
         line: dict[str, Any] = {field: members[0][field] for field in kept}
         line["num_seeds"] = len(members)
         for name in _MEASURED:
-            values = [row[name] for row in members]
-            line[name] = statistics.fmean(values)
+            values = [row[name] for row in members if row.get(name) is not None]
+            line[name] = statistics.fmean(values) if values else None
             line[f"{name}_deviation"] = statistics.stdev(values) if len(values) > 1 else None
+        line["judged_on"] = members[0].get("judged_on", "test")
         lines.append(line)
     # Measured sparsities of equal jobs may differ by a weight.
     return sorted(lines, key=lambda line: (round(line["sparsity"], 3), -line["accuracy"]))
@@ -55,7 +64,10 @@ def summary_table(lines: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> 
     table.add_column("sparsity", justify="right", no_wrap=True)
     for field in kept:
         table.add_column(escape(field.removeprefix("prune.")), overflow="fold")
-    for heading in ("accuracy", "+-", "seeds", "loss", "weights left"):
+    # Where rounds were judged by other examples, the test split has its own columns.
+    is_tested = any(line["judged_on"] != "test" for line in lines)
+    tested = ("test", "+-") if is_tested else ()
+    for heading in ("accuracy", "+-", *tested, "seeds", "loss", "weights left"):
         table.add_column(heading, justify="right", no_wrap=True)
     before = None
     for line in lines:
@@ -65,7 +77,8 @@ def summary_table(lines: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> 
             "" if sparsity == before else sparsity,
             *(escape(_word(line[field])) for field in kept),
             f"{line['accuracy']:.2%}",
-            "" if deviation is None else f"{deviation:.2%}",
+            _share(deviation),
+            *(_share(line[f"test_accuracy{end}"]) for end in ("", "_deviation") if is_tested),
             str(line["num_seeds"]),
             f"{line['loss']:.4f}",
             f"{line['num_nonzero']:,.0f}",
@@ -110,6 +123,10 @@ def ends_table(lines: Sequence[Mapping[str, Any]]) -> Table:
         why = line["cause"] or f"weaker than others after round {line['round']}"
         table.add_row(escape(line["trial_id"]), line["state"], escape(why))
     return table
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2%}"
 
 
 def _word(value: Any) -> str:

@@ -14,7 +14,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from gbp_ray.config import WorkloadConfig, nearest_name
 from gbp_ray.errors import ConfigError, GbpError, WorkloadError
 
 __all__ = [
+    "Portion",
     "Workload",
     "add_import_paths",
     "blaming_labels",
@@ -39,7 +40,9 @@ __all__ = [
     "cut_batches",
     "derive_seed",
     "find_shadowed_module",
+    "hold_out",
     "import_attribute",
+    "judged_split",
     "load_workload",
     "num_examples",
     "seeded",
@@ -51,6 +54,22 @@ __all__ = [
 def count_top1(outputs: Tensor, targets: Tensor) -> Tensor:
     """Counts right answers: outputs (B, classes), targets (B,) -> integer scalar."""
     return (outputs.argmax(dim=1) == targets).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class Portion:
+    """Some examples of a split, by index; nothing is copied.
+
+    Attributes:
+        data: The split.
+        indices: (n,) positions in it.
+    """
+
+    data: Any
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
 
 
 @dataclass(frozen=True)
@@ -69,6 +88,8 @@ class Workload:
         prepare: `inputs -> inputs` for every batch, such as scaling bytes to normalised floats.
         augment: `inputs -> inputs` for training batches alone, before `prepare`; draws from torch's
             global generator, which is seeded for each part of each batch.
+        validation: Examples that rounds are judged by and fine-tuning is stopped by; the test split
+            is then used once, at the end of a trial. None judges rounds by the test split.
     """
 
     build_model: Callable[[], nn.Module]
@@ -78,10 +99,14 @@ class Workload:
     count_correct: Callable[[Tensor, Tensor], Tensor] = count_top1
     prepare: Callable[[Tensor], Tensor] | None = None
     augment: Callable[[Tensor], Tensor] | None = None
+    validation: Any = None
 
 
-def load_workload(config: WorkloadConfig) -> Workload:
-    """Calls the factory that a job names.
+def load_workload(config: WorkloadConfig, seed: int | None = None) -> Workload:
+    """Calls the factory that a job names, and sets examples aside where the job asks for it.
+
+    Args:
+        seed: Of the job; decides which examples are set aside.
 
     Raises:
         ConfigError: The factory cannot be found, or does not take these options.
@@ -124,7 +149,43 @@ def load_workload(config: WorkloadConfig) -> Workload:
             f"workload.factory = '{config.factory}' returned {type(workload).__name__}; "
             "it must return a gbp_ray.Workload"
         )
+    if config.validation:
+        assert seed is not None, "the seed decides which examples are set aside"
+        workload = hold_out(workload, config.validation, seed)
     return workload
+
+
+def hold_out(workload: Workload, share: float, seed: int) -> Workload:
+    """Sets a share of the training examples aside, for judging rounds by.
+
+    Raises:
+        ConfigError: The workload brings a validation split of its own, or too few examples.
+    """
+    if workload.validation is not None:
+        raise ConfigError(
+            f"workload.validation = {share:g}: this workload brings a validation split of its own; "
+            "leave it out"
+        )
+    total = num_examples(workload.train)
+    num_aside = round(share * total)
+    if not 0 < num_aside < total:
+        raise ConfigError(
+            f"workload.validation = {share:g}: sets {num_aside} of {total} training examples "
+            "aside; some must be, and some must be left"
+        )
+    order = shuffled_indices(total, derive_seed(seed, "validation"))
+    # In their own order, so that reading them goes through the data once.
+    aside, kept = order[:num_aside].sort().values, order[num_aside:].sort().values
+    return replace(
+        workload,
+        train=Portion(workload.train, kept),
+        validation=Portion(workload.train, aside),
+    )
+
+
+def judged_split(workload: Workload) -> str:
+    """Names the split that rounds are judged by: "validation" where there is one, else "test"."""
+    return "test" if workload.validation is None else "validation"
 
 
 def build_network(workload: Workload) -> nn.Module:
@@ -166,9 +227,12 @@ def check_workload(workload: Workload, model: nn.Module, batch_size: int) -> Non
     was_training = model.training
     model.eval()
     try:
-        for split in ("train", "test"):
+        splits = ["train", "test"]
+        if workload.validation is not None:
+            splits.append("validation")
+        for split in splits:
             _check_size(split, getattr(workload, split))
-        for split in ("train", "test"):
+        for split in splits:
             _check_split(workload, model, split, batch_size)
     finally:
         model.train(was_training)
@@ -429,6 +493,8 @@ def take_batch(
         indices: (B,) positions in `data`.
         augment_seed: Seeds `workload.augment`; None leaves augmentation out.
     """
+    while isinstance(data, Portion):
+        data, indices = data.data, data.indices[indices]
     if isinstance(data, tuple):
         inputs, targets = (_as_rows(column, indices) for column in data)
     else:

@@ -49,6 +49,7 @@ def dense_origin(job: JobConfig) -> dict[str, Any] | None:
         "pretrain": job.pretrain.model_dump(mode="json", exclude_defaults=True),
         # Masks and measurements of round 0 cover what is not excluded.
         "exclude": sorted(job.prune.exclude),
+        **({"masks": pinned} if (pinned := job.prune.initial_masks_digest) else {}),
         **_surroundings(job, job.workload.factory),
     }
 
@@ -133,7 +134,10 @@ def _scores_origin(job: JobConfig, model: nn.Module) -> dict[str, Any] | None:
             fields = set(type(prune).model_fields)
     return {
         "weights": _digest_state(model),
-        "workload": {"factory": job.workload.factory, "options": job.workload.options},
+        "workload": job.workload.model_dump(
+            mode="json", include={"factory", "options"}, exclude_defaults=False
+        )
+        | job.workload.model_dump(mode="json", include={"validation"}, exclude_defaults=True),
         "prune": prune.model_dump(mode="json", include=fields, exclude_defaults=True),
         **_surroundings(job, *plug_ins),
     }

@@ -20,7 +20,7 @@ from gbp_ray.errors import WorkloadError
 from gbp_ray.workload import seeded
 from gbp_ray.zoo.location import describe_fault, read_bytes
 
-__all__ = ["with_checkpoint"]
+__all__ = ["read_state", "with_checkpoint"]
 
 _KEY = "workload.options.checkpoint"
 _PICKLED = (".pt", ".pth", ".th")
@@ -45,7 +45,7 @@ def with_checkpoint(
     """
     if checkpoint is None:
         return build_model
-    state = _read_state(checkpoint)
+    state = read_state(checkpoint)
     with seeded(0):  # the check's own draws must not shift those of the job
         expected = build_model().state_dict()
     faults = _compare(state, expected)
@@ -64,38 +64,47 @@ def _build_loaded(build_model: Callable[[], nn.Module], state: dict[str, Tensor]
     return model
 
 
-def _read_state(checkpoint: str) -> dict[str, Tensor]:
-    content = read_bytes(checkpoint, _KEY)
+def read_state(checkpoint: str, key: str = _KEY) -> dict[str, Tensor]:
+    """Reads a state dict from a file of one of the kinds that `with_checkpoint` takes.
+
+    Args:
+        checkpoint: Path or s3:// address.
+        key: What to call it in an error.
+
+    Raises:
+        WorkloadError: The file is missing, damaged or of another kind.
+    """
+    content = read_bytes(checkpoint, key)
     suffix = PurePath(checkpoint.partition("?")[0]).suffix
     if suffix == ".safetensors":
         try:
             return load_tensors(content)
         except (SafetensorError, ValueError) as error:
             raise WorkloadError(
-                f"{_KEY} = '{checkpoint}': is truncated or not a safetensors file "
+                f"{key} = '{checkpoint}': is truncated or not a safetensors file "
                 f"({describe_fault(error)}); copy it again"
             ) from error
     if suffix not in _PICKLED:
         raise WorkloadError(
-            f"{_KEY} = '{checkpoint}': unknown kind of file '{suffix}' (allowed: .safetensors, "
+            f"{key} = '{checkpoint}': unknown kind of file '{suffix}' (allowed: .safetensors, "
             f"{', '.join(_PICKLED)}); save the state dict as .safetensors"
         )
     try:
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle may raise anything
         raise WorkloadError(
-            f"{_KEY} = '{checkpoint}': is truncated or holds more than tensors "
+            f"{key} = '{checkpoint}': is truncated or holds more than tensors "
             f"({describe_fault(error)}); save the state dict as .safetensors"
         ) from error
-    return _unwrap(loaded, checkpoint)
+    return _unwrap(loaded, checkpoint, key)
 
 
-def _unwrap(loaded: object, checkpoint: str) -> dict[str, Tensor]:
+def _unwrap(loaded: object, checkpoint: str, key: str) -> dict[str, Tensor]:
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise WorkloadError(
-            f"{_KEY} = '{checkpoint}': holds no state dict; save model.state_dict() itself, or "
+            f"{key} = '{checkpoint}': holds no state dict; save model.state_dict() itself, or "
             "under 'state_dict'"
         )
     return {str(name).removeprefix("module."): tensor for name, tensor in loaded.items()}
