@@ -7,8 +7,10 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
-from gbp_ray.terminal import AsJson, print_json, say, show_warning
+from gbp_ray.terminal import AsJson, console, print_json, say, show_warning, step_teller
 
 __all__ = ["add_reuse_verbs"]
 
@@ -25,6 +27,7 @@ def add_reuse_verbs(app: typer.Typer) -> None:
     """Puts the verbs on the command line."""
     app.command("apply")(apply_to_checkpoint)
     app.command("export")(export_network)
+    app.command("explain")(explain_network)
 
 
 def apply_to_checkpoint(
@@ -67,6 +70,60 @@ def apply_to_checkpoint(
         f"{applied.file}: {applied.num_pruned:,} of {applied.num_units:,} masked weights are zero "
         f"({applied.sparsity:.2%}), {applied.num_changed:,} of them were not before"
     )
+
+
+def explain_network(
+    uri: Round,
+    as_json: AsJson = False,
+    is_quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Find out what a pruned network does differently from the dense one.
+
+    Accuracy by class, the answers that changed, what in an input the right
+    answer hangs on, saliency by layer before and after. It is kept beside
+    the trial, and gbp-ray report makes a page of pictures of it.
+
+    Examples:
+
+      gbp-ray explain gbp-results/digits
+
+      gbp-ray report gbp-results/digits --to my-report
+    """
+    # torch takes seconds to import; --help and a mistyped option should not.
+    from gbp_ray.explain import explain_round
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning  # type: ignore[assignment]
+        explained = explain_round(uri, tell=step_teller(is_quiet))
+    found = explained.findings
+    if as_json:
+        print_json({"uri": explained.uri, **found.to_dict()})
+        return
+    if found.classes:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for heading in ("class", "examples", "dense", "pruned", "points"):
+            table.add_column(heading, justify="right")
+        for item in found.classes:
+            dense = item.num_right_dense / item.num_examples
+            pruned = item.num_right_pruned / item.num_examples
+            table.add_row(
+                str(item.label),
+                f"{item.num_examples:,}",
+                f"{dense:.2%}",
+                f"{pruned:.2%}",
+                f"{100 * (pruned - dense):+.2f}",
+            )
+        console().print(table)
+        say(
+            f"{found.num_changed:,} of {found.num_examples:,} answers changed: {found.num_hurt:,} "
+            f"from right to wrong, {found.num_helped:,} from wrong to right"
+        )
+    if found.agreement:
+        words = ", ".join(f"{name} answers {value:.2f}" for name, value in found.agreement.items())
+        say(f"cosine of the input gradients: {words}")
+    for text in found.left_out:
+        say(f"left out: {text}")
+    say(f"kept in {explained.uri}; gbp-ray report {explained.trial_uri} shows it")
 
 
 def export_network(

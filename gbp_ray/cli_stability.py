@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gbp_ray.errors import ConfigError, StoreError
-from gbp_ray.terminal import AsJson, console, print_json, say, show_warning
+from gbp_ray.terminal import AsJson, console, print_json, say, show_warning, step_teller
 
 __all__ = ["add_stability_verb"]
 
@@ -104,7 +103,7 @@ def show_stability(
             with_samples=with_samples,
             with_seeds=with_seeds,
             is_sweep=is_sweep,
-            tell=_teller(is_quiet),
+            tell=step_teller(is_quiet),
         ).to_dict()
     _write(Path(to), {
         "stability.json": json.dumps(found, indent=1).encode() + b"\n",
@@ -137,23 +136,6 @@ def _read_sizes(text: str) -> list[int]:
     raise ConfigError(
         f"--examples = '{text}': must read FIRST:LAST, which doubles, or N,N,..., such as 64:8192"
     )
-
-
-def _teller(is_quiet: bool) -> Callable[[str, int, int], None]:
-    shown = ""
-
-    def tell(what: str, done: int, total: int) -> None:
-        nonlocal shown
-        if is_quiet or (what == shown and not sys.stderr.isatty()):
-            return
-        if sys.stderr.isatty():
-            end = "\n" if done == total else "\r"
-            typer.echo(f"\x1b[2K{what}  {done}/{total}{end}", err=True, nl=False)
-        else:
-            typer.echo(what, err=True)
-        shown = what
-
-    return tell
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:

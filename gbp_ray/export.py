@@ -24,18 +24,15 @@ from torch import Tensor, nn
 
 from gbp_ray.errors import ConfigError, ExportError, StoreError
 from gbp_ray.model_card import ExportFacts, write_card
-from gbp_ray.pruning.checkpoint import load_weights
 from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.rebuilding import rebuild_network
 from gbp_ray.store import locate_round
 from gbp_ray.workload import (
     Workload,
     add_import_paths,
-    build_network,
-    derive_seed,
     judged_split,
     load_workload,
     num_examples,
-    seeded,
     take_batch,
 )
 
@@ -92,7 +89,7 @@ def export_round(uri: str | Path, folder: str | Path) -> Export:
     weights = store.read_file(name, record, "weights.safetensors")
     packed = store.read_file(name, record, "masks.safetensors")
     masks = MaskSet.from_bytes(packed, "masks.safetensors")
-    model = _build(workload, trial.job.seed, weights)
+    model = rebuild_network(workload, trial.job.seed, weights, "weights.safetensors")
     if (revived := masks.find_revived(model)) is not None:
         raise ExportError(f"'{revived}': has weights other than zero where its mask removes them")
     size = min(_NUM_EXAMPLES, num_examples(workload.test))
@@ -131,15 +128,6 @@ def export_round(uri: str | Path, folder: str | Path) -> Export:
     )
 
 
-def _build(workload: Workload, seed: int, weights: bytes) -> nn.Module:
-    with seeded(derive_seed(seed, "model")):
-        model = build_network(workload)
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        model = model.to_empty(device="cpu")
-    load_weights(model, weights, "weights.safetensors")
-    return model.eval().requires_grad_(False)
-
-
 @torch.no_grad()
 def _outputs_of(model: nn.Module, inputs: Tensor) -> Tensor:
     outputs = model(inputs)
@@ -155,7 +143,7 @@ def _check_state(
     workload: Workload, seed: int, weights: bytes, inputs: Tensor, outputs: Tensor
 ) -> None:
     """Makes sure that the state dict alone, in a fresh network, gives the same outputs."""
-    fresh = _build(workload, seed + 1, weights)
+    fresh = rebuild_network(workload, seed + 1, weights, "weights.safetensors")
     missing = set(fresh.state_dict()) - set(load_tensors(weights))
     if not torch.equal(_outputs_of(fresh, inputs), outputs):
         hint = f"; '{min(missing)}' is not in its state dict" if missing else ""

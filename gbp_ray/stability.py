@@ -25,10 +25,13 @@ from gbp_ray.runtime.solo import own_device
 from gbp_ray.store import Store
 from gbp_ray.workload import add_import_paths, load_workload, num_examples
 
-__all__ = ["STABLE", "SeedStability", "Stability", "measure_stability"]
+__all__ = ["SIZES", "STABLE", "SeedStability", "Stability", "measure_stability"]
 
 STABLE = 0.9
 """Masks of two samples that overlap so far are called the same."""
+
+SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+"""Numbers of calibration examples to look at unless told."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def measure_stability(
     overrides: Mapping[str, Any] | list[str] | None = None,
     *,
     num_seeds: int = 3,
-    sizes: Sequence[int] = tuple(64 * 2**i for i in range(8)),
+    sizes: Sequence[int] = SIZES,
     criteria: Sequence[str] = (),
     is_evaluated: bool = False,
     with_samples: bool = True,

@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -403,11 +403,14 @@ def _sum_over_batches(
                     vector_N = layout.by_owner(statistic(probe, inputs, targets))
             sums.add(vector_N)
             if keep is not None:
-                summed = sums
-                keep(turn + 1, lambda: layout.split_own(summed.so_far()))
+                keep(turn + 1, partial(_own_so_far, layout, sums))
             tell(number * turns + turn + 1, len(rule.passes) * turns)
     assert sums is not None
     return sums.owned()
+
+
+def _own_so_far(layout: Layout, sums: OrderedSum) -> Mapping[str, Tensor]:
+    return layout.split_own(sums.so_far())
 
 
 def _units_of(model: nn.Module, units: list[Prunable]) -> list[Prunable]:
