@@ -122,6 +122,7 @@ def test_the_mask_cases_differ(alone: dict[str, Any]) -> None:
         "recalibrated",
         "unruly model",
         "filled in",
+        "held out",
     ],
 )
 def test_results_do_not_depend_on_the_number_of_ranks(

@@ -42,7 +42,7 @@ def test_masks_of_a_sharded_network_are_those_of_a_replicated_one(
     assert {report["masks"][case] for report in world} == {alone["masks"][case]}
 
 
-@pytest.mark.parametrize("result", ["trained", "movement", "evaluated", "recalibrated"])
+@pytest.mark.parametrize("result", ["trained", "movement", "evaluated", "recalibrated", "held out"])
 def test_results_of_a_sharded_network_are_those_of_a_replicated_one(
     result: str, alone: dict[str, Any], world: World
 ) -> None:
