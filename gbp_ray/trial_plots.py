@@ -270,10 +270,9 @@ def plot_examples(found: Findings, salt: str) -> Plot | None:
             if has_maps:
                 tiles += [_paint_map(found.maps_dense[place]), _paint_map(found.maps_pruned[place])]
             _show_mosaic(ax, tiles, len(tiles))
-            verdict = "≠" if item.is_changed else "="
             ax.set_title(
-                f"is {item.label}: dense {item.answer_dense} ({item.confidence_dense:.0%}) "
-                f"{verdict} pruned {item.answer_pruned} ({item.confidence_pruned:.0%})",
+                f"is {item.label}: dense {item.answer_dense} ({item.confidence_dense:.0%}), "
+                f"pruned {item.answer_pruned} ({item.confidence_pruned:.0%})",
                 fontsize=7,
             )
         return figure
