@@ -34,6 +34,7 @@ from gbp_ray.pruning.plan import Plan as CostPlan
 from gbp_ray.pruning.plan import make_plan
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import check_job, load_weights
+from gbp_ray.pruning.tickets import pin_masks
 from gbp_ray.records import JobRecord
 from gbp_ray.results import Results, open_results
 from gbp_ray.runtime.known import Known
@@ -89,34 +90,37 @@ class PruneResult:
     @property
     def accuracy(self) -> float:
         """Test accuracy of the pruned network, in [0, 1]."""
-        return self.record.final.accuracy
+        return self.record.test_accuracy
 
     @property
     def sparsity(self) -> float:
         """Zero weights / prunable weights of the pruned network."""
-        return self.record.final.sparsity
+        return self.record.chosen.sparsity
 
-    def round_uri(self, round_number: int = -1) -> str:
-        """Says where a round is, the last by default."""
+    def round_uri(self, round_number: int | None = None) -> str:
+        """Says where a round is, by default the chosen one, which without a choice is the last."""
         return self._store().round_uri(self.record.trial_id, self._round(round_number).round)
 
-    def load_masks(self, round_number: int = -1) -> MaskSet:
-        """Reads the masks of a round; the last by default."""
+    def load_masks(self, round_number: int | None = None) -> MaskSet:
+        """Reads the masks of a round; by default of the chosen one."""
         name = "masks.safetensors"
         return MaskSet.from_bytes(self._read(round_number, name), name)
 
-    def load_model(self, round_number: int = -1) -> nn.Module:
-        """Builds the network of a round, the last by default; 0 is the dense one."""
+    def load_model(self, round_number: int | None = None) -> nn.Module:
+        """Builds the network of a round, by default of the chosen one; 0 is the dense one."""
         add_import_paths([str(Path.cwd())])
-        model = build_network(load_workload(self.record.job.workload))
+        job = self.record.job
+        model = build_network(load_workload(job.workload, job.seed))
         name = "weights.safetensors"
         load_weights(model, self._read(round_number, name), name)
         return model.eval()
 
-    def _read(self, round_number: int, name: str) -> bytes:
+    def _read(self, round_number: int | None, name: str) -> bytes:
         return self._store().read_file(self.record.trial_id, self._round(round_number), name)
 
-    def _round(self, round_number: int) -> RoundRecord:
+    def _round(self, round_number: int | None) -> RoundRecord:
+        if round_number is None:
+            return self.record.chosen
         rounds = self.record.rounds
         if not -len(rounds) <= round_number < len(rounds):
             raise StoreError(
@@ -257,7 +261,7 @@ class SweepResult:
         fields: list[str] = []
         lines: list[dict[str, Any]] = []
         if self.by_state("finished"):
-            results = self.finished.final()
+            results = self.finished.chosen()
             fields = results.find_varying()
             lines = summarize(results.to_rows(), fields)
         states = {state: self.by_state(state) for state in ("finished", "stopped", "failed")}
@@ -314,7 +318,9 @@ def sweep(
     started = time.monotonic()
     import_paths = _add_import_paths(job)
     job = load_job(job, overrides)
-    trials = expand(job) if job.sweep.search == "grid" else []
+    is_grid = job.sweep.search == "grid"
+    trials = [pin_masks(trial) for trial in expand(job)] if is_grid else []
+    job = job if is_grid else pin_masks(job)
     _warn_of_idle_options(trials, stacklevel=3)
     check_extras(job)
     store = Store(job.storage, job.name)
@@ -329,7 +335,7 @@ def sweep(
             feeder.put_back(first)
             store.preflight()
             # What ails all trials is better said once; the others are checked as they start.
-            check_job(first, load_workload(first.workload))
+            check_job(first, load_workload(first.workload, first.seed))
             _warn_of_shadowed_modules(first, import_paths, stacklevel=3)
             store.claim(first)
             # Ray takes seconds to import, and a sweep that has ended does not need it.
@@ -435,7 +441,7 @@ def _load(
 ) -> tuple[JobConfig, list[str]]:
     """Reads a job that runs once, and says what of it does nothing."""
     import_paths = _add_import_paths(source)
-    job = load_job(source, overrides)
+    job = pin_masks(load_job(source, overrides))
     if job.sweep != SweepConfig():
         warnings.warn("sweep has no effect on a single prune; gbp-ray sweep runs it", stacklevel=3)
         job = job.model_copy(update={"sweep": SweepConfig()})
@@ -445,7 +451,7 @@ def _load(
 
 def _load_checked(job: JobConfig, import_paths: list[str]) -> Workload:
     """Loads what is pruned and refuses what the job could only fail at later."""
-    workload = load_workload(job.workload)
+    workload = load_workload(job.workload, job.seed)
     check_job(job, workload)
     _warn_of_shadowed_modules(job, import_paths, stacklevel=4)
     return workload

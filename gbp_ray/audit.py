@@ -28,7 +28,7 @@ __all__ = ["Audit", "Garbage", "find_faults", "find_garbage", "remove_garbage"]
 
 _MARKS = ("driver.lock", "driver.json")
 _PROBE = ".probe-"
-_SHARED = ("dense/", "scores/")
+_SHARED = ("dense/", "scores/", "explained/")
 
 
 @dataclass

@@ -21,8 +21,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from gbp_ray import __version__
+from gbp_ray.cli_reference import add_reference_verbs
+from gbp_ray.cli_reuse import add_reuse_verbs
+from gbp_ray.cli_stability import add_stability_verb
 from gbp_ray.cli_sweep import run_sweep
-from gbp_ray.config import describe_fields
 from gbp_ray.errors import ConfigError, GbpError, TrialError
 from gbp_ray.report import (
     difference_table,
@@ -69,8 +71,10 @@ Place = Annotated[
     ),
 ]
 
-
 app.command("sweep")(run_sweep)
+add_stability_verb(app)
+add_reuse_verbs(app)
+add_reference_verbs(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -265,7 +269,8 @@ def list_results(
     else:
         fields = results.find_varying()
         columns = ["trial_id", "round", "sparsity", "accuracy", "loss", "num_nonzero"]
-        rows = results.to_rows([*columns, "macs_nonzero", *fields])
+        columns += ["macs_nonzero", "judged_on", "test_accuracy"]
+        rows = results.to_rows([*columns, *fields])
         console().print(results_table(rows, fields))
         if num_more:
             say(f"and {num_more:,} more (--limit ROWS shows them, --csv and --json show all)")
@@ -455,76 +460,6 @@ def collect_garbage(
         return
     done = f"{len(removed)} removed" if is_removing else "nothing removed (--remove does)"
     say(f"{len(items)} left over, {num_bytes / 1e6:.1f} MB; {done}")
-
-
-@app.command()
-def criteria(as_json: AsJson = False) -> None:
-    """List the criteria: what each computes, what it costs, where it comes from.
-
-    Examples:
-
-      gbp-ray criteria
-
-      gbp-ray prune --set prune.criterion=fisher
-    """
-    from gbp_ray.pruning.criteria import CRITERIA
-
-    fields = ("name", "formula", "summed", "cost", "is_signed", "source")
-    rows = [{field: getattr(rule, field) for field in fields} for rule in CRITERIA.values()]
-    if as_json:
-        print_json({"criteria": rows})
-        return
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_lines=False)
-    for heading in ("criterion", "score", "cost", "source"):
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        sign = ", signed" if row["is_signed"] else ""
-        table.add_row(row["name"], f"{row['formula']}{sign}", row["cost"], row["source"])
-    console().print(table)
-    console().print(
-        "The lowest scores are removed first. Cost counts forward and backward passes over the\n"
-        'calibration examples. Your own criterion: prune.criterion = "module:function".\n'
-        "w weight, g gradient of the mean loss of a batch, g_i of one example, H Hessian,\n"
-        "b batches of n_b examples, n in all, z random signs.",
-        highlight=False,
-    )
-
-
-@app.command()
-def fields(
-    section: Annotated[
-        str | None, typer.Argument(help="Only this section, such as prune.", metavar="SECTION")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """List what a job file may say: every field, its default and its meaning.
-
-    Examples:
-
-      gbp-ray fields prune
-
-      gbp-ray prune --set prune.scope=layer
-    """
-    rows = [
-        row
-        for row in describe_fields()
-        if section is None or row[0].startswith((f"{section}.", f"[{section}]"))
-    ]
-    if not rows:
-        raise ConfigError(
-            f"SECTION = '{section}': no such section (allowed: workload, pretrain, prune, "
-            "finetune, cluster, sweep)"
-        )
-    if as_json:
-        keys = ("field", "default", "description")
-        print_json({"fields": [dict(zip(keys, row, strict=True)) for row in rows]})
-        return
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("field", "default", "meaning"):
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(text) for text in row))
-    console().print(table)
 
 
 def main() -> None:

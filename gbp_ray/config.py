@@ -76,6 +76,12 @@ class WorkloadConfig(Section):
     """Examples per batch when accuracy is measured, on each worker."""
     transfer: TransferConfig = TransferConfig()
     encoding: EncodingConfig = EncodingConfig()
+    validation: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of the training examples that the seed sets aside: never trained or scored on. Rounds
+    are then judged by them, and the test split is used once, at the end, for the chosen round."""
+    train_sample: int = Field(1000, ge=0)
+    """Training examples, as they are, on which accuracy is measured after each round, too; what
+    lies between it and the held-out accuracy is overfitting. 0 leaves it out."""
 
     @field_validator("factory")
     @classmethod
@@ -145,6 +151,11 @@ class JobConfig(Section):
                 fault := find_weaker_attack(self.attack, recipe.adversarial, section)
             ):
                 faults.append(fault)
+        if self.prune.criterion == "movement" and self.finetune.patience:
+            faults.append(
+                f"finetune.patience = {self.finetune.patience} takes steps back that "
+                "prune.criterion = movement has counted; set it to 0"
+            )
         if self.prune.criterion == "movement" and self.finetune.epochs == 0:
             faults.append(
                 "prune.criterion = movement gathers its scores while fine-tuning; "
@@ -235,6 +246,9 @@ def trial_id(job: JobConfig) -> str:
     identity = job.model_dump(
         mode="json", exclude_defaults=True, exclude=_TRAINING_KEYS_OUTSIDE_IDENTITY
     )
+    if job.prune.initial_masks_digest:
+        # The masks themselves, wherever they lie.
+        del identity["prune"]["initial_masks"]
     identity["schema_version"] = SCHEMA_VERSION
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -285,6 +299,8 @@ def find_idle_options(job: JobConfig) -> list[tuple[str, str]]:
             note(distillation, section, ("features_weight",), f"{section}.features = []")
         if not distillation.is_on:
             note(distillation, section, ("teacher",), f"{section}.weight = 0")
+        if job.finetune.patience == 0:
+            note(job.finetune, "finetune", ("validate_every",), "finetune.patience = 0")
     _note_perturbation(note, job.attack, "attack")
     encoding, transfer = job.workload.encoding, job.workload.transfer
     if encoding.kind != "normalise":

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 _SPARSITY, _CRITERION = "prune.sparsity", "prune.criterion"
-_NO_SETTING = ("cluster.", "workload.eval_batch_size")
+_NO_SETTING = ("cluster.", "workload.eval_batch_size", "workload.train_sample")
 """Fields that do not make a trial another one to compare with."""
 
 
@@ -65,6 +65,10 @@ class Round(NamedTuple):
     accuracy_pruned: float | None
     loss: float
     train_loss: float | None
+    train_accuracy: float | None
+    test_accuracy: float | None
+    judged_on: str
+    is_chosen: bool
     num_parameters: int
     num_nonzero: int
     num_units: int
@@ -112,6 +116,11 @@ class Trial:
         """The network after the last round."""
         return self.rounds[-1]
 
+    @property
+    def test_accuracy(self) -> float | None:
+        """Of the round that was chosen; what a validation split judges is tested once."""
+        return next((item.test_accuracy for item in self.rounds if item.is_chosen), None)
+
 
 @dataclass(frozen=True)
 class Point:
@@ -120,6 +129,8 @@ class Point:
     Attributes:
         target: The sparsity that was asked for.
         round: The round; None for each trial's last.
+        test_accuracy: On the test split, of the rounds chosen; for a trial's last round alone.
+        gap: Accuracy on training examples minus accuracy: overfitting.
         drop: Accuracy minus the dense network's of the same seed.
         worker_seconds: Of the whole trials.
         phases: The mean of them by phase.
@@ -131,6 +142,8 @@ class Point:
     sparsity: Spread
     accuracy: Spread
     accuracy_pruned: Spread | None
+    test_accuracy: Spread | None
+    gap: Spread | None
     drop: Spread
     loss: Spread | None
     num_nonzero: Spread
@@ -177,6 +190,7 @@ class WorkloadCurves:
         title: The factory, with the options that tell it from the other workloads.
         dense: Accuracy of the dense networks over seeds.
         front: The points that no other one beats in sparsity and accuracy, by sparsity.
+        judged_on: The split of all accuracies: "test", or "validation".
         num_repeats: Trials left out because the same configuration was run before.
         varying: The fields in which the curves differ.
     """
@@ -188,6 +202,7 @@ class WorkloadCurves:
     front: list[tuple[Curve, Point]]
     trials: list[Trial]
     num_repeats: int
+    judged_on: str = "test"
     varying: list[str] = field(default_factory=list)
 
     @property
@@ -322,6 +337,7 @@ def _compare(title: str, trials: list[Trial]) -> WorkloadCurves:
         front=[pairs[place] for place in front],
         trials=counted,
         num_repeats=num_repeats,
+        judged_on=trials[0].final.judged_on,
         varying=varying,
     )
 
@@ -378,6 +394,12 @@ def _make_point(target: float, trials: tuple[Trial, ...], number: int | None) ->
         sparsity=spread(item.sparsity for item in rounds),
         accuracy=spread(item.accuracy for item in rounds),
         accuracy_pruned=Spread.of(item.accuracy_pruned for item in rounds),
+        test_accuracy=None if number else Spread.of(trial.test_accuracy for trial in trials),
+        gap=Spread.of(
+            item.train_accuracy - item.accuracy
+            for item in rounds
+            if item.train_accuracy is not None
+        ),
         drop=spread(
             item.accuracy - trial.dense.accuracy for item, trial in zip(rounds, trials, strict=True)
         ),

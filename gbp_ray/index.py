@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from gbp_ray.errors import StoreError
 from gbp_ray.objects import Objects
-from gbp_ray.records import TrialRecord, read_record
+from gbp_ray.records import RoundRecord, TrialRecord, read_record
 
 __all__ = [
     "INDEX",
@@ -56,7 +56,10 @@ _FLOATS = (
     "loss_pruned",
     "robust_accuracy",
     "train_loss",
+    "train_accuracy",
 )
+_TESTED = ("test_accuracy", "test_loss")
+"""Known of one round where rounds were judged by other examples, and of all where they were not."""
 _COUNTS = ("num_parameters", "num_nonzero", "macs", "macs_nonzero", "num_bytes", "num_bytes_sparse")
 _SCHEMA = pa.schema(
     [
@@ -64,7 +67,9 @@ _SCHEMA = pa.schema(
         ("round", pa.int64()),
         ("is_final", pa.bool_()),
         ("sparsity", pa.float64()),
-        *((name, pa.float64()) for name in _FLOATS),
+        *((name, pa.float64()) for name in (*_FLOATS, *_TESTED)),
+        ("judged_on", pa.string()),
+        ("is_chosen", pa.bool_()),
         ("compression", pa.float64()),
         ("num_units", pa.int64()),
         *((name, pa.int64()) for name in _COUNTS),
@@ -92,7 +97,7 @@ def read_index(objects: Objects) -> tuple[pa.Table, bool]:
     """
     announced = _announced(objects)
     table = read_stored(objects)
-    if table is None:
+    if table is None or not _is_current(table):
         return _tabulate_all(objects), True
     found = _read_trials(objects, announced)
     return _merge(table, list(found.values())), bool(found)
@@ -157,7 +162,7 @@ def _write_index(objects: Objects, *, is_rebuild: bool) -> int:
         found = objects.get_version(INDEX)
         announced = _announced(objects)
         table = None if is_rebuild or found is None else _parse(found[0])
-        if table is None:
+        if table is None or not _is_current(table):
             table, indexed = _tabulate_all(objects), None
         else:
             trials = _read_trials(objects, announced)
@@ -190,6 +195,11 @@ def read_stored(objects: Objects) -> pa.Table | None:
     )
 
 
+def _is_current(table: pa.Table) -> bool:
+    """Whether a stored index has all columns; one of an earlier version is made anew."""
+    return set(_SCHEMA.names) <= set(table.column_names)
+
+
 def _tabulate_all(objects: Objects) -> pa.Table:
     return tabulate(_read_trials(objects, objects.list_folders("trials/")).values())
 
@@ -217,6 +227,9 @@ def _rows_of(record: TrialRecord) -> Iterable[dict[str, Any]]:
             **shared,
             **{f"seconds.{name}": value for name, value in item.seconds.items()},
             **{name: getattr(item, name) for name in _FLOATS},
+            **dict(zip(_TESTED, _tested(record, item), strict=True)),
+            "judged_on": item.judged_on,
+            "is_chosen": item is record.chosen,
             **{name: getattr(item.cost, name) for name in _COUNTS},
             "round": item.round,
             "is_final": item is record.final,
@@ -227,6 +240,16 @@ def _rows_of(record: TrialRecord) -> Iterable[dict[str, Any]]:
             "weights_sha256": None if weights is None else weights.sha256,
             "held_back": json.dumps(item.held_back),
         }
+
+
+def _tested(record: TrialRecord, item: RoundRecord) -> tuple[float | None, float | None]:
+    """Finds accuracy and loss of a round on the test split, as far as they were measured."""
+    test = record.test
+    if test is None:
+        return item.accuracy, item.loss
+    if item.round == test.round:
+        return test.accuracy, test.loss
+    return (test.dense_accuracy, test.dense_loss) if item.round == 0 else (None, None)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

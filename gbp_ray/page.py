@@ -32,6 +32,7 @@ from gbp_ray.errors import ConfigError, StoreError
 from gbp_ray.lease import is_held
 from gbp_ray.results import Results, open_results
 from gbp_ray.store import Store, locate_jobs
+from gbp_ray.trial_page import PageFigure, make_trial_page
 
 __all__ = ["Report", "write_report"]
 
@@ -39,6 +40,7 @@ _PAGE = "index.html"
 _MARK = re.compile(r'<meta name="gbp-ray-report" content="([^"]*)">')
 _MOST_WORKLOADS, _MOST_TRIALS, _MOST_POINTS = 6, 200, 120
 _MOST_UNFINISHED, _MOST_JOBS = 30, 40
+_MOST_PAGES = 20
 _OUTSIDE: Any = {"storage": True, "sweep": True, "cluster": {"address"}}
 """What a job to run again does without: where it ran, and which sweep it was part of."""
 
@@ -61,18 +63,6 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure of the page with what it says in words."""
-
-    name: str
-    title: str
-    alt: str
-    caption: str
-    wide: Markup
-    narrow: Markup
-
-
-@dataclass(frozen=True)
 class Recipe:
     """The job of a curve, for running its trials again."""
 
@@ -88,10 +78,11 @@ class Section:
     number: int
     curves: WorkloadCurves
     checks: list[Check]
-    figures: list[Figure] = field(default_factory=list)
+    figures: list[PageFigure] = field(default_factory=list)
     close_ups: list[CloseUp] = field(default_factory=list)
     recipes: list[Recipe] = field(default_factory=list)
     commands: dict[tuple[str, str], str] = field(default_factory=dict)
+    pages: dict[tuple[str, str], str] = field(default_factory=dict)
     rows: list[tuple[Curve, Any]] = field(default_factory=list)
     trials: list[tuple[Curve, Trial]] = field(default_factory=list)
 
@@ -133,6 +124,7 @@ def write_report(
         hidden = [curves.title for curves in workloads[_MOST_WORKLOADS:]]
         left_out.append(f"{len(hidden)} of {len(workloads)} workloads: {'; '.join(hidden[:9])}")
     versions = _list_versions(results)
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     files: dict[str, bytes] = {}
     sections = []
     for number, curves in enumerate(workloads[:_MOST_WORKLOADS], start=1):
@@ -144,12 +136,13 @@ def write_report(
         )
         section = Section(number, curves, checks)
         _fill_section(section, by_name, files, left_out)
+        _add_trial_pages(section, by_name, files, left_out, made, is_alone=only is not None)
         sections.append(section)
     left_out = list(dict.fromkeys(left_out))
     names = sorted([_PAGE, *files])
-    page = _template().render(
+    page = _template("page.html.j2").render(
         uri=str(uri),
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        made=made,
         version=__version__,
         conditions=conditions,
         sections=sections,
@@ -242,7 +235,7 @@ def _fill_section(
             files[file] = plot.png
             # Made by this package, with every name in it escaped.
             wide, narrow = Markup(plot.wide), Markup(plot.narrow)
-            section.figures.append(Figure(file, title, alt, caption, wide, narrow))
+            section.figures.append(PageFigure(file, title, alt, caption, wide, narrow))
 
     words = _word_figures(curves, targets)
     plot: Plot | None = plots.plot_accuracy(curves, styles, salt)
@@ -280,6 +273,39 @@ def _fill_section(
         )
     section.trials = trials[:_MOST_TRIALS]
     _add_recipes(section, stores, files, left_out)
+
+
+def _add_trial_pages(
+    section: Section,
+    stores: Mapping[str, Store],
+    files: dict[str, bytes],
+    left_out: list[str],
+    made: str,
+    *,
+    is_alone: bool,
+) -> None:
+    """Makes the pages of the trials that were explained, and of one that was asked for alone."""
+    explained = {
+        (job, name)
+        for job in {trial.job for _, trial in section.trials}
+        for name in stores[job].objects.list_folders("explained/")
+    }
+    wanted = [t for _, t in section.trials if is_alone or (t.job, t.trial_id) in explained]
+    if len(wanted) > _MOST_PAGES:
+        left_out.append(f"pages of {len(wanted) - _MOST_PAGES} of {len(wanted)} explained trials")
+    template = _template("trial.html.j2")
+    for trial in wanted[:_MOST_PAGES]:
+        stem = f"trials/{trial.job}-{trial.trial_id}"
+        try:
+            made_files = make_trial_page(stores[trial.job], trial.trial_id, stem, made, template)
+        except StoreError as error:
+            if type(error) is not StoreError:
+                # A storage that does not answer is no fault of the results.
+                raise
+            left_out.append(f"page of {trial.trial_id}: {error}")
+            continue
+        files |= made_files
+        section.pages[trial.job, trial.trial_id] = next(iter(made_files))
 
 
 def _add_recipes(
@@ -342,6 +368,7 @@ def _make_recipe(
 
 def _word_figures(curves: WorkloadCurves, targets: Sequence[float]) -> dict[str, tuple[str, str]]:
     """Says of each figure what it shows (for those who cannot see it) and how to read it."""
+    judged = curves.judged_on.capitalize()
     names = ", ".join(curve.label for curve in curves.curves[:8])
     more = len(curves.curves) - 8
     names += f" and {more} more" if more > 0 else ""
@@ -383,16 +410,16 @@ def _word_figures(curves: WorkloadCurves, targets: Sequence[float]) -> dict[str,
     at = ", ".join(f"{100 * target:.4g} %" for target in targets)
     return {
         "accuracy": (
-            f"Test accuracy against sparsity of {names}. {found}",
+            f"{judged} accuracy against sparsity of {names}. {found}",
             f"{spread}{front}{way}",
         ),
         "tradeoffs": (
-            f"Test accuracy against compression and theoretical speed-up of {names}. {found}",
+            f"{judged} accuracy against compression and theoretical speed-up of {names}. {found}",
             "Compression counts every parameter of the model; the speed-up counts multiply-adds "
             f"and is theory, not a measured time. {spread}",
         ),
         "rounds": (
-            f"Test accuracy and loss after each round of {names}, for trials to sparsity {at}.",
+            f"{judged} accuracy and loss after each round of {names}, for trials to sparsity {at}.",
             "Lines are means over seeds, bands one sample standard deviation. Dotted: accuracy "
             "before the round's fine-tuning; training loss of the fine-tuning.",
         ),
@@ -419,7 +446,7 @@ def _word_figures(curves: WorkloadCurves, targets: Sequence[float]) -> dict[str,
 # -- the page --------------------------------------------------------------------------------------
 
 
-def _template() -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gbp_ray", "."),
         autoescape=True,
@@ -443,7 +470,7 @@ def _template() -> jinja2.Template:
         "is_on_front": lambda curves, point: any(point is other for _, other in curves.front),
         "curve_labels": lambda layers: list(dict.fromkeys(name for s in layers for name in s)),
     }
-    return environment.get_template("page.html.j2")
+    return environment.get_template(name)
 
 
 def _find_within_a_point(curves: WorkloadCurves) -> tuple[Curve, Point] | None:

@@ -100,7 +100,7 @@ def plot_accuracy(curves: WorkloadCurves, styles: dict[str, Style], salt: str) -
                     zorder=5,
                 )
             _set_sparsity_axis(ax, shown)
-            ax.set_ylabel("test accuracy, %")
+            ax.set_ylabel(f"{curves.judged_on} accuracy, %")
             if number == 1:
                 ax.set_ylim(100 * floor, 100 * (top + 0.004))
                 ax.set_title("Within 5 points of dense")
@@ -133,7 +133,7 @@ def plot_tradeoffs(curves: WorkloadCurves, styles: dict[str, Style], salt: str) 
             ax.set_xticks(ticks, [f"{2**tick:,}x" for tick in ticks])
             ax.set_xlim(-0.05 * high, high * 1.05)
             ax.set_xlabel(name)
-            ax.set_ylabel("test accuracy, %")
+            ax.set_ylabel(f"{curves.judged_on} accuracy, %")
         return figure
 
     return render_plot(draw, f"{salt}-tradeoffs")
@@ -167,7 +167,8 @@ def plot_rounds(
                 ax.set_xticks(list(ticks), ["dense" if tick == 0 else str(tick) for tick in ticks])
                 ax.set_title(f"To sparsity {_percent(target)}")
                 ax.set_xlabel("round")
-                ax.set_ylabel("test accuracy, %" if scale == 100 else "test loss")
+                what = "accuracy, %" if scale == 100 else "loss"
+                ax.set_ylabel(f"{curves.judged_on} {what}")
         return figure
 
     return render_plot(draw, f"{salt}-rounds")

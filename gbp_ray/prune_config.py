@@ -59,6 +59,11 @@ class PruneConfig(Section):
     rewind: Literal["none", "weights", "learning_rate"] = "none"
     """After each prune: "weights" puts kept weights back to their dense values, "learning_rate"
     starts the schedule anew, "none" runs one schedule through all rounds."""
+    initial_masks: str = ""
+    """Masks to start from: a mask file, a round's or a trial's folder. They hold from the first
+    weights on, in pretraining, too, and the schedule goes on from their sparsity."""
+    initial_masks_digest: str = ""
+    """Digest of those masks, by which the trial is known; filled in when the job is read."""
     exclude: tuple[str, ...] = ()
     """Name globs of parameters that are never pruned, such as "conv1.*"."""
     layer_min_sparsity: float | dict[str, float] = 0.0
@@ -102,6 +107,13 @@ class PruneConfig(Section):
                     f'granularity = "{self.granularity}" means sparsity = {1 - n / m:g}, not '
                     f"{self.sparsity:g}; set prune.sparsity={1 - n / m:g}"
                 )
+        if self.initial_masks and self.pattern is not None:
+            faults.append(
+                f'initial_masks with granularity = "{self.granularity}": masks of single weights '
+                'leave no whole groups; set granularity to "weight"'
+            )
+        if self.initial_masks_digest and not self.initial_masks:
+            faults.append("initial_masks_digest without initial_masks; give both or neither")
         if self.ramp_rounds is not None and self.ramp_rounds > self.rounds:
             faults.append(
                 f"ramp_rounds = {self.ramp_rounds} exceeds rounds = {self.rounds}; lower it"

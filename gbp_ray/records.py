@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import (
@@ -36,12 +37,14 @@ __all__ = [
     "CostRecord",
     "FailureRecord",
     "FileRecord",
+    "FinalTest",
     "JobRecord",
     "LayerRecord",
     "RoundRecord",
     "SharedRecord",
     "StopRecord",
     "TrialRecord",
+    "choose_round",
     "parse_record",
     "read_record",
     "seal_record",
@@ -91,11 +94,16 @@ class CostRecord(_Record):
         """Prunable weights."""
         return sum(layer.num_weights for layer in self.layers)
 
+    @property
+    def num_kept(self) -> int:
+        """Prunable weights that are not zero."""
+        return sum(layer.num_nonzero for layer in self.layers)
+
     @computed_field  # type: ignore[prop-decorator]
     @property
     def sparsity(self) -> float:
         """Zero weights / prunable weights."""
-        return 1 - sum(layer.num_nonzero for layer in self.layers) / self.num_units
+        return 1 - self.num_kept / self.num_units
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -114,9 +122,12 @@ class FileRecord(_Record):
 class RoundRecord(_Record):
     """One whole round; round 0 is the dense network.
 
-    Accuracies are shares of the test split, losses means over it. `accuracy_pruned` is measured
-    after the prune and the BatchNorm re-estimation, before any fine-tuning. `robust_accuracy` is
-    the share of attacked test examples that stay right, where the job has an attack.
+    Accuracies are shares of the split in `judged_on`, losses means over it. `accuracy_pruned` is
+    measured after the prune and the BatchNorm re-estimation, before any fine-tuning;
+    `robust_accuracy` is the share of attacked examples that stay right, where the job has an
+    attack; `train_accuracy` on a fixed sample of the training split, not augmented. Where
+    fine-tuning may stop early, `kept_step` says after how many steps the weights are that were
+    kept.
     """
 
     round: int
@@ -127,6 +138,9 @@ class RoundRecord(_Record):
     loss_pruned: float | None = None
     robust_accuracy: float | None = None
     train_loss: float | None = None
+    train_accuracy: float | None = None
+    judged_on: str = "test"
+    kept_step: int | None = None
     cost: CostRecord
     mask_digest: str
     held_back: tuple[str, ...] = ()
@@ -140,8 +154,27 @@ class RoundRecord(_Record):
         return self.cost.sparsity
 
 
+class FinalTest(_Record):
+    """The one use of the test split by a trial whose rounds were judged by other examples.
+
+    Attributes:
+        round: The one that was chosen, see `choose_round`.
+        dense_accuracy: Of round 0, measured at the same time.
+    """
+
+    round: int
+    accuracy: float
+    loss: float
+    dense_accuracy: float
+    dense_loss: float
+
+
 class TrialRecord(_Record):
-    """One finished trial, dense network first."""
+    """One finished trial, dense network first.
+
+    Attributes:
+        test: Where rounds were judged by a validation split.
+    """
 
     schema_version: int = SCHEMA_VERSION
     trial_id: str
@@ -150,6 +183,7 @@ class TrialRecord(_Record):
     seconds: float
     num_workers: int | tuple[int, int]
     versions: dict[str, str] = {}
+    test: FinalTest | None = None
 
     @field_validator("job", mode="before")
     @classmethod
@@ -171,6 +205,35 @@ class TrialRecord(_Record):
     def final(self) -> RoundRecord:
         """The network after the last round."""
         return self.rounds[-1]
+
+    @property
+    def chosen(self) -> RoundRecord:
+        """The network that the trial is for: that of the last round, or the one chosen."""
+        return self.final if self.test is None else self.rounds[self.test.round]
+
+    @property
+    def test_accuracy(self) -> float:
+        """Of the chosen round, on the test split."""
+        return self.final.accuracy if self.test is None else self.test.accuracy
+
+    @property
+    def dense_test_accuracy(self) -> float:
+        """Of round 0, on the test split."""
+        return self.dense.accuracy if self.test is None else self.test.dense_accuracy
+
+
+def choose_round(rounds: Sequence[RoundRecord]) -> RoundRecord:
+    """Chooses among the rounds that are as sparse as the last: the most accurate one.
+
+    Of equals the one with the least loss, then the later. Rounds judged by the test split leave no
+    choice: it must not be made by what it is reported on.
+    """
+    last = rounds[-1]
+    if last.judged_on == "test":
+        return last
+    kept = last.cost.num_kept
+    finished = [record for record in rounds if record.cost.num_kept == kept]
+    return max(finished, key=lambda record: (record.accuracy, -record.loss, record.round))
 
 
 class FailureRecord(_Record):

@@ -27,17 +27,20 @@ def round_table(trial: TrialRecord) -> Table:
     """Lists the rounds of a trial, dense network first."""
     table = Table(box=SIMPLE_HEAD, title=trial.trial_id, title_justify="left", pad_edge=False)
     table.add_column("round")
+    judged = "accuracy" if trial.final.judged_on == "test" else trial.final.judged_on
     is_attacked = any(record.robust_accuracy is not None for record in trial.rounds)
     attacked = ("under attack",) if is_attacked else ()
-    headings = ("sparsity", "accuracy", "before fine-tuning", *attacked, "loss")
+    headings = ("sparsity", judged, "in training", "before fine-tuning", *attacked, "loss")
     for heading in (*headings, "weights left", "MACs"):
         table.add_column(heading, justify="right")
     for record in trial.rounds:
         cost = record.cost
+        mark = " chosen" if trial.test is not None and record is trial.chosen else ""
         table.add_row(
-            str(record.round) if record.round else "dense",
+            (str(record.round) if record.round else "dense") + mark,
             f"{record.sparsity:.2%}",
             f"{record.accuracy:.2%}",
+            _percent(record.train_accuracy),
             _percent(record.accuracy_pruned),
             *((_percent(record.robust_accuracy),) if is_attacked else ()),
             f"{record.loss:.4f}",
@@ -79,9 +82,13 @@ def results_table(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> T
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("trial", "round"):
         table.add_column(heading, no_wrap=True)
+    # Where rounds were judged by other examples, the test split has its own column.
+    is_tested = any(row.get("judged_on", "test") != "test" for row in rows)
+    tested = ("test",) if is_tested else ()
     is_attacked = any(row.get("robust_accuracy") is not None for row in rows)
     attacked = ("under attack",) if is_attacked else ()
-    for heading in ("sparsity", "accuracy", *attacked, "loss", "weights left", "MACs left"):
+    measured = ("sparsity", "accuracy", *tested, *attacked, "loss", "weights left", "MACs left")
+    for heading in measured:
         table.add_column(heading, justify="right", no_wrap=True)
     for field in fields:
         table.add_column(escape(field), overflow="fold")
@@ -91,6 +98,7 @@ def results_table(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> T
             str(row["round"]),
             f"{row['sparsity']:.2%}",
             f"{row['accuracy']:.2%}",
+            *((_percent(row["test_accuracy"]),) if is_tested else ()),
             *((_percent(row["robust_accuracy"]),) if is_attacked else ()),
             f"{row['loss']:.4f}",
             f"{row['num_nonzero']:,}",
@@ -179,11 +187,12 @@ def plan_lines(planned: Mapping[str, Any]) -> list[str]:
 
 def summary_line(trial: TrialRecord) -> str:
     """Says in one line what was reached."""
-    dense, final = trial.dense, trial.final
-    points = (final.accuracy - dense.accuracy) * 100
+    final = trial.chosen
+    points = (trial.test_accuracy - trial.dense_test_accuracy) * 100
+    what = "accuracy" if trial.test is None else f"test accuracy of round {final.round}"
     return (
-        f"sparsity {final.sparsity:.2%} of {final.cost.num_units:,} prunable weights, accuracy "
-        f"{final.accuracy:.2%} ({points:+.2f} points against dense), compression "
+        f"sparsity {final.sparsity:.2%} of {final.cost.num_units:,} prunable weights, {what} "
+        f"{trial.test_accuracy:.2%} ({points:+.2f} points against dense), compression "
         f"{final.cost.compression:.1f}x, {final.cost.macs / max(1, final.cost.macs_nonzero):.1f}x "
         "fewer multiply-adds in theory"
     )
@@ -195,6 +204,10 @@ def _short(number: float) -> str:
             return f"{number:.4g}{unit}"
         number /= 1000
     return f"{number:.4g}T"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2%}"
 
 
 def _word(value: Any) -> str:

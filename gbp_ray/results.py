@@ -36,11 +36,20 @@ _COMPARE = {
     "==": pc.equal,
     "!=": pc.not_equal,
 }
-_MOST_IS_BEST = ("accuracy", "accuracy_pruned", "robust_accuracy", "sparsity", "compression")
+_MOST_IS_BEST = (
+    "accuracy",
+    "accuracy_pruned",
+    "robust_accuracy",
+    "train_accuracy",
+    "test_accuracy",
+    "sparsity",
+    "compression",
+)
 _LEAST_IS_BEST = (
     "loss",
     "loss_pruned",
     "train_loss",
+    "test_loss",
     "num_parameters",
     "num_nonzero",
     "macs",
@@ -120,6 +129,10 @@ class Results:
     def final(self) -> Results:
         """Keeps the last round of each trial."""
         return Results(self._uri, self._stores, self.table.filter(self.table["is_final"]))
+
+    def chosen(self) -> Results:
+        """Keeps the round that each trial is for: the last, or of a validation split the best."""
+        return Results(self._uri, self._stores, self.table.filter(self.table["is_chosen"]))
 
     def of_trials(self, trial_ids: Iterable[str]) -> Results:
         """Keeps the rounds of these trials."""

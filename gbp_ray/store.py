@@ -6,6 +6,8 @@
     <storage>/<job>/trials/<trial_id>/trial.json     the finished trial
                                       failure.json   why one ended without, in a sweep
                                       stopped.json   that a sweep's scheduler ended it
+                                      test.json      the one use of the test split, if rounds were
+                                                     judged by other examples
     <storage>/<job>/dense/<hash>/  scores/<hash>/    what trials share; shared.json is the record
     <storage>/<job>/unindexed/<trial_id>             announces a trial to the index
     <storage>/<job>/index.parquet                    all finished trials, from their records
@@ -21,6 +23,7 @@ Results are read with this module alone, without torch or Ray.
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -35,6 +38,7 @@ from gbp_ray.records import (
     CostRecord,
     FailureRecord,
     FileRecord,
+    FinalTest,
     JobRecord,
     LayerRecord,
     RoundRecord,
@@ -56,6 +60,7 @@ __all__ = [
     "Store",
     "TrialRecord",
     "locate_jobs",
+    "locate_round",
     "locate_trials",
     "open_objects",
 ]
@@ -63,6 +68,7 @@ __all__ = [
 
 _FAILURE = "failure.json"
 _STOP = "stopped.json"
+_TEST = "test.json"
 
 
 class Store:
@@ -273,6 +279,14 @@ class Store:
         """Notes where a scheduler ended a trial."""
         self.objects.put(f"trials/{record.trial_id}/{_STOP}", seal_record(record))
 
+    def read_test(self, trial_id: str) -> FinalTest | None:
+        """Reads what a trial's last step found on the test split, or None."""
+        return read_record(self.objects, f"trials/{trial_id}/{_TEST}", FinalTest)
+
+    def write_test(self, trial_id: str, record: FinalTest) -> None:
+        """Commits what was found on the test split."""
+        self.objects.put(f"trials/{trial_id}/{_TEST}", seal_record(record))
+
     def list_unfinished(self, name: str) -> list[str]:
         """Lists the trials that have a failure or a stop on record; costs a listing of all."""
         keys = (entry.key.split("/") for entry in self.objects.entries("trials/"))
@@ -369,6 +383,34 @@ def locate_trials(uri: str | Path) -> list[tuple[Store, str]]:
     if not trials:
         raise StoreError(f"'{uri}': holds no results; run a job with this storage first")
     return trials
+
+
+def locate_round(uri: str | Path) -> tuple[Store, str, RoundRecord]:
+    """Finds the one round that an address is about.
+
+    Args:
+        uri: Of a round, or of a trial or of what holds just one: that gives the round which the
+            trial is for, and of an unfinished one the last.
+
+    Returns:
+        The job, the trial's id and the round's record.
+
+    Raises:
+        StoreError: There is no such round, or there are several trials.
+    """
+    parts = re.fullmatch(r"(.+)/round_(\d+)/*(\?.*)?", str(uri))
+    trials = locate_trials(f"{parts[1]}{parts[3] or ''}" if parts else uri)
+    if len(trials) > 1:
+        names = ", ".join(store.trial_uri(name) for store, name in trials[:9])
+        raise StoreError(f"'{uri}': holds {len(trials)} trials; name one of {names}")
+    ((store, name),) = trials
+    if parts is None:
+        finished = store.read_trial(name)
+        return store, name, finished.chosen if finished else store.read_rounds(name)[-1]
+    record = store.read_round(name, int(parts[2]))
+    if record is None:
+        raise StoreError(f"'{uri}': there is no such round, or it was never committed")
+    return store, name, record
 
 
 def open_objects(uri: str | Path) -> Objects:

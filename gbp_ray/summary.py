@@ -16,7 +16,15 @@ from rich.table import Table
 
 __all__ = ["answers_table", "ends_table", "summarize", "summary_table"]
 
-_MEASURED = ("accuracy", "loss", "sparsity", "macs_nonzero", "num_nonzero")
+_MEASURED = (
+    "accuracy",
+    "test_accuracy",
+    "train_accuracy",
+    "loss",
+    "sparsity",
+    "macs_nonzero",
+    "num_nonzero",
+)
 _MEASURED_BY_SOME = ("robust_accuracy",)
 _ROBUST = ("robust_accuracy", "robust_accuracy_deviation")
 
@@ -46,11 +54,12 @@ def summarize(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> list[
         line: dict[str, Any] = {field: members[0][field] for field in kept}
         line["num_seeds"] = len(members)
         for name in measured:
-            values = [row[name] for row in members]
-            is_whole = None not in values
+            values = [row[name] for row in members if row.get(name) is not None]
+            is_whole = len(values) == len(members)
             line[name] = statistics.fmean(values) if is_whole else None
             has_spread = is_whole and len(values) > 1
             line[f"{name}_deviation"] = statistics.stdev(values) if has_spread else None
+        line["judged_on"] = members[0].get("judged_on", "test")
         lines.append(line)
     # Measured sparsities of equal jobs may differ by a weight.
     return sorted(lines, key=lambda line: (round(line["sparsity"], 3), -line["accuracy"]))
@@ -63,8 +72,11 @@ def summary_table(lines: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> 
     table.add_column("sparsity", justify="right", no_wrap=True)
     for field in kept:
         table.add_column(escape(field.removeprefix("prune.")), overflow="fold")
+    # Where rounds were judged by other examples, the test split has its own columns.
+    is_tested = any(line["judged_on"] != "test" for line in lines)
+    tested = ("test", "+-") if is_tested else ()
     attacked = ("under attack", "+-") if any("robust_accuracy" in n for n in lines) else ()
-    for heading in ("accuracy", "+-", *attacked, "seeds", "loss", "weights left"):
+    for heading in ("accuracy", "+-", *tested, *attacked, "seeds", "loss", "weights left"):
         table.add_column(heading, justify="right", no_wrap=True)
     before = None
     for line in lines:
@@ -75,6 +87,7 @@ def summary_table(lines: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> 
             *(escape(_word(line[field])) for field in kept),
             f"{line['accuracy']:.2%}",
             _percent(line["accuracy_deviation"]),
+            *(_percent(line[f"test_accuracy{end}"]) for end in ("", "_deviation") if is_tested),
             *robust,
             str(line["num_seeds"]),
             f"{line['loss']:.4f}",

@@ -17,7 +17,14 @@ from safetensors import SafetensorError, deserialize
 
 from gbp_ray.errors import StoreError
 
-__all__ = ["PackedMask", "count_nonzero", "digest_masks", "find_revived", "read_masks"]
+__all__ = [
+    "PackedMask",
+    "count_nonzero",
+    "digest_masks",
+    "find_revived",
+    "read_masks",
+    "read_weight",
+]
 
 # Bytes of a number, and the bits that may be set in a zero: the sign of a float.
 _ZEROS = {
@@ -58,6 +65,11 @@ class PackedMask:
         """Weights in all."""
         return math.prod(self.shape)
 
+    def unpack(self) -> np.ndarray:
+        """Gives the mask itself: bool, shaped like the weights."""
+        bits = np.unpackbits(self.bits, count=self.num_weights, bitorder="little")
+        return bits.astype(bool).reshape(self.shape)
+
 
 def read_masks(data: bytes, source: str) -> dict[str, PackedMask]:
     """Reads a mask file by parameter name.
@@ -97,6 +109,25 @@ def count_nonzero(data: bytes, source: str) -> dict[str, tuple[tuple[int, ...], 
         name: (tuple(tensor["shape"]), int(np.count_nonzero(_bits(tensor))))
         for name, tensor in _deserialize(data, source).items()
     }
+
+
+def read_weight(data: bytes, name: str, source: str) -> np.ndarray | None:
+    """Reads one stored tensor as float32; None where it is not there, or of a type unknown here.
+
+    Raises:
+        StoreError: It is not a safetensors file.
+    """
+    tensor = _deserialize(data, source).get(name)
+    if tensor is None:
+        return None
+    if tensor["dtype"] == "BF16":
+        # The upper half of a float32.
+        halves = np.frombuffer(tensor["data"], np.uint16).astype(np.uint32) << 16
+        return halves.view(np.float32).reshape(tensor["shape"])
+    kind = {"F64": np.float64, "F32": np.float32, "F16": np.float16}.get(tensor["dtype"])
+    if kind is None:
+        return None
+    return np.frombuffer(tensor["data"], kind).astype(np.float32).reshape(tensor["shape"])
 
 
 def find_revived(data: bytes, masks: dict[str, PackedMask], source: str) -> str | None:

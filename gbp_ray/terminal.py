@@ -5,13 +5,22 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-__all__ = ["AsJson", "Conditions", "console", "print_csv", "print_json", "say", "show_warning"]
+__all__ = [
+    "AsJson",
+    "Conditions",
+    "console",
+    "print_csv",
+    "print_json",
+    "say",
+    "show_warning",
+    "step_teller",
+]
 
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
@@ -55,3 +64,21 @@ def show_warning(message: Warning | str, category: type[Warning], *rest: Any) ->
     """Says a warning of ours in one line; for `warnings.showwarning`."""
     if issubclass(category, UserWarning):
         typer.echo(f"warning: {message}", err=True)
+
+
+def step_teller(is_quiet: bool) -> Callable[[str, int, int], None]:
+    """Makes what tells of steps on standard error: (what is done, steps done, steps in all)."""
+    shown = ""
+
+    def tell(what: str, done: int, total: int) -> None:
+        nonlocal shown
+        if is_quiet or (what == shown and not sys.stderr.isatty()):
+            return
+        if sys.stderr.isatty():
+            end = "\n" if done == total else "\r"
+            typer.echo(f"\x1b[2K{what}  {done}/{total}{end}", err=True, nl=False)
+        else:
+            typer.echo(what, err=True)
+        shown = what
+
+    return tell

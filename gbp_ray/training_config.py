@@ -102,4 +102,9 @@ class FinetuneConfig(Recipe):
 
     learning_rate: float = Field(0.01, gt=0.0)
     """Peak learning rate, reached after the warm-up."""
+    patience: int = Field(0, ge=0)
+    """Evaluations on the validation split without a better one after which a round's fine-tuning
+    stops; its best weights are kept. 0 trains to the end. Needs workload.validation."""
+    validate_every: float = Field(1.0, gt=0.0)
+    """Epochs from one such evaluation to the next."""
     distillation: DistillationConfig = DistillationConfig()

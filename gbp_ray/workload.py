@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,24 +28,26 @@ from torch.utils.data import default_collate
 from gbp_ray.config import EncodingConfig, WorkloadConfig, nearest_name
 from gbp_ray.encoding import encode_network
 from gbp_ray.errors import ConfigError, GbpError, WorkloadError
+from gbp_ray.intensities import InputRange, bounds_of_inputs, check_range
 from gbp_ray.tying import with_tied_weights
 from gbp_ray.weights import start_from
 
 __all__ = [
+    "Portion",
     "Workload",
     "add_import_paths",
     "blaming_labels",
-    "bounds_of_inputs",
     "build_network",
     "check_finite",
     "check_labels",
-    "check_range",
     "check_workload",
     "count_top1",
     "cut_batches",
     "derive_seed",
     "find_shadowed_module",
+    "hold_out",
     "import_attribute",
+    "judged_split",
     "load_workload",
     "num_examples",
     "seeded",
@@ -57,6 +59,22 @@ __all__ = [
 def count_top1(outputs: Tensor, targets: Tensor) -> Tensor:
     """Counts right answers: outputs (B, classes), targets (B,) -> integer scalar."""
     return (outputs.argmax(dim=1) == targets).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class Portion:
+    """Some examples of a split, by index; nothing is copied.
+
+    Attributes:
+        data: The split.
+        indices: (n,) positions in it.
+    """
+
+    data: Any
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
 
 
 @dataclass(frozen=True)
@@ -77,6 +95,8 @@ class Workload:
             global generator, which is seeded for each part of each batch.
         input_range: What `prepare` makes of the darkest and of the brightest intensity, each a
             number or one for each channel (axis 1). Attacks and encodings need to know.
+        validation: Examples that rounds are judged by and fine-tuning is stopped by; the test split
+            is then used once, at the end of a trial. None judges rounds by the test split.
     """
 
     build_model: Callable[[], nn.Module]
@@ -86,11 +106,15 @@ class Workload:
     count_correct: Callable[[Tensor, Tensor], Tensor] = count_top1
     prepare: Callable[[Tensor], Tensor] | None = None
     augment: Callable[[Tensor], Tensor] | None = None
-    input_range: tuple[float | Sequence[float], float | Sequence[float]] | None = None
+    input_range: InputRange | None = None
+    validation: Any = None
 
 
-def load_workload(config: WorkloadConfig) -> Workload:
-    """Calls the factory that a job names.
+def load_workload(config: WorkloadConfig, seed: int | None = None) -> Workload:
+    """Calls the factory that a job names, and sets examples aside where the job asks for it.
+
+    Args:
+        seed: Of the job; decides which examples are set aside.
 
     Raises:
         ConfigError: The factory cannot be found, or does not take these options.
@@ -141,13 +165,16 @@ def load_workload(config: WorkloadConfig) -> Workload:
         workload = replace(workload, build_model=tied)
     if config.encoding.kind != "none":
         workload = _encoded(workload, config.encoding)
+    if config.validation:
+        assert seed is not None, "the seed decides which examples are set aside"
+        workload = hold_out(workload, config.validation, seed)
     return workload
 
 
 def _encoded(workload: Workload, config: EncodingConfig) -> Workload:
     """Puts the workload's network behind an encoding, and gives it intensities to take."""
     example, _ = take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
-    low, high = bounds_of_inputs(workload, example, "workload.encoding.kind")
+    low, high = bounds_of_inputs(workload.input_range, example, "workload.encoding.kind")
     check_range(example, low, high)
     build, prepare = workload.build_model, workload.prepare
     return replace(
@@ -176,52 +203,37 @@ def _to_intensities(
     return (prepared - low) / (high - low)
 
 
-def bounds_of_inputs(workload: Workload, inputs: Tensor, key: str) -> tuple[Tensor, Tensor]:
-    """Gives what stands for the darkest and the brightest intensity in prepared inputs.
-
-    Args:
-        inputs: (B, ...) a prepared batch.
-        key: Dotted name of the option that needs to know, for messages.
-
-    Returns:
-        (low, high), each shaped to spread over `inputs`.
+def hold_out(workload: Workload, share: float, seed: int) -> Workload:
+    """Sets a share of the training examples aside, for judging rounds by.
 
     Raises:
-        ConfigError: The workload does not say, or its inputs are not floating point.
-        WorkloadError: It says something else than a range of these inputs.
+        ConfigError: The workload brings a validation split of its own, or too few examples.
     """
-    if workload.input_range is None or not inputs.is_floating_point():
+    if workload.validation is not None:
         raise ConfigError(
-            f"{key}: needs a workload of floating-point inputs that says what its darkest and "
-            "brightest are; give Workload(input_range=(low, high)), as the network is given them"
+            f"workload.validation = {share:g}: this workload brings a validation split of its own; "
+            "leave it out"
         )
-    bounds = []
-    for bound in workload.input_range:
-        values = torch.as_tensor(bound, dtype=inputs.dtype, device=inputs.device)
-        if values.ndim == 1 and inputs.ndim >= 2 and len(values) == inputs.shape[1]:
-            values = values.view(-1, *[1] * (inputs.ndim - 2))
-        elif values.ndim:
-            raise WorkloadError(
-                f"workload.input_range: has {values.numel()} values for inputs of shape "
-                f"{tuple(inputs.shape)}; give a number, or one for each channel"
-            )
-        bounds.append(values)
-    return bounds[0], bounds[1]
-
-
-def check_range(inputs: Tensor, low: Tensor, high: Tensor) -> None:
-    """Refuses inputs outside of what `bounds_of_inputs` gave for them.
-
-    Raises:
-        WorkloadError: Some are, by more than rounding; or the range is empty.
-    """
-    slack = 1e-3 * (high - low)
-    is_outside = (inputs < low - slack) | (inputs > high + slack)
-    if bool((low >= high).any()) or bool(is_outside.any()):
-        raise WorkloadError(
-            f"workload.input_range: inputs run from {inputs.min():.4g} to {inputs.max():.4g} and "
-            "leave it; it must hold what `prepare` makes of the intensities 0 and 1"
+    total = num_examples(workload.train)
+    num_aside = round(share * total)
+    if not 0 < num_aside < total:
+        raise ConfigError(
+            f"workload.validation = {share:g}: sets {num_aside} of {total} training examples "
+            "aside; some must be, and some must be left"
         )
+    order = shuffled_indices(total, derive_seed(seed, "validation"))
+    # In their own order, so that reading them goes through the data once.
+    aside, kept = order[:num_aside].sort().values, order[num_aside:].sort().values
+    return replace(
+        workload,
+        train=Portion(workload.train, kept),
+        validation=Portion(workload.train, aside),
+    )
+
+
+def judged_split(workload: Workload) -> str:
+    """Names the split that rounds are judged by: "validation" where there is one, else "test"."""
+    return "test" if workload.validation is None else "validation"
 
 
 def build_network(workload: Workload) -> nn.Module:
@@ -263,9 +275,12 @@ def check_workload(workload: Workload, model: nn.Module, batch_size: int) -> Non
     was_training = model.training
     model.eval()
     try:
-        for split in ("train", "test"):
+        splits = ["train", "test"]
+        if workload.validation is not None:
+            splits.append("validation")
+        for split in splits:
             _check_size(split, getattr(workload, split))
-        for split in ("train", "test"):
+        for split in splits:
             _check_split(workload, model, split, batch_size)
     finally:
         model.train(was_training)
@@ -526,6 +541,8 @@ def take_batch(
         indices: (B,) positions in `data`.
         augment_seed: Seeds `workload.augment`; None leaves augmentation out.
     """
+    while isinstance(data, Portion):
+        data, indices = data.data, data.indices[indices]
     if isinstance(data, tuple):
         inputs, targets = (_as_rows(column, indices) for column in data)
     else:

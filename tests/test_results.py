@@ -151,7 +151,7 @@ def test_a_big_index_is_not_written_at_every_finish(
 ) -> None:
     store = write_some(str(tmp_path))
     size = len(store.objects.get(INDEX) or b"")
-    monkeypatch.setattr("gbp_ray.index._BYTES_PER_FINISH", size // 3)
+    monkeypatch.setattr("gbp_ray.index._BYTES_PER_FINISH", (size - 1) // 3)
     before = store.objects.get(INDEX)
     for seed in range(10, 13):
         write_trial(store, sample_job(seed=seed))

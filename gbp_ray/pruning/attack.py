@@ -26,11 +26,10 @@ from torch import Tensor, nn
 
 from gbp_ray.config import Perturbation
 from gbp_ray.errors import ConfigError
+from gbp_ray.intensities import bounds_of_inputs, check_range
 from gbp_ray.pruning.ranks import isolated
 from gbp_ray.workload import (
     Workload,
-    bounds_of_inputs,
-    check_range,
     derive_seed,
     take_batch,
 )
@@ -59,7 +58,7 @@ def perturb(
     Returns:
         Inputs of the same shape, without a gradient.
     """
-    low, high = bounds_of_inputs(workload, inputs, f"{key}.kind")
+    low, high = bounds_of_inputs(workload.input_range, inputs, f"{key}.kind")
     reach, stride = attack.epsilon * (high - low), attack.step * (high - low)
     centre = inputs.clamp(low, high)
     lowest, highest = (centre - reach).clamp(min=low), (centre + reach).clamp(max=high)
@@ -97,7 +96,7 @@ def refuse_unattackable(
         return
     first = torch.zeros(1, dtype=torch.long)
     inputs, targets = take_batch(workload, workload.train, first)
-    check_range(inputs, *bounds_of_inputs(workload, inputs, f"{key}.kind"))
+    check_range(inputs, *bounds_of_inputs(workload.input_range, inputs, f"{key}.kind"))
     briefly = attack.model_copy(update={"steps": 1, "step_size": attack.step})
     try:
         perturb(

@@ -1,11 +1,11 @@
-"""Accuracy and loss of a network on the test split, the same on any number of workers."""
+"""Accuracy and loss of a network on a split, the same on any number of workers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gbp_ray.pruning.ranks import Ranks, isolated
 from gbp_ray.pruning.sharding import is_sharded
@@ -30,8 +30,15 @@ def evaluate(
     ranks: Ranks,
     batch_size: int,
     tell: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    split: str = "test",
+    sample: Tensor | None = None,
 ) -> tuple[float, float]:
-    """Measures accuracy and mean loss on the test split, each example once. Communicates.
+    """Measures accuracy and mean loss on a split, each example once. Communicates.
+
+    Args:
+        split: "test", "validation" or "train"; never augmented.
+        sample: (n,) positions of the examples to take; None takes all.
 
     Returns:
         (accuracy in [0, 1], mean loss).
@@ -40,21 +47,23 @@ def evaluate(
         WorkloadError: An input or a target is NaN or infinite and the loss with it, or a label is
             out of range; on every rank, naming the example.
     """
-    total = num_examples(workload.test)
+    data = getattr(workload, split)
+    chosen = torch.arange(num_examples(data)) if sample is None else sample
+    total = len(chosen)
     batches = cut_batches(total, batch_size)
     losses = torch.zeros(len(batches), dtype=torch.float64, device=ranks.device)
     correct = torch.zeros((), dtype=torch.int64, device=ranks.device)
     model.eval()
 
     def measure(item: int, *, is_counted: bool) -> None:
-        indices = torch.arange(batches[item].start, batches[item].stop)
-        inputs, targets = take_batch(workload, workload.test, indices, device=ranks.device)
-        with blaming_labels(workload, model, "test", indices):
+        indices = chosen[batches[item].start : batches[item].stop]
+        inputs, targets = take_batch(workload, data, indices, device=ranks.device)
+        with blaming_labels(workload, model, split, indices):
             with isolated(model, derive_seed("evaluate", item)):
                 outputs = model(inputs)
             if not is_counted:
                 return
-            check_labels(workload, "test", indices, outputs, targets)
+            check_labels(workload, split, indices, outputs, targets)
             losses[item] = workload.loss(outputs, targets).double() * len(indices)
         correct.add_(workload.count_correct(outputs, targets))
 
@@ -67,7 +76,7 @@ def evaluate(
                 measure(0, is_counted=False)
             tell(min((turn + 1) * ranks.world_size, len(batches)), len(batches))
         for item in (~torch.isfinite(losses)).nonzero().flatten().tolist():
-            check_finite(workload, "test", torch.arange(batches[item].start, batches[item].stop))
+            check_finite(workload, split, chosen[batches[item].start : batches[item].stop])
 
     # Nothing is exchanged before the end, so a rank that fails must not leave the others there.
     ranks.together(measure_own, communicates=is_sharded(model))

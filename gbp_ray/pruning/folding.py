@@ -117,6 +117,10 @@ class GradientSums:
             self._failure = self._failure or error
         self._send_ready(is_last=True)
 
+    def so_far(self) -> dict[str, Tensor]:
+        """Copies this rank's slices of the sums over the items whose turn has been."""
+        return {name: total_L.clone() for name, total_L in self._totals.items()}
+
     def owned(self) -> dict[str, Tensor]:
         """Returns this rank's slices of the sums, (L,) by name. Communicates.
 

@@ -86,7 +86,7 @@ from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.sharding import group_parameters
 from gbp_ray.pruning.slices import Layout, cut_rows
 from gbp_ray.pruning.training import num_steps
-from gbp_ray.workload import Workload, num_examples
+from gbp_ray.workload import Workload, judged_split, num_examples
 
 __all__ = ["Phase", "Sizes", "bytes_of", "plan_phases"]
 
@@ -159,6 +159,7 @@ class Sizes:
         self.pretrain_steps = num_steps(job.pretrain, workload, job.pretrain.epochs)
         self.finetune_steps = num_steps(job.finetune, workload, job.finetune.epochs)
         available = num_examples(workload.train)
+        self.num_judged = num_examples(getattr(workload, judged_split(workload)))
         self.calibration_examples = min(job.prune.calibration_examples, available)
         self.norm_examples = min(job.prune.batchnorm_examples, available)
         self.largest_rows = max(
@@ -313,7 +314,7 @@ def _plan_replicated(sizes: Sizes, passes: Passes) -> list[Phase]:
                 sent=sizes.finetune_steps * _sent_by_step(sizes, job.finetune),
             )
         )
-    batch = min(job.workload.eval_batch_size, num_examples(sizes.workload.test))
+    batch = min(job.workload.eval_batch_size, sizes.num_judged)
     held = {"buffers": sizes.buffer_bytes, "pass": passes.forward.peak_bytes(batch)}
     phases.append(_phase("evaluate", tuned, held))
     files = {
@@ -381,8 +382,8 @@ def _plan_fsdp(sizes: Sizes, passes: Passes) -> list[Phase]:
         phases.append(_phase("batchnorm", kept, held, sent=sent + turns * shards.sent_by_gathering))
     if sizes.finetune_steps:
         phases.append(trained("finetune", job.finetune, tuned, sizes.finetune_steps))
-    batch = min(job.workload.eval_batch_size, num_examples(sizes.workload.test))
-    turns = sizes.num_turns(-(-num_examples(sizes.workload.test) // batch))
+    batch = min(job.workload.eval_batch_size, sizes.num_judged)
+    turns = sizes.num_turns(-(-sizes.num_judged // batch))
     held = gathered | {"buffers": sizes.buffer_bytes, "pass": passes.forward.peak_bytes(batch)}
     # After the prune and after the fine-tuning.
     sent = 2 * turns * shards.sent_by_gathering

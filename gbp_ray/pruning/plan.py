@@ -16,6 +16,7 @@ from gbp_ray.pruning.criteria import criterion
 from gbp_ray.pruning.passes import Passes
 from gbp_ray.pruning.phases import Phase, Sizes, bytes_of, plan_phases
 from gbp_ray.workload import (
+    Portion,
     Workload,
 )
 
@@ -91,7 +92,10 @@ def make_plan(job: JobConfig, workload: Workload) -> Plan:
 
 def _columns(workload: Workload) -> Iterator[Any]:
     seen: set[int] = set()
-    for split in (workload.train, workload.test):
+    for data in (workload.train, workload.validation, workload.test):
+        split = data
+        while isinstance(split, Portion):
+            split = split.data
         for column in split if isinstance(split, tuple) else ():
             if id(column) not in seen:
                 seen.add(id(column))

@@ -268,6 +268,11 @@ class OrderedSum:
         for row_S in self._exchange(vector_N)[:num_present]:
             self._total_S += row_S
 
+    def so_far(self) -> Tensor:
+        """Copies this rank's share of the sum over the items that were added, shape (S,)."""
+        start, stop = self._bounds[self._ranks.rank : self._ranks.rank + 2]
+        return self._total_S[: stop - start].clone()
+
     def owned(self) -> Tensor:
         """Returns this rank's share of the sum, shape (S,). Communicates.
 

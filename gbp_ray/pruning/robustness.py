@@ -1,4 +1,4 @@
-"""Robust accuracy: the share of test examples that stay right under attack, the same on any W.
+"""Robust accuracy: the share of held-out examples that stay right under attack, the same on any W.
 
 An example counts as right if it is right as it is and after every restart of the attack. Each batch
 is attacked whole on one rank, under seeds of its own position, so that all trials meet the same
@@ -22,6 +22,7 @@ from gbp_ray.workload import (
     count_top1,
     cut_batches,
     derive_seed,
+    judged_split,
     num_examples,
     take_batch,
 )
@@ -37,11 +38,13 @@ def robust_accuracy(
     batch_size: int,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
-    """Attacks the first test examples and measures how many stay right. Communicates.
+    """Attacks the first examples that rounds are judged by; how many stay right. Communicates.
 
     Returns:
         A share in [0, 1] of the examples attacked.
     """
+    split = judged_split(workload)
+    data = getattr(workload, split)
     total = num_attacked(workload, attack)
     batches = cut_batches(total, batch_size)
     right = torch.zeros((), dtype=torch.int64, device=ranks.device)
@@ -50,7 +53,7 @@ def robust_accuracy(
 
     def measure(item: int) -> Tensor:
         indices = torch.arange(batches[item].start, batches[item].stop)
-        inputs, targets = take_batch(workload, workload.test, indices, device=ranks.device)
+        inputs, targets = take_batch(workload, data, indices, device=ranks.device)
 
         def loss_of(seen: Tensor) -> Tensor:
             return workload.loss(model(seen), targets)
@@ -59,7 +62,7 @@ def robust_accuracy(
             with torch.no_grad(), isolated(model, derive_seed("attack", item)):
                 return _find_right(workload, model(seen), targets)
 
-        with blaming_labels(workload, model, "test", indices):
+        with blaming_labels(workload, model, split, indices):
             still = find_right(inputs)
             for restart in range(num_restarts):
                 seed = derive_seed("attack", item, restart)
@@ -82,8 +85,8 @@ def robust_accuracy(
 
 
 def num_attacked(workload: Workload, attack: AttackConfig) -> int:
-    """Counts the test examples that an attack is tried on."""
-    return min(attack.examples, num_examples(workload.test))
+    """Counts the examples that an attack is tried on."""
+    return min(attack.examples, num_examples(getattr(workload, judged_split(workload))))
 
 
 def _find_right(workload: Workload, outputs: Tensor, targets: Tensor) -> Tensor:

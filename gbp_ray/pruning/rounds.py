@@ -45,7 +45,9 @@ from gbp_ray.pruning.schedule import sparsity_schedule
 from gbp_ray.pruning.selection import check_reachable, check_selectable, num_to_prune, select_masks
 from gbp_ray.pruning.sharding import is_sharded, local
 from gbp_ray.pruning.slices import SlicedScores
+from gbp_ray.pruning.stopping import train_until_stale
 from gbp_ray.pruning.teaching import prepare_teacher, refuse_unteachable
+from gbp_ray.pruning.tickets import starting_masks
 from gbp_ray.pruning.training import (
     Span,
     check_pruned_zero,
@@ -58,7 +60,10 @@ from gbp_ray.store import RoundRecord
 from gbp_ray.workload import (
     Workload,
     check_workload,
+    derive_seed,
+    judged_split,
     num_examples,
+    shuffled_indices,
     take_batch,
 )
 
@@ -163,6 +168,7 @@ def check_job(job: JobConfig, workload: Workload) -> None:
     shapes = {unit.name: tuple(unit.parameter.shape) for unit in units}
     check_selectable(shapes, job.prune, {unit.name: unit.input_dim for unit in units})
     check_reachable(shapes, job.prune)
+    starting_masks(job, units)
     _refuse_split_patterns(job, units)
     check_workload(workload, model, min(8, job.prune.calibration_batch_size))
     for section in ("pretrain", "finetune"):
@@ -174,6 +180,11 @@ def check_job(job: JobConfig, workload: Workload) -> None:
     refuse_unattackable(workload, model, job.attack, "attack")
     if job.finetune.epochs > 0:
         refuse_unteachable(job, workload, model)
+    if job.finetune.patience and workload.validation is None:
+        raise ConfigError(
+            f"finetune.patience = {job.finetune.patience}: has no examples to judge by; set "
+            "workload.validation, such as 0.1"
+        )
     _refuse_lone_examples(job, workload, model)
     check_criterion(model, units, workload, job.prune, seed=job.seed)
 
@@ -255,8 +266,14 @@ class _Run:
         self.units = prunable_parameters(self.model, job.prune.exclude)
         _refuse_frozen_movement(job, self.model, self.units)
         self.masks = MaskSet.dense(self.units)
+        initial = ranks.together(lambda: starting_masks(job, self.units))
+        self.is_thinned = initial is not None
+        if initial is not None:
+            self.masks = spread_masks(initial, self.model).to(ranks.device)
+        self.start = self.masks.sparsity if self.is_thinned else 0.0
+        prune = job.prune
         self.schedule = sparsity_schedule(
-            job.prune.schedule, job.prune.sparsity, job.prune.rounds, job.prune.ramp_rounds
+            prune.schedule, prune.sparsity, prune.rounds, prune.ramp_rounds, self.start
         )
         self.gathers_movement = job.prune.criterion == "movement"
         self.movement: dict[str, Tensor] | None = None
@@ -265,10 +282,18 @@ class _Run:
         self.teacher: Teacher | None = None
         self.is_teacher_ready = False
         self.seconds: dict[str, float] = {}
+        self.kept_step: int | None = None
+        self.split = judged_split(workload)
+        total = num_examples(workload.train)
+        self.sample = shuffled_indices(total, derive_seed(job.seed, "train sample"))[
+            : job.workload.train_sample
+        ]
 
     def train_dense(self) -> RoundState:
         recipe, seed = self.job.pretrain, self.job.seed
         train_loss = math.nan
+        if self.is_thinned:
+            self.masks.apply_(self.model)
         if total := num_steps(recipe, self.workload, recipe.epochs):
             with self._timed("pretrain"):
                 train_loss = train_epochs(
@@ -279,6 +304,7 @@ class _Run:
                     make_optimizer(self.model, recipe),
                     Span("pretrain", range(total), range(total)),
                     seed=seed,
+                    masks=self.masks if self.is_thinned else None,
                     tell=self._step_teller("pretrain", 0),
                 )
         if self.gathers_movement:
@@ -289,7 +315,9 @@ class _Run:
         return self._finish_round(
             RoundRecord(
                 round=0,
-                sparsity_target=0.0,
+                judged_on=self.split,
+                train_accuracy=self._evaluate_sample(),
+                sparsity_target=self.start,
                 accuracy=accuracy,
                 loss=loss,
                 robust_accuracy=self._attack(0),
@@ -312,7 +340,8 @@ class _Run:
             with self._timed("batchnorm"):
                 self._recalibrate()
             accuracy_pruned, loss_pruned = self._evaluate(number)
-        train_loss = self._finetune(number)
+        self.kept_step = None
+        train_loss = self._finetune(number, accuracy_pruned, loss_pruned)
         accuracy, loss = accuracy_pruned, loss_pruned
         if self.job.finetune.epochs > 0 or accuracy is None or loss is None:
             accuracy, loss = self._evaluate(number)
@@ -320,6 +349,9 @@ class _Run:
         return self._finish_round(
             RoundRecord(
                 round=number,
+                judged_on=self.split,
+                train_accuracy=self._evaluate_sample(),
+                kept_step=self.kept_step,
                 sparsity_target=sparsity,
                 accuracy=accuracy,
                 loss=loss,
@@ -425,7 +457,10 @@ class _Run:
                 seed=self.job.seed,
             )
 
-    def _finetune(self, number: int) -> float:
+    def _finetune(
+        self, number: int, accuracy: float | None = None, loss: float | None = None
+    ) -> float:
+        """Trains after a prune; the accuracy and the loss before it, where they are known."""
         recipe = self.job.finetune
         length = num_steps(recipe, self.workload, recipe.epochs)
         if length == 0:
@@ -446,20 +481,40 @@ class _Run:
                 unit.name: torch.zeros_like(unit.parameter.detach(), dtype=torch.float64)
                 for unit in self.units
             }
-        with self._timed("finetune"):
-            return train_epochs(
-                self.model,
-                self.workload,
-                recipe,
-                self.ranks,
-                self.optimizer,
-                Span("finetune", steps, planned),
-                seed=self.job.seed,
-                masks=self.masks,
-                teacher=self.teacher,
-                movement=self._gather_movement if self.gathers_movement else None,
-                tell=self._step_teller("finetune", number),
-            )
+        optimizer = self.optimizer
+
+        def train(part: range) -> float:
+            before, tell = part.start - steps.start, self._step_teller("finetune", number)
+            with self._timed("finetune"):
+                return train_epochs(
+                    self.model,
+                    self.workload,
+                    recipe,
+                    self.ranks,
+                    optimizer,
+                    Span("finetune", part, planned),
+                    seed=self.job.seed,
+                    masks=self.masks,
+                    teacher=self.teacher,
+                    movement=self._gather_movement if self.gathers_movement else None,
+                    tell=lambda done, total, loss: tell(before + done, length, loss),
+                )
+
+        if recipe.patience == 0:
+            return train(steps)
+        known = accuracy is not None and loss is not None
+        stretch_kept = train_until_stale(
+            self.model,
+            self.optimizer,
+            steps,
+            every=num_steps(recipe, self.workload, recipe.validate_every),
+            patience=recipe.patience,
+            train=train,
+            judge=lambda: self._evaluate(number),
+            start=(accuracy, loss) if known else self._evaluate(number),  # type: ignore[arg-type]
+        )
+        self.kept_step = stretch_kept.kept_step
+        return stretch_kept.train_loss
 
     def _gather_movement(self, gradients: Mapping[str, Tensor]) -> None:
         assert self.movement is not None
@@ -476,10 +531,11 @@ class _Run:
                 self.ranks,
                 self.job.workload.eval_batch_size,
                 tell=lambda done, total: self.tell("evaluate", number, done, total, None),
+                split=self.split,
             )
         if not math.isfinite(loss):
             raise PruneError(
-                f"round {number}: the test loss is {loss:g}; the weights diverged, lower "
+                f"round {number}: the {self.split} loss is {loss:g}; the weights diverged, lower "
                 "pretrain.learning_rate or finetune.learning_rate"
             )
         return accuracy, loss
@@ -496,6 +552,20 @@ class _Run:
                 self.job.workload.eval_batch_size,
                 tell=lambda done, total: self.tell("evaluate", number, done, total, None),
             )
+
+    def _evaluate_sample(self) -> float | None:
+        if not len(self.sample):
+            return None
+        with self._timed("evaluate"):
+            accuracy, _ = evaluate(
+                self.model,
+                self.workload,
+                self.ranks,
+                self.job.workload.eval_batch_size,
+                split="train",
+                sample=self.sample,
+            )
+        return accuracy
 
     # -- small change ----------------------------------------------------------------------------
 

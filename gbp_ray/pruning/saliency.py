@@ -19,10 +19,10 @@ that this rank owns, L = its slice of one layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ from gbp_ray.workload import (
     take_batch,
 )
 
-__all__ = ["check_criterion", "score"]
+__all__ = ["check_criterion", "score", "score_prefixes"]
 
 _TRIAL_EXAMPLES = 8
 """Size of the batch that a criterion is tried on before anything is trained."""
@@ -89,6 +89,93 @@ def score(
     scores = ranks.together(lambda: _finish(rule, units, layout, statistic, total))
     ranks.together(lambda: _refuse_non_finite(scores, units, config.criterion, ranks))
     return scores
+
+
+def score_prefixes(
+    model: nn.Module,
+    units: list[Prunable],
+    workload: Workload,
+    config: PruneConfig,
+    sizes: Sequence[int],
+    *,
+    seed: int = 0,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[tuple[int, SlicedScores]]:
+    """Scores on growing numbers of calibration examples, each nested in the next; on one rank.
+
+    The scores of each size have the bits that `score` gives for it. Where a criterion is one sum
+    over batches, all sizes share one pass over the largest; where it is not, or a size ends inside
+    a batch, the size gets a pass of its own.
+
+    Args:
+        sizes: Numbers of calibration examples; those beyond what the data has are cut to it.
+        tell: Called with (batches done, batches in all) over all passes.
+
+    Yields:
+        (size, scores), by size, each size once.
+
+    Raises:
+        ConfigError: As `score`.
+        PruneError: As `score`.
+    """
+    rule, alone = criterion(config.criterion), Ranks(device=units[0].parameter.device)
+    available = num_examples(workload.train)
+    wanted = sorted({min(size, available) for size in sizes})
+    of_size = {n: config.model_copy(update={"calibration_examples": n}) for n in wanted}
+    is_one_sum = rule.of_gradients is not None or len(rule.passes) == 1
+    nested = [
+        n
+        for n in wanted
+        if is_one_sum and (n % config.calibration_batch_size == 0 or n == wanted[-1])
+    ]
+    own = {n: of_size[n] for n in wanted if n not in nested}
+    layout = Layout(units, alone)
+    statistics: dict[int, Mapping[str, Tensor]] = {}
+
+    def keep(num_batches: int, so_far: Callable[[], Mapping[str, Tensor]]) -> None:
+        size = min(num_batches * config.calibration_batch_size, wanted[-1])
+        if size in nested:
+            statistics[size] = so_far()
+
+    num_batches = {n: -(-n // config.calibration_batch_size) for n in wanted}
+    total = sum(num_batches[n] * max(1, len(rule.passes)) for n in own)
+    total += num_batches[wanted[-1]] if nested else 0
+    before = 0
+
+    def teller(done: int, of: int) -> None:
+        tell(before + done, total)
+
+    if nested:
+        with _scoring_mode(model, units):
+            calibration = _Calibration(workload, of_size[wanted[-1]], seed)
+            _sum_in_one_pass(rule, model, units, calibration, alone, layout, teller, keep)
+        before = num_batches[wanted[-1]]
+    for size in wanted:
+        if size in own:
+            scores = score(model, units, workload, own[size], alone, seed=seed, tell=teller)
+            before += num_batches[size] * max(1, len(rule.passes))
+        else:
+            scores = _finish(rule, units, layout, statistics.pop(size), size)
+            _refuse_non_finite(scores, units, config.criterion, alone)
+        yield size, scores
+
+
+def _sum_in_one_pass(
+    rule: Criterion,
+    model: nn.Module,
+    units: list[Prunable],
+    calibration: _Calibration,
+    ranks: Ranks,
+    layout: Layout,
+    tell: Callable[[int, int], None],
+    keep: _Keep,
+) -> None:
+    if rule.of_gradients is not None:
+        _sum_gradients(rule, model, units, calibration, ranks, layout, tell, keep)
+        return
+    with whole(model) as plain:
+        own = _units_of(plain, units)
+        _sum_over_batches(rule, plain, own, calibration, ranks, layout, tell, keep)
 
 
 def _statistic(
@@ -212,6 +299,9 @@ class _Calibration:
 
 _Batch = tuple[Tensor, Tensor]
 
+_Keep = Callable[[int, Callable[[], Mapping[str, Tensor]]], None]
+"""(batches summed, () -> a copy of the sum so far, this rank's slice (L,) by layer)."""
+
 
 def _sum_gradients(
     rule: Criterion,
@@ -221,6 +311,7 @@ def _sum_gradients(
     ranks: Ranks,
     layout: Layout,
     tell: Callable[[int, int], None],
+    keep: _Keep | None = None,
 ) -> tuple[Mapping[str, Tensor], int]:
     """Folds the gradients of each batch into this rank's slices of the sum."""
     assert rule.of_gradients is not None
@@ -254,6 +345,8 @@ def _sum_gradients(
                         loss = calibration.workload.loss(model(inputs), targets)
                         if loss.requires_grad:
                             loss.backward()
+            if keep is not None:
+                keep(turn + 1, sums.so_far)
             tell(turn + 1, turns)
     return sums.owned(), calibration.num_examples
 
@@ -280,6 +373,7 @@ def _sum_over_batches(
     ranks: Ranks,
     layout: Layout,
     tell: Callable[[int, int], None],
+    keep: _Keep | None = None,
 ) -> Tensor:
     """Runs a rule's passes; returns what this rank owns of the last sum, (S,)."""
     batches = calibration.batches
@@ -308,9 +402,15 @@ def _sum_over_batches(
                 ):
                     vector_N = layout.by_owner(statistic(probe, inputs, targets))
             sums.add(vector_N)
+            if keep is not None:
+                keep(turn + 1, partial(_own_so_far, layout, sums))
             tell(number * turns + turn + 1, len(rule.passes) * turns)
     assert sums is not None
     return sums.owned()
+
+
+def _own_so_far(layout: Layout, sums: OrderedSum) -> Mapping[str, Tensor]:
+    return layout.split_own(sums.so_far())
 
 
 def _units_of(model: nn.Module, units: list[Prunable]) -> list[Prunable]:

@@ -10,17 +10,21 @@ SCHEDULES = ("one_shot", "linear", "cubic", "geometric")
 
 
 def sparsity_schedule(
-    kind: str, sparsity: float, rounds: int, ramp_rounds: int | None = None
+    kind: str,
+    sparsity: float,
+    rounds: int,
+    ramp_rounds: int | None = None,
+    start: float = 0.0,
 ) -> list[float]:
     """Lists the sparsity after each of `rounds` rounds; the last is `sparsity` exactly.
 
-    With t = min(1, round / ramp_rounds) and s = sparsity:
+    With t = min(1, round / ramp_rounds), s = sparsity and s0 = start:
         one_shot: s at once; later rounds only fine-tune.
-        linear: s * t, the same number of units each round.
-        cubic: s * (1 - (1 - t)^3), fast first and slow last (Zhu and Gupta 2017,
-            arXiv 1710.01878, eq. 1, from zero initial sparsity).
-        geometric: 1 - (1 - s)^t, the same share of what is left each round (Frankle and Carbin
-            2019, arXiv 1803.03635, section 2).
+        linear: s0 + (s - s0) * t, the same number of units each round.
+        cubic: s0 + (s - s0) * (1 - (1 - t)^3), fast first and slow last (Zhu and Gupta 2017,
+            arXiv 1710.01878, eq. 1).
+        geometric: 1 - (1 - s0) * ((1 - s) / (1 - s0))^t, the same share of what is left each round
+            (Frankle and Carbin 2019, arXiv 1803.03635, section 2).
 
     Args:
         kind: One of `SCHEDULES`.
@@ -28,6 +32,7 @@ def sparsity_schedule(
         rounds: At least 1.
         ramp_rounds: After how many of them s is reached, and the rest only fine-tune; all by
             default.
+        start: Sparsity before the first round, at most `sparsity`.
 
     Raises:
         ConfigError: The kind is unknown.
@@ -37,11 +42,12 @@ def sparsity_schedule(
     if kind == "one_shot":
         steps = [sparsity for _ in shares]
     elif kind == "linear":
-        steps = [sparsity * t for t in shares]
+        steps = [start + (sparsity - start) * t for t in shares]
     elif kind == "cubic":
-        steps = [sparsity * (1 - (1 - t) ** 3) for t in shares]
+        steps = [start + (sparsity - start) * (1 - (1 - t) ** 3) for t in shares]
     elif kind == "geometric":
-        steps = [1 - (1 - sparsity) ** t for t in shares]
+        left = (1 - sparsity) / (1 - start)
+        steps = [1 - (1 - start) * left**t for t in shares]
     else:
         raise ConfigError(
             f"prune.schedule = '{kind}': not a schedule (allowed: {', '.join(SCHEDULES)})"

@@ -52,6 +52,7 @@ def dense_origin(job: JobConfig) -> dict[str, Any] | None:
         "pretrain": job.pretrain.model_dump(mode="json", exclude_defaults=True),
         # Masks and measurements of round 0 cover what is not excluded.
         "exclude": sorted(job.prune.exclude),
+        **({"masks": pinned} if (pinned := job.prune.initial_masks_digest) else {}),
         **_surroundings(job, job.workload.factory),
     }
 
@@ -136,11 +137,13 @@ def _scores_origin(job: JobConfig, model: nn.Module) -> dict[str, Any] | None:
             fields = set(type(prune).model_fields)
     return {
         "weights": _digest_state(model),
-        "workload": {
-            "factory": job.workload.factory,
-            "options": job.workload.options,
-            **({"tie": job.workload.tie} if job.workload.tie else {}),
-        },
+        "workload": job.workload.model_dump(mode="json", include={"factory", "options"})
+        | job.workload.model_dump(
+            # The weights say nothing of what these make of the data and of the passes.
+            mode="json",
+            include={"tie", "validation", "encoding"},
+            exclude_defaults=True,
+        ),
         "prune": prune.model_dump(mode="json", include=fields, exclude_defaults=True),
         **_surroundings(job, *plug_ins),
     }

@@ -70,7 +70,7 @@ def run_whole(job: JobConfig, store: Store, run_rounds: RunRounds) -> Iterator[S
             yield Step(record, is_old=True)
         if finished is not None:
             return
-        check_job(job, load_workload(job.workload))
+        check_job(job, load_workload(job.workload, job.seed))
         for record in _run_with_dense(job, store, run_rounds):
             lease.check()
             yield Step(record, is_old=False)
@@ -108,6 +108,11 @@ def finish_trial(job: JobConfig, store: Store, seconds: float) -> TrialRecord:
             f"storage: round {len(rounds)} vanished from '{store.trial_uri(name)}'; is another "
             "process running this job? Run the job again when it has ended"
         )
+    test = store.read_test(name)
+    if test is None and job.workload.validation:
+        raise StoreError(
+            f"storage: test.json vanished from '{store.trial_uri(name)}'; run the job again"
+        )
     record = TrialRecord(
         trial_id=name,
         job=job,
@@ -115,6 +120,7 @@ def finish_trial(job: JobConfig, store: Store, seconds: float) -> TrialRecord:
         seconds=round(seconds, 1),
         num_workers=job.cluster.num_workers,
         versions=_versions(),
+        test=test,
     )
     store.write_trial(record)
     return record

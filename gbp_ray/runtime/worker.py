@@ -13,10 +13,12 @@ import torch
 
 from gbp_ray.config import JobConfig, trial_id
 from gbp_ray.pruning.checkpoint import SHARDS, Checkpoint
+from gbp_ray.pruning.final_test import measure_final_test
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import RoundState, ScoreCache, run_rounds
 from gbp_ray.pruning.sharding import is_sharded
 from gbp_ray.pruning.training import num_steps
+from gbp_ray.records import choose_round
 from gbp_ray.runtime.progress import Tick
 from gbp_ray.store import RoundRecord, Store
 from gbp_ray.workload import Workload, load_workload
@@ -62,19 +64,35 @@ def iterate_trial(
     with _fixed_kernels(job.cluster.threads_per_worker):
         name = trial_id(job)
         store = Store(job.storage, job.name)
-        workload = ranks.together(lambda: load_workload(job.workload))
+        workload = ranks.together(lambda: load_workload(job.workload, job.seed))
         # All go by what rank 0 sees: a round may be committed between two looks.
         records = ranks.share_object(ranks.together(lambda: store.read_rounds(name)))
-        if len(records) > job.prune.rounds:
-            return
-        resume = None
-        if records:
-            resume = ranks.together(lambda: _read_checkpoint(store, name, records))
-        teller = _Teller(job, workload, name, tell)
-        for state in run_rounds(
-            job, workload, ranks, resume=resume, tell=teller, score_cache=score_cache
-        ):
-            yield _commit(store, name, state, ranks)
+        if len(records) <= job.prune.rounds:
+            resume = None
+            if records:
+                resume = ranks.together(lambda: _read_checkpoint(store, name, records))
+            teller = _Teller(job, workload, name, tell)
+            for state in run_rounds(
+                job, workload, ranks, resume=resume, tell=teller, score_cache=score_cache
+            ):
+                yield _commit(store, name, state, ranks)
+        if workload.validation is not None:
+            _use_test_split(job, workload, store, ranks)
+
+
+def _use_test_split(job: JobConfig, workload: Workload, store: Store, ranks: Ranks) -> None:
+    """Measures the chosen round on the test split, once."""
+    name = trial_id(job)
+    if ranks.share_object(ranks.together(lambda: store.read_test(name))) is not None:
+        return
+    records = ranks.share_object(ranks.together(lambda: store.read_rounds(name)))
+
+    def read_weights(number: int) -> bytes:
+        return store.read_file(name, records[number], "weights.safetensors")
+
+    chosen = choose_round(records).round
+    found = measure_final_test(job, workload, ranks, chosen, read_weights)
+    ranks.together(lambda: store.write_test(name, found) if ranks.is_first else None)
 
 
 def _commit(store: Store, name: str, state: RoundState, ranks: Ranks) -> RoundRecord:

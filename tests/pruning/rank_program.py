@@ -41,6 +41,7 @@ from gbp_ray.pruning.batchnorm import recalibrate_batchnorm
 from gbp_ray.pruning.building import copy_frozen
 from gbp_ray.pruning.checkpoint import Checkpoint
 from gbp_ray.pruning.evaluation import evaluate
+from gbp_ray.pruning.final_test import measure_final_test
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
 from gbp_ray.pruning.objective import Teacher
 from gbp_ray.pruning.ranks import OrderedSum, Ranks
@@ -49,6 +50,7 @@ from gbp_ray.pruning.saliency import score
 from gbp_ray.pruning.selection import select_masks
 from gbp_ray.pruning.sharding import gather_whole, local, shard_network
 from gbp_ray.pruning.training import Span, make_optimizer, train_epochs
+from gbp_ray.workload import hold_out
 
 SUM_CASES = [
     (num_elements, num_items, dtype, wire)
@@ -98,6 +100,7 @@ def report_of(ranks: Ranks) -> dict[str, Any]:
         "unruly model": _unruly_model(ranks),
         "rounds": _rounds(ranks),
         **{case: rounds_of(case, ranks) for case in CASES},
+        "held out": _held_out(ranks),
         "filled in": _filled_in(ranks).tolist(),
         "shared": ranks.share_object({"from": ranks.rank}),
         "together": _together(ranks),
@@ -118,6 +121,7 @@ def sharded_report_of(ranks: Ranks) -> dict[str, Any]:
         "recalibrated": _recalibrated(ranks, trained),
         "rounds": _rounds(ranks, strategy="fsdp"),
         **{case: rounds_of(case, ranks, strategy="fsdp") for case in CASES},
+        "held out": _held_out(ranks, strategy="fsdp"),
         "rank": ranks.rank,
     }
 
@@ -248,6 +252,24 @@ def _rounds(
         weights = digest(_gathered(state.model.state_dict()))
         found.append((record, state.masks.digest, weights))
     return found
+
+
+def _held_out(ranks: Ranks, strategy: str = "replicated") -> list[Any]:
+    """Rounds judged by a validation split and stopped early, then the test split."""
+    job = rounds_job(strategy)
+    finetune = job.finetune.model_copy(update={"epochs": 3.0, "patience": 1, "validate_every": 0.5})
+    job = job.model_copy(update={"finetune": finetune})
+    workload = hold_out(images(num_train=60), 0.25, seed=2)
+    found: list[Any] = []
+    stored = {}
+    for state in run_rounds(job, workload, ranks):
+        record = state.record.model_dump(exclude={"seconds"})
+        found.append((record, digest(_gathered(state.model.state_dict()))))
+        # Of a sharded network rank 0 alone has the whole file.
+        weights = state.to_files().get("weights.safetensors", b"")
+        stored[state.record.round] = ranks.share_object(bytes(weights))
+    tested = measure_final_test(job, workload, ranks, 1, lambda number: stored[number])
+    return [*found, tested.model_dump()]
 
 
 def rounds_job(strategy: str) -> JobConfig:

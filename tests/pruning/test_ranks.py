@@ -124,6 +124,7 @@ def test_the_mask_cases_differ(alone: dict[str, Any]) -> None:
         "attacked",
         "taught once",
         "filled in",
+        "held out",
     ],
 )
 def test_results_do_not_depend_on_the_number_of_ranks(

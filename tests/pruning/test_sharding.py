@@ -43,7 +43,8 @@ def test_masks_of_a_sharded_network_are_those_of_a_replicated_one(
 
 
 @pytest.mark.parametrize(
-    "result", ["trained", "movement", "evaluated", "recalibrated", "attacked", "taught once"]
+    "result",
+    ["trained", "movement", "evaluated", "recalibrated", "attacked", "taught once", "held out"],
 )
 def test_results_of_a_sharded_network_are_those_of_a_replicated_one(
     result: str, alone: dict[str, Any], world: World

@@ -1,0 +1,87 @@
+"""`gbp-ray explain`: what a trial's pruned network does differently from its dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gbp_ray.errors import StoreError
+from gbp_ray.findings import Findings
+from gbp_ray.pruning.explaining import compare_networks
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.pruning.rebuilding import rebuild_network
+from gbp_ray.runtime.solo import own_device
+from gbp_ray.store import locate_round
+from gbp_ray.workload import add_import_paths, load_workload
+
+__all__ = ["Explanation", "explain_round"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What was found, and where it is kept.
+
+    Attributes:
+        uri: Of the findings, beside the trial.
+        trial_uri: Of the trial.
+    """
+
+    findings: Findings
+    uri: str
+    trial_uri: str
+
+
+def explain_round(
+    uri: str | Path, *, tell: Callable[[str, int, int], None] = lambda what, done, total: None
+) -> Explanation:
+    """Compares a round of a finished trial with its dense network, and keeps what it finds.
+
+    Args:
+        uri: A round's folder, or a trial's: that gives the round which the trial is for.
+        tell: Called with (what is done, steps done, steps in all).
+
+    Raises:
+        StoreError: The trial has not finished, or something cannot be read or written.
+        WorkloadError: The data or the network cannot be had any more.
+    """
+    store, name, record = locate_round(uri)
+    trial = store.read_trial(name)
+    if trial is None:
+        raise StoreError(
+            f"'{uri}': the trial has not finished; run the same job again to go on with it"
+        )
+    add_import_paths([str(Path.cwd())])
+    job = trial.job
+    ranks = Ranks(device=own_device(job))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(job.cluster.threads_per_worker)
+    try:
+        workload = load_workload(job.workload, job.seed)
+        dense, pruned = (
+            rebuild_network(
+                workload,
+                job.seed,
+                store.read_file(name, stored, "weights.safetensors"),
+                f"round_{stored.round:03d}/weights.safetensors",
+            ).to(ranks.device)
+            for stored in (trial.dense, record)
+        )
+        masks = MaskSet.from_bytes(store.read_file(name, record, "masks.safetensors"))
+        findings = compare_networks(
+            job,
+            workload,
+            dense,
+            pruned,
+            masks,
+            ranks,
+            trial_id=name,
+            round_number=record.round,
+            tell=tell,
+        )
+    finally:
+        torch.set_num_threads(threads)
+    return Explanation(findings, findings.save(store), store.trial_uri(name))

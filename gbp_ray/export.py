@@ -1,0 +1,221 @@
+"""The deliverable: a pruned network that loads in plain PyTorch, checked before it is written.
+
+    model.safetensors    the state dict, for the network's own class
+    model.pt2            the network as a program (torch.export), for those without the class
+    masks.safetensors    which weights stay zero
+    example.safetensors  prepared inputs with the outputs that belong to them
+    README.md            the model card
+
+Everything is made and compared in memory; a folder is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from gbp_ray.errors import ConfigError, ExportError, StoreError
+from gbp_ray.model_card import ExportFacts, write_card
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.rebuilding import rebuild_network
+from gbp_ray.store import locate_round
+from gbp_ray.workload import (
+    Workload,
+    add_import_paths,
+    judged_split,
+    load_workload,
+    num_examples,
+    take_batch,
+)
+
+__all__ = ["Export", "export_round"]
+
+_FILES = ("model.safetensors", "model.pt2", "masks.safetensors", "example.safetensors", "README.md")
+_NUM_EXAMPLES = 8
+_TOLERANCE = 1e-5
+"""Greatest difference of a program's outputs, against the greatest output."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Attributes:
+        folder: Where.
+        files: Name to size in bytes.
+        trial_id: Of the trial.
+        round: Of it.
+        difference: Greatest difference of the program's outputs from the pruned network's.
+        program_fault: Why there is no program, or "".
+    """
+
+    folder: str
+    files: dict[str, int]
+    trial_id: str
+    round: int
+    difference: float
+    program_fault: str
+
+
+def export_round(uri: str | Path, folder: str | Path) -> Export:
+    """Writes a round of a finished trial as files that need nothing of this package.
+
+    Args:
+        uri: A round's folder, or a trial's: that gives the round which the trial is for.
+        folder: Receives the files; new, empty, or holding an earlier export.
+
+    Raises:
+        ExportError: What was made does not compute what the pruned network does.
+        StoreError: The round cannot be read, its trial has not finished, or the folder cannot be
+            written.
+    """
+    target = _check_folder(folder)
+    store, name, record = locate_round(uri)
+    trial = store.read_trial(name)
+    if trial is None:
+        raise StoreError(
+            f"'{uri}': the trial has not finished; run the same job again to go on with it"
+        )
+    add_import_paths([str(Path.cwd())])
+    workload = load_workload(trial.job.workload, trial.job.seed)
+    weights = store.read_file(name, record, "weights.safetensors")
+    packed = store.read_file(name, record, "masks.safetensors")
+    masks = MaskSet.from_bytes(packed, "masks.safetensors")
+    model = rebuild_network(workload, trial.job.seed, weights, "weights.safetensors")
+    if (revived := masks.find_revived(model)) is not None:
+        raise ExportError(f"'{revived}': has weights other than zero where its mask removes them")
+    size = min(_NUM_EXAMPLES, num_examples(workload.test))
+    inputs, _ = take_batch(workload, workload.test, torch.arange(size))
+    outputs = _outputs_of(model, inputs)
+    _check_state(workload, trial.job.seed, weights, inputs, outputs)
+    program, difference, fault = _make_program(model, inputs, outputs)
+    files = {
+        "model.safetensors": weights,
+        "masks.safetensors": packed,
+        "example.safetensors": save_tensors(
+            {"inputs": inputs.contiguous(), "outputs": outputs.contiguous()}
+        ),
+    }
+    if program:
+        files["model.pt2"] = program
+    facts = ExportFacts(
+        class_name=type(model).__name__,
+        input_shape=tuple(inputs.shape[1:]),
+        input_dtype=str(inputs.dtype),
+        output_shape=tuple(outputs.shape[1:]),
+        num_test=num_examples(workload.test),
+        num_judged=num_examples(getattr(workload, judged_split(workload))),
+        program_fault=fault,
+        difference=difference,
+    )
+    files["README.md"] = write_card(trial, trial.rounds[record.round], facts).encode()
+    _write(target, files)
+    return Export(
+        folder=str(target),
+        files={name: len(data) for name, data in files.items()},
+        trial_id=name,
+        round=record.round,
+        difference=difference,
+        program_fault=fault,
+    )
+
+
+@torch.no_grad()
+def _outputs_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    outputs = model(inputs)
+    if not isinstance(outputs, Tensor):
+        raise ExportError(
+            f"the network returns {type(outputs).__name__}, and only one that returns a tensor can "
+            "be compared with what is exported"
+        )
+    return outputs
+
+
+def _check_state(
+    workload: Workload, seed: int, weights: bytes, inputs: Tensor, outputs: Tensor
+) -> None:
+    """Makes sure that the state dict alone, in a fresh network, gives the same outputs."""
+    fresh = rebuild_network(workload, seed + 1, weights, "weights.safetensors")
+    missing = set(fresh.state_dict()) - set(load_tensors(weights))
+    if not torch.equal(_outputs_of(fresh, inputs), outputs):
+        hint = f"; '{min(missing)}' is not in its state dict" if missing else ""
+        raise ExportError(
+            "a fresh network with the stored weights gives other outputs: what it computes is not "
+            f"in its state dict alone, or is drawn at random{hint}"
+        )
+
+
+def _make_program(model: nn.Module, inputs: Tensor, outputs: Tensor) -> tuple[bytes, float, str]:
+    """Exports the network for any number of examples; returns it, its error, why there is none.
+
+    Raises:
+        ExportError: The program gives other outputs, for these examples or for one alone.
+    """
+    buffer = io.BytesIO()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Two examples and more: a size of one would be taken for a constant.
+            batch = torch.export.Dim("batch", min=1)
+            traced = torch.export.export(model, (inputs,), dynamic_shapes=({0: batch},))
+            torch.export.save(traced, buffer)
+            loaded = torch.export.load(io.BytesIO(buffer.getvalue())).module()
+    except Exception as error:  # noqa: BLE001 - torch raises a dozen kinds for what it cannot take
+        return b"", 0.0, " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    largest = float(outputs.abs().max()) if outputs.numel() else 0.0
+    difference = 0.0
+    for count in (len(inputs), 1):
+        with torch.no_grad():
+            wanted, found = model(inputs[:count]), loaded(inputs[:count])
+        if found.shape != wanted.shape:
+            raise ExportError(
+                f"model.pt2: gives outputs of shape {tuple(found.shape)} for {count} examples, "
+                f"the pruned network {tuple(wanted.shape)}"
+            )
+        difference = max(difference, float((found - wanted).abs().max()))
+    if not difference <= _TOLERANCE * largest:
+        raise ExportError(
+            f"model.pt2: its outputs differ by {difference:.3g} from those of the pruned network, "
+            f"whose greatest is {largest:.3g}; nothing was written"
+        )
+    return buffer.getvalue(), difference, ""
+
+
+# -- the folder ------------------------------------------------------------------------------------
+
+
+def _check_folder(folder: str | Path) -> Path:
+    if "://" in str(folder):
+        raise ConfigError(f"DIR = '{folder}': must be a folder; copy the export from there")
+    target = Path(folder).expanduser().absolute()
+    if target.is_file():
+        raise ConfigError(f"DIR = '{folder}': is a file; give another folder")
+    if target.is_dir():
+        foreign = sorted(path.name for path in target.iterdir() if path.name not in _FILES)
+        if foreign:
+            raise ConfigError(
+                f"DIR = '{folder}': holds '{foreign[0]}', which is of no earlier export; give "
+                "another folder"
+            )
+    return target
+
+
+def _write(target: Path, files: Mapping[str, bytes]) -> None:
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            (target / f".{name}.part").write_bytes(data)
+        for name in files:
+            (target / f".{name}.part").replace(target / name)
+        for name in set(_FILES) - set(files):
+            (target / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(f"DIR = '{target}': cannot be written: {error.strerror}") from None

@@ -1,0 +1,303 @@
+"""How a pruned network differs from the dense one that it was made of, on the test split.
+
+Which classes pay for the sparsity and which answers change (Hooker et al. 2019, arXiv 1911.05248,
+who call such examples pruning-identified exemplars); what in an input the right answer hangs on, by
+the gradient of its output (Simonyan et al. 2013, arXiv 1312.6034); and where the saliency lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gbp_ray.config import JobConfig
+from gbp_ray.findings import ClassFinding, ExampleFinding, Findings, LayerSaliency
+from gbp_ray.pruning.masks import MaskSet, prunable_parameters
+from gbp_ray.pruning.ranks import Ranks, isolated
+from gbp_ray.pruning.saliency import score
+from gbp_ray.workload import (
+    Workload,
+    cut_batches,
+    derive_seed,
+    num_examples,
+    shuffled_indices,
+    take_batch,
+)
+
+__all__ = ["compare_networks"]
+
+_NUM_CHANGED, _NUM_SAME = 9, 3
+"""Examples that pictures are made of."""
+_NUM_GRADIENTS = 256
+"""Examples of each kind that input gradients are compared on."""
+_UNSCORED = ("movement", "random")
+"""Criteria that say nothing about a network as it lies there."""
+
+Tell = Callable[[str, int, int], None]
+
+
+def compare_networks(
+    job: JobConfig,
+    workload: Workload,
+    dense: nn.Module,
+    pruned: nn.Module,
+    masks: MaskSet,
+    ranks: Ranks,
+    *,
+    trial_id: str,
+    round_number: int,
+    tell: Tell = lambda what, done, total: None,
+) -> Findings:
+    """Compares the two networks, on one rank.
+
+    Args:
+        masks: Of the pruned one.
+        tell: Called with (what is done, steps done, steps in all).
+
+    Raises:
+        PruneError: A score is not finite.
+    """
+    left_out: list[str] = []
+    criterion = job.prune.criterion
+    if criterion in _UNSCORED:
+        left_out.append(f"saliency by {criterion}, which needs a training; taylor_squared instead")
+        criterion = "taylor_squared"
+    layers = _compare_saliency(job, workload, dense, pruned, masks, ranks, criterion, tell)
+    found = Findings(
+        trial_id=trial_id,
+        round=round_number,
+        criterion=criterion,
+        num_examples=num_examples(workload.test),
+        layers=layers,
+    )
+    answers = _answer_all(job, workload, dense, pruned, ranks, tell)
+    if answers is None:
+        left_out.append("classes, answers and examples: the network is no plain classifier")
+        return replace(found, left_out=tuple(left_out))
+    right = answers.targets == answers.dense, answers.targets == answers.pruned
+    is_changed = answers.dense != answers.pruned
+    examples, order = _pick_examples(answers, is_changed, job.seed)
+    found = replace(
+        found,
+        classes=_count_classes(answers, *right),
+        num_changed=int(is_changed.sum()),
+        num_hurt=int((right[0] & ~right[1]).sum()),
+        num_helped=int((right[1] & ~right[0]).sum()),
+        examples=examples,
+        agreement=_measure_agreement(job, workload, dense, pruned, is_changed, ranks, tell),
+    )
+    images = _take_images(workload, order)
+    if images is None:
+        left_out.append("pictures of examples: the inputs are no images")
+    else:
+        maps = _maps_of(workload, dense, order, ranks), _maps_of(workload, pruned, order, ranks)
+        found = replace(found, images=images, maps_dense=maps[0], maps_pruned=maps[1])
+    return replace(found, left_out=tuple(left_out))
+
+
+# -- saliency --------------------------------------------------------------------------------------
+
+
+def _compare_saliency(
+    job: JobConfig,
+    workload: Workload,
+    dense: nn.Module,
+    pruned: nn.Module,
+    masks: MaskSet,
+    ranks: Ranks,
+    criterion: str,
+    tell: Tell,
+) -> tuple[LayerSaliency, ...]:
+    config = job.prune.model_copy(update={"criterion": criterion})
+    scores = [
+        score(
+            model,
+            prunable_parameters(model, config.exclude),
+            workload,
+            config,
+            ranks,
+            seed=job.seed,
+            tell=lambda done, total, name=name: tell(f"saliency, {name}", done, total),  # type: ignore[misc]
+        ).gather(ranks)
+        for name, model in (("dense", dense), ("pruned", pruned))
+    ]
+    order = [name for name, _ in dense.named_parameters() if name in masks]
+    layers = []
+    for name in order:
+        # Criteria with a sign say which way the loss moves; how far is what is compared.
+        before, after = (values[name].double().abs() for values in scores)
+        kept = masks[name].cpu()
+        layers.append(
+            LayerSaliency(
+                name=name,
+                num_weights=kept.numel(),
+                num_kept=int(kept.sum()),
+                dense_all=float(before.sum()),
+                dense_kept=float(before[kept].sum()),
+                pruned=float(after[kept].sum()),
+            )
+        )
+    return tuple(layers)
+
+
+# -- answers ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What both networks say to every test example; all (n,)."""
+
+    targets: Tensor
+    dense: Tensor
+    pruned: Tensor
+    confidence_dense: Tensor
+    confidence_pruned: Tensor
+
+
+@torch.no_grad()
+def _answer_all(
+    job: JobConfig,
+    workload: Workload,
+    dense: nn.Module,
+    pruned: nn.Module,
+    ranks: Ranks,
+    tell: Tell,
+) -> _Answers | None:
+    parts: list[list[Tensor]] = []
+    batches = cut_batches(num_examples(workload.test), job.workload.eval_batch_size)
+    for item, batch in enumerate(batches):
+        indices = torch.arange(batch.start, batch.stop)
+        inputs, targets = take_batch(workload, workload.test, indices, device=ranks.device)
+        columns = [targets]
+        for model in (dense, pruned):
+            with isolated(model, derive_seed("evaluate", item)):
+                outputs = model(inputs)
+            if not isinstance(outputs, Tensor) or outputs.ndim != 2 or targets.ndim != 1:
+                return None
+            if targets.is_floating_point() or outputs.shape[1] < 2:
+                return None
+            confidence, answer = functional.softmax(outputs.float(), dim=1).max(dim=1)
+            columns += [answer, confidence]
+        parts.append([column.cpu() for column in columns])
+        tell("answers of both networks", item + 1, len(batches))
+    targets, answer, confidence, answer_pruned, confidence_pruned = (
+        torch.cat(column) for column in zip(*parts, strict=True)
+    )
+    return _Answers(targets, answer, answer_pruned, confidence, confidence_pruned)
+
+
+def _count_classes(
+    answers: _Answers, right_dense: Tensor, right_pruned: Tensor
+) -> tuple[ClassFinding, ...]:
+    classes = []
+    for label in answers.targets.unique().tolist():
+        own = answers.targets == label
+        classes.append(
+            ClassFinding(
+                label=int(label),
+                num_examples=int(own.sum()),
+                num_right_dense=int(right_dense[own].sum()),
+                num_right_pruned=int(right_pruned[own].sum()),
+            )
+        )
+    return tuple(classes)
+
+
+def _pick_examples(
+    answers: _Answers, is_changed: Tensor, seed: int
+) -> tuple[tuple[ExampleFinding, ...], Tensor]:
+    """Picks the examples on which both are surest of different answers, and some by chance."""
+    sureness = answers.confidence_dense + answers.confidence_pruned
+    changed = is_changed.nonzero().flatten()
+    changed = changed[sureness[changed].argsort(descending=True, stable=True)][:_NUM_CHANGED]
+    same = (~is_changed).nonzero().flatten()
+    chance = shuffled_indices(len(same), derive_seed(seed, "explain"))
+    order = torch.cat([changed, same[chance[:_NUM_SAME]]])
+    examples = tuple(
+        ExampleFinding(
+            index=i,
+            label=int(answers.targets[i]),
+            answer_dense=int(answers.dense[i]),
+            answer_pruned=int(answers.pruned[i]),
+            confidence_dense=float(answers.confidence_dense[i]),
+            confidence_pruned=float(answers.confidence_pruned[i]),
+        )
+        for i in order.tolist()
+    )
+    return examples, order
+
+
+# -- input gradients -------------------------------------------------------------------------------
+
+
+def _input_gradients(
+    workload: Workload, model: nn.Module, indices: Tensor, ranks: Ranks
+) -> Tensor | None:
+    """Differentiates each example's output of its true class by its own prepared input."""
+    inputs, targets = take_batch(workload, workload.test, indices, device=ranks.device)
+    if not inputs.is_floating_point():
+        return None
+    inputs = inputs.detach().requires_grad_(True)
+    with torch.enable_grad(), isolated(model, 0):
+        outputs = model(inputs)
+        chosen = outputs.gather(1, targets.view(-1, 1)).sum()
+        (gradient,) = torch.autograd.grad(chosen, inputs)
+    return gradient.detach().cpu()
+
+
+def _measure_agreement(
+    job: JobConfig,
+    workload: Workload,
+    dense: nn.Module,
+    pruned: nn.Module,
+    is_changed: Tensor,
+    ranks: Ranks,
+    tell: Tell,
+) -> dict[str, float]:
+    agreement = {}
+    for name, wanted in (("same", ~is_changed), ("changed", is_changed)):
+        places = wanted.nonzero().flatten()
+        draws = derive_seed(job.seed, "explain", name)
+        places = places[shuffled_indices(len(places), draws)[:_NUM_GRADIENTS]]
+        cosines = []
+        for batch in cut_batches(len(places), min(64, job.workload.eval_batch_size)):
+            chosen = places[batch.start : batch.stop]
+            pair = [_input_gradients(workload, m, chosen, ranks) for m in (dense, pruned)]
+            if pair[0] is None or pair[1] is None:
+                return {}
+            one, other = (gradient.flatten(1).double() for gradient in (pair[0], pair[1]))
+            cosines.append(functional.cosine_similarity(one, other, dim=1))
+            tell(f"input gradients, {name} answers", batch.stop, len(places))
+        if cosines:
+            agreement[name] = float(torch.cat(cosines).mean())
+    return agreement
+
+
+def _maps_of(workload: Workload, model: nn.Module, indices: Tensor, ranks: Ranks) -> np.ndarray:
+    gradient = _input_gradients(workload, model, indices, ranks)
+    if gradient is None or gradient.ndim != 4:
+        return np.zeros((0, 1, 1), np.float32)
+    return gradient.abs().amax(dim=1).float().numpy()
+
+
+def _take_images(workload: Workload, indices: Tensor) -> np.ndarray | None:
+    """Takes inputs as they are stored, before they are prepared, as pictures; None if they are not.
+
+    Returns:
+        (n, height, width, 1 or 3) uint8.
+    """
+    raw, _ = take_batch(replace(workload, prepare=None), workload.test, indices)
+    if raw.ndim == 3:
+        raw = raw.unsqueeze(1)
+    if raw.ndim != 4 or raw.shape[1] not in (1, 3):
+        return None
+    values = raw.double()
+    low = 0.0 if raw.dtype is torch.uint8 else float(values.min())
+    high = float(values.max())
+    scaled = (values - low) / (high - low) if high > low else values * 0
+    return (255 * scaled).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()

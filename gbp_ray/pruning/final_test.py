@@ -1,0 +1,54 @@
+"""The one use of the test split by a trial whose rounds were judged by other examples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from gbp_ray.config import JobConfig
+from gbp_ray.errors import PruneError
+from gbp_ray.pruning.building import build_start
+from gbp_ray.pruning.checkpoint import load_weights
+from gbp_ray.pruning.evaluation import evaluate
+from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.records import FinalTest
+from gbp_ray.workload import Workload
+
+__all__ = ["measure_final_test"]
+
+
+def measure_final_test(
+    job: JobConfig,
+    workload: Workload,
+    ranks: Ranks,
+    chosen: int,
+    read_weights: Callable[[int], bytes],
+) -> FinalTest:
+    """Measures the chosen round on the test split, and the dense network beside it. Communicates.
+
+    Args:
+        chosen: Number of the round, from `records.choose_round`.
+        read_weights: Number of a round -> its weights.safetensors.
+
+    Raises:
+        PruneError: A loss is not finite.
+        StoreError: Weights cannot be read.
+    """
+    model, _ = build_start(workload, job.seed, ranks, job.cluster.strategy)
+    measured = []
+    for number in (chosen, 0):
+        source = f"round_{number:03d}/weights.safetensors"
+        weights = ranks.together(lambda number=number: read_weights(number))  # type: ignore[misc]
+        load_weights(model, weights, source)
+        accuracy, loss = evaluate(model, workload, ranks, job.workload.eval_batch_size)
+        if not math.isfinite(loss):
+            raise PruneError(f"round {number}: the test loss is {loss:g}; its weights diverged")
+        measured.append((accuracy, loss))
+    (accuracy, loss), (dense_accuracy, dense_loss) = measured
+    return FinalTest(
+        round=chosen,
+        accuracy=accuracy,
+        loss=loss,
+        dense_accuracy=dense_accuracy,
+        dense_loss=dense_loss,
+    )

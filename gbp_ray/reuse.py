@@ -1,0 +1,103 @@
+"""`gbp-ray apply`: the masks of one network on the weights of another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from gbp_ray.errors import PruneError, StoreError
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.tickets import read_masks_at
+from gbp_ray.store import locate_round
+from gbp_ray.weights import read_state
+
+__all__ = ["Applied", "apply_masks"]
+
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".th")
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What was written.
+
+    Attributes:
+        file: The masked weights.
+        num_units: Weights under a mask.
+        num_pruned: Those that are zero by it.
+        num_changed: Those of them that were not zero before.
+        mask_digest: Of the masks.
+    """
+
+    file: str
+    num_units: int
+    num_pruned: int
+    num_changed: int
+    mask_digest: str
+
+    @property
+    def sparsity(self) -> float:
+        """Removed weights / weights under a mask."""
+        return self.num_pruned / self.num_units
+
+
+def apply_masks(masks: str, checkpoint: str, to: str | Path | None = None) -> Applied:
+    """Sets weights to zero where masks say so, and writes them as safetensors.
+
+    Args:
+        masks: A mask file, or the folder of a round or of a trial.
+        checkpoint: A state dict (.safetensors, .pt, .pth, .th), or likewise a round or a trial.
+        to: The file to write; by default beside the working folder's other files, named after
+            the checkpoint.
+
+    Raises:
+        PruneError: A masked parameter is missing or has another shape; nothing is written.
+        StoreError: Something cannot be read or written.
+        WorkloadError: The checkpoint is none.
+    """
+    found = read_masks_at(masks)
+    state = _read_weights(checkpoint)
+    num_changed = sum(
+        int((state[name] != 0)[~mask].sum())
+        for name, mask in found.items()
+        if name in state and state[name].shape == mask.shape
+    )
+    try:
+        found.apply_(state)
+    except PruneError as error:
+        fault = str(error).removeprefix("target: ")
+        raise PruneError(
+            f"CHECKPOINT = '{checkpoint}': {fault}; masks fit the network that they were made for, "
+            "and others with the same parameters"
+        ) from None
+    target = Path(to) if to is not None else Path(f"{_stem(checkpoint)}-masked.safetensors")
+    _write(target, state, found)
+    return Applied(str(target), found.num_units, found.num_pruned, num_changed, found.digest)
+
+
+def _read_weights(checkpoint: str) -> dict[str, Tensor]:
+    if PurePath(checkpoint.partition("?")[0]).suffix in _SUFFIXES:
+        return read_state(checkpoint, "CHECKPOINT")
+    store, trial, record = locate_round(checkpoint)
+    return load_tensors(store.read_file(trial, record, "weights.safetensors"))
+
+
+def _stem(checkpoint: str) -> str:
+    name = PurePath(checkpoint.partition("?")[0].rstrip("/"))
+    return name.stem if name.suffix in _SUFFIXES else name.name
+
+
+def _write(target: Path, state: dict[str, Tensor], masks: MaskSet) -> None:
+    # The format refuses tensors that share memory, as tied ones do.
+    plain = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in state.items()}
+    data = save_tensors(plain, {"format": "pt", "mask_digest": masks.digest})
+    try:
+        aside = target.with_name(f".{target.name}.part")
+        aside.write_bytes(data)
+        aside.replace(target)
+    except OSError as error:
+        raise StoreError(f"--to = '{target}': cannot be written: {error.strerror}") from None

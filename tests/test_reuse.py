@@ -1,0 +1,298 @@
+"""Networks and masks used again: in plain PyTorch, on other weights, as a page of pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_digits import prune_digits
+from torch import nn
+
+from gbp_ray import export as export_module
+from gbp_ray.api import PruneResult
+from gbp_ray.errors import ConfigError, ExportError, PruneError, StoreError
+from gbp_ray.explain import explain_round
+from gbp_ray.export import export_round
+from gbp_ray.findings import read_findings
+from gbp_ray.page import write_report
+from gbp_ray.reuse import apply_masks
+from gbp_ray.store import Store, locate_jobs
+from gbp_ray.workload import load_workload
+
+torch.set_num_threads(1)
+
+WITHOUT_PACKAGE = """
+import sys
+sys.modules["gbp_ray"] = None
+import torch
+from safetensors.torch import load_file
+example = load_file("example.safetensors")
+inputs = example["inputs"]
+{three_lines}
+assert torch.equal(outputs, example["outputs"])
+assert model(inputs[:1]).shape == example["outputs"][:1].shape
+assert model(torch.cat([inputs, inputs])).shape[0] == 2 * len(inputs)
+print(sum((p == 0).sum().item() for p in model.parameters()))
+"""
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> PruneResult:
+    return prune_digits(tmp_path_factory.mktemp("reuse"))
+
+
+@pytest.fixture(scope="module")
+def folder(result: PruneResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "net"
+    export_round(result.uri, folder)
+    return folder
+
+
+def test_three_lines_of_the_card_load_the_network_without_this_package(
+    result: PruneResult, folder: Path
+) -> None:
+    card = (folder / "README.md").read_text()
+    block = next(b for b in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if ".pt2" in b)
+    lines = [line for line in block.splitlines() if line]
+    assert len(lines) == 3
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PACKAGE.format(three_lines="\n".join(lines))],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= result.load_masks().num_pruned > 0
+
+
+def test_the_state_dict_and_the_masks_are_those_of_the_chosen_round(
+    result: PruneResult, folder: Path
+) -> None:
+    state = load_file(folder / "model.safetensors")
+    model = result.load_model()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    example = load_file(folder / "example.safetensors")
+    with torch.no_grad():
+        assert torch.equal(model(example["inputs"]), example["outputs"])
+
+
+def test_the_card_says_what_was_measured_on_what(result: PruneResult, folder: Path) -> None:
+    card, record = (folder / "README.md").read_text(), result.record
+    assert record.test is not None
+    assert card.startswith("---\nlibrary_name: pytorch\n")
+    assert f"| test accuracy | {record.test.dense_accuracy:.2%} | {record.test.accuracy:.2%} |" in (
+        card
+    )
+    assert f"| {record.dense.accuracy:.2%} | {record.chosen.accuracy:.2%} |" in card
+    assert "was used once" in card
+    assert record.trial_id in card
+    assert record.chosen.mask_digest in card
+    for layer in record.chosen.cost.layers:
+        assert f"| {layer.name} | " in card
+    for heading in ("How to load it", "What it was made from", "Limits"):
+        assert f"## {heading}" in card
+    assert str(locate_jobs(result.uri)[0][0].uri) not in card, "where it lay is nobody's business"
+
+
+def test_a_program_that_computes_something_else_is_not_written(
+    result: PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = torch.export.load
+
+    def load_other(file: object) -> object:
+        program = whole(file)  # type: ignore[arg-type]
+        with torch.no_grad():
+            next(iter(program.state_dict.values())).add_(0.01)
+        return program
+
+    monkeypatch.setattr(torch.export, "load", load_other)
+    with pytest.raises(ExportError, match=r"model\.pt2: its outputs differ by .*nothing was"):
+        export_round(result.uri, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_network_that_cannot_be_traced_goes_without_a_program(
+    result: PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise RuntimeError("data-dependent control flow")
+
+    monkeypatch.setattr(torch.export, "export", refuse)
+    export = export_round(result.uri, tmp_path / "out")
+    assert "model.pt2" not in export.files
+    assert "data-dependent control flow" in export.program_fault
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "There is no `model.pt2`" in card
+    assert "data-dependent control flow" in card
+
+
+def test_a_network_with_more_than_its_state_dict_is_refused(
+    result: PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = export_module.rebuild_network
+
+    def drawn(*arguments: object) -> nn.Module:
+        model = whole(*arguments)  # type: ignore[arg-type]
+        model.linear = Shifted(model.linear)
+        return model
+
+    class Shifted(nn.Module):
+        def __init__(self, linear: nn.Module) -> None:
+            super().__init__()
+            self.linear, self.shift = linear, float(torch.rand(()))
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.linear(inputs) + self.shift
+
+    monkeypatch.setattr(export_module, "rebuild_network", drawn)
+    monkeypatch.setattr(export_module.MaskSet, "find_revived", lambda masks, model: None)
+    with pytest.raises(ExportError, match=r"not in its state dict|in its state dict alone"):
+        export_round(result.uri, tmp_path / "out")
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(
+    result: PruneResult, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds 'mine\.txt'"):
+        export_round(result.uri, tmp_path)
+    export_round(result.uri, folder)
+
+
+# -- masks on other weights ------------------------------------------------------------------------
+
+
+def test_masks_are_put_on_other_weights(result: PruneResult, tmp_path: Path) -> None:
+    dense = {name: t.clone() for name, t in result.load_model(0).state_dict().items()}
+    other = {name: t + 1 if t.is_floating_point() else t for name, t in dense.items()}
+    save_file(other, tmp_path / "other.safetensors")
+    applied = apply_masks(
+        result.uri, str(tmp_path / "other.safetensors"), tmp_path / "sparse.safetensors"
+    )
+    found, masks = load_file(tmp_path / "sparse.safetensors"), result.load_masks()
+    for name, tensor in other.items():
+        expected = tensor * masks[name] if name in masks else tensor
+        assert torch.equal(found[name], expected)
+    assert applied.num_pruned == masks.num_pruned
+    assert applied.sparsity == pytest.approx(result.sparsity)
+    assert applied.num_changed == sum(
+        int((other[name][~mask] != 0).sum()) for name, mask in masks.items()
+    )
+    # A round of its own, or a trial, will do as weights, too.
+    again = apply_masks(result.round_uri(), result.uri, tmp_path / "again.safetensors")
+    assert again.num_changed == 0
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(result: PruneResult, tmp_path: Path) -> None:
+    state = {name: t.clone() for name, t in result.load_model(0).state_dict().items()}
+    wide = state | {"conv2.weight": torch.zeros(32, 16, 3, 3)}
+    save_file(wide, tmp_path / "wide.safetensors")
+    with pytest.raises(PruneError, match=r"'conv2\.weight' has shape \(32, 16, 3, 3\), the mask"):
+        apply_masks(result.uri, str(tmp_path / "wide.safetensors"), tmp_path / "out")
+    del state["conv3.weight"]
+    save_file(state, tmp_path / "less.safetensors")
+    with pytest.raises(PruneError, match=r"CHECKPOINT = .*: has no 'conv3\.weight'"):
+        apply_masks(result.uri, str(tmp_path / "less.safetensors"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# -- pictures --------------------------------------------------------------------------------------
+
+
+def test_what_is_explained_is_what_the_networks_do(result: PruneResult) -> None:
+    found = explain_round(result.uri).findings
+    job = result.record.job
+    inputs, targets = load_workload(job.workload, job.seed).test
+    with torch.no_grad():
+        answers = [
+            result.load_model(number)(inputs.float() / 16).argmax(dim=1)
+            for number in (0, found.round)
+        ]
+    dense, pruned = answers
+    assert found.num_examples == len(targets)
+    assert found.num_changed == int((dense != pruned).sum()) > 0
+    assert found.num_hurt == int(((dense == targets) & (pruned != targets)).sum())
+    assert found.num_helped == int(((dense != targets) & (pruned == targets)).sum())
+    for item in found.classes:
+        own = targets == item.label
+        assert item.num_examples == int(own.sum())
+        assert item.num_right_pruned == int((pruned[own] == item.label).sum())
+    test = result.record.test
+    assert test is not None
+    assert sum(c.num_right_pruned for c in found.classes) == round(test.accuracy * len(targets))
+    changed = [item for item in found.examples if item.is_changed]
+    assert changed
+    assert len(changed) < len(found.examples)
+    for place, item in enumerate(found.examples):
+        assert (item.answer_dense, item.answer_pruned) == (dense[item.index], pruned[item.index])
+        picture = found.images[place, :, :, 0]
+        assert np.array_equal(picture > 0, inputs[item.index, 0].numpy() > 0)
+    # The map is the gradient of the true class's output by the prepared input.
+    first = found.examples[0]
+    single = (inputs[first.index : first.index + 1].float() / 16).requires_grad_(True)
+    result.load_model(found.round)(single)[0, first.label].backward()
+    assert single.grad is not None
+    assert found.maps_pruned[0] == pytest.approx(single.grad[0].abs().amax(0).numpy(), rel=1e-4)
+    for layer in found.layers:
+        assert layer.num_kept == int(result.load_masks()[layer.name].sum())
+        assert 0 < layer.dense_kept <= layer.dense_all
+    assert set(found.agreement) == {"same", "changed"}
+
+
+def test_findings_are_kept_beside_the_trial_and_shown(result: PruneResult, tmp_path: Path) -> None:
+    explanation = explain_round(result.uri)
+    ((store,), name) = locate_jobs(result.uri)
+    assert name is not None
+    kept = read_findings(store, name)
+    assert kept is not None
+    assert kept.to_dict() == json.loads(json.dumps(explanation.findings.to_dict()))
+    assert np.array_equal(kept.images, explanation.findings.images)
+    report = write_report(store.uri, tmp_path / "report")
+    page = f"trials/{store.name}-{name}.html"
+    assert page in report.files
+    assert f'href="{page}"' in (tmp_path / "report" / "index.html").read_text()
+    text = (tmp_path / "report" / page).read_text()
+    for title in (
+        "Accuracy by class",
+        "Examples that the pruned network sees differently",
+        "What lives in each layer",
+        "Which filter reads which input channel",
+        "Saliency by layer, before and after",
+        "The first layer&#39;s filters",
+        "Layers in numbers",
+    ):
+        assert title in text or title.replace("&#39;", "'") in text
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text), "nothing comes from outside"
+    for layer in result.record.chosen.cost.layers:
+        assert layer.name in text
+
+
+def test_a_trial_alone_has_its_page_without_being_explained(tmp_path: Path) -> None:
+    other = prune_digits(tmp_path / "results", **{"prune.rounds": 2, "prune.ramp_rounds": 1})
+    report = write_report(other.uri, tmp_path / "report")
+    (page,) = (file for file in report.files if file.endswith(".html") and "trials/" in file)
+    text = (tmp_path / "report" / page).read_text()
+    assert "gbp-ray explain" in text
+    assert "What lives in each layer" in text
+    assert "Accuracy by class" not in text
+
+
+def test_damaged_findings_are_said_and_left_out(result: PruneResult, tmp_path: Path) -> None:
+    explain_round(result.uri)
+    ((store,), name) = locate_jobs(result.uri)
+    assert isinstance(store, Store)
+    assert store.folder is not None
+    path = store.folder / "explained" / str(name) / "findings.json"
+    path.write_bytes(b"{}")
+    with pytest.raises(StoreError, match="were written"):
+        read_findings(store, str(name))
+    report = write_report(store.uri, tmp_path / "report")
+    assert any("findings.json" in text for text in report.left_out)
