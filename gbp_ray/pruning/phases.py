@@ -5,7 +5,7 @@ arrays; the interpreter with its libraries, about 0.4 GB, and the data come on t
 told from small real passes (`footprint`), all else from sizes:
 
     P, B    bytes of the parameters, of the buffers
-    T       bytes of the trainable parameters
+    T       bytes of the parameters that a training moves, without those it freezes
     N, S    prunable weights; the most that a rank owns of them, about N / W
     e       bytes of a prunable weight
     O       state of the optimizer: T for sgd with momentum, 2 T for adam and adamw
@@ -33,6 +33,7 @@ To which each phase adds the greatest of what it holds at its moments:
                 9 S + N (W > 1: 12 S + S / 8 + N / 8 + 2 N)
     batchnorm   the forward pass of a batch
     evaluate    the forward pass of a batch + B
+    attack      a step of the attack on a batch + B
     write       O + 3 (P + B) + N / 4, on the first rank
 
 While W > 1 ranks exchange gradients, 8 MB at most are in flight beside them. Bytes per weight of
@@ -80,11 +81,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gbp_ray.config import JobConfig, Recipe
 from gbp_ray.pruning.criteria import criterion
+from gbp_ray.pruning.freezing import trainable_parameters
 from gbp_ray.pruning.masks import prunable_parameters
 from gbp_ray.pruning.passes import Passes
 from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.pruning.robustness import num_attacked
 from gbp_ray.pruning.sharding import group_parameters
 from gbp_ray.pruning.slices import Layout, cut_rows
+from gbp_ray.pruning.teaching import answer_bytes, is_taught_once
 from gbp_ray.pruning.training import num_steps
 from gbp_ray.workload import Workload, num_examples
 
@@ -133,15 +137,13 @@ class Sizes:
         self.weight_bytes = dtype.itemsize
         self.model_bytes = sum(map(bytes_of, (*model.parameters(), *model.buffers())))
         self.buffer_bytes = sum(map(bytes_of, model.buffers()))
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        self.trainable_bytes = sum(map(bytes_of, trainable))
-        self.largest_trainable_bytes = max(map(bytes_of, trainable), default=0)
+        self._trained = {
+            freeze: _Trained.of(model, freeze, self.world_size)
+            for freeze in (job.pretrain.freeze, job.finetune.freeze)
+        }
         self.layer_rows = sum(
             max(pieces[number].size for pieces in layout.by_rank) * unit.parameter.element_size()
             for number, unit in enumerate(units)
-        )
-        self.trainable_rows = sum(
-            cut_rows("", p.shape, self.world_size)[0].size * p.element_size() for p in trainable
         )
         # A change of each buffer, of each counter one, and the loss.
         changes = sum(b.numel() if b.is_floating_point() else 1 for b in model.buffers())
@@ -158,6 +160,10 @@ class Sizes:
         self.state_bytes = sum(map(bytes_of, model.state_dict().values()))
         self.pretrain_steps = num_steps(job.pretrain, workload, job.pretrain.epochs)
         self.finetune_steps = num_steps(job.finetune, workload, job.finetune.epochs)
+        self.has_teacher = self.finetune_steps > 0 and job.finetune.distillation.is_on
+        self.answer_bytes = 0
+        if self.has_teacher and is_taught_once(job, workload, model):
+            self.answer_bytes = answer_bytes(workload, model)
         available = num_examples(workload.train)
         self.calibration_examples = min(job.prune.calibration_examples, available)
         self.norm_examples = min(job.prune.batchnorm_examples, available)
@@ -166,15 +172,21 @@ class Sizes:
         )
         self.shards = _Shards.of(model, self.world_size, is_blank=is_blank)
 
-    def rows_of(self, num_bytes: int) -> int:
-        """Computes what a rank holds of something shaped like the trainable parameters."""
-        return num_bytes * self.trainable_rows // max(1, self.trainable_bytes)
+    def trained(self, recipe: Recipe) -> _Trained:
+        """Looks up what a recipe trains."""
+        return self._trained[recipe.freeze]
+
+    def rows_of(self, num_bytes: int, recipe: Recipe) -> int:
+        """Computes what a rank holds of something shaped like the parameters a recipe trains."""
+        trained = self.trained(recipe)
+        return num_bytes * trained.rows // max(1, trained.num_bytes)
 
     def optimizer_bytes(self, recipe: Recipe) -> int:
         """Computes what a recipe's optimizer keeps of the whole network."""
+        num_bytes = self.trained(recipe).num_bytes
         if recipe.optimizer == "sgd":
-            return self.trainable_bytes if recipe.momentum > 0 else 0
-        return 2 * self.trainable_bytes
+            return num_bytes if recipe.momentum > 0 else 0
+        return 2 * num_bytes
 
     @property
     def kept_optimizer_bytes(self) -> int:
@@ -185,6 +197,12 @@ class Sizes:
     def movement_bytes(self) -> int:
         """What movement has gathered, of the whole network."""
         return 8 * self.num_prunable if self.job.prune.criterion == "movement" else 0
+
+    @property
+    def attacked(self) -> int:
+        """Counts the examples of a batch under attack."""
+        total = num_attacked(self.workload, self.job.attack)
+        return min(self.job.workload.eval_batch_size, total)
 
     def part_size(self, recipe: Recipe) -> int:
         """Counts the examples of the largest part of a batch."""
@@ -218,6 +236,30 @@ def bytes_of(value: Any) -> int:
     # A memory map is the page cache's to hold.
     is_held = isinstance(value, np.ndarray) and not isinstance(value, np.memmap)
     return value.nbytes if is_held else 0
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What a training moves, in bytes.
+
+    Attributes:
+        num_bytes: T.
+        rows: t.
+        largest_bytes: The largest parameter.
+    """
+
+    num_bytes: int
+    rows: int
+    largest_bytes: int
+
+    @classmethod
+    def of(cls, model: nn.Module, freeze: tuple[str, ...], world_size: int) -> _Trained:
+        trained = list(trainable_parameters(model, freeze).values())
+        return cls(
+            num_bytes=sum(map(bytes_of, trained)),
+            rows=sum(cut_rows("", p.shape, world_size)[0].size * p.element_size() for p in trained),
+            largest_bytes=max(map(bytes_of, trained), default=0),
+        )
 
 
 @dataclass(frozen=True)
@@ -271,8 +313,8 @@ def _plan_replicated(sizes: Sizes, passes: Passes) -> list[Phase]:
     later = dict(base)
     if job.prune.rewind == "weights":
         later["dense weights"] = sizes.state_bytes
-    if job.finetune.distillation.weight > 0:
-        later["teacher"] = sizes.model_bytes
+    if sizes.has_teacher:
+        later |= {"teacher": sizes.model_bytes, "its answers": sizes.answer_bytes}
     if sizes.movement_bytes:
         later["movement"] = sizes.movement_bytes
     kept = dict(later)
@@ -316,6 +358,9 @@ def _plan_replicated(sizes: Sizes, passes: Passes) -> list[Phase]:
     batch = min(job.workload.eval_batch_size, num_examples(sizes.workload.test))
     held = {"buffers": sizes.buffer_bytes, "pass": passes.forward.peak_bytes(batch)}
     phases.append(_phase("evaluate", tuned, held))
+    if job.attack.kind != "none":
+        held = {"buffers": sizes.buffer_bytes, "pass": passes.attack().peak_bytes(sizes.attacked)}
+        phases.append(_phase("attack", tuned, held))
     files = {
         "state": sizes.kept_optimizer_bytes + sizes.movement_bytes,
         "weights": 3 * sizes.state_bytes,
@@ -331,12 +376,12 @@ def _plan_fsdp(sizes: Sizes, passes: Passes) -> list[Phase]:
     later = dict(base)
     if job.prune.rewind == "weights":
         later["dense weights"] = shards.model_bytes
-    if job.finetune.distillation.weight > 0:
-        later["teacher"] = shards.model_bytes
+    if sizes.has_teacher:
+        later |= {"teacher": shards.model_bytes, "its answers": sizes.answer_bytes}
     if sizes.movement_bytes:
         later["movement"] = 8 * sizes.stretch
     kept = dict(later)
-    optimizer = sizes.rows_of(sizes.kept_optimizer_bytes)
+    optimizer = sizes.rows_of(sizes.kept_optimizer_bytes, job.finetune)
     if job.prune.rewind == "none" and optimizer:
         kept["optimizer"] = optimizer
     tuned = later | {"optimizer": optimizer}
@@ -346,24 +391,25 @@ def _plan_fsdp(sizes: Sizes, passes: Passes) -> list[Phase]:
 
     def trained(name: str, recipe: Recipe, held: dict[str, int], steps: int) -> Phase:
         part = sizes.part_size(recipe)
-        activations = passes.training(recipe).peak_bytes(part) - sizes.trainable_bytes
+        trained = sizes.trained(recipe)
+        activations = passes.training(recipe).peak_bytes(part) - trained.num_bytes
         activations = max(0, activations)
-        if name == "finetune" and job.finetune.distillation.weight > 0:
+        if name == "finetune" and sizes.has_teacher and not sizes.answer_bytes:
             activations += passes.forward.peak_bytes(part)
         moment = gathered | {
-            "gradients": 2 * sizes.trainable_rows,
-            "average": sizes.rows_of(sizes.trainable_bytes) if recipe.ema_decay > 0 else 0,
+            "gradients": 2 * trained.rows,
+            "average": trained.rows if recipe.ema_decay > 0 else 0,
             "buffers": sizes.buffer_bytes * (2 if recipe.ema_decay > 0 else 1),
-            "in flight": sizes.in_flight(sizes.trainable_bytes),
+            "in flight": sizes.in_flight(trained.num_bytes),
             "pass": activations,
         }
         turns = sizes.num_turns(min(recipe.microbatches, recipe.batch_size))
         others = sizes.world_size - 1
-        sent = steps * turns * (others * sizes.trainable_rows + 2 * shards.sent_by_gathering)
+        sent = steps * turns * (others * trained.rows + 2 * shards.sent_by_gathering)
         return _phase(name, held, moment, sent=sent)
 
     if sizes.pretrain_steps:
-        first = {"optimizer": sizes.rows_of(sizes.optimizer_bytes(job.pretrain))}
+        first = {"optimizer": sizes.rows_of(sizes.optimizer_bytes(job.pretrain), job.pretrain)}
         phases.append(trained("pretrain", job.pretrain, base | first, sizes.pretrain_steps))
     phases.append(_sharded_scoring(sizes, passes, kept))
     stretch = sizes.stretch
@@ -387,6 +433,17 @@ def _plan_fsdp(sizes: Sizes, passes: Passes) -> list[Phase]:
     # After the prune and after the fine-tuning.
     sent = 2 * turns * shards.sent_by_gathering
     phases.append(_phase("evaluate", tuned, held, sent=sent))
+    if job.attack.kind != "none":
+        turns = sizes.num_turns(-(-num_attacked(sizes.workload, job.attack) // batch))
+        held = gathered | {
+            "buffers": sizes.buffer_bytes,
+            "pass": passes.attack().peak_bytes(sizes.attacked),
+        }
+        # A look at the examples, and for each restart its steps, forward and back, and a look.
+        restarts = job.attack.restarts if job.attack.kind == "pgd" else 1
+        gatherings = 1 + restarts * (2 * job.attack.num_steps + 1)
+        sent = turns * gatherings * shards.sent_by_gathering
+        phases.append(_phase("attack", tuned, held, sent=sent))
     rows = shards.model_bytes + optimizer
     files = {
         "shards": rows,
@@ -439,20 +496,21 @@ def _phase(name: str, held: dict[str, int], *moments: dict[str, int], sent: int 
 def _training_moments(
     sizes: Sizes, passes: Passes, recipe: Recipe, *, is_finetune: bool
 ) -> Iterator[dict[str, int]]:
-    whole, own = sizes.trainable_bytes, sizes.trainable_rows
+    trained = sizes.trained(recipe)
+    whole, own = trained.num_bytes, trained.rows
     part = sizes.part_size(recipe)
     # The pass was measured together with a sum over all of the parameters.
     activations = max(0, passes.training(recipe).peak_bytes(part) - whole)
-    if is_finetune and sizes.job.finetune.distillation.weight > 0:
+    if is_finetune and sizes.has_teacher and not sizes.answer_bytes:
         # The teacher's pass comes while the activations wait.
         activations += passes.forward.peak_bytes(part)
     held = {"buffers": sizes.buffer_bytes, "in flight": sizes.in_flight(whole)}
     if recipe.ema_decay > 0:
         held["average"] = whole + sizes.buffer_bytes
-        yield held | {"gradients": whole, "its step": 3 * sizes.largest_trainable_bytes}
+        yield held | {"gradients": whole, "its step": 3 * trained.largest_bytes}
     if recipe.max_gradient_norm is not None:
         # In float64.
-        yield held | {"gradients": whole, "squares": 2 * sizes.largest_trainable_bytes}
+        yield held | {"gradients": whole, "squares": 2 * trained.largest_bytes}
     yield held | {"gradients": whole + own, "pass": activations}
     yield held | {"gradients": 2 * whole}
     if is_finetune and sizes.movement_bytes:
@@ -491,7 +549,8 @@ def _sent_by_step(sizes: Sizes, recipe: Recipe) -> int:
     size = min(recipe.batch_size, num_examples(sizes.workload.train))
     turns = sizes.num_turns(min(recipe.microbatches, size))
     others = sizes.world_size - 1
-    return (turns + 1) * (others * sizes.trainable_rows + sizes.sent_share(sizes.beside_bytes))
+    rows = sizes.trained(recipe).rows
+    return (turns + 1) * (others * rows + sizes.sent_share(sizes.beside_bytes))
 
 
 def _sent_by_scoring(sizes: Sizes) -> int:
