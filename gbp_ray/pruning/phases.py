@@ -56,7 +56,8 @@ group that FSDP2 gathers at once, R the outermost one, which stays gathered thro
     a pass      R + 3 G (a group's weights, and the next one's twice while they arrive) + A(batch)
     build       the network as built, P + B, unless it is built on the meta device; then the
                 largest layer
-    pretrain    o + 2 t (the last step's gradients and this one's) + B + a pass; ema_decay: t + B
+    pretrain    o + 2 t (the last step's gradients and this one's) + B + a pass; ema_decay: t + B;
+                and of the largest tensor's rows what a replicated network takes of all
     score       8 S + a pass; criteria with passes of their own: 8 S + P + as replicated
     decide      4 S + 4 S + 2 S, then 4 S + 4 S + 2 S + S / 4 + twice the bits of the largest layer
     write       p + o (the shards), the largest tensor twice, N / 4; the whole file lies on disk
@@ -350,17 +351,16 @@ def _plan_fsdp(sizes: Sizes, passes: Passes) -> list[Phase]:
         activations = max(0, activations)
         if name == "finetune" and job.finetune.distillation.weight > 0:
             activations += passes.forward.peak_bytes(part)
-        moment = gathered | {
-            "gradients": 2 * sizes.trainable_rows,
-            "average": sizes.rows_of(sizes.trainable_bytes) if recipe.ema_decay > 0 else 0,
-            "buffers": sizes.buffer_bytes * (2 if recipe.ema_decay > 0 else 1),
-            "in flight": sizes.in_flight(sizes.trainable_bytes),
-            "pass": activations,
-        }
+        rows = {"gradients": 2 * sizes.trainable_rows, "buffers": sizes.buffer_bytes}
+        if recipe.ema_decay > 0:
+            rows["average"] = sizes.trainable_rows + sizes.buffer_bytes
+        in_flight = sizes.in_flight(sizes.trainable_bytes)
+        moments = [gathered | rows | {"in flight": in_flight, "pass": activations}]
+        moments += [rows | moment for moment in _stepping_moments(sizes, recipe, sizes.rows_of)]
         turns = sizes.num_turns(min(recipe.microbatches, recipe.batch_size))
         others = sizes.world_size - 1
         sent = steps * turns * (others * sizes.trainable_rows + 2 * shards.sent_by_gathering)
-        return _phase(name, held, moment, sent=sent)
+        return _phase(name, held, *moments, sent=sent)
 
     if sizes.pretrain_steps:
         first = {"optimizer": sizes.rows_of(sizes.optimizer_bytes(job.pretrain))}
@@ -449,14 +449,23 @@ def _training_moments(
     held = {"buffers": sizes.buffer_bytes, "in flight": sizes.in_flight(whole)}
     if recipe.ema_decay > 0:
         held["average"] = whole + sizes.buffer_bytes
-        yield held | {"gradients": whole, "its step": 3 * sizes.largest_trainable_bytes}
-    if recipe.max_gradient_norm is not None:
-        # In float64.
-        yield held | {"gradients": whole, "squares": 2 * sizes.largest_trainable_bytes}
+    for moment in _stepping_moments(sizes, recipe, lambda num_bytes: num_bytes):
+        yield held | {"gradients": whole} | moment
     yield held | {"gradients": whole + own, "pass": activations}
     yield held | {"gradients": 2 * whole}
     if is_finetune and sizes.movement_bytes:
         yield held | {"gradients": whole, "-w g": 24 * sizes.largest_layer}
+
+
+def _stepping_moments(
+    sizes: Sizes, recipe: Recipe, share_of: Callable[[int], int]
+) -> Iterator[dict[str, int]]:
+    """Tells what the greatest tensor takes while gradients are clipped and weights averaged."""
+    if recipe.max_gradient_norm is not None:
+        # In float64.
+        yield {"squares": 2 * share_of(sizes.largest_trainable_bytes)}
+    if recipe.ema_decay > 0:
+        yield {"average's step": 3 * share_of(sizes.largest_trainable_bytes)}
 
 
 def _scoring_moments(sizes: Sizes, passes: Passes) -> Iterator[dict[str, int]]:
