@@ -36,7 +36,7 @@ class Passes:
         self.scoring = self._measure(self._run_scoring)
         self.backward = self._measure(self._run_backward)
 
-    def training(self, recipe: Recipe) -> Footprint:
+    def in_training(self, recipe: Recipe) -> Footprint:
         """Measures a training pass together with a sum over all trainable parameters."""
         # What of a recipe changes its pass.
         kind = (recipe.precision, recipe.label_smoothing > 0, recipe.mixup > 0, recipe.cutmix > 0)

@@ -347,7 +347,7 @@ def _plan_fsdp(sizes: Sizes, passes: Passes) -> list[Phase]:
 
     def trained(name: str, recipe: Recipe, held: dict[str, int], steps: int) -> Phase:
         part = sizes.part_size(recipe)
-        activations = passes.training(recipe).peak_bytes(part) - sizes.trainable_bytes
+        activations = passes.in_training(recipe).peak_bytes(part) - sizes.trainable_bytes
         activations = max(0, activations)
         if name == "finetune" and job.finetune.distillation.weight > 0:
             activations += passes.forward.peak_bytes(part)
@@ -442,7 +442,7 @@ def _training_moments(
     whole, own = sizes.trainable_bytes, sizes.trainable_rows
     part = sizes.part_size(recipe)
     # The pass was measured together with a sum over all of the parameters.
-    activations = max(0, passes.training(recipe).peak_bytes(part) - whole)
+    activations = max(0, passes.in_training(recipe).peak_bytes(part) - whole)
     if is_finetune and sizes.job.finetune.distillation.weight > 0:
         # The teacher's pass comes while the activations wait.
         activations += passes.forward.peak_bytes(part)
