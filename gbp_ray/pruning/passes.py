@@ -38,7 +38,7 @@ class Passes:
         self.scoring = self._measure(self._run_scoring)
         self.backward = self._measure(self._run_backward)
 
-    def training(self, recipe: Recipe) -> Footprint:
+    def in_training(self, recipe: Recipe) -> Footprint:
         """Measures a training pass together with a sum over all parameters that it trains."""
         # What of a recipe changes its pass.
         adversarial = recipe.adversarial
@@ -87,7 +87,7 @@ class Passes:
             ).backward()
         return sums
 
-    def attack(self) -> Footprint:
+    def under_attack(self) -> Footprint:
         """Measures a step of the attack that the job's networks are measured under."""
         briefly = self._job.attack.model_copy(update={"steps": 1})
         return self._measure(partial(self._run_attack, briefly))

@@ -158,7 +158,10 @@ def _plan_replicated(sizes: Sizes, passes: Passes) -> list[Phase]:
     held = {"buffers": sizes.buffer_bytes, "pass": passes.forward.peak_bytes(batch)}
     phases.append(_phase("evaluate", tuned, held))
     if job.attack.kind != "none":
-        held = {"buffers": sizes.buffer_bytes, "pass": passes.attack().peak_bytes(sizes.attacked)}
+        held = {
+            "buffers": sizes.buffer_bytes,
+            "pass": passes.under_attack().peak_bytes(sizes.attacked),
+        }
         phases.append(_phase("attack", tuned, held))
     files = {
         "state": sizes.kept_optimizer_bytes + sizes.movement_bytes,
@@ -191,7 +194,7 @@ def _plan_fsdp(sizes: Sizes, passes: Passes) -> list[Phase]:
     def trained(name: str, recipe: Recipe, held: dict[str, int], steps: int) -> Phase:
         part = sizes.part_size(recipe)
         moved = sizes.trained(recipe)
-        activations = passes.training(recipe).peak_bytes(part) - moved.num_bytes
+        activations = passes.in_training(recipe).peak_bytes(part) - moved.num_bytes
         activations = max(0, activations)
         if name == "finetune" and sizes.has_teacher and not sizes.answer_bytes:
             activations += passes.forward.peak_bytes(part)
@@ -236,7 +239,7 @@ def _plan_fsdp(sizes: Sizes, passes: Passes) -> list[Phase]:
         turns = sizes.num_turns(-(-num_attacked(sizes.workload, job.attack) // batch))
         held = gathered | {
             "buffers": sizes.buffer_bytes,
-            "pass": passes.attack().peak_bytes(sizes.attacked),
+            "pass": passes.under_attack().peak_bytes(sizes.attacked),
         }
         # A look at the examples, and for each restart its steps, forward and back, and a look.
         restarts = job.attack.restarts if job.attack.kind == "pgd" else 1
@@ -299,7 +302,7 @@ def _training_moments(
     whole, own = trained.num_bytes, trained.rows
     part = sizes.part_size(recipe)
     # The pass was measured together with a sum over all of the parameters.
-    activations = max(0, passes.training(recipe).peak_bytes(part) - whole)
+    activations = max(0, passes.in_training(recipe).peak_bytes(part) - whole)
     if is_finetune and sizes.has_teacher and not sizes.answer_bytes:
         # The teacher's pass comes while the activations wait.
         activations += passes.forward.peak_bytes(part)
