@@ -21,6 +21,7 @@ from torch import nn
 from gbp_ray.config import (
     JobConfig,
     SweepConfig,
+    TransferConfig,
     expand,
     find_idle_options,
     load_job,
@@ -108,7 +109,10 @@ class PruneResult:
     def load_model(self, round_number: int = -1) -> nn.Module:
         """Builds the network of a round, the last by default; 0 is the dense one."""
         add_import_paths([str(Path.cwd())])
-        model = build_network(load_workload(self.record.job.workload))
+        # The round has all weights, so the file that training began with may be gone.
+        start = {"transfer": TransferConfig()}
+        workload = load_workload(self.record.job.workload.model_copy(update=start))
+        model = build_network(workload)
         name = "weights.safetensors"
         load_weights(model, self._read(round_number, name), name)
         return model.eval()

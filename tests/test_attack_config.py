@@ -47,6 +47,12 @@ def test_the_measuring_attack_is_the_stronger_one(
     job_of(**{f"{section}.adversarial": adversarial, f"{section}.epochs": 0, "attack": attack})
 
 
+def test_a_one_hot_code_of_ones_says_nothing_to_synflow() -> None:
+    with pytest.raises(ConfigError, match=r"synflow sends ones .* use thermometer"):
+        job_of(prune__criterion="synflow", workload__encoding__kind="one_hot")
+    job_of(prune__criterion="synflow", workload__encoding__kind="thermometer")
+
+
 @pytest.mark.parametrize(
     ("overrides", "idle"),
     [
