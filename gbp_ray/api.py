@@ -21,6 +21,7 @@ from torch import nn
 from gbp_ray.config import (
     JobConfig,
     SweepConfig,
+    TransferConfig,
     expand,
     find_idle_options,
     load_job,
@@ -110,7 +111,10 @@ class PruneResult:
         """Builds the network of a round, by default of the chosen one; 0 is the dense one."""
         add_import_paths([str(Path.cwd())])
         job = self.record.job
-        model = build_network(load_workload(job.workload, job.seed))
+        # The round has all weights, so the file that training began with may be gone.
+        start = {"transfer": TransferConfig()}
+        workload = load_workload(job.workload.model_copy(update=start), job.seed)
+        model = build_network(workload)
         name = "weights.safetensors"
         load_weights(model, self._read(round_number, name), name)
         return model.eval()

@@ -161,6 +161,11 @@ class JobConfig(Section):
                 "prune.criterion = movement gathers its scores while fine-tuning; "
                 "set finetune.epochs above 0"
             )
+        if self.prune.criterion == "synflow" and self.workload.encoding.kind == "one_hot":
+            faults.append(
+                "prune.criterion = synflow sends ones through the network, which light one level "
+                "of workload.encoding.kind = one_hot alone; use thermometer, or another criterion"
+            )
         if faults:
             raise ValueError(*faults)
         return self

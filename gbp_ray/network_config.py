@@ -28,7 +28,8 @@ class EncodingConfig(Section):
     kind: Literal["none", "normalise", "thermometer", "one_hot"] = "none"
     """normalise: subtracts a mean, divides by a deviation. one_hot: each intensity becomes a 1 in
     the channel of its level and 0 in the others. thermometer: 1 in those of lower levels, too. The
-    layer is saved with the network, so what is exported takes intensities in [0, 1] as well."""
+    layer is saved with the network, so what is exported takes intensities in [0, 1] as well. Names
+    of weights then begin with "network."."""
     levels: int = Field(8, ge=2, le=1024)
     """Channels that one_hot and thermometer make of each input channel."""
     mean: tuple[float, ...] = ()

@@ -8,9 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gbp_ray.config import JobConfig, Recipe
+from gbp_ray.config import JobConfig, Perturbation, Recipe
+from gbp_ray.pruning.attack import perturb
 from gbp_ray.pruning.folding import GradientSums
 from gbp_ray.pruning.footprint import Footprint, measure_footprint
+from gbp_ray.pruning.freezing import trainable_parameters, training_mode
 from gbp_ray.pruning.masks import prunable_parameters
 from gbp_ray.pruning.objective import training_loss
 from gbp_ray.pruning.ranks import Ranks, isolated
@@ -36,12 +38,19 @@ class Passes:
         self.scoring = self._measure(self._run_scoring)
         self.backward = self._measure(self._run_backward)
 
-    def training(self, recipe: Recipe) -> Footprint:
-        """Measures a training pass together with a sum over all trainable parameters."""
+    def in_training(self, recipe: Recipe) -> Footprint:
+        """Measures a training pass together with a sum over all parameters that it trains."""
         # What of a recipe changes its pass.
-        kind = (recipe.precision, recipe.label_smoothing > 0, recipe.mixup > 0, recipe.cutmix > 0)
+        adversarial = recipe.adversarial
+        kind = (
+            *(recipe.precision, recipe.label_smoothing > 0, recipe.mixup > 0, recipe.cutmix > 0),
+            *(recipe.freeze, adversarial.kind, adversarial.weight < 1),
+        )
         if kind not in self._trainings:
-            self._trainings[kind] = self._measure(partial(self._run_training, recipe))
+            # One step of an attack holds what many do.
+            briefly = adversarial.model_copy(update={"steps": 1, "step_size": adversarial.step})
+            short = recipe.model_copy(update={"adversarial": briefly})
+            self._trainings[kind] = self._measure(partial(self._run_training, short))
         return self._trainings[kind]
 
     def _measure(self, run: Callable[[int], object]) -> Footprint:
@@ -66,18 +75,31 @@ class Passes:
         return self._workload.loss(self._model(inputs), targets)
 
     def _run_training(self, recipe: Recipe, size: int) -> object:
-        self._model.train()
-        trainable = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
+        trainable = trainable_parameters(self._model, recipe.freeze)
         pieces = {name: cut_rows(name, p.shape, 1) for name, p in trainable.items()}
         sums = GradientSums(
             Ranks(), trainable, trainable, pieces, [1.0], lambda gradient, weight, share: gradient
         )
         device = next(self._model.parameters()).device
-        with sums.listening(), sums.turn():
+        with training_mode(self._model, recipe.freeze), sums.listening(), sums.turn():
             training_loss(
                 self._model, self._workload, recipe, None, self._indices(size), 0, device
             ).backward()
         return sums
+
+    def under_attack(self) -> Footprint:
+        """Measures a step of the attack that the job's networks are measured under."""
+        briefly = self._job.attack.model_copy(update={"steps": 1})
+        return self._measure(partial(self._run_attack, briefly))
+
+    def _run_attack(self, attack: Perturbation, size: int) -> object:
+        self._model.eval()
+        inputs, targets = self._batch(size)
+
+        def loss_of(seen: Tensor) -> Tensor:
+            return self._workload.loss(self._model(seen), targets)
+
+        return perturb(self._model, loss_of, self._workload, inputs, attack, 0, "attack")
 
     def _run_backward(self, size: int) -> object:
         """Takes the gradients of the prunable weights and drops them as they arrive."""

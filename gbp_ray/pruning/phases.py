@@ -5,7 +5,7 @@ arrays; the interpreter with its libraries, about 0.4 GB, and the data come on t
 told from small real passes (`footprint`), all else from sizes:
 
     P, B    bytes of the parameters, of the buffers
-    T       bytes of the trainable parameters
+    T       bytes of the parameters that a training moves, without those it freezes
     N, S    prunable weights; the most that a rank owns of them, about N / W
     e       bytes of a prunable weight
     O       state of the optimizer: T for sgd with momentum, 2 T for adam and adamw
@@ -33,6 +33,7 @@ To which each phase adds the greatest of what it holds at its moments:
                 9 S + N (W > 1: 12 S + S / 8 + N / 8 + 2 N)
     batchnorm   the forward pass of a batch
     evaluate    the forward pass of a batch + B
+    attack      a step of the attack on a batch + B
     write       O + 3 (P + B) + N / 4, on the first rank
 
 While W > 1 ranks exchange gradients, 8 MB at most are in flight beside them. Bytes per weight of
@@ -56,7 +57,8 @@ group that FSDP2 gathers at once, R the outermost one, which stays gathered thro
     a pass      R + 3 G (a group's weights, and the next one's twice while they arrive) + A(batch)
     build       the network as built, P + B, unless it is built on the meta device; then the
                 largest layer
-    pretrain    o + 2 t (the last step's gradients and this one's) + B + a pass; ema_decay: t + B
+    pretrain    o + 2 t (the last step's gradients and this one's) + B + a pass; ema_decay: t + B;
+                and of the largest tensor's rows what a replicated network takes of all
     score       8 S + a pass; criteria with passes of their own: 8 S + P + as replicated
     decide      4 S + 4 S + 2 S, then 4 S + 4 S + 2 S + S / 4 + twice the bits of the largest layer
     write       p + o (the shards), the largest tensor twice, N / 4; the whole file lies on disk
@@ -67,32 +69,21 @@ each turn gathers the weights twice (once without a backward pass), (W - 1) p a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import reduce
-from itertools import chain, pairwise
-from typing import Any
+from functools import partial
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-
-from gbp_ray.config import JobConfig, Recipe
+from gbp_ray.config import Recipe
 from gbp_ray.pruning.criteria import criterion
-from gbp_ray.pruning.masks import prunable_parameters
 from gbp_ray.pruning.passes import Passes
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.sharding import group_parameters
-from gbp_ray.pruning.slices import Layout, cut_rows
-from gbp_ray.pruning.training import num_steps
-from gbp_ray.workload import Workload, judged_split, num_examples
+from gbp_ray.pruning.robustness import num_attacked
+from gbp_ray.pruning.sizes import Sizes
+from gbp_ray.workload import num_examples
 
-__all__ = ["Phase", "Sizes", "bytes_of", "plan_phases"]
+__all__ = ["Phase", "plan_phases"]
 
 _LEAST_NORM_BATCH = 32
 _SAMPLED_BYTES = 2**19  # of the scores, for a threshold's bracket, over all ranks
-_IN_FLIGHT_BYTES = 2**23  # of gradients, sent and received, at most
 
 
 @dataclass(frozen=True)
@@ -112,157 +103,6 @@ class Phase:
     sent_bytes: int = 0
 
 
-# -- sizes -----------------------------------------------------------------------------------------
-
-
-class Sizes:
-    """The letters of the module's docstring for one job."""
-
-    def __init__(
-        self, job: JobConfig, workload: Workload, model: nn.Module, *, is_blank: bool
-    ) -> None:
-        self.job, self.workload = job, workload
-        units = prunable_parameters(model, job.prune.exclude)
-        self.world_size = max(1, job.cluster.max_workers)
-        self.num_layers = len(units)
-        self.num_prunable = sum(unit.parameter.numel() for unit in units)
-        self.largest_layer = max(unit.parameter.numel() for unit in units)
-        layout = Layout(units, Ranks(0, self.world_size))
-        self.stretch = max(stop - start for start, stop in pairwise(layout.bounds))
-        dtype = reduce(torch.promote_types, (unit.parameter.dtype for unit in units))
-        self.weight_bytes = dtype.itemsize
-        self.model_bytes = sum(map(bytes_of, (*model.parameters(), *model.buffers())))
-        self.buffer_bytes = sum(map(bytes_of, model.buffers()))
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        self.trainable_bytes = sum(map(bytes_of, trainable))
-        self.largest_trainable_bytes = max(map(bytes_of, trainable), default=0)
-        self.layer_rows = sum(
-            max(pieces[number].size for pieces in layout.by_rank) * unit.parameter.element_size()
-            for number, unit in enumerate(units)
-        )
-        self.trainable_rows = sum(
-            cut_rows("", p.shape, self.world_size)[0].size * p.element_size() for p in trainable
-        )
-        # A change of each buffer, of each counter one, and the loss.
-        changes = sum(b.numel() if b.is_floating_point() else 1 for b in model.buffers())
-        self.beside_bytes = 4 * (changes + 1)
-        rule = criterion(job.prune.criterion)
-        self.num_passes = 1 if rule.of_gradients is not None else len(rule.passes)
-        self.statistic_elements = sum(
-            statistic.numel()
-            for module in model.modules()
-            if isinstance(module, _BatchNorm)
-            for statistic in (module.running_mean, module.running_var)
-            if statistic is not None
-        )
-        self.state_bytes = sum(map(bytes_of, model.state_dict().values()))
-        self.pretrain_steps = num_steps(job.pretrain, workload, job.pretrain.epochs)
-        self.finetune_steps = num_steps(job.finetune, workload, job.finetune.epochs)
-        available = num_examples(workload.train)
-        self.num_judged = num_examples(getattr(workload, judged_split(workload)))
-        self.calibration_examples = min(job.prune.calibration_examples, available)
-        self.norm_examples = min(job.prune.batchnorm_examples, available)
-        self.largest_rows = max(
-            pieces[number].size for pieces in layout.by_rank for number in range(len(units))
-        )
-        self.shards = _Shards.of(model, self.world_size, is_blank=is_blank)
-
-    def rows_of(self, num_bytes: int) -> int:
-        """Computes what a rank holds of something shaped like the trainable parameters."""
-        return num_bytes * self.trainable_rows // max(1, self.trainable_bytes)
-
-    def optimizer_bytes(self, recipe: Recipe) -> int:
-        """Computes what a recipe's optimizer keeps of the whole network."""
-        if recipe.optimizer == "sgd":
-            return self.trainable_bytes if recipe.momentum > 0 else 0
-        return 2 * self.trainable_bytes
-
-    @property
-    def kept_optimizer_bytes(self) -> int:
-        """What the optimizer of the fine-tuning keeps of the whole network."""
-        return self.optimizer_bytes(self.job.finetune) if self.finetune_steps else 0
-
-    @property
-    def movement_bytes(self) -> int:
-        """What movement has gathered, of the whole network."""
-        return 8 * self.num_prunable if self.job.prune.criterion == "movement" else 0
-
-    def part_size(self, recipe: Recipe) -> int:
-        """Counts the examples of the largest part of a batch."""
-        size = min(recipe.batch_size, num_examples(self.workload.train))
-        return -(-size // min(recipe.microbatches, size))
-
-    def in_flight(self, num_bytes: int) -> int:
-        """Computes what is sent and received at a time of gradients of this size."""
-        return min(2 * num_bytes, _IN_FLIGHT_BYTES) if self.world_size > 1 else 0
-
-    def num_turns(self, num_items: int) -> int:
-        """Counts the turns that all ranks need for so many batches or parts."""
-        return -(-num_items // self.world_size)
-
-    def sent_share(self, num_bytes: int) -> int:
-        """Computes what a rank sends when each has a share of so many bytes for every other."""
-        return (self.world_size - 1) * -(-num_bytes // self.world_size)
-
-    def stored_bytes(self, *, has_optimizer: bool) -> int:
-        """Computes what one round writes, over all ranks."""
-        kept = self.kept_optimizer_bytes if has_optimizer else 0
-        # Shards hold the weights beside the file that anyone loads.
-        copies = 2 if self.job.cluster.strategy == "fsdp" else 1
-        return copies * self.state_bytes + self.num_prunable // 8 + kept + self.movement_bytes
-
-
-def bytes_of(value: Any) -> int:
-    """Counts what a tensor or an array takes of memory; 0 for anything else."""
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    # A memory map is the page cache's to hold.
-    is_held = isinstance(value, np.ndarray) and not isinstance(value, np.memmap)
-    return value.nbytes if is_held else 0
-
-
-@dataclass(frozen=True)
-class _Shards:
-    """What a network is where it is sharded, in bytes on one rank.
-
-    Attributes:
-        model_bytes: p + B.
-        gathered_bytes: R + 3 G.
-        largest_layer_bytes: The largest module's own parameters and buffers, whole.
-        largest_tensor_bytes: The largest parameter, whole.
-        sent_by_gathering: What this rank sends while all weights are gathered once.
-        is_blank: Whether the network is built on the meta device.
-    """
-
-    model_bytes: int
-    gathered_bytes: int
-    largest_layer_bytes: int
-    largest_tensor_bytes: int
-    sent_by_gathering: int
-    is_blank: bool
-
-    @classmethod
-    def of(cls, model: nn.Module, world_size: int, *, is_blank: bool) -> _Shards:
-        def own_bytes(tensors: Iterable[Tensor]) -> int:
-            return sum(map(bytes_of, tensors))
-
-        rows = sum(
-            cut_rows("", p.shape, world_size)[0].size * p.element_size() for p in model.parameters()
-        )
-        *inner, outer = (own_bytes(group) for group in group_parameters(model))
-        return cls(
-            model_bytes=rows + own_bytes(model.buffers()),
-            gathered_bytes=outer + 3 * max(inner, default=0) if inner else 2 * outer,
-            largest_layer_bytes=max(
-                own_bytes(chain(m.parameters(recurse=False), m.buffers(recurse=False)))
-                for m in model.modules()
-            ),
-            largest_tensor_bytes=max(map(bytes_of, model.parameters())),
-            sent_by_gathering=(world_size - 1) * rows,
-            is_blank=is_blank,
-        )
-
-
 # -- phases ----------------------------------------------------------------------------------------
 
 
@@ -272,8 +112,8 @@ def _plan_replicated(sizes: Sizes, passes: Passes) -> list[Phase]:
     later = dict(base)
     if job.prune.rewind == "weights":
         later["dense weights"] = sizes.state_bytes
-    if job.finetune.distillation.weight > 0:
-        later["teacher"] = sizes.model_bytes
+    if sizes.has_teacher:
+        later |= {"teacher": sizes.model_bytes, "its answers": sizes.answer_bytes}
     if sizes.movement_bytes:
         later["movement"] = sizes.movement_bytes
     kept = dict(later)
@@ -317,6 +157,12 @@ def _plan_replicated(sizes: Sizes, passes: Passes) -> list[Phase]:
     batch = min(job.workload.eval_batch_size, sizes.num_judged)
     held = {"buffers": sizes.buffer_bytes, "pass": passes.forward.peak_bytes(batch)}
     phases.append(_phase("evaluate", tuned, held))
+    if job.attack.kind != "none":
+        held = {
+            "buffers": sizes.buffer_bytes,
+            "pass": passes.under_attack().peak_bytes(sizes.attacked),
+        }
+        phases.append(_phase("attack", tuned, held))
     files = {
         "state": sizes.kept_optimizer_bytes + sizes.movement_bytes,
         "weights": 3 * sizes.state_bytes,
@@ -332,12 +178,12 @@ def _plan_fsdp(sizes: Sizes, passes: Passes) -> list[Phase]:
     later = dict(base)
     if job.prune.rewind == "weights":
         later["dense weights"] = shards.model_bytes
-    if job.finetune.distillation.weight > 0:
-        later["teacher"] = shards.model_bytes
+    if sizes.has_teacher:
+        later |= {"teacher": shards.model_bytes, "its answers": sizes.answer_bytes}
     if sizes.movement_bytes:
         later["movement"] = 8 * sizes.stretch
     kept = dict(later)
-    optimizer = sizes.rows_of(sizes.kept_optimizer_bytes)
+    optimizer = sizes.rows_of(sizes.kept_optimizer_bytes, job.finetune)
     if job.prune.rewind == "none" and optimizer:
         kept["optimizer"] = optimizer
     tuned = later | {"optimizer": optimizer}
@@ -347,24 +193,25 @@ def _plan_fsdp(sizes: Sizes, passes: Passes) -> list[Phase]:
 
     def trained(name: str, recipe: Recipe, held: dict[str, int], steps: int) -> Phase:
         part = sizes.part_size(recipe)
-        activations = passes.training(recipe).peak_bytes(part) - sizes.trainable_bytes
+        moved = sizes.trained(recipe)
+        activations = passes.in_training(recipe).peak_bytes(part) - moved.num_bytes
         activations = max(0, activations)
-        if name == "finetune" and job.finetune.distillation.weight > 0:
+        if name == "finetune" and sizes.has_teacher and not sizes.answer_bytes:
             activations += passes.forward.peak_bytes(part)
-        moment = gathered | {
-            "gradients": 2 * sizes.trainable_rows,
-            "average": sizes.rows_of(sizes.trainable_bytes) if recipe.ema_decay > 0 else 0,
-            "buffers": sizes.buffer_bytes * (2 if recipe.ema_decay > 0 else 1),
-            "in flight": sizes.in_flight(sizes.trainable_bytes),
-            "pass": activations,
-        }
+        rows = {"gradients": 2 * moved.rows, "buffers": sizes.buffer_bytes}
+        if recipe.ema_decay > 0:
+            rows["average"] = moved.rows + sizes.buffer_bytes
+        in_flight = sizes.in_flight(moved.num_bytes)
+        moments = [gathered | rows | {"in flight": in_flight, "pass": activations}]
+        share = partial(sizes.rows_of, recipe=recipe)
+        moments += [rows | moment for moment in _stepping_moments(sizes, recipe, share)]
         turns = sizes.num_turns(min(recipe.microbatches, recipe.batch_size))
         others = sizes.world_size - 1
-        sent = steps * turns * (others * sizes.trainable_rows + 2 * shards.sent_by_gathering)
-        return _phase(name, held, moment, sent=sent)
+        sent = steps * turns * (others * moved.rows + 2 * shards.sent_by_gathering)
+        return _phase(name, held, *moments, sent=sent)
 
     if sizes.pretrain_steps:
-        first = {"optimizer": sizes.rows_of(sizes.optimizer_bytes(job.pretrain))}
+        first = {"optimizer": sizes.rows_of(sizes.optimizer_bytes(job.pretrain), job.pretrain)}
         phases.append(trained("pretrain", job.pretrain, base | first, sizes.pretrain_steps))
     phases.append(_sharded_scoring(sizes, passes, kept))
     stretch = sizes.stretch
@@ -388,6 +235,17 @@ def _plan_fsdp(sizes: Sizes, passes: Passes) -> list[Phase]:
     # After the prune and after the fine-tuning.
     sent = 2 * turns * shards.sent_by_gathering
     phases.append(_phase("evaluate", tuned, held, sent=sent))
+    if job.attack.kind != "none":
+        turns = sizes.num_turns(-(-num_attacked(sizes.workload, job.attack) // batch))
+        held = gathered | {
+            "buffers": sizes.buffer_bytes,
+            "pass": passes.under_attack().peak_bytes(sizes.attacked),
+        }
+        # A look at the examples, and for each restart its steps, forward and back, and a look.
+        restarts = job.attack.restarts if job.attack.kind == "pgd" else 1
+        gatherings = 1 + restarts * (2 * job.attack.num_steps + 1)
+        sent = turns * gatherings * shards.sent_by_gathering
+        phases.append(_phase("attack", tuned, held, sent=sent))
     rows = shards.model_bytes + optimizer
     files = {
         "shards": rows,
@@ -440,24 +298,34 @@ def _phase(name: str, held: dict[str, int], *moments: dict[str, int], sent: int 
 def _training_moments(
     sizes: Sizes, passes: Passes, recipe: Recipe, *, is_finetune: bool
 ) -> Iterator[dict[str, int]]:
-    whole, own = sizes.trainable_bytes, sizes.trainable_rows
+    trained = sizes.trained(recipe)
+    whole, own = trained.num_bytes, trained.rows
     part = sizes.part_size(recipe)
     # The pass was measured together with a sum over all of the parameters.
-    activations = max(0, passes.training(recipe).peak_bytes(part) - whole)
-    if is_finetune and sizes.job.finetune.distillation.weight > 0:
+    activations = max(0, passes.in_training(recipe).peak_bytes(part) - whole)
+    if is_finetune and sizes.has_teacher and not sizes.answer_bytes:
         # The teacher's pass comes while the activations wait.
         activations += passes.forward.peak_bytes(part)
     held = {"buffers": sizes.buffer_bytes, "in flight": sizes.in_flight(whole)}
     if recipe.ema_decay > 0:
         held["average"] = whole + sizes.buffer_bytes
-        yield held | {"gradients": whole, "its step": 3 * sizes.largest_trainable_bytes}
-    if recipe.max_gradient_norm is not None:
-        # In float64.
-        yield held | {"gradients": whole, "squares": 2 * sizes.largest_trainable_bytes}
+    for moment in _stepping_moments(sizes, recipe, lambda num_bytes: num_bytes):
+        yield held | {"gradients": whole} | moment
     yield held | {"gradients": whole + own, "pass": activations}
     yield held | {"gradients": 2 * whole}
     if is_finetune and sizes.movement_bytes:
         yield held | {"gradients": whole, "-w g": 24 * sizes.largest_layer}
+
+
+def _stepping_moments(
+    sizes: Sizes, recipe: Recipe, share_of: Callable[[int], int]
+) -> Iterator[dict[str, int]]:
+    """Tells what the greatest tensor takes while gradients are clipped and weights averaged."""
+    if recipe.max_gradient_norm is not None:
+        # In float64.
+        yield {"squares": 2 * share_of(sizes.trained(recipe).largest_bytes)}
+    if recipe.ema_decay > 0:
+        yield {"average's step": 3 * share_of(sizes.trained(recipe).largest_bytes)}
 
 
 def _scoring_moments(sizes: Sizes, passes: Passes) -> Iterator[dict[str, int]]:
@@ -492,7 +360,8 @@ def _sent_by_step(sizes: Sizes, recipe: Recipe) -> int:
     size = min(recipe.batch_size, num_examples(sizes.workload.train))
     turns = sizes.num_turns(min(recipe.microbatches, size))
     others = sizes.world_size - 1
-    return (turns + 1) * (others * sizes.trainable_rows + sizes.sent_share(sizes.beside_bytes))
+    rows = sizes.trained(recipe).rows
+    return (turns + 1) * (others * rows + sizes.sent_share(sizes.beside_bytes))
 
 
 def _sent_by_scoring(sizes: Sizes) -> int:

@@ -14,7 +14,8 @@ from gbp_ray.config import JobConfig
 from gbp_ray.pruning.building import network_of_seed
 from gbp_ray.pruning.criteria import criterion
 from gbp_ray.pruning.passes import Passes
-from gbp_ray.pruning.phases import Phase, Sizes, bytes_of, plan_phases
+from gbp_ray.pruning.phases import Phase, plan_phases
+from gbp_ray.pruning.sizes import Sizes, bytes_of
 from gbp_ray.workload import (
     Portion,
     Workload,

@@ -26,7 +26,7 @@ from gbp_ray.pruning.training import num_steps
 from gbp_ray.weights import find_misfits, read_state
 from gbp_ray.workload import Workload, cut_batches, derive_seed, num_examples, take_batch
 
-__all__ = ["is_taught_once", "prepare_teacher", "refuse_unteachable"]
+__all__ = ["answer_bytes", "is_taught_once", "prepare_teacher", "refuse_unteachable"]
 
 _SECTION = "finetune.distillation"
 _MOST_BYTES = 2**28
@@ -77,8 +77,16 @@ def is_taught_once(
     steps = stretches * num_steps(recipe, workload, recipe.epochs)
     if steps * min(recipe.batch_size, total) < total:
         return False
+    return answer_bytes(workload, model, ranks) <= _MOST_BYTES
+
+
+def answer_bytes(workload: Workload, model: nn.Module, ranks: Ranks | None = None) -> int:
+    """Computes what a teacher's answers to all training examples take.
+
+    Communicates where the network is sharded.
+    """
     answer = _ask(model, workload, range(1), (ranks or Ranks()).device)
-    return total * answer[0].numel() * answer.element_size() <= _MOST_BYTES
+    return num_examples(workload.train) * answer[0].numel() * answer.element_size()
 
 
 def _ask_once(model: nn.Module, workload: Workload, ranks: Ranks, batch_size: int) -> Tensor:

@@ -52,12 +52,9 @@ def technique_rounds(ranks: Ranks, strategy: str, precision: str) -> list[Any]:
 
 
 def technique_program(ranks: Ranks) -> dict[str, Any]:
-    """Runs them in one piece and in shards, in both precisions; among many ranks half of that."""
-    cases = [
-        ("replicated", "float32"),
-        ("fsdp", "bfloat16"),
-        ("replicated", "bfloat16"),
-        ("fsdp", "float32"),
-    ]
-    chosen = cases if ranks.world_size == 2 else cases[:2]
-    return {case: technique_rounds(ranks, *case) for case in chosen}
+    """Runs them in one piece and in shards; two ranks and four share the precisions among them."""
+    precisions = ("float32", "bfloat16") if ranks.world_size == 2 else ("bfloat16", "float32")
+    return {
+        case: technique_rounds(ranks, *case)
+        for case in zip(("replicated", "fsdp"), precisions, strict=True)
+    }

@@ -1,5 +1,6 @@
 """Whole trials in one process: resumed or not they end alike, and records tell the truth."""
 
+import dataclasses
 import io
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,7 @@ from gbp_ray.pruning.masks import MaskSet, prunable_parameters
 from gbp_ray.pruning.metrics import count_macs, measure
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import Checkpoint, RoundState, check_job, run_rounds
-from gbp_ray.workload import derive_seed, seeded
+from gbp_ray.workload import Workload, derive_seed, seeded
 
 RECIPES: dict[str, dict[str, Any]] = {
     "taylor, sgd": {},
@@ -30,6 +31,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     "one shot": {"prune": {"schedule": "one_shot"}},
     "sparse early": {"prune": {"ramp_rounds": 2}},
     "distilled": {"finetune": {"distillation": {"weight": 0.8}}},
+    "attacked, frozen, matched": {
+        "pretrain": {"adversarial": {"kind": "fgsm", "epsilon": 0.02, "weight": 0.5}},
+        "finetune": {
+            "adversarial": {"kind": "pgd", "epsilon": 0.02, "steps": 2},
+            "freeze": ["conv1.*", "norm1.*"],
+            "distillation": {"weight": 0.3, "features": ["norm2"]},
+        },
+        "attack": {"kind": "pgd", "epsilon": 0.02, "steps": 3, "examples": 10},
+    },
     "averaged and mixed": {
         "pretrain": {"ema_decay": 0.9, "cutmix": 1.0, "label_smoothing": 0.1},
         "finetune": {"ema_decay": 0.9, "mixup": 0.4, "cutmix": 1.0, "max_gradient_norm": 0.5},
@@ -61,11 +71,15 @@ def job_of(**sections: dict[str, Any]) -> JobConfig:
     return JobConfig.model_validate(tree)
 
 
+def ranged_images() -> Workload:
+    return dataclasses.replace(images(), input_range=(-6.0, 6.0))
+
+
 def run(job: JobConfig, resume: Checkpoint | None = None) -> list[tuple[Any, dict[str, bytes]]]:
     """Runs a trial and keeps each round's record and files."""
     return [
         (state.record.model_dump(exclude={"seconds"}), state.to_files())
-        for state in run_rounds(job, images(), Ranks(), resume=resume)
+        for state in run_rounds(job, ranged_images(), Ranks(), resume=resume)
     ]
 
 

@@ -231,10 +231,11 @@ def test_a_network_tied_by_name_is_the_one_that_is_built_so() -> None:
         assert torch.equal(tensor, found[1][1][name])
 
 
-def test_files_hold_the_one_kernel_and_load_into_a_tied_network() -> None:
+def test_files_hold_the_one_kernel_and_load_into_a_tied_network(
+    alone: dict[str, list[dict[str, Any]]],
+) -> None:
     build = with_tied_weights(TwoConvs, [["first", "second"]])
-    reports = trial(Ranks(), "replicated", recurrent)
-    names = load(reports[-1]["files"]["weights.safetensors"])
+    names = load(alone["blank"][-1]["files"]["weights.safetensors"])
     assert {n for n in names if "kernels" in n} == {
         "layer1.kernels.0.weight",
         "layer2.kernels.0.weight",
@@ -257,7 +258,6 @@ def test_files_hold_the_one_kernel_and_load_into_a_tied_network() -> None:
 @pytest.fixture(scope="module")
 def alone() -> dict[str, list[dict[str, Any]]]:
     return {
-        "taylor": trial(Ranks(), "replicated", recurrent),
         "fisher": trial(Ranks(), "replicated", recurrent, criterion="fisher"),
         "blank": trial(Ranks(), "replicated", tied_blank),
     }
@@ -274,10 +274,8 @@ def test_tied_networks_end_alike_on_any_number_of_ranks_and_in_shards(
 def test_a_resumed_trial_of_a_tied_network_ends_as_an_uninterrupted_one(
     alone: dict[str, list[dict[str, Any]]],
 ) -> None:
-    for case, build in (("taylor", recurrent), ("blank", tied_blank)):
-        saved = checkpoint_of(alone[case], 1)
-        rest = trial(Ranks(), "replicated", build, resume=saved)
-        assert without_files(rest) == without_files(alone[case][2:])
+    rest = trial(Ranks(), "replicated", tied_blank, resume=checkpoint_of(alone["blank"], 1))
+    assert without_files(rest) == without_files(alone["blank"][2:])
 
 
 def test_a_network_tied_on_the_meta_device_stays_tied_and_starts_from_its_first_layer() -> None:

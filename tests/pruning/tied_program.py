@@ -32,8 +32,7 @@ def tied_blank(*, is_tied: bool = True) -> nn.Module:
 def tied_program(ranks: Ranks) -> dict[Any, Any]:
     """Runs trials in one piece and in shards."""
     return {
-        ("taylor", "replicated"): trial(ranks, "replicated", recurrent),
-        ("taylor", "fsdp"): trial(ranks, "fsdp", recurrent),
+        ("fisher", "replicated"): trial(ranks, "replicated", recurrent, criterion="fisher"),
         ("fisher", "fsdp"): trial(ranks, "fsdp", recurrent, criterion="fisher"),
         ("blank", "fsdp"): trial(ranks, "fsdp", tied_blank),
     }
