@@ -134,10 +134,11 @@ def _scores_origin(job: JobConfig, model: nn.Module) -> dict[str, Any] | None:
             fields = set(type(prune).model_fields)
     return {
         "weights": _digest_state(model),
-        "workload": job.workload.model_dump(
-            mode="json", include={"factory", "options"}, exclude_defaults=False
-        )
-        | job.workload.model_dump(mode="json", include={"validation"}, exclude_defaults=True),
+        "workload": {
+            "factory": job.workload.factory,
+            "options": job.workload.options,
+            **({"validation": share} if (share := job.workload.validation) else {}),
+        },
         "prune": prune.model_dump(mode="json", include=fields, exclude_defaults=True),
         **_surroundings(job, *plug_ins),
     }
