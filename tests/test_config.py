@@ -474,6 +474,10 @@ def test_trial_id_changes_with_every_field_that_decides_the_result(job_file: Pat
         "workload.factory": "other:make",
         "workload.options.x": 1,
         "workload.eval_batch_size": 7,
+        "workload.validation": 0.1,
+        "workload.train_sample": 7,
+        "prune.initial_masks": "a.safetensors",
+        "prune.initial_masks_digest": "a1b2",
         "prune.criterion": "snip",
         "prune.sparsity": 0.25,
         "prune.rounds": 2,
@@ -506,6 +510,8 @@ def test_trial_id_changes_with_every_field_that_decides_the_result(job_file: Pat
             f"{section}.microbatches": 2,
         }
     changes |= {
+        "finetune.patience": 3,
+        "finetune.validate_every": 0.5,
         "finetune.distillation.weight": 0.5,
         "finetune.distillation.temperature": 2.0,
     }
