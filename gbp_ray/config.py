@@ -253,7 +253,7 @@ def trial_id(job: JobConfig) -> str:
     )
     if job.prune.initial_masks_digest:
         # The masks themselves, wherever they lie.
-        del identity["prune"]["initial_masks"]
+        identity["prune"].pop("initial_masks", None)
     identity["schema_version"] = SCHEMA_VERSION
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -319,6 +319,8 @@ def find_idle_options(job: JobConfig) -> list[tuple[str, str]]:
     if prune.criterion in ("magnitude", "random", "synflow", "movement"):
         names = ("calibration_examples", "calibration_augment")
         note(prune, "prune", names, f"prune.criterion = {prune.criterion}")
+    if not prune.initial_masks:
+        note(prune, "prune", ("initial_masks_digest",), "prune.initial_masks unset")
     if prune.criterion != "obd":
         note(prune, "prune", ("hutchinson_probes",), f"prune.criterion = {prune.criterion}")
     if prune.rounds == 1:

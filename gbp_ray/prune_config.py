@@ -112,8 +112,6 @@ class PruneConfig(Section):
                 f'initial_masks with granularity = "{self.granularity}": masks of single weights '
                 'leave no whole groups; set granularity to "weight"'
             )
-        if self.initial_masks_digest and not self.initial_masks:
-            faults.append("initial_masks_digest without initial_masks; give both or neither")
         if self.ramp_rounds is not None and self.ramp_rounds > self.rounds:
             faults.append(
                 f"ramp_rounds = {self.ramp_rounds} exceeds rounds = {self.rounds}; lower it"

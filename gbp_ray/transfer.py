@@ -51,6 +51,9 @@ def fetch_results(uri: str | Path, folder: str | Path) -> Fetched:
         finished = source.read_trial(trial)
         if finished is not None and target.read_trial(trial) != finished:
             target.write_trial(finished)
+        if (explained := source.read_shared(f"explained/{trial}")) is not None:
+            shared, files = explained
+            target.write_shared(f"explained/{trial}", files, shared.origin)
         fetched.num_trials += 1
     return fetched
 

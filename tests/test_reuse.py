@@ -17,6 +17,7 @@ from torch import nn
 
 from gbp_ray import export as export_module
 from gbp_ray.api import PruneResult
+from gbp_ray.audit import find_faults
 from gbp_ray.errors import ConfigError, ExportError, PruneError, StoreError
 from gbp_ray.explain import explain_round
 from gbp_ray.export import export_round
@@ -24,6 +25,7 @@ from gbp_ray.findings import read_findings
 from gbp_ray.page import write_report
 from gbp_ray.reuse import apply_masks
 from gbp_ray.store import Store, locate_jobs
+from gbp_ray.transfer import fetch_results
 from gbp_ray.workload import load_workload
 
 torch.set_num_threads(1)
@@ -273,6 +275,15 @@ def test_findings_are_kept_beside_the_trial_and_shown(result: PruneResult, tmp_p
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text), "nothing comes from outside"
     for layer in result.record.chosen.cost.layers:
         assert layer.name in text
+
+
+def test_findings_travel_with_their_trial(result: PruneResult, tmp_path: Path) -> None:
+    findings = explain_round(result.uri).findings
+    fetch_results(result.uri, tmp_path)
+    copied = read_findings(Store(tmp_path, result.record.job.name), result.record.trial_id)
+    assert copied is not None
+    assert copied.to_dict() == json.loads(json.dumps(findings.to_dict()))
+    assert find_faults(tmp_path).faults == []
 
 
 def test_a_trial_alone_has_its_page_without_being_explained(tmp_path: Path) -> None:

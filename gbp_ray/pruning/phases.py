@@ -149,7 +149,7 @@ def _plan_replicated(sizes: Sizes, passes: Passes) -> list[Phase]:
         phases.append(
             _phase(
                 "finetune",
-                tuned,
+                tuned | _best_so_far(job, sizes.state_bytes + sizes.kept_optimizer_bytes),
                 *_training_moments(sizes, passes, job.finetune, is_finetune=True),
                 sent=sizes.finetune_steps * _sent_by_step(sizes, job.finetune),
             )
@@ -228,7 +228,8 @@ def _plan_fsdp(sizes: Sizes, passes: Passes) -> list[Phase]:
         sent = sizes.sent_share((4 * turns + 8) * sizes.statistic_elements)
         phases.append(_phase("batchnorm", kept, held, sent=sent + turns * shards.sent_by_gathering))
     if sizes.finetune_steps:
-        phases.append(trained("finetune", job.finetune, tuned, sizes.finetune_steps))
+        best = _best_so_far(job, shards.model_bytes + optimizer)
+        phases.append(trained("finetune", job.finetune, tuned | best, sizes.finetune_steps))
     batch = min(job.workload.eval_batch_size, sizes.num_judged)
     turns = sizes.num_turns(-(-sizes.num_judged // batch))
     held = gathered | {"buffers": sizes.buffer_bytes, "pass": passes.forward.peak_bytes(batch)}
@@ -254,6 +255,11 @@ def _plan_fsdp(sizes: Sizes, passes: Passes) -> list[Phase]:
     }
     phases.append(_phase("write", tuned, files))
     return phases
+
+
+def _best_so_far(job: JobConfig, num_bytes: int) -> dict[str, int]:
+    """What early stopping keeps to go back to; while a better one is copied, twice."""
+    return {"best so far": 2 * num_bytes} if job.finetune.patience else {}
 
 
 def _sharded_scoring(sizes: Sizes, passes: Passes, kept: dict[str, int]) -> Phase:

@@ -1,0 +1,107 @@
+"""The verbs after pruning, and `stability`, on the command line: what they print and write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_digits import FIELDS, prune_digits
+from typer.testing import CliRunner
+
+from gbp_ray.cli import app
+from gbp_ray.config import trial_id
+from gbp_ray.errors import ConfigError
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.stability import measure_stability
+from gbp_ray.store import Store
+
+torch.set_num_threads(1)
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return prune_digits(tmp_path_factory.mktemp("verbs")).uri
+
+
+def test_the_verbs_say_what_they_did(uri: str, tmp_path: Path) -> None:
+    exported = json.loads(run("export", uri, str(tmp_path / "net"), "--json"))
+    assert set(exported["files"]) == {path.name for path in (tmp_path / "net").iterdir()}
+    assert "outputs as the pruned network's" in run("export", uri, str(tmp_path / "net"))
+    applied = json.loads(
+        run("apply", uri, f"{uri}/round_000", "--to", str(tmp_path / "out.safetensors"), "--json")
+    )
+    assert applied["sparsity"] == pytest.approx(0.9, abs=0.01)
+    assert applied["num_changed"] > 0
+    explained = run("explain", uri, "-q")
+    assert "of 500 answers changed" in explained
+    assert "cosine of the input gradients" in explained
+
+
+def test_stability_compares_samples_and_seeds(tmp_path: Path) -> None:
+    settings = [f"--set={key}={json.dumps(value)}" for key, value in FIELDS.items()]
+    common = ["stability", *settings, f"--set=storage={tmp_path}", "--seeds=2", "-q"]
+    sizes = ["--examples=64:256", "--criterion=taylor", "--criterion=magnitude", "--accuracy"]
+    found: dict[str, Any] = json.loads(
+        run(*common, *sizes, "--json", f"--to={tmp_path / 'figure'}")
+    )
+    assert [size["examples"] for size in found["samples"]["taylor"]["sizes"]] == [64, 128, 256]
+    # What passes over no data depends on no sample.
+    assert found["samples"]["magnitude"]["enough_examples"] == 64
+    for size in found["samples"]["magnitude"]["sizes"]:
+        assert size["overlap"]["mean"] == 1.0
+    seeds = found["seeds"]
+    store = Store(tmp_path, "digits")
+    masks = []
+    for trial in seeds["trials"]:
+        record = store.read_trial(trial["trial_id"])
+        assert record is not None
+        assert trial_id(record.job) == trial["trial_id"]
+        assert trial["accuracy"] == record.test_accuracy
+        data = store.read_file(trial["trial_id"], record.chosen, "masks.safetensors")
+        masks.append(MaskSet.from_bytes(data))
+    assert seeds["overlap"]["mean"] == masks[0].overlap(masks[1]) < 1.0
+    written = json.loads((tmp_path / "figure" / "stability.json").read_text())
+    assert written["samples"] == found["samples"]
+    assert (tmp_path / "figure" / "stability.png").read_bytes().startswith(b"\x89PNG")
+    text = run(*common, "--no-samples", f"--to={tmp_path / 'figure'}")
+    assert "2 seeds: accuracy" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["--examples=x"], r"--examples = 'x': must read FIRST:LAST"),
+        (["--seeds=1"], r"--seeds = 1: must be 2 or more"),
+        (["--no-samples", "--no-trained"], "leave nothing to do"),
+        (["--no-trained", "--criterion=movement"], "has no calibration sample"),
+        (["--no-trained", "--examples=9999"], "there are 1297 training examples"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(arguments: list[str], fault: str) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        run("stability", "-q", "--set=finetune.epochs=1", *arguments)
+
+
+def test_enough_is_where_no_larger_size_falls_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = measure_stability(
+        None,
+        FIELDS | {"pretrain.epochs": 0},
+        sizes=(64, 128, 256),
+        num_seeds=2,
+        with_seeds=False,
+    )
+    means = [size.between.mean for size in found.samples["taylor_squared"]]
+    for limit, expected in ((0.0, 64), (min(means[1:]), 128 if means[0] < min(means[1:]) else 64)):
+        monkeypatch.setattr("gbp_ray.stability.STABLE", limit)
+        assert found.enough_examples("taylor_squared") == expected
+    monkeypatch.setattr("gbp_ray.stability.STABLE", 1.01)
+    assert found.enough_examples("taylor_squared") is None
