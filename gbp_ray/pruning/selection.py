@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +48,8 @@ __all__ = [
     "select_masks",
 ]
 
+_CHUNK = 2**16  # scores looked at together: they stay in the cache of a core
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -67,7 +69,8 @@ class _Layer:
     """One layer in the pool; arrays cover this rank's slice, numbers the whole layer.
 
     Attributes:
-        scores_L: Minus infinity where pruned before, plus infinity where a pattern exempts.
+        scores_L: Minus infinity where pruned before, plus infinity where a pattern exempts; the
+            caller's own memory where there is neither.
         num_pruned: Pruned before.
     """
 
@@ -128,15 +131,16 @@ def select_masks(
         cuts: list[Cut | None] = [None] * len(layers)
     else:
         quotas, cuts, held_back = _share_globally(layers, k, ranks)
-    kept = _mark(layers, quotas, cuts, ranks)
+    num_pruned = sum(layer.num_pruned for layer in layers)
     pieces = [layer.piece for layer in layers]
+    kept = _mark(layers, _find_ends(layers, quotas, cuts, ranks))
     if any(is_shard(mask) for mask in masks.values()):
         found = _spread_masks(pieces, kept, masks)
     else:
         found = _exchange_masks(pieces, kept, ranks)
     device = next(iter(masks.values())).device
     chosen = MaskSet(found, masks.round + 1, config.criterion, masks.digest).to(device)
-    assert chosen.num_pruned == max(k, masks.num_pruned)
+    assert chosen.num_pruned == max(k, num_pruned)
     return Selection(chosen, tuple(held_back))
 
 
@@ -237,18 +241,19 @@ def _make_layers(
     layers = []
     counts = torch.zeros(len(scores.slices), 3, dtype=torch.int64)
     for number, (piece, values) in enumerate(zip(scores.slices, scores.values, strict=True)):
-        pruned_L = ~owned(masks[piece.name], piece).cpu().numpy()
-        # A copy: what follows writes into it.
-        scores_L = values.detach().cpu().to(dtype, copy=True).numpy()
-        counts[number, 0] = int(np.count_nonzero(~(np.isfinite(scores_L) | pruned_L)))
-        scores_L[pruned_L] = -np.inf
+        kept_L = owned(masks[piece.name], piece).cpu().numpy()
+        scores_L = values.detach().cpu().to(dtype).numpy()
+        num_pruned = piece.size - int(np.count_nonzero(kept_L))
+        if num_pruned or config.pattern is not None:
+            scores_L = np.where(kept_L, scores_L, scores_L.dtype.type(-np.inf))
+        counts[number, 0] = piece.size - num_pruned - _count_finite(scores_L)
         if config.pattern is not None:
             exempt_L = _exempt_by_pattern(
-                scores_L, pruned_L, piece, input_dims.get(piece.name, 1), config.pattern
+                scores_L, kept_L, piece, input_dims.get(piece.name, 1), config.pattern
             )
             scores_L[exempt_L] = np.inf
             counts[number, 1] = int(np.count_nonzero(exempt_L))
-        counts[number, 2] = int(np.count_nonzero(pruned_L))
+        counts[number, 2] = num_pruned
         layers.append(_Layer(piece, scores_L))
     ranks.add_up(counts)
     for layer, (num_bad, num_exempt, num_pruned) in zip(layers, counts.tolist(), strict=True):
@@ -261,9 +266,15 @@ def _make_layers(
     return layers
 
 
+def _count_finite(scores_L: np.ndarray) -> int:
+    """Counts the scores that are neither NaN nor infinite, in pieces that stay in the cache."""
+    pieces = (scores_L[start : start + _CHUNK] for start in range(0, scores_L.size, _CHUNK))
+    return sum(int(np.count_nonzero(np.isfinite(piece))) for piece in pieces)
+
+
 def _exempt_by_pattern(
     scores_L: np.ndarray,
-    pruned_L: np.ndarray,
+    kept_L: np.ndarray,
     piece: Slice,
     input_dim: int,
     pattern: tuple[int, int],
@@ -277,7 +288,7 @@ def _exempt_by_pattern(
         np.argsort(grouped.reshape(-1, m), axis=1, kind="stable"), axis=1, kind="stable"
     )
     exempt = (rank_in_group >= m - n).reshape(grouped.shape)
-    return np.moveaxis(exempt, -1, input_dim).reshape(-1) & ~pruned_L
+    return np.moveaxis(exempt, -1, input_dim).reshape(-1) & kept_L
 
 
 def _set_bounds(layers: list[_Layer], config: PruneConfig) -> None:
@@ -415,10 +426,23 @@ def _share_out(total: int, sizes: list[int], low: list[int], high: list[int]) ->
     return counts
 
 
-def _mark(
+@dataclass(frozen=True)
+class _End:
+    """Where a layer's losses end on this rank.
+
+    Attributes:
+        threshold: All scores below it go.
+        num_equal: So many of those equal to it go, the first ones; None for all.
+    """
+
+    threshold: float
+    num_equal: int | None
+
+
+def _find_ends(
     layers: list[_Layer], quotas: list[int], cuts: list[Cut | None], ranks: Ranks
-) -> list[np.ndarray]:
-    """Marks what is kept of this rank's slices when each layer loses its quota of lowest scores."""
+) -> list[_End]:
+    """Finds where each layer ends when it loses its quota of lowest scores. Communicates."""
     pools = [
         Pool((number,), quota, (0,), (layer.size,))
         for number, (layer, quota, cut) in enumerate(zip(layers, quotas, cuts, strict=True))
@@ -427,21 +451,41 @@ def _mark(
     found = iter(find_cuts([layer.scores_L for layer in layers], pools, ranks) if pools else ())
     nothing = Cut(-math.inf, 0, 0)
     known = [
-        cut or (next(found) if quota > 0 else nothing)
+        nothing if quota == 0 else cut or next(found)
         for cut, quota in zip(cuts, quotas, strict=True)
     ]
-    equal = [layer.scores_L == cut.threshold for layer, cut in zip(layers, known, strict=True)]
-    kept = []
-    before = _count_before([int(np.count_nonzero(ties_L)) for ties_L in equal], ranks)
-    for layer, cut, quota, ties_L, earlier in zip(
-        layers, known, quotas, equal, before, strict=True
-    ):
-        # Equal scores go in flat order: those of earlier ranks first.
-        share = max(quota - cut.below - earlier, 0)
-        gone_L = layer.scores_L < cut.threshold
-        gone_L[np.flatnonzero(ties_L)[:share]] = True
-        kept.append(~gone_L)
-    return kept
+    # Where all equal scores go, or none, which is nearly everywhere, nobody needs to count them.
+    is_split = [
+        cut.below < quota < cut.below + cut.equal for cut, quota in zip(known, quotas, strict=True)
+    ]
+    before = _count_before(
+        [
+            int(np.count_nonzero(layer.scores_L == cut.threshold)) if split else 0
+            for layer, cut, split in zip(layers, known, is_split, strict=True)
+        ],
+        ranks,
+    )
+    ends = []
+    for cut, quota, split, earlier in zip(known, quotas, is_split, before, strict=True):
+        if split:
+            # Equal scores go in flat order: those of earlier ranks first.
+            ends.append(_End(cut.threshold, max(quota - cut.below - earlier, 0)))
+        else:
+            ends.append(_End(cut.threshold, None if quota > cut.below else 0))
+    return ends
+
+
+def _mark(layers: list[_Layer], ends: list[_End]) -> Iterator[np.ndarray]:
+    """Marks what is kept of this rank's slices, layer by layer."""
+    for layer, end in zip(layers, ends, strict=True):
+        if end.num_equal == 0:
+            yield layer.scores_L >= end.threshold
+            continue
+        kept_L = layer.scores_L > end.threshold
+        if end.num_equal is not None:
+            equal = np.flatnonzero(layer.scores_L == end.threshold)
+            kept_L[equal[end.num_equal :]] = True
+        yield kept_L
 
 
 def _count_before(counts: list[int], ranks: Ranks) -> list[int]:
@@ -451,7 +495,9 @@ def _count_before(counts: list[int], ranks: Ranks) -> list[int]:
     return ranks.add_up(table)[: ranks.rank].sum(dim=0).tolist()
 
 
-def _spread_masks(pieces: list[Slice], kept: list[np.ndarray], masks: MaskSet) -> dict[str, Tensor]:
+def _spread_masks(
+    pieces: list[Slice], kept: Iterable[np.ndarray], masks: MaskSet
+) -> dict[str, Tensor]:
     """Leaves each rank's rows where they are."""
     found = {}
     for piece, kept_L in zip(pieces, kept, strict=True):
@@ -461,23 +507,27 @@ def _spread_masks(pieces: list[Slice], kept: list[np.ndarray], masks: MaskSet) -
     return found
 
 
-def _exchange_masks(pieces: list[Slice], kept: list[np.ndarray], ranks: Ranks) -> dict[str, Tensor]:
+def _exchange_masks(
+    pieces: list[Slice], kept: Iterable[np.ndarray], ranks: Ranks
+) -> dict[str, Tensor]:
     """Puts the ranks' slices together on all of them, one bit a weight. Communicates."""
     if ranks.world_size == 1:
-        parts, bounds = [kept], [[(piece.start, piece.stop) for piece in pieces]]
-    else:
-        bounds = ranks.gather_objects([(piece.start, piece.stop) for piece in pieces])
-        packed = torch.from_numpy(np.packbits(np.concatenate(kept)))
-        parts = []
-        for bits, stretches in zip(ranks.gather_bytes(packed), bounds, strict=True):
-            sizes = [stop - start for start, stop in stretches]
-            flat = np.unpackbits(bits.numpy(), count=sum(sizes)).astype(bool)
-            parts.append(np.split(flat, np.cumsum(sizes)[:-1]))
+        return {
+            piece.name: torch.from_numpy(kept_L).view(piece.shape)
+            for piece, kept_L in zip(pieces, kept, strict=True)
+        }
+    # Each slice begins with a byte of its own, so that it is unpacked into its place at once.
+    packed = np.concatenate([np.packbits(kept_L) for kept_L in kept])
+    by_rank = ranks.gather_objects([(piece.start, piece.stop) for piece in pieces])
+    rows = [row.numpy() for row in ranks.gather_bytes(torch.from_numpy(packed))]
+    taken = [0] * len(rows)
     masks = {}
     for number, piece in enumerate(pieces):
         whole = np.empty(math.prod(piece.shape), dtype=bool)
-        for part, stretches in zip(parts, bounds, strict=True):
+        for rank, (row, stretches) in enumerate(zip(rows, by_rank, strict=True)):
             start, stop = stretches[number]
-            whole[start:stop] = part[number]
+            bits = row[taken[rank] : taken[rank] + -(-(stop - start) // 8)]
+            taken[rank] += bits.size
+            whole[start:stop] = np.unpackbits(bits, count=stop - start)
         masks[piece.name] = torch.from_numpy(whole).view(piece.shape)
     return masks

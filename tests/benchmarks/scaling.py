@@ -4,10 +4,11 @@
 
 Three tables. Strong scaling of a decision: `--size` scores in all, each worker holding its share.
 Weak scaling of a decision: `--share` scores for each worker. Weak scaling of scoring: ResNet-20,
-`--examples` for each worker, taylor. Workers have one thread each and start together after a
-barrier; a time is that of the slowest. Medians with ranges, and the ratio to one worker of the same
-run. More workers than cores share these, so that the best to expect of weak scaling is the number
-of workers over that of cores.
+`--examples` for each worker, taylor. A whole decision is a round's: it ends with the masks of all
+weights on every worker and their digests compared, of a dense network or of one half pruned before.
+Workers have one thread each and start together after a barrier; a time is that of the slowest.
+Medians with ranges, and the ratio to one worker of the same run. More workers than cores share
+these, so that the best to expect of weak scaling is the number of workers over that of cores.
 """
 
 import argparse
@@ -18,26 +19,20 @@ import time
 from collections.abc import Callable
 from datetime import date
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from gloo_world import run_world
+from large_decision import LargeDecision
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from gbp_ray.config import PruneConfig
-from gbp_ray.pruning.masks import MaskSet, Prunable, prunable_parameters
+from gbp_ray.pruning.masks import prunable_parameters
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.saliency import score
-from gbp_ray.pruning.selection import select_masks
-from gbp_ray.pruning.slices import Layout, SlicedScores
-from gbp_ray.pruning.thresholds import exact_threshold
 from gbp_ray.workload import Workload
 from gbp_ray.zoo.resnet import build_cifar_resnet
-
-NUM_LAYERS = 60
 
 
 def main() -> None:
@@ -87,26 +82,14 @@ def make_table(title: str, results: dict[int, list[dict[str, list[float]]]]) -> 
 
 
 def decide(ranks: Ranks, size: int, repeats: int) -> dict[str, list[float]]:
-    layer = size // NUM_LAYERS // 100
-    units = [
-        Prunable(f"layer{number:02d}.weight", nn.Parameter(torch.empty(layer, 100)), 1)
-        for number in range(NUM_LAYERS)
-    ]
-    layout = Layout(units, ranks)
-    size = layout.num_weights
-    own = [piece.size for piece in layout.own]
-    stretch = np.random.default_rng(ranks.rank).standard_normal(sum(own), dtype=np.float32)
-    np.abs(stretch, out=stretch)
-    scores = SlicedScores(layout.own, torch.from_numpy(stretch).split(own))
-    masks = MaskSet.dense(units)
-    config = PruneConfig(criterion="taylor", sparsity=0.9)
-    k = int(0.9 * size)
-    return {
-        "threshold": timed(lambda: exact_threshold(stretch, k, ranks), ranks, repeats),
-        "whole decision": timed(
-            lambda: select_masks(scores, masks, config, 0.9, ranks=ranks), ranks, repeats
-        ),
+    decision = LargeDecision(ranks, size)
+    half = decision.decide(sparsity=0.5)
+    actions: dict[str, Callable[[], object]] = {
+        "threshold": decision.find_threshold,
+        "whole decision": decision.decide,
+        "half pruned before": lambda: decision.decide(half),
     }
+    return {what: timed(action, ranks, repeats) for what, action in actions.items()}
 
 
 def scores_of(ranks: Ranks, examples: int, repeats: int) -> dict[str, list[float]]:

@@ -42,7 +42,9 @@ def test_masks_of_a_sharded_network_are_those_of_a_replicated_one(
     assert {report["masks"][case] for report in world} == {alone["masks"][case]}
 
 
-@pytest.mark.parametrize("result", ["trained", "movement", "evaluated", "recalibrated"])
+@pytest.mark.parametrize(
+    "result", ["trained", "movement", "hard masks", "evaluated", "recalibrated"]
+)
 def test_results_of_a_sharded_network_are_those_of_a_replicated_one(
     result: str, alone: dict[str, Any], world: World
 ) -> None:
@@ -69,9 +71,12 @@ def resnet_alone() -> dict[tuple[str, str, str], str]:
 def test_masks_of_a_sharded_resnet_are_those_of_a_replicated_one(
     world_size: int,
     resnet_alone: dict[tuple[str, str, str], str],
+    alone: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     reports = reports_of_world(world_size, tmp_path_factory.mktemp("resnet"), resnet_program)
+    for report in reports:
+        assert report["hard masks"] == alone["hard masks"]
     for case in RESNET_CASES:
         assert {report["masks"][case] for report in reports} == {resnet_alone[case]}, case
 
