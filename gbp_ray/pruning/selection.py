@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,11 +133,16 @@ def select_masks(
         quotas, cuts, held_back = _share_globally(layers, k, ranks)
     num_pruned = sum(layer.num_pruned for layer in layers)
     pieces = [layer.piece for layer in layers]
-    kept = _mark(layers, _find_ends(layers, quotas, cuts, ranks))
+    ends = _find_ends(layers, quotas, cuts, ranks)
     if any(is_shard(mask) for mask in masks.values()):
-        found = _spread_masks(pieces, kept, masks)
+        found = _spread_masks(_mark_all(layers, ends), masks)
+    elif ranks.world_size == 1:
+        found = {
+            piece.name: torch.from_numpy(kept_L).view(piece.shape)
+            for piece, kept_L in zip(pieces, _mark_all(layers, ends), strict=True)
+        }
     else:
-        found = _exchange_masks(pieces, kept, ranks)
+        found = _exchange_masks(pieces, _pack_all(layers, ends), ranks)
     device = next(iter(masks.values())).device
     chosen = MaskSet(found, masks.round + 1, config.criterion, masks.digest).to(device)
     assert chosen.num_pruned == max(k, num_pruned)
@@ -475,17 +480,38 @@ def _find_ends(
     return ends
 
 
-def _mark(layers: list[_Layer], ends: list[_End]) -> Iterator[np.ndarray]:
-    """Marks what is kept of this rank's slices, layer by layer."""
+def _mark_all(layers: list[_Layer], ends: list[_End]) -> list[np.ndarray]:
+    """Marks what is kept of this rank's slices."""
+    kept = _allocate([layer.scores_L.size for layer in layers])
+    for layer, end, kept_L in zip(layers, ends, kept, strict=True):
+        _mark(layer.scores_L, end, kept_L)
+    return kept
+
+
+def _pack_all(layers: list[_Layer], ends: list[_End]) -> np.ndarray:
+    """Marks the same with a bit a weight, each layer from a byte of its own on."""
+    scratch = np.empty(max(layer.scores_L.size for layer in layers), dtype=bool)
+    packed = []
     for layer, end in zip(layers, ends, strict=True):
-        if end.num_equal == 0:
-            yield layer.scores_L >= end.threshold
-            continue
-        kept_L = layer.scores_L > end.threshold
-        if end.num_equal is not None:
-            equal = np.flatnonzero(layer.scores_L == end.threshold)
-            kept_L[equal[end.num_equal :]] = True
-        yield kept_L
+        kept_L = scratch[: layer.scores_L.size]
+        _mark(layer.scores_L, end, kept_L)
+        packed.append(np.packbits(kept_L))
+    return np.concatenate(packed)
+
+
+def _allocate(sizes: list[int]) -> list[np.ndarray]:
+    # One block for all: a system gives large ones in large pages, which it has sooner ready.
+    return np.split(np.empty(sum(sizes), dtype=bool), np.cumsum(sizes)[:-1])
+
+
+def _mark(scores_L: np.ndarray, end: _End, kept_L: np.ndarray) -> None:
+    """Writes into `kept_L`."""
+    if end.num_equal == 0:
+        np.greater_equal(scores_L, end.threshold, out=kept_L)
+        return
+    np.greater(scores_L, end.threshold, out=kept_L)
+    if end.num_equal is not None:
+        kept_L[np.flatnonzero(scores_L == end.threshold)[end.num_equal :]] = True
 
 
 def _count_before(counts: list[int], ranks: Ranks) -> list[int]:
@@ -495,35 +521,23 @@ def _count_before(counts: list[int], ranks: Ranks) -> list[int]:
     return ranks.add_up(table)[: ranks.rank].sum(dim=0).tolist()
 
 
-def _spread_masks(
-    pieces: list[Slice], kept: Iterable[np.ndarray], masks: MaskSet
-) -> dict[str, Tensor]:
+def _spread_masks(kept: list[np.ndarray], masks: MaskSet) -> dict[str, Tensor]:
     """Leaves each rank's rows where they are."""
     found = {}
-    for piece, kept_L in zip(pieces, kept, strict=True):
-        before = masks[piece.name]
+    for (name, before), kept_L in zip(masks.items(), kept, strict=True):
         rows = torch.from_numpy(kept_L).view(local(before).shape).to(before.device)
-        found[piece.name] = like_shard(rows, before)
+        found[name] = like_shard(rows, before)
     return found
 
 
-def _exchange_masks(
-    pieces: list[Slice], kept: Iterable[np.ndarray], ranks: Ranks
-) -> dict[str, Tensor]:
+def _exchange_masks(pieces: list[Slice], packed: np.ndarray, ranks: Ranks) -> dict[str, Tensor]:
     """Puts the ranks' slices together on all of them, one bit a weight. Communicates."""
-    if ranks.world_size == 1:
-        return {
-            piece.name: torch.from_numpy(kept_L).view(piece.shape)
-            for piece, kept_L in zip(pieces, kept, strict=True)
-        }
-    # Each slice begins with a byte of its own, so that it is unpacked into its place at once.
-    packed = np.concatenate([np.packbits(kept_L) for kept_L in kept])
     by_rank = ranks.gather_objects([(piece.start, piece.stop) for piece in pieces])
     rows = [row.numpy() for row in ranks.gather_bytes(torch.from_numpy(packed))]
     taken = [0] * len(rows)
     masks = {}
-    for number, piece in enumerate(pieces):
-        whole = np.empty(math.prod(piece.shape), dtype=bool)
+    wholes = _allocate([math.prod(piece.shape) for piece in pieces])
+    for number, (piece, whole) in enumerate(zip(pieces, wholes, strict=True)):
         for rank, (row, stretches) in enumerate(zip(rows, by_rank, strict=True)):
             start, stop = stretches[number]
             bits = row[taken[rank] : taken[rank] + -(-(stop - start) // 8)]
