@@ -27,8 +27,8 @@ To which each phase adds the greatest of what it holds at its moments:
                 movement: or T + 24 times the largest layer
     score       8 S (the sum) + A(batch), or 8 S + N e + 8 N while a criterion's own vector is
                 added (W > 1: 8 S + 3 N e); criteria without a pass: as measured, once
-    decide      4 S (scores) + 4 S (a copy, once weights are pruned or an n:m pattern asks for it)
-                + N (the new masks; W > 1: and S / 4 + N / 8 while their bits are exchanged)
+    decide      4 S (scores) + S (n:m: what the pattern exempts) + N (the new masks; W > 1: and
+                S / 4 + N / 8 while their bits are exchanged)
     batchnorm   the forward pass of a batch
     evaluate    the forward pass of a batch + B
     write       O + 3 (P + B) + N / 4, on the first rank
@@ -56,7 +56,7 @@ group that FSDP2 gathers at once, R the outermost one, which stays gathered thro
                 largest layer
     pretrain    o + 2 t (the last step's gradients and this one's) + B + a pass
     score       8 S + a pass; criteria with passes of their own: 8 S + P + as replicated
-    decide      4 S + 4 S + S, or 4 S + S + twice the bits of the largest layer
+    decide      4 S + S as replicated, + S (the new masks) + twice the largest layer of them
     write       p + o (the shards), the largest tensor twice, N / 4; the whole file lies on disk
 
 A rank sends what a replicated one sends, but for finetune's gathering of gradients; each pass of
@@ -455,9 +455,8 @@ def _plan_fsdp(sizes: Sizes, passes: Passes) -> list[Phase]:
         phases.append(trained("pretrain", job.pretrain, base | first, sizes.pretrain_steps))
     phases.append(_sharded_scoring(sizes, passes, kept))
     stretch = sizes.stretch
-    marked = {"scores": 4 * stretch, "their copy": 4 * stretch, "new masks": stretch}
-    hashed = {"scores": 4 * stretch, "new masks": stretch, "one layer": 2 * sizes.largest_layer}
-    phases.append(_phase("decide", kept, marked, hashed, sent=_sent_by_decision(sizes)))
+    marked = _scores_of(sizes) | {"new masks": stretch, "one layer": 2 * sizes.largest_layer}
+    phases.append(_phase("decide", kept, marked, sent=_sent_by_decision(sizes)))
     if sizes.norm_examples and sizes.statistic_elements:
         batch = max(job.prune.calibration_batch_size, _LEAST_NORM_BATCH)
         turns = sizes.num_turns(-(-sizes.norm_examples // batch))
@@ -559,10 +558,15 @@ def _scoring_moments(sizes: Sizes, passes: Passes) -> Iterator[dict[str, int]]:
     yield statistic | {"vectors": 3 * vector if sizes.world_size > 1 else vector + 8 * total}
 
 
+def _scores_of(sizes: Sizes) -> dict[str, int]:
+    is_patterned = sizes.job.prune.pattern is not None
+    return {"scores": 4 * sizes.stretch, "exempt": sizes.stretch if is_patterned else 0}
+
+
 def _deciding_moments(sizes: Sizes) -> Iterator[dict[str, int]]:
     stretch, total = sizes.stretch, sizes.num_prunable
-    held = {"scores": 4 * stretch, "their copy": 4 * stretch, "new masks": total}
-    yield held | {"bits": stretch // 4 + total // 8 if sizes.world_size > 1 else 0}
+    bits = stretch // 4 + total // 8 if sizes.world_size > 1 else 0
+    yield _scores_of(sizes) | {"new masks": total, "bits": bits}
 
 
 def _sent_by_step(sizes: Sizes, recipe: Recipe) -> int:

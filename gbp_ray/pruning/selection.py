@@ -37,7 +37,7 @@ from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.sharding import is_shard, like_shard, local
 from gbp_ray.pruning.slices import Slice, SlicedScores, owned
-from gbp_ray.pruning.thresholds import Cut, Pool, exact_threshold, find_cuts
+from gbp_ray.pruning.thresholds import Cut, Pool, Values, chunks_of, exact_threshold, find_cuts
 
 __all__ = [
     "Selection",
@@ -47,8 +47,6 @@ __all__ = [
     "num_to_prune",
     "select_masks",
 ]
-
-_CHUNK = 2**16  # scores looked at together: they stay in the cache of a core
 
 
 @dataclass(frozen=True)
@@ -64,18 +62,36 @@ class Selection:
     held_back: tuple[str, ...]
 
 
+class _Veiled:
+    """Scores with minus infinity where pruned before, plus infinity where a pattern exempts.
+
+    They are made when looked at, stretch by stretch, so that there never is a copy of all scores.
+    """
+
+    def __init__(
+        self, scores_L: np.ndarray, kept_L: np.ndarray, exempt_L: np.ndarray | None = None
+    ) -> None:
+        self.size, self.dtype = scores_L.size, scores_L.dtype
+        self._scores_L, self._kept_L, self._exempt_L = scores_L, kept_L, exempt_L
+
+    def __getitem__(self, where: slice | np.ndarray) -> np.ndarray:
+        seen = np.where(self._kept_L[where], self._scores_L[where], self.dtype.type(-np.inf))
+        if self._exempt_L is not None:
+            seen[self._exempt_L[where]] = np.inf
+        return seen
+
+
 @dataclass
 class _Layer:
     """One layer in the pool; arrays cover this rank's slice, numbers the whole layer.
 
     Attributes:
-        scores_L: Minus infinity where pruned before, plus infinity where a pattern exempts; the
-            caller's own memory where there is neither.
+        scores_L: As they compete: `_Veiled`, or the caller's own where there is nothing to veil.
         num_pruned: Pruned before.
     """
 
     piece: Slice
-    scores_L: np.ndarray
+    scores_L: Values
     num_pruned: int = 0
     num_exempt: int = 0
     floor: int = 0
@@ -247,16 +263,15 @@ def _make_layers(
     counts = torch.zeros(len(scores.slices), 3, dtype=torch.int64)
     for number, (piece, values) in enumerate(zip(scores.slices, scores.values, strict=True)):
         kept_L = owned(masks[piece.name], piece).cpu().numpy()
-        scores_L = values.detach().cpu().to(dtype).numpy()
+        given_L = values.detach().cpu().to(dtype).numpy()
         num_pruned = piece.size - int(np.count_nonzero(kept_L))
-        if num_pruned or config.pattern is not None:
-            scores_L = np.where(kept_L, scores_L, scores_L.dtype.type(-np.inf))
+        scores_L: Values = _Veiled(given_L, kept_L) if num_pruned else given_L
         counts[number, 0] = piece.size - num_pruned - _count_finite(scores_L)
         if config.pattern is not None:
             exempt_L = _exempt_by_pattern(
-                scores_L, kept_L, piece, input_dims.get(piece.name, 1), config.pattern
+                scores_L[:], kept_L, piece, input_dims.get(piece.name, 1), config.pattern
             )
-            scores_L[exempt_L] = np.inf
+            scores_L = _Veiled(given_L, kept_L, exempt_L)
             counts[number, 1] = int(np.count_nonzero(exempt_L))
         counts[number, 2] = num_pruned
         layers.append(_Layer(piece, scores_L))
@@ -271,10 +286,9 @@ def _make_layers(
     return layers
 
 
-def _count_finite(scores_L: np.ndarray) -> int:
-    """Counts the scores that are neither NaN nor infinite, in pieces that stay in the cache."""
-    pieces = (scores_L[start : start + _CHUNK] for start in range(0, scores_L.size, _CHUNK))
-    return sum(int(np.count_nonzero(np.isfinite(piece))) for piece in pieces)
+def _count_finite(scores_L: Values) -> int:
+    """Counts the scores that are neither NaN nor infinite."""
+    return sum(int(np.count_nonzero(np.isfinite(chunk))) for _, chunk in chunks_of(scores_L))
 
 
 def _exempt_by_pattern(
@@ -465,7 +479,7 @@ def _find_ends(
     ]
     before = _count_before(
         [
-            int(np.count_nonzero(layer.scores_L == cut.threshold)) if split else 0
+            _find_equal(layer.scores_L, cut.threshold).size if split else 0
             for layer, cut, split in zip(layers, known, is_split, strict=True)
         ],
         ranks,
@@ -504,14 +518,19 @@ def _allocate(sizes: list[int]) -> list[np.ndarray]:
     return np.split(np.empty(sum(sizes), dtype=bool), np.cumsum(sizes)[:-1])
 
 
-def _mark(scores_L: np.ndarray, end: _End, kept_L: np.ndarray) -> None:
+def _mark(scores_L: Values, end: _End, kept_L: np.ndarray) -> None:
     """Writes into `kept_L`."""
-    if end.num_equal == 0:
-        np.greater_equal(scores_L, end.threshold, out=kept_L)
-        return
-    np.greater(scores_L, end.threshold, out=kept_L)
-    if end.num_equal is not None:
-        kept_L[np.flatnonzero(scores_L == end.threshold)[end.num_equal :]] = True
+    compare = np.greater_equal if end.num_equal == 0 else np.greater
+    for start, chunk in chunks_of(scores_L):
+        compare(chunk, end.threshold, out=kept_L[start : start + chunk.size])
+    if end.num_equal:
+        kept_L[_find_equal(scores_L, end.threshold)[end.num_equal :]] = True
+
+
+def _find_equal(scores_L: Values, threshold: float) -> np.ndarray:
+    """Lists where the scores equal to a value are."""
+    found = [start + np.flatnonzero(chunk == threshold) for start, chunk in chunks_of(scores_L)]
+    return np.concatenate(found) if found else np.empty(0, dtype=np.intp)
 
 
 def _count_before(counts: list[int], ranks: Ranks) -> list[int]:

@@ -77,7 +77,10 @@ def iterate_trial(
             tell=teller,
             score_cache=score_cache,
         ):
-            yield _commit(store, name, state, ranks)
+            record = _commit(store, name, state, ranks)
+            # Not held through the next round, which makes masks and an optimizer of its own.
+            del state
+            yield record
 
 
 def _commit(store: Store, name: str, state: RoundState, ranks: Ranks) -> RoundRecord:
