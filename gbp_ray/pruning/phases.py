@@ -1,8 +1,8 @@
 """What each phase of a job holds and sends on a rank, from sizes and small passes alone.
 
-The arithmetic of `plan`. Memory is counted in bytes of tensors and
-arrays; the interpreter with its libraries, about 0.4 GB, and the data come on top. Activations are
-told from small real passes (`footprint`), all else from sizes:
+The arithmetic of `plan`. Memory is counted in bytes of tensors and arrays; the interpreter with its
+libraries, about 0.4 GB, and the data come on top. Activations are told from small real passes
+(`footprint`), all else from sizes:
 
     P, B    bytes of the parameters, of the buffers
     T       bytes of the trainable parameters
@@ -33,10 +33,11 @@ To which each phase adds the greatest of what it holds at its moments:
     evaluate    the forward pass of a batch + B
     write       O + 3 (P + B) + N / 4, on the first rank
 
-While W > 1 ranks exchange gradients, 8 MB at most are in flight beside them. Bytes per weight of
-the scoring statistic are so 8 / W for every criterion. Those of gradients alone (taylor, snip,
-taylor_squared) hold no vector; fisher, obd and a user's own hold one of e (fisher: one for each
-example of a chunk), grasp the sum of its first pass, 8, on every rank.
+While W > 1 ranks exchange gradients, a bucket of some 4 MB of them (`folding`) is in flight beside
+them, as sent and as received. Bytes per weight of the scoring statistic are so 8 / W for every
+criterion. Those of gradients alone (taylor, snip, taylor_squared) hold no vector; fisher, obd and a
+user's own hold one of e (fisher: one for each example of a chunk), grasp the sum of its first pass,
+8, on every rank.
 
 A rank sends, each round, with n turns of all ranks over the batches or parts, and rows padded to
 those of the rank that has most:
@@ -55,7 +56,8 @@ group that FSDP2 gathers at once, R the outermost one, which stays gathered thro
     build       the network as built, P + B, unless it is built on the meta device; then the
                 largest layer
     pretrain    o + 2 t (the last step's gradients and this one's) + B + a pass
-    score       8 S + a pass; criteria with passes of their own: 8 S + P + as replicated
+    score       8 S + a pass + a bucket of gradients that waits for its last one; criteria with
+                passes of their own: 8 S + P + as replicated
     decide      4 S + S as replicated, + S (the new masks) + twice the largest layer of them
     write       p + o (the shards), the largest tensor twice, N / 4; the whole file lies on disk
 
@@ -78,7 +80,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gbp_ray.config import JobConfig, Recipe
 from gbp_ray.pruning.criteria import criterion
-from gbp_ray.pruning.folding import GradientSums
+from gbp_ray.pruning.folding import GradientSums, largest_exchange
 from gbp_ray.pruning.footprint import Footprint, measure_footprint
 from gbp_ray.pruning.masks import prunable_parameters
 from gbp_ray.pruning.ranks import Ranks, isolated
@@ -86,17 +88,12 @@ from gbp_ray.pruning.saliency import score
 from gbp_ray.pruning.sharding import group_parameters
 from gbp_ray.pruning.slices import Layout, cut_rows
 from gbp_ray.pruning.training import num_steps
-from gbp_ray.workload import (
-    Workload,
-    num_examples,
-    take_batch,
-)
+from gbp_ray.workload import Workload, num_examples, take_batch
 
 __all__ = ["Passes", "Phase", "Sizes", "bytes_of", "plan_phases"]
 
 _LEAST_NORM_BATCH = 32
 _SAMPLED_BYTES = 2**19  # of the scores, for a threshold's bracket, over all ranks
-_IN_FLIGHT_BYTES = 2**23  # of gradients, sent and received, at most
 
 
 @dataclass(frozen=True)
@@ -137,14 +134,18 @@ class Sizes:
         self.weight_bytes = dtype.itemsize
         self.model_bytes = sum(map(bytes_of, (*model.parameters(), *model.buffers())))
         self.buffer_bytes = sum(map(bytes_of, model.buffers()))
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        self.trainable_bytes = sum(map(bytes_of, trainable))
+        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.trainable_bytes = sum(map(bytes_of, trainable.values()))
+        prunable = {n: p for n, p in model.named_parameters() if n in {u.name for u in units}}
+        _, self.sent_in_training = largest_exchange(trainable, self.world_size)
+        self.bucket_bytes, self.sent_in_scoring = largest_exchange(prunable, self.world_size)
         self.layer_rows = sum(
             max(pieces[number].size for pieces in layout.by_rank) * unit.parameter.element_size()
             for number, unit in enumerate(units)
         )
         self.trainable_rows = sum(
-            cut_rows("", p.shape, self.world_size)[0].size * p.element_size() for p in trainable
+            cut_rows("", p.shape, self.world_size)[0].size * p.element_size()
+            for p in trainable.values()
         )
         # A change of each buffer, of each counter one, and the loss.
         changes = sum(b.numel() if b.is_floating_point() else 1 for b in model.buffers())
@@ -193,10 +194,6 @@ class Sizes:
         """Counts the examples of the largest part of a batch."""
         size = min(recipe.batch_size, num_examples(self.workload.train))
         return -(-size // min(recipe.microbatches, size))
-
-    def in_flight(self, num_bytes: int) -> int:
-        """Computes what is sent and received at a time of gradients of this size."""
-        return min(2 * num_bytes, _IN_FLIGHT_BYTES) if self.world_size > 1 else 0
 
     def num_turns(self, num_items: int) -> int:
         """Counts the turns that all ranks need for so many batches or parts."""
@@ -442,7 +439,7 @@ def _plan_fsdp(sizes: Sizes, passes: Passes) -> list[Phase]:
         moment = gathered | {
             "gradients": 2 * sizes.trainable_rows,
             "buffers": sizes.buffer_bytes,
-            "in flight": sizes.in_flight(sizes.trainable_bytes),
+            "in flight": sizes.sent_in_training,
             "pass": activations,
         }
         turns = sizes.num_turns(min(recipe.microbatches, recipe.batch_size))
@@ -502,7 +499,8 @@ def _sharded_scoring(sizes: Sizes, passes: Passes, kept: dict[str, int]) -> Phas
         "statistic": 8 * sizes.stretch,
         "gathered": shards.gathered_bytes,
         "pass": passes.backward.peak_bytes(batch),
-        "in flight": sizes.in_flight(sizes.num_prunable * sizes.weight_bytes),
+        # The pass was measured dropping each gradient as it arrives.
+        "in flight": sizes.bucket_bytes + sizes.sent_in_scoring,
     }
     finished = {"statistic": 8 * sizes.stretch, "scores": 4 * sizes.stretch}
     finished["widened"] = 24 * sizes.largest_rows
@@ -534,7 +532,7 @@ def _training_moments(
     if is_finetune and sizes.job.finetune.distillation.weight > 0:
         # The teacher's pass comes while the activations wait.
         activations += passes.forward.peak_bytes(part)
-    held = {"buffers": sizes.buffer_bytes, "in flight": sizes.in_flight(whole)}
+    held = {"buffers": sizes.buffer_bytes, "in flight": sizes.sent_in_training}
     yield held | {"gradients": whole + own, "pass": activations}
     yield held | {"gradients": 2 * whole}
     if is_finetune and sizes.movement_bytes:
@@ -552,7 +550,7 @@ def _scoring_moments(sizes: Sizes, passes: Passes) -> Iterator[dict[str, int]]:
     # The pass was measured together with a sum over all of the weights.
     alone = max(0, passes.scoring.peak_bytes(batch) - 8 * total)
     if criterion(prune.criterion).of_gradients is not None:
-        yield statistic | {"pass": alone, "in flight": sizes.in_flight(vector)}
+        yield statistic | {"pass": alone, "in flight": sizes.sent_in_scoring}
         return
     yield statistic | {"pass": alone}
     yield statistic | {"vectors": 3 * vector if sizes.world_size > 1 else vector + 8 * total}

@@ -75,10 +75,24 @@ class _Veiled:
         self._scores_L, self._kept_L, self._exempt_L = scores_L, kept_L, exempt_L
 
     def __getitem__(self, where: slice | np.ndarray) -> np.ndarray:
-        seen = np.where(self._kept_L[where], self._scores_L[where], self.dtype.type(-np.inf))
+        # Of a NaN and a number these two take the number.
+        seen = np.fmin(self._scores_L[where], _infinities(self._kept_L[where], self.dtype))
         if self._exempt_L is not None:
-            seen[self._exempt_L[where]] = np.inf
+            np.fmax(seen, _infinities(self._exempt_L[where], self.dtype), out=seen)
         return seen
+
+
+def _infinities(is_positive: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Makes plus infinity where true, minus infinity elsewhere.
+
+    Made of bits, without choosing: `np.where` takes nine times as long, as what random masks will
+    say next cannot be foreseen.
+    """
+    unsigned = np.dtype(f"u{dtype.itemsize}")
+    bits = is_positive.astype(unsigned)
+    bits <<= unsigned.type(8 * dtype.itemsize - 1)
+    bits ^= np.array(-np.inf, dtype).view(unsigned)
+    return bits.view(dtype)
 
 
 @dataclass
@@ -552,7 +566,8 @@ def _spread_masks(kept: list[np.ndarray], masks: MaskSet) -> dict[str, Tensor]:
 def _exchange_masks(pieces: list[Slice], packed: np.ndarray, ranks: Ranks) -> dict[str, Tensor]:
     """Puts the ranks' slices together on all of them, one bit a weight. Communicates."""
     by_rank = ranks.gather_objects([(piece.start, piece.stop) for piece in pieces])
-    rows = [row.numpy() for row in ranks.gather_bytes(torch.from_numpy(packed))]
+    sizes = [sum(-(-(stop - start) // 8) for start, stop in of_rank) for of_rank in by_rank]
+    rows = [row.numpy() for row in ranks.gather_bytes(torch.from_numpy(packed), sizes)]
     taken = [0] * len(rows)
     masks = {}
     wholes = _allocate([math.prod(piece.shape) for piece in pieces])
