@@ -206,7 +206,7 @@ def hard_masks(ranks: Ranks, *, is_sharded: bool = False) -> list[str]:
     units = prunable_parameters(model)
     layout = Layout(units, ranks)
     found = []
-    for seed in range(12):
+    for seed in range(6):
         palette = torch.tensor(HARD_VALUES)
         if seed % 2:
             palette = torch.cat([palette, draw(20, seed=seed)])

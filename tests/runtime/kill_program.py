@@ -112,7 +112,7 @@ def start_group(job: JobConfig, world_size: int, death: Death | None = None) -> 
     return processes
 
 
-def wait_until_met(job: JobConfig, processes: list[BaseProcess], timeout_s: float = 120) -> None:
+def wait_until_met(job: JobConfig, processes: list[BaseProcess], timeout_s: float = 300) -> None:
     """Waits until all are in one group: before that, Ray itself sees who dies."""
     deadline = time.monotonic() + timeout_s
     while not all((Path(job.storage) / f"met-{p.pid}").exists() for p in processes):
@@ -120,7 +120,7 @@ def wait_until_met(job: JobConfig, processes: list[BaseProcess], timeout_s: floa
         time.sleep(0.01)
 
 
-def end_group(processes: list[BaseProcess], timeout_s: float = 120) -> list[int | None]:
+def end_group(processes: list[BaseProcess], timeout_s: float = 300) -> list[int | None]:
     """Waits for all of them; those that wait for a dead one must end by themselves."""
     for process in processes:
         process.join(timeout_s)
