@@ -67,8 +67,9 @@ class Checkpoint:
         masks: masks.safetensors.
         weights: weights.safetensors; not needed where there are shards.
         state: state.pt, of a replicated network.
-        shards: Files below shards/ by name, of a sharded network.
-        dense_weights: weights.safetensors of round 0, for rewinding to them and for teaching.
+        shards: Files below shards/ by name, of a sharded network; looked at one after another.
+        dense_weights: weights.safetensors of round 0, for rewinding to them and for teaching;
+            not needed where a job does neither.
     """
 
     round: int
@@ -280,8 +281,8 @@ def _load_shards(
 ) -> tuple[Optimizer | None, dict[str, Tensor] | None]:
     try:
         with tempfile.TemporaryDirectory(prefix="gbp-ray-shards-") as folder:
-            for name, data in saved.shards.items():
-                (Path(folder) / name).write_bytes(data)
+            for name in saved.shards:
+                (Path(folder) / name).write_bytes(saved.shards[name])
             reader = HuggingFaceStorageReader(folder)
             known = reader.read_metadata().state_dict_metadata
             optimizer = _blank_optimizer(model, make_optimizer, known)
@@ -289,6 +290,8 @@ def _load_shards(
             state = _state_by_name(model, optimizer, movement)
             with _quiet():
                 load_shards(state, storage_reader=reader)
+    except StoreError:
+        raise
     except Exception as error:
         raise damaged(f"round_{saved.round:03d}/shards", error) from error
     return optimizer, movement

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from gbp_ray.errors import PruneError
 from gbp_ray.pruning.ranks import Ranks, all_gather
 from gbp_ray.pruning.sharding import like_shard, local
-from gbp_ray.pruning.slices import Slice, owned
+from gbp_ray.pruning.slices import Slice, cut_rows, owned
 
-__all__ = ["Fold", "GradientSums"]
+__all__ = ["Fold", "GradientSums", "largest_exchange"]
 
 _BUCKET_BYTES = 2**22
 """Gradients below this travel together; above it, in blocks of as much."""
@@ -236,6 +236,21 @@ class GradientSums:
                     for row, piece in zip(rows, self._pieces[name], strict=True)
                 ]
             )
+
+
+def largest_exchange(parameters: Mapping[str, nn.Parameter], world_size: int) -> tuple[int, int]:
+    """Computes, in bytes, what the largest bucket holds and what of it is on its way at a time.
+
+    The latter is sent and received: twice a block, padded to the longest rows.
+    """
+    largest = sent = 0
+    for bucket in _make_buckets(parameters):
+        size = parameters[bucket[0]].element_size()
+        block = max(1, _BUCKET_BYTES // (size * world_size))
+        rows = [cut_rows(name, parameters[name].shape, world_size)[0].size for name in bucket]
+        largest = max(largest, size * sum(parameters[name].numel() for name in bucket))
+        sent = max(sent, size * world_size * sum(min(row, block) for row in rows))
+    return largest, 2 * sent if world_size > 1 else 0
 
 
 def _make_buckets(parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:

@@ -1,8 +1,8 @@
 """What each phase of a job holds and sends on a rank, from sizes and small passes alone.
 
-The arithmetic of `plan`. Memory is counted in bytes of tensors and
-arrays; the interpreter with its libraries, about 0.4 GB, and the data come on top. Activations are
-told from small real passes (`footprint`), all else from sizes:
+The arithmetic of `plan`. Memory is counted in bytes of tensors and arrays; the interpreter with its
+libraries, about 0.4 GB, and the data come on top. Activations are told from small real passes
+(`footprint`), all else from sizes:
 
     P, B    bytes of the parameters, of the buffers
     T       bytes of the parameters that a training moves, without those it freezes
@@ -29,17 +29,18 @@ To which each phase adds the greatest of what it holds at its moments:
                 max_gradient_norm: or T + the largest tensor in float64
     score       8 S (the sum) + A(batch), or 8 S + N e + 8 N while a criterion's own vector is
                 added (W > 1: 8 S + 3 N e); criteria without a pass: as measured, once
-    decide      4 S (scores) + 4 S (a copy) + 2 S (marks) or, while masks are put together,
-                9 S + N (W > 1: 12 S + S / 8 + N / 8 + 2 N)
+    decide      4 S (scores) + S (n:m: what the pattern exempts) + N (the new masks; W > 1: and
+                S / 4 + N / 8 while their bits are exchanged)
     batchnorm   the forward pass of a batch
     evaluate    the forward pass of a batch + B
     attack      a step of the attack on a batch + B
     write       O + 3 (P + B) + N / 4, on the first rank
 
-While W > 1 ranks exchange gradients, 8 MB at most are in flight beside them. Bytes per weight of
-the scoring statistic are so 8 / W for every criterion. Those of gradients alone (taylor, snip,
-taylor_squared) hold no vector; fisher, obd and a user's own hold one of e (fisher: one for each
-example of a chunk), grasp the sum of its first pass, 8, on every rank.
+While W > 1 ranks exchange gradients, a bucket of some 4 MB of them (`folding`) is in flight beside
+them, as sent and as received. Bytes per weight of the scoring statistic are so 8 / W for every
+criterion. Those of gradients alone (taylor, snip, taylor_squared) hold no vector; fisher, obd and a
+user's own hold one of e (fisher: one for each example of a chunk), grasp the sum of its first pass,
+8, on every rank.
 
 A rank sends, each round, with n turns of all ranks over the batches or parts, and rows padded to
 those of the rank that has most:
@@ -59,8 +60,9 @@ group that FSDP2 gathers at once, R the outermost one, which stays gathered thro
                 largest layer
     pretrain    o + 2 t (the last step's gradients and this one's) + B + a pass; ema_decay: t + B;
                 and of the largest tensor's rows what a replicated network takes of all
-    score       8 S + a pass; criteria with passes of their own: 8 S + P + as replicated
-    decide      4 S + 4 S + 2 S, then 4 S + 4 S + 2 S + S / 4 + twice the bits of the largest layer
+    score       8 S + a pass + a bucket of gradients that waits for its last one; criteria with
+                passes of their own: 8 S + P + as replicated
+    decide      4 S + S as replicated, + S (the new masks) + twice the largest layer of them
     write       p + o (the shards), the largest tensor twice, N / 4; the whole file lies on disk
 
 A rank sends what a replicated one sends, but for finetune's gathering of gradients; each pass of
@@ -73,7 +75,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from gbp_ray.config import Recipe
+from gbp_ray.config import JobConfig, Recipe
 from gbp_ray.pruning.criteria import criterion
 from gbp_ray.pruning.passes import Passes
 from gbp_ray.pruning.robustness import num_attacked
@@ -201,8 +203,7 @@ def _plan_fsdp(sizes: Sizes, passes: Passes) -> list[Phase]:
         rows = {"gradients": 2 * moved.rows, "buffers": sizes.buffer_bytes}
         if recipe.ema_decay > 0:
             rows["average"] = moved.rows + sizes.buffer_bytes
-        in_flight = sizes.in_flight(moved.num_bytes)
-        moments = [gathered | rows | {"in flight": in_flight, "pass": activations}]
+        moments = [gathered | rows | {"in flight": moved.sent_bytes, "pass": activations}]
         share = partial(sizes.rows_of, recipe=recipe)
         moments += [rows | moment for moment in _stepping_moments(sizes, recipe, share)]
         turns = sizes.num_turns(min(recipe.microbatches, recipe.batch_size))
@@ -215,9 +216,8 @@ def _plan_fsdp(sizes: Sizes, passes: Passes) -> list[Phase]:
         phases.append(trained("pretrain", job.pretrain, base | first, sizes.pretrain_steps))
     phases.append(_sharded_scoring(sizes, passes, kept))
     stretch = sizes.stretch
-    marks = {"scores": 4 * stretch, "their copy": 4 * stretch, "marks": 2 * stretch}
-    bits = {"new masks": stretch // 4 + 2 * sizes.largest_layer}
-    phases.append(_phase("decide", kept, marks | bits, sent=_sent_by_decision(sizes)))
+    marked = _scores_of(sizes) | {"new masks": stretch, "one layer": 2 * sizes.largest_layer}
+    phases.append(_phase("decide", kept, marked, sent=_sent_by_decision(sizes)))
     if sizes.norm_examples and sizes.statistic_elements:
         batch = max(job.prune.calibration_batch_size, _LEAST_NORM_BATCH)
         turns = sizes.num_turns(-(-sizes.norm_examples // batch))
@@ -280,7 +280,8 @@ def _sharded_scoring(sizes: Sizes, passes: Passes, kept: dict[str, int]) -> Phas
         "statistic": 8 * sizes.stretch,
         "gathered": shards.gathered_bytes,
         "pass": passes.backward.peak_bytes(batch),
-        "in flight": sizes.in_flight(sizes.num_prunable * sizes.weight_bytes),
+        # The pass was measured dropping each gradient as it arrives.
+        "in flight": sizes.bucket_bytes + sizes.sent_in_scoring,
     }
     finished = {"statistic": 8 * sizes.stretch, "scores": 4 * sizes.stretch}
     finished["widened"] = 24 * sizes.largest_rows
@@ -312,7 +313,7 @@ def _training_moments(
     if is_finetune and sizes.has_teacher and not sizes.answer_bytes:
         # The teacher's pass comes while the activations wait.
         activations += passes.forward.peak_bytes(part)
-    held = {"buffers": sizes.buffer_bytes, "in flight": sizes.in_flight(whole)}
+    held = {"buffers": sizes.buffer_bytes, "in flight": trained.sent_bytes}
     if recipe.ema_decay > 0:
         held["average"] = whole + sizes.buffer_bytes
     for moment in _stepping_moments(sizes, recipe, lambda num_bytes: num_bytes):
@@ -345,21 +346,21 @@ def _scoring_moments(sizes: Sizes, passes: Passes) -> Iterator[dict[str, int]]:
     # The pass was measured together with a sum over all of the weights.
     alone = max(0, passes.scoring.peak_bytes(batch) - 8 * total)
     if criterion(prune.criterion).of_gradients is not None:
-        yield statistic | {"pass": alone, "in flight": sizes.in_flight(vector)}
+        yield statistic | {"pass": alone, "in flight": sizes.sent_in_scoring}
         return
     yield statistic | {"pass": alone}
     yield statistic | {"vectors": 3 * vector if sizes.world_size > 1 else vector + 8 * total}
 
 
+def _scores_of(sizes: Sizes) -> dict[str, int]:
+    is_patterned = sizes.job.prune.pattern is not None
+    return {"scores": 4 * sizes.stretch, "exempt": sizes.stretch if is_patterned else 0}
+
+
 def _deciding_moments(sizes: Sizes) -> Iterator[dict[str, int]]:
     stretch, total = sizes.stretch, sizes.num_prunable
-    held = {"scores": 4 * stretch, "their copy": 4 * stretch}
-    yield held | {"marks": 2 * stretch}
-    if sizes.world_size == 1:
-        yield held | {"new masks": stretch + total}
-    else:
-        packed = stretch // 8 + total // 8
-        yield held | {"new masks": 4 * stretch + packed + 2 * total}
+    bits = stretch // 4 + total // 8 if sizes.world_size > 1 else 0
+    yield _scores_of(sizes) | {"new masks": total, "bits": bits}
 
 
 def _sent_by_step(sizes: Sizes, recipe: Recipe) -> int:

@@ -15,12 +15,13 @@ turn a failure on one rank into a failure on all, which keeps that order.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -178,19 +179,23 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]
 
-    def gather_bytes(self, part: Tensor) -> list[Tensor]:
-        """Hands every rank's uint8 vector to all, in rank order, as it is. Communicates."""
+    def gather_bytes(self, part: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Hands every rank's uint8 vector to all, in rank order, as it is. Communicates.
+
+        Args:
+            sizes: Of the vectors of all ranks.
+        """
         if self.world_size == 1:
             return [part]
-        sizes = torch.zeros(self.world_size, dtype=torch.int64)
-        sizes[self.rank] = part.numel()
-        lengths = self.add_up(sizes).tolist()
-        padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
-        padded[: part.numel()] = part
-        whole = padded.new_empty(self.world_size * max(lengths))
+        longest = max(sizes)
+        padded = part.to(self.device)
+        if part.numel() < longest:
+            padded = torch.cat([padded, padded.new_zeros(longest - part.numel())])
+        # NumPy asks for large pages, which are sooner there than many small ones.
+        whole = torch.from_numpy(np.empty(self.world_size * longest, np.uint8)).to(self.device)
         all_gather(whole, padded)
         rows = whole.view(self.world_size, -1).cpu()
-        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+        return [row[:size] for row, size in zip(rows, sizes, strict=True)]
 
     def share_object(self, value: Result) -> Result:
         """Hands rank 0's small object to all ranks. Communicates."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -73,6 +74,7 @@ __all__ = [
     "ScoreCache",
     "Tell",
     "check_job",
+    "goes_back_to_dense",
     "load_weights",
     "run_rounds",
 ]
@@ -146,10 +148,16 @@ def run_rounds(
         first = 1
     else:
         # A sharded network is restored by all ranks together, communicating.
-        ranks.together(lambda: run.restore(resume), communicates=is_sharded(run.model))
+        ranks.together(partial(run.restore, resume), communicates=is_sharded(run.model))
         first = resume.round + 1
+        resume = None  # It may be as large as the network, and nobody needs it any more.
     for number in range(first, job.prune.rounds + 1):
         yield run.prune_round(number)
+
+
+def goes_back_to_dense(job: JobConfig) -> bool:
+    """Whether a job that is resumed needs the weights of the dense network."""
+    return job.prune.rewind == "weights" or job.finetune.distillation.weight > 0
 
 
 def check_job(job: JobConfig, workload: Workload) -> None:

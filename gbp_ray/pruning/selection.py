@@ -37,7 +37,7 @@ from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.sharding import is_shard, like_shard, local
 from gbp_ray.pruning.slices import Slice, SlicedScores, owned
-from gbp_ray.pruning.thresholds import Cut, Pool, exact_threshold, find_cuts
+from gbp_ray.pruning.thresholds import Cut, Pool, Values, chunks_of, exact_threshold, find_cuts
 
 __all__ = [
     "Selection",
@@ -62,17 +62,50 @@ class Selection:
     held_back: tuple[str, ...]
 
 
+class _Veiled:
+    """Scores with minus infinity where pruned before, plus infinity where a pattern exempts.
+
+    They are made when looked at, stretch by stretch, so that there never is a copy of all scores.
+    """
+
+    def __init__(
+        self, scores_L: np.ndarray, kept_L: np.ndarray, exempt_L: np.ndarray | None = None
+    ) -> None:
+        self.size, self.dtype = scores_L.size, scores_L.dtype
+        self._scores_L, self._kept_L, self._exempt_L = scores_L, kept_L, exempt_L
+
+    def __getitem__(self, where: slice | np.ndarray) -> np.ndarray:
+        # Of a NaN and a number these two take the number.
+        seen = np.fmin(self._scores_L[where], _infinities(self._kept_L[where], self.dtype))
+        if self._exempt_L is not None:
+            np.fmax(seen, _infinities(self._exempt_L[where], self.dtype), out=seen)
+        return seen
+
+
+def _infinities(is_positive: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Makes plus infinity where true, minus infinity elsewhere.
+
+    Made of bits, without choosing: `np.where` takes nine times as long, as what random masks will
+    say next cannot be foreseen.
+    """
+    unsigned = np.dtype(f"u{dtype.itemsize}")
+    bits = is_positive.astype(unsigned)
+    bits <<= unsigned.type(8 * dtype.itemsize - 1)
+    bits ^= np.array(-np.inf, dtype).view(unsigned)
+    return bits.view(dtype)
+
+
 @dataclass
 class _Layer:
     """One layer in the pool; arrays cover this rank's slice, numbers the whole layer.
 
     Attributes:
-        scores_L: Minus infinity where pruned before, plus infinity where a pattern exempts.
+        scores_L: As they compete: `_Veiled`, or the caller's own where there is nothing to veil.
         num_pruned: Pruned before.
     """
 
     piece: Slice
-    scores_L: np.ndarray
+    scores_L: Values
     num_pruned: int = 0
     num_exempt: int = 0
     floor: int = 0
@@ -128,15 +161,21 @@ def select_masks(
         cuts: list[Cut | None] = [None] * len(layers)
     else:
         quotas, cuts, held_back = _share_globally(layers, k, ranks)
-    kept = _mark(layers, quotas, cuts, ranks)
+    num_pruned = sum(layer.num_pruned for layer in layers)
     pieces = [layer.piece for layer in layers]
+    ends = _find_ends(layers, quotas, cuts, ranks)
     if any(is_shard(mask) for mask in masks.values()):
-        found = _spread_masks(pieces, kept, masks)
+        found = _spread_masks(_mark_all(layers, ends), masks)
+    elif ranks.world_size == 1:
+        found = {
+            piece.name: torch.from_numpy(kept_L).view(piece.shape)
+            for piece, kept_L in zip(pieces, _mark_all(layers, ends), strict=True)
+        }
     else:
-        found = _exchange_masks(pieces, kept, ranks)
+        found = _exchange_masks(pieces, _pack_all(layers, ends), ranks)
     device = next(iter(masks.values())).device
     chosen = MaskSet(found, masks.round + 1, config.criterion, masks.digest).to(device)
-    assert chosen.num_pruned == max(k, masks.num_pruned)
+    assert chosen.num_pruned == max(k, num_pruned)
     return Selection(chosen, tuple(held_back))
 
 
@@ -237,18 +276,18 @@ def _make_layers(
     layers = []
     counts = torch.zeros(len(scores.slices), 3, dtype=torch.int64)
     for number, (piece, values) in enumerate(zip(scores.slices, scores.values, strict=True)):
-        pruned_L = ~owned(masks[piece.name], piece).cpu().numpy()
-        # A copy: what follows writes into it.
-        scores_L = values.detach().cpu().to(dtype, copy=True).numpy()
-        counts[number, 0] = int(np.count_nonzero(~(np.isfinite(scores_L) | pruned_L)))
-        scores_L[pruned_L] = -np.inf
+        kept_L = owned(masks[piece.name], piece).cpu().numpy()
+        given_L = values.detach().cpu().to(dtype).numpy()
+        num_pruned = piece.size - int(np.count_nonzero(kept_L))
+        scores_L: Values = _Veiled(given_L, kept_L) if num_pruned else given_L
+        counts[number, 0] = piece.size - num_pruned - _count_finite(scores_L)
         if config.pattern is not None:
             exempt_L = _exempt_by_pattern(
-                scores_L, pruned_L, piece, input_dims.get(piece.name, 1), config.pattern
+                scores_L[:], kept_L, piece, input_dims.get(piece.name, 1), config.pattern
             )
-            scores_L[exempt_L] = np.inf
+            scores_L = _Veiled(given_L, kept_L, exempt_L)
             counts[number, 1] = int(np.count_nonzero(exempt_L))
-        counts[number, 2] = int(np.count_nonzero(pruned_L))
+        counts[number, 2] = num_pruned
         layers.append(_Layer(piece, scores_L))
     ranks.add_up(counts)
     for layer, (num_bad, num_exempt, num_pruned) in zip(layers, counts.tolist(), strict=True):
@@ -261,9 +300,14 @@ def _make_layers(
     return layers
 
 
+def _count_finite(scores_L: Values) -> int:
+    """Counts the scores that are neither NaN nor infinite."""
+    return sum(int(np.count_nonzero(np.isfinite(chunk))) for _, chunk in chunks_of(scores_L))
+
+
 def _exempt_by_pattern(
     scores_L: np.ndarray,
-    pruned_L: np.ndarray,
+    kept_L: np.ndarray,
     piece: Slice,
     input_dim: int,
     pattern: tuple[int, int],
@@ -277,7 +321,7 @@ def _exempt_by_pattern(
         np.argsort(grouped.reshape(-1, m), axis=1, kind="stable"), axis=1, kind="stable"
     )
     exempt = (rank_in_group >= m - n).reshape(grouped.shape)
-    return np.moveaxis(exempt, -1, input_dim).reshape(-1) & ~pruned_L
+    return np.moveaxis(exempt, -1, input_dim).reshape(-1) & kept_L
 
 
 def _set_bounds(layers: list[_Layer], config: PruneConfig) -> None:
@@ -415,10 +459,23 @@ def _share_out(total: int, sizes: list[int], low: list[int], high: list[int]) ->
     return counts
 
 
-def _mark(
+@dataclass(frozen=True)
+class _End:
+    """Where a layer's losses end on this rank.
+
+    Attributes:
+        threshold: All scores below it go.
+        num_equal: So many of those equal to it go, the first ones; None for all.
+    """
+
+    threshold: float
+    num_equal: int | None
+
+
+def _find_ends(
     layers: list[_Layer], quotas: list[int], cuts: list[Cut | None], ranks: Ranks
-) -> list[np.ndarray]:
-    """Marks what is kept of this rank's slices when each layer loses its quota of lowest scores."""
+) -> list[_End]:
+    """Finds where each layer ends when it loses its quota of lowest scores. Communicates."""
     pools = [
         Pool((number,), quota, (0,), (layer.size,))
         for number, (layer, quota, cut) in enumerate(zip(layers, quotas, cuts, strict=True))
@@ -427,21 +484,67 @@ def _mark(
     found = iter(find_cuts([layer.scores_L for layer in layers], pools, ranks) if pools else ())
     nothing = Cut(-math.inf, 0, 0)
     known = [
-        cut or (next(found) if quota > 0 else nothing)
+        nothing if quota == 0 else cut or next(found)
         for cut, quota in zip(cuts, quotas, strict=True)
     ]
-    equal = [layer.scores_L == cut.threshold for layer, cut in zip(layers, known, strict=True)]
-    kept = []
-    before = _count_before([int(np.count_nonzero(ties_L)) for ties_L in equal], ranks)
-    for layer, cut, quota, ties_L, earlier in zip(
-        layers, known, quotas, equal, before, strict=True
-    ):
-        # Equal scores go in flat order: those of earlier ranks first.
-        share = max(quota - cut.below - earlier, 0)
-        gone_L = layer.scores_L < cut.threshold
-        gone_L[np.flatnonzero(ties_L)[:share]] = True
-        kept.append(~gone_L)
+    # Where all equal scores go, or none, which is nearly everywhere, nobody needs to count them.
+    is_split = [
+        cut.below < quota < cut.below + cut.equal for cut, quota in zip(known, quotas, strict=True)
+    ]
+    before = _count_before(
+        [
+            _find_equal(layer.scores_L, cut.threshold).size if split else 0
+            for layer, cut, split in zip(layers, known, is_split, strict=True)
+        ],
+        ranks,
+    )
+    ends = []
+    for cut, quota, split, earlier in zip(known, quotas, is_split, before, strict=True):
+        if split:
+            # Equal scores go in flat order: those of earlier ranks first.
+            ends.append(_End(cut.threshold, max(quota - cut.below - earlier, 0)))
+        else:
+            ends.append(_End(cut.threshold, None if quota > cut.below else 0))
+    return ends
+
+
+def _mark_all(layers: list[_Layer], ends: list[_End]) -> list[np.ndarray]:
+    """Marks what is kept of this rank's slices."""
+    kept = _allocate([layer.scores_L.size for layer in layers])
+    for layer, end, kept_L in zip(layers, ends, kept, strict=True):
+        _mark(layer.scores_L, end, kept_L)
     return kept
+
+
+def _pack_all(layers: list[_Layer], ends: list[_End]) -> np.ndarray:
+    """Marks the same with a bit a weight, each layer from a byte of its own on."""
+    scratch = np.empty(max(layer.scores_L.size for layer in layers), dtype=bool)
+    packed = []
+    for layer, end in zip(layers, ends, strict=True):
+        kept_L = scratch[: layer.scores_L.size]
+        _mark(layer.scores_L, end, kept_L)
+        packed.append(np.packbits(kept_L))
+    return np.concatenate(packed)
+
+
+def _allocate(sizes: list[int]) -> list[np.ndarray]:
+    # One block for all: a system gives large ones in large pages, which it has sooner ready.
+    return np.split(np.empty(sum(sizes), dtype=bool), np.cumsum(sizes)[:-1])
+
+
+def _mark(scores_L: Values, end: _End, kept_L: np.ndarray) -> None:
+    """Writes into `kept_L`."""
+    compare = np.greater_equal if end.num_equal == 0 else np.greater
+    for start, chunk in chunks_of(scores_L):
+        compare(chunk, end.threshold, out=kept_L[start : start + chunk.size])
+    if end.num_equal:
+        kept_L[_find_equal(scores_L, end.threshold)[end.num_equal :]] = True
+
+
+def _find_equal(scores_L: Values, threshold: float) -> np.ndarray:
+    """Lists where the scores equal to a value are."""
+    found = [start + np.flatnonzero(chunk == threshold) for start, chunk in chunks_of(scores_L)]
+    return np.concatenate(found) if found else np.empty(0, dtype=np.intp)
 
 
 def _count_before(counts: list[int], ranks: Ranks) -> list[int]:
@@ -451,33 +554,28 @@ def _count_before(counts: list[int], ranks: Ranks) -> list[int]:
     return ranks.add_up(table)[: ranks.rank].sum(dim=0).tolist()
 
 
-def _spread_masks(pieces: list[Slice], kept: list[np.ndarray], masks: MaskSet) -> dict[str, Tensor]:
+def _spread_masks(kept: list[np.ndarray], masks: MaskSet) -> dict[str, Tensor]:
     """Leaves each rank's rows where they are."""
     found = {}
-    for piece, kept_L in zip(pieces, kept, strict=True):
-        before = masks[piece.name]
+    for (name, before), kept_L in zip(masks.items(), kept, strict=True):
         rows = torch.from_numpy(kept_L).view(local(before).shape).to(before.device)
-        found[piece.name] = like_shard(rows, before)
+        found[name] = like_shard(rows, before)
     return found
 
 
-def _exchange_masks(pieces: list[Slice], kept: list[np.ndarray], ranks: Ranks) -> dict[str, Tensor]:
+def _exchange_masks(pieces: list[Slice], packed: np.ndarray, ranks: Ranks) -> dict[str, Tensor]:
     """Puts the ranks' slices together on all of them, one bit a weight. Communicates."""
-    if ranks.world_size == 1:
-        parts, bounds = [kept], [[(piece.start, piece.stop) for piece in pieces]]
-    else:
-        bounds = ranks.gather_objects([(piece.start, piece.stop) for piece in pieces])
-        packed = torch.from_numpy(np.packbits(np.concatenate(kept)))
-        parts = []
-        for bits, stretches in zip(ranks.gather_bytes(packed), bounds, strict=True):
-            sizes = [stop - start for start, stop in stretches]
-            flat = np.unpackbits(bits.numpy(), count=sum(sizes)).astype(bool)
-            parts.append(np.split(flat, np.cumsum(sizes)[:-1]))
+    by_rank = ranks.gather_objects([(piece.start, piece.stop) for piece in pieces])
+    sizes = [sum(-(-(stop - start) // 8) for start, stop in of_rank) for of_rank in by_rank]
+    rows = [row.numpy() for row in ranks.gather_bytes(torch.from_numpy(packed), sizes)]
+    taken = [0] * len(rows)
     masks = {}
-    for number, piece in enumerate(pieces):
-        whole = np.empty(math.prod(piece.shape), dtype=bool)
-        for part, stretches in zip(parts, bounds, strict=True):
+    wholes = _allocate([math.prod(piece.shape) for piece in pieces])
+    for number, (piece, whole) in enumerate(zip(pieces, wholes, strict=True)):
+        for rank, (row, stretches) in enumerate(zip(rows, by_rank, strict=True)):
             start, stop = stretches[number]
-            whole[start:stop] = part[number]
+            bits = row[taken[rank] : taken[rank] + -(-(stop - start) // 8)]
+            taken[rank] += bits.size
+            whole[start:stop] = np.unpackbits(bits, count=stop - start)
         masks[piece.name] = torch.from_numpy(whole).view(piece.shape)
     return masks

@@ -134,7 +134,7 @@ def gather_bits(mask: Tensor) -> np.ndarray:
     dist.all_gather(parts, padded, group=group)
     return np.concatenate(
         [
-            np.unpackbits(part.cpu().numpy(), count=size).astype(bool)
+            np.unpackbits(part.cpu().numpy(), count=size).view(bool)
             for part, size in zip(parts, sizes, strict=True)
         ]
     )

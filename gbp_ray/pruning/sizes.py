@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gbp_ray.config import JobConfig, Recipe
 from gbp_ray.pruning.criteria import criterion
+from gbp_ray.pruning.folding import largest_exchange
 from gbp_ray.pruning.freezing import trainable_parameters
 from gbp_ray.pruning.masks import prunable_parameters
 from gbp_ray.pruning.ranks import Ranks
@@ -26,8 +27,6 @@ from gbp_ray.pruning.training import num_steps
 from gbp_ray.workload import Workload, judged_split, num_examples
 
 __all__ = ["Sizes", "bytes_of"]
-
-_IN_FLIGHT_BYTES = 2**23  # of gradients, sent and received, at most
 
 
 class Sizes:
@@ -52,6 +51,8 @@ class Sizes:
             freeze: _Trained.of(model, freeze, self.world_size)
             for freeze in (job.pretrain.freeze, job.finetune.freeze)
         }
+        scored = {unit.name: unit.parameter for unit in units}
+        self.bucket_bytes, self.sent_in_scoring = largest_exchange(scored, self.world_size)
         self.layer_rows = sum(
             max(pieces[number].size for pieces in layout.by_rank) * unit.parameter.element_size()
             for number, unit in enumerate(units)
@@ -121,10 +122,6 @@ class Sizes:
         size = min(recipe.batch_size, num_examples(self.workload.train))
         return -(-size // min(recipe.microbatches, size))
 
-    def in_flight(self, num_bytes: int) -> int:
-        """Computes what is sent and received at a time of gradients of this size."""
-        return min(2 * num_bytes, _IN_FLIGHT_BYTES) if self.world_size > 1 else 0
-
     def num_turns(self, num_items: int) -> int:
         """Counts the turns that all ranks need for so many batches or parts."""
         return -(-num_items // self.world_size)
@@ -158,19 +155,23 @@ class _Trained:
         num_bytes: T.
         rows: t.
         largest_bytes: The largest parameter.
+        sent_bytes: Gradients on their way at a time.
     """
 
     num_bytes: int
     rows: int
     largest_bytes: int
+    sent_bytes: int
 
     @classmethod
     def of(cls, model: nn.Module, freeze: tuple[str, ...], world_size: int) -> _Trained:
-        trained = list(trainable_parameters(model, freeze).values())
+        named = trainable_parameters(model, freeze)
+        trained = list(named.values())
         return cls(
             num_bytes=sum(map(bytes_of, trained)),
             rows=sum(cut_rows("", p.shape, world_size)[0].size * p.element_size() for p in trained),
             largest_bytes=max(map(bytes_of, trained), default=0),
+            sent_bytes=largest_exchange(named, world_size)[1],
         )
 
 

@@ -25,15 +25,16 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from gbp_ray.pruning.ranks import Ranks
 
-__all__ = ["Cut", "Pool", "exact_threshold", "find_cuts"]
+__all__ = ["Cut", "Pool", "Values", "chunks_of", "exact_threshold", "find_cuts"]
 
-_CHUNK = 2**16  # scores looked at together: they stay in the cache of a core
+_CHUNK = 2**16
 _SAMPLE = 2**17
 _LEAST_STRIDE = 64
 _MANY = 2**18  # below this many scores in a pool, counting all of them takes milliseconds
@@ -41,6 +42,18 @@ _DEVIATIONS = 5.0
 _MOST_KEPT = 1 / 16  # of a rank's scores: what lies inside the bracket, if it is no more than this
 _DIGIT_BITS = 8
 _NUM_DIGITS = 2**_DIGIT_BITS
+
+
+class Values(Protocol):
+    """Scores as an array shows them, or what shows itself like one when it is looked at."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def __getitem__(self, where: slice | np.ndarray) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ def exact_threshold(scores_L: np.ndarray, k: int, ranks: Ranks | None = None) ->
     return cut.threshold, k - cut.below
 
 
-def find_cuts(values: Sequence[np.ndarray], pools: Sequence[Pool], ranks: Ranks) -> list[Cut]:
+def find_cuts(values: Sequence[Values], pools: Sequence[Pool], ranks: Ranks) -> list[Cut]:
     """Finds the lowest value at which each pool reaches its target. Communicates.
 
     Args:
@@ -114,7 +127,7 @@ def find_cuts(values: Sequence[np.ndarray], pools: Sequence[Pool], ranks: Ranks)
 class _Search:
     """What is known of one pool: counts below, and the scores among which the value lies."""
 
-    def __init__(self, pool: Pool, values: list[np.ndarray]) -> None:
+    def __init__(self, pool: Pool, values: list[Values]) -> None:
         self.pool, self.values = pool, values
         self.below = np.zeros(len(values), dtype=np.int64)
         self.equal = np.zeros(len(values), dtype=np.int64)
@@ -141,7 +154,7 @@ class _Search:
             yield kept
             return
         low, high = (self.values[layer].dtype.type(end) for end in self.ends)
-        for chunk in _chunks(self.values[layer]):
+        for _, chunk in chunks_of(self.values[layer]):
             yield _to_keys(chunk[(chunk > low) & (chunk < high)] if self.is_bracketed else chunk)
 
 
@@ -212,7 +225,7 @@ class _Scan:
     inside: np.ndarray | None  # keys of those strictly between; None where they are too many
 
 
-def _scan_all(values: list[np.ndarray], low: float, high: float) -> list[_Scan]:
+def _scan_all(values: list[Values], low: float, high: float) -> list[_Scan]:
     room = int(_MOST_KEPT * sum(layer.size for layer in values))
     scans = []
     for layer in values:
@@ -222,12 +235,12 @@ def _scan_all(values: list[np.ndarray], low: float, high: float) -> list[_Scan]:
     return scans
 
 
-def _scan(values: np.ndarray, low: float, high: float, room: int) -> _Scan:
+def _scan(values: Values, low: float, high: float, room: int) -> _Scan:
     """Counts the scores below and at both ends; keeps those strictly between, if there is room."""
     low, high = values.dtype.type(low), values.dtype.type(high)
     below_low = to_low = num_inside = at_high = 0
     kept = [_to_keys(values[:0])]
-    for chunk in _chunks(values):
+    for _, chunk in chunks_of(values):
         below_low += int(np.count_nonzero(chunk < low))
         is_inside = chunk > low
         to_low += chunk.size - int(np.count_nonzero(is_inside))
@@ -248,7 +261,7 @@ def _scan(values: np.ndarray, low: float, high: float, room: int) -> _Scan:
 # -- counting digit by digit -----------------------------------------------------------------------
 
 
-def _count_digits(searches: list[_Search], values: Sequence[np.ndarray], ranks: Ranks) -> None:
+def _count_digits(searches: list[_Search], values: Sequence[Values], ranks: Ranks) -> None:
     if not searches:
         return
     num_bits = values[0].dtype.itemsize * 8
@@ -285,9 +298,10 @@ def _histograms(search: _Search, shift: int) -> np.ndarray:
     return counts
 
 
-def _chunks(values: np.ndarray) -> Iterator[np.ndarray]:
+def chunks_of(values: Values) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields stretches of scores that stay in the cache of a core, with their starts."""
     for start in range(0, values.size, _CHUNK):
-        yield values[start : start + _CHUNK]
+        yield start, values[start : start + _CHUNK]
 
 
 def _to_keys(values: np.ndarray) -> np.ndarray:

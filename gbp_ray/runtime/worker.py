@@ -6,7 +6,7 @@ write, like any other failure, reaches all ranks together (`Ranks.agree`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,7 @@ from gbp_ray.config import JobConfig, trial_id
 from gbp_ray.pruning.checkpoint import SHARDS, Checkpoint
 from gbp_ray.pruning.final_test import measure_final_test
 from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.rounds import RoundState, ScoreCache, run_rounds
+from gbp_ray.pruning.rounds import RoundState, ScoreCache, goes_back_to_dense, run_rounds
 from gbp_ray.pruning.sharding import is_sharded
 from gbp_ray.pruning.training import num_steps
 from gbp_ray.records import choose_round
@@ -68,14 +68,20 @@ def iterate_trial(
         # All go by what rank 0 sees: a round may be committed between two looks.
         records = ranks.share_object(ranks.together(lambda: store.read_rounds(name)))
         if len(records) <= job.prune.rounds:
-            resume = None
-            if records:
-                resume = ranks.together(lambda: _read_checkpoint(store, name, records))
             teller = _Teller(job, workload, name, tell)
             for state in run_rounds(
-                job, workload, ranks, resume=resume, tell=teller, score_cache=score_cache
+                job,
+                workload,
+                ranks,
+                # Handed on and not held here: it may be as large as the network.
+                resume=ranks.together(lambda: _read_checkpoint(store, name, records, job)),
+                tell=teller,
+                score_cache=score_cache,
             ):
-                yield _commit(store, name, state, ranks)
+                record = _commit(store, name, state, ranks)
+                # Not held through the next round, which makes masks and an optimizer of its own.
+                del state
+                yield record
         if workload.validation is not None:
             _use_test_split(job, workload, store, ranks)
 
@@ -112,22 +118,45 @@ def _commit(store: Store, name: str, state: RoundState, ranks: Ranks) -> RoundRe
     return ranks.together(end)
 
 
-def _read_checkpoint(store: Store, name: str, records: list[RoundRecord]) -> Checkpoint:
+class _Shards(Mapping[str, bytes]):
+    """The shards of a stored round, each read when it is asked for and not kept."""
+
+    def __init__(self, store: Store, name: str, record: RoundRecord) -> None:
+        self._store, self._name, self._record = store, name, record
+
+    def __getitem__(self, file: str) -> bytes:
+        return self._store.read_file(self._name, self._record, f"{SHARDS}{file}")
+
+    def __iter__(self) -> Iterator[str]:
+        names = self._record.files
+        return (name.removeprefix(SHARDS) for name in names if name.startswith(SHARDS))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _read_checkpoint(
+    store: Store, name: str, records: list[RoundRecord], job: JobConfig
+) -> Checkpoint | None:
+    if not records:
+        return None
     last = records[-1]
 
     def read(file: str) -> bytes:
         return store.read_file(name, last, file)
 
-    shards = {
-        file.removeprefix(SHARDS): read(file) for file in last.files if file.startswith(SHARDS)
-    }
+    shards = _Shards(store, name, last)
+    dense = b""
+    # A worker of a sharded network may have no room for a whole one that it does not need.
+    if goes_back_to_dense(job) or not shards:
+        dense = store.read_file(name, records[0], "weights.safetensors")
     return Checkpoint(
         round=last.round,
         masks=read("masks.safetensors"),
         weights=b"" if shards else read("weights.safetensors"),
         state=b"" if shards else read("state.pt"),
         shards=shards,
-        dense_weights=store.read_file(name, records[0], "weights.safetensors"),
+        dense_weights=dense,
     )
 
 

@@ -20,23 +20,15 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from gloo_world import run_world
+from large_decision import NUM_LAYERS, SPARSITY, LargeDecision
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-from gbp_ray.config import PruneConfig
-from gbp_ray.pruning.masks import MaskSet, Prunable
 from gbp_ray.pruning.ranks import OrderedSum, Ranks
-from gbp_ray.pruning.selection import select_masks
-from gbp_ray.pruning.slices import Layout, SlicedScores
-from gbp_ray.pruning.thresholds import exact_threshold
-
-NUM_LAYERS = 60
 
 
 def main() -> None:
@@ -50,8 +42,8 @@ def main() -> None:
     console = Console(width=110)
     where = "a network namespace of its own" if is_private else "this machine, other traffic too"
     console.print(
-        f"{size:,} weights in {NUM_LAYERS} layers, 90 % pruned; loopback counters of {where}; "
-        f"{date.today()}, torch {torch.__version__}, {platform.machine()}",
+        f"{size:,} weights in {NUM_LAYERS} layers, {SPARSITY:.0%} pruned; loopback counters of "
+        f"{where}; {date.today()}, torch {torch.__version__}, {platform.machine()}",
         highlight=False,
     )
     for world_size in options.workers:
@@ -67,20 +59,8 @@ def main() -> None:
 
 def measure(ranks: Ranks, size: int) -> dict[str, float]:
     """Returns bytes sent by a rank, the mean over all, by what they were sent for."""
-    layer = size // NUM_LAYERS // 100
-    units = [
-        Prunable(f"layer{number:02d}.weight", nn.Parameter(torch.empty(layer, 100)), 1)
-        for number in range(NUM_LAYERS)
-    ]
-    layout = Layout(units, ranks)
-    size = layout.num_weights
-    own = [piece.size for piece in layout.own]
-    stretch = np.random.default_rng(ranks.rank).standard_normal(sum(own), dtype=np.float32)
-    np.abs(stretch, out=stretch)
-    scores = SlicedScores(layout.own, torch.from_numpy(stretch).split(own))
-    masks = MaskSet.dense(units)
-    config = PruneConfig(criterion="taylor", sparsity=0.9)
-    k = int(0.9 * size)
+    decision = LargeDecision(ranks, size)
+    size, stretch, bounds = decision.num_weights, decision.stretch, decision.layout.bounds
 
     def gather() -> None:
         whole = torch.empty(ranks.world_size * -(-size // ranks.world_size))
@@ -89,15 +69,13 @@ def measure(ranks: Ranks, size: int) -> dict[str, float]:
         dist.all_gather(list(whole.chunk(ranks.world_size)), part)
 
     def reduce_scatter() -> None:
-        sums = OrderedSum(ranks, size, ranks.world_size, torch.float64, bounds=layout.bounds)
+        sums = OrderedSum(ranks, size, ranks.world_size, torch.float64, bounds=bounds)
         sums.add(torch.zeros(size))
         sums.owned()
 
     return {
-        "the threshold alone": sent_by(lambda: exact_threshold(stretch, k, ranks), ranks),
-        "the whole decision, masks on all ranks": sent_by(
-            lambda: select_masks(scores, masks, config, 0.9, ranks=ranks), ranks
-        ),
+        "the threshold alone": sent_by(decision.find_threshold, ranks),
+        "the whole decision, masks on all ranks": sent_by(decision.decide, ranks),
         "reduce-scatter of the statistic, each turn": sent_by(reduce_scatter, ranks),
         "gathering the scores on all ranks": sent_by(gather, ranks),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import itertools
 import multiprocessing
 import pickle
 import traceback
@@ -49,8 +50,9 @@ from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.pruning.saliency import score
 from gbp_ray.pruning.selection import select_masks
 from gbp_ray.pruning.sharding import gather_whole, local, shard_network
+from gbp_ray.pruning.slices import Layout, SlicedScores
 from gbp_ray.pruning.training import Span, make_optimizer, train_epochs
-from gbp_ray.workload import hold_out
+from gbp_ray.workload import Workload, hold_out
 
 SUM_CASES = [
     (num_elements, num_items, dtype, wire)
@@ -93,6 +95,7 @@ def report_of(ranks: Ranks) -> dict[str, Any]:
         "masks": _masks(ranks, trained, movement),
         "trained": digest(trained.state_dict()),
         "movement": digest(movement),
+        "hard masks": hard_masks(ranks),
         "float64 scores": _float64_scores(ranks),
         "evaluated": evaluate(trained, images(), ranks, 4),
         "progress": _progress(ranks, trained),
@@ -117,6 +120,7 @@ def sharded_report_of(ranks: Ranks) -> dict[str, Any]:
         "masks": _masks(ranks, trained, movement),
         "trained": digest(_gathered(trained.state_dict())),
         "movement": digest(_gathered(movement)),
+        "hard masks": hard_masks(ranks, is_sharded=True),
         "evaluated": evaluate(trained, images(), ranks, 4),
         "recalibrated": _recalibrated(ranks, trained),
         "rounds": _rounds(ranks, strategy="fsdp"),
@@ -147,8 +151,21 @@ def _train(
     workload, model = images(build), built(build)
     if is_sharded:
         shard_network(model, ranks.device, ranks.world_size)
-    units = prunable_parameters(model)
     recipe = FinetuneConfig(epochs=2, batch_size=14, microbatches=5, learning_rate=0.05)
+    teacher = Teacher(copy_frozen(model), DistillationConfig(weight=0.5))
+    return model, gather_movement(ranks, model, workload, recipe, 6, teacher)
+
+
+def gather_movement(
+    ranks: Ranks,
+    model: nn.Module,
+    workload: Workload,
+    recipe: FinetuneConfig,
+    num_steps: int,
+    teacher: Teacher | None = None,
+) -> dict[str, Tensor]:
+    """Trains a model and adds up -w g of its prunable weights on the way."""
+    units = prunable_parameters(model)
     gathered = {
         unit.name: torch.zeros_like(unit.parameter.detach(), dtype=torch.float64) for unit in units
     }
@@ -158,20 +175,54 @@ def _train(
             moved = local(unit.parameter.detach()) * local(gradients[unit.name])
             local(gathered[unit.name]).sub_(moved)
 
-    span = Span("finetune", range(6), range(6))
+    span = Span("finetune", range(num_steps), range(num_steps))
     optimizer = make_optimizer(model, recipe)
     train_epochs(
-        model,
-        workload,
-        recipe,
-        ranks,
-        optimizer,
-        span,
+        *(model, workload, recipe, ranks, optimizer, span),
         seed=5,
-        teacher=Teacher(copy_frozen(model), DistillationConfig(weight=0.5)),
+        teacher=teacher,
         movement=gather,
     )
-    return model, gathered
+    return gathered
+
+
+HARD_VALUES = (0.0, -0.0, 1e-45, -1e-45, 3e-39, -3e-39, 1.0, -1.0, 3.4e38, -3.4e38)
+"""Zeros of both signs, denormals, and the ends of float32."""
+
+
+class HardNet(nn.Module):
+    """Layers whose rows hardly suffice for each rank, or do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(8, 1)
+        self.three = nn.Conv2d(4, 3, 2)
+        self.seven = nn.Linear(12, 7)
+
+
+def hard_masks(ranks: Ranks, *, is_sharded: bool = False) -> list[str]:
+    """Decides twice over scores of few different values, and of such as floats end in."""
+    model = HardNet()
+    if is_sharded:
+        shard_network(model, ranks.device, ranks.world_size)
+    units = prunable_parameters(model)
+    layout = Layout(units, ranks)
+    found = []
+    for seed in range(6):
+        palette = torch.tensor(HARD_VALUES)
+        if seed % 2:
+            palette = torch.cat([palette, draw(20, seed=seed)])
+        values = {}
+        for unit, piece in zip(units, layout.own, strict=True):
+            drawn = draw(unit.parameter.numel(), seed=100 + seed).mul(1e4).long()
+            values[unit.name] = palette[drawn % len(palette)][piece.start : piece.stop]
+        scores = SlicedScores(layout.own, tuple(values.values()))
+        for scope, granularity in itertools.product(("global", "layer"), ("weight", "1:4")):
+            config = prune_config(sparsity=0.75, scope=scope, granularity=granularity)
+            early = select_masks(scores, MaskSet.dense(units), config, 0.3, ranks=ranks).masks
+            final = select_masks(scores, early, config, 0.6, ranks=ranks).masks
+            found.append(early.digest + final.digest)
+    return found
 
 
 def _masks(

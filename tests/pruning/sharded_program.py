@@ -11,11 +11,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from rank_program import digest
+from rank_program import digest, gather_movement, hard_masks
 from safetensors.torch import load_file
 from small_networks import images, job_config, prune_config
 from torch import Tensor, nn
 
+from gbp_ray.config import FinetuneConfig
 from gbp_ray.errors import GbpError
 from gbp_ray.pruning.building import build_start
 from gbp_ray.pruning.checkpoint import SHARDS, Checkpoint
@@ -30,7 +31,11 @@ from gbp_ray.zoo.resnet import build_cifar_resnet
 
 DATA = Path(os.environ.get("GBP_RAY_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
-GRADIENT_RULES = ("taylor", "snip", "taylor_squared", "fisher", "obd", "grasp", "synflow")
+# movement comes last, as it trains the network.
+GRADIENT_RULES = (
+    *("taylor", "snip", "taylor_squared", "fisher", "obd", "grasp", "synflow"),
+    "movement",
+)
 RESNET_CASES = [
     (rule, scope, granularity)
     for rule in GRADIENT_RULES
@@ -79,7 +84,11 @@ def resnet_masks(ranks: Ranks, *, is_sharded: bool) -> dict[tuple[str, str, str]
             hutchinson_probes=1,
         )
         units = prunable_parameters(model, config.exclude)
-        scores = score(model, units, workload, config, ranks, seed=1)
+        movement = None
+        if rule == "movement":
+            recipe = FinetuneConfig(epochs=2, batch_size=10, microbatches=4, learning_rate=0.01)
+            movement = gather_movement(ranks, model, workload, recipe, 2)
+        scores = score(model, units, workload, config, ranks, seed=1, movement=movement)
         for _, scope, granularity in (case for case in RESNET_CASES if case[0] == rule):
             sparsity = {"weight": 0.8, "2:4": 0.5, "1:4": 0.75}[granularity]
             chosen = config.model_copy(update={"scope": scope, "granularity": granularity})
@@ -91,8 +100,11 @@ def resnet_masks(ranks: Ranks, *, is_sharded: bool) -> dict[tuple[str, str, str]
 
 
 def resnet_program(ranks: Ranks) -> dict[str, Any]:
-    """Shards it."""
-    return {"masks": resnet_masks(ranks, is_sharded=True)}
+    """Shards it; hard scores come along, as it runs on every number of ranks."""
+    return {
+        "masks": resnet_masks(ranks, is_sharded=True),
+        "hard masks": hard_masks(ranks, is_sharded=True),
+    }
 
 
 # -- networks in blocks ----------------------------------------------------------------------------

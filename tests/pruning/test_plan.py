@@ -239,6 +239,8 @@ def test_what_is_sent_follows_from_sizes_alone() -> None:
     assert phase_of(plan, "score").sent_bytes == 4 * 12 * 4
     # 4 steps of 2 turns and a gathering of the sum: 3 of 5 rows, and half of a loss.
     assert phase_of(plan, "finetune").sent_bytes == 4 * 3 * (12 * 4 + 2)
+    # Sent and received: for each of two ranks 3 rows, of which the last rank has 2.
+    assert phase_of(plan, "score").held["in flight"] == 2 * 2 * 12 * 4
     grasp = job.model_copy(update={"prune": job.prune.model_copy(update={"criterion": "grasp"})})
     assert phase_of(make_plan(grasp, workload), "score").sent_bytes == 2 * 4 * 12 * 4 + 8 * 12
 

@@ -117,6 +117,7 @@ def test_the_mask_cases_differ(alone: dict[str, Any]) -> None:
     [
         "trained",
         "movement",
+        "hard masks",
         "float64 scores",
         "evaluated",
         "recalibrated",

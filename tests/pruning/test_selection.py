@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tracemalloc
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,12 @@ from torch.nn.utils import prune
 
 from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
-from gbp_ray.pruning.selection import check_reachable, exact_threshold, num_to_prune
+from gbp_ray.pruning.selection import (
+    check_reachable,
+    exact_threshold,
+    num_to_prune,
+    select_masks,
+)
 
 # -- exactly k, and which --------------------------------------------------------------------------
 
@@ -456,3 +462,24 @@ def test_only_the_first_of_many_layers_in_the_way_are_named() -> None:
     bounds = {"sparsity": 0.9, "layer_max_sparsity": {"*": 0.5}}
     with pytest.raises(ConfigError, match=r"'4\.weight' 50 of 100 and 4 more\); lower"):
         check_reachable(shapes, prune_config(**bounds))
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["weight", "2:4"])
+def test_a_later_decision_holds_no_copy_of_the_scores(granularity: str) -> None:
+    """Beside the new masks, one byte a weight, and what a pattern exempts, another one."""
+    num_weights = 2**22
+    scores = {f"layer{i}.weight": draw(2**9, 2**9, seed=i) for i in range(16)}
+    half = select(scores, 0.2, final=0.5, granularity=granularity).masks
+    assert half.num_units == num_weights
+    config = prune_config(sparsity=0.5, granularity=granularity)
+    tracemalloc.start()
+    try:
+        select_masks(scores, half, config, 0.4)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    least = num_weights * (1 if granularity == "weight" else 2)
+    assert least < peak_bytes < least + num_weights

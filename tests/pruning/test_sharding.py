@@ -44,7 +44,10 @@ def test_masks_of_a_sharded_network_are_those_of_a_replicated_one(
 
 @pytest.mark.parametrize(
     "result",
-    ["trained", "movement", "evaluated", "recalibrated", "attacked", "taught once", "held out"],
+    [
+        *("trained", "movement", "hard masks", "evaluated", "recalibrated"),
+        *("attacked", "taught once", "held out"),
+    ],
 )
 def test_results_of_a_sharded_network_are_those_of_a_replicated_one(
     result: str, alone: dict[str, Any], world: World
@@ -72,9 +75,12 @@ def resnet_alone() -> dict[tuple[str, str, str], str]:
 def test_masks_of_a_sharded_resnet_are_those_of_a_replicated_one(
     world_size: int,
     resnet_alone: dict[tuple[str, str, str], str],
+    alone: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     reports = reports_of_world(world_size, tmp_path_factory.mktemp("resnet"), resnet_program)
+    for report in reports:
+        assert report["hard masks"] == alone["hard masks"]
     for case in RESNET_CASES:
         assert {report["masks"][case] for report in reports} == {resnet_alone[case]}, case
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -48,9 +48,11 @@ class ThreadRanks(Ranks):
         self.calls.append(("gather_objects", 0))
         return self.meeting.swap(self.rank, value)
 
-    def gather_bytes(self, part: Tensor) -> list[Tensor]:
-        self.calls.append(("gather_bytes", 0))
-        return self.meeting.swap(self.rank, part)
+    def gather_bytes(self, part: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        self.calls.append(("gather_bytes", max(sizes)))
+        parts = self.meeting.swap(self.rank, part)
+        assert [len(other) for other in parts] == list(sizes)
+        return parts
 
 
 def on_threads(world_size: int, program: Callable[[ThreadRanks], Result]) -> list[Result]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import gbp_ray.pruning.rounds
 from gbp_ray.config import JobConfig, load_job, trial_id
 from gbp_ray.files import FolderObjects
+from gbp_ray.pruning.checkpoint import SHARDS
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.runtime.worker import work_trial
 from gbp_ray.store import RoundRecord, Store
@@ -91,8 +92,8 @@ def digits() -> Workload:
     return replace(workload, build_model=build, loss=loss)
 
 
-def make_job(storage: Path) -> JobConfig:
-    return load_job(None, SETTINGS | {"storage": str(storage)})
+def make_job(storage: Path, strategy: str) -> JobConfig:
+    return load_job(None, SETTINGS | {"storage": str(storage), "cluster.strategy": strategy})
 
 
 def start_group(job: JobConfig, world_size: int, death: Death | None = None) -> list[BaseProcess]:
@@ -111,7 +112,7 @@ def start_group(job: JobConfig, world_size: int, death: Death | None = None) -> 
     return processes
 
 
-def wait_until_met(job: JobConfig, processes: list[BaseProcess], timeout_s: float = 120) -> None:
+def wait_until_met(job: JobConfig, processes: list[BaseProcess], timeout_s: float = 300) -> None:
     """Waits until all are in one group: before that, Ray itself sees who dies."""
     deadline = time.monotonic() + timeout_s
     while not all((Path(job.storage) / f"met-{p.pid}").exists() for p in processes):
@@ -119,7 +120,7 @@ def wait_until_met(job: JobConfig, processes: list[BaseProcess], timeout_s: floa
         time.sleep(0.01)
 
 
-def end_group(processes: list[BaseProcess], timeout_s: float = 120) -> list[int | None]:
+def end_group(processes: list[BaseProcess], timeout_s: float = 300) -> list[int | None]:
     """Waits for all of them; those that wait for a dead one must end by themselves."""
     for process in processes:
         process.join(timeout_s)
@@ -167,7 +168,7 @@ def _die_inside_the_package() -> None:
             dist.all_reduce = exchange
 
     def put_file(self: FolderObjects, key: str, data: bytes) -> None:
-        if key.endswith("state.pt"):
+        if key.endswith("state.pt") or f"/{SHARDS}" in key:
             reach("write")
         put(self, key, data)
 

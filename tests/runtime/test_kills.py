@@ -29,6 +29,10 @@ DEATHS = [
     *(Death(phase, 1, 0) for phase in ("score", "decide", "train", "evaluate", "write", "written")),
     *(Death(phase, 2, 1) for phase in ("build", "score", "decide", "train")),
 ]
+needs_kills = pytest.mark.skipif(
+    "GBP_RAY_KILLS" not in os.environ,
+    reason="other cases cover the most of it; set GBP_RAY_KILLS to a number of deaths to try it",
+)
 
 
 def rounds_of(job: JobConfig) -> list[tuple[Any, ...]]:
@@ -46,35 +50,37 @@ def rounds_of(job: JobConfig) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
-    """The rounds of a trial that nobody disturbed, in this very process."""
-    job = make_job(tmp_path_factory.mktemp("whole"))
+    """The rounds of a trial that nobody disturbed, of a replicated network in this very process."""
+    job = make_job(tmp_path_factory.mktemp("whole"), "replicated")
     work_trial(job, Ranks())
     return rounds_of(job)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "sizes",
+    ("strategy", "sizes", "deaths"),
     [
-        pytest.param(
-            (2,),
-            id="the same number of workers",
-            marks=pytest.mark.skipif(
-                "GBP_RAY_KILLS" not in os.environ,
-                reason="the other case covers more in as long; set GBP_RAY_KILLS to try it",
-            ),
-        ),
-        pytest.param((3, 2, 1, 4), id="another number each time"),
+        pytest.param("replicated", (2,), DEATHS, id="replicated, 2 workers", marks=needs_kills),
+        pytest.param("replicated", (3, 2, 1, 4), DEATHS, id="replicated, 1 to 4 workers"),
+        pytest.param("fsdp", (3, 2, 1, 4), DEATHS, id="sharded, 1 to 4 workers", marks=needs_kills),
+        # Among the files of a round that are there are then some of its shards.
+        pytest.param("fsdp", (2, 3), [Death("write", 1, 1)], id="sharded, 2 and 3 workers"),
     ],
 )
 def test_a_worker_killed_in_any_phase_costs_its_round_alone(
-    tmp_path: Path, whole: list[tuple[Any, ...]], sizes: tuple[int, ...]
+    tmp_path: Path,
+    whole: list[tuple[Any, ...]],
+    strategy: str,
+    sizes: tuple[int, ...],
+    deaths: list[Death],
 ) -> None:
-    assert {death.phase for death in DEATHS} == set(PHASES)
-    job = make_job(tmp_path)
-    for number, planned in enumerate(DEATHS):
+    job = make_job(tmp_path, strategy)
+    for number, planned in enumerate(deaths):
         size = sizes[number % len(sizes)]
-        is_writing = planned.phase in ("write", "written")
+        # Of a replicated network the first rank writes alone, and it ends every round.
+        is_writing = planned.phase == "written" or (
+            planned.phase == "write" and strategy == "replicated"
+        )
         death = Death(planned.phase, planned.round, 0 if is_writing else planned.rank % size)
         codes = end_group(start_group(job, size, death))
         assert codes[death.rank] == -signal.SIGKILL, f"nobody died of {death} among {size}"
@@ -86,13 +92,18 @@ def test_a_worker_killed_in_any_phase_costs_its_round_alone(
     assert rounds_of(job) == whole
 
 
+def test_workers_are_killed_in_every_phase() -> None:
+    assert {death.phase for death in DEATHS} == set(PHASES)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["replicated", pytest.param("fsdp", marks=needs_kills)])
 def test_workers_killed_at_random_moments_lose_nothing(
-    tmp_path: Path, whole: list[tuple[Any, ...]]
+    tmp_path: Path, whole: list[tuple[Any, ...]], strategy: str
 ) -> None:
     """A random rank of a group of random size; GBP_RAY_KILLS asks for more than three deaths."""
     draws = random.Random(os.environ.get("GBP_RAY_KILL_SEED", "5"))
-    job = make_job(tmp_path / "first")
+    job = make_job(tmp_path / "first", strategy)
     group = start_group(job, 2)
     wait_until_met(job, group)
     started = time.monotonic()
@@ -103,7 +114,7 @@ def test_workers_killed_at_random_moments_lose_nothing(
         if len(rounds_of(job)) == len(whole):
             assert rounds_of(job) == whole
             num_trials += 1
-            job = make_job(tmp_path / f"trial{num_trials}")
+            job = make_job(tmp_path / f"trial{num_trials}", strategy)
         size, before = draws.randint(1, 4), len(rounds_of(job))
         group = start_group(job, size)
         victim = group[draws.randrange(size)]
