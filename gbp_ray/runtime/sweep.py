@@ -255,6 +255,8 @@ class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
             dense_accuracy=result.get("dense_accuracy"),
             cause=cause,
             seconds=result.get("spent_s", 0.0),
+            # Another driver of the same sweep may have been faster.
+            is_new=state != "finished" or not result.get("is_old", False),
         )
         self._feeder.tell(outcome)
         detail, value = cause, None
