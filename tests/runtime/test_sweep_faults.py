@@ -134,11 +134,11 @@ def test_a_sweep_killed_over_and_over_ends_with_the_same_records(
         moment = draws.uniform(0, 30)
         victim = victims[num_kills % len(victims)]
         try:
-            out, err = process.communicate(timeout=moment)
+            _, err = process.communicate(timeout=moment)
         except subprocess.TimeoutExpired:
             children = kill(process, victim)
             began = time.monotonic()
-            out, err = process.communicate(timeout=240)
+            _, err = process.communicate(timeout=240)
             num_kills += 1
             await_ends(children)
             logger.info(
