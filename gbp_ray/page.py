@@ -7,12 +7,14 @@ but an earlier report is left alone.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import re
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -122,6 +124,23 @@ def write_report(
         StoreError: There is no finished trial, or the folder cannot be written.
     """
     folder = _check_folder(to)
+    with _uncollected():
+        return _write_report(uri, folder, conditions)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Spares the collector, which would walk over every trial for each figure's many objects."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _write_report(uri: str | Path, folder: Path, conditions: Sequence[str]) -> Report:
     stores, only = locate_jobs(uri)
     everything = read_results(uri, stores, only)
     results = everything.ending_with(*conditions)
