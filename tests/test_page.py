@@ -328,7 +328,7 @@ def test_nothing_finished_is_one_line(tmp_path: Path) -> None:
 
 # -- many, far away --------------------------------------------------------------------------------
 
-LISTED = 100
+LISTED = 20
 """Names that a server gives in one answer here; elsewhere it is a thousand."""
 
 
@@ -352,17 +352,16 @@ def test_many_trials_far_away_cost_one_request_for_each_answer_of_a_listing(
     moto_storage: str, far_away: FaultyProxy, tmp_path: Path
 ) -> None:
     shape = {"shapes": {"a.weight": (8, 8), "b.weight": (8,)}, "rounds": 1}
-    grid = {"criteria": ("taylor", "random"), "sparsities": (0.5, 0.9)}
+    grid = {"criteria": ("taylor", "random"), "sparsities": (0.9,)}
     # Of five seeds the masks are compared; of the others nothing but the index is read.
     store = write_sweep(moto_storage, **grid, **shape, seeds=range(5))
     for criterion in grid["criteria"]:
-        for sparsity in grid["sparsities"]:
-            for seed in range(5, 65):
-                job = sweep_job(criterion=criterion, sparsity=sparsity, seed=seed, rounds=1)
-                rounds = tuple(make_sweep_round(job, n, shape["shapes"]) for n in range(2))
-                record = make_sweep_trial(job, rounds)
-                store.objects.put(f"trials/{record.trial_id}/trial.json", seal_record(record))
-    assert rebuild_index(store.objects) == 260
+        for seed in range(5, 55):
+            job = sweep_job(criterion=criterion, sparsity=0.9, seed=seed, rounds=1)
+            rounds = tuple(make_sweep_round(job, n, shape["shapes"]) for n in range(2))
+            record = make_sweep_trial(job, rounds)
+            store.objects.put(f"trials/{record.trial_id}/trial.json", seal_record(record))
+    assert rebuild_index(store.objects) == 110
     place = store.uri.partition("?")[0]
     there = f"{place}?endpoint_override={far_away.endpoint}&scheme=http"
 
@@ -377,6 +376,6 @@ def test_many_trials_far_away_cost_one_request_for_each_answer_of_a_listing(
     assert count("results", there, "--where", "criterion=taylor", "--rounds") == 3
     assert count("results", there, "--best", "accuracy@sparsity>=0.9") == 3
     # And which trials have no result, a job of each curve, and what the figures look at closely:
-    # a record and a mask for each of two curves, two sparsities, five seeds.
-    listings, jobs, close_ups = math.ceil(260 / LISTED), 2, 2 * 2 * 2 * 5
+    # a record and a mask of each of two curves and five seeds.
+    listings, jobs, close_ups = math.ceil(110 / LISTED), 2, 2 * 2 * 5
     assert count("report", there, "--to", str(tmp_path / "page")) <= 3 + listings + jobs + close_ups
