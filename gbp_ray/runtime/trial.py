@@ -381,9 +381,16 @@ def _start_ray(cluster: ClusterConfig, options: dict[str, Any], is_debug: bool) 
         )
     except Exception as error:
         # Ray raises ConnectionError, RuntimeError, ValueError and, on a busy machine, no subclass.
-        where = cluster.address or "unset, a private one on this machine"
+        cause = first_line(error)
+        if cluster.address is None:
+            raise TrialError(
+                f"Ray did not start on this machine: {cause}; run the same command again to go on",
+                trial_id="",
+                rank=None,
+                cause=cause,
+            ) from error
         raise ConfigError(
-            f"cluster.address = {where}: Ray did not start or answer: {first_line(error)}"
+            f"cluster.address = {cluster.address}: Ray did not start or answer: {cause}"
         ) from error
 
 
