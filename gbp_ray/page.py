@@ -7,12 +7,14 @@ but an earlier report is left alone.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import re
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,8 +31,9 @@ from gbp_ray.config import JobConfig, load_job, trial_id
 from gbp_ray.curves import Curve, Point, Spread, Trial, WorkloadCurves, gather_curves, pick_targets
 from gbp_ray.drawing import Plot, style_curves
 from gbp_ray.errors import ConfigError, StoreError
+from gbp_ray.index import map_in_threads
 from gbp_ray.lease import is_held
-from gbp_ray.results import Results, open_results
+from gbp_ray.results import Results, read_results
 from gbp_ray.store import Store, locate_jobs
 from gbp_ray.trial_page import PageFigure, make_trial_page
 
@@ -112,9 +115,26 @@ def write_report(
         StoreError: There is no finished trial, or the folder cannot be written.
     """
     folder = _check_folder(to)
-    everything = open_results(uri)
-    results = everything.ending_with(*conditions)
+    with _uncollected():
+        return _write_report(uri, folder, conditions)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Spares the collector, which would walk over every trial for each figure's many objects."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _write_report(uri: str | Path, folder: Path, conditions: Sequence[str]) -> Report:
     stores, only = locate_jobs(uri)
+    everything = read_results(uri, stores, only)
+    results = everything.ending_with(*conditions)
     by_name = {store.name: store for store in stores}
     left_out: list[str] = []
     unfinished, num_unfinished = ([], 0) if only else _find_unfinished(stores, everything, left_out)
@@ -315,21 +335,23 @@ def _add_recipes(
 
     A command is given only if the job that it makes has the id of the trial on record.
     """
-    jobs: dict[int, tuple[Recipe, JobConfig] | None] = {}
+    curves = list({id(curve): curve for curve, _ in section.trials}.values())
+    if len(curves) > _MOST_JOBS:
+        left_out.append(f"job files of curves beyond {_MOST_JOBS}")
+    numbered = list(enumerate(curves[:_MOST_JOBS], start=1))
+
+    def make(item: tuple[int, Curve]) -> tuple[Recipe, JobConfig] | None:
+        return _make_recipe(section, item[1], stores, item[0])
+
+    objects = next(iter(stores.values())).objects
+    jobs: dict[int, tuple[Recipe, JobConfig]] = {}
+    for (_, curve), made in zip(numbered, map_in_threads(objects, make, numbered), strict=True):
+        if made is not None:
+            jobs[id(curve)] = made
+            section.recipes.append(made[0])
+            files[made[0].file] = made[0].text.encode()
     for curve, trial in section.trials:
-        if id(curve) not in jobs:
-            if len(jobs) == _MOST_JOBS:
-                left_out.append(f"job files of curves beyond {_MOST_JOBS}")
-            jobs[id(curve)] = (
-                _make_recipe(section, curve, stores, len(jobs) + 1)
-                if len(jobs) < _MOST_JOBS
-                else None
-            )
-            if made := jobs[id(curve)]:
-                section.recipes.append(made[0])
-                files[made[0].file] = made[0].text.encode()
-        made = jobs[id(curve)]
-        if made is None:
+        if (made := jobs.get(id(curve))) is None:
             continue
         overrides = {"prune.sparsity": trial.target, "seed": trial.seed}
         try:

@@ -24,7 +24,7 @@ from gbp_ray.index import map_in_threads, read_index, refresh_index
 from gbp_ray.records import TrialRecord
 from gbp_ray.store import Store, locate_jobs
 
-__all__ = ["Results", "open_results"]
+__all__ = ["Results", "open_results", "read_results"]
 
 _CONDITION = re.compile(r"\s*([\w.-]+)\s*(>=|<=|!=|==|=|>|<)\s*(.*?)\s*")
 _COMPARE = {
@@ -246,7 +246,17 @@ def open_results(uri: str | Path) -> Results:
     Raises:
         StoreError: There is no such place, no finished trial in it, or its index is damaged.
     """
-    stores, trial = locate_jobs(uri)
+    return read_results(uri, *locate_jobs(uri))
+
+
+def read_results(uri: str | Path, stores: list[Store], trial: str | None) -> Results:
+    """Does the same where it is known already which jobs an address is about.
+
+    Args:
+        uri: For messages.
+        stores: The jobs, as `locate_jobs` finds them.
+        trial: The only trial of interest, or None.
+    """
     if not stores:
         raise StoreError(f"'{uri}': holds no results; run a job with this storage first")
     tables = map_in_threads(stores[0].objects, _read, stores)

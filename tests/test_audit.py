@@ -10,7 +10,7 @@ import boto3
 import numpy as np
 import pytest
 from safetensors.numpy import load, save
-from sample_results import sample_job, write_trial
+from sample_results import sample_job, sample_round, write_trial
 
 from gbp_ray.address import S3Address
 from gbp_ray.audit import find_faults, find_garbage, remove_garbage
@@ -79,20 +79,52 @@ def test_a_flipped_byte_in_any_object_is_found_named_and_refused(storage: str) -
     read_all(store)
 
 
-def test_what_a_sweep_keeps_besides_is_checked_too(storage: str) -> None:
+def test_what_a_sweep_and_shards_add_is_checked_and_refused_too(storage: str) -> None:
     store = Store(storage, "try")
     write_trial(store, sample_job())
     broken = write_trial(store, sample_job(sparsity=0.9), num_rounds=1)
+    record, files = sample_round(1, 0.9, 0)
+    shards = {
+        f"shards/{name}": b"a part of the network" for name in ("0.safetensors", "state.json")
+    }
+    store.write_round(broken, record, files | shards)
     store.write_failure(FailureRecord(trial_id=broken, cause="out of luck", round=0))
     store.write_stop(StopRecord(trial_id=broken, round=0, scheduler="asha"))
+    dense, dense_files = sample_round(0, 0.0, 0)
+    store.write_shared("dense/de45e0", dense_files, {"seed": 0}, dense)
     store.write_shared("scores/5c04e5", {"scores.safetensors": b"the scores"}, {"seed": 0})
+
+    def read_besides() -> None:
+        for item in store.read_rounds(broken):
+            for name in item.files:
+                store.read_file(broken, item, name)
+        store.read_failure(broken)
+        store.read_stop(broken)
+        for folder in ("dense/de45e0", "scores/5c04e5"):
+            assert store.read_shared(folder) is not None
+
+    read_besides()
     assert find_faults(store.uri).faults == []
-    kept = (f"trials/{broken}/", "scores/")
-    for entry in [e for e in store.objects.entries() if e.key.startswith(kept)]:
-        good = store.objects.get(entry.key) or b""
-        store.objects.put(entry.key, good[:-7] + bytes([good[-7] ^ 2]) + good[-6:])
-        assert store.objects.uri_of(entry.key) in [uri for uri, _ in find_faults(store.uri).faults]
-        store.objects.put(entry.key, good)
+    draws = random.Random(5)
+    kept = (f"trials/{broken}/", "scores/", "dense/")
+    names = {entry.key for entry in store.objects.entries() if entry.key.startswith(kept)}
+    names -= {key for key in names if "/round_000/" in key}
+    assert {key.rpartition("/")[2] for key in names} == {
+        *("weights.safetensors", "masks.safetensors", "state.pt", "round.json"),
+        *("0.safetensors", "state.json", "failure.json", "stopped.json"),
+        *("scores.safetensors", "shared.json"),
+    }
+    for key in sorted(names):
+        good = store.objects.get(key) or b""
+        bad = bytearray(good)
+        bad[draws.randrange(len(good))] ^= 1 << draws.randrange(8)
+        store.objects.put(key, bytes(bad))
+        place = store.trial_uri(broken) if key.startswith("trials/") else store.uri
+        assert store.objects.uri_of(key) in [uri for uri, _ in find_faults(place).faults]
+        with pytest.raises(StoreError, match=r"is damaged|checksum|bytes"):
+            read_besides()
+        store.objects.put(key, good)
+    assert find_faults(store.uri).faults == []
 
 
 def test_a_missing_object_is_found_and_named(store: Store) -> None:

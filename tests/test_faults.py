@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from faulty_proxy import FAULTS, FaultyProxy
+from index_rows import untimed_rows
 from sample_results import sample_job, write_trial
+from watchful_reader import WatchfulReader
 
 import gbp_ray
 from gbp_ray.audit import find_faults, find_garbage, remove_garbage
-from gbp_ray.config import load_job
+from gbp_ray.config import expand, load_job
 from gbp_ray.errors import StoreError
 from gbp_ray.results import open_results
+from gbp_ray.runtime.solo import run_solo
 from gbp_ray.store import Store, locate_trials, open_objects
 
 QUICK = {
@@ -49,53 +50,11 @@ def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gbp_ray.s3._pause", lambda attempt: None)
 
 
-class Reader:
-    """Reads, all the while and undisturbed, whatever there is to see, and checks it."""
-
-    def __init__(self, storage: str, job: str) -> None:
-        self._storage, self._job = storage, job
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._read)
-        self.num_looks, self.num_seen = 0, 0
-        self.failures: list[BaseException] = []
-
-    def __enter__(self) -> Reader:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._is_over.set()
-        self._thread.join()
-
-    def _read(self) -> None:
-        store = Store(self._storage, self._job)
-        seen: set[tuple[str, int]] = set()
-        try:
-            while not self._is_over.is_set():
-                self.num_looks += 1
-                for trial in store.objects.list_folders("trials/"):
-                    finished = store.read_trial(trial)
-                    rounds = store.read_rounds(trial)
-                    if finished is not None:
-                        assert list(finished.rounds) == rounds
-                    for record in rounds:
-                        if (trial, record.round) not in seen:
-                            seen.add((trial, record.round))
-                            for name in record.files:
-                                store.read_file(trial, record, name)
-                if store.objects.exists("index.parquet"):
-                    assert len(open_results(store.uri)) % 3 == 0
-                time.sleep(0.05)
-        except BaseException as error:  # noqa: BLE001 - told to the test
-            self.failures.append(error)
-        self.num_seen = len(seen)
-
-
 @pytest.mark.parametrize("seed", [1])
 def test_a_job_ends_and_no_reader_sees_a_half_record(s3_storage: str, seed: int) -> None:
     with FaultyProxy(endpoint_of(s3_storage), 0.2, seed) as proxy:
         job = load_job(None, QUICK | {"storage": through(s3_storage, proxy), "name": "try"})
-        with Reader(s3_storage, "try") as reader:
+        with WatchfulReader(s3_storage, "try") as reader:
             result = gbp_ray.prune(job, is_quiet=True)
             others = [
                 write_trial(Store(through(s3_storage, proxy), "samples"), sample_job(seed=seed))
@@ -114,6 +73,31 @@ def test_a_job_ends_and_no_reader_sees_a_half_record(s3_storage: str, seed: int)
     # An upload that was begun twice, because its answer was lost, is all that may be left.
     remove_garbage(find_garbage(s3_storage))
     assert find_garbage(s3_storage) == []
+
+
+def test_trials_that_share_go_through_faults_to_the_same_index(
+    s3_storage: str, tmp_path: Path
+) -> None:
+    # What a process of a sweep does; Ray's part in it is tried in runtime/test_sweep_faults.py.
+    settings = QUICK | {"name": "try", "prune.rounds": 1, "prune.criterion": "taylor"}
+    settings |= {"sweep.space": {"prune.sparsity": [0.5, 0.9]}}
+    with FaultyProxy(endpoint_of(s3_storage), 0.2, 11) as proxy:
+        jobs = expand(load_job(None, settings | {"storage": through(s3_storage, proxy)}))
+        Store(through(s3_storage, proxy), "try").claim(jobs[0])
+        with WatchfulReader(s3_storage, "try", pause_s=0.2) as reader:
+            for job in jobs:
+                list(run_solo(job))
+    assert not reader.failures
+    assert 0.1 < 1 - proxy.seen[""] / proxy.seen.total() < 0.3
+    assert find_faults(s3_storage).faults == []
+    store = Store(s3_storage, "try")
+    assert len(store.objects.list_folders("dense/")) == 1
+    assert len(store.objects.list_folders("scores/")) == 1
+    here = str(tmp_path)
+    for job in expand(load_job(None, settings | {"storage": here})):
+        Store(here, "try").claim(job)
+        list(run_solo(job))
+    assert untimed_rows(s3_storage) == untimed_rows(here)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

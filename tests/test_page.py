@@ -6,21 +6,34 @@ The page is read with the standard library's parser alone.
 from __future__ import annotations
 
 import html
+import math
 import re
 import statistics
 import tomllib
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_sweep import sweep_job, write_sweep, write_sweep_trial
+from faulty_proxy import FaultyProxy
+from sample_sweep import (
+    make_sweep_round,
+    make_sweep_trial,
+    sweep_job,
+    write_sweep,
+    write_sweep_trial,
+)
+from typer.testing import CliRunner
 
 from gbp_ray import page
+from gbp_ray.cli import app
 from gbp_ray.config import load_job, trial_id
 from gbp_ray.errors import ConfigError, StoreError
+from gbp_ray.index import rebuild_index
 from gbp_ray.page import write_report
-from gbp_ray.records import FailureRecord, TrialRecord
+from gbp_ray.records import FailureRecord, TrialRecord, seal_record
+from gbp_ray.s3 import S3Objects
 from gbp_ray.store import Store
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -311,3 +324,58 @@ def test_nothing_finished_is_one_line(tmp_path: Path) -> None:
         write_report(store.uri, tmp_path / "page")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "page").exists()
+
+
+# -- many, far away --------------------------------------------------------------------------------
+
+LISTED = 20
+"""Names that a server gives in one answer here; elsewhere it is a thousand."""
+
+
+@pytest.fixture
+def far_away(moto_storage: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """A proxy that counts, in front of a server that lists in short answers."""
+    ask = S3Objects._ask
+
+    def ask_for_less(self: S3Objects, operation: str, **parameters: Any) -> Any:
+        if operation == "list_objects_v2":
+            parameters["MaxKeys"] = LISTED
+        return ask(self, operation, **parameters)
+
+    monkeypatch.setattr(S3Objects, "_ask", ask_for_less)
+    endpoint = moto_storage.partition("endpoint_override=")[2].partition("&")[0]
+    with FaultyProxy(endpoint, share=0.0) as proxy:
+        yield proxy
+
+
+def test_many_trials_far_away_cost_one_request_for_each_answer_of_a_listing(
+    moto_storage: str, far_away: FaultyProxy, tmp_path: Path
+) -> None:
+    shape = {"shapes": {"a.weight": (8, 8), "b.weight": (8,)}, "rounds": 1}
+    grid = {"criteria": ("taylor", "random"), "sparsities": (0.9,)}
+    # Of five seeds the masks are compared; of the others nothing but the index is read.
+    store = write_sweep(moto_storage, **grid, **shape, seeds=range(5))
+    for criterion in grid["criteria"]:
+        for seed in range(5, 55):
+            job = sweep_job(criterion=criterion, sparsity=0.9, seed=seed, rounds=1)
+            rounds = tuple(make_sweep_round(job, n, shape["shapes"]) for n in range(2))
+            record = make_sweep_trial(job, rounds)
+            store.objects.put(f"trials/{record.trial_id}/trial.json", seal_record(record))
+    assert rebuild_index(store.objects) == 110
+    place = store.uri.partition("?")[0]
+    there = f"{place}?endpoint_override={far_away.endpoint}&scheme=http"
+
+    def count(*words: str) -> int:
+        far_away.seen.clear()
+        assert CliRunner().invoke(app, words).exit_code == 0
+        return far_away.seen.total()
+
+    # Whose it is, what the index lacks, the index.
+    assert count("results", there) == 3
+    assert count("results", there, "--csv") == 3
+    assert count("results", there, "--where", "criterion=taylor", "--rounds") == 3
+    assert count("results", there, "--best", "accuracy@sparsity>=0.9") == 3
+    # And which trials have no result, a job of each curve, and what the figures look at closely:
+    # a record and a mask of each of two curves and five seeds.
+    listings, jobs, close_ups = math.ceil(110 / LISTED), 2, 2 * 2 * 5
+    assert count("report", there, "--to", str(tmp_path / "page")) <= 3 + listings + jobs + close_ups

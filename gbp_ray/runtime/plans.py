@@ -286,15 +286,22 @@ class Feeder:
         self.outcomes: dict[str, Outcome] = {}
         self.num_running = 0
         self._kept: JobConfig | None = None
+        self._deferred: deque[JobConfig] = deque()
+        self._met: set[str] = set()
 
     def next(self) -> JobConfig | None:
-        """Gives the next trial that needs work; None where there is none at the moment."""
+        """Gives the next trial that needs work; None where there is none at the moment.
+
+        Trials that others are at work on come when no other is left.
+        """
         job, self._kept = self._kept, None
         while job is None and (candidate := self.plan.next()) is not None:
             if (outcome := self._known(candidate)) is None:
                 job = candidate
             else:
                 self._note(outcome)
+        if job is None and self._deferred:
+            job = self._deferred.popleft()
         self.num_running += job is not None
         return job
 
@@ -304,6 +311,16 @@ class Feeder:
         self._kept = job
         self.num_running -= 1
 
+    def defer(self, job: JobConfig) -> None:
+        """Takes a trial back that another driver is at work on, to give it out when it must be."""
+        self._deferred.append(job)
+        self._met.add(trial_id(job))
+        self.num_running -= 1
+
+    def is_deferred(self, job: JobConfig) -> bool:
+        """Tells whether a trial was taken back before, so that it is to be waited for."""
+        return trial_id(job) in self._met
+
     def tell(self, outcome: Outcome) -> None:
         """Takes note of how a trial ended that was given out."""
         self.num_running -= 1
@@ -312,7 +329,7 @@ class Feeder:
     @property
     def is_over(self) -> bool:
         """Whether nothing is left to do."""
-        return self._kept is None and self.plan.is_over
+        return self._kept is None and not self._deferred and self.plan.is_over
 
     def _note(self, outcome: Outcome) -> None:
         self.outcomes[outcome.trial_id] = outcome

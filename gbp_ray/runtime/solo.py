@@ -43,10 +43,19 @@ class Step:
     is_old: bool
 
 
-def run_solo(job: JobConfig, tell: Callable[[Tick], None] = lambda tick: None) -> Iterator[Step]:
+def run_solo(
+    job: JobConfig,
+    tell: Callable[[Tick], None] = lambda tick: None,
+    *,
+    is_patient: bool = True,
+) -> Iterator[Step]:
     """Runs a trial on one rank, this process; yields its rounds from the first, then commits it.
 
+    Args:
+        is_patient: Waits where another driver is at work on it.
+
     Raises:
+        BusyError: Another driver is, and this one does not wait.
         GbpError: What is wrong with the job or the storage.
     """
     store = Store(job.storage, job.name)
@@ -56,14 +65,16 @@ def run_solo(job: JobConfig, tell: Callable[[Tick], None] = lambda tick: None) -
             job, Ranks(device=own_device(job)), tell=tell, score_cache=SharedScores(store)
         )
 
-    return run_whole(job, store, run_rounds)
+    return run_whole(job, store, run_rounds, is_patient=is_patient)
 
 
-def run_whole(job: JobConfig, store: Store, run_rounds: RunRounds) -> Iterator[Step]:
+def run_whole(
+    job: JobConfig, store: Store, run_rounds: RunRounds, *, is_patient: bool = True
+) -> Iterator[Step]:
     """Does so with whatever runs the rounds; the dense network is shared with other trials."""
     name = trial_id(job)
     started = time.monotonic()
-    with store.await_lease(f"trials/{name}") as lease:
+    with store.await_lease(f"trials/{name}") if is_patient else store.hold(name) as lease:
         # Whoever held it before may have finished the trial.
         finished = store.read_trial(name)
         for record in store.read_rounds(name) if finished is None else finished.rounds:

@@ -2,7 +2,8 @@
 
 The store, not Tune, holds the state. What has ended is known from its records and never started;
 what was broken off goes on after its last whole round, because that is what running it again does.
-So resuming a sweep is running it again, and Tune's own files are scratch.
+So resuming a sweep is running it again, and Tune's own files are scratch. A trial that another
+driver is at work on is put off until nothing else is left.
 
 A trial of 0 or 1 workers runs in the process of its Tune trial, which is used again for the next
 one, so that torch is imported once per process. More workers are a TorchTrainer inside the Tune
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from gbp_ray.config import JobConfig, trial_id
-from gbp_ray.errors import ConfigError, GbpError, TransientStoreError, TrialError
+from gbp_ray.errors import BusyError, ConfigError, GbpError, TransientStoreError, TrialError
 from gbp_ray.runtime.failures import first_line, unwrap
 from gbp_ray.runtime.loggers import make_loggers
 from gbp_ray.runtime.mailbox import Mailbox, Relay
@@ -190,7 +191,11 @@ class _FeederSearch(_Unsaved, Searcher):  # type: ignore[misc]
             job = self._feeder.next()
             if job is not None:
                 # The loggers show what varies; the trial goes by the whole.
-                return {"job": job.model_dump_json(), **_pick(job, self._fields)}
+                return {
+                    "job": job.model_dump_json(),
+                    "is_patient": self._feeder.is_deferred(job),
+                    **_pick(job, self._fields),
+                }
         return Searcher.FINISHED if self._feeder.is_over else None
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
@@ -233,6 +238,9 @@ class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         result = trial.last_result
         state = result.get("state", "stopped")
+        if state == "busy":
+            self._feeder.defer(_job_of(trial))
+            return
         self._end(trial, state, result, result.get("cause", ""))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
@@ -255,6 +263,8 @@ class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
             dense_accuracy=result.get("dense_accuracy"),
             cause=cause,
             seconds=result.get("spent_s", 0.0),
+            # Another driver of the same sweep may have been faster.
+            is_new=state != "finished" or not result.get("is_old", False),
         )
         self._feeder.tell(outcome)
         detail, value = cause, None
@@ -330,6 +340,9 @@ class _TuneTrial(tune.Trainable):  # type: ignore[misc]
                 # Going on after the last round commits the trial.
                 next(self._steps, None)
                 self._last |= {"state": "finished", "done": True}
+        except BusyError:
+            # Others come first; it is given out again when none is left, to be waited for.
+            self._last |= {"state": "busy", "done": True}
         except (TrialError, TransientStoreError):
             raise
         except GbpError as error:
@@ -348,15 +361,16 @@ class _TuneTrial(tune.Trainable):  # type: ignore[misc]
         self._job = JobConfig.model_validate_json(config["job"])
         self._store = Store(self._job.storage, self._job.name)
         self._last: dict[str, Any] = {}
-        tell = _throttle(self._mailbox)
+        is_patient = config["is_patient"]
         if _is_nested(self._job):
             self._steps = run_whole(
                 self._job,
                 self._store,
                 lambda: _run_nested(self._job, self._import_paths, self._mailbox),
+                is_patient=is_patient,
             )
         else:
-            self._steps = run_solo(self._job, tell)
+            self._steps = run_solo(self._job, _throttle(self._mailbox), is_patient=is_patient)
 
 
 def _as_result(job: JobConfig, step: Step, before: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,7 @@ __all__ = ["StoppedError", "fit_interruptibly", "fit_trial", "ray_session", "run
 
 _POLL_INTERVAL_S = 0.2
 _TICK_INTERVAL_S = 0.2
+_LOOK_INTERVAL_S = 1.0
 _NUM_STARTS = 60
 """Attempts at starting the workers: ten minutes for a cluster to make room."""
 _GRACE_S = 5.0
@@ -178,6 +179,9 @@ def fit_interruptibly(trainer: Any) -> Any:
 
     In the main thread Ray would take over the SIGINT handler for good and end the process with its
     own exit code; here Ctrl-C raises KeyboardInterrupt, and the session's end stops the workers.
+
+    Raises:
+        TrialError: The Ray that was started here has died.
     """
     outcome: Future[Any] = Future()
 
@@ -189,6 +193,9 @@ def fit_interruptibly(trainer: Any) -> Any:
 
     threading.Thread(target=fit, name="gbp-ray-fit", daemon=True).start()
     try:
+        while not outcome.done():
+            wait([outcome], timeout=_LOOK_INTERVAL_S)
+            _check_alive()
         return outcome.result()
     except BaseException:
         # The thread may still be at work when Ray has shut down, and Ray's functions would then
@@ -196,6 +203,22 @@ def fit_interruptibly(trainer: Any) -> Any:
         if not outcome.done():
             auto_init_hook.enable_auto_connect = False
         raise
+
+
+def _check_alive() -> None:
+    """Makes sure that the Ray that was started here still runs; without it fit() waits for ever.
+
+    Raises:
+        TrialError: Part of it has died.
+    """
+    # Of a cluster that was joined no process is ours, and its own head looks after it.
+    node = ray._private.worker._global_node
+    dead = {name for name, _ in node.dead_processes()} if node is not None else set()
+    if lost := dead & {"raylet", "gcs_server"}:
+        cause = f"Ray's {lost.pop()} on this machine has died; perhaps memory ran out"
+        raise TrialError(
+            f"{cause}; run the same command again to go on", trial_id="", rank=None, cause=cause
+        )
 
 
 def _train_worker(config: dict[str, Any]) -> GbpError | None:
@@ -356,10 +379,18 @@ def _start_ray(cluster: ClusterConfig, options: dict[str, Any], is_debug: bool) 
             configure_logging=is_debug,
             **options,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = cluster.address or "unset, a private one on this machine"
+    except Exception as error:
+        # Ray raises ConnectionError, RuntimeError, ValueError and, on a busy machine, no subclass.
+        cause = first_line(error)
+        if cluster.address is None:
+            raise TrialError(
+                f"Ray did not start on this machine: {cause}; run the same command again to go on",
+                trial_id="",
+                rank=None,
+                cause=cause,
+            ) from error
         raise ConfigError(
-            f"cluster.address = {where}: Ray did not start or answer: {first_line(error)}"
+            f"cluster.address = {cluster.address}: Ray did not start or answer: {cause}"
         ) from error
 
 

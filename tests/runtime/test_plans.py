@@ -73,6 +73,27 @@ def test_known_trials_are_never_given_out() -> None:
     assert len(feeder.outcomes) == 4
 
 
+def test_a_trial_that_others_have_comes_again_when_no_other_is_left() -> None:
+    jobs = [job_with(seed=seed) for seed in range(4)]
+    feeder = Feeder(TrialList(jobs), lambda job: None)
+    first, second = feeder.next(), feeder.next()
+    assert (first, second) == (jobs[0], jobs[1])
+    assert not feeder.is_deferred(jobs[0])
+    feeder.defer(jobs[0])
+    assert feeder.num_running == 1
+    assert [feeder.next() for _ in range(4)] == [jobs[2], jobs[3], jobs[0], None]
+    assert feeder.is_deferred(jobs[0])
+    for job in jobs[1:]:
+        feeder.tell(outcome_of(job))
+    assert not feeder.is_over
+    feeder.defer(jobs[0])
+    assert not feeder.is_over
+    assert feeder.next() == jobs[0]
+    feeder.tell(outcome_of(jobs[0]))
+    assert feeder.is_over
+    assert list(feeder.outcomes) == [trial_id(job) for job in (*jobs[1:], jobs[0])]
+
+
 def test_one_of_each_group_comes_first() -> None:
     jobs = expand(job_with(**{"sweep.space": {"prune.sparsity": [0.5, 0.9], "seed": [0, 1]}}))
     groups = {trial_id(job): str(job.seed) for job in jobs}

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from gbp_ray.runtime import progress
-from gbp_ray.runtime.progress import ProgressBoard, Tick
+from gbp_ray.runtime.progress import ProgressBoard, SweepBoard, Tick
 from gbp_ray.store import CostRecord, LayerRecord, RoundRecord
 
 TICK = Tick(
@@ -181,3 +181,93 @@ def test_a_terminal_is_given_back_when_the_trial_fails(monkeypatch: pytest.Monke
 )
 def test_time_left_reads_as_a_clock(seconds: float, text: str) -> None:
     assert progress._clock(seconds) == text
+
+
+# -- a sweep ---------------------------------------------------------------------------------------
+
+
+def test_a_sweeps_log_gets_a_line_for_each_trial_with_count_and_time_left(
+    capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
+    with SweepBoard() as board:
+        board.begin(6, [("known", 0.5)])
+        board.show(TICK)
+        board.show_round("taylor-x", make_round(1))
+        clock.now_s += 20
+        board.end_trial("taylor-x", "finished", "accuracy 87.50%", 0.875)
+        clock.now_s += 20
+        board.end_trial("b", "failed", "ran [out] of luck")
+        clock.now_s += 20
+        board.end_trial("c", "stopped", "after round 1, accuracy 20.00%")
+        clock.now_s += 20
+        board.end_trial("d", "finished", "accuracy 50.00%", 0.5)
+        clock.now_s += 20
+        board.end_trial("e", "finished", "accuracy 60.00%", 0.6)
+    out, err = capsys.readouterr()
+    assert out == ""
+    # The first trial pays for the start, so there is no guess before the second; what was known
+    # took no time.
+    assert err.splitlines() == [
+        "2/6  taylor-x  finished  accuracy 87.50%",
+        "3/6  b  failed  ran [out] of luck, 1:00 left",
+        "4/6  c  stopped  after round 1, accuracy 20.00%, 0:40 left",
+        "5/6  d  finished  accuracy 50.00%, 0:20 left",
+        "6/6  e  finished  accuracy 60.00%",
+    ]
+
+
+def test_a_sweep_of_unknown_length_promises_nothing(
+    capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
+    with SweepBoard() as board:
+        board.begin(None, [])
+        for trial in "abc":
+            clock.now_s += 20
+            board.end_trial(trial, "finished", "accuracy 50.00%", 0.5)
+    assert [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "1/?",
+        "2/?",
+        "3/?",
+    ]
+
+
+def test_a_quiet_sweep_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with SweepBoard(is_quiet=True) as board:
+        board.begin(2, [("known", 0.5)])
+        board.show(TICK)
+        board.end_trial("taylor-x", "finished", "accuracy 87.50%", 0.875)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "best"),
+    [
+        ("accuracy", {"known": 0.5, "taylor-x": 0.875}, "best 87.50% by taylor-x"),
+        ("accuracy", {"known": 0.9, "taylor-x": 0.875}, "best 90.00% by known"),
+        ("loss", {"known": 0.5, "taylor-x": 0.875}, "best 0.5000 by known"),
+    ],
+)
+def test_a_terminal_shows_the_sweep_as_a_whole_and_what_runs(
+    monkeypatch: pytest.MonkeyPatch,
+    clock: Clock,
+    metric: str,
+    values: dict[str, float],
+    best: str,
+) -> None:
+    monkeypatch.setattr(
+        progress, "Console", lambda **options: Console(file=io.StringIO(), force_terminal=True)
+    )
+    with SweepBoard(metric=metric) as board:
+        board.begin(10, [("known", values["known"])])
+        for trial in ("taylor-x", "b", "c"):
+            board.show(replace(TICK, trial=trial))
+        clock.now_s += 30
+        board.end_trial("b", "failed", "out of luck")
+        board.end_trial("taylor-x", "finished", "", values["taylor-x"])
+        whole, running = board._bars.tasks
+        assert running.description == "c  round 1/3", "those that have ended keep no bar"
+        assert whole.completed == pytest.approx(0.3)
+        assert whole.description == "sweep 3/10: 2 done, 1 running, 1 failed"
+        assert whole.fields["detail"] == f"1:45 left, {best}"
+        board.end_trial("c", "stopped", "")
+        assert whole.description == "sweep 4/10: 2 done, 0 running, 1 stopped, 1 failed"
