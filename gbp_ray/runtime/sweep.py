@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import queue
 import tempfile
@@ -28,10 +29,12 @@ from pathlib import Path
 from typing import Any
 
 from gbp_ray.config import JobConfig, trial_id
-from gbp_ray.errors import ConfigError, GbpError, TransientStoreError, TrialError
+from gbp_ray.errors import GbpError, TransientStoreError, TrialError
 from gbp_ray.runtime.failures import first_line, unwrap
 from gbp_ray.runtime.loggers import make_loggers
+from gbp_ray.runtime.machines import check_cluster, check_folder, is_autoscaling, list_machines
 from gbp_ray.runtime.mailbox import Mailbox, Relay
+from gbp_ray.runtime.placement import count_trials, worker_resources
 from gbp_ray.runtime.plans import Feeder, Outcome
 from gbp_ray.runtime.progress import SweepBoard, Tick
 from gbp_ray.runtime.solo import Step, run_solo, run_whole
@@ -58,6 +61,8 @@ from gbp_ray.runtime.schedulers import GuardedScheduler  # noqa: E402
 __all__ = ["run_sweep"]
 
 _TICK_INTERVAL_S = 0.5
+_LOOK_INTERVAL_S = 5.0
+"""Between two looks at how many machines there are."""
 
 
 def run_sweep(
@@ -83,8 +88,8 @@ def run_sweep(
         # It repeats at the end what the board has said when it happened.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     with ray_session(base.cluster, is_debug), Relay(board) as relay:
-        num_slots = _count_slots(base)
-        feeder.plan.num_slots = num_slots
+        check_cluster(base, import_paths)
+        slots = _Slots(base, feeder)
         scheduler = None
         if base.sweep.scheduler != "fifo":
             scheduler = _make_scheduler(base, feeder, store)
@@ -99,7 +104,7 @@ def run_sweep(
                 tune.with_resources(trainable, _resources(base)),
                 tune_config=tune.TuneConfig(
                     num_samples=-1,
-                    search_alg=_FeederSearch(base, feeder, num_slots),
+                    search_alg=_FeederSearch(base, feeder, slots),
                     scheduler=scheduler,
                     reuse_actors=True,
                     trial_name_creator=_name_of,
@@ -129,20 +134,27 @@ def run_sweep(
                 ) from error
 
 
-def _count_slots(base: JobConfig) -> int:
-    """Counts the trials that the cluster holds at a time."""
-    kind = "GPU" if base.cluster.use_gpu else "CPU"
-    nodes = [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
-    if _is_nested(base):
-        num_slots = int(sum(nodes) // base.cluster.max_workers)
-        if num_slots == 0:
-            raise ConfigError(
-                f"cluster.num_workers = {base.cluster.max_workers}: the cluster has "
-                f"{sum(nodes):g} {kind}s; lower it"
-            )
-    else:
-        num_slots = max(1, int(sum(n // _resources(base)[kind] for n in nodes)))
-    return min(num_slots, base.sweep.max_concurrent or num_slots)
+class _Slots:
+    """How many trials run at a time: as many as the cluster holds, which may change meanwhile."""
+
+    def __init__(self, base: JobConfig, feeder: Feeder) -> None:
+        self._base, self._feeder = base, feeder
+        self._is_autoscaling = is_autoscaling(base.cluster)
+        self._looked = -math.inf
+        self.count()
+
+    def count(self) -> int:
+        """Counts them, and lets the plan know."""
+        if (now := time.monotonic()) - self._looked > _LOOK_INTERVAL_S:
+            self._looked = now
+            most = self._base.sweep.max_concurrent
+            # A machine that is lost or has yet to come leaves room for one to wait.
+            number = max(1, count_trials(self._base.cluster, list_machines()))
+            if most is not None:
+                # What has no room yet is what makes a cluster grow.
+                number = most if self._is_autoscaling else min(number, most)
+            self._feeder.plan.num_slots = number
+        return self._feeder.plan.num_slots
 
 
 def _is_nested(base: JobConfig) -> bool:
@@ -153,9 +165,7 @@ def _resources(base: JobConfig) -> dict[str, float]:
     if _is_nested(base):
         # Tune takes no request without any resource, and a byte of memory is always there.
         return {"CPU": 0, "memory": 1}
-    most = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-    cpus = max(1, min(base.cluster.threads_per_worker, most))
-    return {"CPU": cpus, **({"GPU": 1} if base.cluster.use_gpu else {})}
+    return worker_resources(base.cluster, list_machines())
 
 
 # -- what Tune asks the driver ---------------------------------------------------------------------
@@ -171,13 +181,13 @@ class _Unsaved:
 class _FeederSearch(_Unsaved, Searcher):  # type: ignore[misc]
     """Lets Tune take its trials from a feeder."""
 
-    def __init__(self, base: JobConfig, feeder: Feeder, num_slots: int) -> None:
+    def __init__(self, base: JobConfig, feeder: Feeder, slots: _Slots) -> None:
         super().__init__()
-        self._feeder = feeder
+        self._feeder, self._slots = feeder, slots
         # One more that waits for a process saves the process from waiting for it, as Tune starts no
         # more than it has resources for. Of the CPUs of nested workers it knows nothing.
         is_bounded = _is_nested(base) or base.sweep.max_concurrent is not None
-        self._most = num_slots + (not is_bounded)
+        self._num_waiting = int(not is_bounded)
         self._fields = [field for axis in parse_space(base.sweep.space) for field in axis.fields]
         if base.sweep.target.max_drop is not None:
             self._fields.append("prune.sparsity")
@@ -186,7 +196,8 @@ class _FeederSearch(_Unsaved, Searcher):  # type: ignore[misc]
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        if not self._feeder.is_over and self._feeder.num_running < self._most:
+        most = self._slots.count() + self._num_waiting
+        if not self._feeder.is_over and self._feeder.num_running < most:
             job = self._feeder.next()
             if job is not None:
                 # The loggers show what varies; the trial goes by the whole.
@@ -350,13 +361,20 @@ class _TuneTrial(tune.Trainable):  # type: ignore[misc]
         self._last: dict[str, Any] = {}
         tell = _throttle(self._mailbox)
         if _is_nested(self._job):
-            self._steps = run_whole(
+            steps = run_whole(
                 self._job,
                 self._store,
                 lambda: _run_nested(self._job, self._import_paths, self._mailbox),
             )
         else:
-            self._steps = run_solo(self._job, tell)
+            steps = run_solo(self._job, tell)
+        self._steps = _run_checked(self._job, steps)
+
+
+def _run_checked(job: JobConfig, steps: Iterator[Step]) -> Iterator[Step]:
+    # On a machine that has joined since the others were asked.
+    check_folder(job)
+    yield from steps
 
 
 def _as_result(job: JobConfig, step: Step, before: dict[str, Any]) -> dict[str, Any]:
