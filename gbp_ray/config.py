@@ -10,13 +10,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
-import re
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -24,8 +22,10 @@ from pydantic.fields import FieldInfo
 from gbp_ray.address import S3Address
 from gbp_ray.cluster_config import ClusterConfig
 from gbp_ray.errors import ConfigError
-from gbp_ray.sections import Section, dotted, explain_faults, nearest_name
+from gbp_ray.prune_config import CRITERIA, PruneConfig
+from gbp_ray.sections import PLUG_IN, Section, dotted, explain_faults, nearest_name
 from gbp_ray.space import SweepConfig, TargetConfig, first_values, span
+from gbp_ray.training_config import DistillationConfig, FinetuneConfig, PretrainConfig, Recipe
 
 __all__ = [
     "CRITERIA",
@@ -52,25 +52,7 @@ __all__ = [
 SCHEMA_VERSION = 1
 """Part of every trial id: raised when the meaning of a field changes, never for a new field."""
 
-CRITERIA = (
-    "magnitude",
-    "random",
-    "taylor",
-    "snip",
-    "taylor_squared",
-    "fisher",
-    "obd",
-    "grasp",
-    "synflow",
-    "movement",
-)
-"""Names of the built-in criteria; `gbp-ray criteria` tells what each is."""
-
-_PLUG_IN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-_PATTERN_N_M = re.compile(r"(\d+):(\d+)")
 _TRAINING_KEYS_OUTSIDE_IDENTITY = {"name", "storage", "cluster", "sweep"}
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class WorkloadConfig(Section):
@@ -86,7 +68,7 @@ class WorkloadConfig(Section):
     @field_validator("factory")
     @classmethod
     def _is_plug_in(cls, value: str) -> str:
-        if not _PLUG_IN.fullmatch(value):
+        if not PLUG_IN.fullmatch(value):
             raise ValueError('must read "module:attr", like "gbp_ray.zoo:digits_convnet"')
         return value
 
@@ -104,161 +86,6 @@ class WorkloadConfig(Section):
                     "put quotes around a date"
                 ) from None
         return plain
-
-
-class Recipe(Section):
-    """How weights are trained; pretrain and finetune each have one."""
-
-    epochs: float = Field(0.0, ge=0.0, le=1e6)
-    """Passes over the training data, fractions allowed; finetune: after each round."""
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """Update rule; sgd uses momentum, adamw decouples weight decay."""
-    learning_rate: float = Field(0.05, gt=0.0)
-    """Peak learning rate, reached after the warm-up."""
-    momentum: float = Field(0.9, ge=0.0, lt=1.0)
-    """Momentum of sgd; the others ignore it."""
-    weight_decay: float = Field(5e-4, ge=0.0)
-    """L2 penalty (sgd, adam) or decoupled decay (adamw); never applied to pruned weights."""
-    lr_schedule: Literal["constant", "cosine", "step"] = "cosine"
-    """Shape of the learning rate after the warm-up."""
-    lr_milestones: tuple[Fraction, ...] = (0.5, 0.75)
-    """For lr_schedule = "step": the shares of the training at which the rate drops."""
-    lr_gamma: float = Field(0.1, gt=0.0, le=1.0)
-    """For lr_schedule = "step": the factor of each drop."""
-    warmup_epochs: float = Field(0.0, ge=0.0)
-    """Epochs of linear warm-up from zero to learning_rate."""
-    batch_size: int = Field(128, ge=1)
-    """Examples per optimizer step over all workers together; changing workers keeps it."""
-    microbatches: int = Field(4, ge=1)
-    """Equal parts each batch is cut into and dealt to the workers; at most this many share a step.
-    BatchNorm sees one part at a time, so the result depends on this and never on num_workers."""
-
-    @model_validator(mode="after")
-    def _parts_fit(self) -> Recipe:
-        if self.microbatches > self.batch_size:
-            raise ValueError(
-                f"microbatches = {self.microbatches} exceeds batch_size = {self.batch_size}; "
-                "lower microbatches"
-            )
-        return self
-
-
-class PretrainConfig(Recipe):
-    """Training of the dense network before the first round; epochs = 0 takes it as built."""
-
-
-class DistillationConfig(Section):
-    """Fine-tuning that learns from the dense network's outputs beside the labels."""
-
-    weight: Fraction = 0.0
-    """Share of the distillation loss, the rest being the workload's own; 0 turns it off."""
-    temperature: float = Field(4.0, gt=0.0)
-    """What both networks' outputs are divided by before the softmax; higher is softer."""
-
-
-class FinetuneConfig(Recipe):
-    """Training of the kept weights after each round."""
-
-    learning_rate: float = Field(0.01, gt=0.0)
-    """Peak learning rate, reached after the warm-up."""
-    distillation: DistillationConfig = DistillationConfig()
-
-
-class PruneConfig(Section):
-    """What is removed, and by which rule."""
-
-    criterion: str
-    """A built-in criterion (see `gbp-ray criteria`) or your own as "module:attr"."""
-    sparsity: float = Field(ge=0.0, lt=1.0)
-    """Removed units / prunable units after the last round."""
-    rounds: int = Field(1, ge=1, le=999)
-    """How often score, select and fine-tune are repeated."""
-    schedule: Literal["one_shot", "linear", "cubic", "geometric"] = "geometric"
-    """Sparsity after each round; one_shot removes everything in round 1 and fine-tunes on."""
-    ramp_rounds: int | None = Field(None, ge=1)
-    """Rounds after which the sparsity is reached; those left only fine-tune. Unset takes all."""
-    scope: Literal["global", "layer"] = "global"
-    """Who competes: all weights together, or each layer on its own at the same sparsity."""
-    granularity: str = "weight"
-    """What is removed: "weight", or "n:m" such as "2:4", which keeps n of every m inputs."""
-    calibration_examples: int = Field(512, ge=1)
-    """Training examples the scores are computed on."""
-    calibration_batch_size: int = Field(64, ge=1)
-    """Examples per scoring batch; part of the definition of taylor_squared."""
-    calibration_augment: bool = True
-    """Whether scoring sees training examples augmented, as training does, or plain."""
-    hutchinson_probes: int = Field(4, ge=1)
-    """Random probes per batch for the Hessian diagonal of obd."""
-    batchnorm_examples: int = Field(2048, ge=0)
-    """Training examples that re-estimate BatchNorm statistics after each prune; 0 keeps them."""
-    rewind: Literal["none", "weights", "learning_rate"] = "none"
-    """After each prune: "weights" puts kept weights back to their dense values, "learning_rate"
-    starts the schedule anew, "none" runs one schedule through all rounds."""
-    exclude: tuple[str, ...] = ()
-    """Name globs of parameters that are never pruned, such as "conv1.*"."""
-    layer_min_sparsity: float | dict[str, float] = 0.0
-    """Least sparsity of every layer, or of those matching a glob: { "layer3.*" = 0.5 }."""
-    layer_max_sparsity: float | dict[str, float] = 1.0
-    """Greatest sparsity of every layer, or of those matching a glob. One weight always stays."""
-
-    @field_validator("criterion")
-    @classmethod
-    def _is_known(cls, value: str) -> str:
-        if value not in CRITERIA and not _PLUG_IN.fullmatch(value):
-            raise ValueError(
-                f"is not a criterion{nearest_name(value, CRITERIA)} (allowed: "
-                f'{", ".join(CRITERIA)}, or your own as "module:attr")'
-            )
-        return value
-
-    @field_validator("granularity")
-    @classmethod
-    def _is_granularity(cls, value: str) -> str:
-        match = _PATTERN_N_M.fullmatch(value)
-        if value != "weight" and not (match and 0 < int(match[1]) < int(match[2])):
-            raise ValueError('must be "weight" or "n:m" with 0 < n < m, such as "2:4"')
-        return value
-
-    @field_validator("layer_min_sparsity", "layer_max_sparsity")
-    @classmethod
-    def _are_fractions(cls, value: float | dict[str, float]) -> float | dict[str, float]:
-        for bound in value.values() if isinstance(value, dict) else [value]:
-            if not 0.0 <= bound <= 1.0:
-                raise ValueError(f"{bound} is outside [0, 1]")
-        return value
-
-    @model_validator(mode="after")
-    def _agree(self) -> PruneConfig:
-        faults = []
-        if self.pattern is not None:
-            n, m = self.pattern
-            if not math.isclose(self.sparsity, 1 - n / m, abs_tol=1e-9):
-                faults.append(
-                    f'granularity = "{self.granularity}" means sparsity = {1 - n / m:g}, not '
-                    f"{self.sparsity:g}; set prune.sparsity={1 - n / m:g}"
-                )
-        if self.ramp_rounds is not None and self.ramp_rounds > self.rounds:
-            faults.append(
-                f"ramp_rounds = {self.ramp_rounds} exceeds rounds = {self.rounds}; lower it"
-            )
-        low, high = self.layer_min_sparsity, self.layer_max_sparsity
-        if isinstance(low, float) and low > self.sparsity:
-            faults.append(
-                f"layer_min_sparsity = {low:g} exceeds sparsity = {self.sparsity:g}; lower it"
-            )
-        if isinstance(high, float) and high < self.sparsity:
-            faults.append(
-                f"layer_max_sparsity = {high:g} is below sparsity = {self.sparsity:g}; raise it"
-            )
-        if faults:
-            raise ValueError(*faults)
-        return self
-
-    @property
-    def pattern(self) -> tuple[int, int] | None:
-        """(n, m) of an n:m granularity, None for single weights."""
-        match = _PATTERN_N_M.fullmatch(self.granularity)
-        return (int(match[1]), int(match[2])) if match else None
 
 
 class JobConfig(Section):

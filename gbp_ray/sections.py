@@ -9,11 +9,17 @@ import difflib
 import json
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-__all__ = ["Section", "dotted", "explain_faults", "nearest_name"]
+__all__ = ["PLUG_IN", "Fraction", "Section", "dotted", "explain_faults", "nearest_name"]
+
+PLUG_IN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""How code is named: "module:attr"."""
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+"""A share of a whole."""
 
 _LAYER_BOUNDS = ("layer_min_sparsity", "layer_max_sparsity")
 

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from gbp_ray.config import JobConfig, Recipe
 from gbp_ray.errors import ConfigError, PruneError, StoreError
+from gbp_ray.pruning.batchnorm import recalibrate_batchnorm
 from gbp_ray.pruning.building import build_start, copy_frozen, network_of_seed
 from gbp_ray.pruning.checkpoint import (
     Checkpoint,
@@ -31,8 +32,10 @@ from gbp_ray.pruning.checkpoint import (
     spread_masks,
 )
 from gbp_ray.pruning.criteria import criterion, movement_statistic
+from gbp_ray.pruning.evaluation import evaluate
 from gbp_ray.pruning.masks import MaskSet, Prunable, prunable_parameters
 from gbp_ray.pruning.metrics import measure
+from gbp_ray.pruning.objective import Teacher
 from gbp_ray.pruning.ranks import Ranks, isolated
 from gbp_ray.pruning.saliency import check_criterion, score
 from gbp_ray.pruning.schedule import sparsity_schedule
@@ -41,13 +44,10 @@ from gbp_ray.pruning.sharding import is_sharded, local
 from gbp_ray.pruning.slices import SlicedScores
 from gbp_ray.pruning.training import (
     Span,
-    Teacher,
     check_pruned_zero,
-    evaluate,
     forget_pruned,
     make_optimizer,
     num_steps,
-    recalibrate_batchnorm,
     train_epochs,
 )
 from gbp_ray.store import RoundRecord

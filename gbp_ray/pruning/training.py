@@ -1,4 +1,4 @@
-"""Training, evaluation and BatchNorm re-estimation of masked networks, the same on any W.
+"""Training of masked networks, the same on any number of workers W.
 
 An optimizer step sees one batch, cut into `microbatches` parts. A part is computed whole on one
 rank, and the parts' gradients are added in part order (`folding.GradientSums`), so a step gives
@@ -14,48 +14,36 @@ Shape suffixes: L = weights of one slice, flat; B = buffer elements.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from gbp_ray.config import DistillationConfig, Recipe
+from gbp_ray.config import Recipe
 from gbp_ray.errors import PruneError
 from gbp_ray.pruning.folding import GradientSums
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.pruning.ranks import OrderedSum, Ranks, buffer_slots, isolated
+from gbp_ray.pruning.objective import Teacher, training_loss
+from gbp_ray.pruning.ranks import OrderedSum, Ranks, buffer_slots
 from gbp_ray.pruning.sharding import add_over_ranks, is_shard, is_sharded, leaves, local
 from gbp_ray.pruning.slices import cut_rows
 from gbp_ray.workload import (
     Workload,
-    blaming_labels,
-    check_finite,
-    check_labels,
-    cut_batches,
     derive_seed,
     num_examples,
-    seeded,
     shuffled_indices,
-    take_batch,
 )
 
 __all__ = [
     "Span",
-    "Teacher",
     "check_pruned_zero",
-    "distillation_loss",
-    "evaluate",
     "forget_pruned",
     "learning_rate",
     "make_optimizer",
     "num_steps",
-    "recalibrate_batchnorm",
     "train_epochs",
 ]
 
@@ -73,14 +61,6 @@ class Span:
     phase: str
     steps: range
     planned: range
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A network whose outputs the one in training learns to give; never trained itself."""
-
-    model: nn.Module
-    config: DistillationConfig
 
 
 def num_steps(recipe: Recipe, workload: Workload, epochs: float) -> int:
@@ -234,7 +214,7 @@ def train_epochs(
                     number = 0 if item is None and is_sharded(model) else item
                     if number is not None:
                         part, draws = parts[number], derive_seed(seed, span.phase, step, number)
-                        loss = _loss_of(model, workload, teacher, part, draws, ranks.device)
+                        loss = training_loss(model, workload, teacher, part, draws, ranks.device)
                         loss.backward()
                         beside = torch.cat([buffers.collect_change(), loss.detach().view(1)])
                         beside *= len(part) / len(batch)
@@ -272,55 +252,6 @@ def _batch_of_step(recipe: Recipe, workload: Workload, seed: int, phase: str, st
 @lru_cache(maxsize=2)
 def _epoch_order(total: int, seed: int) -> Tensor:
     return shuffled_indices(total, seed)
-
-
-def _loss_of(
-    model: nn.Module,
-    workload: Workload,
-    teacher: Teacher | None,
-    indices: Tensor,
-    draws: int,
-    device: torch.device,
-) -> Tensor:
-    inputs, targets = take_batch(
-        workload, workload.train, indices, device=device, augment_seed=draws
-    )
-    with (
-        blaming_labels(workload, model, "train", indices),
-        seeded(derive_seed(draws, "forward")),
-    ):
-        outputs = model(inputs)
-        check_labels(workload, "train", indices, outputs, targets)
-        loss = workload.loss(outputs, targets)
-    if teacher is not None:
-        teacher.model.eval()
-        with torch.no_grad(), isolated(teacher.model, derive_seed(draws, "teacher")):
-            taught = teacher.model(inputs)
-        weight = teacher.config.weight
-        imitation = distillation_loss(outputs, taught, teacher.config.temperature)
-        loss = (1 - weight) * loss + weight * imitation
-    return loss
-
-
-def distillation_loss(outputs: Tensor, taught: Tensor, temperature: float) -> Tensor:
-    """Computes T^2 * mean over examples of KL(softmax(taught / T) || softmax(outputs / T)).
-
-    T^2 keeps its gradient of the size of the labels' own, whatever the temperature.
-
-    Args:
-        outputs: (B, classes, ...) logits of the network in training.
-        taught: The teacher's, likewise.
-
-    Source:
-        Hinton, Vinyals and Dean 2015 (1503.02531), section 2.
-    """
-    divergence = functional.kl_div(
-        functional.log_softmax(outputs / temperature, dim=1),
-        functional.log_softmax(taught / temperature, dim=1),
-        reduction="none",
-        log_target=True,
-    )
-    return temperature**2 * divergence.sum(dim=1).mean()
 
 
 def _refuse_non_finite(
@@ -407,144 +338,3 @@ class _Buffers:
     def _restore(self) -> None:
         for buffer, before in self._before.items():
             buffer.copy_(before)
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    workload: Workload,
-    ranks: Ranks,
-    batch_size: int,
-    tell: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[float, float]:
-    """Measures accuracy and mean loss on the test split, each example once. Communicates.
-
-    Returns:
-        (accuracy in [0, 1], mean loss).
-
-    Raises:
-        WorkloadError: An input or a target is NaN or infinite and the loss with it, or a label is
-            out of range; on every rank, naming the example.
-    """
-    total = num_examples(workload.test)
-    batches = cut_batches(total, batch_size)
-    losses = torch.zeros(len(batches), dtype=torch.float64, device=ranks.device)
-    correct = torch.zeros((), dtype=torch.int64, device=ranks.device)
-    model.eval()
-
-    def measure(item: int, *, is_counted: bool) -> None:
-        indices = torch.arange(batches[item].start, batches[item].stop)
-        inputs, targets = take_batch(workload, workload.test, indices, device=ranks.device)
-        with blaming_labels(workload, model, "test", indices):
-            with isolated(model, derive_seed("evaluate", item)):
-                outputs = model(inputs)
-            if not is_counted:
-                return
-            check_labels(workload, "test", indices, outputs, targets)
-            losses[item] = workload.loss(outputs, targets).double() * len(indices)
-        correct.add_(workload.count_correct(outputs, targets))
-
-    def measure_own() -> None:
-        for turn, item in enumerate(ranks.deal(len(batches))):
-            if item is not None:
-                measure(item, is_counted=True)
-            elif is_sharded(model):
-                # All ranks pass through a sharded network; one without a batch for nothing.
-                measure(0, is_counted=False)
-            tell(min((turn + 1) * ranks.world_size, len(batches)), len(batches))
-        for item in (~torch.isfinite(losses)).nonzero().flatten().tolist():
-            check_finite(workload, "test", torch.arange(batches[item].start, batches[item].stop))
-
-    # Nothing is exchanged before the end, so a rank that fails must not leave the others there.
-    ranks.together(measure_own, communicates=is_sharded(model))
-    losses, correct = ranks.fill_in(losses), ranks.fill_in(correct)
-    return correct.item() / total, losses.sum().item() / total
-
-
-@torch.no_grad()
-def recalibrate_batchnorm(
-    model: nn.Module,
-    workload: Workload,
-    ranks: Ranks,
-    *,
-    examples: int,
-    batch_size: int,
-    seed: int,
-) -> int:
-    """Re-estimates BatchNorm's running statistics on training examples, augmented as in training.
-
-    Pruning shifts what each layer receives; stale statistics alone can cost most of the accuracy.
-    So can statistics of clean images: the weights were trained beside those of augmented ones, and
-    a CIFAR-10 ResNet-20 loses 2.5 points at once when only its statistics change to clean ones.
-    Running mean and variance become the mean over batches of the batch statistics, and where a
-    module is called several times in a forward pass, of each of its calls. Communicates.
-
-    Returns:
-        Examples used; 0 where the model has no running statistics.
-    """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    available = num_examples(workload.train)
-    examples = min(examples, available)
-    # One example has no variance over a batch.
-    batches = [b for b in cut_batches(examples, batch_size) if len(b) > 1]
-    if not norms or not batches:
-        return 0
-    chosen = shuffled_indices(available, derive_seed(seed, "batchnorm"))[:examples]
-    statistics = [s for n in norms for s in (n.running_mean, n.running_var) if s is not None]
-    momenta = [norm.momentum for norm in norms]
-    wire_dtype = torch.promote_types(statistics[0].dtype, torch.float32)
-    sums = OrderedSum(
-        ranks, sum(s.numel() for s in statistics), len(batches), torch.float64, wire_dtype
-    )
-    model.eval()
-    for norm in norms:
-        norm.train()
-        norm.momentum = 1.0
-    for item in ranks.deal(len(batches)):
-        vector: Tensor | None = None
-        number = 0 if item is None and is_sharded(model) else item
-        if number is not None:
-            batch = batches[number]
-            indices = chosen[batch.start : batch.stop]
-            draws = derive_seed(seed, "batchnorm", number)
-            with sums.attempt(communicates=is_sharded(model)):
-                inputs, _ = take_batch(
-                    workload, workload.train, indices, device=ranks.device, augment_seed=draws
-                )
-                with isolated(model, derive_seed(draws, "forward")), _averaged_over_calls(norms):
-                    model(inputs)
-                    vector = torch.cat([s.reshape(-1) for s in statistics]) * len(batch)
-        sums.add(None if item is None else vector)
-    total = sum(len(batch) for batch in batches)
-    means = (sums.result() / total).split([s.numel() for s in statistics])
-    for statistic, mean in zip(statistics, means, strict=True):
-        statistic.copy_(mean.view_as(statistic))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
-    return total
-
-
-@contextmanager
-def _averaged_over_calls(norms: Iterable[_BatchNorm]) -> Iterator[None]:
-    """Makes the running statistics the mean over a module's calls in the block.
-
-    With a momentum of 1 they are those of the last call alone. A single call keeps its bits.
-    """
-    means: dict[_BatchNorm, tuple[int, list[Tensor]]] = {}
-
-    def note(norm: nn.Module, inputs: object, outputs: object) -> None:
-        assert isinstance(norm, _BatchNorm)
-        own = [s for s in (norm.running_mean, norm.running_var) if s is not None]
-        calls, earlier = means.get(norm, (0, own))
-        if calls:
-            for statistic, mean in zip(own, earlier, strict=True):
-                statistic.lerp_(mean, calls / (calls + 1))
-        means[norm] = calls + 1, [statistic.clone() for statistic in own]
-
-    hooks = [norm.register_forward_hook(note) for norm in norms]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -36,22 +36,18 @@ from gbp_ray.config import (
     PretrainConfig,
 )
 from gbp_ray.errors import ConfigError, PruneError, WorkloadError
+from gbp_ray.pruning.batchnorm import recalibrate_batchnorm
 from gbp_ray.pruning.building import copy_frozen
 from gbp_ray.pruning.checkpoint import Checkpoint
+from gbp_ray.pruning.evaluation import evaluate
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
+from gbp_ray.pruning.objective import Teacher
 from gbp_ray.pruning.ranks import OrderedSum, Ranks
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.pruning.saliency import score
 from gbp_ray.pruning.selection import select_masks
 from gbp_ray.pruning.sharding import gather_whole, local, shard_network
-from gbp_ray.pruning.training import (
-    Span,
-    Teacher,
-    evaluate,
-    make_optimizer,
-    recalibrate_batchnorm,
-    train_epochs,
-)
+from gbp_ray.pruning.training import Span, make_optimizer, train_epochs
 
 SUM_CASES = [
     (num_elements, num_items, dtype, wire)

@@ -10,7 +10,7 @@ from small_networks import ConvNet, built, draw, images
 from small_trainings import recipe_of, steps, train
 
 from gbp_ray.config import DistillationConfig
-from gbp_ray.pruning.training import Teacher, distillation_loss
+from gbp_ray.pruning.objective import Teacher, distillation_loss
 
 
 def test_the_distillation_loss_is_the_mean_divergence_times_the_squared_temperature() -> None:

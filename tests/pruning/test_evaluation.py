@@ -25,7 +25,8 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from gbp_ray.errors import WorkloadError
-from gbp_ray.pruning.training import evaluate, recalibrate_batchnorm
+from gbp_ray.pruning.batchnorm import recalibrate_batchnorm
+from gbp_ray.pruning.evaluation import evaluate
 from gbp_ray.workload import derive_seed, seeded, shuffled_indices
 
 # -- BatchNorm -------------------------------------------------------------------------------------
