@@ -28,6 +28,7 @@ from gbp_ray.config import (
     trial_id,
 )
 from gbp_ray.errors import ConfigError, StoreError, TrialError
+from gbp_ray.forecast import SweepPlan, find_trials, make_sweep_plan, see_machines
 from gbp_ray.index import flatten
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.plan import Plan as CostPlan
@@ -69,6 +70,7 @@ __all__ = [
     "SweepResult",
     "open_result",
     "plan_prune",
+    "plan_sweep",
     "prune",
     "sweep",
 ]
@@ -347,6 +349,41 @@ def sweep(
         outcomes=tuple(outcomes),
         answers=tuple(plan.answers()) if isinstance(plan, Bisection) else (),
         seconds=time.monotonic() - started,
+    )
+
+
+def plan_sweep(
+    job: JobConfig | str | Path, overrides: Mapping[str, Any] | list[str] | None = None
+) -> SweepPlan:
+    """Plans what `sweep` would do now; starts no workers and writes nothing.
+
+    Sends a few examples through each kind of network. A cluster that the job names is joined for a
+    moment, to see its machines.
+
+    Raises:
+        GbpError: As `sweep`.
+    """
+    import_paths = _add_import_paths(job)
+    job = load_job(job, overrides)
+    trials = expand(job) if job.sweep.search == "grid" else []
+    _warn_of_idle_options(trials, stacklevel=3)
+    check_extras(job)
+    store = Store(job.storage, job.name)
+    known = Known(store, job.sweep)
+    num_suggested = None
+    if job.sweep.search == "optuna":
+        # What it would choose it does not know itself before trials have ended.
+        earlier = known.find_in(job)[: job.sweep.num_samples]
+        plan: Plan = TrialList(earlier)
+        num_suggested = job.sweep.num_samples - len(earlier)
+    else:
+        plan = _plan(job, trials, known)
+    found = find_trials(job, Feeder(plan, known), num_suggested)
+    if found.left:
+        store.check_claim(JobRecord(factory=job.workload.factory))
+    machines = see_machines(job)
+    return make_sweep_plan(
+        job, found, store, machines, lambda trial: _load_checked(trial, import_paths)
     )
 
 
