@@ -58,7 +58,10 @@ from ray.tune.search import Searcher  # noqa: E402
 
 from gbp_ray.runtime.schedulers import GuardedScheduler  # noqa: E402
 
-__all__ = ["run_sweep"]
+__all__ = ["RunTrial", "run_sweep"]
+
+RunTrial = Callable[[JobConfig, Callable[[Tick], None]], Iterator[Step]]
+"""Runs a trial of at most one worker in this process, a round at a time, and commits it."""
 
 _TICK_INTERVAL_S = 0.5
 _LOOK_INTERVAL_S = 5.0
@@ -72,6 +75,7 @@ def run_sweep(
     board: SweepBoard,
     *,
     is_debug: bool = False,
+    run: RunTrial = run_solo,
 ) -> None:
     """Runs what the feeder gives until it is over; the feeder then has all outcomes.
 
@@ -79,6 +83,7 @@ def run_sweep(
         base: The job with its sweep.
         import_paths: Folders where workers find the user's modules.
         is_debug: Lets Ray's own output through.
+        run: What a trial of at most one worker does.
 
     Raises:
         GbpError: Ray did not start, or stopped working.
@@ -98,6 +103,7 @@ def run_sweep(
             import_paths=import_paths,
             working_folder=os.getcwd(),  # noqa: PTH109
             mailbox=relay.mailbox,
+            run=run,
         )
         with tempfile.TemporaryDirectory(prefix="gbp-ray-") as scratch:
             tuner = tune.Tuner(
@@ -315,9 +321,10 @@ class _TuneTrial(tune.Trainable):  # type: ignore[misc]
         import_paths: list[str],
         working_folder: str,
         mailbox: Any,
+        run: RunTrial,
     ) -> None:
         self._working_folder, self._import_paths = working_folder, import_paths
-        self._mailbox = mailbox
+        self._mailbox, self._run = mailbox, run
         self._steps: Iterator[Step] | None = None
         self._begin(config)
 
@@ -367,7 +374,7 @@ class _TuneTrial(tune.Trainable):  # type: ignore[misc]
                 lambda: _run_nested(self._job, self._import_paths, self._mailbox),
             )
         else:
-            steps = run_solo(self._job, tell)
+            steps = self._run(self._job, tell)
         self._steps = _run_checked(self._job, steps)
 
 
