@@ -23,11 +23,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from sharded_memory import INPUTS, BlockNet  # noqa: E402
+from sharded_memory import INPUTS, BlockNet
 
-from gbp_ray.config import JobConfig  # noqa: E402
-from gbp_ray.pruning.phases import Phase, Sizes, plan_phases  # noqa: E402
-from gbp_ray.workload import Workload  # noqa: E402
+from gbp_ray.config import JobConfig
+from gbp_ray.pruning.phases import Phase, Sizes, plan_phases
+from gbp_ray.workload import Workload
 
 MODELS = ((10**8, 12), (10**9, 24), (10**10, 40), (10**11, 80))
 """Weights, and blocks that FSDP2 gathers one at a time, as language models of that size have."""
