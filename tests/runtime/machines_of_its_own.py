@@ -110,8 +110,13 @@ class Machines:
 
     def stop(self) -> None:
         """Ends all of them and takes the bridge away."""
-        for ip in list(self._processes)[::-1]:
+        head, *others = self._processes.copy() or [""]
+        for ip in others:
             self.lose(ip)
+        if head:
+            # It ends what it has started, which is in no namespace.
+            self._processes[head].terminate()
+            self._processes.pop(head).wait(60)
         subprocess.run(["ip", "link", "del", _BRIDGE], capture_output=True)
         shutil.rmtree(self._folder, ignore_errors=True)
 
