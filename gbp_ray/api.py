@@ -28,10 +28,17 @@ from gbp_ray.config import (
     trial_id,
 )
 from gbp_ray.errors import ConfigError, StoreError, TrialError
-from gbp_ray.forecast import SweepPlan, find_trials, make_sweep_plan, see_machines
+from gbp_ray.forecast import (
+    PrunePlan,
+    SweepPlan,
+    find_misfits,
+    find_trials,
+    make_sweep_plan,
+    see_machines,
+    take_of_host,
+)
 from gbp_ray.index import flatten
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.pruning.plan import Plan as CostPlan
 from gbp_ray.pruning.plan import make_plan
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import check_job, load_weights
@@ -170,36 +177,6 @@ def prune(
     return PruneResult(record, store.trial_uri(name))
 
 
-@dataclass(frozen=True)
-class PrunePlan:
-    """What running a job would do now.
-
-    Attributes:
-        trial_id: Of the job.
-        uri: Where its rounds lie or will lie.
-        num_done: Whole rounds that are there already, the dense network among them.
-        num_left: Rounds that would be run, likewise; 0 for a finished trial.
-        plan: What the whole job costs; None for a finished trial, which answers at once.
-    """
-
-    trial_id: str
-    uri: str
-    num_done: int
-    num_left: int
-    plan: CostPlan | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Gives plain values, for JSON and for tables."""
-        return {
-            "trial_id": self.trial_id,
-            "uri": self.uri,
-            "finished": self.num_left == 0,
-            "rounds_done": self.num_done,
-            "rounds_left": self.num_left,
-            "plan": self.plan and self.plan.to_dict(),
-        }
-
-
 def plan_prune(
     job: JobConfig | str | Path | None = None,
     overrides: Mapping[str, Any] | list[str] | None = None,
@@ -225,7 +202,12 @@ def plan_prune(
     store.check_claim(JobRecord(factory=job.workload.factory))
     _check_device(job)
     num_done = len(store.read_rounds(name))
-    return PrunePlan(name, uri, num_done, num_rounds - num_done, make_plan(job, workload))
+    plan = make_plan(job, workload)
+    misfits: tuple[str, ...] = ()
+    if job.cluster.max_workers > 0:
+        most, held = job.cluster.max_workers, (plan.peak_bytes, take_of_host(job, plan))
+        misfits = find_misfits(job, see_machines(job), most, *held)
+    return PrunePlan(name, uri, num_done, num_rounds - num_done, plan, misfits)
 
 
 @dataclass(frozen=True)

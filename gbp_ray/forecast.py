@@ -1,6 +1,6 @@
-"""What a sweep will cost before it runs: the arithmetic behind `gbp-ray sweep JOB --dry-run`.
+"""What a job would do now and would cost: what `--dry-run` of prune and of sweep shows.
 
-What each trial costs comes from `pruning.plan`. Trials that differ in nothing that memory depends
+What a trial costs comes from `pruning.plan`. Trials that differ in nothing that memory depends
 on (seed, sparsity, rounds, learning rates and the like) are of one kind, and a kind is planned
 once. What is known to have ended is left out, what is shared is counted once.
 
@@ -34,7 +34,17 @@ from gbp_ray.runtime.shared import dense_folder, scores_key
 from gbp_ray.store import Store
 from gbp_ray.workload import Workload
 
-__all__ = ["Kind", "SweepPlan", "Trials", "find_trials", "make_sweep_plan", "see_machines"]
+__all__ = [
+    "Kind",
+    "PrunePlan",
+    "SweepPlan",
+    "Trials",
+    "find_misfits",
+    "find_trials",
+    "make_sweep_plan",
+    "see_machines",
+    "take_of_host",
+]
 
 _MOST_KINDS = 20
 """Kinds that are planned; each passes examples through its network."""
@@ -54,6 +64,39 @@ _OF_NO_WEIGHT = {
     "finetune": {"learning_rate", "weight_decay", "lr_schedule", "lr_milestones", "lr_gamma"},
 }
 """Fields that change what a trial reaches, and nothing of what it holds."""
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What running a job would do now.
+
+    Attributes:
+        trial_id: Of the job.
+        uri: Where its rounds lie or will lie.
+        num_done: Whole rounds that are there already, the dense network among them.
+        num_left: Rounds that would be run, likewise; 0 for a finished trial.
+        plan: What the whole job costs; None for a finished trial, which answers at once.
+        misfits: What would not fit the cluster as it is, one line each.
+    """
+
+    trial_id: str
+    uri: str
+    num_done: int
+    num_left: int
+    plan: Plan | None
+    misfits: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Gives plain values, for JSON and for tables."""
+        return {
+            "trial_id": self.trial_id,
+            "uri": self.uri,
+            "finished": self.num_left == 0,
+            "rounds_done": self.num_done,
+            "rounds_left": self.num_left,
+            "plan": self.plan and self.plan.to_dict(),
+            "misfits": list(self.misfits),
+        }
 
 
 @dataclass(frozen=True)
@@ -185,11 +228,10 @@ def make_sweep_plan(
     for trial, number in trials.left:
         bill.add(trial, number)
     worker_bytes = max((kind.plan.peak_bytes for kind in bill.kinds), default=0)
-    on_host = 0 if job.cluster.use_gpu else worker_bytes
-    data_bytes = max((kind.plan.data_bytes for kind in bill.kinds), default=0)
-    host_bytes = on_host + data_bytes + _PROCESS_BYTES if bill.kinds else 0
+    host_bytes = max((take_of_host(job, kind.plan) for kind in bill.kinds), default=0)
     num_slots = count_trials(job.cluster, machines)
     num_at_once = min(num_slots, job.sweep.max_concurrent or num_slots, trials.num_left)
+    num_workers = (job.sweep.max_concurrent or math.inf) * max(1, job.cluster.max_workers)
     ends = [outcome.state for outcome in trials.known]
     return SweepPlan(
         uri=store.uri,
@@ -210,7 +252,7 @@ def make_sweep_plan(
         stored_bytes=bill.stored_bytes,
         seconds_left=_estimate_seconds(job, trials, num_at_once),
         machines=tuple((machine.name, dict(machine.resources)) for machine in machines),
-        misfits=tuple(_find_misfits(job, machines, worker_bytes, host_bytes)),
+        misfits=find_misfits(job, machines, num_workers, worker_bytes, host_bytes),
     )
 
 
@@ -318,24 +360,37 @@ def see_machines(job: JobConfig) -> list[Machine]:
         return list_machines()
 
 
-def _find_misfits(
-    job: JobConfig, machines: Sequence[Machine], worker_bytes: int, host_bytes: int
-) -> list[str]:
+def take_of_host(job: JobConfig, plan: Plan) -> int:
+    """Computes what a worker takes of its machine's memory."""
+    return (0 if job.cluster.use_gpu else plan.peak_bytes) + plan.data_bytes + _PROCESS_BYTES
+
+
+def find_misfits(
+    job: JobConfig,
+    machines: Sequence[Machine],
+    num_workers: float,
+    worker_bytes: int,
+    host_bytes: int,
+) -> tuple[str, ...]:
+    """Says what would not fit the cluster as it is, one line each.
+
+    Args:
+        num_workers: The most at a time.
+        worker_bytes: What each holds on its device.
+        host_bytes: What each takes of its machine.
+    """
     found = []
     if (fault := find_misfit(job.cluster, machines)) is not None:
         found.append(fault)
     claim = worker_resources(job.cluster, machines)
-    most = math.inf
-    if job.sweep.max_concurrent is not None:
-        most = job.sweep.max_concurrent * max(1, job.cluster.max_workers)
     for machine in machines:
-        number = min(machine.count(claim), most)
+        number = min(machine.count(claim), num_workers)
         memory = machine.resources.get("memory", math.inf)
         if number * host_bytes > memory:
             found.append(
                 f"memory of {machine.name}: {number:g} workers at a time take "
                 f"{number * host_bytes / 1e9:.1f} GB of its {memory / 1e9:.1f}; raise "
-                "cluster.cpus_per_worker or set sweep.max_concurrent"
+                "cluster.cpus_per_worker or have fewer at a time"
             )
     if job.cluster.use_gpu and torch.cuda.is_available() and job.cluster.address is None:
         memory = torch.cuda.get_device_properties(0).total_memory
@@ -345,4 +400,4 @@ def _find_misfits(
                 f"memory of a GPU: {number} workers on it take {number * worker_bytes / 1e9:.1f} "
                 f"GB of its {memory / 1e9:.1f}; raise cluster.gpus_per_worker"
             )
-    return found
+    return tuple(found)
