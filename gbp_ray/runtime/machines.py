@@ -123,7 +123,8 @@ def look(modules: Sequence[str], import_paths: Sequence[str], probe: str | None)
 
 def _version_of(package: str) -> str:
     with contextlib.suppress(PackageNotFoundError):
-        return version(package)
+        # A head without a GPU may have another build of the same release.
+        return version(package).partition("+")[0]
     return ""
 
 
