@@ -284,8 +284,17 @@ class Feeder:
     def __init__(self, plan: Plan, known: Callable[[JobConfig], Outcome | None]) -> None:
         self.plan, self._known = plan, known
         self.outcomes: dict[str, Outcome] = {}
-        self.num_running = 0
+        self._given: dict[str, JobConfig] = {}
         self._kept: JobConfig | None = None
+
+    @property
+    def num_running(self) -> int:
+        """How many were given out and have not ended."""
+        return len(self._given)
+
+    def job_of(self, name: str) -> JobConfig:
+        """Finds a trial that was given out, by its id: the very object, of which there is one."""
+        return self._given[name]
 
     def next(self) -> JobConfig | None:
         """Gives the next trial that needs work; None where there is none at the moment."""
@@ -295,18 +304,18 @@ class Feeder:
                 job = candidate
             else:
                 self._note(outcome)
-        self.num_running += job is not None
+        if job is not None:
+            self._given[trial_id(job)] = job
         return job
 
     def put_back(self, job: JobConfig) -> None:
         """Takes a trial back, to give it out again."""
         assert self._kept is None
-        self._kept = job
-        self.num_running -= 1
+        self._kept = self._given.pop(trial_id(job))
 
     def tell(self, outcome: Outcome) -> None:
         """Takes note of how a trial ended that was given out."""
-        self.num_running -= 1
+        del self._given[outcome.trial_id]
         self._note(outcome)
 
     @property

@@ -206,8 +206,7 @@ class _FeederSearch(_Unsaved, Searcher):  # type: ignore[misc]
         if not self._feeder.is_over and self._feeder.num_running < most:
             job = self._feeder.next()
             if job is not None:
-                # The loggers show what varies; the trial goes by the whole.
-                return {"job": job.model_dump_json(), **_pick(job, self._fields)}
+                return _describe(job, self._fields)
         return Searcher.FINISHED if self._feeder.is_over else None
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
@@ -221,24 +220,21 @@ class _FeederSearch(_Unsaved, Searcher):  # type: ignore[misc]
         raise NotImplementedError
 
 
-def _pick(job: JobConfig, fields: Iterable[str]) -> dict[str, Any]:
-    """Looks up dotted fields of a job."""
-    found = {}
+def _describe(job: JobConfig, fields: Iterable[str]) -> dict[str, Any]:
+    """Makes what Tune knows of a trial: the whole, its name, and by itself what varies."""
+    found: dict[str, Any] = {"job": job.model_dump_json(), "trial": trial_id(job)}
+    tree = job.model_dump(mode="json")
     for field in fields:
-        value: Any = job.model_dump(mode="json")
+        value: Any = tree
         for part in field.split("."):
             value = value[part]
-        # As text where it is a list or a table, which Tune would take apart.
+        # For loggers; as text where it is a list or a table, which Tune would take apart.
         found[field] = value if isinstance(value, str | int | float | None) else json.dumps(value)
     return found
 
 
-def _job_of(trial: Any) -> JobConfig:
-    return JobConfig.model_validate_json(trial.config["job"])
-
-
 def _name_of(trial: Any) -> str:
-    return trial_id(_job_of(trial))
+    return str(trial.config["trial"])
 
 
 class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
@@ -261,10 +257,10 @@ class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
         self._end(trial, "failed", result, text)
 
     def _end(self, trial: Any, state: Any, result: dict[str, Any], cause: str) -> None:
-        job = _job_of(trial)
+        name = _name_of(trial)
         outcome = Outcome(
-            trial_id=trial_id(job),
-            job=job,
+            trial_id=name,
+            job=self._feeder.job_of(name),
             state=state,
             round=result.get("round"),
             accuracy=result.get("accuracy"),
@@ -274,6 +270,10 @@ class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
             seconds=result.get("spent_s", 0.0),
         )
         self._feeder.tell(outcome)
+        # Of every number that a trial has reported Tune keeps the last ten, for good: thirty
+        # kilobytes for each trial, and nobody asks again.
+        trial.run_metadata.metric_analysis.clear()
+        trial.run_metadata.metric_n_steps.clear()
         detail, value = cause, None
         if state == "finished":
             value = getattr(outcome, self._base.sweep.metric)
@@ -302,7 +302,7 @@ def _make_scheduler(base: JobConfig, feeder: Feeder, store: Store) -> GuardedSch
             StopRecord(trial_id=trial_id(job), round=number, scheduler=base.sweep.scheduler)
         )
 
-    scheduler = GuardedScheduler(base.sweep, _job_of, stopped)
+    scheduler = GuardedScheduler(base.sweep, lambda trial: feeder.job_of(_name_of(trial)), stopped)
     for outcome in feeder.outcomes.values():
         scheduler.remember(outcome.job, store.read_rounds(outcome.trial_id))
     return scheduler

@@ -81,9 +81,9 @@ def doomed(folder):
 
 def own_address():
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("NET.1", 9))
+        probe.connect(("@NET@.1", 9))
         return probe.getsockname()[0]
-'''.replace("NET", NET)
+'''.replace("@NET@", NET)
 
 
 @pytest.fixture(scope="module")
