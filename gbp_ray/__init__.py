@@ -33,6 +33,7 @@ _HOMES = {
     "open_result": "gbp_ray.api",
     "open_results": "gbp_ray.results",
     "plan_prune": "gbp_ray.api",
+    "plan_sweep": "gbp_ray.api",
     "prune": "gbp_ray.api",
     "sweep": "gbp_ray.api",
     "write_report": "gbp_ray.page",

@@ -29,9 +29,17 @@ from gbp_ray.config import (
     trial_id,
 )
 from gbp_ray.errors import ConfigError, StoreError, TrialError
+from gbp_ray.forecast import (
+    PrunePlan,
+    SweepPlan,
+    find_misfits,
+    find_trials,
+    make_sweep_plan,
+    see_machines,
+    take_of_host,
+)
 from gbp_ray.index import flatten
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.pruning.plan import Plan as CostPlan
 from gbp_ray.pruning.plan import make_plan
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import check_job, load_weights
@@ -71,6 +79,7 @@ __all__ = [
     "SweepResult",
     "open_result",
     "plan_prune",
+    "plan_sweep",
     "prune",
     "sweep",
 ]
@@ -176,36 +185,6 @@ def prune(
     return PruneResult(record, store.trial_uri(name))
 
 
-@dataclass(frozen=True)
-class PrunePlan:
-    """What running a job would do now.
-
-    Attributes:
-        trial_id: Of the job.
-        uri: Where its rounds lie or will lie.
-        num_done: Whole rounds that are there already, the dense network among them.
-        num_left: Rounds that would be run, likewise; 0 for a finished trial.
-        plan: What the whole job costs; None for a finished trial, which answers at once.
-    """
-
-    trial_id: str
-    uri: str
-    num_done: int
-    num_left: int
-    plan: CostPlan | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Gives plain values, for JSON and for tables."""
-        return {
-            "trial_id": self.trial_id,
-            "uri": self.uri,
-            "finished": self.num_left == 0,
-            "rounds_done": self.num_done,
-            "rounds_left": self.num_left,
-            "plan": self.plan and self.plan.to_dict(),
-        }
-
-
 def plan_prune(
     job: JobConfig | str | Path | None = None,
     overrides: Mapping[str, Any] | list[str] | None = None,
@@ -231,7 +210,12 @@ def plan_prune(
     store.check_claim(JobRecord(factory=job.workload.factory))
     _check_device(job)
     num_done = len(store.read_rounds(name))
-    return PrunePlan(name, uri, num_done, num_rounds - num_done, make_plan(job, workload))
+    plan = make_plan(job, workload)
+    misfits: tuple[str, ...] = ()
+    if job.cluster.max_workers > 0:
+        most, held = job.cluster.max_workers, (plan.peak_bytes, take_of_host(job, plan))
+        misfits = find_misfits(job, see_machines(job), most, *held)
+    return PrunePlan(name, uri, num_done, num_rounds - num_done, plan, misfits)
 
 
 @dataclass(frozen=True)
@@ -357,6 +341,41 @@ def sweep(
         outcomes=tuple(outcomes),
         answers=tuple(plan.answers()) if isinstance(plan, Bisection) else (),
         seconds=time.monotonic() - started,
+    )
+
+
+def plan_sweep(
+    job: JobConfig | str | Path, overrides: Mapping[str, Any] | list[str] | None = None
+) -> SweepPlan:
+    """Plans what `sweep` would do now; starts no workers and writes nothing.
+
+    Sends a few examples through each kind of network. A cluster that the job names is joined for a
+    moment, to see its machines.
+
+    Raises:
+        GbpError: As `sweep`.
+    """
+    import_paths = _add_import_paths(job)
+    job = load_job(job, overrides)
+    trials = expand(job) if job.sweep.search == "grid" else []
+    _warn_of_idle_options(trials, stacklevel=3)
+    check_extras(job)
+    store = Store(job.storage, job.name)
+    known = Known(store, job.sweep)
+    num_suggested = None
+    if job.sweep.search == "optuna":
+        # What it would choose it does not know itself before trials have ended.
+        earlier = known.find_in(job)[: job.sweep.num_samples]
+        plan: Plan = TrialList(earlier)
+        num_suggested = job.sweep.num_samples - len(earlier)
+    else:
+        plan = _plan(job, trials, known)
+    found = find_trials(job, Feeder(plan, known), num_suggested)
+    if found.left:
+        store.check_claim(JobRecord(factory=job.workload.factory))
+    machines = see_machines(job)
+    return make_sweep_plan(
+        job, found, store, machines, lambda trial: _load_checked(trial, import_paths)
     )
 
 

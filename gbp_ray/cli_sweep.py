@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
-from gbp_ray.summary import answers_table, ends_table, summary_table
+from gbp_ray.summary import (
+    answers_table,
+    ends_table,
+    kinds_table,
+    summary_table,
+    sweep_plan_lines,
+)
 from gbp_ray.terminal import AsJson, console, print_json, say, show_warning
 
-__all__ = ["run_sweep"]
+__all__ = ["run_sweep", "show_plan"]
 
 _STATES = ("finished", "stopped", "failed")
 
@@ -25,6 +32,12 @@ def run_sweep(
             help="Override a field, as sweep.space.seed=[0,1]; repeatable.",
         ),
     ] = None,
+    is_dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Show what it would cost and what is done already; run nothing."
+        ),
+    ] = False,
     as_json: AsJson = False,
     is_quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
     is_debug: Annotated[
@@ -46,12 +59,17 @@ def run_sweep(
       gbp-ray sweep job.toml --set sweep.scheduler=asha --set sweep.max_concurrent=4
 
       gbp-ray sweep job.toml --set sweep.target.max_drop=0.01 --json
+
+      gbp-ray sweep job.toml --dry-run
     """
     # torch takes seconds to import; --help and a mistyped option should not.
-    from gbp_ray.api import sweep
+    from gbp_ray.api import plan_sweep, sweep
 
     with warnings.catch_warnings():
         warnings.showwarning = show_warning  # type: ignore[assignment]
+        if is_dry_run:
+            show_plan(plan_sweep(job, overrides).to_dict(), as_json)
+            return
         result = sweep(job, overrides, is_quiet=is_quiet, is_debug=is_debug)
     described = result.describe()
     if as_json:
@@ -70,3 +88,14 @@ def run_sweep(
         f"{described['worker_seconds']:,.0f} worker-seconds in {result.seconds:,.0f} s\n"
         f"results: {result.uri}"
     )
+
+
+def show_plan(planned: Mapping[str, Any], as_json: bool) -> None:
+    """Shows what a sweep would do."""
+    if as_json:
+        print_json(planned)
+        return
+    if planned["kinds"]:
+        console().print(kinds_table(planned["kinds"]))
+    for line in sweep_plan_lines(planned):
+        say(line)

@@ -18,7 +18,17 @@ class ClusterConfig(Section):
     """Ray Train workers; 0 runs in this very process without starting Ray. [min, max] takes as many
     as the cluster has room for, and follows when that changes, from the last whole round on."""
     use_gpu: bool = False
-    """One GPU per worker (NCCL) instead of CPUs (gloo)."""
+    """A GPU per worker (NCCL) instead of CPUs (gloo)."""
+    gpus_per_worker: float = Field(1.0, gt=0.0, le=1.0)
+    """With use_gpu: the share of a GPU that a worker claims. Below 1, as many trials of one worker
+    as fit share a GPU; that they fit its memory too is for you to see to (--dry-run)."""
+    accelerator_type: str | None = None
+    """With use_gpu: the kind of GPU by Ray's name, such as "A100" or "L4"; unset takes any."""
+    cpus_per_worker: float | None = Field(None, gt=0.0)
+    """CPUs that a worker claims of its machine; unset: threads_per_worker, or as many as the
+    largest machine has."""
+    placement: Literal["pack", "spread"] = "pack"
+    """The workers of a trial: on as few machines as hold them, or on as many as there are."""
     strategy: Literal["replicated", "fsdp"] = "replicated"
     """Whether each worker holds the whole network, or all of them one, in shards (FSDP2)."""
     threads_per_worker: int = Field(1, ge=1)
@@ -26,6 +36,14 @@ class ClusterConfig(Section):
     agree to the bit between runs that share this number."""
     max_failures: int = Field(2, ge=0)
     """Lost or hung workers a trial survives; each time it goes on after its last whole round."""
+    max_preemptions: int | None = Field(None, ge=0)
+    """Machines a trial may lose that were taken away with notice (spot), counted apart from
+    max_failures; unset: any number, and always so for trials of one worker in a sweep."""
+    room_timeout_s: float = Field(600.0, ge=0.0)
+    """How long a fixed number of workers waits for room on the cluster."""
+    autoscale: bool | None = None
+    """Whether the cluster adds machines when they are asked for: a job that has no room yet then
+    waits. Unset: as far as Ray tells."""
     hang_timeout_s: float = Field(900.0, ge=0.0)
     """A worker that for so long finishes no step, no batch and no exchange with the others counts
     as lost. Building the workload and reading or writing storage may take longer. 0: never."""
@@ -38,6 +56,24 @@ class ClusterConfig(Section):
             raise ValueError(
                 "strategy = fsdp: spreads the network over workers; set num_workers to 1 or more"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_share_gpus(self) -> ClusterConfig:
+        faults = []
+        if not self.use_gpu and self.accelerator_type is not None:
+            faults.append(
+                f"accelerator_type = {self.accelerator_type}: is a kind of GPU; set use_gpu = true"
+            )
+        if not self.use_gpu and self.gpus_per_worker != 1.0:
+            faults.append(f"gpus_per_worker = {self.gpus_per_worker:g}: set use_gpu = true")
+        if self.use_gpu and self.gpus_per_worker < 1 and self.max_workers > 1:
+            faults.append(
+                f"gpus_per_worker = {self.gpus_per_worker:g}: NCCL joins no two workers on one "
+                "GPU; set it to 1, or num_workers to 1"
+            )
+        if faults:
+            raise ValueError(*faults)
         return self
 
     @field_validator("num_workers", mode="before")

@@ -182,6 +182,7 @@ def plan_lines(planned: Mapping[str, Any]) -> list[str]:
         "them"
         if not done
         else f"done: {progress}; {left} of {done + left} rounds would be run",
+        *(f"would not fit: {fault}" for fault in planned["misfits"]),
     ]
 
 

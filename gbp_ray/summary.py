@@ -1,4 +1,4 @@
-"""What a sweep found: means and deviations over seeds, and the answers to a target.
+"""What a sweep found, or would cost: means and deviations over seeds, answers to a target.
 
 Rows that differ in nothing but the seed are one line of the table. From rows alone: neither torch
 nor Ray nor the records are needed.
@@ -14,7 +14,14 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["answers_table", "ends_table", "summarize", "summary_table"]
+__all__ = [
+    "answers_table",
+    "ends_table",
+    "kinds_table",
+    "summarize",
+    "summary_table",
+    "sweep_plan_lines",
+]
 
 _MEASURED = (
     "accuracy",
@@ -133,6 +140,66 @@ def ends_table(lines: Sequence[Mapping[str, Any]]) -> Table:
         why = line["cause"] or f"weaker than others after round {line['round']}"
         table.add_row(escape(line["trial_id"]), line["state"], escape(why))
     return table
+
+
+def kinds_table(kinds: Sequence[Mapping[str, Any]]) -> Table:
+    """Shows what the trials of a planned sweep hold and write."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("criterion", overflow="fold")
+    for heading in ("trials", "peak MB", "in", "sends MB a round", "stores MB a round"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for kind in kinds:
+        plan = kind["plan"]
+        peak = max(plan["phases"], key=lambda phase: phase["num_bytes"])
+        table.add_row(
+            escape(kind["name"]),
+            f"{kind['num_trials']:,}",
+            f"{plan['peak_bytes'] / 1e6:,.1f}",
+            peak["name"],
+            f"{plan['sent_bytes_per_round'] / 1e6:,.1f}" if plan["sent_bytes_per_round"] else "",
+            f"{plan['round_bytes'] / 1e6:,.2f}",
+        )
+    return table
+
+
+def sweep_plan_lines(planned: Mapping[str, Any]) -> list[str]:
+    """Says what running a sweep would do and cost, beside the table of its kinds."""
+    about = "about " if planned["is_estimate"] else ""
+    skipped = f"{planned['num_finished']:,} are finished"
+    if planned["num_stopped"]:
+        skipped += f" and {planned['num_stopped']:,} stopped"
+    lines = [f"trials: {about}{planned['num_trials']:,}, of which {skipped} and are skipped"]
+    if not planned["num_left"]:
+        return [*lines, f"nothing would be run; results: {planned['uri']}"]
+    workers = planned["num_workers"]
+    each = "1 worker" if workers < 2 else f"{workers} workers"
+    begun = f", {planned['num_begun']:,} of them begun before" if planned["num_begun"] else ""
+    lines += [
+        f"to run: {about}{planned['num_left']:,}{begun}; {planned['num_at_once']:,} at a time, "
+        f"{each} each, on {_machines(planned['machines'])}",
+        f"training: {about}{planned['num_steps']:,} steps; {planned['num_dense']:,} dense "
+        "networks, shared where trials agree on one",
+        f"memory of a worker: {planned['worker_bytes'] / 1e6:,.1f} MB at the peak; "
+        f"{planned['host_bytes'] / 1e6:,.0f} MB of its machine, data and libraries included",
+        f"stored: {about}{planned['stored_bytes'] / 1e6:,.1f} MB in {planned['uri']}",
+    ]
+    if planned["num_unplanned"]:
+        lines.append(
+            f"not looked into: {planned['num_unplanned']:,} trials of further kinds; steps, memory "
+            "and bytes leave them out"
+        )
+    if planned["seconds_left"] is not None:
+        lines.append(f"time: {about}{planned['seconds_left']:,.0f} s at the pace of those finished")
+    return lines + [f"would not fit: {fault}" for fault in planned["misfits"]]
+
+
+def _machines(machines: Sequence[Sequence[Any]]) -> str:
+    totals = {
+        kind: sum(resources.get(kind, 0) for _, resources in machines) for kind in ("CPU", "GPU")
+    }
+    parts = [f"{number:g} {kind}s" for kind, number in totals.items() if number]
+    count = "1 machine" if len(machines) == 1 else f"{len(machines)} machines"
+    return f"{count} with {' and '.join(parts) or 'no CPUs'}"
 
 
 def _percent(share: float | None) -> str:

@@ -179,3 +179,89 @@ def test_rows_are_taken_together_whatever_the_seed() -> None:
     assert lines[2]["accuracy"] == pytest.approx(0.8)
     assert lines[2]["accuracy_deviation"] == pytest.approx(0.2 / 2**0.5)
     assert lines[0]["accuracy_deviation"] is None
+
+
+def files_in(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_dry_run_tells_what_is_done_and_starts_nothing(finished: Path) -> None:
+    before = files_in(finished)
+    done = run(finished, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "trials: 8, of which 8 are finished and are skipped" in done.stdout
+    assert "nothing would be run" in done.stdout
+
+    # A third seed and a third criterion: 12 + 3 * 2 trials, 8 of them there.
+    code = (
+        "import sys; from gbp_ray.cli import main; main();"
+        "print({'ray'} & set(sys.modules), file=sys.stderr)"
+    )
+    space = [
+        "sweep.space.seed=[0, 1, 2]",
+        "sweep.space.prune.criterion=['taylor', 'fisher', 'obd']",
+    ]
+    settings = [f"--set={text}" for text in (*space, f"storage={finished / 'results'}")]
+    other = subprocess.run(
+        [sys.executable, "-c", code, "sweep", "job.toml", "--dry-run", "--json", *settings],
+        cwd=finished,
+        capture_output=True,
+        text=True,
+    )
+    assert other.returncode == 0, other.stderr
+    assert other.stderr.strip() == "set()"
+    planned = json.loads(other.stdout)
+    counted = ("num_trials", "num_finished", "num_left", "num_begun", "num_unplanned")
+    assert [planned[name] for name in counted] == [18, 8, 10, 0, 0]
+    # The dense networks of the first two seeds are there.
+    assert planned["num_dense"] == 1
+    by_kind = {kind["name"]: kind["num_trials"] for kind in planned["kinds"]}
+    assert by_kind == {"taylor": 2, "fisher": 2, "obd": 6}
+    assert planned["seconds_left"] > 0
+    assert files_in(finished) == before
+
+
+def test_a_dry_run_foretells_what_the_trials_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.toml").write_text(JOB)
+    # A network whose weights outweigh the headers of its files, which are not foretold.
+    settings = {"sweep.space.seed": [0], "workload.options": {"width": 16}, "prune.rounds": 2}
+    planned = api.plan_sweep("job.toml", settings)
+    jobs = expand(load_job("job.toml", settings))
+    assert planned.num_left == len(jobs) == 4
+    for job in jobs:
+        Store(job.storage, job.name).claim(job)
+        for _ in run_solo(job):
+            pass
+    folder = tmp_path / "gbp-results" / "tiny"
+    stored = sum(p.stat().st_size for p in folder.rglob("*") if p.suffix in (".safetensors", ".pt"))
+    assert planned.stored_bytes <= stored < 1.15 * planned.stored_bytes
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"cluster.use_gpu": True}, "cluster.use_gpu = true: none of the cluster's 1 machine has"),
+        ({"cluster.cpus_per_worker": 1e-4}, "memory of this machine: "),
+    ],
+)
+def test_a_dry_run_says_what_would_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], part: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.toml").write_text(JOB)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    (misfit,) = api.plan_sweep("job.toml", settings).misfits
+    assert part in misfit
+
+
+def test_a_dry_run_of_a_search_tells_how_many_halvings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.toml").write_text(JOB.partition("prune.sparsity = [")[0])
+    # 0 to 0.99 in hundredths: seven halvings for each of two criteria.
+    planned = api.plan_sweep("job.toml", {"sweep.target.max_drop": 0.01})
+    assert (planned.num_trials, planned.num_left, planned.is_estimate) == (14, 14, True)

@@ -34,18 +34,26 @@ class Failure:
     Attributes:
         words: What happened, to be read after "worker N".
         cause: The error itself where the worker raised it on purpose.
+        is_preemption: Whether a machine was taken away with notice, which Ray counts apart.
     """
 
     rank: int
     words: str
     cause: GbpError | None = None
+    is_preemption: bool = False
 
 
 def find_failure(failures: Mapping[int, BaseException]) -> Failure:
     """Picks the failure that explains the others: ours first, lost connections last."""
     unwrapped = {rank: unwrap(error) for rank, error in failures.items()}
     rank, error = min(unwrapped.items(), key=lambda item: (_order(item[1]), item[0]))
-    return Failure(rank, _in_words(error), error if isinstance(error, GbpError) else None)
+    return Failure(
+        rank,
+        _in_words(error),
+        error if isinstance(error, GbpError) else None,
+        # Ray counts a group's end so if any of its workers did.
+        any(map(_is_preemption, unwrapped.values())),
+    )
 
 
 def unwrap(error: BaseException) -> BaseException:
@@ -74,8 +82,12 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def _is_preemption(error: BaseException) -> bool:
+    return isinstance(error, ray.exceptions.RayActorError) and error.preempted
+
+
 def _order(error: BaseException) -> int:
-    if isinstance(error, GbpError):
+    if isinstance(error, GbpError) or _is_preemption(error):
         return 0
     return 2 if is_consequence(error) else 1
 
@@ -89,6 +101,8 @@ def _in_words(error: BaseException) -> str:
         )
     if isinstance(error, ray.exceptions.OutOfMemoryError) or "low on memory" in text:
         return "was killed by Ray, because its machine ran out of memory"
+    if _is_preemption(error):
+        return "was lost together with its machine, which was taken away with notice"
     if isinstance(error, ray.exceptions.ActorUnavailableError):
         # Ray itself does not know yet, and no longer waits to learn.
         return "is out of reach, perhaps lost together with its machine"

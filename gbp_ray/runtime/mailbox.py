@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from gbp_ray.config import ClusterConfig
 from gbp_ray.runtime.failures import Failure
 from gbp_ray.runtime.progress import Tick
 from gbp_ray.runtime.watch import Standstill
@@ -78,20 +79,20 @@ class Relay:
     """Carries the workers' messages to the board while the block runs.
 
     Args:
-        max_failures: Restarts up to this many are told; None tells none of them.
+        cluster: Says how many restarts are told of; None tells none of them.
 
     Attributes:
         mailbox: Where workers leave messages.
     """
 
-    def __init__(self, board: Board, max_failures: int | None = None) -> None:
+    def __init__(self, board: Board, cluster: ClusterConfig | None = None) -> None:
         # Beside the driver: machines that carry workers may come and go.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.mailbox = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-        self._board, self._max_failures = board, max_failures
+        self._board, self._cluster = board, cluster
         self._last_tick: Tick | None = None
         self._accused: Standstill | None = None
-        self._num_failures = 0
+        self._num_failures = self._num_preemptions = 0
         self._lock = threading.Lock()
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="gbp-ray-progress", daemon=True)
@@ -143,14 +144,21 @@ class Relay:
                 self._note_restart(name, content)
 
     def _note_restart(self, name: str, failure: Failure) -> None:
-        if self._max_failures is None:
+        if self._cluster is None:
             return
-        self._num_failures += 1
-        if self._num_failures > self._max_failures:
+        if failure.is_preemption:
+            self._num_preemptions += 1
+            number, most, field = (
+                self._num_preemptions,
+                self._cluster.max_preemptions,
+                "max_preemptions",
+            )
+        else:
+            self._num_failures += 1
+            number, most, field = self._num_failures, self._cluster.max_failures, "max_failures"
+        if most is not None and number > most:
             return
         rank, words = self._describe(failure)
-        self._board.note(
-            f"{name}  worker {rank} {words}; starting the workers again "
-            f"({self._num_failures} of cluster.max_failures = {self._max_failures})"
-        )
+        count = f"{number} of cluster.{field} = {'any number' if most is None else most}"
+        self._board.note(f"{name}  worker {rank} {words}; starting the workers again ({count})")
         self._accused = self._last_tick = None

@@ -284,10 +284,19 @@ class Feeder:
     def __init__(self, plan: Plan, known: Callable[[JobConfig], Outcome | None]) -> None:
         self.plan, self._known = plan, known
         self.outcomes: dict[str, Outcome] = {}
-        self.num_running = 0
+        self._given: dict[str, JobConfig] = {}
         self._kept: JobConfig | None = None
         self._deferred: deque[JobConfig] = deque()
         self._met: set[str] = set()
+
+    @property
+    def num_running(self) -> int:
+        """How many were given out and have not ended."""
+        return len(self._given)
+
+    def job_of(self, name: str) -> JobConfig:
+        """Finds a trial that was given out, by its id: the very object, of which there is one."""
+        return self._given[name]
 
     def next(self) -> JobConfig | None:
         """Gives the next trial that needs work; None where there is none at the moment.
@@ -302,20 +311,19 @@ class Feeder:
                 self._note(outcome)
         if job is None and self._deferred:
             job = self._deferred.popleft()
-        self.num_running += job is not None
+        if job is not None:
+            self._given[trial_id(job)] = job
         return job
 
     def put_back(self, job: JobConfig) -> None:
         """Takes a trial back, to give it out again."""
         assert self._kept is None
-        self._kept = job
-        self.num_running -= 1
+        self._kept = self._given.pop(trial_id(job))
 
     def defer(self, job: JobConfig) -> None:
         """Takes a trial back that another driver is at work on, to give it out when it must be."""
-        self._deferred.append(job)
+        self._deferred.append(self._given.pop(trial_id(job)))
         self._met.add(trial_id(job))
-        self.num_running -= 1
 
     def is_deferred(self, job: JobConfig) -> bool:
         """Tells whether a trial was taken back before, so that it is to be waited for."""
@@ -323,7 +331,7 @@ class Feeder:
 
     def tell(self, outcome: Outcome) -> None:
         """Takes note of how a trial ended that was given out."""
-        self.num_running -= 1
+        del self._given[outcome.trial_id]
         self._note(outcome)
 
     @property

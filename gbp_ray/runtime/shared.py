@@ -33,7 +33,14 @@ from gbp_ray.pruning.rules import Criterion
 from gbp_ray.store import RoundRecord, SharedRecord, Store
 from gbp_ray.workload import import_attribute
 
-__all__ = ["SharedScores", "adopt_dense", "dense_origin", "share_dense"]
+__all__ = [
+    "SharedScores",
+    "adopt_dense",
+    "dense_folder",
+    "dense_origin",
+    "scores_key",
+    "share_dense",
+]
 
 _SCORES = "scores.safetensors"
 _CHEAP = ("magnitude", "random", "synflow", "movement")
@@ -55,6 +62,20 @@ def dense_origin(job: JobConfig) -> dict[str, Any] | None:
         **({"masks": pinned} if (pinned := job.prune.initial_masks_digest) else {}),
         **_surroundings(job, job.workload.factory),
     }
+
+
+def dense_folder(job: JobConfig) -> str | None:
+    """Says where the shared dense network of a job lies or will lie, or None as `dense_origin`."""
+    origin = dense_origin(job)
+    return None if origin is None else _folder("dense", origin)
+
+
+def scores_key(job: JobConfig, dense: str) -> str | None:
+    """Tells the shared scores of a dense network from others; None where none are kept."""
+    if job.prune.criterion in _CHEAP:
+        return None
+    fields = _fields_of_scores(job)
+    return f"{dense} {job.prune.model_dump_json(include=fields, exclude_defaults=True)}"
 
 
 def adopt_dense(store: Store, job: JobConfig) -> RoundRecord | None:
@@ -120,21 +141,10 @@ def _scores_origin(job: JobConfig, model: nn.Module) -> dict[str, Any] | None:
     prune = job.prune
     if prune.criterion in _CHEAP:
         return None
-    fields = {
-        "criterion",
-        "calibration_examples",
-        "calibration_batch_size",
-        "calibration_augment",
-        "exclude",
-    }
-    if prune.criterion == "obd":
-        fields.add("hutchinson_probes")
     plug_ins = [job.workload.factory]
     if ":" in prune.criterion:
         plug_ins.append(prune.criterion)
-        if isinstance(import_attribute(prune.criterion, "prune.criterion"), Criterion):
-            # Its statistics are shown the whole section; a plain function sees nothing of it.
-            fields = set(type(prune).model_fields)
+    fields = _fields_of_scores(job)
     return {
         "weights": _digest_state(model),
         "workload": job.workload.model_dump(mode="json", include={"factory", "options"})
@@ -149,11 +159,29 @@ def _scores_origin(job: JobConfig, model: nn.Module) -> dict[str, Any] | None:
     }
 
 
+def _fields_of_scores(job: JobConfig) -> set[str]:
+    """Names the fields of [prune] that decide the scores of given weights."""
+    prune = job.prune
+    if ":" in prune.criterion and isinstance(
+        import_attribute(prune.criterion, "prune.criterion"), Criterion
+    ):
+        # Its statistics are shown the whole section; a plain function sees nothing of it.
+        return set(type(prune).model_fields)
+    fields = {
+        "criterion",
+        "calibration_examples",
+        "calibration_batch_size",
+        "calibration_augment",
+        "exclude",
+    }
+    return fields | ({"hutchinson_probes"} if prune.criterion == "obd" else set())
+
+
 def _surroundings(job: JobConfig, *plug_ins: str) -> dict[str, Any]:
     return {
         "seed": job.seed,
         "threads": job.cluster.threads_per_worker,
-        "device": torch.cuda.get_device_name() if job.cluster.use_gpu else "cpu",
+        "device": _name_device(job),
         "kernels": [
             torch.__version__,
             platform.machine(),
@@ -162,6 +190,13 @@ def _surroundings(job: JobConfig, *plug_ins: str) -> dict[str, Any]:
         "sources": {name: _digest_source(name) for name in plug_ins},
         "schema_version": SCHEMA_VERSION,
     }
+
+
+def _name_device(job: JobConfig) -> str:
+    if not job.cluster.use_gpu:
+        return "cpu"
+    # A driver may sit on a machine without one, and only tells trials apart by this.
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "gpu"
 
 
 def _digest_source(plug_in: str) -> str:

@@ -46,7 +46,6 @@ class Step:
 def run_solo(
     job: JobConfig,
     tell: Callable[[Tick], None] = lambda tick: None,
-    *,
     is_patient: bool = True,
 ) -> Iterator[Step]:
     """Runs a trial on one rank, this process; yields its rounds from the first, then commits it.

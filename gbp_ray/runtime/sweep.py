@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import queue
 import tempfile
@@ -29,10 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from gbp_ray.config import JobConfig, trial_id
-from gbp_ray.errors import BusyError, ConfigError, GbpError, TransientStoreError, TrialError
+from gbp_ray.errors import BusyError, GbpError, TransientStoreError, TrialError
 from gbp_ray.runtime.failures import first_line, unwrap
 from gbp_ray.runtime.loggers import make_loggers
+from gbp_ray.runtime.machines import check_cluster, check_folder, is_autoscaling, list_machines
 from gbp_ray.runtime.mailbox import Mailbox, Relay
+from gbp_ray.runtime.placement import count_trials, worker_resources
 from gbp_ray.runtime.plans import Feeder, Outcome
 from gbp_ray.runtime.progress import SweepBoard, Tick
 from gbp_ray.runtime.solo import Step, run_solo, run_whole
@@ -56,9 +59,15 @@ from ray.tune.search import Searcher  # noqa: E402
 
 from gbp_ray.runtime.schedulers import GuardedScheduler  # noqa: E402
 
-__all__ = ["run_sweep"]
+__all__ = ["RunTrial", "run_sweep"]
+
+RunTrial = Callable[[JobConfig, Callable[[Tick], None], bool], Iterator[Step]]
+"""Runs a trial of at most one worker in this process, a round at a time, and commits it; says
+whether to wait where another driver is at work on it."""
 
 _TICK_INTERVAL_S = 0.5
+_LOOK_INTERVAL_S = 5.0
+"""Between two looks at how many machines there are."""
 
 
 def run_sweep(
@@ -68,6 +77,7 @@ def run_sweep(
     board: SweepBoard,
     *,
     is_debug: bool = False,
+    run: RunTrial = run_solo,
 ) -> None:
     """Runs what the feeder gives until it is over; the feeder then has all outcomes.
 
@@ -75,6 +85,7 @@ def run_sweep(
         base: The job with its sweep.
         import_paths: Folders where workers find the user's modules.
         is_debug: Lets Ray's own output through.
+        run: What a trial of at most one worker does.
 
     Raises:
         GbpError: Ray did not start, or stopped working.
@@ -84,8 +95,8 @@ def run_sweep(
         # It repeats at the end what the board has said when it happened.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     with ray_session(base.cluster, is_debug), Relay(board) as relay:
-        num_slots = _count_slots(base)
-        feeder.plan.num_slots = num_slots
+        check_cluster(base, import_paths)
+        slots = _Slots(base, feeder)
         scheduler = None
         if base.sweep.scheduler != "fifo":
             scheduler = _make_scheduler(base, feeder, store)
@@ -94,13 +105,14 @@ def run_sweep(
             import_paths=import_paths,
             working_folder=os.getcwd(),  # noqa: PTH109
             mailbox=relay.mailbox,
+            run=run,
         )
         with tempfile.TemporaryDirectory(prefix="gbp-ray-") as scratch:
             tuner = tune.Tuner(
                 tune.with_resources(trainable, _resources(base)),
                 tune_config=tune.TuneConfig(
                     num_samples=-1,
-                    search_alg=_FeederSearch(base, feeder, num_slots),
+                    search_alg=_FeederSearch(base, feeder, slots),
                     scheduler=scheduler,
                     reuse_actors=True,
                     trial_name_creator=_name_of,
@@ -130,20 +142,27 @@ def run_sweep(
                 ) from error
 
 
-def _count_slots(base: JobConfig) -> int:
-    """Counts the trials that the cluster holds at a time."""
-    kind = "GPU" if base.cluster.use_gpu else "CPU"
-    nodes = [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
-    if _is_nested(base):
-        num_slots = int(sum(nodes) // base.cluster.max_workers)
-        if num_slots == 0:
-            raise ConfigError(
-                f"cluster.num_workers = {base.cluster.max_workers}: the cluster has "
-                f"{sum(nodes):g} {kind}s; lower it"
-            )
-    else:
-        num_slots = max(1, int(sum(n // _resources(base)[kind] for n in nodes)))
-    return min(num_slots, base.sweep.max_concurrent or num_slots)
+class _Slots:
+    """How many trials run at a time: as many as the cluster holds, which may change meanwhile."""
+
+    def __init__(self, base: JobConfig, feeder: Feeder) -> None:
+        self._base, self._feeder = base, feeder
+        self._is_autoscaling = is_autoscaling(base.cluster)
+        self._looked = -math.inf
+        self.count()
+
+    def count(self) -> int:
+        """Counts them, and lets the plan know."""
+        if (now := time.monotonic()) - self._looked > _LOOK_INTERVAL_S:
+            self._looked = now
+            most = self._base.sweep.max_concurrent
+            # A machine that is lost or has yet to come leaves room for one to wait.
+            number = max(1, count_trials(self._base.cluster, list_machines()))
+            if most is not None:
+                # What has no room yet is what makes a cluster grow.
+                number = most if self._is_autoscaling else min(number, most)
+            self._feeder.plan.num_slots = number
+        return self._feeder.plan.num_slots
 
 
 def _is_nested(base: JobConfig) -> bool:
@@ -154,9 +173,7 @@ def _resources(base: JobConfig) -> dict[str, float]:
     if _is_nested(base):
         # Tune takes no request without any resource, and a byte of memory is always there.
         return {"CPU": 0, "memory": 1}
-    most = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-    cpus = max(1, min(base.cluster.threads_per_worker, most))
-    return {"CPU": cpus, **({"GPU": 1} if base.cluster.use_gpu else {})}
+    return worker_resources(base.cluster, list_machines())
 
 
 # -- what Tune asks the driver ---------------------------------------------------------------------
@@ -172,13 +189,13 @@ class _Unsaved:
 class _FeederSearch(_Unsaved, Searcher):  # type: ignore[misc]
     """Lets Tune take its trials from a feeder."""
 
-    def __init__(self, base: JobConfig, feeder: Feeder, num_slots: int) -> None:
+    def __init__(self, base: JobConfig, feeder: Feeder, slots: _Slots) -> None:
         super().__init__()
-        self._feeder = feeder
+        self._feeder, self._slots = feeder, slots
         # One more that waits for a process saves the process from waiting for it, as Tune starts no
         # more than it has resources for. Of the CPUs of nested workers it knows nothing.
         is_bounded = _is_nested(base) or base.sweep.max_concurrent is not None
-        self._most = num_slots + (not is_bounded)
+        self._num_waiting = int(not is_bounded)
         self._fields = [field for axis in parse_space(base.sweep.space) for field in axis.fields]
         if base.sweep.target.max_drop is not None:
             self._fields.append("prune.sparsity")
@@ -187,15 +204,11 @@ class _FeederSearch(_Unsaved, Searcher):  # type: ignore[misc]
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        if not self._feeder.is_over and self._feeder.num_running < self._most:
+        most = self._slots.count() + self._num_waiting
+        if not self._feeder.is_over and self._feeder.num_running < most:
             job = self._feeder.next()
             if job is not None:
-                # The loggers show what varies; the trial goes by the whole.
-                return {
-                    "job": job.model_dump_json(),
-                    "is_patient": self._feeder.is_deferred(job),
-                    **_pick(job, self._fields),
-                }
+                return _describe(job, self._fields) | {"is_patient": self._feeder.is_deferred(job)}
         return Searcher.FINISHED if self._feeder.is_over else None
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
@@ -209,24 +222,21 @@ class _FeederSearch(_Unsaved, Searcher):  # type: ignore[misc]
         raise NotImplementedError
 
 
-def _pick(job: JobConfig, fields: Iterable[str]) -> dict[str, Any]:
-    """Looks up dotted fields of a job."""
-    found = {}
+def _describe(job: JobConfig, fields: Iterable[str]) -> dict[str, Any]:
+    """Makes what Tune knows of a trial: the whole, its name, and by itself what varies."""
+    found: dict[str, Any] = {"job": job.model_dump_json(), "trial": trial_id(job)}
+    tree = job.model_dump(mode="json")
     for field in fields:
-        value: Any = job.model_dump(mode="json")
+        value: Any = tree
         for part in field.split("."):
             value = value[part]
-        # As text where it is a list or a table, which Tune would take apart.
+        # For loggers; as text where it is a list or a table, which Tune would take apart.
         found[field] = value if isinstance(value, str | int | float | None) else json.dumps(value)
     return found
 
 
-def _job_of(trial: Any) -> JobConfig:
-    return JobConfig.model_validate_json(trial.config["job"])
-
-
 def _name_of(trial: Any) -> str:
-    return trial_id(_job_of(trial))
+    return str(trial.config["trial"])
 
 
 class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
@@ -239,7 +249,7 @@ class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
         result = trial.last_result
         state = result.get("state", "stopped")
         if state == "busy":
-            self._feeder.defer(_job_of(trial))
+            self._feeder.defer(self._feeder.job_of(_name_of(trial)))
             return
         self._end(trial, state, result, result.get("cause", ""))
 
@@ -252,10 +262,10 @@ class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
         self._end(trial, "failed", result, text)
 
     def _end(self, trial: Any, state: Any, result: dict[str, Any], cause: str) -> None:
-        job = _job_of(trial)
+        name = _name_of(trial)
         outcome = Outcome(
-            trial_id=trial_id(job),
-            job=job,
+            trial_id=name,
+            job=self._feeder.job_of(name),
             state=state,
             round=result.get("round"),
             accuracy=result.get("accuracy"),
@@ -267,6 +277,10 @@ class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
             is_new=state != "finished" or not result.get("is_old", False),
         )
         self._feeder.tell(outcome)
+        # Of every number that a trial has reported Tune keeps the last ten, for good: thirty
+        # kilobytes for each trial, and nobody asks again.
+        trial.run_metadata.metric_analysis.clear()
+        trial.run_metadata.metric_n_steps.clear()
         detail, value = cause, None
         if state == "finished":
             value = getattr(outcome, self._base.sweep.metric)
@@ -295,7 +309,7 @@ def _make_scheduler(base: JobConfig, feeder: Feeder, store: Store) -> GuardedSch
             StopRecord(trial_id=trial_id(job), round=number, scheduler=base.sweep.scheduler)
         )
 
-    scheduler = GuardedScheduler(base.sweep, _job_of, stopped)
+    scheduler = GuardedScheduler(base.sweep, lambda trial: feeder.job_of(_name_of(trial)), stopped)
     for outcome in feeder.outcomes.values():
         scheduler.remember(outcome.job, store.read_rounds(outcome.trial_id))
     return scheduler
@@ -314,9 +328,10 @@ class _TuneTrial(tune.Trainable):  # type: ignore[misc]
         import_paths: list[str],
         working_folder: str,
         mailbox: Any,
+        run: RunTrial,
     ) -> None:
         self._working_folder, self._import_paths = working_folder, import_paths
-        self._mailbox = mailbox
+        self._mailbox, self._run = mailbox, run
         self._steps: Iterator[Step] | None = None
         self._begin(config)
 
@@ -363,14 +378,21 @@ class _TuneTrial(tune.Trainable):  # type: ignore[misc]
         self._last: dict[str, Any] = {}
         is_patient = config["is_patient"]
         if _is_nested(self._job):
-            self._steps = run_whole(
+            steps = run_whole(
                 self._job,
                 self._store,
                 lambda: _run_nested(self._job, self._import_paths, self._mailbox),
                 is_patient=is_patient,
             )
         else:
-            self._steps = run_solo(self._job, _throttle(self._mailbox), is_patient=is_patient)
+            steps = self._run(self._job, _throttle(self._mailbox), is_patient)
+        self._steps = _run_checked(self._job, steps)
+
+
+def _run_checked(job: JobConfig, steps: Iterator[Step]) -> Iterator[Step]:
+    # On a machine that has joined since the others were asked.
+    check_folder(job)
+    yield from steps
 
 
 def _as_result(job: JobConfig, step: Step, before: dict[str, Any]) -> dict[str, Any]:

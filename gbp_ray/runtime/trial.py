@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -31,7 +32,9 @@ from gbp_ray.errors import ConfigError, GbpError, StoreError, TrialError
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.runtime import START_TIMEOUT_S
 from gbp_ray.runtime.failures import Failure, find_failure, first_line, is_consequence, unwrap
+from gbp_ray.runtime.machines import check_cluster, check_folder, list_machines
 from gbp_ray.runtime.mailbox import Relay
+from gbp_ray.runtime.placement import pretend_cpus, worker_resources
 from gbp_ray.runtime.progress import ProgressBoard, Tick
 from gbp_ray.runtime.watch import Standstill, Watch
 from gbp_ray.runtime.worker import work_trial
@@ -43,8 +46,6 @@ __all__ = ["StoppedError", "fit_interruptibly", "fit_trial", "ray_session", "run
 _POLL_INTERVAL_S = 0.2
 _TICK_INTERVAL_S = 0.2
 _LOOK_INTERVAL_S = 1.0
-_NUM_STARTS = 60
-"""Attempts at starting the workers: ten minutes for a cluster to make room."""
 _GRACE_S = 5.0
 """How long a worker holds back that it lost the others: Ray then sees which one died."""
 _EXCHANGE_TIMEOUT_S = 4 * 3600
@@ -66,8 +67,10 @@ def run_trial(
         GbpError: What a worker raised on purpose, as it raised it.
         TrialError: The workers failed for another reason; names trial, rank and root cause.
     """
-    with ray_session(job.cluster, is_debug), Relay(board, job.cluster.max_failures) as relay:
-        refusal = fit_trial(job, import_paths, relay.mailbox, describe=relay.describe)
+    with ray_session(job.cluster, is_debug):
+        check_cluster(job, import_paths)
+        with Relay(board, job.cluster) as relay:
+            refusal = fit_trial(job, import_paths, relay.mailbox, describe=relay.describe)
     if refusal is not None:
         raise refusal
 
@@ -140,13 +143,20 @@ def _fit(
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=cluster.use_gpu,
-            resources_per_worker={"CPU": 1, **({"GPU": 1} if cluster.use_gpu else {})},
+            resources_per_worker=worker_resources(cluster, list_machines()),
+            placement_strategy=cluster.placement.upper(),
         ),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=scratch,
             failure_config=ray.train.FailureConfig(
-                max_failures=cluster.max_failures, controller_failure_limit=_NUM_STARTS - 1
+                max_failures=cluster.max_failures,
+                max_preemption_failures=(
+                    -1 if cluster.max_preemptions is None else cluster.max_preemptions
+                ),
+                controller_failure_limit=max(
+                    0, math.ceil(cluster.room_timeout_s / START_TIMEOUT_S) - 1
+                ),
             ),
             callbacks=[_Listener(mailbox, name)],
         ),
@@ -162,7 +172,7 @@ def _fit(
         if "startup timed out" in text:
             text = (
                 f"the cluster had no room for cluster.num_workers = {cluster.max_workers} within "
-                f"{_NUM_STARTS * START_TIMEOUT_S} s; ask for fewer"
+                f"cluster.room_timeout_s = {cluster.room_timeout_s:g}; ask for fewer or wait longer"
             )
         raise TrialError(
             f"trial {name}: Ray could not run the workers: {text}; run the job again to go on "
@@ -232,6 +242,10 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
     job = JobConfig.model_validate(config["job"])
     device = ray.train.torch.get_device() if job.cluster.use_gpu else torch.device("cpu")
     ranks = Ranks.current(device)
+    try:
+        ranks.together(lambda: check_folder(job))
+    except StoreError as error:
+        return error
     mailbox, gate = config["mailbox"], config["gate"]
     # Several trials of a sweep may share the other one.
     meeting = gate if gate is not None else mailbox
@@ -330,8 +344,8 @@ def ray_session(cluster: ClusterConfig, is_debug: bool) -> Iterator[None]:
     options: dict[str, Any] = {"address": cluster.address or "local"}
     if cluster.address is None:
         # Workers that wait for each other must all be placed, even on fewer cores.
-        cores = os.cpu_count() or 1
-        options |= {"num_cpus": max(cores, cluster.max_workers + 1), "include_dashboard": False}
+        num_cpus = pretend_cpus(cluster, os.cpu_count() or 1)
+        options |= {"num_cpus": num_cpus, "include_dashboard": False}
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         try:
@@ -403,8 +417,11 @@ def _final_error(
     if failure.cause is not None:
         return failure.cause
     rank, words = describe(failure)
+    limit = f"max_failures = {job.cluster.max_failures}"
+    if failure.is_preemption:
+        limit = f"max_preemptions = {job.cluster.max_preemptions}"
     return TrialError(
-        f"trial {name}: worker {rank} {words}; cluster.max_failures = {job.cluster.max_failures} "
+        f"trial {name}: worker {rank} {words}; cluster.{limit} "
         "allows no more restarts; run the job again to go on after its last whole round",
         trial_id=name,
         rank=rank,

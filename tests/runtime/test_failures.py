@@ -6,6 +6,7 @@ import pickle
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from ray.exceptions import (
@@ -21,7 +22,9 @@ from ray.train.v2._internal.exceptions import (
 )
 
 from gbp_ray import cli
+from gbp_ray.config import ClusterConfig
 from gbp_ray.errors import PruneError, TrialError
+from gbp_ray.runtime import mailbox
 from gbp_ray.runtime.failures import Failure, find_failure, is_consequence
 
 CLOSED = RuntimeError(
@@ -29,6 +32,9 @@ CLOSED = RuntimeError(
     "typically caused by a remote worker crashing."
 )
 RESET = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer.")
+
+
+DIED = ActorDiedError()
 
 
 def dead(error: Exception) -> Exception:
@@ -76,6 +82,37 @@ def test_the_failure_that_explains_the_others_is_found(
     assert pickle.loads(pickle.dumps(found)) == Failure(rank, found.words, found.cause) or (
         found.cause is not None
     )
+
+
+TAKEN_AWAY = dead(
+    RayActorError(error_msg="The actor died: its node was terminated", preempted=True)
+)
+
+
+def test_a_machine_taken_away_with_notice_is_counted_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken, killed = find_failure({0: CLOSED, 1: TAKEN_AWAY}), find_failure({0: dead(DIED)})
+    assert (taken.rank, taken.is_preemption, killed.is_preemption) == (1, True, False)
+    assert "taken away with notice" in taken.words
+    # The relay without the actor that workers write to.
+    monkeypatch.setattr(mailbox, "ray", MagicMock())
+    monkeypatch.setattr(mailbox, "Mailbox", MagicMock())
+    monkeypatch.setattr(mailbox, "NodeAffinitySchedulingStrategy", MagicMock())
+    told: list[str] = []
+    board = MagicMock(note=told.append)
+    relay = mailbox.Relay(board, ClusterConfig(max_failures=1, max_preemptions=2))
+    for failure in (taken, killed, taken, taken, killed):
+        relay._show(("t", failure))
+    counts = [text.partition("again (")[2].rstrip(")") for text in told]
+    # Beyond the limits nothing starts again, and the last word is the trial's own error.
+    assert counts == [
+        "1 of cluster.max_preemptions = 2",
+        "1 of cluster.max_failures = 1",
+        "2 of cluster.max_preemptions = 2",
+    ]
+    mailbox.Relay(board, ClusterConfig())._show(("t", taken))
+    assert told[-1].endswith("(1 of cluster.max_preemptions = any number)")
 
 
 def test_an_error_of_ours_arrives_as_raised() -> None:
