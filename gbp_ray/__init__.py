@@ -11,6 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ClusterError": "gbp_ray.errors",
     "ConfigError": "gbp_ray.errors",
     "GbpError": "gbp_ray.errors",
     "JobConfig": "gbp_ray.config",
@@ -35,6 +36,7 @@ _HOMES = {
     "plan_prune": "gbp_ray.api",
     "plan_sweep": "gbp_ray.api",
     "prune": "gbp_ray.api",
+    "submit": "gbp_ray.api",
     "sweep": "gbp_ray.api",
     "write_report": "gbp_ray.page",
 }

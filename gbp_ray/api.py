@@ -64,6 +64,7 @@ from gbp_ray.runtime.shared import dense_origin
 from gbp_ray.runtime.solo import finish_trial, own_device
 from gbp_ray.runtime.worker import work_trial
 from gbp_ray.store import RoundRecord, Store, TrialRecord, locate_jobs, locate_trials
+from gbp_ray.submission import prepare_submission
 from gbp_ray.summary import summarize
 from gbp_ray.workload import (
     Workload,
@@ -81,6 +82,7 @@ __all__ = [
     "plan_prune",
     "plan_sweep",
     "prune",
+    "submit",
     "sweep",
 ]
 
@@ -438,6 +440,49 @@ def _refuse_failure_of_all(outcomes: list[Outcome]) -> None:
         )
 
 
+def submit(
+    job: JobConfig | str | Path | None = None,
+    overrides: Mapping[str, Any] | list[str] | None = None,
+    *,
+    address: str | None = None,
+    is_sweep: bool = False,
+    folder: str | Path | None = None,
+    env_names: Sequence[str] = (),
+    is_installed: bool = False,
+) -> str:
+    """Sends a job to a cluster; returns its submission id there when its own checks have passed.
+
+    Args:
+        job: As for `prune`; its storage must be one that the cluster reaches.
+        overrides: Likewise.
+        address: http://HEAD:8265, or what RAY_API_SERVER_ADDRESS says.
+        is_sweep: Runs it as a sweep, which a job with a space is anyway.
+        folder: What goes with it; the job file's own by default.
+        env_names: Environment variables that go along; no secrets.
+        is_installed: The nodes have this package; by default it goes along.
+
+    Raises:
+        GbpError: The job is wrong, the cluster does not take it, or it has failed there.
+    """
+    from gbp_ray.runtime.submit import Head, find_address
+
+    place = find_address(address)
+    submission = prepare_submission(
+        job,
+        overrides,
+        address=place,
+        is_sweep=is_sweep,
+        folder=folder,
+        env_names=env_names,
+        is_installed=is_installed,
+    )
+    head = Head(place)
+    state, _ = head.submit(submission)
+    state = head.await_checks(state.submission_id)
+    state.check()
+    return state.submission_id
+
+
 def open_result(uri: str | Path) -> PruneResult:
     """Opens a finished trial by its folder, or by its job's folder where that holds one trial.
 
@@ -499,9 +544,11 @@ def _run_rounds(
     if earlier:
         board.note(f"{name}  goes on after round {earlier[-1].round}")
     if job.cluster.num_workers == 0:
+        device = own_device(job)
+        board.pass_checks()
         work_trial(
             job,
-            Ranks(device=own_device(job)),
+            Ranks(device=device),
             tell=board.show,
             round_done=lambda record: board.show_round(name, record),
         )

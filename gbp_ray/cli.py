@@ -6,6 +6,7 @@ done, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 143 by a termination signal.
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -24,6 +25,7 @@ from gbp_ray import __version__
 from gbp_ray.cli_reference import add_reference_verbs
 from gbp_ray.cli_reuse import add_reuse_verbs
 from gbp_ray.cli_stability import add_stability_verb
+from gbp_ray.cli_submit import add_cluster_verbs
 from gbp_ray.cli_sweep import run_sweep
 from gbp_ray.errors import ConfigError, GbpError, TrialError
 from gbp_ray.report import (
@@ -36,10 +38,12 @@ from gbp_ray.report import (
     round_table,
     summary_line,
 )
+from gbp_ray.runtime.start import SUBMITTED
 from gbp_ray.store import TrialRecord, locate_trials
 from gbp_ray.terminal import (
     AsJson,
     Conditions,
+    Place,
     console,
     print_csv,
     print_json,
@@ -63,15 +67,8 @@ app = typer.Typer(
 
 _STOPPED = 130
 
-Place = Annotated[
-    str,
-    typer.Argument(
-        help="A trial's, a job's or a storage's address: a folder, or s3://bucket/prefix.",
-        metavar="URI",
-    ),
-]
-
 app.command("sweep")(run_sweep)
+add_cluster_verbs(app)
 add_stability_verb(app)
 add_reuse_verbs(app)
 add_reference_verbs(app)
@@ -472,7 +469,10 @@ def main() -> None:
             raise KeyboardInterrupt
     except TrialError as error:
         # It ends with the advice to run the job again, and this is how.
-        _fail(f"{error}: {shlex.join(['gbp-ray', *sys.argv[1:]])}", error.exit_code, is_debug)
+        command = shlex.join(["gbp-ray", *sys.argv[1:]])
+        if SUBMITTED in os.environ:
+            command = "the same gbp-ray submit"
+        _fail(f"{error}: {command}", error.exit_code, is_debug)
     except GbpError as error:
         _fail(str(error), error.exit_code, is_debug)
     except KeyboardInterrupt:

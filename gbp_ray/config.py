@@ -413,8 +413,9 @@ def _as_toml(value: object) -> str:
 
 def _read_toml(source: str | Path | None) -> dict[str, Any]:
     if source is None:
+        # By its path: as a module, the folder would bring torch along.
         return tomllib.loads(
-            resources.files("gbp_ray.zoo").joinpath("digits.toml").read_text("utf-8")
+            resources.files("gbp_ray").joinpath("zoo", "digits.toml").read_text("utf-8")
         )
     path = Path(source)
     try:

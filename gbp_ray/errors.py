@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "BusyError",
+    "ClusterError",
     "ConfigError",
     "ExportError",
     "GbpError",
@@ -81,6 +82,14 @@ class TrialError(GbpError):
     trial_id: str
     rank: int | None
     cause: str
+
+
+class ClusterError(GbpError):
+    """A cluster elsewhere did not do as asked, or a job there did not succeed.
+
+    Attributes:
+        exit_code: Of the job where it is a job's.
+    """
 
 
 class ExportError(GbpError):

@@ -14,6 +14,7 @@ from rich.console import Console
 __all__ = [
     "AsJson",
     "Conditions",
+    "Place",
     "console",
     "print_csv",
     "print_json",
@@ -32,6 +33,14 @@ Conditions = Annotated[
         "--where",
         metavar="CONDITION",
         help="Keep what has prune.criterion=taylor or sparsity>=0.9; repeatable.",
+    ),
+]
+
+Place = Annotated[
+    str,
+    typer.Argument(
+        help="A trial's, a job's or a storage's address: a folder, or s3://bucket/prefix.",
+        metavar="URI",
     ),
 ]
 

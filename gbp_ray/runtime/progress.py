@@ -10,6 +10,7 @@ best so far, above a bar per running trial; elsewhere a line per trial that has 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,9 +20,13 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from gbp_ray.runtime.start import SUBMITTED
 from gbp_ray.store import RoundRecord
 
-__all__ = ["ProgressBoard", "SweepBoard", "Tick"]
+__all__ = ["CHECKED", "ProgressBoard", "SweepBoard", "Tick"]
+
+CHECKED = "all checks passed"
+"""What the driver of a submitted job says when nothing known is in its way; who submits waits."""
 
 _PLAIN_INTERVAL_S = 10.0
 
@@ -84,6 +89,11 @@ class ProgressBoard:
     def note(self, text: str) -> None:
         """Says one line that stays."""
         self._console.print(text, markup=False, soft_wrap=True)
+
+    def pass_checks(self) -> None:
+        """Says in the log of a submitted job that its work begins."""
+        if SUBMITTED in os.environ:
+            self.note(CHECKED)
 
     def show(self, tick: Tick) -> None:
         """Moves the trial's bar, or prints a plain line where there is no terminal."""

@@ -14,6 +14,7 @@ from importlib.metadata import version
 
 import torch
 
+from gbp_ray import __version__
 from gbp_ray.config import JobConfig, trial_id
 from gbp_ray.errors import ConfigError, StoreError
 from gbp_ray.pruning.ranks import Ranks
@@ -152,5 +153,6 @@ def own_device(job: JobConfig) -> torch.device:
 
 
 def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("gbp-ray", "torch", "ray", "numpy")}
+    # What a job brought along to a cluster is not installed there.
+    packages = {"gbp-ray": __version__} | {n: version(n) for n in ("torch", "ray", "numpy")}
     return {"python": platform.python_version(), **packages, "machine": platform.machine()}

@@ -96,6 +96,7 @@ def run_sweep(
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     with ray_session(base.cluster, is_debug), Relay(board) as relay:
         check_cluster(base, import_paths)
+        board.pass_checks()
         slots = _Slots(base, feeder)
         scheduler = None
         if base.sweep.scheduler != "fifo":

@@ -69,6 +69,7 @@ def run_trial(
     """
     with ray_session(job.cluster, is_debug):
         check_cluster(job, import_paths)
+        board.pass_checks()
         with Relay(board, job.cluster) as relay:
             refusal = fit_trial(job, import_paths, relay.mailbox, describe=relay.describe)
     if refusal is not None:

@@ -1,0 +1,204 @@
+"""What of a user's folder travels to a cluster: chosen by ignore rules, put into one archive.
+
+Left out is what `.gitignore` and `.rayignore` files say, in the folder, below it and, inside a git
+repository, above it, read as git reads them; and always what nobody means to send: version control,
+virtual environments, caches, results, and files that hold credentials by custom (`.env`, `.netrc`,
+`.aws`, `.ssh`). Links are followed. The archive has the same bytes for the same files, so that a
+cluster that has it already is not sent it again.
+"""
+
+from __future__ import annotations
+
+import io
+import stat
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pathspec import GitIgnoreSpec
+
+from gbp_ray.errors import ConfigError
+
+__all__ = ["MOST_BYTES", "Package", "find_files", "is_left_out", "pack_files"]
+
+MOST_BYTES = 100 * 2**20 - 1
+"""Largest archive that the head of a Ray cluster takes (DASHBOARD_CLIENT_MAX_SIZE)."""
+
+_IGNORE_FILES = (".gitignore", ".rayignore")
+_ALWAYS_OUT = GitIgnoreSpec.from_lines(
+    (
+        *(".git", ".hg", ".svn", ".DS_Store"),
+        *(".venv", "venv", "node_modules", "*.egg-info", ".tox", ".nox", ".eggs"),
+        *("__pycache__", "*.pyc", ".*_cache", ".hypothesis", ".ipynb_checkpoints"),
+        *("gbp-results", "gbp-report"),
+        *(".env", ".env.*", ".netrc", ".aws", ".ssh"),
+    )
+)
+# Before 1980 the format knows no time.
+_NO_TIME = (1980, 1, 1, 0, 0, 0)
+_NUM_SHOWN = 3
+_CHUNK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Package:
+    """An archive that is ready to go.
+
+    Attributes:
+        data: Its bytes, a zip file.
+        sizes: Bytes of each file in it, by name, before compression.
+    """
+
+    data: bytes
+    sizes: dict[str, int]
+
+    def largest(self) -> str:
+        """Names its largest files with their sizes."""
+        return _name_largest(self.sizes)
+
+
+def find_files(folder: Path) -> dict[str, Path]:
+    """Lists the files of a folder that travel, by their names relative to it.
+
+    Raises:
+        ConfigError: The folder cannot be read.
+    """
+    rules = _rules_above(folder)
+    if rules and _is_ignored(folder, rules, is_folder=True):
+        # Whoever sends a folder that git ignores means it.
+        rules = []
+    found = {}
+    for path in _walk(folder, folder, rules, (_identity(folder),)):
+        found[path.relative_to(folder).as_posix()] = path
+    return dict(sorted(found.items()))
+
+
+def is_left_out(folder: Path, name: str) -> bool:
+    """Tells whether a file of the folder is there and does not travel."""
+    return (folder / name).is_file() and name not in find_files(folder)
+
+
+def pack_files(
+    files: Mapping[str, Path], extra: Mapping[str, bytes], most_bytes: int = MOST_BYTES
+) -> Package:
+    """Puts files into one archive.
+
+    Args:
+        files: Those on disk, by the name they get.
+        extra: Others, which win over those of the same name.
+        most_bytes: What the cluster takes.
+
+    Raises:
+        ConfigError: A file cannot be read, or the archive is too large.
+    """
+    buffer = io.BytesIO()
+    sizes: dict[str, int] = {}
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted({*files, *extra}):
+            source = extra[name] if name in extra else files[name]
+            sizes[name] = _add(archive, name, source, lambda: buffer.tell() > most_bytes)
+            if buffer.tell() > most_bytes:
+                break
+    # What the archive ends with counts as well.
+    if len(buffer.getvalue()) > most_bytes:
+        left = {name: path.stat().st_size for name, path in files.items() if name not in sizes}
+        raise ConfigError(
+            f"the folder of the job holds more than a Ray cluster takes, {most_bytes / 1e6:.0f} MB "
+            f"({_name_largest(sizes | left)}); leave out by .rayignore what the code does not "
+            "need, and give data by s3://, or in a folder that all nodes have"
+        )
+    return Package(buffer.getvalue(), sizes)
+
+
+def _add(
+    archive: zipfile.ZipFile, name: str, source: bytes | Path, is_full: Callable[[], bool]
+) -> int:
+    """Adds a file, of one that is too large the beginning alone, and returns its size."""
+    entry = zipfile.ZipInfo(name, _NO_TIME)
+    entry.compress_type = zipfile.ZIP_DEFLATED
+    if isinstance(source, bytes):
+        entry.external_attr = (stat.S_IFREG | 0o644) << 16
+        archive.writestr(entry, source)
+        return len(source)
+    try:
+        state = source.stat()
+        entry.external_attr = (stat.S_IFREG | (state.st_mode & 0o755)) << 16
+        with source.open("rb") as file, archive.open(entry, "w", force_zip64=True) as target:
+            while chunk := file.read(_CHUNK_BYTES):
+                target.write(chunk)
+                if is_full():
+                    break
+    except OSError as error:
+        raise ConfigError(
+            f"'{source}': cannot be read: {error.strerror}; it would go to the cluster with its "
+            "folder; leave it out by a line in .rayignore"
+        ) from None
+    return state.st_size
+
+
+def _name_largest(sizes: Mapping[str, int]) -> str:
+    largest = sorted(sizes.items(), key=lambda item: -item[1])[:_NUM_SHOWN]
+    return ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in largest)
+
+
+Rule = tuple[Path, GitIgnoreSpec]
+"""A folder, and what is left out below it."""
+
+
+def _walk(top: Path, folder: Path, rules: list[Rule], above: tuple[object, ...]) -> Iterator[Path]:
+    rules = rules + _rules_in(folder)
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise ConfigError(f"'{folder}': cannot be read: {error.strerror}") from None
+    for path in entries:
+        is_folder = path.is_dir()
+        name = path.relative_to(top).as_posix()
+        if _ALWAYS_OUT.match_file(name) or _is_ignored(path, rules, is_folder):
+            continue
+        if is_folder:
+            identity = _identity(path)
+            # A link to a folder that this one is in would go round for ever.
+            if identity not in above and not (path / "pyvenv.cfg").exists():
+                yield from _walk(top, path, rules, (*above, identity))
+        elif path.is_file():
+            yield path
+
+
+def _identity(folder: Path) -> object:
+    try:
+        state = folder.stat()
+    except OSError as error:
+        raise ConfigError(f"'{folder}': cannot be read: {error.strerror}") from None
+    return state.st_dev, state.st_ino
+
+
+def _is_ignored(path: Path, rules: list[Rule], is_folder: bool) -> bool:
+    # The rule nearest to a file decides.
+    for base, spec in reversed(rules):
+        name = path.relative_to(base).as_posix() + "/" * is_folder
+        if (verdict := spec.check_file(name).include) is not None:
+            return verdict
+    return False
+
+
+def _rules_in(folder: Path) -> list[Rule]:
+    rules = []
+    for name in _IGNORE_FILES:
+        try:
+            lines = (folder / name).read_text(errors="replace").splitlines()
+        except OSError:
+            continue
+        rules.append((folder, GitIgnoreSpec.from_lines(lines)))
+    return rules
+
+
+def _rules_above(folder: Path) -> list[Rule]:
+    """Reads the rules of the git repository that a folder is in."""
+    rules: list[Rule] = []
+    for parent in folder.parents if not (folder / ".git").exists() else ():
+        rules = _rules_in(parent) + rules
+        if (parent / ".git").exists():
+            return rules
+    return []
