@@ -39,10 +39,11 @@ from gbp_ray.forecast import (
     take_of_host,
 )
 from gbp_ray.index import flatten
+from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.plan import make_plan
 from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.rounds import check_job, load_weights
+from gbp_ray.pruning.rounds import load_weights
 from gbp_ray.pruning.tickets import pin_masks
 from gbp_ray.records import JobRecord
 from gbp_ray.results import Results, open_results

@@ -18,8 +18,9 @@ import torch
 from gbp_ray.api import PruneResult, open_result, prune, sweep
 from gbp_ray.config import JobConfig, load_job, trial_id
 from gbp_ray.errors import ConfigError
+from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.rounds import check_job, run_rounds
+from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.pruning.stability import Overlap, SizeStability, compare_samples, measure_overlap
 from gbp_ray.runtime.solo import own_device
 from gbp_ray.store import Store

@@ -17,14 +17,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from gbp_ray.config import JobConfig, Recipe
-from gbp_ray.errors import ConfigError, PruneError, StoreError
-from gbp_ray.pruning.attack import refuse_unattackable
+from gbp_ray.config import JobConfig
+from gbp_ray.errors import PruneError, StoreError
 from gbp_ray.pruning.batchnorm import recalibrate_batchnorm
-from gbp_ray.pruning.building import build_start, copy_frozen, network_of_seed
+from gbp_ray.pruning.building import build_start, copy_frozen
 from gbp_ray.pruning.checkpoint import (
     Checkpoint,
     damaged,
@@ -33,21 +31,21 @@ from gbp_ray.pruning.checkpoint import (
     save_round,
     spread_masks,
 )
-from gbp_ray.pruning.criteria import criterion, movement_statistic
+from gbp_ray.pruning.checks import refuse_frozen_movement
+from gbp_ray.pruning.criteria import movement_statistic
 from gbp_ray.pruning.evaluation import evaluate
-from gbp_ray.pruning.freezing import refuse_unfreezable, trainable_parameters
-from gbp_ray.pruning.masks import MaskSet, Prunable, prunable_parameters
+from gbp_ray.pruning.masks import MaskSet, prunable_parameters
 from gbp_ray.pruning.metrics import measure
-from gbp_ray.pruning.objective import Teacher, refuse_unlearnable
-from gbp_ray.pruning.ranks import Ranks, isolated
+from gbp_ray.pruning.objective import Teacher
+from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.robustness import robust_accuracy
-from gbp_ray.pruning.saliency import check_criterion, score
+from gbp_ray.pruning.saliency import score
 from gbp_ray.pruning.schedule import sparsity_schedule
-from gbp_ray.pruning.selection import check_reachable, check_selectable, num_to_prune, select_masks
+from gbp_ray.pruning.selection import num_to_prune, select_masks
 from gbp_ray.pruning.sharding import is_sharded, local
 from gbp_ray.pruning.slices import SlicedScores
 from gbp_ray.pruning.stopping import train_until_stale
-from gbp_ray.pruning.teaching import prepare_teacher, refuse_unteachable
+from gbp_ray.pruning.teaching import prepare_teacher
 from gbp_ray.pruning.tickets import starting_masks
 from gbp_ray.pruning.training import (
     Span,
@@ -60,12 +58,10 @@ from gbp_ray.pruning.training import (
 from gbp_ray.store import RoundRecord
 from gbp_ray.workload import (
     Workload,
-    check_workload,
     derive_seed,
     judged_split,
     num_examples,
     shuffled_indices,
-    take_batch,
 )
 
 __all__ = [
@@ -73,7 +69,6 @@ __all__ = [
     "RoundState",
     "ScoreCache",
     "Tell",
-    "check_job",
     "goes_back_to_dense",
     "load_weights",
     "run_rounds",
@@ -157,104 +152,7 @@ def run_rounds(
 
 def goes_back_to_dense(job: JobConfig) -> bool:
     """Whether a job that is resumed needs the weights of the dense network."""
-    return job.prune.rewind == "weights" or job.finetune.distillation.weight > 0
-
-
-def check_job(job: JobConfig, workload: Workload) -> None:
-    """Refuses what a job could only fail at later; builds the model, trains and writes nothing.
-
-    Raises:
-        ConfigError: The criterion, an exclude glob, a layer bound, n:m, the final sparsity or the
-            size of a batch's parts does not suit the model.
-        WorkloadError: The network cannot be built, or a batch of the data cannot be used.
-        PruneError: The criterion fails on a small batch.
-    """
-    criterion(job.prune.criterion)
-    model, _ = network_of_seed(workload, job.seed)
-    units = prunable_parameters(model, job.prune.exclude)
-    _refuse_frozen_movement(job, model, units)
-    shapes = {unit.name: tuple(unit.parameter.shape) for unit in units}
-    check_selectable(shapes, job.prune, {unit.name: unit.input_dim for unit in units})
-    check_reachable(shapes, job.prune)
-    starting_masks(job, units)
-    _refuse_split_patterns(job, units)
-    check_workload(workload, model, min(8, job.prune.calibration_batch_size))
-    for section in ("pretrain", "finetune"):
-        recipe: Recipe = getattr(job, section)
-        if recipe.epochs > 0:
-            refuse_unfreezable(model, recipe.freeze, section)
-            refuse_unattackable(workload, model, recipe.adversarial, f"{section}.adversarial")
-            refuse_unlearnable(recipe, section, workload)
-    refuse_unattackable(workload, model, job.attack, "attack")
-    if job.finetune.epochs > 0:
-        refuse_unteachable(job, workload, model)
-    if job.finetune.patience and workload.validation is None:
-        raise ConfigError(
-            f"finetune.patience = {job.finetune.patience}: has no examples to judge by; set "
-            "workload.validation, such as 0.1"
-        )
-    _refuse_lone_examples(job, workload, model)
-    check_criterion(model, units, workload, job.prune, seed=job.seed)
-
-
-def _refuse_split_patterns(job: JobConfig, units: list[Prunable]) -> None:
-    split = [unit.name for unit in units if unit.input_dim == 0]
-    if job.cluster.strategy == "fsdp" and job.prune.pattern is not None and split:
-        raise ConfigError(
-            f"cluster.strategy = fsdp: cuts '{split[0]}' between its inputs, along which the "
-            f"groups of prune.granularity = '{job.prune.granularity}' run; name it in "
-            "prune.exclude or set cluster.strategy to replicated"
-        )
-
-
-def _refuse_frozen_movement(job: JobConfig, model: nn.Module, units: list[Prunable]) -> None:
-    trainable = trainable_parameters(model, job.finetune.freeze)
-    frozen = [unit for unit in units if unit.name not in trainable]
-    if job.prune.criterion == "movement" and frozen:
-        why = "finetune.freeze" if frozen[0].parameter.requires_grad else "requires_grad = False"
-        raise ConfigError(
-            f"prune.criterion = movement: '{frozen[0].name}' is frozen ({why}) and never moves; "
-            "name it in prune.exclude"
-        )
-
-
-def _refuse_lone_examples(job: JobConfig, workload: Workload, model: nn.Module) -> None:
-    """Refuses batches of one example where BatchNorm, which needs two values, would see them."""
-    has_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
-    if has_norm and job.prune.batchnorm_examples == 1:
-        raise ConfigError(
-            "prune.batchnorm_examples = 1: one example has no variance; give at least 2, better "
-            "hundreds, or 0 to keep the statistics"
-        )
-    for section in ("pretrain", "finetune"):
-        recipe: Recipe = getattr(job, section)
-        size = min(recipe.batch_size, num_examples(workload.train))
-        if recipe.epochs > 0 and size // min(recipe.microbatches, size) == 1:
-            _refuse_lone_part(section, recipe, size, workload, model)
-
-
-def _refuse_lone_part(
-    section: str, recipe: Recipe, size: int, workload: Workload, model: nn.Module
-) -> None:
-    first = torch.zeros(1, dtype=torch.long)
-    example, _ = take_batch(workload, workload.train, first, augment_seed=0)
-    was_training = model.training
-    model.train()
-    try:
-        # A trial, since a norm over images has many values even in one example.
-        with torch.no_grad(), isolated(model, 0):
-            model(example)
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        remedy = f"set {section}.microbatches to {size // 2} or less" if size > 1 else "raise it"
-        raise ConfigError(
-            f"{section}.batch_size = {recipe.batch_size} with {section}.microbatches = "
-            f"{recipe.microbatches}: cuts {size} example{'s' if size > 1 else ''} into parts of "
-            f"one, and this model's BatchNorm needs two in training; {remedy}"
-        ) from error
-    finally:
-        model.train(was_training)
+    return job.prune.rewind == "weights" or job.finetune.distillation.is_on
 
 
 class _Run:
@@ -272,7 +170,7 @@ class _Run:
         self.score_cache = score_cache
         self.model, self.macs = build_start(workload, job.seed, ranks, job.cluster.strategy)
         self.units = prunable_parameters(self.model, job.prune.exclude)
-        _refuse_frozen_movement(job, self.model, self.units)
+        refuse_frozen_movement(job, self.model, self.units)
         self.masks = MaskSet.dense(self.units)
         initial = ranks.together(lambda: starting_masks(job, self.units))
         self.is_thinned = initial is not None

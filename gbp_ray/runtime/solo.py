@@ -17,8 +17,8 @@ import torch
 from gbp_ray import __version__
 from gbp_ray.config import JobConfig, trial_id
 from gbp_ray.errors import ConfigError, StoreError
+from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.rounds import check_job
 from gbp_ray.runtime.progress import Tick
 from gbp_ray.runtime.shared import SharedScores, adopt_dense, dense_origin, share_dense
 from gbp_ray.runtime.worker import iterate_trial

@@ -16,9 +16,9 @@ from torch.nn import functional
 from gbp_ray.config import AdversarialConfig, AttackConfig, Perturbation
 from gbp_ray.errors import ConfigError, WorkloadError
 from gbp_ray.pruning.attack import perturb, refuse_unattackable
+from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.objective import training_loss
 from gbp_ray.pruning.robustness import robust_accuracy
-from gbp_ray.pruning.rounds import check_job
 from gbp_ray.workload import Workload, derive_seed
 from gbp_ray.zoo import digits_convnet
 

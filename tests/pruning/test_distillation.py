@@ -14,10 +14,11 @@ from small_trainings import recipe_of, steps, train
 
 from gbp_ray.config import DistillationConfig, JobConfig
 from gbp_ray.errors import ConfigError, WorkloadError
+from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.features import feature_distance, tapped
 from gbp_ray.pruning.objective import Teacher, distillation_loss, training_loss
 from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.rounds import check_job, run_rounds
+from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.pruning.teaching import is_taught_once, prepare_teacher
 
 

@@ -11,9 +11,10 @@ from small_networks import ConvNet, SharedWeightNet, built, images, job_config
 from small_trainings import recipe_of, steps, train
 
 from gbp_ray.errors import ConfigError
+from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.freezing import refuse_unfreezable, trainable_parameters
 from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.rounds import check_job, run_rounds
+from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.pruning.training import make_optimizer
 
 

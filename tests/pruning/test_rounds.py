@@ -14,10 +14,11 @@ from torch import nn
 
 from gbp_ray.config import JobConfig
 from gbp_ray.errors import ConfigError, PruneError, StoreError, WorkloadError
+from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
 from gbp_ray.pruning.metrics import count_macs, measure
 from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.rounds import Checkpoint, RoundState, check_job, run_rounds
+from gbp_ray.pruning.rounds import Checkpoint, RoundState, run_rounds
 from gbp_ray.workload import Workload, derive_seed, seeded
 
 RECIPES: dict[str, dict[str, Any]] = {

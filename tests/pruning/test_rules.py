@@ -15,9 +15,9 @@ from torch.nn import functional
 
 from gbp_ray.config import CRITERIA
 from gbp_ray.errors import ConfigError, PruneError, WorkloadError
+from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.criteria import criterion
 from gbp_ray.pruning.masks import prunable_parameters
-from gbp_ray.pruning.rounds import check_job
 from gbp_ray.pruning.rules import Criterion, Probe
 from gbp_ray.pruning.saliency import check_criterion
 from gbp_ray.workload import Workload

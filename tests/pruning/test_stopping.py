@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from gbp_ray.config import FinetuneConfig, JobConfig, PretrainConfig
 from gbp_ray.errors import ConfigError
 from gbp_ray.pruning.checkpoint import Checkpoint
+from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.evaluation import evaluate
 from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.rounds import check_job, run_rounds
+from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.pruning.stopping import train_until_stale
 from gbp_ray.pruning.training import make_optimizer
 from gbp_ray.workload import Workload, hold_out, judged_split, num_examples, take_batch

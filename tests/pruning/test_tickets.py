@@ -12,9 +12,10 @@ from torch import nn
 
 from gbp_ray.config import JobConfig, PretrainConfig, load_job, trial_id
 from gbp_ray.errors import ConfigError, StoreError
+from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
 from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.rounds import RoundState, check_job, run_rounds
+from gbp_ray.pruning.rounds import RoundState, run_rounds
 from gbp_ray.pruning.schedule import sparsity_schedule
 from gbp_ray.pruning.tickets import pin_masks, read_masks_at, starting_masks
 

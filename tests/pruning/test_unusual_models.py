@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from gbp_ray.config import CRITERIA, FinetuneConfig, JobConfig, PretrainConfig
 from gbp_ray.errors import ConfigError, PruneError, StoreError
 from gbp_ray.pruning.batchnorm import recalibrate_batchnorm
+from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.criteria import criterion
 from gbp_ray.pruning.evaluation import evaluate
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.pruning.rounds import Checkpoint, RoundState, check_job, load_weights, run_rounds
+from gbp_ray.pruning.rounds import Checkpoint, RoundState, load_weights, run_rounds
 from gbp_ray.workload import Workload
 
 SCORED = [name for name in CRITERIA if name != "movement"]

@@ -1,0 +1,130 @@
+"""What a job is refused for before anything is trained: where it does not suit its network or data.
+
+The schema has refused what is wrong by itself (`config`); here the network is built, and a small
+batch of each split goes through it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gbp_ray.config import JobConfig, Recipe
+from gbp_ray.errors import ConfigError
+from gbp_ray.pruning.attack import refuse_unattackable
+from gbp_ray.pruning.building import network_of_seed
+from gbp_ray.pruning.criteria import criterion
+from gbp_ray.pruning.freezing import refuse_unfreezable, trainable_parameters
+from gbp_ray.pruning.masks import Prunable, prunable_parameters
+from gbp_ray.pruning.objective import refuse_unlearnable
+from gbp_ray.pruning.ranks import isolated
+from gbp_ray.pruning.saliency import check_criterion
+from gbp_ray.pruning.selection import check_reachable, check_selectable
+from gbp_ray.pruning.teaching import refuse_unteachable
+from gbp_ray.pruning.tickets import starting_masks
+from gbp_ray.workload import Workload, check_workload, num_examples, take_batch
+
+__all__ = ["check_job", "refuse_frozen_movement"]
+
+
+def check_job(job: JobConfig, workload: Workload) -> None:
+    """Refuses what a job could only fail at later; builds the model, trains and writes nothing.
+
+    Raises:
+        ConfigError: The criterion, an exclude glob, a layer bound, n:m, the final sparsity or the
+            size of a batch's parts does not suit the model.
+        WorkloadError: The network cannot be built, or a batch of the data cannot be used.
+        PruneError: The criterion fails on a small batch.
+    """
+    criterion(job.prune.criterion)
+    model, _ = network_of_seed(workload, job.seed)
+    units = prunable_parameters(model, job.prune.exclude)
+    refuse_frozen_movement(job, model, units)
+    shapes = {unit.name: tuple(unit.parameter.shape) for unit in units}
+    check_selectable(shapes, job.prune, {unit.name: unit.input_dim for unit in units})
+    check_reachable(shapes, job.prune)
+    starting_masks(job, units)
+    _refuse_split_patterns(job, units)
+    check_workload(workload, model, min(8, job.prune.calibration_batch_size))
+    for section in ("pretrain", "finetune"):
+        recipe: Recipe = getattr(job, section)
+        if recipe.epochs > 0:
+            refuse_unfreezable(model, recipe.freeze, section)
+            refuse_unattackable(workload, model, recipe.adversarial, f"{section}.adversarial")
+            refuse_unlearnable(recipe, section, workload)
+    refuse_unattackable(workload, model, job.attack, "attack")
+    if job.finetune.epochs > 0:
+        refuse_unteachable(job, workload, model)
+    if job.finetune.patience and workload.validation is None:
+        raise ConfigError(
+            f"finetune.patience = {job.finetune.patience}: has no examples to judge by; set "
+            "workload.validation, such as 0.1"
+        )
+    _refuse_lone_examples(job, workload, model)
+    check_criterion(model, units, workload, job.prune, seed=job.seed)
+
+
+def _refuse_split_patterns(job: JobConfig, units: list[Prunable]) -> None:
+    split = [unit.name for unit in units if unit.input_dim == 0]
+    if job.cluster.strategy == "fsdp" and job.prune.pattern is not None and split:
+        raise ConfigError(
+            f"cluster.strategy = fsdp: cuts '{split[0]}' between its inputs, along which the "
+            f"groups of prune.granularity = '{job.prune.granularity}' run; name it in "
+            "prune.exclude or set cluster.strategy to replicated"
+        )
+
+
+def refuse_frozen_movement(job: JobConfig, model: nn.Module, units: list[Prunable]) -> None:
+    """Refuses movement of weights that fine-tuning does not move.
+
+    Raises:
+        ConfigError: Naming the first.
+    """
+    trainable = trainable_parameters(model, job.finetune.freeze)
+    frozen = [unit for unit in units if unit.name not in trainable]
+    if job.prune.criterion == "movement" and frozen:
+        why = "finetune.freeze" if frozen[0].parameter.requires_grad else "requires_grad = False"
+        raise ConfigError(
+            f"prune.criterion = movement: '{frozen[0].name}' is frozen ({why}) and never moves; "
+            "name it in prune.exclude"
+        )
+
+
+def _refuse_lone_examples(job: JobConfig, workload: Workload, model: nn.Module) -> None:
+    """Refuses batches of one example where BatchNorm, which needs two values, would see them."""
+    has_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
+    if has_norm and job.prune.batchnorm_examples == 1:
+        raise ConfigError(
+            "prune.batchnorm_examples = 1: one example has no variance; give at least 2, better "
+            "hundreds, or 0 to keep the statistics"
+        )
+    for section in ("pretrain", "finetune"):
+        recipe: Recipe = getattr(job, section)
+        size = min(recipe.batch_size, num_examples(workload.train))
+        if recipe.epochs > 0 and size // min(recipe.microbatches, size) == 1:
+            _refuse_lone_part(section, recipe, size, workload, model)
+
+
+def _refuse_lone_part(
+    section: str, recipe: Recipe, size: int, workload: Workload, model: nn.Module
+) -> None:
+    first = torch.zeros(1, dtype=torch.long)
+    example, _ = take_batch(workload, workload.train, first, augment_seed=0)
+    was_training = model.training
+    model.train()
+    try:
+        # A trial, since a norm over images has many values even in one example.
+        with torch.no_grad(), isolated(model, 0):
+            model(example)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        remedy = f"set {section}.microbatches to {size // 2} or less" if size > 1 else "raise it"
+        raise ConfigError(
+            f"{section}.batch_size = {recipe.batch_size} with {section}.microbatches = "
+            f"{recipe.microbatches}: cuts {size} example{'s' if size > 1 else ''} into parts of "
+            f"one, and this model's BatchNorm needs two in training; {remedy}"
+        ) from error
+    finally:
+        model.train(was_training)
