@@ -48,10 +48,12 @@ class Values(Protocol):
     """Scores as an array shows them, or what shows itself like one when it is looked at."""
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """How many there are."""
 
     @property
-    def dtype(self) -> np.dtype: ...
+    def dtype(self) -> np.dtype:
+        """Of what is shown."""
 
     def __getitem__(self, where: slice | np.ndarray) -> np.ndarray: ...
 
