@@ -100,10 +100,19 @@ def test_a_sweep_goes_through_a_bad_network(
 # -- ends ------------------------------------------------------------------------------------------
 
 
+VICTIMS = {
+    "driver": (),
+    "raylet": ("raylet",),
+    "GCS": ("gcs_server",),
+    # Idle and at work.
+    "trial": ("ray::_TuneTrial", "ray::ResourceTrainable"),
+}
+
+
 def kill(process: subprocess.Popen[str], victim: str) -> dict[int, str]:
     """Kills the driver or one of the processes that it has started; gives all of these."""
     children = find_children(process.pid)
-    chosen = [pid for pid, name in children.items() if name.startswith(victim)]
+    chosen = [pid for pid, name in children.items() if name.startswith(VICTIMS[victim])]
     # What has not started yet cannot be killed.
     os.kill(chosen[0] if chosen else process.pid, signal.SIGKILL)
     return children
@@ -119,7 +128,6 @@ def test_a_sweep_killed_over_and_over_ends_with_the_same_records(
 ) -> None:
     draws = random.Random(os.environ.get("GBP_RAY_KILL_SEED", "4"))
     place = str(tmp_path) if kind == "folder" else request.getfixturevalue("moto_storage")
-    victims = ["driver", "raylet", "gcs_server", "ray::ResourceTrainable"]
     num_kills = num_sweeps = 0
     storage = ""
     while num_kills < NUM_KILLS:
@@ -128,7 +136,7 @@ def test_a_sweep_killed_over_and_over_ends_with_the_same_records(
             path, _, query = place.partition("?")
             storage = f"{path}/{num_sweeps}" + (f"?{query}" if query else "")
         process = start_sweep(job_file, storage)
-        victim = victims[num_kills % len(victims)]
+        victim = list(VICTIMS)[num_kills % len(VICTIMS)]
         # By trials rather than by the clock, which other work on the machine slows down.
         num_before, num_more = num_done(storage), draws.choice([0, 0, 1, 2, 3])
         while num_done(storage) < num_before + num_more and process.poll() is None:
