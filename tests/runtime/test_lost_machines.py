@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -123,6 +124,9 @@ def settings(
 ) -> dict[str, Any]:
     (tmp_path / "doomed_workload.py").write_text(DOOMED_WORKLOAD)
     monkeypatch.chdir(tmp_path)
+    # The next test's module is another one of this name.
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "doomed_workload", raising=False)
     return QUICK | {
         "storage": bucket,
         "workload.factory": "doomed_workload:doomed",
