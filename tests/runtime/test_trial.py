@@ -173,32 +173,38 @@ def processes_of(session_leader: int) -> list[str]:
 def test_a_killed_job_ends_with_the_same_mask_when_run_again(tmp_path):
     """SIGKILL of every process at a random moment; GBP_RAY_KILLS asks for more than one."""
     moments = random.Random(os.environ.get("GBP_RAY_KILL_SEED", "3"))
-    started = time.monotonic()
-    whole = subprocess.run(command(tmp_path, "whole"), capture_output=True, text=True)
-    wanted, length = final_round(whole), time.monotonic() - started
+    alone = [*command(tmp_path, "whole"), "--set=cluster.num_workers=0"]
+    wanted = final_round(subprocess.run(alone, capture_output=True, text=True))
     for number in range(int(os.environ.get("GBP_RAY_KILLS", "1"))):
-        delay = moments.uniform(0.1, 0.95) * length
-        job = command(tmp_path, f"killed{number}")
-        while not kill_after(delay, job):
-            delay *= 0.8
-            shutil.rmtree(tmp_path / f"killed{number}")
-        num_whole = len(list(tmp_path.glob(f"killed{number}/trials/*/*/round.json")))
-        logger.info("killed after %.1f s with %d whole rounds", delay, num_whole)
-        again = subprocess.run(job, capture_output=True, text=True)
-        assert final_round(again) == wanted
+        job, folder = command(tmp_path, f"killed{number}"), tmp_path / f"killed{number}"
+        num_whole, extra_s = moments.randrange(QUICK["prune.rounds"] + 1), moments.uniform(0.0, 1.0)
+        # Before the first round most of the time goes into starting Ray and training.
+        delay_s = extra_s * 15 if num_whole == 0 else extra_s * 3
+        while not kill_after(num_whole, delay_s, job, folder):
+            delay_s /= 2
+            shutil.rmtree(folder)
+        logger.info("killed %.1f s after round %d of the first", delay_s, num_whole)
+        assert not list(folder.glob("trials/*/trial.json"))
+        assert final_round(subprocess.run(job, capture_output=True, text=True)) == wanted
 
 
-def kill_after(delay_s: float, job: list[str]) -> bool:
-    """Kills a job and all its processes; False where it had ended before."""
+def kill_after(num_whole: int, delay_s: float, job: list[str], folder: Path) -> bool:
+    """Kills a job with all its processes after so many rounds; False where it had ended."""
     process = subprocess.Popen(
         job, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
+    while process.poll() is None and len(whole_rounds(folder)) < num_whole:
+        time.sleep(0.05)
     time.sleep(delay_s)
     if process.poll() is not None:
         return False
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    return True
+    return not list(folder.glob("trials/*/trial.json"))
+
+
+def whole_rounds(folder: Path) -> list[Path]:
+    return list(folder.glob("trials/*/*/round.json"))
 
 
 def test_ctrl_c_ends_everything_that_was_started(tmp_path):
