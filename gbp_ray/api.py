@@ -478,7 +478,7 @@ def submit(
         is_installed=is_installed,
     )
     head = Head(place)
-    state, _ = head.submit(submission)
+    state, _ = head.send(submission)
     state = head.await_checks(state.submission_id)
     state.check()
     return state.submission_id

@@ -132,7 +132,7 @@ def submit_job(
         return
     assert place is not None
     head = Head(place)
-    state, is_new = head.submit(
+    state, is_new = head.send(
         submission,
         lambda: typer.echo(_describe_package(submission, is_installed, place), err=True),
     )

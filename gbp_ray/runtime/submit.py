@@ -169,7 +169,7 @@ class Head:
         self.python = str(metadata.get("data", {}).get("pythonVersion", "unknown"))
         self._check_versions(str(metadata.get("data", {}).get("rayVersion", "unknown")))
 
-    def submit(
+    def send(
         self, submission: Submission, before: Callable[[], None] = lambda: None
     ) -> tuple[JobState, bool]:
         """Sends a job, unless it is there and has not ended.

@@ -91,18 +91,18 @@ def fail(job: FakeJob, code: int | None, message: str) -> None:
 def test_a_job_is_sent_once_and_goes_on_under_the_next_number(head: FakeHead) -> None:
     client, job = Head(head.address), submission()
     calls: list[int] = []
-    first, is_new = client.submit(job, lambda: calls.append(1))
+    first, is_new = client.send(job, lambda: calls.append(1))
     assert (first.submission_id, is_new, first.state) == (job.base_id, True, "running")
     assert list(head.packages.values()) == [job.package.data]
-    again, is_new = client.submit(job, lambda: calls.append(2))
+    again, is_new = client.send(job, lambda: calls.append(2))
     assert (again.submission_id, is_new) == (job.base_id, False)
     assert calls == [1]
     # Another storage gets results of its own.
-    elsewhere, is_new = client.submit(submission(storage="/other"))
+    elsewhere, is_new = client.send(submission(storage="/other"))
     assert (elsewhere.submission_id, is_new) == (f"{job.base_id}-2", True)
     for status in ("SUCCEEDED", "FAILED", "STOPPED"):
         head.jobs[again.submission_id].status = status
-        again, is_new = client.submit(job)
+        again, is_new = client.send(job)
         assert is_new
     assert again.submission_id == f"{job.base_id}-5"
     assert len(head.packages) == 2
@@ -118,11 +118,11 @@ def test_of_two_that_submit_at_once_one_is_told_of_the_other(
     def too_late(base_id: str) -> Any:
         found = seen(base_id)
         monkeypatch.undo()
-        other.submit(job)
+        other.send(job)
         return found
 
     monkeypatch.setattr(client, "_runs_of", too_late)
-    state, is_new = client.submit(job)
+    state, is_new = client.send(job)
     assert (state.submission_id, is_new) == (job.base_id, False)
     assert len(head.jobs) == 1
 
@@ -130,7 +130,7 @@ def test_of_two_that_submit_at_once_one_is_told_of_the_other(
 def test_a_head_that_has_just_started_is_asked_again(head: FakeHead) -> None:
     head.num_without_agent = 3
     calls: list[int] = []
-    _, is_new = Head(head.address).submit(submission(), lambda: calls.append(1))
+    _, is_new = Head(head.address).send(submission(), lambda: calls.append(1))
     assert (is_new, head.num_without_agent, calls) == (True, 0, [1])
 
 
@@ -138,11 +138,11 @@ def test_a_head_that_takes_no_jobs_says_so(head: FakeHead, monkeypatch: pytest.M
     monkeypatch.setattr(submit, "_AGENT_S", 0.1)
     head.num_without_agent = 10**9
     with pytest.raises(ClusterError, match=r"the head refuses: .*No available agent"):
-        Head(head.address).submit(submission())
+        Head(head.address).send(submission())
 
 
 def test_the_head_is_told_nothing_but_what_it_needs(head: FakeHead) -> None:
-    Head(head.address).submit(submission())
+    Head(head.address).send(submission())
     (job,) = head.jobs.values()
     assert job.request["entrypoint"] == "exec python .gbp-ray-start.py"
     assert job.request["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "30"}
@@ -153,7 +153,7 @@ def test_the_head_is_told_nothing_but_what_it_needs(head: FakeHead) -> None:
 
 def test_exit_codes_tell_the_truth(head: FakeHead) -> None:
     client, name = Head(head.address), submission().base_id
-    state, _ = client.submit(submission())
+    state, _ = client.send(submission())
     assert (state.exit_code, state.is_over) == (None, False)
     job = head.jobs[name]
     for status, code, expected in [
@@ -177,7 +177,7 @@ def test_exit_codes_tell_the_truth(head: FakeHead) -> None:
 
 def test_a_submission_waits_for_the_checks_of_the_job(head: FakeHead) -> None:
     client, name = Head(head.address), submission().base_id
-    client.submit(submission())
+    client.send(submission())
     job = head.jobs[name]
     job.status, job.log = "PENDING", "setting up\n"
 
@@ -200,7 +200,7 @@ def test_a_job_without_room_is_left_waiting(
 ) -> None:
     monkeypatch.setattr(submit, "_CHECKS_S", 0.1)
     client = Head(head.address)
-    state, _ = client.submit(submission())
+    state, _ = client.send(submission())
     head.jobs[state.submission_id].status = "PENDING"
     assert client.await_checks(state.submission_id).state == "pending"
 
@@ -237,7 +237,7 @@ def test_a_certificate_that_nobody_knows_is_told_from_no_answer(head: FakeHead) 
 
 def test_a_log_is_followed_over_lost_connections(head: FakeHead) -> None:
     client = Head(head.address)
-    state, _ = client.submit(submission())
+    state, _ = client.send(submission())
     job = head.jobs[state.submission_id]
     job.log = "".join(f"line {number} of a log\n" for number in range(20))
     head.num_drops = 3
@@ -257,7 +257,7 @@ def test_a_log_is_followed_over_lost_connections(head: FakeHead) -> None:
 
 def test_a_head_that_has_forgotten_the_job_is_not_waited_for(head: FakeHead) -> None:
     client = Head(head.address)
-    state, _ = client.submit(submission())
+    state, _ = client.send(submission())
     head.jobs[state.submission_id].log = "x" * 200
     head.num_drops = 1
 
@@ -273,7 +273,7 @@ def test_a_silent_connection_is_looked_after(
 ) -> None:
     monkeypatch.setattr(submit, "_SILENCE_S", 0.05)
     client = Head(head.address)
-    state, _ = client.submit(submission())
+    state, _ = client.send(submission())
     job = head.jobs[state.submission_id]
     job.log = "one\n"
     before = head.num_asked
@@ -295,7 +295,7 @@ def test_a_head_out_of_reach_for_long_is_given_up(
 ) -> None:
     monkeypatch.setattr(submit, "_ABSENCE_S", 0.5)
     client = Head(head.address)
-    state, _ = client.submit(submission())
+    state, _ = client.send(submission())
     monkeypatch.setattr(client._client, "_address", "http://127.0.0.1:9")
     with pytest.raises(ClusterError, match="the job may go on without it being followed"):
         client.follow(state.submission_id, lambda piece: None)
@@ -303,7 +303,7 @@ def test_a_head_out_of_reach_for_long_is_given_up(
 
 def test_stopping_waits_for_the_end_also_of_what_has_not_started(head: FakeHead) -> None:
     client = Head(head.address)
-    state, _ = client.submit(submission())
+    state, _ = client.send(submission())
     job = head.jobs[state.submission_id]
     job.status, job.num_deaf = "PENDING", 3
     assert client.stop(state.submission_id, 10.0).exit_code == 130
@@ -318,12 +318,12 @@ def test_stopping_waits_for_the_end_also_of_what_has_not_started(head: FakeHead)
 
 def test_a_job_is_found_by_the_beginning_of_its_name(head: FakeHead) -> None:
     client = Head(head.address)
-    first, _ = client.submit(submission())
+    first, _ = client.send(submission())
     head.jobs[first.submission_id].status = "STOPPED"
-    second, _ = client.submit(submission())
+    second, _ = client.send(submission())
     assert client.find(first.submission_id) == client.state(first.submission_id)
     assert client.find("digits").submission_id == second.submission_id
-    client.submit(submission(seed=1))
+    client.send(submission(seed=1))
     with pytest.raises(ConfigError, match=r"job 'digits': may be .*; give more of it"):
         client.find("digits")
     with pytest.raises(ConfigError, match=r"job 'other': .* knows no such one"):

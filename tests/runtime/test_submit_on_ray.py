@@ -27,8 +27,10 @@ import pytest
 
 import gbp_ray
 from gbp_ray.config import load_job, trial_id
+from gbp_ray.runtime.progress import CHECKED
 from gbp_ray.runtime.submit import Head
 from gbp_ray.store import Store
+from gbp_ray.submission import prepare_submission
 
 pytestmark = pytest.mark.ray
 whole_suite = pytest.mark.skipif(
@@ -282,18 +284,12 @@ def test_a_sweep_runs_on_the_cluster(cluster: Cluster) -> None:
 
 @whole_suite
 def test_a_job_that_has_not_started_stops(cluster: Cluster, head: Head) -> None:
-    # A driver that asks for more than there is waits for ever.
-    head._client.submit_job(
-        entrypoint="echo", submission_id="never", entrypoint_num_cpus=99, metadata={}
-    )
-    assert head.state("never").state == "pending"
-    with ThreadPoolExecutor(1) as pool:
-        stopping = pool.submit(head.stop, "never", 300.0)
-        time.sleep(5)
-        still = head.state("never").state
-    # Ray itself ends it only when its own patience is over, or at once: both are an end.
-    assert still in ("pending", "stopped", "failed")
-    assert stopping.result().is_over
+    job = cluster.folder / "job.toml"
+    state, _ = head.send(prepare_submission(job, {"storage": "/shared", "name": "early"}))
+    assert state.state == "pending"
+    stopped = head.stop(state.submission_id, 60.0)
+    assert (stopped.state, stopped.exit_code) == ("stopped", 130)
+    assert CHECKED not in head.read_log(state.submission_id)
 
 
 def attempt(cluster: Cluster, *arguments: str, code: int = 2, **environment: str) -> str:
@@ -335,7 +331,7 @@ def test_another_version_on_the_nodes_is_told(
     sent = submission.prepare_submission(
         cluster.folder / "job.toml", {"storage": "/shared", "name": "other"}, is_installed=True
     )
-    state, _ = head.submit(sent)
+    state, _ = head.send(sent)
     state = head.await_checks(state.submission_id)
     assert state.exit_code == 2
     assert "has gbp-ray 0.1.0, and 9.9.9 submitted the job" in state.reason
