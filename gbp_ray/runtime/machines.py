@@ -25,6 +25,7 @@ import ray
 from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from gbp_ray import __version__
 from gbp_ray.config import ClusterConfig, JobConfig
 from gbp_ray.errors import ConfigError, GbpError, StoreError
 from gbp_ray.runtime.placement import Machine, check_placeable, find_misfit, worker_resources
@@ -122,6 +123,9 @@ def look(modules: Sequence[str], import_paths: Sequence[str], probe: str | None)
 
 
 def _version_of(package: str) -> str:
+    if package == "gbp-ray":
+        # Not what is installed: a submitted job brings its own along.
+        return __version__
     with contextlib.suppress(PackageNotFoundError):
         # A head without a GPU may have another build of the same release.
         return version(package).partition("+")[0]

@@ -6,14 +6,17 @@ rest, which takes some minutes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -126,7 +129,9 @@ def start_head(folder: Path, **environment: str) -> Iterator[Cluster]:
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--port={port}"]
     # Another Ray on this machine may have the usual one.
     command += [f"--dashboard-agent-listen-port={free_port()}"]
-    command += [f"--temp-dir={folder / 'ray'}", f"--ray-client-server-port={free_port()}"]
+    # Names of sockets have room for a short path alone.
+    scratch = Path(tempfile.mkdtemp(prefix="gbp-"))
+    command += [f"--temp-dir={scratch}", f"--ray-client-server-port={free_port()}"]
     with (folder / "head.log").open("w") as log:
         # Not in this folder, whose package would be found without being sent.
         head = subprocess.Popen(
@@ -160,15 +165,17 @@ def start_head(folder: Path, **environment: str) -> Iterator[Cluster]:
         # The head drains its node for half a minute when asked nicely.
         os.killpg(head.pid, signal.SIGKILL)
         head.wait()
-        for line in processes_of(folder):
-            os.kill(int(line.split()[0]), signal.SIGKILL)
+        for line in processes_of(scratch):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(line.split()[0]), signal.SIGKILL)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def processes_of(folder: Path) -> list[str]:
     listed = subprocess.run(
         ["ps", "-ww", "-o", "pid=,args=", "-e"], capture_output=True, text=True, check=True
     )
-    return [line for line in listed.stdout.splitlines() if f"{folder}/ray" in line]
+    return [line for line in listed.stdout.splitlines() if f"{folder}/" in line]
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +408,7 @@ def test_storage_on_s3_by_the_credentials_of_the_nodes(
     assert "the server refuses the credentials (InvalidAccessKeyId)" in unknown
     if "GBP_RAY_S3_GUEST" in os.environ:
         forbidden = attempt(cluster, *on("gbp"), profile, AWS_PROFILE="guest")
-        assert "the credentials need s3:PutObject on arn:aws:s3:::gbp/submitted" in forbidden
+        assert "the credentials need s3:GetObject on arn:aws:s3:::gbp/submitted" in forbidden
     done = cluster.run("submit", "job.toml", *on("gbp"), "--follow", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["uri"] == f"s3://gbp/submitted/s3-{unique}"
