@@ -129,6 +129,10 @@ def explain_network(
 def export_network(
     uri: Round,
     folder: Annotated[str, typer.Argument(help="Folder that receives it.", metavar="DIR")],
+    is_folded: Annotated[
+        bool,
+        typer.Option("--fold-batchnorm", help="Fold BatchNorm into the layers, in model.pt2."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a pruned network for plain PyTorch, with a model card.
@@ -148,7 +152,7 @@ def export_network(
 
     with warnings.catch_warnings():
         warnings.showwarning = show_warning  # type: ignore[assignment]
-        export = export_round(uri, folder)
+        export = export_round(uri, folder, is_folded=is_folded)
         if export.program_fault:
             warnings.warn(f"no model.pt2: {export.program_fault}", stacklevel=1)
     if as_json:

@@ -1,7 +1,8 @@
 """The deliverable: a pruned network that loads in plain PyTorch, checked before it is written.
 
     model.safetensors    the state dict, for the network's own class
-    model.pt2            the network as a program (torch.export), for those without the class
+    model.pt2            the network as a program (torch.export), for those without the class; with
+                         BatchNorm folded into the layers before it, if that is asked for
     masks.safetensors    which weights stay zero
     example.safetensors  prepared inputs with the outputs that belong to them
     README.md            the model card
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from gbp_ray.errors import ConfigError, ExportError, StoreError
 from gbp_ray.model_card import ExportFacts, write_card
+from gbp_ray.pruning.fusion import fold_batchnorm
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.rebuilding import rebuild_network
 from gbp_ray.store import locate_round
@@ -42,6 +44,7 @@ _FILES = ("model.safetensors", "model.pt2", "masks.safetensors", "example.safete
 _NUM_EXAMPLES = 8
 _TOLERANCE = 1e-5
 """Greatest difference of a program's outputs, against the greatest output."""
+_FOLDED = "In `model.pt2` each BatchNorm is folded into the layer before it; no zero was lost."
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,18 @@ class Export:
     program_fault: str
 
 
-def export_round(uri: str | Path, folder: str | Path) -> Export:
+def export_round(uri: str | Path, folder: str | Path, *, is_folded: bool = False) -> Export:
     """Writes a round of a finished trial as files that need nothing of this package.
 
     Args:
         uri: A round's folder, or a trial's: that gives the round which the trial is for.
         folder: Receives the files; new, empty, or holding an earlier export.
+        is_folded: Folds every BatchNorm of the program into the layer before it. The state dict
+            stays that of the network's own class.
 
     Raises:
         ExportError: What was made does not compute what the pruned network does.
+        PruneError: A BatchNorm cannot be folded.
         StoreError: The round cannot be read, its trial has not finished, or the folder cannot be
             written.
     """
@@ -96,7 +102,8 @@ def export_round(uri: str | Path, folder: str | Path) -> Export:
     inputs, _ = take_batch(workload, workload.test, torch.arange(size))
     outputs = _outputs_of(model, inputs)
     _check_state(workload, trial.job.seed, weights, inputs, outputs)
-    program, difference, fault = _make_program(model, inputs, outputs)
+    lean = fold_batchnorm(model) if is_folded else model
+    program, difference, fault = _make_program(lean, model, inputs)
     files = {
         "model.safetensors": weights,
         "masks.safetensors": packed,
@@ -115,6 +122,7 @@ def export_round(uri: str | Path, folder: str | Path) -> Export:
         num_judged=num_examples(getattr(workload, judged_split(workload))),
         program_fault=fault,
         difference=difference,
+        notes=(_FOLDED,) if is_folded and program else (),
     )
     files["README.md"] = write_card(trial, trial.rounds[record.round], facts).encode()
     _write(target, files)
@@ -153,8 +161,12 @@ def _check_state(
         )
 
 
-def _make_program(model: nn.Module, inputs: Tensor, outputs: Tensor) -> tuple[bytes, float, str]:
-    """Exports the network for any number of examples; returns it, its error, why there is none.
+def _make_program(lean: nn.Module, model: nn.Module, inputs: Tensor) -> tuple[bytes, float, str]:
+    """Exports a network for any number of examples; returns it, its error, why there is none.
+
+    Args:
+        lean: What is exported.
+        model: The pruned network, which it is compared with.
 
     Raises:
         ExportError: The program gives other outputs, for these examples or for one alone.
@@ -165,13 +177,12 @@ def _make_program(model: nn.Module, inputs: Tensor, outputs: Tensor) -> tuple[by
             warnings.simplefilter("ignore")
             # Two examples and more: a size of one would be taken for a constant.
             batch = torch.export.Dim("batch", min=1)
-            traced = torch.export.export(model, (inputs,), dynamic_shapes=({0: batch},))
+            traced = torch.export.export(lean, (inputs,), dynamic_shapes=({0: batch},))
             torch.export.save(traced, buffer)
             loaded = torch.export.load(io.BytesIO(buffer.getvalue())).module()
     except Exception as error:  # noqa: BLE001 - torch raises a dozen kinds for what it cannot take
         return b"", 0.0, " ".join(f"{type(error).__name__}: {error}".split())[:160]
-    largest = float(outputs.abs().max()) if outputs.numel() else 0.0
-    difference = 0.0
+    largest = difference = 0.0
     for count in (len(inputs), 1):
         with torch.no_grad():
             wanted, found = model(inputs[:count]), loaded(inputs[:count])
@@ -180,6 +191,7 @@ def _make_program(model: nn.Module, inputs: Tensor, outputs: Tensor) -> tuple[by
                 f"model.pt2: gives outputs of shape {tuple(found.shape)} for {count} examples, "
                 f"the pruned network {tuple(wanted.shape)}"
             )
+        largest = max(largest, float(wanted.abs().max()))
         difference = max(difference, float((found - wanted).abs().max()))
     if not difference <= _TOLERANCE * largest:
         raise ExportError(

@@ -75,6 +75,18 @@ def test_three_lines_of_the_card_load_the_network_without_this_package(
     assert int(done.stdout) >= result.load_masks().num_pruned > 0
 
 
+def test_batchnorm_is_folded_into_the_program_alone(result: PruneResult, tmp_path: Path) -> None:
+    export = export_round(result.uri, tmp_path / "net", is_folded=True)
+    program = torch.export.load(tmp_path / "net" / "model.pt2").module()
+    assert not [name for name, _ in program.named_parameters() if "bn" in name]
+    assert 0 < export.difference < 1e-4
+    pruned = [(p == 0).sum().item() for _, p in program.named_parameters() if p.ndim > 1]
+    assert sum(pruned) == result.load_masks().num_pruned
+    assert "is folded into the layer before it" in (tmp_path / "net" / "README.md").read_text()
+    state = load_file(tmp_path / "net" / "model.safetensors")
+    assert set(state) == set(result.load_model().state_dict())
+
+
 def test_the_state_dict_and_the_masks_are_those_of_the_chosen_round(
     result: PruneResult, folder: Path
 ) -> None:
