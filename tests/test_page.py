@@ -375,7 +375,7 @@ def test_many_trials_far_away_cost_one_request_for_each_answer_of_a_listing(
     assert count("results", there, "--csv") == 3
     assert count("results", there, "--where", "criterion=taylor", "--rounds") == 3
     assert count("results", there, "--best", "accuracy@sparsity>=0.9") == 3
-    # And which trials have no result, a job of each curve, and what the figures look at closely:
-    # a record and a mask of each of two curves and five seeds.
-    listings, jobs, close_ups = math.ceil(110 / LISTED), 2, 2 * 2 * 5
+    # And which trials have no result, which were explained, a job of each curve, and what the
+    # figures look at closely: a record and a mask of each of two curves and five seeds.
+    listings, jobs, close_ups = math.ceil(110 / LISTED) + 1, 2, 2 * 2 * 5
     assert count("report", there, "--to", str(tmp_path / "page")) <= 3 + listings + jobs + close_ups

@@ -13,7 +13,8 @@ import pytest
 from safetensors.torch import save_file
 from small_data import draw_images, encode, message_of, write_shard
 
-from gbp_ray.zoo import cifar10_files, cifar10_resnet20, location, vision
+from gbp_ray import location
+from gbp_ray.zoo import cifar10_files, cifar10_resnet20, vision
 from gbp_ray.zoo.resnet import build_cifar_resnet
 
 
