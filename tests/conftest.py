@@ -16,13 +16,19 @@ os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Deals the tests to processes: those that start Ray to one, of the others whole files."""
-    # Ray's start is mostly waiting, so these come first.
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-    for item in items:
-        starts_ray = item.get_closest_marker("ray") is not None
-        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray else str(item.path)))
+    # Here, since xdist may read the groups before another hook sees all tests together.
+    item.add_marker(pytest.mark.xdist_group("ray" if _starts_ray(item) else item.path.name))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ray's start is mostly waiting, so these tests come first."""
+    items.sort(key=lambda item: not _starts_ray(item))
+
+
+def _starts_ray(item: pytest.Item) -> bool:
+    return item.get_closest_marker("ray") is not None
 
 
 @pytest.fixture(scope="session")

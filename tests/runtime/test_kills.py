@@ -61,7 +61,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
     ("strategy", "sizes", "deaths"),
     [
         pytest.param("replicated", (2,), DEATHS, id="replicated, 2 workers", marks=needs_kills),
-        pytest.param("replicated", (3, 2, 1, 4), DEATHS, id="replicated, 1 to 4 workers"),
+        pytest.param(
+            "replicated", (3, 2, 1, 4), DEATHS, id="replicated, 1 to 4 workers", marks=needs_kills
+        ),
         pytest.param("fsdp", (3, 2, 1, 4), DEATHS, id="sharded, 1 to 4 workers", marks=needs_kills),
         # Among the files of a round that are there are then some of its shards.
         pytest.param("fsdp", (2, 3), [Death("write", 1, 1)], id="sharded, 2 and 3 workers"),

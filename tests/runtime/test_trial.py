@@ -110,14 +110,14 @@ def outcome(result) -> list[tuple[str, str, float]]:
 
 def test_workers_change_nothing(ray_session, tmp_path):
     storage = {"storage": str(tmp_path)}
-    alone, two, four = (
+    alone, three = (
         prune(
             load_job(None, QUICK | storage | {"name": f"w{n}", "cluster.num_workers": n}),
             is_quiet=True,
         )
-        for n in (0, 2, 4)
+        for n in (0, 3)
     )
-    assert outcome(alone) == outcome(two) == outcome(four)
+    assert outcome(alone) == outcome(three)
     assert alone.sparsity == pytest.approx(0.9, abs=1e-4)
 
 
@@ -151,7 +151,8 @@ def test_what_the_package_refuses_in_a_worker_arrives_as_raised(ray_session, tmp
 
 
 def command(storage: Path, name: str) -> list[str]:
-    settings = QUICK | {"storage": storage, "name": name, "pretrain.epochs": 20}
+    settings = QUICK | {"storage": storage, "name": name, "pretrain.epochs": 10}
+    settings["cluster.num_workers"] = 1
     pairs = [f"--set={key}={value}" for key, value in settings.items()]
     return [sys.executable, "-m", "gbp_ray", "prune", "--json", *pairs]
 
