@@ -8,9 +8,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -34,6 +32,10 @@ def _starts_ray(item: pytest.Item) -> bool:
 @pytest.fixture(scope="session")
 def moto_endpoint() -> Iterator[str]:
     """Starts moto's S3 server in this process, with a bucket `gbp`; gives host:port."""
+    # Imported here: tests of the core run where there is neither, beside a GPU for one.
+    import boto3
+    from moto.server import ThreadedMotoServer
+
     patch = pytest.MonkeyPatch()
     if "AWS_ACCESS_KEY_ID" not in os.environ:
         patch.setenv("AWS_ACCESS_KEY_ID", "key-of-a-test")

@@ -33,11 +33,12 @@ from torch import Tensor
 
 from gbp_ray.config import PruneConfig, nearest_name
 from gbp_ray.errors import ConfigError, PruneError
+from gbp_ray.pruning.contenders import Contenders, put_up
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.sharding import is_shard, like_shard, local
 from gbp_ray.pruning.slices import Slice, SlicedScores, owned
-from gbp_ray.pruning.thresholds import Cut, Pool, Values, chunks_of, exact_threshold, find_cuts
+from gbp_ray.pruning.thresholds import Cut, Pool, exact_threshold, find_cuts
 
 __all__ = [
     "Selection",
@@ -62,50 +63,12 @@ class Selection:
     held_back: tuple[str, ...]
 
 
-class _Veiled:
-    """Scores with minus infinity where pruned before, plus infinity where a pattern exempts.
-
-    They are made when looked at, stretch by stretch, so that there never is a copy of all scores.
-    """
-
-    def __init__(
-        self, scores_L: np.ndarray, kept_L: np.ndarray, exempt_L: np.ndarray | None = None
-    ) -> None:
-        self.size, self.dtype = scores_L.size, scores_L.dtype
-        self._scores_L, self._kept_L, self._exempt_L = scores_L, kept_L, exempt_L
-
-    def __getitem__(self, where: slice | np.ndarray) -> np.ndarray:
-        # Of a NaN and a number these two take the number.
-        seen = np.fmin(self._scores_L[where], _infinities(self._kept_L[where], self.dtype))
-        if self._exempt_L is not None:
-            np.fmax(seen, _infinities(self._exempt_L[where], self.dtype), out=seen)
-        return seen
-
-
-def _infinities(is_positive: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Makes plus infinity where true, minus infinity elsewhere.
-
-    Made of bits, without choosing: `np.where` takes nine times as long, as what random masks will
-    say next cannot be foreseen.
-    """
-    unsigned = np.dtype(f"u{dtype.itemsize}")
-    bits = is_positive.astype(unsigned)
-    bits <<= unsigned.type(8 * dtype.itemsize - 1)
-    bits ^= np.array(-np.inf, dtype).view(unsigned)
-    return bits.view(dtype)
-
-
 @dataclass
 class _Layer:
-    """One layer in the pool; arrays cover this rank's slice, numbers the whole layer.
-
-    Attributes:
-        scores_L: As they compete: `_Veiled`, or the caller's own where there is nothing to veil.
-        num_pruned: Pruned before.
-    """
+    """One layer in the pool: this rank's scores as they compete, and numbers of the whole layer."""
 
     piece: Slice
-    scores_L: Values
+    scores: Contenders
     num_pruned: int = 0
     num_exempt: int = 0
     floor: int = 0
@@ -164,15 +127,16 @@ def select_masks(
     num_pruned = sum(layer.num_pruned for layer in layers)
     pieces = [layer.piece for layer in layers]
     ends = _find_ends(layers, quotas, cuts, ranks)
+    place = scores.values[0].device
     if any(is_shard(mask) for mask in masks.values()):
-        found = _spread_masks(_mark_all(layers, ends), masks)
+        found = _spread_masks(_mark_all(layers, ends, place), masks)
     elif ranks.world_size == 1:
         found = {
-            piece.name: torch.from_numpy(kept_L).view(piece.shape)
-            for piece, kept_L in zip(pieces, _mark_all(layers, ends), strict=True)
+            piece.name: kept_L.view(piece.shape)
+            for piece, kept_L in zip(pieces, _mark_all(layers, ends, place), strict=True)
         }
     else:
-        found = _exchange_masks(pieces, _pack_all(layers, ends), ranks)
+        found = _exchange_masks(pieces, _pack_all(layers, ends, place), ranks)
     device = next(iter(masks.values())).device
     chosen = MaskSet(found, masks.round + 1, config.criterion, masks.digest).to(device)
     assert chosen.num_pruned == max(k, num_pruned)
@@ -276,19 +240,14 @@ def _make_layers(
     layers = []
     counts = torch.zeros(len(scores.slices), 3, dtype=torch.int64)
     for number, (piece, values) in enumerate(zip(scores.slices, scores.values, strict=True)):
-        kept_L = owned(masks[piece.name], piece).cpu().numpy()
-        given_L = values.detach().cpu().to(dtype).numpy()
-        num_pruned = piece.size - int(np.count_nonzero(kept_L))
-        scores_L: Values = _Veiled(given_L, kept_L) if num_pruned else given_L
-        counts[number, 0] = piece.size - num_pruned - _count_finite(scores_L)
+        kept_L = owned(masks[piece.name], piece).to(values.device)
+        rivals = put_up(values.detach().to(dtype), kept_L)
+        num_bad = piece.size - rivals.num_pruned - rivals.count_finite()
         if config.pattern is not None:
-            exempt_L = _exempt_by_pattern(
-                scores_L[:], kept_L, piece, input_dims.get(piece.name, 1), config.pattern
-            )
-            scores_L = _Veiled(given_L, kept_L, exempt_L)
-            counts[number, 1] = int(np.count_nonzero(exempt_L))
-        counts[number, 2] = num_pruned
-        layers.append(_Layer(piece, scores_L))
+            # Slices end where rows end, or hold all of a layer, so groups are whole.
+            rivals = rivals.exempt_best(*config.pattern, piece.shape, input_dims.get(piece.name, 1))
+        counts[number] = torch.tensor([num_bad, rivals.num_exempt, rivals.num_pruned])
+        layers.append(_Layer(piece, rivals))
     ranks.add_up(counts)
     for layer, (num_bad, num_exempt, num_pruned) in zip(layers, counts.tolist(), strict=True):
         if num_bad:
@@ -298,30 +257,6 @@ def _make_layers(
             )
         layer.num_exempt, layer.num_pruned = num_exempt, num_pruned
     return layers
-
-
-def _count_finite(scores_L: Values) -> int:
-    """Counts the scores that are neither NaN nor infinite."""
-    return sum(int(np.count_nonzero(np.isfinite(chunk))) for _, chunk in chunks_of(scores_L))
-
-
-def _exempt_by_pattern(
-    scores_L: np.ndarray,
-    kept_L: np.ndarray,
-    piece: Slice,
-    input_dim: int,
-    pattern: tuple[int, int],
-) -> np.ndarray:
-    """Marks the n weights of each group that the pattern keeps: those removed last."""
-    n, m = pattern
-    # Pruned weights sort first, so they fill the m - n places a group has to lose. Slices end
-    # where rows end, or hold all of a layer, so groups are whole.
-    grouped = np.moveaxis(scores_L.reshape(-1, *piece.shape[1:]), input_dim, -1)
-    rank_in_group = np.argsort(
-        np.argsort(grouped.reshape(-1, m), axis=1, kind="stable"), axis=1, kind="stable"
-    )
-    exempt = (rank_in_group >= m - n).reshape(grouped.shape)
-    return np.moveaxis(exempt, -1, input_dim).reshape(-1) & kept_L
 
 
 def _set_bounds(layers: list[_Layer], config: PruneConfig) -> None:
@@ -392,7 +327,7 @@ def _share_globally(
     low = [before + extra for before, extra in zip(pruned, forced, strict=True)]
     high = [layer.ceiling for layer in layers]
     pool = Pool(tuple(range(len(layers))), max(k, sum(pruned)), tuple(low), tuple(high))
-    cuts = find_cuts([layer.scores_L for layer in layers], [pool], ranks)
+    cuts = find_cuts([layer.scores for layer in layers], [pool], ranks)
     quotas = [min(max(cut.below, lo), hi) for cut, lo, hi in zip(cuts, low, high, strict=True)]
     left = pool.target - sum(quotas)
     held_back = []
@@ -481,7 +416,7 @@ def _find_ends(
         for number, (layer, quota, cut) in enumerate(zip(layers, quotas, cuts, strict=True))
         if cut is None and quota > 0
     ]
-    found = iter(find_cuts([layer.scores_L for layer in layers], pools, ranks) if pools else ())
+    found = iter(find_cuts([layer.scores for layer in layers], pools, ranks) if pools else ())
     nothing = Cut(-math.inf, 0, 0)
     known = [
         nothing if quota == 0 else cut or next(found)
@@ -493,7 +428,7 @@ def _find_ends(
     ]
     before = _count_before(
         [
-            _find_equal(layer.scores_L, cut.threshold).size if split else 0
+            layer.scores.count_equal(cut.threshold) if split else 0
             for layer, cut, split in zip(layers, known, is_split, strict=True)
         ],
         ranks,
@@ -508,43 +443,30 @@ def _find_ends(
     return ends
 
 
-def _mark_all(layers: list[_Layer], ends: list[_End]) -> list[np.ndarray]:
+def _mark_all(layers: list[_Layer], ends: list[_End], device: torch.device) -> list[Tensor]:
     """Marks what is kept of this rank's slices."""
-    kept = _allocate([layer.scores_L.size for layer in layers])
+    kept = _allocate([layer.scores.size for layer in layers], device)
     for layer, end, kept_L in zip(layers, ends, kept, strict=True):
-        _mark(layer.scores_L, end, kept_L)
+        layer.scores.mark(end.threshold, end.num_equal, kept_L)
     return kept
 
 
-def _pack_all(layers: list[_Layer], ends: list[_End]) -> np.ndarray:
+def _pack_all(layers: list[_Layer], ends: list[_End], device: torch.device) -> np.ndarray:
     """Marks the same with a bit a weight, each layer from a byte of its own on."""
-    scratch = np.empty(max(layer.scores_L.size for layer in layers), dtype=bool)
+    (scratch,) = _allocate([max(layer.scores.size for layer in layers)], device)
     packed = []
     for layer, end in zip(layers, ends, strict=True):
-        kept_L = scratch[: layer.scores_L.size]
-        _mark(layer.scores_L, end, kept_L)
-        packed.append(np.packbits(kept_L))
+        kept_L = scratch[: layer.scores.size]
+        layer.scores.mark(end.threshold, end.num_equal, kept_L)
+        packed.append(np.packbits(kept_L.cpu().numpy()))
     return np.concatenate(packed)
 
 
-def _allocate(sizes: list[int]) -> list[np.ndarray]:
+def _allocate(sizes: list[int], device: torch.device) -> list[Tensor]:
+    if device.type != "cpu":
+        return list(torch.empty(sum(sizes), dtype=torch.bool, device=device).split(sizes))
     # One block for all: a system gives large ones in large pages, which it has sooner ready.
-    return np.split(np.empty(sum(sizes), dtype=bool), np.cumsum(sizes)[:-1])
-
-
-def _mark(scores_L: Values, end: _End, kept_L: np.ndarray) -> None:
-    """Writes into `kept_L`."""
-    compare = np.greater_equal if end.num_equal == 0 else np.greater
-    for start, chunk in chunks_of(scores_L):
-        compare(chunk, end.threshold, out=kept_L[start : start + chunk.size])
-    if end.num_equal:
-        kept_L[_find_equal(scores_L, end.threshold)[end.num_equal :]] = True
-
-
-def _find_equal(scores_L: Values, threshold: float) -> np.ndarray:
-    """Lists where the scores equal to a value are."""
-    found = [start + np.flatnonzero(chunk == threshold) for start, chunk in chunks_of(scores_L)]
-    return np.concatenate(found) if found else np.empty(0, dtype=np.intp)
+    return list(torch.from_numpy(np.empty(sum(sizes), dtype=bool)).split(sizes))
 
 
 def _count_before(counts: list[int], ranks: Ranks) -> list[int]:
@@ -554,11 +476,11 @@ def _count_before(counts: list[int], ranks: Ranks) -> list[int]:
     return ranks.add_up(table)[: ranks.rank].sum(dim=0).tolist()
 
 
-def _spread_masks(kept: list[np.ndarray], masks: MaskSet) -> dict[str, Tensor]:
+def _spread_masks(kept: list[Tensor], masks: MaskSet) -> dict[str, Tensor]:
     """Leaves each rank's rows where they are."""
     found = {}
     for (name, before), kept_L in zip(masks.items(), kept, strict=True):
-        rows = torch.from_numpy(kept_L).view(local(before).shape).to(before.device)
+        rows = kept_L.view(local(before).shape).to(before.device)
         found[name] = like_shard(rows, before)
     return found
 
@@ -570,12 +492,12 @@ def _exchange_masks(pieces: list[Slice], packed: np.ndarray, ranks: Ranks) -> di
     rows = [row.numpy() for row in ranks.gather_bytes(torch.from_numpy(packed), sizes)]
     taken = [0] * len(rows)
     masks = {}
-    wholes = _allocate([math.prod(piece.shape) for piece in pieces])
+    wholes = _allocate([math.prod(piece.shape) for piece in pieces], torch.device("cpu"))
     for number, (piece, whole) in enumerate(zip(pieces, wholes, strict=True)):
         for rank, (row, stretches) in enumerate(zip(rows, by_rank, strict=True)):
             start, stop = stretches[number]
             bits = row[taken[rank] : taken[rank] + -(-(stop - start) // 8)]
             taken[rank] += bits.size
-            whole[start:stop] = np.unpackbits(bits, count=stop - start)
-        masks[piece.name] = torch.from_numpy(whole).view(piece.shape)
+            whole.numpy()[start:stop] = np.unpackbits(bits, count=stop - start)
+        masks[piece.name] = whole.view(piece.shape)
     return masks

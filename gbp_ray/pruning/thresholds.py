@@ -1,9 +1,10 @@
 """Where the lowest scores end, found by counting, while every rank keeps its own.
 
-Scores become unsigned integers of the same order (`_to_keys`), and the wanted value is found digit
-by digit: each rank counts its keys by the next 8 bits, the counts of all ranks are added (int64, so
-exact in any order), and the digit is the first at which enough are counted. Four such rounds settle
-float32, eight float64; what travels is 2 KB per layer and round, whatever the number of weights.
+Scores become integers of the same order, their keys, and the wanted value is found digit by digit:
+each rank counts its keys by the next 8 bits, the counts of all ranks are added (int64, so exact in
+any order), and the digit is the first at which enough are counted. Four such rounds settle float32,
+eight float64; what travels is 2 KB per layer and round, whatever the number of weights. What is
+counted where the scores lie, on the host or on a GPU, is up to `contenders`.
 
 Before that, where scores are many, a sample brackets the value, and one pass over the scores counts
 what lies outside the bracket and keeps the percent or two inside. The sample decides how much is
@@ -22,40 +23,26 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from gbp_ray.pruning.contenders import DIGIT_BITS, Contenders, Scan, from_key, put_up
 from gbp_ray.pruning.ranks import Ranks
 
-__all__ = ["Cut", "Pool", "Values", "chunks_of", "exact_threshold", "find_cuts"]
+__all__ = ["Cut", "Pool", "exact_threshold", "find_cuts"]
 
-_CHUNK = 2**16
 _SAMPLE = 2**17
 _LEAST_STRIDE = 64
 _MANY = 2**18  # below this many scores in a pool, counting all of them takes milliseconds
 _DEVIATIONS = 5.0
 _MOST_KEPT = 1 / 16  # of a rank's scores: what lies inside the bracket, if it is no more than this
-_DIGIT_BITS = 8
-_NUM_DIGITS = 2**_DIGIT_BITS
-
-
-class Values(Protocol):
-    """Scores as an array shows them, or what shows itself like one when it is looked at."""
-
-    @property
-    def size(self) -> int:
-        """How many there are."""
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Of what is shown."""
-
-    def __getitem__(self, where: slice | np.ndarray) -> np.ndarray: ...
+_NUM_DIGITS = 2**DIGIT_BITS
 
 
 @dataclass(frozen=True)
@@ -95,26 +82,29 @@ class Cut:
     equal: int
 
 
-def exact_threshold(scores_L: np.ndarray, k: int, ranks: Ranks | None = None) -> tuple[float, int]:
+def exact_threshold(
+    scores_L: np.ndarray | Tensor, k: int, ranks: Ranks | None = None
+) -> tuple[float, int]:
     """Finds where the k lowest scores end. Communicates.
 
     Args:
-        scores_L: This rank's scores, of a dtype named above, without NaN; with one rank, all.
+        scores_L: This rank's scores, of a dtype named above, without NaN, on the host or on a GPU;
+            with one rank, all.
         k: 1 <= k <= number of scores over all ranks.
 
     Returns:
         The k-th lowest score, and how many scores equal to it belong to the k.
     """
     pool = Pool((0,), k, (0,), (2**62,))
-    (cut,) = find_cuts([scores_L], [pool], ranks or Ranks())
+    (cut,) = find_cuts([put_up(scores_L)], [pool], ranks or Ranks())
     return cut.threshold, k - cut.below
 
 
-def find_cuts(values: Sequence[Values], pools: Sequence[Pool], ranks: Ranks) -> list[Cut]:
+def find_cuts(values: Sequence[Contenders], pools: Sequence[Pool], ranks: Ranks) -> list[Cut]:
     """Finds the lowest value at which each pool reaches its target. Communicates.
 
     Args:
-        values: This rank's scores by layer, (L,) each, of one dtype, without NaN.
+        values: This rank's scores by layer, of one dtype, without NaN.
         pools: Each layer in at most one of them; a pool's layers hold enough for its target.
 
     Returns:
@@ -129,13 +119,12 @@ def find_cuts(values: Sequence[Values], pools: Sequence[Pool], ranks: Ranks) -> 
 class _Search:
     """What is known of one pool: counts below, and the scores among which the value lies."""
 
-    def __init__(self, pool: Pool, values: list[Values]) -> None:
+    def __init__(self, pool: Pool, values: list[Contenders]) -> None:
         self.pool, self.values = pool, values
         self.below = np.zeros(len(values), dtype=np.int64)
         self.equal = np.zeros(len(values), dtype=np.int64)
-        self.ends = -math.inf, math.inf
-        self.is_bracketed = False
-        self.inside: list[np.ndarray | None] = [None] * len(values)  # keys; None: read the values
+        self.ends: tuple[float, float] | None = None  # the bracket, where one was found
+        self.inside: list[Any] = [None] * len(values)  # keys; None: read the values
         self.threshold = math.nan
         self.prefix = 0
         self.is_done = False
@@ -148,16 +137,6 @@ class _Search:
 
     def settle(self, threshold: float, below: np.ndarray, equal: np.ndarray) -> None:
         self.threshold, self.below, self.equal, self.is_done = threshold, below, equal, True
-
-    def keys(self, layer: int) -> Iterator[np.ndarray]:
-        """Yields the keys of a layer's scores that are still in question."""
-        kept = self.inside[layer]
-        if kept is not None:
-            yield kept
-            return
-        low, high = (self.values[layer].dtype.type(end) for end in self.ends)
-        for _, chunk in chunks_of(self.values[layer]):
-            yield _to_keys(chunk[(chunk > low) & (chunk < high)] if self.is_bracketed else chunk)
 
 
 # -- the bracket -----------------------------------------------------------------------------------
@@ -192,7 +171,7 @@ def _bracket(searches: list[_Search], ranks: Ranks) -> None:
         if reaches(to_low):
             search.settle(low, below_low, to_low - below_low)
         elif reaches(below_high):
-            search.below, search.ends, search.is_bracketed = to_low, (low, high), True
+            search.below, search.ends = to_low, (low, high)
             search.inside = [scan.inside for scan in scans]
         else:
             search.settle(high, below_high, to_high - below_high)
@@ -208,7 +187,7 @@ def _sample(search: _Search, size: int) -> np.ndarray:
         places += random.integers(stride, size=places.size)
         # The last stretch may be short; what falls behind it is not drawn, which keeps shares fair.
         is_behind = places.size > 0 and places[-1] >= values.size
-        drawn.append(values[places[:-1] if is_behind else places])
+        drawn.append(values.draw(places[:-1] if is_behind else places))
     return np.concatenate(drawn)
 
 
@@ -221,53 +200,24 @@ def _bracket_ends(sample: np.ndarray, share: float) -> tuple[float, float]:
     return low, float(sample[last]) if last < sample.size else math.inf
 
 
-@dataclass(frozen=True)
-class _Scan:
-    counts: tuple[int, int, int, int]  # below low, up to it, below high, up to it
-    inside: np.ndarray | None  # keys of those strictly between; None where they are too many
-
-
-def _scan_all(values: list[Values], low: float, high: float) -> list[_Scan]:
+def _scan_all(values: list[Contenders], low: float, high: float) -> list[Scan]:
     room = int(_MOST_KEPT * sum(layer.size for layer in values))
     scans = []
     for layer in values:
-        scans.append(_scan(layer, low, high, room))
+        scans.append(layer.scan(low, high, room))
         kept = scans[-1].inside
-        room -= 0 if kept is None else kept.size
+        room -= 0 if kept is None else len(kept)
     return scans
-
-
-def _scan(values: Values, low: float, high: float, room: int) -> _Scan:
-    """Counts the scores below and at both ends; keeps those strictly between, if there is room."""
-    low, high = values.dtype.type(low), values.dtype.type(high)
-    below_low = to_low = num_inside = at_high = 0
-    kept = [_to_keys(values[:0])]
-    for _, chunk in chunks_of(values):
-        below_low += int(np.count_nonzero(chunk < low))
-        is_inside = chunk > low
-        to_low += chunk.size - int(np.count_nonzero(is_inside))
-        is_inside &= chunk < high
-        inside = chunk[is_inside]
-        num_inside += inside.size
-        if num_inside <= room:
-            kept.append(_to_keys(inside))
-        else:
-            kept.clear()
-        at_high += int(np.count_nonzero(chunk == high))
-    below_high = to_low + num_inside
-    up_to_high = below_high + (at_high if low < high else 0)
-    counts = below_low, to_low, below_high, up_to_high
-    return _Scan(counts, np.concatenate(kept) if num_inside <= room else None)
 
 
 # -- counting digit by digit -----------------------------------------------------------------------
 
 
-def _count_digits(searches: list[_Search], values: Sequence[Values], ranks: Ranks) -> None:
+def _count_digits(searches: list[_Search], values: Sequence[Contenders], ranks: Ranks) -> None:
     if not searches:
         return
     num_bits = values[0].dtype.itemsize * 8
-    for shift in range(num_bits - _DIGIT_BITS, -1, -_DIGIT_BITS):
+    for shift in range(num_bits - DIGIT_BITS, -1, -DIGIT_BITS):
         mine = np.concatenate([_histograms(search, shift) for search in searches])
         everywhere = ranks.add_up(torch.from_numpy(mine)).numpy()
         for search in searches:
@@ -276,11 +226,11 @@ def _count_digits(searches: list[_Search], values: Sequence[Values], ranks: Rank
             up_to = search.below[:, None] + np.cumsum(counts, axis=1)
             # More digits reach more, so the first that reaches it is found by halving.
             digit = bisect_left(range(_NUM_DIGITS), True, key=partial(_reaches, search.pool, up_to))
-            search.prefix = search.prefix << _DIGIT_BITS | digit
+            search.prefix = search.prefix << DIGIT_BITS | digit
             search.equal = counts[:, digit].copy()
             search.below = up_to[:, digit] - search.equal
     for search in searches:
-        search.threshold = _from_key(search.prefix, values[0].dtype)
+        search.threshold = from_key(search.prefix, values[0].dtype)
         search.is_done = True
 
 
@@ -290,32 +240,9 @@ def _reaches(pool: Pool, up_to: np.ndarray, digit: int) -> bool:
 
 def _histograms(search: _Search, shift: int) -> np.ndarray:
     """Counts this rank's keys that begin like the prefix by their next digit, layer by layer."""
-    counts = np.zeros((len(search.values), _NUM_DIGITS), dtype=np.int64)
-    for layer in range(len(search.values)):
-        for keys in search.keys(layer):
-            above = keys >> shift
-            matching = above[above >> _DIGIT_BITS == search.prefix]
-            digits = (matching & (_NUM_DIGITS - 1)).astype(np.intp)
-            counts[layer] += np.bincount(digits, minlength=_NUM_DIGITS)
-    return counts
-
-
-def chunks_of(values: Values) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields stretches of scores that stay in the cache of a core, with their starts."""
-    for start in range(0, values.size, _CHUNK):
-        yield start, values[start : start + _CHUNK]
-
-
-def _to_keys(values: np.ndarray) -> np.ndarray:
-    """Maps floats to unsigned integers of the same order; both zeros become one."""
-    unsigned = np.dtype(f"u{values.dtype.itemsize}")
-    top = unsigned.itemsize * 8 - 1
-    bits = (values + values.dtype.type(0)).view(unsigned)  # -0.0 + 0.0 is 0.0
-    # Negative floats are ordered backwards: all their bits turn, of the others the sign alone.
-    return bits ^ ((unsigned.type(0) - (bits >> top)) | unsigned.type(1 << top))
-
-
-def _from_key(key: int, dtype: np.dtype) -> float:
-    top = dtype.itemsize * 8 - 1
-    bits = key ^ (1 << top) if key >> top else ~key & ((1 << (top + 1)) - 1)
-    return float(np.array([bits], dtype=f"u{dtype.itemsize}").view(dtype)[0])
+    return np.stack(
+        [
+            values.count_digits(search.prefix, shift, inside, search.ends)
+            for values, inside in zip(search.values, search.inside, strict=True)
+        ]
+    )

@@ -9,8 +9,9 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -154,5 +155,8 @@ def own_device(job: JobConfig) -> torch.device:
 
 def _versions() -> dict[str, str]:
     # What a job brought along to a cluster is not installed there.
-    packages = {"gbp-ray": __version__} | {n: version(n) for n in ("torch", "ray", "numpy")}
+    packages = {"gbp-ray": __version__}
+    for name in ("torch", "ray", "numpy"):
+        with suppress(PackageNotFoundError):  # one rank needs no Ray
+            packages[name] = version(name)
     return {"python": platform.python_version(), **packages, "machine": platform.machine()}

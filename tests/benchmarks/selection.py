@@ -8,8 +8,8 @@ repeated until --patience seconds are spent. Extra memory is measured in a child
 method: how far the resident set rose above what it was with the scores alone, as a share of their
 bytes. All peers but `global_unstructured`, which makes a mask, give the value alone, as we do.
 
-With a CUDA device the same is done there for scores that lie on it (--gpu-size); what we do is then
-timed with the copy to the host.
+With a CUDA device the same is done there for scores that lie on it (--gpu-size). Beside the bare
+threshold stand what also makes masks, and our own way of the host, its copy of the scores included.
 """
 
 import argparse
@@ -31,6 +31,9 @@ from rich.table import Table
 from torch import nn
 from torch.nn.utils import prune
 
+from gbp_ray.config import PruneConfig
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.selection import select_masks
 from gbp_ray.pruning.thresholds import exact_threshold
 
 OURS = "exact_threshold"
@@ -127,7 +130,19 @@ def timed(method: Callable, scores: torch.Tensor, k: int) -> tuple[float, float]
 
 
 def by_counting(scores: torch.Tensor, k: int) -> float:
-    return exact_threshold(scores.cpu().numpy(), k)[0]
+    return exact_threshold(scores, k)[0]
+
+
+def by_counting_on_host(scores: torch.Tensor, k: int) -> float:
+    return exact_threshold(scores.cpu(), k)[0]
+
+
+def by_whole_decision(scores: torch.Tensor, k: int) -> Callable[[], float]:
+    """Makes masks, as a round does; the threshold is read off them later."""
+    dense = MaskSet({"weight": torch.ones_like(scores, dtype=torch.bool)})
+    config = PruneConfig(criterion="magnitude", sparsity=k / scores.numel())
+    masks = select_masks({"weight": scores}, dense, config, k / scores.numel()).masks
+    return lambda: float(scores[~masks["weight"]].max())
 
 
 def by_partition(scores: torch.Tensor, k: int) -> float:
@@ -164,9 +179,12 @@ METHODS = {
 }
 GPU_METHODS = {
     OURS: by_counting,
+    "exact_threshold, on the host": by_counting_on_host,
     "torch.kthvalue": by_kthvalue,
     "torch.topk": by_topk,
     "torch.sort": by_sort,
+    "select_masks": by_whole_decision,
+    "prune.global_unstructured": by_global_unstructured,
 }
 
 

@@ -1,5 +1,27 @@
 """One thread per process: kernels then add in one order, and two cores serve two processes."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
 import torch
 
+from gbp_ray.pruning import contenders
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["on the host", "on a GPU"], scope="module")
+def where_scores_lie(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Has scores counted as on the host or, in the host's memory, by the code for a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "on a GPU":
+            patch.setattr(contenders, "_OnHost", _as_on_a_gpu)
+        yield request.param
+
+
+def _as_on_a_gpu(scores_L: np.ndarray, kept_L: np.ndarray | None) -> contenders.Contenders:
+    kept = None if kept_L is None else torch.from_numpy(kept_L)
+    return contenders._OnDevice(torch.from_numpy(scores_L), kept)

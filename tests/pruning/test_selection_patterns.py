@@ -17,6 +17,8 @@ from torch import Tensor
 from gbp_ray.errors import ConfigError
 from gbp_ray.pruning.selection import check_selectable, num_to_prune, select_masks
 
+pytestmark = pytest.mark.usefixtures("where_scores_lie")
+
 LAYER_SHAPES = {
     "conv.weight": ((3, 8, 2, 3), 1),
     "fc.weight": ((5, 16), 1),

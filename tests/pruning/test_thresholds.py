@@ -20,12 +20,15 @@ from small_networks import prune_config
 from thread_ranks import on_threads
 from torch import Tensor, nn
 
-from gbp_ray.pruning import thresholds
+from gbp_ray.pruning import contenders, thresholds
+from gbp_ray.pruning.contenders import put_up
 from gbp_ray.pruning.masks import MaskSet, Prunable
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.selection import _share_out, num_to_prune, select_masks
 from gbp_ray.pruning.slices import Layout, SlicedScores, owned
 from gbp_ray.pruning.thresholds import Pool, exact_threshold, find_cuts
+
+pytestmark = pytest.mark.usefixtures("where_scores_lie")
 
 DTYPES = (np.float16, np.float32, np.float64)
 WORLDS = (1, 2, 3, 4)
@@ -38,7 +41,8 @@ def brackets_for_few(deviations: float = 0.5, most_kept: float = 1.0) -> Iterato
         patch.setattr(thresholds, "_MANY", 2)
         patch.setattr(thresholds, "_SAMPLE", 6)
         patch.setattr(thresholds, "_LEAST_STRIDE", 2)
-        patch.setattr(thresholds, "_CHUNK", 5)
+        patch.setattr(contenders, "_CHUNK", 5)
+        patch.setattr(contenders, "_DEVICE_CHUNK", 5)
         patch.setattr(thresholds, "_DEVIATIONS", deviations)
         patch.setattr(thresholds, "_MOST_KEPT", most_kept)
         yield
@@ -106,7 +110,7 @@ def test_layers_that_share_a_pool_are_cut_at_one_value_within_their_bounds(
         return
     for path in (contextlib.nullcontext(), brackets_for_few(), brackets_for_few(5.0, 0.0)):
         with path:
-            cuts = find_cuts(layers, [pool], Ranks())
+            cuts = find_cuts([put_up(layer) for layer in layers], [pool], Ranks())
         (threshold,) = {cut.threshold for cut in cuts}
         for layer, cut in zip(layers, cuts, strict=True):
             assert cut.below == np.count_nonzero(layer < threshold)
@@ -236,10 +240,12 @@ def test_scores_that_mislead_a_sample_do_not_mislead_the_count(case: str) -> Non
 
 
 @pytest.mark.parametrize("case", ["ordinary", "ascending", "high at each stride", "equal"])
-def test_extra_memory_stays_under_a_tenth_of_the_scores(case: str) -> None:
+def test_extra_memory_stays_under_a_tenth_of_the_scores(case: str, where_scores_lie: str) -> None:
     values_N = np.tile(misleading_scores()[case], 30)
     if case == "ascending":
         values_N.sort()
+    if where_scores_lie == "on a GPU":
+        pytest.skip("what torch allocates is not traced")
     tracemalloc.start()
     exact_threshold(values_N, len(values_N) // 2)
     _, peak = tracemalloc.get_traced_memory()
@@ -256,7 +262,9 @@ def test_a_rank_that_holds_all_that_is_in_question_keeps_none_of_it() -> None:
 
     def program(ranks: Ranks) -> tuple[float, int]:
         own = values[ranks.rank]
-        scans = thresholds._scan_all([own], values_N[middle.start], values_N[middle.stop - 1])
+        scans = thresholds._scan_all(
+            [put_up(own)], values_N[middle.start], values_N[middle.stop - 1]
+        )
         kept.append(scans[0].inside)
         return exact_threshold(own, NUM_MANY // 2, ranks)
 
@@ -312,11 +320,11 @@ def test_keys_are_ordered_like_the_floats_and_lead_back(dtype: type) -> None:
     ordered = np.array(
         [-np.inf, info.min, -1, -info.tiny, -tiny, 0, tiny, info.tiny, 1, info.max, np.inf], dtype
     )
-    keys = thresholds._to_keys(ordered)
+    keys = contenders._host_keys(ordered)
     assert keys.dtype.itemsize == ordered.dtype.itemsize
     assert (keys[1:] > keys[:-1]).all()
-    assert [thresholds._from_key(int(key), ordered.dtype) for key in keys] == ordered.tolist()
-    assert len(set(thresholds._to_keys(np.array([0.0, -0.0], dtype)).tolist())) == 1
+    assert [contenders.from_key(int(key), ordered.dtype) for key in keys] == ordered.tolist()
+    assert len(set(contenders._host_keys(np.array([0.0, -0.0], dtype)).tolist())) == 1
 
 
 def test_float64_scores_that_float32_cannot_tell_apart_are_told_apart_among_ranks() -> None:
