@@ -44,7 +44,7 @@ from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.plan import make_plan
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import load_weights
-from gbp_ray.pruning.tickets import pin_masks
+from gbp_ray.pruning.tickets import pin_files
 from gbp_ray.records import JobRecord
 from gbp_ray.results import Results, open_results
 from gbp_ray.runtime.known import Known
@@ -309,9 +309,7 @@ def sweep(
     started = time.monotonic()
     import_paths = _add_import_paths(job)
     job = load_job(job, overrides)
-    is_grid = job.sweep.search == "grid"
-    trials = [pin_masks(trial) for trial in expand(job)] if is_grid else []
-    job = job if is_grid else pin_masks(job)
+    job, trials = _spread_out(job)
     _warn_of_idle_options(trials, stacklevel=3)
     check_extras(job)
     store = Store(job.storage, job.name)
@@ -360,7 +358,7 @@ def plan_sweep(
     """
     import_paths = _add_import_paths(job)
     job = load_job(job, overrides)
-    trials = expand(job) if job.sweep.search == "grid" else []
+    job, trials = _spread_out(job)
     _warn_of_idle_options(trials, stacklevel=3)
     check_extras(job)
     store = Store(job.storage, job.name)
@@ -380,6 +378,14 @@ def plan_sweep(
     return make_sweep_plan(
         job, found, store, machines, lambda trial: _load_checked(trial, import_paths)
     )
+
+
+def _spread_out(job: JobConfig) -> tuple[JobConfig, list[JobConfig]]:
+    """Pins what a sweep starts from; returns it with the trials of its grid, if it is one."""
+    if job.sweep.search != "grid":
+        return pin_files(job), []
+    digests: dict[str, str] = {}
+    return job, [pin_files(trial, digests) for trial in expand(job)]
 
 
 def _describe_answer(answer: Answer, others: Sequence[Answer]) -> dict[str, Any]:
@@ -510,7 +516,7 @@ def _load(
 ) -> tuple[JobConfig, list[str]]:
     """Reads a job that runs once, and says what of it does nothing."""
     import_paths = _add_import_paths(source)
-    job = pin_masks(load_job(source, overrides))
+    job = pin_files(load_job(source, overrides))
     if job.sweep != SweepConfig():
         warnings.warn("sweep has no effect on a single prune; gbp-ray sweep runs it", stacklevel=3)
         job = job.model_copy(update={"sweep": SweepConfig()})

@@ -86,6 +86,11 @@ class ClusterConfig(Section):
         return tuple(numbers) if is_range else value
 
     @property
+    def fits_one_process(self) -> bool:
+        """Whether a trial of a sweep needs no group of workers, and runs where Tune starts it."""
+        return self.max_workers <= 1 and self.strategy == "replicated"
+
+    @property
     def min_workers(self) -> int:
         """Fewest workers the job goes on with."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]

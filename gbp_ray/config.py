@@ -251,9 +251,13 @@ def trial_id(job: JobConfig) -> str:
     identity = job.model_dump(
         mode="json", exclude_defaults=True, exclude=_TRAINING_KEYS_OUTSIDE_IDENTITY
     )
+    # The masks and weights themselves, wherever they lie.
     if job.prune.initial_masks_digest:
-        # The masks themselves, wherever they lie.
         identity["prune"].pop("initial_masks", None)
+    if job.workload.transfer.checkpoint_digest:
+        identity["workload"]["transfer"].pop("checkpoint", None)
+    if job.finetune.distillation.teacher_digest:
+        identity["finetune"]["distillation"].pop("teacher", None)
     identity["schema_version"] = SCHEMA_VERSION
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -315,7 +319,8 @@ def find_idle_options(job: JobConfig) -> list[tuple[str, str]]:
         reason = f"workload.encoding.kind = {encoding.kind}"
         note(encoding, "workload.encoding", ("levels",), reason)
     if not transfer.checkpoint:
-        note(transfer, "workload.transfer", ("new_head",), 'workload.transfer.checkpoint = ""')
+        names = ("checkpoint_digest", "new_head")
+        note(transfer, "workload.transfer", names, 'workload.transfer.checkpoint = ""')
     if prune.criterion in ("magnitude", "random", "synflow", "movement"):
         names = ("calibration_examples", "calibration_augment")
         note(prune, "prune", names, f"prune.criterion = {prune.criterion}")

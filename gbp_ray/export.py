@@ -102,7 +102,7 @@ def export_round(uri: str | Path, folder: str | Path, *, is_folded: bool = False
     inputs, _ = take_batch(workload, workload.test, torch.arange(size))
     outputs = _outputs_of(model, inputs)
     _check_state(workload, trial.job.seed, weights, inputs, outputs)
-    lean = fold_batchnorm(model) if is_folded else model
+    lean = fold_batchnorm(model, inputs) if is_folded else model
     program, difference, fault = _make_program(lean, model, inputs)
     files = {
         "model.safetensors": weights,

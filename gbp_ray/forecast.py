@@ -311,7 +311,7 @@ class _Bill:
                 self._dense.add(folder)
                 self.stored_bytes += plan.stored_bytes - plan.num_rounds * plan.round_bytes
             key = scores_key(trial, folder)
-            if key is not None and trial.cluster.max_workers < 2 and key not in self._scores:
+            if key is not None and trial.cluster.fits_one_process and key not in self._scores:
                 self._scores.add(key)
                 self.stored_bytes += 4 * plan.num_prunable
 

@@ -150,7 +150,11 @@ def _open_locked(path: Path, place: str) -> IO[bytes]:
                 "can write"
             ) from None
         if not _try_lock(file):
-            holder = _parse(path.read_bytes() if path.exists() else b"")
+            found = b""
+            # The holder may end at this very moment, and remove it.
+            with contextlib.suppress(FileNotFoundError):
+                found = path.read_bytes()
+            holder = _parse(found)
             file.close()
             raise _refusal(place, holder)
         # The holder before us may have removed the file between our two steps.

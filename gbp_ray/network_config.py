@@ -17,6 +17,8 @@ class TransferConfig(Section):
     checkpoint: str = ""
     """File of weights of this network, by path or s3:// address: .safetensors, or a state dict as
     .pt, .pth or .th. Empty starts from the network as built."""
+    checkpoint_digest: str = ""
+    """SHA-256 of that file, by which the trial is known; filled in when the job is read."""
     new_head: tuple[str, ...] = ()
     """Globs of weights that are not taken from the checkpoint but drawn anew, such as "linear.*";
     the file may lack them or have them in another shape."""

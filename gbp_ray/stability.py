@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gbp_ray.api import PruneResult, open_result, prune, sweep
 from gbp_ray.config import JobConfig, load_job, trial_id
 from gbp_ray.errors import ConfigError
@@ -22,7 +20,9 @@ from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.pruning.stability import Overlap, SizeStability, compare_samples, measure_overlap
+from gbp_ray.pruning.tickets import pin_files
 from gbp_ray.runtime.solo import own_device
+from gbp_ray.runtime.worker import fixed_kernels
 from gbp_ray.store import Store
 from gbp_ray.workload import add_import_paths, load_workload, num_examples
 
@@ -169,9 +169,7 @@ def _run_samples(
     ranks = Ranks(device=own_device(job))
     # One network for all, whatever would have scored it.
     first = next(iter(jobs.values()))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(job.cluster.threads_per_worker)
-    try:
+    with fixed_kernels(job.cluster.threads_per_worker):
         model = next(
             run_rounds(
                 first,
@@ -195,8 +193,6 @@ def _run_samples(
             )
             for name, one in jobs.items()
         }
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _run_seeds(
@@ -207,7 +203,9 @@ def _run_seeds(
         sweep(job, {"sweep.space": {"seed": list(seeds)}})
         store = Store(job.storage, job.name)
         results = [
-            open_result(store.trial_uri(trial_id(load_job(job, {"seed": seed, "sweep": {}}))))
+            open_result(
+                store.trial_uri(trial_id(pin_files(load_job(job, {"seed": seed, "sweep": {}}))))
+            )
             for seed in seeds
         ]
     else:

@@ -51,7 +51,8 @@ class Recipe(Section):
     does."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Numbers inside the passes of training (torch.autocast). Weights, gradients and sums stay
-    float32, and so do scoring and evaluation."""
+    float32, and so do scoring and evaluation; there a GPU multiplies as torch has it do, which for
+    convolutions is TF32."""
     ema_decay: float = Field(0.0, ge=0.0, lt=1.0)
     """Decay of an exponential moving average of the weights, such as 0.99; 0 turns it off. When a
     training ends, the average becomes the network: what is evaluated, stored, scored next and
@@ -86,6 +87,8 @@ class DistillationConfig(Section):
     teacher: str = ""
     """File of the teacher's weights, as for workload.transfer.checkpoint and of the same network;
     empty takes the dense network of this trial."""
+    teacher_digest: str = ""
+    """SHA-256 of that file, by which the trial is known; filled in when the job is read."""
     features: tuple[str, ...] = ()
     """Names of modules, such as "layer3", whose outputs are to match the teacher's as well."""
     features_weight: float = Field(1.0, gt=0.0)

@@ -7,6 +7,7 @@ safetensors holds tensors alone, and the other format is read by `torch.load(wei
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import io
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,28 +18,70 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
-from gbp_ray.config import TransferConfig, nearest_name
+from gbp_ray.config import JobConfig, TransferConfig, nearest_name
 from gbp_ray.errors import ConfigError, WorkloadError
 from gbp_ray.location import describe_fault, read_bytes
 
-__all__ = ["find_misfits", "load_state", "read_state", "start_from"]
+__all__ = ["TEACHER", "find_misfits", "load_state", "pin_weights", "read_state", "start_from"]
 
+TEACHER = "finetune.distillation.teacher"
+"""The option that names a teacher's weights."""
+
+_TRANSFER = "workload.transfer"
+_CHECKPOINT = f"{_TRANSFER}.checkpoint"
 _PICKLED = (".pt", ".pth", ".th")
 _NUM_NAMED = 3
 
 
-def read_state(address: str, key: str) -> dict[str, Tensor]:
+def pin_weights(job: JobConfig, known: dict[str, str]) -> JobConfig:
+    """Notes the digests of the files of weights that a job names, which then are part of its id.
+
+    Args:
+        known: Digests by address, which grow; jobs of one sweep share them.
+
+    Raises:
+        WorkloadError: A file cannot be read.
+    """
+
+    def digest(address: str, key: str) -> str:
+        if address not in known:
+            known[address] = hashlib.sha256(read_bytes(address, key)).hexdigest()
+        return known[address]
+
+    transfer, distillation = job.workload.transfer, job.finetune.distillation
+    if transfer.checkpoint and not transfer.checkpoint_digest:
+        found = digest(transfer.checkpoint, _CHECKPOINT)
+        transfer = transfer.model_copy(update={"checkpoint_digest": found})
+        workload = job.workload.model_copy(update={"transfer": transfer})
+        job = job.model_copy(update={"workload": workload})
+    if distillation.teacher and not distillation.teacher_digest:
+        found = digest(distillation.teacher, TEACHER)
+        distillation = distillation.model_copy(update={"teacher_digest": found})
+        finetune = job.finetune.model_copy(update={"distillation": distillation})
+        job = job.model_copy(update={"finetune": finetune})
+    return job
+
+
+def read_state(address: str, key: str, digest: str = "") -> dict[str, Tensor]:
     """Reads a file of weights.
 
     Args:
         address: Path or s3:// address of a `.safetensors` file or of a `.pt`, `.pth` or `.th`
             state dict, which may lie under "state_dict" and have "module." before each name.
         key: Dotted name of the option that holds the address, for messages.
+        digest: What the SHA-256 of the file was when the job was made; "" for whatever it is.
 
     Raises:
-        WorkloadError: The file is missing, damaged, or holds more than tensors.
+        WorkloadError: The file is missing, damaged, another one, or holds more than tensors.
     """
     content = read_bytes(address, key)
+    found = hashlib.sha256(content).hexdigest()
+    if digest not in ("", found):
+        raise WorkloadError(
+            f"{key} = '{address}': holds other weights than when the job was made (SHA-256 "
+            f"{found[:12]}, not {digest[:12]}); restore them, or unset {key}_digest, which makes "
+            "it another job"
+        )
     suffix = PurePath(address.partition("?")[0]).suffix
     if suffix == ".safetensors":
         try:
@@ -135,12 +178,8 @@ def start_from(
             the new head.
         ConfigError: When a model is built: a glob matches no weight of it.
     """
-    return partial(
-        _build_from, build_model, config, read_state(config.checkpoint, _TRANSFER + ".checkpoint")
-    )
-
-
-_TRANSFER = "workload.transfer"
+    state = read_state(config.checkpoint, _CHECKPOINT, config.checkpoint_digest)
+    return partial(_build_from, build_model, config, state)
 
 
 def _build_from(
@@ -150,7 +189,7 @@ def _build_from(
     own = model.state_dict()
     if any(tensor.is_meta for tensor in own.values()):
         raise WorkloadError(
-            f"{_TRANSFER}.checkpoint: the network is built on the meta device, layer by layer, and "
+            f"{_CHECKPOINT}: the network is built on the meta device, layer by layer, and "
             "a checkpoint comes in one piece; build it with its weights"
         )
     new: set[str] = set()
@@ -170,7 +209,7 @@ def _build_from(
     wanted = {name: tensor for name, tensor in own.items() if name not in new}
     if faults := find_misfits(taken, wanted):
         raise WorkloadError(
-            f"{_TRANSFER}.checkpoint = '{config.checkpoint}': does not fit the network: {faults}; "
+            f"{_CHECKPOINT} = '{config.checkpoint}': does not fit the network: {faults}; "
             f"name what is to be drawn anew in {_TRANSFER}.new_head, or give weights of this very "
             "network"
         )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +65,16 @@ def test_of_many_drivers_one_gets_the_trial(objects: Objects) -> None:
         thread.join()
     assert outcomes.count("got it") == 1
     assert sum("at work on this trial" in text for text in outcomes) == 4
+
+
+def test_a_holder_that_ends_while_it_is_looked_at_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = open_objects(str(tmp_path))
+    with hold_lease(objects, TRIAL):
+        monkeypatch.setattr(Path, "read_bytes", lambda path: Path("/nothing/there").stat())
+        with pytest.raises(StoreError, match="is at work on this trial"):
+            hold_lease(objects, TRIAL).__enter__()
 
 
 def test_a_killed_driver_is_followed_at_once(objects: Objects) -> None:

@@ -1,7 +1,8 @@
 """An exponential moving average of the weights, which becomes the network when a training ends.
 
 The average begins anew with each training (pretrain, or the fine-tuning of a round), at the weights
-that it begins with. After the last step it takes the place of the weights, so one network is
+that it begins with. After the last step it takes the place of the weights, and before that wherever
+the training is judged (early stopping), to go on from the weights themselves. So one network is
 evaluated, stored, scored for the next decision and trained on: a mask decided on weights that
 nobody keeps would be another network's. So a round's files say all that the next one needs, and a
 resumed trial has nothing more to read. Pruned weights are zero in every term, and so are they in
@@ -14,6 +15,9 @@ Each rank averages what it holds, element by element: the same bits in shards an
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +53,18 @@ class MovingAverage:
             average.copy_(torch.where(now == average, average, moved))
 
     @torch.no_grad()
-    def take_over(self) -> None:
-        """Puts the average in the place of the weights."""
+    def trade_places(self) -> None:
+        """Puts the average in the place of the weights, or these back in theirs."""
         for now, average in self._pairs:
+            kept = now.clone()
             now.copy_(average)
+            average.copy_(kept)
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Has the weights in their place for the block, and the average outside it."""
+        self.trade_places()
+        try:
+            yield
+        finally:
+            self.trade_places()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gbp_ray.config import PruneConfig
 from gbp_ray.pruning.ranks import OrderedSum, Ranks, isolated
 from gbp_ray.pruning.sharding import is_sharded
 from gbp_ray.workload import (
@@ -20,7 +21,12 @@ from gbp_ray.workload import (
     take_batch,
 )
 
-__all__ = ["recalibrate_batchnorm"]
+__all__ = ["norm_batch_size", "recalibrate_batchnorm"]
+
+
+def norm_batch_size(prune: PruneConfig) -> int:
+    """Chooses examples per batch: those of scoring, but enough for statistics worth the name."""
+    return max(prune.calibration_batch_size, 32)
 
 
 @torch.no_grad()

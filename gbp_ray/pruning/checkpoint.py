@@ -130,8 +130,11 @@ def restore_state(
         return _load_shards(saved, model, make_optimizer)
     load_weights(model, saved.weights, f"{folder}/weights.safetensors")
     try:
-        state = torch.load(io.BytesIO(saved.state), map_location=device, weights_only=True)
+        # The optimizer moves its own: a step count on a GPU would have each step wait for it.
+        state = torch.load(io.BytesIO(saved.state), map_location="cpu", weights_only=True)
         movement = state["movement"]
+        if movement is not None:
+            movement = {name: value.to(device) for name, value in movement.items()}
         optimizer: Optimizer | None = None
         if state["optimizer"] is not None:
             optimizer = make_optimizer()
@@ -166,7 +169,7 @@ def load_weights(model: nn.Module, data: bytes, source: str) -> None:
     except (SafetensorError, ValueError, KeyError) as error:
         # KeyError: a dtype that torch does not have.
         raise StoreError(f"{source}: is not a readable safetensors file: {error}") from None
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
 
     def fits(name: str, tensor: Tensor) -> bool:
         return name in own and (own[name].shape, own[name].dtype) == (tensor.shape, tensor.dtype)
@@ -179,8 +182,8 @@ def load_weights(model: nn.Module, data: bytes, source: str) -> None:
         },
         strict=False,
     )
-    present = {local(own[name]).data_ptr() for name in tensors if name in own}
-    missing = [name for name in missing if local(own[name]).data_ptr() not in present]
+    present = {_identity(own[name]) for name in tensors if name in own}
+    missing = [name for name in missing if _identity(own[name]) not in present]
     misfits = [name for name, tensor in tensors.items() if not fits(name, tensor)]
     if missing or misfits or unexpected:
         name = (missing or misfits or unexpected)[0]
@@ -207,15 +210,23 @@ def damaged(what: str, error: Exception) -> StoreError:
 
 def _distinct(model: nn.Module) -> dict[str, Tensor]:
     """Lists the state dict; of tied tensors, which the format refuses, the first name alone."""
-    seen: set[tuple[int, tuple[int, ...]]] = set()
+    seen: set[tuple[int, ...]] = set()
     distinct: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        key = (local(tensor).data_ptr(), tuple(tensor.shape))
-        if local(tensor).numel() and key in seen:
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        key = _identity(tensor)
+        if tensor.numel() and key in seen:
             continue
         seen.add(key)
         distinct[name] = tensor.detach()
     return distinct
+
+
+def _identity(tensor: Tensor) -> tuple[int, ...]:
+    """Tells tensors of a network apart, tied ones being the same; all ranks see the same ties."""
+    if is_shard(tensor):
+        # The rows of this rank may be none, and then lie nowhere.
+        return (id(tensor),)
+    return (tensor.data_ptr(), *tensor.shape)
 
 
 def _save_weights(model: nn.Module) -> bytes:

@@ -13,6 +13,7 @@ Shape suffixes: L = a rank's scores of one layer, flat; K = those whose keys are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -133,7 +134,7 @@ class _OnHost:
         self._kept_L = kept_L if self.num_pruned else None
 
     def draw(self, places: np.ndarray | slice) -> np.ndarray:
-        seen = self._scores_L[places]
+        seen: np.ndarray = self._scores_L[places]
         # Of a NaN and a number these two take the number.
         if self._kept_L is not None:
             seen = np.fmin(seen, _infinities(self._kept_L[places], self.dtype))
@@ -182,20 +183,26 @@ class _OnHost:
         return sum(int(np.count_nonzero(chunk == value)) for _, chunk in self._chunks())
 
     def mark(self, threshold: float, num_equal: int | None, kept_L: Tensor) -> None:
-        into = kept_L.numpy()
-        compare = np.greater_equal if num_equal == 0 else np.greater
+        into, left = kept_L.numpy(), num_equal
         for start, chunk in self._chunks():
-            compare(chunk, threshold, out=into[start : start + chunk.size])
-        if num_equal:
-            equal = [start + np.flatnonzero(chunk == threshold) for start, chunk in self._chunks()]
-            into[np.concatenate(equal)[num_equal:]] = True
+            stays = into[start : start + chunk.size]
+            if left == 0:
+                np.greater_equal(chunk, threshold, out=stays)
+                continue
+            np.greater(chunk, threshold, out=stays)
+            if left is not None:
+                equal = np.flatnonzero(chunk == threshold)
+                stays[equal[left:]] = True
+                left = max(left - equal.size, 0)
 
     def exempt_best(self, n: int, m: int, shape: tuple[int, ...], dim: int) -> _OnHost:
-        grouped = np.moveaxis(self.draw(slice(None)).reshape(-1, *shape[1:]), dim, -1)
-        # Pruned weights sort first, so they fill the m - n places a group has to lose.
-        order = np.argsort(grouped.reshape(-1, m), axis=1, kind="stable")
-        rank_in_group = np.argsort(order, axis=1, kind="stable").reshape(grouped.shape)
-        exempt_L = np.moveaxis(rank_in_group >= m - n, -1, dim).reshape(-1)
+        exempt_L = np.empty(self.size, dtype=bool)
+        for stretch in _whole_rows(self.size, shape, dim, _CHUNK):
+            grouped = np.moveaxis(self.draw(stretch).reshape(-1, *shape[1:]), dim, -1)
+            # Pruned weights sort first, so they fill the m - n places a group has to lose.
+            order = np.argsort(grouped.reshape(-1, m), axis=1, kind="stable")
+            rank_in_group = np.argsort(order, axis=1, kind="stable").reshape(grouped.shape)
+            exempt_L[stretch] = np.moveaxis(rank_in_group >= m - n, -1, dim).reshape(-1)
         if self._kept_L is not None:
             exempt_L &= self._kept_L
         return _OnHost(self._scores_L, self._kept_L, exempt_L)
@@ -297,20 +304,25 @@ class _OnDevice:
         return self._count(lambda chunk: chunk == value)
 
     def mark(self, threshold: float, num_equal: int | None, kept_L: Tensor) -> None:
-        compare = torch.ge if num_equal == 0 else torch.gt
+        left = num_equal
         for start, chunk in self._chunks():
-            compare(chunk, threshold, out=kept_L[start : start + chunk.numel()])
-        if num_equal:
-            equal = [
-                start + (chunk == threshold).nonzero().flatten() for start, chunk in self._chunks()
-            ]
-            kept_L[torch.cat(equal)[num_equal:]] = True
+            stays = kept_L[start : start + chunk.numel()]
+            if left == 0:
+                torch.ge(chunk, threshold, out=stays)
+                continue
+            torch.gt(chunk, threshold, out=stays)
+            if left is not None:
+                equal = (chunk == threshold).nonzero().flatten()
+                stays[equal[left:]] = True
+                left = max(left - equal.numel(), 0)
 
     def exempt_best(self, n: int, m: int, shape: tuple[int, ...], dim: int) -> _OnDevice:
-        grouped = self._look(slice(None)).view(-1, *shape[1:]).movedim(dim, -1)
-        order = grouped.reshape(-1, m).argsort(dim=1, stable=True)
-        rank_in_group = order.argsort(dim=1, stable=True).view(grouped.shape)
-        exempt_L = (rank_in_group >= m - n).movedim(-1, dim).reshape(-1)
+        exempt_L = torch.empty(self.size, dtype=torch.bool, device=self._scores_L.device)
+        for stretch in _whole_rows(self.size, shape, dim, _DEVICE_CHUNK):
+            grouped = self._look(stretch).view(-1, *shape[1:]).movedim(dim, -1)
+            order = grouped.reshape(-1, m).argsort(dim=1, stable=True)
+            rank_in_group = order.argsort(dim=1, stable=True).view(grouped.shape)
+            exempt_L[stretch] = (rank_in_group >= m - n).movedim(-1, dim).reshape(-1)
         if self._kept_L is not None:
             exempt_L &= self._kept_L
         return _OnDevice(self._scores_L, self._kept_L, exempt_L)
@@ -349,6 +361,14 @@ def _device_keys(values: Tensor) -> Tensor:
 
 
 # -- both ------------------------------------------------------------------------------------------
+
+
+def _whole_rows(size: int, shape: tuple[int, ...], dim: int, chunk: int) -> Iterator[slice]:
+    """Cuts a slice of a layer where rows end, or not at all if groups run through all rows."""
+    row = math.prod(shape[1:])
+    step = max(size, 1) if dim == 0 else max(chunk // row, 1) * row
+    for start in range(0, size, step):
+        yield slice(start, start + step)
 
 
 def _counts(

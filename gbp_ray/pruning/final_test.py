@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 from gbp_ray.config import JobConfig
 from gbp_ray.errors import PruneError
@@ -23,12 +24,14 @@ def measure_final_test(
     ranks: Ranks,
     chosen: int,
     read_weights: Callable[[int], bytes],
+    tell: Callable[[int, int, int], None] = lambda number, done, total: None,
 ) -> FinalTest:
     """Measures the chosen round on the test split, and the dense network beside it. Communicates.
 
     Args:
         chosen: Number of the round, from `records.choose_round`.
         read_weights: Number of a round -> its weights.safetensors.
+        tell: Called with (number of the round, batches done, batches in all).
 
     Raises:
         PruneError: A loss is not finite.
@@ -40,7 +43,8 @@ def measure_final_test(
         source = f"round_{number:03d}/weights.safetensors"
         weights = ranks.together(lambda number=number: read_weights(number))  # type: ignore[misc]
         load_weights(model, weights, source)
-        accuracy, loss = evaluate(model, workload, ranks, job.workload.eval_batch_size)
+        batch_size = job.workload.eval_batch_size
+        accuracy, loss = evaluate(model, workload, ranks, batch_size, partial(tell, number))
         if not math.isfinite(loss):
             raise PruneError(f"round {number}: the test loss is {loss:g}; its weights diverged")
         measured.append((accuracy, loss))

@@ -9,10 +9,10 @@ stays zero, so masks still fit. The network keeps its class and its code: the Ba
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, Node, symbolic_trace
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
@@ -25,8 +25,11 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def fold_batchnorm(model: nn.Module) -> nn.Module:
+def fold_batchnorm(model: nn.Module, inputs: Tensor) -> nn.Module:
     """Copies a network with every BatchNorm folded into the layer that it follows.
+
+    Args:
+        inputs: (B, ...) a few examples, to see what shapes the layers meet.
 
     Returns:
         The copy, in eval mode; it gives the same outputs up to rounding.
@@ -45,6 +48,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     pairs: dict[nn.Module, nn.Module] = {}
     for name, norm in norms.items():
         pairs[norm] = _layer_before(name, norm, folded, graph)
+    _refuse_sequences(folded, norms, pairs, inputs)
     fused = {layer: _fuse(layer, norm) for norm, layer in pairs.items()}
     for name, module in modules.items():
         if module in fused:
@@ -109,6 +113,34 @@ def _layer_before(name: str, norm: nn.Module, model: nn.Module, graph: Graph) ->
     if sharers:
         raise _fault(name, f"'{where}' shares its weight with '{sharers[0]}', and would no longer")
     return layer
+
+
+def _refuse_sequences(
+    model: nn.Module,
+    norms: Mapping[str, nn.Module],
+    pairs: Mapping[nn.Module, nn.Module],
+    inputs: Tensor,
+) -> None:
+    """Refuses a norm after a linear layer over more than (B, features): it scales the second axis.
+
+    Raises:
+        PruneError: Naming the norm.
+    """
+    shapes: dict[nn.Module, tuple[int, ...]] = {}
+
+    def note(norm: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        shapes[norm] = tuple(arguments[0].shape)
+
+    hooks = [norm.register_forward_pre_hook(note) for norm in pairs]
+    try:
+        with torch.no_grad():
+            model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, norm in norms.items():
+        if isinstance(pairs[norm], nn.Linear) and len(shapes.get(norm, ())) > 2:
+            raise _fault(name, f"it scales axis 1 of {shapes[norm]}, a linear layer makes the last")
 
 
 def _fuse(layer: nn.Module, norm: nn.Module) -> nn.Module:

@@ -76,6 +76,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from gbp_ray.config import JobConfig, Recipe
+from gbp_ray.pruning.batchnorm import norm_batch_size
 from gbp_ray.pruning.criteria import criterion
 from gbp_ray.pruning.passes import Passes
 from gbp_ray.pruning.robustness import num_attacked
@@ -84,7 +85,6 @@ from gbp_ray.workload import num_examples
 
 __all__ = ["Phase", "plan_phases"]
 
-_LEAST_NORM_BATCH = 32
 _SAMPLED_BYTES = 2**19  # of the scores, for a threshold's bracket, over all ranks
 
 
@@ -138,7 +138,7 @@ def _plan_replicated(sizes: Sizes, passes: Passes) -> list[Phase]:
     )
     phases.append(_phase("decide", kept, *_deciding_moments(sizes), sent=_sent_by_decision(sizes)))
     if sizes.norm_examples and sizes.statistic_elements:
-        batch = max(job.prune.calibration_batch_size, _LEAST_NORM_BATCH)
+        batch = norm_batch_size(job.prune)
         num_batches = -(-sizes.norm_examples // batch)
         turns = sizes.num_turns(num_batches)
         held = {
@@ -219,7 +219,7 @@ def _plan_fsdp(sizes: Sizes, passes: Passes) -> list[Phase]:
     marked = _scores_of(sizes) | {"new masks": stretch, "one layer": 2 * sizes.largest_layer}
     phases.append(_phase("decide", kept, marked, sent=_sent_by_decision(sizes)))
     if sizes.norm_examples and sizes.statistic_elements:
-        batch = max(job.prune.calibration_batch_size, _LEAST_NORM_BATCH)
+        batch = norm_batch_size(job.prune)
         turns = sizes.num_turns(-(-sizes.norm_examples // batch))
         held = gathered | {
             "sums": 8 * sizes.statistic_elements + sizes.buffer_bytes,

@@ -19,6 +19,7 @@ from gbp_ray.pruning.sharding import is_sharded
 from gbp_ray.workload import (
     Workload,
     blaming_labels,
+    check_labels,
     count_top1,
     cut_batches,
     derive_seed,
@@ -60,7 +61,9 @@ def robust_accuracy(
 
         def find_right(seen: Tensor) -> Tensor:
             with torch.no_grad(), isolated(model, derive_seed("attack", item)):
-                return _find_right(workload, model(seen), targets)
+                outputs = model(seen)
+            check_labels(workload, split, indices, outputs, targets)
+            return _find_right(workload, outputs, targets)
 
         with blaming_labels(workload, model, split, indices):
             still = find_right(inputs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 
 from gbp_ray.config import JobConfig
 from gbp_ray.errors import PruneError, StoreError
-from gbp_ray.pruning.batchnorm import recalibrate_batchnorm
+from gbp_ray.pruning.averaging import MovingAverage
+from gbp_ray.pruning.batchnorm import norm_batch_size, recalibrate_batchnorm
 from gbp_ray.pruning.building import build_start, copy_frozen
 from gbp_ray.pruning.checkpoint import (
     Checkpoint,
@@ -73,9 +74,6 @@ __all__ = [
     "load_weights",
     "run_rounds",
 ]
-
-_LEAST_NORM_BATCH = 32
-"""Smaller scoring batches would make poor statistics, and single examples none at all."""
 
 Tell = Callable[[str, int, int, int, float | None], None]
 """(phase, round, steps done, steps of the phase, loss or None): live progress of this rank."""
@@ -222,7 +220,7 @@ class _Run:
             RoundRecord(
                 round=0,
                 judged_on=self.split,
-                train_accuracy=self._evaluate_sample(),
+                train_accuracy=self._evaluate_sample(0),
                 sparsity_target=self.start,
                 accuracy=accuracy,
                 loss=loss,
@@ -256,7 +254,7 @@ class _Run:
             RoundRecord(
                 round=number,
                 judged_on=self.split,
-                train_accuracy=self._evaluate_sample(),
+                train_accuracy=self._evaluate_sample(number),
                 kept_step=self.kept_step,
                 sparsity_target=sparsity,
                 accuracy=accuracy,
@@ -359,7 +357,7 @@ class _Run:
                 self.workload,
                 self.ranks,
                 examples=self.job.prune.batchnorm_examples,
-                batch_size=max(self.job.prune.calibration_batch_size, _LEAST_NORM_BATCH),
+                batch_size=norm_batch_size(self.job.prune),
                 seed=self.job.seed,
             )
 
@@ -380,7 +378,13 @@ class _Run:
             self.optimizer = make_optimizer(self.model, recipe)
         if self.teacher is not None and not self.is_teacher_ready:
             with self._timed("teach"):
-                self.teacher = prepare_teacher(self.teacher, self.job, self.workload, self.ranks)
+                self.teacher = prepare_teacher(
+                    self.teacher,
+                    self.job,
+                    self.workload,
+                    self.ranks,
+                    tell=lambda done, total: self.tell("teach", number, done, total, None),
+                )
             self.is_teacher_ready = True
         if self.gathers_movement:
             self.movement = {
@@ -389,9 +393,14 @@ class _Run:
             }
         optimizer = self.optimizer
 
+        average: MovingAverage | None = None
+        if recipe.ema_decay > 0 and recipe.patience > 0:
+            # Judged after each part, and none of them begins it anew.
+            average = MovingAverage(self.model, recipe.ema_decay)
+
         def train(part: range) -> float:
             before, tell = part.start - steps.start, self._step_teller("finetune", number)
-            with self._timed("finetune"):
+            with self._timed("finetune"), average.set_aside() if average else nullcontext():
                 return train_epochs(
                     self.model,
                     self.workload,
@@ -403,6 +412,7 @@ class _Run:
                     masks=self.masks,
                     teacher=self.teacher,
                     movement=self._gather_movement if self.gathers_movement else None,
+                    average=average,
                     tell=lambda done, total, loss: tell(before + done, length, loss),
                 )
 
@@ -459,7 +469,7 @@ class _Run:
                 tell=lambda done, total: self.tell("evaluate", number, done, total, None),
             )
 
-    def _evaluate_sample(self) -> float | None:
+    def _evaluate_sample(self, number: int) -> float | None:
         if not len(self.sample):
             return None
         with self._timed("evaluate"):
@@ -468,6 +478,7 @@ class _Run:
                 self.workload,
                 self.ranks,
                 self.job.workload.eval_batch_size,
+                tell=lambda done, total: self.tell("evaluate", number, done, total, None),
                 split="train",
                 sample=self.sample,
             )

@@ -40,6 +40,7 @@ from gbp_ray.pruning.slices import Layout, SlicedScores, owned
 from gbp_ray.workload import (
     Workload,
     blaming_labels,
+    check_labels,
     cut_batches,
     derive_seed,
     num_examples,
@@ -231,7 +232,7 @@ def _finish(
         if piece.size == 0:
             values.append(weights_L.float())
             continue
-        statistic_L = statistic[unit.name].expand(piece.size)
+        statistic_L = statistic[unit.name].to(weights_L.device).expand(piece.size)
         values.append(rule.finish(weights_L.double(), statistic_L, total).float())
     return SlicedScores(layout.own, tuple(values))
 
@@ -342,7 +343,9 @@ def _sum_gradients(
                         calibration.batch(model, number, ranks.device) as (inputs, targets),
                         isolated(model, derive_seed(calibration.draws(number), 0)),
                     ):
-                        loss = calibration.workload.loss(model(inputs), targets)
+                        outputs, indices = model(inputs), batches[number]
+                        check_labels(calibration.workload, "train", indices, outputs, targets)
+                        loss = calibration.workload.loss(outputs, targets)
                         if loss.requires_grad:
                             loss.backward()
             if keep is not None:

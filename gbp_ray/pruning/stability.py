@@ -21,7 +21,7 @@ from itertools import combinations, permutations
 from torch import nn
 
 from gbp_ray.config import JobConfig
-from gbp_ray.pruning.batchnorm import recalibrate_batchnorm
+from gbp_ray.pruning.batchnorm import norm_batch_size, recalibrate_batchnorm
 from gbp_ray.pruning.evaluation import evaluate
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
 from gbp_ray.pruning.ranks import Ranks
@@ -166,7 +166,7 @@ def _evaluate(
             workload,
             ranks,
             examples=job.prune.batchnorm_examples,
-            batch_size=max(job.prune.calibration_batch_size, 32),
+            batch_size=norm_batch_size(job.prune),
             seed=job.seed,
         )
     accuracy, _ = evaluate(twin, workload, ranks, job.workload.eval_batch_size)

@@ -10,12 +10,13 @@ a network's outputs for an example may differ in the last bit with the batch it 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from gbp_ray.config import JobConfig
+from gbp_ray.config import DistillationConfig, JobConfig
 from gbp_ray.errors import ConfigError
 from gbp_ray.pruning.checkpoint import load_rows
 from gbp_ray.pruning.features import refuse_untappable
@@ -23,7 +24,7 @@ from gbp_ray.pruning.objective import Teacher
 from gbp_ray.pruning.ranks import Ranks, isolated
 from gbp_ray.pruning.sharding import is_sharded
 from gbp_ray.pruning.training import num_steps
-from gbp_ray.weights import find_misfits, read_state
+from gbp_ray.weights import TEACHER, find_misfits, read_state
 from gbp_ray.workload import Workload, cut_batches, derive_seed, num_examples, take_batch
 
 __all__ = ["answer_bytes", "is_taught_once", "prepare_teacher", "refuse_unteachable"]
@@ -32,31 +33,38 @@ _SECTION = "finetune.distillation"
 _MOST_BYTES = 2**28
 
 
-def prepare_teacher(teacher: Teacher, job: JobConfig, workload: Workload, ranks: Ranks) -> Teacher:
+def prepare_teacher(
+    teacher: Teacher,
+    job: JobConfig,
+    workload: Workload,
+    ranks: Ranks,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> Teacher:
     """Makes the dense network the teacher that a job asks for. Communicates.
 
     Args:
         teacher: The dense network, which teaches where the job names no checkpoint.
+        tell: Called with (batches done, batches in all) where it answers beforehand.
 
     Raises:
         ConfigError: The checkpoint does not fit the network.
         WorkloadError: It cannot be read.
     """
-    if address := job.finetune.distillation.teacher:
-        ranks.together(lambda: load_rows(teacher.model, _read_fitting(address, teacher.model)))
+    config = job.finetune.distillation
+    if config.teacher:
+        ranks.together(lambda: load_rows(teacher.model, _read_fitting(config, teacher.model)))
     if not is_taught_once(job, workload, teacher.model, ranks):
         return teacher
-    known = _ask_once(teacher.model, workload, ranks, job.workload.eval_batch_size)
+    known = _ask_once(teacher.model, workload, ranks, job.workload.eval_batch_size, tell)
     return replace(teacher, known=known)
 
 
-def _read_fitting(address: str, model: nn.Module) -> dict[str, Tensor]:
-    key = f"{_SECTION}.teacher"
-    state = read_state(address, key)
+def _read_fitting(config: DistillationConfig, model: nn.Module) -> dict[str, Tensor]:
+    state = read_state(config.teacher, TEACHER, config.teacher_digest)
     if faults := find_misfits(state, model.state_dict()):
         raise ConfigError(
-            f"{key} = '{address}': does not fit the network: {faults}; give a checkpoint of this "
-            "very network"
+            f"{TEACHER} = '{config.teacher}': does not fit the network: {faults}; give a "
+            "checkpoint of this very network"
         )
     return state
 
@@ -89,14 +97,20 @@ def answer_bytes(workload: Workload, model: nn.Module, ranks: Ranks | None = Non
     return num_examples(workload.train) * answer[0].numel() * answer.element_size()
 
 
-def _ask_once(model: nn.Module, workload: Workload, ranks: Ranks, batch_size: int) -> Tensor:
+def _ask_once(
+    model: nn.Module,
+    workload: Workload,
+    ranks: Ranks,
+    batch_size: int,
+    tell: Callable[[int, int], None],
+) -> Tensor:
     """Computes a teacher's outputs for every training example, (examples, ...). Communicates."""
     total = num_examples(workload.train)
     batches = cut_batches(total, batch_size)
     table: list[Tensor] = []
 
     def ask_own() -> None:
-        for item in ranks.deal(len(batches)):
+        for turn, item in enumerate(ranks.deal(len(batches))):
             # All ranks need to know what an answer looks like, and pass through a sharded network.
             if item is not None or not table or is_sharded(model):
                 batch = batches[item or 0]
@@ -105,6 +119,7 @@ def _ask_once(model: nn.Module, workload: Workload, ranks: Ranks, batch_size: in
                     table.append(answers.new_zeros(total, *answers.shape[1:]))
                 if item is not None:
                     table[0][batch.start : batch.stop] = answers
+            tell(min((turn + 1) * ranks.world_size, len(batches)), len(batches))
 
     ranks.together(ask_own, communicates=is_sharded(model))
     return ranks.fill_in(table[0])
@@ -141,4 +156,4 @@ def refuse_unteachable(job: JobConfig, workload: Workload, model: nn.Module) -> 
             "set it to 0"
         )
     if config.teacher:
-        _read_fitting(config.teacher, model)
+        _read_fitting(config, model)

@@ -1,7 +1,8 @@
 """Masks that come from elsewhere: read by address, fitted to a network, the start of another job.
 
-A job that starts from masks is known by their digest, not by where they lie: `pin_masks` puts it
-into the job before the job's id is asked for, and whoever reads the masks later compares.
+A job that starts from masks or from weights is known by their digests, not by where they lie:
+`pin_files` puts these into the job before the job's id is asked for, and whoever reads the files
+later compares.
 
 Masks fit a network if every parameter that they mask is there, with the same shape. Parameters that
 the job excludes stay whole whatever their mask says, and those without a mask start whole.
@@ -20,8 +21,9 @@ from gbp_ray.errors import ConfigError, GbpError, StoreError
 from gbp_ray.pruning.masks import MaskSet, Prunable
 from gbp_ray.pruning.selection import num_to_prune
 from gbp_ray.store import locate_round, open_objects
+from gbp_ray.weights import pin_weights
 
-__all__ = ["pin_masks", "read_masks_at", "starting_masks"]
+__all__ = ["pin_files", "read_masks_at", "starting_masks"]
 
 _FILE = "masks.safetensors"
 _KEY = "prune.initial_masks"
@@ -55,16 +57,24 @@ def read_masks_at(source: str) -> MaskSet:
     return MaskSet.from_bytes(store.read_file(trial, record, _FILE), source)
 
 
-def pin_masks(job: JobConfig) -> JobConfig:
-    """Notes the digest of the masks that a job starts from, which then is part of its id.
+def pin_files(job: JobConfig, known: dict[str, str] | None = None) -> JobConfig:
+    """Notes the digests of masks and weights that a job names, which then are part of its id.
+
+    Args:
+        known: Digests by address, which grow; jobs of one sweep share them.
 
     Raises:
         ConfigError: The masks cannot be read.
+        WorkloadError: The weights cannot be read.
     """
-    if not job.prune.initial_masks or job.prune.initial_masks_digest:
+    known = {} if known is None else known
+    job = pin_weights(job, known)
+    source = job.prune.initial_masks
+    if not source or job.prune.initial_masks_digest:
         return job
-    digest = _read(job).digest
-    prune = job.prune.model_copy(update={"initial_masks_digest": digest})
+    if source not in known:
+        known[source] = _read(job).digest
+    prune = job.prune.model_copy(update={"initial_masks_digest": known[source]})
     return job.model_copy(update={"prune": prune})
 
 

@@ -174,6 +174,7 @@ def train_epochs(
     masks: MaskSet | None = None,
     teacher: Teacher | None = None,
     movement: Callable[[dict[str, Tensor]], None] | None = None,
+    average: MovingAverage | None = None,
     tell: Callable[[int, int, float], None] = lambda done, total, loss: None,
 ) -> float:
     """Trains over a span of steps, keeping pruned weights at zero. Communicates.
@@ -182,6 +183,8 @@ def train_epochs(
         masks: Pruned weights; None trains all.
         teacher: Adds its outputs to what is learnt; it sees the same augmented examples.
         movement: Given the gradients of each step by parameter name, before the weights move.
+        average: Goes on with this one, and leaves the weights in place. None makes one where the
+            recipe asks for it, which takes their place at the end.
         tell: Called after each step with (steps done, steps in all, loss).
 
     Returns:
@@ -196,7 +199,9 @@ def train_epochs(
     buffers = _Buffers(model, ranks.device)
     kept = [(trainable[n], mask) for n, mask in (masks or {}).items() if n in trainable]
     warmup = round(recipe.warmup_epochs * _steps_per_epoch(recipe, workload))
-    average = MovingAverage(model, recipe.ema_decay) if recipe.ema_decay > 0 else None
+    is_own_average = average is None and recipe.ema_decay > 0
+    if is_own_average:
+        average = MovingAverage(model, recipe.ema_decay)
     recent: list[float] = []
     for done, step in enumerate(span.steps, start=1):
         batch = _batch_of_step(recipe, workload, seed, span.phase, step)
@@ -251,8 +256,8 @@ def train_epochs(
         tell(done, len(span.steps), recent[-1])
     for parameter in trainable.values():
         parameter.grad = None
-    if average is not None:
-        average.take_over()
+    if is_own_average and average is not None:
+        average.trade_places()
     tail = recent[-max(1, len(recent) // 10) :]
     return sum(tail) / len(tail) if tail else math.nan
 
@@ -276,7 +281,9 @@ def _refuse_non_finite(
     recipe: Recipe,
     ranks: Ranks,
 ) -> None:
-    is_bad = [not bool(torch.isfinite(local(gradient)).all()) for gradient in gradients.values()]
+    # Read at once: on a GPU every look waits for it.
+    are_finite = [torch.isfinite(local(gradient)).all() for gradient in gradients.values()]
+    is_bad = torch.stack(are_finite).logical_not().tolist()
     if any(is_shard(gradient) for gradient in gradients.values()):
         # Each rank has seen its own rows alone.
         is_bad = ranks.add_up(torch.tensor(is_bad, dtype=torch.int64)).bool().tolist()

@@ -5,7 +5,8 @@ at the start of each phase and at most every few seconds, fit for a log. All of 
 error: standard output belongs to results.
 
 A sweep has a board of its own: how many trials are done, running and failed, the time left and the
-best so far, above a bar per running trial; elsewhere a line per trial that has ended.
+best so far, above a bar per running trial; elsewhere a line per trial that has ended and, where
+none does for a minute, one on those that run.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ CHECKED = "all checks passed"
 """What the driver of a submitted job says when nothing known is in its way; who submits waits."""
 
 _PLAIN_INTERVAL_S = 10.0
+_SWEEP_INTERVAL_S = 60.0
+_MOST_NAMED = 4  # trials in such a line
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,8 @@ class SweepBoard(ProgressBoard):
         self._begun = time.monotonic()
         self._best: tuple[float, str] | None = None
         self._summary: TaskID | None = None
+        self._running: dict[str, Tick] = {}
+        self._last_note_s = self._begun
 
     def begin(self, total: int | None, known: Iterable[tuple[str, float]]) -> None:
         """Starts the clock.
@@ -162,6 +167,7 @@ class SweepBoard(ProgressBoard):
             known: (trial, metric) of those that need no work.
         """
         self._total, self._begun = total, time.monotonic()
+        self._last_note_s = self._begun
         for trial, value in known:
             self._num_known += 1
             self._rank(trial, value)
@@ -170,10 +176,13 @@ class SweepBoard(ProgressBoard):
         self._refresh()
 
     def show(self, tick: Tick) -> None:
-        """Moves the trial's bar; elsewhere trials are told of when they end."""
+        """Moves the trial's bar; elsewhere says now and then what runs."""
+        self._running[tick.trial] = tick
         if self._is_live:
             super().show(tick)
             self._refresh()
+        elif time.monotonic() - self._last_note_s > _SWEEP_INTERVAL_S:
+            self._note_running()
 
     def show_round(self, trial: str, record: RoundRecord) -> None:
         """Says nothing: a sweep has too many rounds."""
@@ -186,6 +195,8 @@ class SweepBoard(ProgressBoard):
             detail: What it reached, or why it failed.
             value: The metric of a finished one.
         """
+        self._running.pop(trial, None)
+        self._last_note_s = time.monotonic()
         self._num_done += state == "finished"
         self._num_stopped += state == "stopped"
         self._num_failed += state == "failed"
@@ -195,6 +206,16 @@ class SweepBoard(ProgressBoard):
         if self._is_live and (task := self._tasks.pop(trial, None)) is not None:
             self._bars.remove_task(task)
         self._refresh()
+
+    def _note_running(self) -> None:
+        self._last_note_s = time.monotonic()
+        named = [
+            f"{tick.trial}  round {tick.round}/{tick.num_rounds} ({tick.share:.0%})"
+            for tick in list(self._running.values())[:_MOST_NAMED]
+        ]
+        more = len(self._running) - len(named)
+        listed = ", ".join(named) + (f" and {more} more" if more else "")
+        self.note(f"{self._count()}  {len(self._running)} running: {listed}{self._left()}")
 
     def _rank(self, trial: str, value: float) -> None:
         sign = 1 if self._metric == "accuracy" else -1

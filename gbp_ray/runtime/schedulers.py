@@ -71,7 +71,7 @@ class GuardedScheduler(FIFOScheduler):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self._sweep, self._job_of, self._stopped = sweep, job_of, stopped
-        self._rules: dict[tuple[float, ...], Any] = {}
+        self._rules: dict[tuple[tuple[float, ...], str], Any] = {}
         self._is_over: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,7 +123,8 @@ class GuardedScheduler(FIFOScheduler):  # type: ignore[misc]
         return str(self._rule(job).on_trial_result(tune_controller, trial, result))
 
     def _rule(self, job: JobConfig) -> Any:
-        walk = walk_of(job)
+        # Where masks are given, they decide where the walk begins.
+        walk = (walk_of(job), job.prune.initial_masks_digest)
         if walk not in self._rules:
             self._rules[walk] = self._make_rule(job)
         return self._rules[walk]

@@ -150,6 +150,8 @@ def own_device(job: JobConfig) -> torch.device:
         raise ConfigError(
             "cluster.use_gpu = true: this machine has no CUDA device; set it to false"
         )
+    # Started now: weights that a workload draws on it before would know nothing of the seed.
+    torch.cuda.init()
     return torch.device("cuda")
 
 

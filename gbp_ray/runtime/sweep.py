@@ -167,7 +167,7 @@ class _Slots:
 
 
 def _is_nested(base: JobConfig) -> bool:
-    return base.cluster.max_workers > 1
+    return not base.cluster.fits_one_process
 
 
 def _resources(base: JobConfig) -> dict[str, float]:

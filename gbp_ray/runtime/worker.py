@@ -23,7 +23,7 @@ from gbp_ray.runtime.progress import Tick
 from gbp_ray.store import RoundRecord, Store
 from gbp_ray.workload import Workload, load_workload
 
-__all__ = ["iterate_trial", "work_trial"]
+__all__ = ["fixed_kernels", "iterate_trial", "work_trial"]
 
 
 def work_trial(
@@ -61,14 +61,14 @@ def iterate_trial(
     Yields:
         The record of each committed round.
     """
-    with _fixed_kernels(job.cluster.threads_per_worker):
+    with fixed_kernels(job.cluster.threads_per_worker):
         name = trial_id(job)
         store = Store(job.storage, job.name)
         workload = ranks.together(lambda: load_workload(job.workload, job.seed))
         # All go by what rank 0 sees: a round may be committed between two looks.
         records = ranks.share_object(ranks.together(lambda: store.read_rounds(name)))
+        teller = _Teller(job, workload, name, tell)
         if len(records) <= job.prune.rounds:
-            teller = _Teller(job, workload, name, tell)
             for state in run_rounds(
                 job,
                 workload,
@@ -83,10 +83,12 @@ def iterate_trial(
                 del state
                 yield record
         if workload.validation is not None:
-            _use_test_split(job, workload, store, ranks)
+            _use_test_split(job, workload, store, ranks, teller)
 
 
-def _use_test_split(job: JobConfig, workload: Workload, store: Store, ranks: Ranks) -> None:
+def _use_test_split(
+    job: JobConfig, workload: Workload, store: Store, ranks: Ranks, tell: _Teller
+) -> None:
     """Measures the chosen round on the test split, once."""
     name = trial_id(job)
     if ranks.share_object(ranks.together(lambda: store.read_test(name))) is not None:
@@ -97,7 +99,14 @@ def _use_test_split(job: JobConfig, workload: Workload, store: Store, ranks: Ran
         return store.read_file(name, records[number], "weights.safetensors")
 
     chosen = choose_round(records).round
-    found = measure_final_test(job, workload, ranks, chosen, read_weights)
+    found = measure_final_test(
+        job,
+        workload,
+        ranks,
+        chosen,
+        read_weights,
+        lambda number, done, total: tell("evaluate", number, done, total, None),
+    )
     ranks.together(lambda: store.write_test(name, found) if ranks.is_first else None)
 
 
@@ -189,7 +198,12 @@ class _Teller:
             }[phase]
         else:
             before = self._dense + (number - 1) * self._per_round
-            inside = {"score": done / total, "finetune": 1.0 + done, "evaluate": 1.0}[phase]
+            inside = {
+                "score": done / total,
+                "teach": 1.0,
+                "finetune": 1.0 + done,
+                "evaluate": 1.0,
+            }[phase]
         everything = self._dense + self._num_rounds * self._per_round
         # Evaluation comes before fine-tuning and after it, and never moves the trial back.
         self._share = max(self._share, min(1.0, (before + inside) / everything))
@@ -199,14 +213,18 @@ class _Teller:
 
 
 @contextmanager
-def _fixed_kernels(num_threads: int) -> Iterator[None]:
-    """Pins what changes the order of additions inside a kernel, and puts it back."""
-    threads = torch.get_num_threads()
-    deterministic = torch.backends.cudnn.deterministic
+def fixed_kernels(num_threads: int) -> Iterator[None]:
+    """Pins what changes the order of additions inside a kernel, and puts it back.
+
+    On a GPU the kernels of cuDNN; some others of torch's, such as the backward passes of fused
+    attention and of adaptive pooling to sizes that do not divide, add in any order there.
+    """
+    cudnn, threads = torch.backends.cudnn, torch.get_num_threads()
+    before = cudnn.deterministic, cudnn.benchmark
     torch.set_num_threads(num_threads)
-    torch.backends.cudnn.deterministic = True
+    cudnn.deterministic, cudnn.benchmark = True, False
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.backends.cudnn.deterministic = deterministic
+        cudnn.deterministic, cudnn.benchmark = before

@@ -35,6 +35,23 @@ def test_a_training_ends_with_the_average_of_what_each_step_made(decay: float) -
     assert model.norm1.num_batches_tracked == 6
 
 
+def test_a_training_that_is_judged_on_the_way_goes_on_from_its_weights() -> None:
+    """The average is in their place outside the parts, and at the end as without them."""
+    workload, whole, parts = images(), built(ConvNet), built(ConvNet)
+    recipe = recipe_of(ema_decay=0.9)
+    train(whole, workload, recipe, steps(6))
+    optimizer, average = make_optimizer(parts, recipe), MovingAverage(parts, 0.9)
+    seen = []
+    for part in (range(2), range(2, 5), range(5, 6)):
+        span = Span("finetune", part, range(6))
+        with average.set_aside():
+            train(parts, workload, recipe, span, optimizer, average=average)
+        seen.append(parts.head.weight.detach().clone())
+    assert not torch.equal(seen[0], seen[1])
+    for name, value in whole.state_dict().items():
+        assert torch.equal(parts.state_dict()[name], value)
+
+
 def test_pruned_weights_are_exactly_zero_in_the_average() -> None:
     workload, model = images(), built(ConvNet)
     masks = MaskSet({"conv2.weight": model.conv2.weight.detach().abs() > 0.05})
@@ -55,7 +72,7 @@ def test_what_does_not_change_keeps_its_bits_and_what_is_frozen_is_left_alone() 
         model.bias += 1
     for _ in range(3):
         average.update()
-    average.take_over()
+    average.trade_places()
     assert model.causal.numpy().tobytes()[:8] == kept["causal"].numpy().tobytes()[:8]
     torch.testing.assert_close(model.causal, kept["causal"], rtol=0, atol=0, equal_nan=True)
     assert torch.equal(model.weight, kept["weight"])

@@ -40,8 +40,8 @@ HOST, GPU = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture(scope="module", autouse=True)
 def exact_kernels() -> Iterator[None]:
-    """Has convolutions add in one order, in float32 throughout."""
-    with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+    """Has convolutions add in one order, and in float32 throughout, as on the host."""
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         yield
 
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from rank_program import MASK_CASES, report_of, reports_of_world, sharded_report_of
 from sharded_program import (
     DATA,
@@ -17,8 +19,12 @@ from sharded_program import (
     resnet_program,
     trial,
 )
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from gbp_ray.pruning.checkpoint import _distinct
 from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.pruning.sharding import shard_network
 
 World = list[dict[str, Any]]
 
@@ -173,3 +179,31 @@ def test_a_rank_that_fails_alone_hangs_up_on_the_others(
     others, last = reports_of_world(2, tmp_path_factory.mktemp("failing"), failing_program)
     assert last["failed with"] == "ZeroDivisionError: planted"
     assert others["failed with"].startswith("RuntimeError")
+
+
+# -- more ranks than rows --------------------------------------------------------------------------
+
+
+class TiedNet(nn.Module):
+    """Two layers of five rows share a weight: of four ranks the last holds none of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 10)
+        self.second.weight = self.first.weight
+
+
+def test_all_ranks_see_the_same_ties_whatever_rows_they_hold() -> None:
+    """They gather tensor after tensor, so one that lists a tied weight twice is left alone."""
+    listed = []
+    for rank in range(4):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
+        try:
+            model = TiedNet()
+            shard_network(model, torch.device("cpu"), 4)
+            listed.append(list(_distinct(model)))
+        finally:
+            dist.destroy_process_group()
+    assert all(names == listed[0] for names in listed)
+    assert "second.weight" not in listed[0]
+    assert "second.bias" in listed[0]

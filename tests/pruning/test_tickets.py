@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_networks import ConvNet, built, images, job_config
 from torch import nn
 
 from gbp_ray.config import JobConfig, PretrainConfig, load_job, trial_id
-from gbp_ray.errors import ConfigError, StoreError
+from gbp_ray.errors import ConfigError, StoreError, WorkloadError
 from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import RoundState, run_rounds
 from gbp_ray.pruning.schedule import sparsity_schedule
-from gbp_ray.pruning.tickets import pin_masks, read_masks_at, starting_masks
+from gbp_ray.pruning.tickets import pin_files, read_masks_at, starting_masks
+from gbp_ray.weights import start_from
 
 
 def half_masks(seed: int = 0, model: nn.Module | None = None) -> MaskSet:
@@ -123,16 +126,49 @@ def test_a_trial_is_known_by_its_masks_and_not_by_where_they_lie(tmp_path: Path)
     one = file_of(half_masks(0), tmp_path, "one.safetensors")
     copy = file_of(half_masks(0), tmp_path, "copy.safetensors")
     other = file_of(half_masks(1), tmp_path, "other.safetensors")
-    pinned = [pin_masks(job_from(source, sparsity=0.9)) for source in (one, copy, other)]
+    pinned = [pin_files(job_from(source, sparsity=0.9)) for source in (one, copy, other)]
     names = [trial_id(job) for job in pinned]
     assert names[0] == names[1] != names[2]
     assert trial_id(job_from("", sparsity=0.9)) not in names
-    assert pin_masks(pinned[0]) is pinned[0]
+    assert pin_files(pinned[0]) is pinned[0]
     assert trial_id(load_job(pinned[0])) == names[0], "a record's job keeps its id"
     # Whoever reads them later makes sure that they are the same.
     Path(one).write_bytes(half_masks(1).to_bytes())
     with pytest.raises(ConfigError, match="holds other masks than when the job was made"):
         check_job(pinned[0], images())
+
+
+def test_a_trial_is_known_by_the_weights_that_it_names_and_not_by_where_they_lie(
+    tmp_path: Path,
+) -> None:
+    def weights(name: str, seed: int) -> str:
+        save_file(built(ConvNet, seed).state_dict(), tmp_path / name)
+        return str(tmp_path / name)
+
+    files = [
+        weights(f"{name}.safetensors", seed) for name, seed in (("one", 0), ("two", 0), ("b", 1))
+    ]
+
+    def jobs(section: Callable[[str], dict[str, Any]]) -> list[JobConfig]:
+        return [pin_files(job_config(**section(file))) for file in files]
+
+    def started(file: str) -> dict[str, Any]:
+        return {"workload": {"transfer": {"checkpoint": file}}}
+
+    def taught(file: str) -> dict[str, Any]:
+        return {"finetune": {"epochs": 1, "distillation": {"weight": 0.5, "teacher": file}}}
+
+    for section in (started, taught):
+        one, copy, other = jobs(section)
+        assert trial_id(one) == trial_id(copy) != trial_id(other)
+        assert trial_id(load_job(one)) == trial_id(one)
+        assert pin_files(one) is one
+    started_one, taught_one = jobs(started)[0], jobs(taught)[0]
+    weights("one.safetensors", 2)
+    with pytest.raises(WorkloadError, match="holds other weights than when the job was made"):
+        start_from(ConvNet, started_one.workload.transfer)
+    with pytest.raises(WorkloadError, match="holds other weights than when the job was made"):
+        check_job(taught_one, images())
 
 
 def test_a_job_without_masks_keeps_its_id() -> None:

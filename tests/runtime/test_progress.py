@@ -216,6 +216,34 @@ def test_a_sweeps_log_gets_a_line_for_each_trial_with_count_and_time_left(
     ]
 
 
+def test_a_sweeps_log_says_what_runs_where_no_trial_ends_for_a_minute(
+    capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
+    with SweepBoard() as board:
+        board.begin(9, [])
+        for trial in "abcdef":
+            board.show(replace(TICK, trial=trial))
+        clock.now_s += 61
+        board.show(replace(TICK, trial="a", round=2, share=0.5))
+        clock.now_s += 30
+        board.show(TICK)
+        board.end_trial("a", "finished", "accuracy 87.50%", 0.875)
+        clock.now_s += 59
+        board.show(replace(TICK, trial="b"))
+        clock.now_s += 2
+        board.end_trial("c", "failed", "out of luck")
+        clock.now_s += 61
+        board.show(replace(TICK, trial="b"))
+    assert capsys.readouterr().err.splitlines() == [
+        "0/9  6 running: a  round 2/3 (50%), b  round 1/3 (25%), c  round 1/3 (25%), "
+        "d  round 1/3 (25%) and 2 more",
+        "1/9  a  finished  accuracy 87.50%",
+        "2/9  c  failed  out of luck, 8:52 left",
+        "2/9  5 running: b  round 1/3 (25%), d  round 1/3 (25%), e  round 1/3 (25%), "
+        "f  round 1/3 (25%) and 1 more, 12:26 left",
+    ]
+
+
 def test_a_sweep_of_unknown_length_promises_nothing(
     capsys: pytest.CaptureFixture[str], clock: Clock
 ) -> None:
