@@ -39,8 +39,6 @@ from gbp_ray.pruning.selection import (
 
 # -- exactly k, and which --------------------------------------------------------------------------
 
-pytestmark = pytest.mark.usefixtures("where_scores_lie")
-
 
 @given(sparsity=st.fractions(0, 1), num_units=st.integers(1, 10_000))
 def test_the_number_removed_is_rounded_half_up(sparsity: Any, num_units: int) -> None:
@@ -470,12 +468,8 @@ def test_only_the_first_of_many_layers_in_the_way_are_named() -> None:
 
 
 @pytest.mark.parametrize("granularity", ["weight", "2:4"])
-def test_a_later_decision_holds_no_copy_of_the_scores(
-    granularity: str, where_scores_lie: str
-) -> None:
+def test_a_later_decision_holds_no_copy_of_the_scores(granularity: str) -> None:
     """Beside the new masks, one byte a weight, and what a pattern exempts, another one."""
-    if where_scores_lie == "on a GPU":
-        pytest.skip("what torch allocates is not traced")
     num_weights = 2**22
     scores = {f"layer{i}.weight": draw(2**9, 2**9, seed=i) for i in range(16)}
     half = select(scores, 0.2, final=0.5, granularity=granularity).masks

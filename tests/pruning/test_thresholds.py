@@ -74,7 +74,7 @@ def dealt_scores(draw_from: st.DrawFn) -> tuple[np.ndarray, list[int]]:
     most_kept=st.sampled_from([0.0, 0.3, 1.0]),
     data=st.data(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 def test_a_threshold_is_that_of_sorting_on_any_number_of_ranks(
     case: tuple[np.ndarray, list[int]], deviations: float | None, most_kept: float, data: Any
 ) -> None:
@@ -160,7 +160,7 @@ def decide(scores: dict[str, Tensor], world_size: int, shares: list[float], **fi
     granularity=st.sampled_from(["weight", "2:4"]),
     is_bracketed=st.booleans(),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=13, deadline=None)
 def test_decisions_are_the_same_bits_on_any_number_of_ranks(
     scores: dict[str, Tensor], scope: str, granularity: str, is_bracketed: bool
 ) -> None:
@@ -173,7 +173,7 @@ def test_decisions_are_the_same_bits_on_any_number_of_ranks(
 
 
 @given(scores=networks(), data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_a_decision_among_ranks_removes_the_first_of_a_stable_sort(
     scores: dict[str, Tensor], data: Any
 ) -> None:
