@@ -61,6 +61,7 @@ def check_job(job: JobConfig, workload: Workload) -> None:
             f"finetune.patience = {job.finetune.patience}: has no examples to judge by; set "
             "workload.validation, such as 0.1"
         )
+    _refuse_joint_norms(model)
     _refuse_lone_examples(job, workload, model)
     check_criterion(model, units, workload, job.prune, seed=job.seed)
 
@@ -88,6 +89,16 @@ def refuse_frozen_movement(job: JobConfig, model: nn.Module, units: list[Prunabl
         raise ConfigError(
             f"prune.criterion = movement: '{frozen[0].name}' is frozen ({why}) and never moves; "
             "name it in prune.exclude"
+        )
+
+
+def _refuse_joint_norms(model: nn.Module) -> None:
+    """Refuses norms that wait in a pass for other workers, which may have no part of the batch."""
+    joint = [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
+    if joint:
+        raise ConfigError(
+            f"workload.factory: '{joint[0]}' is a SyncBatchNorm, whose statistics would depend on "
+            "the number of workers; use BatchNorm, which sees one part of a batch at a time"
         )
 
 

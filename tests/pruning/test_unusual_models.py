@@ -522,3 +522,11 @@ def test_an_altered_byte_of_the_state_file_is_refused_or_harmless() -> None:
         except StoreError:
             refused += 1
     assert refused > 0
+
+
+def test_a_norm_that_waits_for_other_workers_is_refused() -> None:
+    def build() -> nn.Module:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(ConvNet())
+
+    with pytest.raises(ConfigError, match="'norm1' is a SyncBatchNorm"):
+        check_job(job_config(), images(build))
