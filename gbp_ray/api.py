@@ -22,7 +22,6 @@ from gbp_ray.config import (
     JobConfig,
     SweepConfig,
     TransferConfig,
-    expand,
     find_idle_options,
     load_job,
     takes_whole_numbers,
@@ -44,7 +43,7 @@ from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.plan import make_plan
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import load_weights
-from gbp_ray.pruning.tickets import pin_files
+from gbp_ray.pruning.tickets import pin_files, pin_trials
 from gbp_ray.records import JobRecord
 from gbp_ray.results import Results, open_results
 from gbp_ray.runtime.known import Known
@@ -61,7 +60,7 @@ from gbp_ray.runtime.plans import (
     spread,
 )
 from gbp_ray.runtime.progress import ProgressBoard, SweepBoard
-from gbp_ray.runtime.shared import dense_origin
+from gbp_ray.runtime.shared import dense_origin, warn_of_changed_code
 from gbp_ray.runtime.solo import finish_trial, own_device
 from gbp_ray.runtime.worker import work_trial
 from gbp_ray.store import RoundRecord, Store, TrialRecord, locate_jobs, locate_trials
@@ -172,7 +171,16 @@ def prune(
     store, name = Store(job.storage, job.name), trial_id(job)
     finished = store.read_trial(name)
     if finished is not None:
-        return PruneResult(finished, store.trial_uri(name))
+        result = PruneResult(finished, store.trial_uri(name))
+        if store.read_round(name, finished.chosen.round) is None:
+            raise StoreError(
+                f"'{result.uri}': is gone, but its trial has finished; restore it, or delete "
+                "trial.json beside it and run the job again"
+            )
+        warn_of_changed_code(finished)
+        with ProgressBoard(is_quiet) as board:
+            board.note(f"{name}  finished earlier: nothing was run")
+        return result
     store.preflight()
     started = time.monotonic()
     with ProgressBoard(is_quiet) as board:
@@ -309,7 +317,7 @@ def sweep(
     started = time.monotonic()
     import_paths = _add_import_paths(job)
     job = load_job(job, overrides)
-    job, trials = _spread_out(job)
+    job, trials = pin_trials(job)
     _warn_of_idle_options(trials, stacklevel=3)
     check_extras(job)
     store = Store(job.storage, job.name)
@@ -358,7 +366,7 @@ def plan_sweep(
     """
     import_paths = _add_import_paths(job)
     job = load_job(job, overrides)
-    job, trials = _spread_out(job)
+    job, trials = pin_trials(job)
     _warn_of_idle_options(trials, stacklevel=3)
     check_extras(job)
     store = Store(job.storage, job.name)
@@ -378,14 +386,6 @@ def plan_sweep(
     return make_sweep_plan(
         job, found, store, machines, lambda trial: _load_checked(trial, import_paths)
     )
-
-
-def _spread_out(job: JobConfig) -> tuple[JobConfig, list[JobConfig]]:
-    """Pins what a sweep starts from; returns it with the trials of its grid, if it is one."""
-    if job.sweep.search != "grid":
-        return pin_files(job), []
-    digests: dict[str, str] = {}
-    return job, [pin_files(trial, digests) for trial in expand(job)]
 
 
 def _describe_answer(answer: Answer, others: Sequence[Answer]) -> dict[str, Any]:

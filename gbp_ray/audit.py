@@ -28,6 +28,7 @@ __all__ = ["Audit", "Garbage", "find_faults", "find_garbage", "remove_garbage"]
 
 _MARKS = ("driver.lock", "driver.json")
 _PROBE = ".probe-"
+_ROUND = re.compile(r"trials/[^/]+/round_\d+/")
 _SHARED = ("dense/", "scores/", "explained/")
 
 
@@ -244,12 +245,14 @@ def find_garbage(uri: str | Path, *, is_unfinished_too: bool = False) -> list[Ga
         StoreError: The storage cannot be read.
     """
     stores, only = locate_jobs(uri)
-    return [
-        item
-        for store in stores
-        if store.objects.exists("job.json") or store.objects.list_folders("trials/")
-        for item in _garbage_of(store, only, is_unfinished_too)
-    ]
+    # What merely looks like results may be somebody else's.
+    own = [store for store in stores if store.objects.exists("job.json")]
+    probes = [item for store in stores if store not in own for item in _forgotten_probes(store)]
+    if not own and not probes:
+        raise StoreError(
+            f"'{uri}': holds no results of gbp-ray; give a trial's, a job's or a storage's folder"
+        )
+    return probes + [item for store in own for item in _garbage_of(store, only, is_unfinished_too)]
 
 
 def remove_garbage(items: Iterable[Garbage]) -> list[Garbage]:
@@ -313,6 +316,15 @@ def _garbage_of(store: Store, only: str | None, is_unfinished_too: bool) -> Iter
             )
 
 
+def _forgotten_probes(store: Store) -> Iterator[Garbage]:
+    """Finds probes of a job that never began, and so has no record of its own."""
+    for entry in store.objects.entries(_PROBE):
+        _, why, _ = _judge(entry, is_unfinished_too=False)
+        if why:
+            uri = store.objects.uri_of(entry.key)
+            yield Garbage(uri, entry.num_bytes, why, store.objects, "", entry.key, "")
+
+
 def _judge(entry: Entry, is_unfinished_too: bool) -> tuple[str, str, str]:
     """Tells whose an object is, why it is garbage, or "", and the name that would make it none."""
     key = entry.key
@@ -335,8 +347,8 @@ def _judge(entry: Entry, is_unfinished_too: bool) -> tuple[str, str, str]:
         return trial, "its driver is dead", ""
     if is_unfinished_too:
         return trial, "its trial never finished", f"trials/{trial}/trial.json"
-    if name not in ("round.json", "trial.json") and "/round_" in folder:
-        return trial, "its round was never committed", f"{folder}/round.json"
+    if (round_folder := _ROUND.match(key)) and name != "round.json":
+        return trial, "its round was never committed", f"{round_folder[0]}round.json"
     return trial, "", ""
 
 

@@ -53,6 +53,8 @@ from gbp_ray.terminal import (
 
 __all__ = ["app", "main"]
 
+_MOST_FIELDS = 5  # in a table, which would else have columns of a letter's width
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -245,7 +247,11 @@ def list_results(
 
     if as_json and as_csv:
         raise ConfigError("--csv: cannot be given together with --json")
-    results = open_results(uri).where(*(conditions or ()))
+    everything = open_results(uri)
+    results = everything.where(*(conditions or ()))
+    if best is None and not len(results) and len(everything):
+        met = " and ".join(conditions or ())
+        typer.echo(f"none of {len(everything):,} rounds has {met}", err=True)
     if best is not None:
         row = results.best(best)
         if as_json:
@@ -264,11 +270,14 @@ def list_results(
     elif as_csv:
         print_csv(results.to_rows())
     else:
-        fields = results.find_varying()
+        varying = results.find_varying()
+        fields = varying[:_MOST_FIELDS]
         columns = ["trial_id", "round", "sparsity", "accuracy", "loss", "num_nonzero"]
         columns += ["macs_nonzero", "judged_on", "test_accuracy"]
         rows = results.to_rows([*columns, *fields])
         console().print(results_table(rows, fields))
+        if len(varying) > len(fields):
+            say(f"{len(varying) - len(fields)} more fields differ (--csv and --json show them)")
         if num_more:
             say(f"and {num_more:,} more (--limit ROWS shows them, --csv and --json show all)")
 

@@ -22,6 +22,15 @@ Round = Annotated[
     ),
 ]
 
+Code = Annotated[
+    str,
+    typer.Option(
+        "--folder",
+        metavar="DIR",
+        help="Where the job's own modules lie, if not in the working folder.",
+    ),
+]
+
 
 def add_reuse_verbs(app: typer.Typer) -> None:
     """Puts the verbs on the command line."""
@@ -74,6 +83,7 @@ def apply_to_checkpoint(
 
 def explain_network(
     uri: Round,
+    code: Code = "",
     as_json: AsJson = False,
     is_quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
@@ -94,7 +104,7 @@ def explain_network(
 
     with warnings.catch_warnings():
         warnings.showwarning = show_warning  # type: ignore[assignment]
-        explained = explain_round(uri, tell=step_teller(is_quiet))
+        explained = explain_round(uri, code=code, tell=step_teller(is_quiet))
     found = explained.findings
     if as_json:
         print_json({"uri": explained.uri, **found.to_dict()})
@@ -133,6 +143,7 @@ def export_network(
         bool,
         typer.Option("--fold-batchnorm", help="Fold BatchNorm into the layers, in model.pt2."),
     ] = False,
+    code: Code = "",
     as_json: AsJson = False,
 ) -> None:
     """Write a pruned network for plain PyTorch, with a model card.
@@ -152,7 +163,7 @@ def export_network(
 
     with warnings.catch_warnings():
         warnings.showwarning = show_warning  # type: ignore[assignment]
-        export = export_round(uri, folder, is_folded=is_folded)
+        export = export_round(uri, folder, is_folded=is_folded, code=code)
         if export.program_fault:
             warnings.warn(f"no model.pt2: {export.program_fault}", stacklevel=1)
     if as_json:

@@ -91,6 +91,8 @@ def show_stability(
 
     if not (with_samples or with_seeds):
         raise ConfigError("--no-samples --no-trained: leave nothing to do; give one of them")
+    # Before hours of work, rather than after.
+    _write(Path(to), {})
     with warnings.catch_warnings():
         warnings.showwarning = show_warning  # type: ignore[assignment]
         found = measure_stability(

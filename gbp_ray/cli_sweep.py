@@ -23,7 +23,7 @@ _STATES = ("finished", "stopped", "failed")
 
 
 def run_sweep(
-    job: Annotated[str, typer.Argument(help="Job file (TOML) with a [sweep].", metavar="JOB")],
+    job: Annotated[str, typer.Argument(help="Job file (TOML) with a \\[sweep].", metavar="JOB")],
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -44,7 +44,7 @@ def run_sweep(
         bool, typer.Option("--debug", help="Show tracebacks and Ray's own output.")
     ] = False,
 ) -> None:
-    """Run many trials of a job: all that its [sweep] spans, or a search for a sparsity.
+    """Run many trials of a job: all that its \\[sweep] spans, or a search for a sparsity.
 
     As many trials run at a time as the cluster holds; the dense network and
     its scores are computed once for all. Run the same command again after an

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from gbp_ray.errors import StoreError
 from gbp_ray.findings import Findings
 from gbp_ray.pruning.explaining import compare_networks
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rebuilding import rebuild_network
+from gbp_ray.runtime.shared import warn_of_changed_code
 from gbp_ray.runtime.solo import own_device
+from gbp_ray.runtime.worker import fixed_kernels
 from gbp_ray.store import locate_round
 from gbp_ray.workload import add_import_paths, load_workload
 
@@ -36,12 +36,16 @@ class Explanation:
 
 
 def explain_round(
-    uri: str | Path, *, tell: Callable[[str, int, int], None] = lambda what, done, total: None
+    uri: str | Path,
+    *,
+    code: str | Path = "",
+    tell: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Explanation:
     """Compares a round of a finished trial with its dense network, and keeps what it finds.
 
     Args:
         uri: A round's folder, or a trial's: that gives the round which the trial is for.
+        code: A folder to look for the job's own modules in, beside the working folder.
         tell: Called with (what is done, steps done, steps in all).
 
     Raises:
@@ -54,12 +58,11 @@ def explain_round(
         raise StoreError(
             f"'{uri}': the trial has not finished; run the same job again to go on with it"
         )
-    add_import_paths([str(Path.cwd())])
+    add_import_paths([str(Path.cwd()), *([str(code)] if code else [])])
+    warn_of_changed_code(trial)
     job = trial.job
     ranks = Ranks(device=own_device(job))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(job.cluster.threads_per_worker)
-    try:
+    with fixed_kernels(job.cluster.threads_per_worker):
         workload = load_workload(job.workload, job.seed)
         dense, pruned = (
             rebuild_network(
@@ -82,6 +85,4 @@ def explain_round(
             round_number=record.round,
             tell=tell,
         )
-    finally:
-        torch.set_num_threads(threads)
     return Explanation(findings, findings.save(store), store.trial_uri(name))

@@ -23,14 +23,16 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from gbp_ray.config import JobConfig
 from gbp_ray.errors import ConfigError, ExportError, StoreError
 from gbp_ray.model_card import ExportFacts, write_card
+from gbp_ray.pruning.building import network_of_seed
 from gbp_ray.pruning.fusion import fold_batchnorm
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.rebuilding import rebuild_network
+from gbp_ray.runtime.shared import warn_of_changed_code
 from gbp_ray.store import locate_round
 from gbp_ray.workload import (
-    Workload,
     add_import_paths,
     judged_split,
     load_workload,
@@ -68,7 +70,9 @@ class Export:
     program_fault: str
 
 
-def export_round(uri: str | Path, folder: str | Path, *, is_folded: bool = False) -> Export:
+def export_round(
+    uri: str | Path, folder: str | Path, *, is_folded: bool = False, code: str | Path = ""
+) -> Export:
     """Writes a round of a finished trial as files that need nothing of this package.
 
     Args:
@@ -76,6 +80,7 @@ def export_round(uri: str | Path, folder: str | Path, *, is_folded: bool = False
         folder: Receives the files; new, empty, or holding an earlier export.
         is_folded: Folds every BatchNorm of the program into the layer before it. The state dict
             stays that of the network's own class.
+        code: A folder to look for the job's own modules in, beside the working folder.
 
     Raises:
         ExportError: What was made does not compute what the pruned network does.
@@ -90,7 +95,8 @@ def export_round(uri: str | Path, folder: str | Path, *, is_folded: bool = False
         raise StoreError(
             f"'{uri}': the trial has not finished; run the same job again to go on with it"
         )
-    add_import_paths([str(Path.cwd())])
+    add_import_paths([str(Path.cwd()), *([str(code)] if code else [])])
+    warn_of_changed_code(trial)
     workload = load_workload(trial.job.workload, trial.job.seed)
     weights = store.read_file(name, record, "weights.safetensors")
     packed = store.read_file(name, record, "masks.safetensors")
@@ -101,11 +107,12 @@ def export_round(uri: str | Path, folder: str | Path, *, is_folded: bool = False
     size = min(_NUM_EXAMPLES, num_examples(workload.test))
     inputs, _ = take_batch(workload, workload.test, torch.arange(size))
     outputs = _outputs_of(model, inputs)
-    _check_state(workload, trial.job.seed, weights, inputs, outputs)
+    state = _complete_state(model, weights)
+    _check_state(trial.job, state, inputs, outputs)
     lean = fold_batchnorm(model, inputs) if is_folded else model
     program, difference, fault = _make_program(lean, model, inputs)
     files = {
-        "model.safetensors": weights,
+        "model.safetensors": state,
         "masks.safetensors": packed,
         "example.safetensors": save_tensors(
             {"inputs": inputs.contiguous(), "outputs": outputs.contiguous()}
@@ -122,6 +129,7 @@ def export_round(uri: str | Path, folder: str | Path, *, is_folded: bool = False
         num_judged=num_examples(getattr(workload, judged_split(workload))),
         program_fault=fault,
         difference=difference,
+        has_tied_weights=state != weights,
         notes=(_FOLDED,) if is_folded and program else (),
     )
     files["README.md"] = write_card(trial, trial.rounds[record.round], facts).encode()
@@ -147,17 +155,30 @@ def _outputs_of(model: nn.Module, inputs: Tensor) -> Tensor:
     return outputs
 
 
-def _check_state(
-    workload: Workload, seed: int, weights: bytes, inputs: Tensor, outputs: Tensor
-) -> None:
-    """Makes sure that the state dict alone, in a fresh network, gives the same outputs."""
-    fresh = rebuild_network(workload, seed + 1, weights, "weights.safetensors")
-    missing = set(fresh.state_dict()) - set(load_tensors(weights))
-    if not torch.equal(_outputs_of(fresh, inputs), outputs):
-        hint = f"; '{min(missing)}' is not in its state dict" if missing else ""
+def _complete_state(model: nn.Module, weights: bytes) -> bytes:
+    """Gives a shared weight under each of its names, so that the class alone can load them."""
+    own = model.state_dict()
+    if set(own) == set(load_tensors(weights)):
+        return weights
+    copies = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in own.items()}
+    return save_tensors(copies, {"format": "pt"})
+
+
+def _check_state(job: JobConfig, state: bytes, inputs: Tensor, outputs: Tensor) -> None:
+    """Makes sure that the state dict alone, in a fresh network of the class, gives the outputs."""
+    # As the class makes it: whoever loads it knows nothing of layers that the job has tied.
+    workload = load_workload(job.workload.model_copy(update={"tie": ()}), job.seed)
+    fresh, _ = network_of_seed(workload, job.seed + 1)
+    try:
+        fresh.load_state_dict(load_tensors(state))
+    except RuntimeError as error:
+        raise ExportError(
+            f"a fresh network does not take the stored weights: {' '.join(str(error).split())}"
+        ) from error
+    if not torch.equal(_outputs_of(fresh.eval(), inputs), outputs):
         raise ExportError(
             "a fresh network with the stored weights gives other outputs: what it computes is not "
-            f"in its state dict alone, or is drawn at random{hint}"
+            "in its state dict alone, or is drawn at random"
         )
 
 

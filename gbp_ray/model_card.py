@@ -32,6 +32,7 @@ class ExportFacts:
         num_judged: Examples that rounds were judged by.
         program_fault: Why there is no model.pt2, or "".
         difference: Greatest difference of the program's outputs from the pruned network's.
+        has_tied_weights: Whether layers share a weight.
         notes: What was changed on the way, a sentence each.
     """
 
@@ -43,6 +44,7 @@ class ExportFacts:
     num_judged: int
     program_fault: str = ""
     difference: float = 0.0
+    has_tied_weights: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -119,8 +121,8 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         "with the zeros: the multiply-adds above are no measured time.",
         "- Accuracy is a mean. Pruning hurts some classes and rare examples first (Hooker et al. "
         "2019, arXiv 1911.05248); `gbp-ray explain` measures which.",
-        f"- Measured on one test split, for one seed{_swept(trial)}; other data were not looked "
-        "at, nor robustness, calibration or fairness.",
+        "- Measured on one test split, for one seed of one job; other data were not looked at, nor "
+        f"{'' if record.robust_accuracy is not None else 'robustness, '}calibration or fairness.",
         "- What the data and the dense network were licensed under holds for this one as well.",
         "",
     ]
@@ -139,6 +141,15 @@ def _accuracy(trial: TrialRecord, record: RoundRecord) -> list[str]:
             )
     else:
         rows.append(f"| test accuracy | {trial.dense.accuracy:.2%} | {record.accuracy:.2%} |")
+    if record.robust_accuracy is not None and trial.dense.robust_accuracy is not None:
+        attack = trial.job.attack
+        how = f"{attack.kind}, epsilon {attack.epsilon:g}"
+        if attack.kind == "pgd":
+            how += f", {attack.steps} steps, {attack.restarts} starts"
+        rows.append(
+            f"| accuracy under attack ({how}), {record.judged_on} examples | "
+            f"{trial.dense.robust_accuracy:.2%} | {record.robust_accuracy:.2%} |"
+        )
     if record.train_accuracy is not None and trial.dense.train_accuracy is not None:
         rows.append(
             f"| accuracy on training examples | {trial.dense.train_accuracy:.2%} | "
@@ -173,6 +184,12 @@ def _how_to_load(facts: ExportFacts) -> list[str]:
         'model.load_state_dict(load_file("model.safetensors"))',
         "```",
     ]
+    if facts.has_tied_weights:
+        state += [
+            "",
+            "Layers share weights; the file holds such a weight under each of its names, once for "
+            "each, and the loaded layers are equal rather than tied.",
+        ]
     if facts.program_fault:
         return [
             *state,
@@ -201,7 +218,3 @@ def _how_to_load(facts: ExportFacts) -> list[str]:
             else f"to within {facts.difference:.1e} of each value."
         ),
     ]
-
-
-def _swept(trial: TrialRecord) -> str:
-    return " of one job" if trial.job.prune.rounds else ""

@@ -174,6 +174,7 @@ class TrialRecord(_Record):
 
     Attributes:
         test: Where rounds were judged by a validation split.
+        sources: Of the user's own functions, by name, the SHA-256 of the file that each is in.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -184,6 +185,7 @@ class TrialRecord(_Record):
     num_workers: int | tuple[int, int]
     versions: dict[str, str] = {}
     test: FinalTest | None = None
+    sources: dict[str, str] = {}
 
     @field_validator("job", mode="before")
     @classmethod

@@ -323,4 +323,6 @@ def _nearest_miss(table: pa.Table, condition: str) -> str:
         return ""
     is_floor = parts[2].startswith(">")
     extreme = (pc.max if is_floor else pc.min)(table[parts[1]]).as_py()
+    if not isinstance(extreme, int | float):
+        return ""
     return f"; the {'greatest' if is_floor else 'least'} {parts[1]} is {extreme:.4g}"

@@ -10,7 +10,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from gbp_ray.errors import PruneError, StoreError
+from gbp_ray.errors import ConfigError, PruneError, StoreError
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.tickets import read_masks_at
 from gbp_ray.store import locate_round
@@ -55,10 +55,16 @@ def apply_masks(masks: str, checkpoint: str, to: str | Path | None = None) -> Ap
             the checkpoint.
 
     Raises:
+        ConfigError: `to` is the checkpoint or no .safetensors file, or there are no weights.
         PruneError: A masked parameter is missing or has another shape; nothing is written.
         StoreError: Something cannot be read or written.
         WorkloadError: The checkpoint is none.
     """
+    target = Path(to) if to is not None else Path(f"{_stem(checkpoint)}-masked.safetensors")
+    if target.suffix != ".safetensors":
+        raise ConfigError(f"--to = '{target}': must end in .safetensors, which is what is written")
+    if target.exists() and Path(checkpoint).exists() and target.samefile(checkpoint):
+        raise ConfigError(f"--to = '{target}': is CHECKPOINT itself; give another file")
     found = read_masks_at(masks)
     state = _read_weights(checkpoint)
     num_changed = sum(
@@ -74,7 +80,6 @@ def apply_masks(masks: str, checkpoint: str, to: str | Path | None = None) -> Ap
             f"CHECKPOINT = '{checkpoint}': {fault}; masks fit the network that they were made for, "
             "and others with the same parameters"
         ) from None
-    target = Path(to) if to is not None else Path(f"{_stem(checkpoint)}-masked.safetensors")
     _write(target, state, found)
     return Applied(str(target), found.num_units, found.num_pruned, num_changed, found.digest)
 
@@ -82,6 +87,11 @@ def apply_masks(masks: str, checkpoint: str, to: str | Path | None = None) -> Ap
 def _read_weights(checkpoint: str) -> dict[str, Tensor]:
     if PurePath(checkpoint.partition("?")[0]).suffix in _SUFFIXES:
         return read_state(checkpoint, "CHECKPOINT")
+    if Path(checkpoint).is_file():
+        raise ConfigError(
+            f"CHECKPOINT = '{checkpoint}': must end in {', '.join(_SUFFIXES[:-1])} or "
+            f"{_SUFFIXES[-1]}, or be the folder of a round or a trial"
+        )
     store, trial, record = locate_round(checkpoint)
     return load_tensors(store.read_file(trial, record, "weights.safetensors"))
 

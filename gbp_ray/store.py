@@ -70,6 +70,8 @@ _FAILURE = "failure.json"
 _STOP = "stopped.json"
 _TEST = "test.json"
 
+_REMEDY = "restore it, or delete its round, those after it and trial.json, and run the job again"
+
 
 class Store:
     """The results of one job.
@@ -206,20 +208,14 @@ class Store:
         for _ in range(self.objects.num_reads):
             data = self.objects.get(key)
             if data is None:
-                raise StoreError(
-                    f"'{uri}': cannot be read: there is no such file; restore it or delete its "
-                    "round and those after it, and run the job again"
-                )
+                raise StoreError(f"'{uri}': cannot be read: there is no such file; {_REMEDY}")
             if len(data) != committed.num_bytes:
                 fault = f"has {len(data)} bytes, {committed.num_bytes} were written"
             elif hashlib.sha256(data).hexdigest() != committed.sha256:
                 fault = "does not match its checksum"
             else:
                 return data
-        raise StoreError(
-            f"'{uri}': {fault}; restore it or delete its round and those after it, and run the job "
-            "again"
-        )
+        raise StoreError(f"'{uri}': {fault}; {_REMEDY}")
 
     def write_round(
         self, trial_id: str, record: RoundRecord, files: Mapping[str, bytes]
@@ -354,6 +350,8 @@ def locate_jobs(uri: str | Path) -> tuple[list[Store], str | None]:
     Raises:
         StoreError: There is no such folder.
     """
+    if not str(uri).strip():
+        raise StoreError("URI = '': must name a folder or an s3:// address")
     objects = _open_existing(uri)
     if (place := objects.parent()) is None:
         return [Store(objects, job) for job in objects.list_folders()], None

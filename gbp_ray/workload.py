@@ -479,7 +479,7 @@ def import_attribute(path: str, key: str) -> Any:
         looked_in = "the working folder and the job file's folder"
         raise ConfigError(
             f"{key} = '{path}': no module named '{error.name}'; modules are looked up among "
-            f"installed packages, {looked_in}"
+            f"installed packages, {looked_in} (export and explain: --folder DIR)"
         ) from None
     except (Exception, SystemExit) as error:
         # A script that parses its own arguments ends the process when it is imported.

@@ -259,6 +259,27 @@ def test_what_a_live_driver_works_on_is_left_alone(storage: str) -> None:
     assert store.objects.exists(f"trials/{trial}/round_001/weights.safetensors")
 
 
+def test_shards_of_a_round_belong_to_it(storage: str) -> None:
+    store = Store(storage, "try")
+    trial = write_trial(store, sample_job(), num_rounds=1)
+    shard = f"trials/{trial}/round_001/shards/__0_0.safetensors"
+    store.objects.put(shard, b"rows")
+    assert [item.key for item in find_garbage(store.uri)] == [shard]
+    store.objects.put(f"trials/{trial}/round_001/round.json", b"committed")
+    assert find_garbage(store.uri) == []
+
+
+def test_folders_that_merely_look_like_results_are_left_alone(tmp_path: Path) -> None:
+    write_trial(Store(str(tmp_path), "try"), sample_job())
+    theirs = tmp_path / "other" / "trials" / "r1" / "round_9" / "x"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    assert find_garbage(str(tmp_path), is_unfinished_too=True) == []
+    for place in (str(tmp_path / "other"), "", " "):
+        with pytest.raises(StoreError, match=r"holds no results|must name a folder"):
+            find_garbage(place)
+
+
 def test_interrupted_writes_are_garbage(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(storage, "try")
     trial = write_trial(store, sample_job(), num_rounds=1)

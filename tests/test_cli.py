@@ -153,7 +153,42 @@ def test_prune_json_is_one_object_and_all_there_is(shell: Shell) -> None:
     assert folder == shell.storage / "rings/trials" / record.trial_id
     assert tree["rounds"][-1]["sparsity"] == pytest.approx(0.5)
     again = shell("prune", "job.toml", "--json")
-    assert (again.code, again.out, again.err) == (0, outcome.out, ""), "a finished job is answered"
+    assert (again.code, again.out) == (0, outcome.out), "a finished job is answered"
+    assert again.err == f"{record.trial_id}  finished earlier: nothing was run\n"
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_answer_of_code_that_has_changed_since_says_so(shell: Shell) -> None:
+    shell.prune()
+    module = shell.folder / "rings_of_a_user.py"
+    module.write_text(module.read_text() + "\n# edited\n")
+    again = shell.prune()
+    assert again.code == 0
+    assert "'rings_of_a_user:" in again.err
+    assert "has changed since trial" in again.err
+
+
+def test_a_finished_trial_whose_round_is_gone_is_no_answer(shell: Shell) -> None:
+    uri = Path(parse_json(shell.prune("--json").out)["uri"])
+    last = sorted(uri.glob("round_*"))[-1]
+    (last / "round.json").unlink()
+    outcome = shell.prune()
+    assert outcome.code == 2
+    assert "is gone, but its trial has finished" in outcome.err
+    (uri / "trial.json").unlink()
+    assert shell.prune().code == 0
+
+
+def test_conditions_that_nothing_meets_are_named(shell: Shell) -> None:
+    shell.prune()
+    outcome = shell("results", "gbp-results", "--where", "prune.criterion=fisher")
+    assert outcome.code == 0
+    assert outcome.err.endswith("rounds has prune.criterion=fisher\n")
+    outcome = shell(
+        *("results", "gbp-results", "--where", "prune.criterion=fisher"),
+        *("--best", "accuracy@sparsity>=0.9"),
+    )
+    assert_refused(outcome)
 
 
 def test_quiet_says_nothing_but_the_result(shell: Shell) -> None:

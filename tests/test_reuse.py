@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from small_digits import prune_digits
 from torch import nn
 
 from gbp_ray import export as export_module
-from gbp_ray.api import PruneResult
+from gbp_ray.api import PruneResult, prune
 from gbp_ray.audit import find_faults
 from gbp_ray.errors import ConfigError, ExportError, PruneError, StoreError
 from gbp_ray.explain import explain_round
@@ -27,6 +27,7 @@ from gbp_ray.reuse import apply_masks
 from gbp_ray.store import Store, locate_jobs
 from gbp_ray.transfer import fetch_results
 from gbp_ray.workload import load_workload
+from gbp_ray.zoo import digits_recurrent
 
 torch.set_num_threads(1)
 
@@ -148,15 +149,56 @@ def test_a_network_that_cannot_be_traced_goes_without_a_program(
     assert "data-dependent control flow" in card
 
 
+def test_the_cards_lines_load_a_network_whose_layers_share_weights(tmp_path: Path) -> None:
+    """Into the class as it is, which knows nothing of what a job has tied."""
+    shared = {"workload.factory": "gbp_ray.zoo:digits_recurrent", "workload.options": {}}
+    by_name = {"shared": False}
+    ties = [["layer1.kernels.*"], ["layer2.kernels.*"]]
+    for number, more in enumerate(
+        ({}, {"workload.options": by_name, "workload.tie": ties}),
+    ):
+        result = prune(
+            overrides={
+                **shared,
+                **more,
+                "storage": str(tmp_path / str(number)),
+                "cluster.num_workers": 0,
+                "pretrain.epochs": 0,
+                "prune.rounds": 1,
+                "finetune.epochs": 0,
+            },
+            is_quiet=True,
+        )
+        folder = tmp_path / f"net{number}"
+        export_round(result.uri, folder)
+        options = more.get("workload.options", {})
+        model = digits_recurrent(**options).build_model()
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        example = load_file(folder / "example.safetensors")
+        with torch.no_grad():
+            assert torch.equal(model.eval()(example["inputs"]), example["outputs"])
+        card = (folder / "README.md").read_text()
+        assert ("Layers share weights" in card) == bool(more)
+
+
+def _whole(model: nn.Module) -> bytes:
+    return save(model.state_dict())
+
+
 def test_a_network_with_more_than_its_state_dict_is_refused(
     result: PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = export_module.rebuild_network
+    whole, fresh = export_module.rebuild_network, export_module.network_of_seed
 
     def drawn(*arguments: object) -> nn.Module:
         model = whole(*arguments)  # type: ignore[arg-type]
         model.linear = Shifted(model.linear)
         return model
+
+    def drawn_anew(*arguments: object) -> tuple[nn.Module, object]:
+        model, macs = fresh(*arguments)  # type: ignore[arg-type]
+        model.linear = Shifted(model.linear)
+        return model, macs
 
     class Shifted(nn.Module):
         def __init__(self, linear: nn.Module) -> None:
@@ -167,6 +209,8 @@ def test_a_network_with_more_than_its_state_dict_is_refused(
             return self.linear(inputs) + self.shift
 
     monkeypatch.setattr(export_module, "rebuild_network", drawn)
+    monkeypatch.setattr(export_module, "network_of_seed", drawn_anew)
+    monkeypatch.setattr(export_module, "_complete_state", lambda model, weights: _whole(model))
     monkeypatch.setattr(export_module.MaskSet, "find_revived", lambda masks, model: None)
     with pytest.raises(ExportError, match=r"not in its state dict|in its state dict alone"):
         export_round(result.uri, tmp_path / "out")
@@ -210,12 +254,12 @@ def test_weights_that_do_not_fit_are_refused_by_name(result: PruneResult, tmp_pa
     wide = state | {"conv2.weight": torch.zeros(32, 16, 3, 3)}
     save_file(wide, tmp_path / "wide.safetensors")
     with pytest.raises(PruneError, match=r"'conv2\.weight' has shape \(32, 16, 3, 3\), the mask"):
-        apply_masks(result.uri, str(tmp_path / "wide.safetensors"), tmp_path / "out")
+        apply_masks(result.uri, str(tmp_path / "wide.safetensors"), tmp_path / "out.safetensors")
     del state["conv3.weight"]
     save_file(state, tmp_path / "less.safetensors")
     with pytest.raises(PruneError, match=r"CHECKPOINT = .*: has no 'conv3\.weight'"):
-        apply_masks(result.uri, str(tmp_path / "less.safetensors"), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        apply_masks(result.uri, str(tmp_path / "less.safetensors"), tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 # -- pictures --------------------------------------------------------------------------------------

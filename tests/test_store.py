@@ -276,7 +276,7 @@ def test_records_of_a_later_version_still_open(store: Store) -> None:
         for one, two in zip(
             [tree, *tree.get("rounds", [])], [grown, *grown.get("rounds", [])], strict=False
         ):
-            for key in ("seconds", "files", "versions"):
+            for key in ("seconds", "files", "versions", "sources"):
                 if key in one:
                     two[key] = one[key]
             two.pop("sha256", None)

@@ -200,8 +200,8 @@ def load_rows(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def damaged(what: str, error: Exception) -> StoreError:
     """Words what is wrong with a file that cannot be used."""
     return StoreError(
-        f"{what}: is damaged ({type(error).__name__}); restore it or delete its round and those "
-        "after it, and run the job again"
+        f"{what}: is damaged ({type(error).__name__}); restore it, or delete its round, those "
+        "after it and trial.json, and run the job again"
     )
 
 

@@ -12,7 +12,7 @@ __all__ = ["rebuild_network"]
 
 
 def rebuild_network(workload: Workload, seed: int, weights: bytes, source: str) -> nn.Module:
-    """Builds the network of a workload with stored weights, in eval mode and frozen.
+    """Builds the network of a workload with stored weights, in eval mode.
 
     Args:
         seed: Draws what the weights do not hold.
@@ -25,4 +25,4 @@ def rebuild_network(workload: Workload, seed: int, weights: bytes, source: str) 
     """
     model, _ = network_of_seed(workload, seed)
     load_weights(model, weights, source)
-    return model.eval().requires_grad_(False)
+    return model.eval()

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-from gbp_ray.config import JobConfig, nearest_name
+from gbp_ray.config import JobConfig, expand, nearest_name
 from gbp_ray.errors import ConfigError, GbpError, StoreError
 from gbp_ray.pruning.masks import MaskSet, Prunable
 from gbp_ray.pruning.selection import num_to_prune
 from gbp_ray.store import locate_round, open_objects
 from gbp_ray.weights import pin_weights
 
-__all__ = ["pin_files", "read_masks_at", "starting_masks"]
+__all__ = ["pin_files", "pin_trials", "read_masks_at", "starting_masks"]
 
 _FILE = "masks.safetensors"
 _KEY = "prune.initial_masks"
@@ -76,6 +76,18 @@ def pin_files(job: JobConfig, known: dict[str, str] | None = None) -> JobConfig:
         known[source] = _read(job).digest
     prune = job.prune.model_copy(update={"initial_masks_digest": known[source]})
     return job.model_copy(update={"prune": prune})
+
+
+def pin_trials(job: JobConfig) -> tuple[JobConfig, list[JobConfig]]:
+    """Pins what a sweep starts from; returns it with the trials of its grid, if it is one.
+
+    Raises:
+        GbpError: As `pin_files` and `expand`.
+    """
+    if job.sweep.search != "grid":
+        return pin_files(job), []
+    digests: dict[str, str] = {}
+    return job, [pin_files(trial, digests) for trial in expand(job)]
 
 
 def starting_masks(job: JobConfig, units: Iterable[Prunable]) -> MaskSet | None:

@@ -28,9 +28,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from gbp_ray.config import SCHEMA_VERSION, JobConfig, trial_id
-from gbp_ray.errors import StoreError
+from gbp_ray.errors import GbpError, StoreError
 from gbp_ray.pruning.rules import Criterion
-from gbp_ray.store import RoundRecord, SharedRecord, Store
+from gbp_ray.store import RoundRecord, SharedRecord, Store, TrialRecord
 from gbp_ray.workload import import_attribute
 
 __all__ = [
@@ -38,8 +38,10 @@ __all__ = [
     "adopt_dense",
     "dense_folder",
     "dense_origin",
+    "own_sources",
     "scores_key",
     "share_dense",
+    "warn_of_changed_code",
 ]
 
 _SCORES = "scores.safetensors"
@@ -187,7 +189,7 @@ def _surroundings(job: JobConfig, *plug_ins: str) -> dict[str, Any]:
             platform.machine(),
             torch.backends.cpu.get_cpu_capability(),
         ],
-        "sources": {name: _digest_source(name) for name in plug_ins},
+        "sources": {name: digest_source(name) for name in plug_ins},
         "schema_version": SCHEMA_VERSION,
     }
 
@@ -199,7 +201,28 @@ def _name_device(job: JobConfig) -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "gpu"
 
 
-def _digest_source(plug_in: str) -> str:
+def own_sources(job: JobConfig) -> dict[str, str]:
+    """Hashes the files that the user's own functions of a job are written in, by name."""
+    names = [job.workload.factory, job.prune.criterion]
+    return {n: digest_source(n) for n in names if ":" in n and not n.startswith("gbp_ray.")}
+
+
+def warn_of_changed_code(trial: TrialRecord) -> None:
+    """Says that a user's function is another one by now than when a trial was run."""
+    for name, digest in trial.sources.items():
+        try:
+            is_same = digest_source(name) == digest
+        except GbpError:
+            continue  # what cannot be imported any more cannot mislead
+        if not is_same:
+            warnings.warn(
+                f"'{name}' has changed since trial {trial.trial_id} was run, and what it gave then "
+                "still stands; give the job another name, or delete the trial, to run it anew",
+                stacklevel=3,
+            )
+
+
+def digest_source(plug_in: str) -> str:
     """Hashes the file that a user's function is written in: edited, it is another function."""
     found = import_attribute(plug_in, "workload.factory")
     module = sys.modules.get(getattr(found, "__module__", "") or plug_in.partition(":")[0])

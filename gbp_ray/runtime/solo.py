@@ -21,7 +21,13 @@ from gbp_ray.errors import ConfigError, StoreError
 from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.runtime.progress import Tick
-from gbp_ray.runtime.shared import SharedScores, adopt_dense, dense_origin, share_dense
+from gbp_ray.runtime.shared import (
+    SharedScores,
+    adopt_dense,
+    dense_origin,
+    own_sources,
+    share_dense,
+)
 from gbp_ray.runtime.worker import iterate_trial
 from gbp_ray.store import RoundRecord, Store, TrialRecord
 from gbp_ray.workload import load_workload
@@ -132,6 +138,7 @@ def finish_trial(job: JobConfig, store: Store, seconds: float) -> TrialRecord:
         seconds=round(seconds, 1),
         num_workers=job.cluster.num_workers,
         versions=_versions(),
+        sources=own_sources(job),
         test=test,
     )
     store.write_trial(record)
