@@ -497,6 +497,8 @@ def test_trial_id_changes_with_every_field_that_decides_the_result(job_file: Pat
         "workload.train_sample": 7,
         "prune.initial_masks": "a.safetensors",
         "prune.initial_masks_digest": "a1b2",
+        "workload.transfer.checkpoint_digest": "a1b2",
+        "finetune.distillation.teacher_digest": "a1b2",
         "prune.criterion": "snip",
         "prune.sparsity": 0.25,
         "prune.rounds": 2,
