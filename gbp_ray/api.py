@@ -171,16 +171,15 @@ def prune(
     store, name = Store(job.storage, job.name), trial_id(job)
     finished = store.read_trial(name)
     if finished is not None:
-        result = PruneResult(finished, store.trial_uri(name))
         if store.read_round(name, finished.chosen.round) is None:
             raise StoreError(
-                f"'{result.uri}': is gone, but its trial has finished; restore it, or delete "
-                "trial.json beside it and run the job again"
+                f"'{store.round_uri(name, finished.chosen.round)}': is gone, but its trial has "
+                "finished; restore it, or delete trial.json beside it and run the job again"
             )
         warn_of_changed_code(finished)
         with ProgressBoard(is_quiet) as board:
             board.note(f"{name}  finished earlier: nothing was run")
-        return result
+        return PruneResult(finished, store.trial_uri(name))
     store.preflight()
     started = time.monotonic()
     with ProgressBoard(is_quiet) as board:

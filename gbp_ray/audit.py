@@ -245,14 +245,19 @@ def find_garbage(uri: str | Path, *, is_unfinished_too: bool = False) -> list[Ga
         StoreError: The storage cannot be read.
     """
     stores, only = locate_jobs(uri)
-    # What merely looks like results may be somebody else's.
-    own = [store for store in stores if store.objects.exists("job.json")]
-    probes = [item for store in stores if store not in own for item in _forgotten_probes(store)]
-    if not own and not probes:
+    whole = f"trials/{only}/" if only else ""
+    # What merely looks like results may be somebody else's; a job that never began left a probe.
+    prefixes = [whole if store.objects.exists("job.json") else _PROBE for store in stores]
+    found = [
+        item
+        for store, prefix in zip(stores, prefixes, strict=True)
+        for item in _garbage_of(store, prefix, is_unfinished_too)
+    ]
+    if not found and whole not in prefixes:
         raise StoreError(
             f"'{uri}': holds no results of gbp-ray; give a trial's, a job's or a storage's folder"
         )
-    return probes + [item for store in own for item in _garbage_of(store, only, is_unfinished_too)]
+    return found
 
 
 def remove_garbage(items: Iterable[Garbage]) -> list[Garbage]:
@@ -290,10 +295,9 @@ def _remove(item: Garbage) -> bool:
     return True
 
 
-def _garbage_of(store: Store, only: str | None, is_unfinished_too: bool) -> Iterator[Garbage]:
+def _garbage_of(store: Store, prefix: str, is_unfinished_too: bool) -> Iterator[Garbage]:
     objects = store.objects
-    entries = list(objects.entries(f"trials/{only}/" if only else ""))
-    leftovers = list(objects.find_leftovers(f"trials/{only}/" if only else ""))
+    entries, leftovers = list(objects.entries(prefix)), list(objects.find_leftovers(prefix))
     keys = {entry.key for entry in entries}
     held: dict[str, bool] = {}
 
@@ -314,15 +318,6 @@ def _garbage_of(store: Store, only: str | None, is_unfinished_too: bool) -> Iter
             yield Garbage(
                 uri, leftover.num_bytes, why, objects, trial, leftover.key, leftover=leftover
             )
-
-
-def _forgotten_probes(store: Store) -> Iterator[Garbage]:
-    """Finds probes of a job that never began, and so has no record of its own."""
-    for entry in store.objects.entries(_PROBE):
-        _, why, _ = _judge(entry, is_unfinished_too=False)
-        if why:
-            uri = store.objects.uri_of(entry.key)
-            yield Garbage(uri, entry.num_bytes, why, store.objects, "", entry.key, "")
 
 
 def _judge(entry: Entry, is_unfinished_too: bool) -> tuple[str, str, str]:

@@ -69,14 +69,14 @@ def list_fields(
       gbp-ray prune --set prune.scope=layer
     """
     fields = describe_fields()
-    sections = [row[0].strip("[]") for row in fields if row[0].startswith("[")]
-    sections = [name for name in sections if "." not in name]
     rows = [
         row
         for row in fields
         if section is None or row[0].startswith((f"{section}.", f"[{section}]"))
     ]
     if not rows:
+        names = (row[0].strip("[]") for row in fields if row[0].startswith("["))
+        sections = [name for name in names if "." not in name]
         raise ConfigError(
             f"SECTION = '{section}': no such section (allowed: {', '.join(sections)})"
         )

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gbp_ray.errors import StoreError
 from gbp_ray.findings import Findings
 from gbp_ray.pruning.explaining import compare_networks
 from gbp_ray.pruning.masks import MaskSet
@@ -15,7 +14,7 @@ from gbp_ray.pruning.rebuilding import rebuild_network
 from gbp_ray.runtime.shared import warn_of_changed_code
 from gbp_ray.runtime.solo import own_device
 from gbp_ray.runtime.worker import fixed_kernels
-from gbp_ray.store import locate_round
+from gbp_ray.store import locate_finished
 from gbp_ray.workload import add_import_paths, load_workload
 
 __all__ = ["Explanation", "explain_round"]
@@ -52,12 +51,8 @@ def explain_round(
         StoreError: The trial has not finished, or something cannot be read or written.
         WorkloadError: The data or the network cannot be had any more.
     """
-    store, name, record = locate_round(uri)
-    trial = store.read_trial(name)
-    if trial is None:
-        raise StoreError(
-            f"'{uri}': the trial has not finished; run the same job again to go on with it"
-        )
+    store, trial, record = locate_finished(uri)
+    name = trial.trial_id
     add_import_paths([str(Path.cwd()), *([str(code)] if code else [])])
     warn_of_changed_code(trial)
     job = trial.job

@@ -31,7 +31,8 @@ from gbp_ray.pruning.fusion import fold_batchnorm
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.rebuilding import rebuild_network
 from gbp_ray.runtime.shared import warn_of_changed_code
-from gbp_ray.store import locate_round
+from gbp_ray.store import locate_finished
+from gbp_ray.weights import save_state
 from gbp_ray.workload import (
     add_import_paths,
     judged_split,
@@ -89,12 +90,8 @@ def export_round(
             written.
     """
     target = _check_folder(folder)
-    store, name, record = locate_round(uri)
-    trial = store.read_trial(name)
-    if trial is None:
-        raise StoreError(
-            f"'{uri}': the trial has not finished; run the same job again to go on with it"
-        )
+    store, trial, record = locate_finished(uri)
+    name = trial.trial_id
     add_import_paths([str(Path.cwd()), *([str(code)] if code else [])])
     warn_of_changed_code(trial)
     workload = load_workload(trial.job.workload, trial.job.seed)
@@ -160,8 +157,7 @@ def _complete_state(model: nn.Module, weights: bytes) -> bytes:
     own = model.state_dict()
     if set(own) == set(load_tensors(weights)):
         return weights
-    copies = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in own.items()}
-    return save_tensors(copies, {"format": "pt"})
+    return save_state(own)
 
 
 def _check_state(job: JobConfig, state: bytes, inputs: Tensor, outputs: Tensor) -> None:

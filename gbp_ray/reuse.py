@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-import torch
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from gbp_ray.errors import ConfigError, PruneError, StoreError
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.tickets import read_masks_at
 from gbp_ray.store import locate_round
-from gbp_ray.weights import read_state
+from gbp_ray.weights import read_state, save_state
 
 __all__ = ["Applied", "apply_masks"]
 
@@ -102,9 +100,7 @@ def _stem(checkpoint: str) -> str:
 
 
 def _write(target: Path, state: dict[str, Tensor], masks: MaskSet) -> None:
-    # The format refuses tensors that share memory, as tied ones do.
-    plain = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in state.items()}
-    data = save_tensors(plain, {"format": "pt", "mask_digest": masks.digest})
+    data = save_state(state, {"mask_digest": masks.digest})
     try:
         aside = target.with_name(f".{target.name}.part")
         aside.write_bytes(data)

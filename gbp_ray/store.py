@@ -50,6 +50,7 @@ from gbp_ray.records import (
 )
 
 __all__ = [
+    "REMEDY",
     "CostRecord",
     "FailureRecord",
     "FileRecord",
@@ -59,6 +60,7 @@ __all__ = [
     "StopRecord",
     "Store",
     "TrialRecord",
+    "locate_finished",
     "locate_jobs",
     "locate_round",
     "locate_trials",
@@ -70,7 +72,7 @@ _FAILURE = "failure.json"
 _STOP = "stopped.json"
 _TEST = "test.json"
 
-_REMEDY = "restore it, or delete its round, those after it and trial.json, and run the job again"
+REMEDY = "restore it, or delete its round, those after it and trial.json, and run the job again"
 
 
 class Store:
@@ -208,14 +210,14 @@ class Store:
         for _ in range(self.objects.num_reads):
             data = self.objects.get(key)
             if data is None:
-                raise StoreError(f"'{uri}': cannot be read: there is no such file; {_REMEDY}")
+                raise StoreError(f"'{uri}': cannot be read: there is no such file; {REMEDY}")
             if len(data) != committed.num_bytes:
                 fault = f"has {len(data)} bytes, {committed.num_bytes} were written"
             elif hashlib.sha256(data).hexdigest() != committed.sha256:
                 fault = "does not match its checksum"
             else:
                 return data
-        raise StoreError(f"'{uri}': {fault}; {_REMEDY}")
+        raise StoreError(f"'{uri}': {fault}; {REMEDY}")
 
     def write_round(
         self, trial_id: str, record: RoundRecord, files: Mapping[str, bytes]
@@ -409,6 +411,21 @@ def locate_round(uri: str | Path) -> tuple[Store, str, RoundRecord]:
     if record is None:
         raise StoreError(f"'{uri}': there is no such round, or it was never committed")
     return store, name, record
+
+
+def locate_finished(uri: str | Path) -> tuple[Store, TrialRecord, RoundRecord]:
+    """Finds the one round that an address is about, as `locate_round`, and its finished trial.
+
+    Raises:
+        StoreError: Likewise, or the trial has not finished.
+    """
+    store, name, record = locate_round(uri)
+    trial = store.read_trial(name)
+    if trial is None:
+        raise StoreError(
+            f"'{uri}': the trial has not finished; run the same job again to go on with it"
+        )
+    return store, trial, record
 
 
 def open_objects(uri: str | Path) -> Objects:

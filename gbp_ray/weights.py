@@ -16,13 +16,22 @@ from pathlib import PurePath
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from gbp_ray.config import JobConfig, TransferConfig, nearest_name
 from gbp_ray.errors import ConfigError, WorkloadError
 from gbp_ray.location import describe_fault, read_bytes
 
-__all__ = ["TEACHER", "find_misfits", "load_state", "pin_weights", "read_state", "start_from"]
+__all__ = [
+    "TEACHER",
+    "find_misfits",
+    "load_state",
+    "pin_weights",
+    "read_state",
+    "save_state",
+    "start_from",
+]
 
 TEACHER = "finetune.distillation.teacher"
 """The option that names a teacher's weights."""
@@ -115,6 +124,15 @@ def _unwrap(loaded: object, address: str, key: str) -> dict[str, Tensor]:
             "under 'state_dict'"
         )
     return {str(name).removeprefix("module."): tensor for name, tensor in loaded.items()}
+
+
+def save_state(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Writes a state as safetensors; every tensor gets memory of its own, as the format asks."""
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
+    return save_tensors(plain, {"format": "pt", **(metadata or {})})
 
 
 def find_misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import (
@@ -41,6 +40,8 @@ from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.sharding import gather_whole, is_shard, is_sharded, like_shard, local
 from gbp_ray.pruning.slices import cut_rows, owned
+from gbp_ray.store import REMEDY
+from gbp_ray.weights import save_state
 
 __all__ = [
     "SHARDS",
@@ -95,7 +96,7 @@ def save_round(
         state = optimizer.state_dict() if optimizer else None
         torch.save({"optimizer": state, "movement": movement}, buffer)
         return {
-            "weights.safetensors": _save_weights(model),
+            "weights.safetensors": save_state(_distinct(model)),
             "masks.safetensors": masks.to_bytes(),
             "state.pt": buffer.getvalue(),
         }
@@ -199,10 +200,7 @@ def load_rows(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def damaged(what: str, error: Exception) -> StoreError:
     """Words what is wrong with a file that cannot be used."""
-    return StoreError(
-        f"{what}: is damaged ({type(error).__name__}); restore it, or delete its round, those "
-        "after it and trial.json, and run the job again"
-    )
+    return StoreError(f"{what}: is damaged ({type(error).__name__}); {REMEDY}")
 
 
 # -- replicated networks ---------------------------------------------------------------------------
@@ -227,15 +225,6 @@ def _identity(tensor: Tensor) -> tuple[int, ...]:
         # The rows of this rank may be none, and then lie nowhere.
         return (id(tensor),)
     return (tensor.data_ptr(), *tensor.shape)
-
-
-def _save_weights(model: nn.Module) -> bytes:
-    # A copy, since the format refuses views of one buffer, too.
-    plain = {
-        name: tensor.cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in _distinct(model).items()
-    }
-    return save_tensors(plain, {"format": "pt"})
 
 
 # -- sharded networks ------------------------------------------------------------------------------

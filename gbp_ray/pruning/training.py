@@ -199,9 +199,9 @@ def train_epochs(
     buffers = _Buffers(model, ranks.device)
     kept = [(trainable[n], mask) for n, mask in (masks or {}).items() if n in trainable]
     warmup = round(recipe.warmup_epochs * _steps_per_epoch(recipe, workload))
-    is_own_average = average is None and recipe.ema_decay > 0
-    if is_own_average:
-        average = MovingAverage(model, recipe.ema_decay)
+    own: MovingAverage | None = None
+    if average is None and recipe.ema_decay > 0:
+        average = own = MovingAverage(model, recipe.ema_decay)
     recent: list[float] = []
     for done, step in enumerate(span.steps, start=1):
         batch = _batch_of_step(recipe, workload, seed, span.phase, step)
@@ -256,8 +256,8 @@ def train_epochs(
         tell(done, len(span.steps), recent[-1])
     for parameter in trainable.values():
         parameter.grad = None
-    if is_own_average and average is not None:
-        average.trade_places()
+    if own is not None:
+        own.trade_places()
     tail = recent[-max(1, len(recent) // 10) :]
     return sum(tail) / len(tail) if tail else math.nan
 
