@@ -564,7 +564,7 @@ def _run_rounds(
 
         least, most = job.cluster.min_workers, job.cluster.max_workers
         asked = f"{most}" if least == most else f"{least} to {most}"
-        board.note(f"{name}  starting {asked} workers on Ray")
+        board.note(f"{name}  starting {asked} worker{'s' if most > 1 else ''} on Ray")
         run_trial(job, import_paths, board, is_debug=is_debug)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import uuid
 from collections.abc import Iterator
@@ -12,6 +13,11 @@ import pytest
 
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
+# Ranks are forked from a server that imports this once. It silently leaves out what it cannot
+# import, and it looks for installed modules alone: a test's own would be left out.
+multiprocessing.set_forkserver_preload(
+    ["gbp_ray.api", "gbp_ray.runtime.worker", "gbp_ray.zoo", "torch._dynamo"]
+)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -420,9 +420,7 @@ def reports_of_world(
     world_size: int, folder: Path, program: Callable[[Ranks], dict[str, Any]] = report_of
 ) -> list[dict[str, Any]]:
     """Runs a program on `world_size` gloo processes; returns their reports, rank 0 first."""
-    # The fork server imports torch once and forks clean processes from then on.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rank_program"])
     processes = [
         context.Process(target=_work, args=(rank, world_size, folder, program), daemon=True)
         for rank in range(world_size)

@@ -98,9 +98,7 @@ def make_job(storage: Path, strategy: str) -> JobConfig:
 
 def start_group(job: JobConfig, world_size: int, death: Death | None = None) -> list[BaseProcess]:
     """Starts `world_size` gloo processes that work on a trial."""
-    # The fork server imports torch once and forks clean processes from then on.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kill_program"])
     meeting = Path(job.storage) / f"meeting-{uuid.uuid4().hex}"
     meeting.parent.mkdir(parents=True, exist_ok=True)
     processes: list[BaseProcess] = [

@@ -193,7 +193,6 @@ def test_a_stopped_process_is_not_blamed_on_the_others(tmp_path: Path) -> None:
 def _run_three(folder: Path, way: str) -> tuple[list[int | None], list[Standstill], set[int]]:
     """Runs until all have ended, or the two that can have told of a standstill for a while."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_watch"])
     inbox, outbox = context.Pipe(duplex=False)
     with context.Manager() as manager:
         told = manager.dict()
