@@ -8,8 +8,12 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from shell import Shell
 
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -33,6 +37,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _starts_ray(item: pytest.Item) -> bool:
     return item.get_closest_marker("ray") is not None
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    """Runs commands in this process."""
+    # Imported here, as it needs what is not beside a GPU.
+    from shell import Shell
+
+    return Shell(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="session")

@@ -61,9 +61,15 @@ def test_a_flipped_byte_in_any_object_is_found_named_and_refused(storage: str) -
     write_trial(store, sample_job())
     draws = random.Random(4)
     is_folder = store.folder is not None
+    kinds = set()
     for entry in list(store.objects.entries()):
         good = store.objects.get(entry.key) or b""
         assert good
+        # On a server, where all is slower, one of each kind of file.
+        kind = entry.key.rpartition("/")[2]
+        if kind in kinds and not is_folder:
+            continue
+        kinds.add(kind)
         is_record = entry.key.endswith(".json")
         places = draws.sample(range(len(good)), 20 if is_folder and is_record else 1)
         for place in places:

@@ -9,16 +9,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 import torch
+from shell import Outcome, Shell
 from user_files import USER_JOB, USER_MODULE
 
-from gbp_ray import cli
 from gbp_ray.config import CRITERIA, describe_fields
 from gbp_ray.store import RoundRecord, Store, TrialRecord, locate_trials
 
@@ -32,36 +31,18 @@ QUICK_DIGITS = [
 ]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a command came to."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Shell:
-    """Runs commands in this process, in a user's folder."""
+class UserShell(Shell):
+    """Runs commands in a user's folder."""
 
     def __init__(
         self, folder: Path, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]
     ) -> None:
-        self.folder, self._patch, self._capture = folder, patch, capture
+        super().__init__(patch, capture)
+        self.folder = folder
 
     @property
     def storage(self) -> Path:
         return self.folder / "gbp-results"
-
-    def __call__(self, *arguments: str) -> Outcome:
-        self._capture.readouterr()
-        self._patch.setattr(sys, "argv", ["gbp-ray", *arguments])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else -1
-        return Outcome(code, *self._capture.readouterr())
 
     def prune(self, *arguments: str) -> Outcome:
         return self("prune", "job.toml", "-q", *arguments)
@@ -70,14 +51,12 @@ class Shell:
 @pytest.fixture
 def shell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Shell]:
+) -> Iterator[UserShell]:
     (tmp_path / "rings_of_a_user.py").write_text(USER_MODULE)
     (tmp_path / "job.toml").write_text(USER_JOB)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    yield Shell(tmp_path, monkeypatch, capsys)
-    signal.signal(signal.SIGTERM, on_terminate)
+    yield UserShell(tmp_path, monkeypatch, capsys)
     sys.modules.pop("rings_of_a_user", None)
     importlib.invalidate_caches()
 
@@ -132,7 +111,7 @@ def assert_all_whole(storage: Path) -> None:
 # -- prune -----------------------------------------------------------------------------------------
 
 
-def test_prune_prints_tables_and_where_the_weights_are(shell: Shell) -> None:
+def test_prune_prints_tables_and_where_the_weights_are(shell: UserShell) -> None:
     outcome = shell("prune", "job.toml")
     assert outcome.code == 0
     ((store, name),) = locate_trials(shell.storage)
@@ -144,7 +123,7 @@ def test_prune_prints_tables_and_where_the_weights_are(shell: Shell) -> None:
     assert "round 1  sparsity" not in outcome.out
 
 
-def test_prune_json_is_one_object_and_all_there_is(shell: Shell) -> None:
+def test_prune_json_is_one_object_and_all_there_is(shell: UserShell) -> None:
     outcome = shell("prune", "job.toml", "--json")
     tree = parse_json(outcome.out)
     folder = Path(tree.pop("uri"))
@@ -158,7 +137,7 @@ def test_prune_json_is_one_object_and_all_there_is(shell: Shell) -> None:
 
 
 @pytest.mark.filterwarnings("default")
-def test_an_answer_of_code_that_has_changed_since_says_so(shell: Shell) -> None:
+def test_an_answer_of_code_that_has_changed_since_says_so(shell: UserShell) -> None:
     shell.prune()
     module = shell.folder / "rings_of_a_user.py"
     module.write_text(module.read_text() + "\n# edited\n")
@@ -168,7 +147,7 @@ def test_an_answer_of_code_that_has_changed_since_says_so(shell: Shell) -> None:
     assert "has changed since trial" in again.err
 
 
-def test_a_finished_trial_whose_round_is_gone_is_no_answer(shell: Shell) -> None:
+def test_a_finished_trial_whose_round_is_gone_is_no_answer(shell: UserShell) -> None:
     uri = Path(parse_json(shell.prune("--json").out)["uri"])
     last = sorted(uri.glob("round_*"))[-1]
     (last / "round.json").unlink()
@@ -179,7 +158,7 @@ def test_a_finished_trial_whose_round_is_gone_is_no_answer(shell: Shell) -> None
     assert shell.prune().code == 0
 
 
-def test_conditions_that_nothing_meets_are_named(shell: Shell) -> None:
+def test_conditions_that_nothing_meets_are_named(shell: UserShell) -> None:
     shell.prune()
     outcome = shell("results", "gbp-results", "--where", "prune.criterion=fisher")
     assert outcome.code == 0
@@ -191,14 +170,14 @@ def test_conditions_that_nothing_meets_are_named(shell: Shell) -> None:
     assert_refused(outcome)
 
 
-def test_quiet_says_nothing_but_the_result(shell: Shell) -> None:
+def test_quiet_says_nothing_but_the_result(shell: UserShell) -> None:
     outcome = shell("prune", "job.toml", "-q", "--json")
     assert outcome.code == 0
     assert outcome.err == ""
     parse_json(outcome.out)
 
 
-def test_set_overrides_the_file(shell: Shell) -> None:
+def test_set_overrides_the_file(shell: UserShell) -> None:
     outcome = shell.prune("--json", "--set", "prune.sparsity=0.75", "--set", 'name="other"')
     tree = parse_json(outcome.out)
     assert tree["job"]["prune"]["sparsity"] == 0.75
@@ -206,7 +185,7 @@ def test_set_overrides_the_file(shell: Shell) -> None:
     assert not (shell.storage / "rings").exists()
 
 
-def test_folders_with_brackets_are_printed_as_they_are(shell: Shell) -> None:
+def test_folders_with_brackets_are_printed_as_they_are(shell: UserShell) -> None:
     for storage in ("[red]x", "y[/bold]"):
         outcome = shell.prune(f"--set=storage={storage}", "--set=prune.rounds=1")
         assert outcome.code == 0
@@ -216,7 +195,7 @@ def test_folders_with_brackets_are_printed_as_they_are(shell: Shell) -> None:
     assert shell("show", "[red]x").out.count("[") >= 2
 
 
-def test_options_without_effect_warn_on_standard_error(shell: Shell) -> None:
+def test_options_without_effect_warn_on_standard_error(shell: UserShell) -> None:
     shell.prune("--json")
     outcome = run_process(
         "prune",
@@ -282,7 +261,7 @@ BAD_INPUT = [
 
 @pytest.mark.parametrize(("override", "parts"), BAD_INPUT, ids=[case[0] for case in BAD_INPUT])
 def test_bad_input_is_one_line_exit_2_and_nothing_half_written(
-    shell: Shell, override: str, parts: list[str]
+    shell: UserShell, override: str, parts: list[str]
 ) -> None:
     if "2:4" in override:
         outcome = shell.prune("--set", override, "--set=prune.sparsity=0.5")
@@ -306,7 +285,7 @@ def test_bad_input_is_one_line_exit_2_and_nothing_half_written(
         (USER_JOB.encode().replace(b"rounds = 2", b"rounds = 0\nround = 2"), "prune.rounds = 0"),
     ],
 )
-def test_a_bad_job_file_is_one_line(shell: Shell, content: bytes | None, part: str) -> None:
+def test_a_bad_job_file_is_one_line(shell: UserShell, content: bytes | None, part: str) -> None:
     if content is not None:
         (shell.folder / "bad.toml").write_bytes(content)
     assert part in assert_refused(shell("prune", "bad.toml"))
@@ -327,24 +306,28 @@ def test_a_bad_job_file_is_one_line(shell: Shell, content: bytes | None, part: s
         (["fields", "prunes"], "no such section (allowed: workload, pretrain"),
     ],
 )
-def test_a_wrong_command_line_is_one_line(shell: Shell, arguments: list[str], part: str) -> None:
+def test_a_wrong_command_line_is_one_line(
+    shell: UserShell, arguments: list[str], part: str
+) -> None:
     assert part in assert_refused(shell(*arguments))
 
 
-def test_without_a_verb_help_is_shown_and_the_code_says_so(shell: Shell) -> None:
+def test_without_a_verb_help_is_shown_and_the_code_says_so(shell: UserShell) -> None:
     outcome = shell()
     assert outcome.code == 2
     assert "Usage: gbp-ray" in outcome.out + outcome.err
 
 
-def test_debug_adds_the_traceback_before_the_line(shell: Shell) -> None:
+def test_debug_adds_the_traceback_before_the_line(shell: UserShell) -> None:
     outcome = shell("prune", "--debug", "--set=prune.sparsity=2")
     assert outcome.code == 2
     assert "Traceback" in outcome.err
     assert outcome.err.splitlines()[-1].startswith("error: prune.sparsity = 2")
 
 
-def test_a_fault_of_ours_is_one_line_exit_1(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_ours_is_one_line_exit_1(
+    shell: UserShell, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise ZeroDivisionError("two\nlines")
 
@@ -353,7 +336,7 @@ def test_a_fault_of_ours_is_one_line_exit_1(shell: Shell, monkeypatch: pytest.Mo
     assert text == "ZeroDivisionError: two lines (--debug shows where)"
 
 
-def test_a_built_in_workload_names_what_does_not_suit_it(shell: Shell) -> None:
+def test_a_built_in_workload_names_what_does_not_suit_it(shell: UserShell) -> None:
     pattern = shell(
         "prune", "-q", *QUICK_DIGITS, "--set=prune.granularity='2:4'", "--set=prune.sparsity=0.5"
     )
@@ -370,7 +353,7 @@ def test_a_built_in_workload_names_what_does_not_suit_it(shell: Shell) -> None:
     assert not shell.storage.exists()
 
 
-def test_the_results_of_another_job_are_left_alone(shell: Shell) -> None:
+def test_the_results_of_another_job_are_left_alone(shell: UserShell) -> None:
     shell.prune()
     before = {path: path.stat().st_mtime_ns for path in shell.storage.rglob("*")}
     other = shell("prune", "-q", *QUICK_DIGITS, "--set=name=rings")
@@ -378,14 +361,14 @@ def test_the_results_of_another_job_are_left_alone(shell: Shell) -> None:
     assert {path: path.stat().st_mtime_ns for path in shell.storage.rglob("*")} == before
 
 
-def test_a_folder_that_is_not_ours_is_left_alone(shell: Shell) -> None:
+def test_a_folder_that_is_not_ours_is_left_alone(shell: UserShell) -> None:
     (shell.storage / "rings").mkdir(parents=True)
     (shell.storage / "rings" / "letter.txt").write_text("Dear")
     assert "is not empty and not a results folder" in assert_refused(shell.prune())
     assert [path.name for path in shell.storage.rglob("*.*")] == ["letter.txt"]
 
 
-def make_unfinished(shell: Shell) -> tuple[Store, str, RoundRecord]:
+def make_unfinished(shell: UserShell) -> tuple[Store, str, RoundRecord]:
     """Prunes, then takes the last round away, as a kill would have."""
     assert shell.prune().code == 0
     ((store, name),) = locate_trials(shell.storage)
@@ -397,7 +380,9 @@ def make_unfinished(shell: Shell) -> tuple[Store, str, RoundRecord]:
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "masks.safetensors", "state.pt"])
 @pytest.mark.parametrize("kind", ["flipped", "truncated", "empty", "missing"])
-def test_a_damaged_file_on_resume_is_one_line_exit_2(shell: Shell, file: str, kind: str) -> None:
+def test_a_damaged_file_on_resume_is_one_line_exit_2(
+    shell: UserShell, file: str, kind: str
+) -> None:
     store, name, record = make_unfinished(shell)
     path = Path(store.round_uri(name, record.round)) / file
     good = path.read_bytes()
@@ -419,7 +404,7 @@ def test_a_damaged_file_on_resume_is_one_line_exit_2(shell: Shell, file: str, ki
 
 
 @pytest.mark.parametrize("record", ["round_001/round.json", "round_000/round.json"])
-def test_a_damaged_record_on_resume_is_one_line_exit_2(shell: Shell, record: str) -> None:
+def test_a_damaged_record_on_resume_is_one_line_exit_2(shell: UserShell, record: str) -> None:
     store, name, _ = make_unfinished(shell)
     path = Path(store.trial_uri(name)) / record
     path.write_text(path.read_text()[:100])
@@ -431,7 +416,7 @@ def test_a_damaged_record_on_resume_is_one_line_exit_2(shell: Shell, record: str
 # -- show ------------------------------------------------------------------------------------------
 
 
-def test_show_prints_one_trial_from_any_folder_above(shell: Shell) -> None:
+def test_show_prints_one_trial_from_any_folder_above(shell: UserShell) -> None:
     shell.prune()
     ((store, name),) = locate_trials(shell.storage)
     outputs = [shell("show", str(uri)) for uri in (shell.storage, store.folder)]
@@ -447,7 +432,7 @@ def test_show_prints_one_trial_from_any_folder_above(shell: Shell) -> None:
     assert TrialRecord.model_validate(tree) == store.read_trial(name)
 
 
-def test_show_lists_the_trials_of_a_job(shell: Shell) -> None:
+def test_show_lists_the_trials_of_a_job(shell: UserShell) -> None:
     shell.prune()
     shell.prune("--set=prune.sparsity=0.25")
     names = [name for _, name in locate_trials(shell.storage)]
@@ -462,7 +447,7 @@ def test_show_lists_the_trials_of_a_job(shell: Shell) -> None:
     assert all(Path(row["uri"]).is_dir() for row in rows)
 
 
-def test_show_says_what_there_is_of_an_unfinished_trial(shell: Shell) -> None:
+def test_show_says_what_there_is_of_an_unfinished_trial(shell: UserShell) -> None:
     store, name, _ = make_unfinished(shell)
     outcome = shell("show", "gbp-results")
     assert outcome.code == 0
@@ -480,7 +465,7 @@ def test_show_says_what_there_is_of_an_unfinished_trial(shell: Shell) -> None:
 # -- criteria, fields, help ------------------------------------------------------------------------
 
 
-def test_criteria_tells_all_of_them(shell: Shell) -> None:
+def test_criteria_tells_all_of_them(shell: UserShell) -> None:
     outcome = shell("criteria")
     assert outcome.code == 0
     rows = parse_json(shell("criteria", "--json").out)["criteria"]
@@ -490,7 +475,7 @@ def test_criteria_tells_all_of_them(shell: Shell) -> None:
         assert all(row[key] for key in ("formula", "summed", "cost", "source"))
 
 
-def test_fields_tells_all_of_them(shell: Shell) -> None:
+def test_fields_tells_all_of_them(shell: UserShell) -> None:
     outcome = shell("fields")
     rows = parse_json(shell("fields", "--json").out)["fields"]
     assert [row["field"] for row in rows] == [row[0] for row in describe_fields()]
@@ -502,7 +487,7 @@ def test_fields_tells_all_of_them(shell: Shell) -> None:
 
 
 @pytest.mark.parametrize("verb", ["prune", "show", "criteria", "fields"])
-def test_help_of_each_verb_gives_an_example(shell: Shell, verb: str) -> None:
+def test_help_of_each_verb_gives_an_example(shell: UserShell, verb: str) -> None:
     outcome = shell(verb, "--help")
     assert outcome.code == 0
     assert f"Usage: gbp-ray {verb}" in outcome.out
@@ -510,7 +495,7 @@ def test_help_of_each_verb_gives_an_example(shell: Shell, verb: str) -> None:
     assert verb in shell("--help").out
 
 
-def test_version(shell: Shell) -> None:
+def test_version(shell: UserShell) -> None:
     assert shell("--version") == Outcome(0, f"gbp-ray {version('gbp-ray')}\n", "")
 
 

@@ -4,55 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from sample_results import sample_job, write_trial
+from shell import Shell
 
-from gbp_ray import cli
 from gbp_ray.results import open_results
 from gbp_ray.store import Store
 
 READING_VERBS = ["results", "report", "index", "diff", "fetch", "verify", "gc"]
-
-
-class Shell:
-    """Runs commands in this process; gives exit code, standard output and standard error."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
-        self._patch, self._capture = patch, capture
-
-    def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        self._capture.readouterr()
-        self._patch.setattr(sys, "argv", ["gbp-ray", *arguments])
-        self._patch.setattr(cli.signal, "signal", lambda *arguments: None)
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else -1
-        out, errors = self._capture.readouterr()
-        return code, out, errors
-
-    def json(self, *arguments: str, code: int = 0) -> Any:
-        found, out, errors = self(*arguments, "--json")
-        assert found == code, errors
-        return json.loads(out)
-
-    def refusal(self, *arguments: str, code: int = 2) -> str:
-        found, out, errors = self(*arguments)
-        assert (found, out) == (code, "")
-        assert errors.startswith("error: ")
-        assert errors.count("\n") == 1
-        return errors
-
-
-@pytest.fixture
-def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
-    return Shell(monkeypatch, capsys)
 
 
 @pytest.fixture(params=["folder", "moto"])

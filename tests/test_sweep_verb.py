@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from shell import Outcome as Answer
+from shell import Shell
 
 from gbp_ray import api
 from gbp_ray.config import expand, load_job, trial_id
@@ -49,30 +52,36 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gbp_ray", "sweep", "job.toml", *arguments]
-    return subprocess.run(
-        [*command, f"--set=storage={folder / 'results'}"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
+Run = Callable[..., Answer]
 
 
-def test_a_finished_sweep_answers_with_one_line_per_criterion_and_sparsity(finished: Path) -> None:
+@pytest.fixture
+def run(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs `gbp-ray sweep job.toml` in a folder, with results of its own."""
+
+    def sweep(folder: Path, *arguments: str) -> Answer:
+        monkeypatch.chdir(folder)
+        return shell("sweep", "job.toml", *arguments, f"--set=storage={folder / 'results'}")
+
+    return sweep
+
+
+def test_a_finished_sweep_answers_with_one_line_per_criterion_and_sparsity(
+    run: Run, finished: Path
+) -> None:
     done = run(finished)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    lines = [line.split() for line in done.stdout.splitlines() if "%" in line]
+    assert done.code == 0, done.err
+    assert done.err == ""
+    lines = [line.split() for line in done.out.splitlines() if "%" in line]
     assert sorted(word for line in lines for word in line if word.isalpha()) == (
         ["fisher"] * 2 + ["taylor"] * 2
     )
-    assert "8 trials: 8 finished, 0 stopped, 0 failed; 0 of them now" in done.stdout
+    assert "8 trials: 8 finished, 0 stopped, 0 failed; 0 of them now" in done.out
 
 
-def test_json_is_one_object_with_means_over_the_seeds(finished: Path) -> None:
+def test_json_is_one_object_with_means_over_the_seeds(run: Run, finished: Path) -> None:
     done = run(finished, "--json")
-    told = json.loads(done.stdout)
+    told = json.loads(done.out)
     assert (told["num_finished"], told["num_new"], told["worker_seconds"]) == (8, 0, 0)
     assert len(told["summary"]) == 4
     accuracies = {
@@ -98,7 +107,7 @@ def test_a_finished_sweep_never_starts_ray(finished: Path) -> None:
     assert done.stdout.split() == ["0", "16", "False"]
 
 
-def test_a_search_that_has_ended_answers_from_its_trials(tmp_path: Path) -> None:
+def test_a_search_that_has_ended_answers_from_its_trials(run: Run, tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_text(JOB.split("[sweep.space]")[0])
     target = ["target.max_drop=0.9", "target.highest=0.4", "target.tolerance=0.1"]
     settings = [f"sweep.{text}" for text in target]
@@ -110,12 +119,12 @@ def test_a_search_that_has_ended_answers_from_its_trials(tmp_path: Path) -> None
         Store(one.storage, one.name).claim(one)
         list(run_solo(one))
     done = run(tmp_path, "--json", *(f"--set={text}" for text in settings))
-    assert done.returncode == 0, done.stderr
-    (answer,) = json.loads(done.stdout)["answers"]
+    assert done.code == 0, done.err
+    (answer,) = json.loads(done.out)["answers"]
     assert (answer["sparsity"], answer["is_highest"], answer["num_trials"]) == (0.4, True, 3)
     assert (
         "the highest that was asked for"
-        in run(tmp_path, *(f"--set={text}" for text in settings)).stdout
+        in run(tmp_path, *(f"--set={text}" for text in settings)).out
     )
 
 
@@ -128,12 +137,12 @@ def test_a_search_that_has_ended_answers_from_its_trials(tmp_path: Path) -> None
     ],
 )
 def test_what_no_trial_could_do_is_refused_in_one_line(
-    finished: Path, setting: str, expected: str
+    run: Run, finished: Path, setting: str, expected: str
 ) -> None:
     done = run(finished, "--set", setting)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert expected in done.stderr.splitlines()[-1]
+    assert done.code == 2
+    assert done.out == ""
+    assert expected in done.err.splitlines()[-1]
 
 
 def test_if_all_trials_failed_so_has_the_sweep() -> None:
@@ -185,12 +194,12 @@ def files_in(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_dry_run_tells_what_is_done_and_starts_nothing(finished: Path) -> None:
+def test_a_dry_run_tells_what_is_done_and_starts_nothing(run: Run, finished: Path) -> None:
     before = files_in(finished)
     done = run(finished, "--dry-run")
-    assert done.returncode == 0, done.stderr
-    assert "trials: 8, of which 8 are finished and are skipped" in done.stdout
-    assert "nothing would be run" in done.stdout
+    assert done.code == 0, done.err
+    assert "trials: 8, of which 8 are finished and are skipped" in done.out
+    assert "nothing would be run" in done.out
 
     # A third seed and a third criterion: 12 + 3 * 2 trials, 8 of them there.
     code = (
