@@ -16,11 +16,20 @@ from gbp_ray.store import Store
 READING_VERBS = ["results", "report", "index", "diff", "fetch", "verify", "gc"]
 
 
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return write_results(str(tmp_path / "results"))
+
+
 @pytest.fixture(params=["folder", "moto"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    storage = str(tmp_path / "results")
+def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """For the verbs that do more with a storage than to open its results."""
     if request.param == "moto":
-        storage = request.getfixturevalue("moto_storage")
+        return write_results(request.getfixturevalue("moto_storage"))
+    return write_results(str(tmp_path / "results"))
+
+
+def write_results(storage: str) -> Store:
     store = Store(storage, "try")
     for criterion in ("taylor", "magnitude"):
         for sparsity in (0.5, 0.9):
@@ -80,9 +89,9 @@ def test_diff_tells_what_differs(shell: Shell, store: Store) -> None:
         assert part in out
 
 
-def test_fetch_verify_index_and_gc(shell: Shell, store: Store, tmp_path: Path) -> None:
+def test_fetch_verify_index_and_gc(shell: Shell, any_store: Store, tmp_path: Path) -> None:
     copy = str(tmp_path / "copy")
-    assert shell.json("fetch", store.uri, copy)["num_rounds"] == 12
+    assert shell.json("fetch", any_store.uri, copy)["num_rounds"] == 12
     audit = shell.json("verify", copy)
     assert (audit["num_trials"], audit["num_rounds"], audit["faults"]) == (4, 12, [])
     assert shell.json("index", copy) == {"indexed": {f"{copy}/try": 4}}
@@ -93,51 +102,53 @@ def test_fetch_verify_index_and_gc(shell: Shell, store: Store, tmp_path: Path) -
         assert out.strip()
 
 
-def test_verify_names_the_fault_and_exits_1(shell: Shell, store: Store) -> None:
-    trial = store.objects.list_folders("trials/")[0]
+def test_verify_names_the_fault_and_exits_1(shell: Shell, any_store: Store) -> None:
+    trial = any_store.objects.list_folders("trials/")[0]
     key = f"trials/{trial}/round_001/state.pt"
-    store.objects.put(key, b"\0" * 64)
-    uri = store.objects.uri_of(key)
-    (fault,) = shell.json("verify", store.uri, code=1)["faults"]
+    any_store.objects.put(key, b"\0" * 64)
+    uri = any_store.objects.uri_of(key)
+    (fault,) = shell.json("verify", any_store.uri, code=1)["faults"]
     assert fault["uri"] == uri
     assert "does not match its checksum" in fault["fault"]
-    code, out, errors = shell("verify", store.uri)
+    code, out, errors = shell("verify", any_store.uri)
     assert code == 1
     assert uri in out.replace("\n", "")
-    assert errors == f"error: '{store.uri}': 1 faults, the first in {uri}\n"
+    assert errors == f"error: '{any_store.uri}': 1 faults, the first in {uri}\n"
 
 
-def test_report_writes_a_page(shell: Shell, store: Store, tmp_path: Path) -> None:
+def test_report_writes_a_page(shell: Shell, any_store: Store, tmp_path: Path) -> None:
     folder = tmp_path / "page"
-    made = shell.json("report", store.uri, "--to", str(folder))
+    made = shell.json("report", any_store.uri, "--to", str(folder))
     assert made["page"] == str(folder / "index.html")
     assert made["num_trials"] == 4
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert there == set(made["files"])
-    code, out, errors = shell("report", store.uri, "--to", str(folder), "--where=criterion=taylor")
+    code, out, errors = shell(
+        "report", any_store.uri, "--to", str(folder), "--where=criterion=taylor"
+    )
     assert (code, errors) == (0, "")
     assert out.replace("\n", "").endswith(f"{folder / 'index.html'}: 2 trials, 7 files")
 
 
-def test_gc_lists_before_it_removes(shell: Shell, store: Store) -> None:
-    key = f"trials/{write_trial(store, sample_job(seed=1), num_rounds=1)}/round_001/state.pt"
-    store.objects.put(key, b"s" * 9)
-    expected = {"uri": store.objects.uri_of(key), "num_bytes": 9}
-    found = shell.json("gc", store.uri)
+def test_gc_lists_before_it_removes(shell: Shell, any_store: Store) -> None:
+    key = f"trials/{write_trial(any_store, sample_job(seed=1), num_rounds=1)}/round_001/state.pt"
+    any_store.objects.put(key, b"s" * 9)
+    expected = {"uri": any_store.objects.uri_of(key), "num_bytes": 9}
+    found = shell.json("gc", any_store.uri)
     assert [{name: row[name] for name in expected} for row in found["garbage"]] == [expected]
-    code, out, _ = shell("gc", store.uri)
+    code, out, _ = shell("gc", any_store.uri)
     assert code == 0
     assert "nothing removed (--remove does)" in out
-    assert store.objects.exists(key)
-    code, out, _ = shell("gc", store.uri, "--remove")
+    assert any_store.objects.exists(key)
+    code, out, _ = shell("gc", any_store.uri, "--remove")
     assert expected["uri"] in out.replace("\n", "")
     assert "1 removed" in out
-    assert not store.objects.exists(key)
+    assert not any_store.objects.exists(key)
 
 
-def test_show_reads_any_storage(shell: Shell, store: Store) -> None:
-    rows = shell.json("show", store.uri)["trials"]
-    assert [row["trial"] for row in rows] == store.objects.list_folders("trials/")
+def test_show_reads_any_storage(shell: Shell, any_store: Store) -> None:
+    rows = shell.json("show", any_store.uri)["trials"]
+    assert [row["trial"] for row in rows] == any_store.objects.list_folders("trials/")
     tree = shell.json("show", rows[0]["uri"])
     assert tree["trial_id"] == rows[0]["trial"]
 

@@ -120,7 +120,7 @@ def test_a_sweep_from_end_to_end(job_file: Path) -> None:
 
 
 SETTINGS = [
-    "sweep.space.seed=[0, 1, 2, 3]",
+    "sweep.space.seed=[0, 1]",
     "sweep.space.prune.criterion=['taylor', 'magnitude']",
     "prune.sparsity=0.9",
     "pretrain.epochs=2",
@@ -149,10 +149,10 @@ def test_a_sweep_killed_at_any_moment_ends_with_the_same_records(job_file: Path)
     # The driver alone; what it started is to find out by itself.
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert 0 < len(measured(killed)) < 8, "killed too early or too late to tell anything"
+    assert 0 < len(measured(killed)) < 4, "killed too early or too late to tell anything"
     again = subprocess.run(command(killed), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     told = json.loads(again.stdout)
-    assert told["num_finished"] == 8
-    assert 0 < told["num_new"] < 8
+    assert told["num_finished"] == 4
+    assert 0 < told["num_new"] < 4
     assert measured(killed) == measured(whole)

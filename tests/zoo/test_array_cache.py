@@ -53,7 +53,7 @@ def test_racing_caches_agree(cache):
     barrier, results = threading.Barrier(2), []
 
     def make():
-        barrier.wait(10)  # both are past the look into the empty cache
+        barrier.wait(60)  # both are past the look into the empty cache
         return {"numbers": np.arange(1000)}
 
     def open_cache():
@@ -63,7 +63,7 @@ def test_racing_caches_agree(cache):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(90)
     assert [numbers.sum() for numbers in results] == [499500, 499500]
     assert [path.name for path in cache.iterdir()] == ["race"]
 
