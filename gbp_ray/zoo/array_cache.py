@@ -13,7 +13,8 @@ import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -56,20 +57,28 @@ def cached_arrays(name: str, make: Callable[[], Mapping[str, np.ndarray]]) -> di
         arrays = _open(folder)
         if arrays is not None:
             return arrays
-        made = make()
-        try:
+        # Before they are made: what is there afterwards another process has finished meanwhile.
+        with _faults_explained():
             _discard(folder)
+        made = make()
+        with _faults_explained():
             _store(folder, made)
-        except OSError as error:
-            raise WorkloadError(
-                f"GBP_RAY_CACHE = '{cache_folder()}': decoded data cannot be kept here: "
-                f"{error.strerror or error}; set GBP_RAY_CACHE to a folder with space that you "
-                "may write"
-            ) from error
     raise WorkloadError(
         f"GBP_RAY_CACHE = '{cache_folder()}': '{name}' was damaged again after {_ATTEMPTS} "
         "attempts; set GBP_RAY_CACHE to a folder on a sound disk"
     )
+
+
+@contextmanager
+def _faults_explained() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WorkloadError(
+            f"GBP_RAY_CACHE = '{cache_folder()}': decoded data cannot be kept here: "
+            f"{error.strerror or error}; set GBP_RAY_CACHE to a folder with space that you may "
+            "write"
+        ) from error
 
 
 def _open(folder: Path) -> dict[str, np.ndarray] | None:

@@ -53,7 +53,7 @@ def test_racing_caches_agree(cache):
     barrier, results = threading.Barrier(2), []
 
     def make():
-        barrier.wait(60)  # both are past the look into the empty cache
+        barrier.wait(10)  # both are past the look into the empty cache
         return {"numbers": np.arange(1000)}
 
     def open_cache():
@@ -63,9 +63,19 @@ def test_racing_caches_agree(cache):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(90)
+        thread.join(20)
     assert [numbers.sum() for numbers in results] == [499500, 499500]
     assert [path.name for path in cache.iterdir()] == ["race"]
+
+
+def test_of_racing_caches_the_first_to_finish_is_kept(cache):
+    def make_late():
+        """Has another process finish between the look into the empty cache and the end of this."""
+        array_cache.cached_arrays("race", lambda: {"numbers": np.arange(3)})
+        return {"numbers": np.arange(5)}
+
+    late = array_cache.cached_arrays("race", make_late)["numbers"]
+    assert late.tolist() == [0, 1, 2]
 
 
 def test_cache_folder_is_chosen_by_the_environment(monkeypatch, tmp_path):
