@@ -247,13 +247,13 @@ def find_garbage(uri: str | Path, *, is_unfinished_too: bool = False) -> list[Ga
     stores, only = locate_jobs(uri)
     whole = f"trials/{only}/" if only else ""
     # What merely looks like results may be somebody else's; a job that never began left a probe.
-    prefixes = [whole if store.objects.exists("job.json") else _PROBE for store in stores]
+    are_own = [store.objects.exists("job.json") for store in stores]
     found = [
         item
-        for store, prefix in zip(stores, prefixes, strict=True)
-        for item in _garbage_of(store, prefix, is_unfinished_too)
+        for store, is_own in zip(stores, are_own, strict=True)
+        for item in _garbage_of(store, whole if is_own else _PROBE, is_unfinished_too)
     ]
-    if not found and whole not in prefixes:
+    if not found and not any(are_own):
         raise StoreError(
             f"'{uri}': holds no results of gbp-ray; give a trial's, a job's or a storage's folder"
         )

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from shell import Shell
 from user_files import USER_JOB, USER_MODULE
 
-from gbp_ray import cli
 from gbp_ray.api import plan_prune, prune
 from gbp_ray.errors import GbpError
 
@@ -32,14 +32,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("rings_of_a_user", None)
 
 
-def run_cli(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> str:
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["gbp-ray", "prune", "job.toml", "--dry-run", *arguments])
-    monkeypatch.setattr(cli.signal, "signal", lambda number, handler: None)
-    cli.main()
-    return capsys.readouterr().out
+def plan_of(shell: Shell, *arguments: str) -> str:
+    code, out, errors = shell("prune", "job.toml", "--dry-run", *arguments)
+    assert code == 0, errors
+    return out
 
 
 def files_in(folder: Path) -> dict[Path, bytes]:
@@ -68,10 +64,8 @@ def test_a_dry_run_writes_nothing_and_starts_no_ray(folder: Path) -> None:
     assert files_in(folder) == before
 
 
-def test_json_and_text_tell_the_same(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    planned = json.loads(run_cli(monkeypatch, capsys, "--json"))
+def test_json_and_text_tell_the_same(shell: Shell, folder: Path) -> None:
+    planned = json.loads(plan_of(shell, "--json"))
     plan = planned["plan"]
     assert planned["trial_id"].startswith("taylor-s0.50-r2-")
     assert (planned["finished"], planned["rounds_done"], planned["rounds_left"]) == (False, 0, 3)
@@ -79,7 +73,7 @@ def test_json_and_text_tell_the_same(
     # 300 training points: 6 steps an epoch, 3 epochs, then half an epoch in each of two rounds.
     assert (plan["pretrain_steps"], plan["finetune_steps"], plan["num_steps"]) == (18, 3, 24)
     assert plan["peak_bytes"] == max(phase["num_bytes"] for phase in plan["phases"])
-    text = run_cli(monkeypatch, capsys)
+    text = plan_of(shell)
     for phase in plan["phases"]:
         assert phase["num_bytes"] == sum(phase["held"].values())
         assert f" {phase['name']} " in text
@@ -89,20 +83,18 @@ def test_json_and_text_tell_the_same(
     assert planned["uri"] in text
 
 
-def test_what_is_done_already_is_told(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_done_already_is_told(shell: Shell, folder: Path) -> None:
     trial = Path(prune("job.toml", is_quiet=True).uri)
     finished = plan_prune("job.toml")
     assert (finished.num_done, finished.num_left, finished.plan) == (3, 0, None)
-    assert "finished: all 3 rounds are in" in run_cli(monkeypatch, capsys)
-    assert json.loads(run_cli(monkeypatch, capsys, "--json"))["plan"] is None
+    assert "finished: all 3 rounds are in" in plan_of(shell)
+    assert json.loads(plan_of(shell, "--json"))["plan"] is None
     (trial / "trial.json").unlink()
     shutil.rmtree(trial / "round_002")
     broken = plan_prune("job.toml")
     assert (broken.num_done, broken.num_left) == (2, 1)
-    assert "round 1 is the last whole one, what comes before is skipped; 1 of 3 rounds" in run_cli(
-        monkeypatch, capsys
+    assert "round 1 is the last whole one, what comes before is skipped; 1 of 3 rounds" in plan_of(
+        shell
     )
 
 

@@ -11,14 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from shell import Outcome as Answer
-from shell import Shell
+from shell import Outcome, Shell
 
 from gbp_ray import api
 from gbp_ray.config import expand, load_job, trial_id
 from gbp_ray.errors import ConfigError, TrialError
-from gbp_ray.runtime import loggers
-from gbp_ray.runtime.plans import Outcome
+from gbp_ray.runtime import loggers, plans
 from gbp_ray.runtime.solo import run_solo
 from gbp_ray.store import Store
 from gbp_ray.summary import summarize
@@ -52,14 +50,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-Run = Callable[..., Answer]
+Run = Callable[..., Outcome]
 
 
 @pytest.fixture
 def run(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs `gbp-ray sweep job.toml` in a folder, with results of its own."""
 
-    def sweep(folder: Path, *arguments: str) -> Answer:
+    def sweep(folder: Path, *arguments: str) -> Outcome:
         monkeypatch.chdir(folder)
         return shell("sweep", "job.toml", *arguments, f"--set=storage={folder / 'results'}")
 
@@ -147,11 +145,11 @@ def test_what_no_trial_could_do_is_refused_in_one_line(
 
 def test_if_all_trials_failed_so_has_the_sweep() -> None:
     job = load_job()
-    failed = Outcome(trial_id(job), job, "failed", cause="out of luck")
+    failed = plans.Outcome(trial_id(job), job, "failed", cause="out of luck")
     with pytest.raises(TrialError, match=r"all 2 trials failed.*out of luck") as caught:
         api._refuse_failure_of_all([failed, failed])
     assert caught.value.exit_code == 1
-    api._refuse_failure_of_all([failed, Outcome("b", job, "finished")])
+    api._refuse_failure_of_all([failed, plans.Outcome("b", job, "finished")])
     api._refuse_failure_of_all([])
 
 

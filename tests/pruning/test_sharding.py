@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -70,12 +69,6 @@ def test_whole_trials_of_sharded_networks_end_as_those_of_replicated_ones(
             assert found == expected
 
 
-needs_time = pytest.mark.skipif(
-    "GBP_RAY_WORLDS" not in os.environ,
-    reason="2 and 3 ranks cover the most of it; set GBP_RAY_WORLDS to try it",
-)
-
-
 @pytest.fixture(scope="module")
 def resnet_alone() -> dict[tuple[str, str, str], str]:
     if not (DATA / "checkpoints").is_dir():
@@ -84,10 +77,7 @@ def resnet_alone() -> dict[tuple[str, str, str], str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "world_size",
-    [pytest.param(1, marks=needs_time), 2, 3, pytest.param(4, marks=needs_time)],
-)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_masks_of_a_sharded_resnet_are_those_of_a_replicated_one(
     world_size: int,
     resnet_alone: dict[tuple[str, str, str], str],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -20,8 +19,8 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
+from shell import Shell
 
-from gbp_ray import cli
 from gbp_ray.config import ClusterConfig
 from gbp_ray.errors import PruneError, TrialError
 from gbp_ray.runtime import mailbox
@@ -135,7 +134,7 @@ def test_a_lost_connection_to_a_data_server_is_no_consequence() -> None:
 
 
 def test_a_failed_trial_ends_with_the_command_that_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise TrialError(
@@ -144,11 +143,9 @@ def test_a_failed_trial_ends_with_the_command_that_goes_on(
 
     monkeypatch.setattr("gbp_ray.api._run_rounds", fail)
     arguments = ["prune", "-q", "--set=prune.exclude=['linear*']"]
-    monkeypatch.setattr(sys, "argv", ["gbp-ray", *arguments, f"--set=storage={tmp_path}"])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 1
-    assert capsys.readouterr().err.splitlines()[-1] == (
+    outcome = shell(*arguments, f"--set=storage={tmp_path}")
+    assert outcome.code == 1
+    assert outcome.err.splitlines()[-1] == (
         "error: trial t: worker 1 was killed; run the job again: gbp-ray prune -q "
         """'--set=prune.exclude=['"'"'linear*'"'"']' """
         f"--set=storage={tmp_path}"

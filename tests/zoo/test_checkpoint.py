@@ -110,11 +110,11 @@ def test_published_resnet20_reaches_its_accuracy(real_data, tmp_path):
     model = workload.build_model().eval()
     right = 0
     with torch.no_grad():
-        for indices in torch.arange(2_000).split(500):
+        for indices in torch.arange(10_000).split(500):
             inputs, targets = take_batch(workload, workload.test, indices)
             right += int(workload.count_correct(model(inputs), targets))
-    # 91.73 % of all 10,000. An image may lie on an edge that another kernel's rounding crosses.
-    assert abs(right - 1833) <= 1
+    # A few images lie on an edge that another kernel's rounding may cross.
+    assert abs(right - 9173) <= 3
 
 
 def test_published_resnet56_fits(real_data, tiny):
