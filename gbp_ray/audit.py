@@ -133,9 +133,9 @@ def _audit_trial(store: Store, trial: str) -> tuple[Audit, TrialRecord | None]:
     with _noted(audit, uri):
         finished = store.read_trial(trial)
     if finished is None:
-        with _noted(audit, uri):
-            store.read_failure(trial)
-            store.read_stop(trial)
+        for read in (store.read_failure, store.read_stop):
+            with _noted(audit, uri):
+                read(trial)
     if not audit.faults:
         wanted = range(len(finished.rounds) if finished else len(rounds))
         for number in wanted:
@@ -179,12 +179,16 @@ def _audit_round(audit: Audit, store: Store, trial: str, record: RoundRecord) ->
 
 def _audit_shared(audit: Audit, store: Store) -> None:
     for kind in _SHARED:
-        for name in store.objects.list_folders(kind):
-            with _noted(audit, store.objects.uri_of(f"{kind}{name}")):
-                found = store.read_shared(f"{kind}{name}")
-                if found is not None:
-                    audit.num_files += len(found[1])
-                    audit.num_bytes += sum(map(len, found[1].values()))
+        for folder in (f"{kind}{name}" for name in store.objects.list_folders(kind)):
+            record = None
+            with _noted(audit, store.objects.uri_of(folder)):
+                record = store.read_shared_record(folder)
+            if record is None:
+                continue
+            for name in record.files:
+                with _noted(audit, store.objects.uri_of(f"{folder}/{name}")):
+                    audit.num_bytes += len(store.read_shared_file(folder, record, name))
+                    audit.num_files += 1
 
 
 def _audit_index(

@@ -296,13 +296,26 @@ class Store:
         Raises:
             StoreError: It is damaged.
         """
-        record = read_record(self.objects, f"{folder}/shared.json", SharedRecord)
+        record = self.read_shared_record(folder)
         if record is None:
             return None
-        return record, {
-            name: self._read_committed(folder, name, committed)
-            for name, committed in record.files.items()
-        }
+        return record, {name: self.read_shared_file(folder, record, name) for name in record.files}
+
+    def read_shared_record(self, folder: str) -> SharedRecord | None:
+        """Reads the record of what trials share, or None where it was never committed.
+
+        Raises:
+            StoreError: It is damaged.
+        """
+        return read_record(self.objects, f"{folder}/shared.json", SharedRecord)
+
+    def read_shared_file(self, folder: str, record: SharedRecord, name: str) -> bytes:
+        """Reads one file of what trials share.
+
+        Raises:
+            StoreError: It is missing or not as it was written.
+        """
+        return self._read_committed(folder, name, record.files[name])
 
     def write_shared(
         self,

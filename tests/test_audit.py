@@ -120,16 +120,23 @@ def test_what_a_sweep_and_shards_add_is_checked_and_refused_too(storage: str) ->
         *("0.safetensors", "state.json", "failure.json", "stopped.json"),
         *("scores.safetensors", "shared.json"),
     }
-    for key in sorted(names):
-        good = store.objects.get(key) or b""
-        bad = bytearray(good)
-        bad[draws.randrange(len(good))] ^= 1 << draws.randrange(8)
-        store.objects.put(key, bytes(bad))
-        place = store.trial_uri(broken) if key.startswith("trials/") else store.uri
-        assert store.objects.uri_of(key) in [uri for uri, _ in find_faults(place).faults]
+    good = {key: store.objects.get(key) or b"" for key in sorted(names)}
+    bad = {key: bytearray(data) for key, data in good.items()}
+    for key, data in bad.items():
+        data[draws.randrange(len(data))] ^= 1 << draws.randrange(8)
+        store.objects.put(key, bytes(data))
         with pytest.raises(StoreError, match=r"is damaged|checksum|bytes"):
             read_besides()
-        store.objects.put(key, good)
+        store.objects.put(key, good[key])
+    # Found all at once; but a damaged record hides what is wrong with its files.
+    records = {key for key in names if key.endswith(("round.json", "ed.json", "failure.json"))}
+    for damaged in (names - records, records):
+        for key in damaged:
+            store.objects.put(key, bytes(bad[key]))
+        found = {uri for uri, _ in find_faults(store.uri).faults}
+        assert {store.objects.uri_of(key) for key in damaged} <= found
+        for key in damaged:
+            store.objects.put(key, good[key])
     assert find_faults(store.uri).faults == []
 
 

@@ -61,19 +61,6 @@ def shell(
     importlib.invalidate_caches()
 
 
-def run_process(*arguments: str, folder: Path, **options: Any) -> Outcome:
-    done = subprocess.run(
-        [sys.executable, "-m", "gbp_ray", *arguments],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        **options,
-    )
-    return Outcome(done.returncode, done.stdout, done.stderr)
-
-
 def parse_json(text: str) -> Any:
     """Reads exactly one JSON value of the strict kind."""
 
@@ -195,17 +182,13 @@ def test_folders_with_brackets_are_printed_as_they_are(shell: UserShell) -> None
     assert shell("show", "[red]x").out.count("[") >= 2
 
 
+@pytest.mark.filterwarnings("default")
 def test_options_without_effect_warn_on_standard_error(shell: UserShell) -> None:
-    shell.prune("--json")
-    outcome = run_process(
-        "prune",
-        "job.toml",
+    outcome = shell.prune(
         "--json",
         "--set=pretrain.lr_gamma=0.5",
         "--set=pretrain.lr_schedule=cosine",
         "--set=prune.hutchinson_probes=5",
-        "-q",
-        folder=shell.folder,
     )
     assert outcome.code == 0
     assert outcome.err.splitlines() == [
@@ -590,19 +573,19 @@ def start_and_signal(folder: Path, arguments: list[str], number: int, line: str)
     ids=["Ctrl-C", "SIGTERM"],
 )
 def test_a_stopped_command_says_so_and_goes_on_when_run_again(
-    tmp_path: Path, number: int, code: int, word: str
+    shell: UserShell, number: int, code: int, word: str
 ) -> None:
-    arguments = ["prune", *QUICK_DIGITS, "--set=finetune.epochs=6", "--json"]
-    stopped = start_and_signal(tmp_path, arguments, number, "round 1/2  finetune")
+    arguments = ["prune", *QUICK_DIGITS, "--set=finetune.epochs=4", "--json"]
+    stopped = start_and_signal(shell.folder, arguments, number, "round 1/2  finetune")
     assert stopped.code == code, stopped.err
     assert stopped.out == ""
     last = stopped.err.splitlines()[-1]
     assert last == f"error: {word}; run the same command again to go on"
     assert "Traceback" not in stopped.err
-    assert_all_whole(tmp_path)
-    ((store, name),) = locate_trials(tmp_path / "gbp-results")
+    assert_all_whole(shell.storage)
+    ((store, name),) = locate_trials(shell.storage)
     assert [record.round for record in store.read_rounds(name)] == [0]
-    again = run_process(*arguments, folder=tmp_path)
+    again = shell(*arguments)
     assert again.code == 0, again.err
     assert "goes on after round 0" in again.err
     assert "pretrain" not in again.err, "what was done is not done again"

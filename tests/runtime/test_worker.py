@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from shell import Shell
 
 from gbp_ray.config import JobConfig, load_job, trial_id
 from gbp_ray.errors import GbpError, PruneError, StoreError
@@ -286,17 +287,20 @@ def test_steps_told_are_the_steps_taken(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_trial_killed_at_any_moment_ends_with_the_same_mask(
-    whole: JobConfig, tmp_path: Path
+    whole: JobConfig, tmp_path: Path, shell: Shell
 ) -> None:
     settings = [f"--set={key}={value}" for key, value in QUICK.items()]
-    command = [sys.executable, "-m", "gbp_ray", "prune", *settings, f"--set=storage={tmp_path}"]
+    arguments = ["prune", *settings, f"--set=storage={tmp_path}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     job = quick_job(tmp_path)
     moments = random.Random(20240229)
     deaths = []
     for _ in range(3):
         process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            [sys.executable, "-m", "gbp_ray", *arguments],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         assert process.stderr is not None
         # Some lines of progress, and a little more.
@@ -309,9 +313,9 @@ def test_a_trial_killed_at_any_moment_ends_with_the_same_mask(
         read_all(job)
     assert deaths[0] == -signal.SIGKILL, "killed too late to tell anything"
     has_begun = bool(store_of(job).read_rounds(trial_id(job)))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "goes on after round" in done.stderr or not has_begun or 0 in deaths
+    done = shell(*arguments)
+    assert done.code == 0, done.err
+    assert "goes on after round" in done.err or not has_begun or 0 in deaths
     assert (Path(store_of(job).trial_uri(trial_id(job))) / "trial.json").exists()
     assert results_of(job) == results_of(whole)
     assert not [path for path in store_of(job).folder.rglob(".*") if path.is_file()]
