@@ -24,6 +24,11 @@ multiprocessing.set_forkserver_preload(
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Else pytest-xdist begins with the files of most tests and leaves those of Ray to the end.
+    config.option.loadscopereorder = False
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Deals the tests to processes: those that start Ray to one, of the others whole files."""
     # Here, since xdist may read the groups before another hook sees all tests together.
@@ -31,7 +36,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ray's start is mostly waiting, so these tests come first."""
+    """Those that start Ray wait a lot and take longest, so they come first."""
     items.sort(key=lambda item: not _starts_ray(item))
 
 

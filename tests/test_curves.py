@@ -49,7 +49,8 @@ def test_a_spread_is_mean_and_sample_deviation(values: list[float | None]) -> No
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return write_sweep(tmp_path_factory.mktemp("sweep"))
+    small = {"a.weight": (32, 8), "b.weight": (8, 16), "c.weight": (4, 8)}
+    return write_sweep(tmp_path_factory.mktemp("sweep"), shapes=small)
 
 
 @pytest.fixture
