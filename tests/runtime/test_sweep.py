@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 
 from gbp_ray.api import sweep
@@ -80,22 +81,45 @@ def measured(storage: Path | str) -> dict[str, list[tuple[Any, ...]]]:
     return found
 
 
+def start(job_file: Path) -> subprocess.Popen[bytes]:
+    """Starts a sweep as a process of its own, which knows that it is the driver."""
+    command = [sys.executable, "-m", "gbp_ray", "sweep", str(job_file)]
+    return subprocess.Popen(
+        ["sh", "-c", 'GBP_RAY_TEST_DRIVER=$$ exec "$@"', "sh", *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
 @pytest.mark.ray
-def test_a_sweep_from_end_to_end(job_file: Path) -> None:
-    flag = str(job_file.parent / "flag")
+def test_a_sweep_killed_and_run_again_ends_with_the_records_of_its_trials_alone(
+    job_file: Path,
+) -> None:
+    flag = job_file.parent / "flag"
+    sound, raises, dies_once = {}, {"fault": "raises"}, {"fault": "dies once", "flag": str(flag)}
     space = {
         "prune.criterion": ["magnitude", "taylor"],
-        "workload.options": [{}, {"fault": "raises"}, {"fault": "dies once", "flag": flag}],
+        "workload.options": [dies_once, sound, raises],
         "prune.sparsity": [0.5, 0.9],
     }
-    result = sweep(job_file, {"sweep.space": space}, is_quiet=True)
-    assert Path(flag).exists(), "no process ever died"
+    job_file.write_text(JOB + tomli_w.dumps({"sweep": {"space": space}}))
+    process = start(job_file)
+    while not measured("gbp-results") and process.poll() is None:
+        time.sleep(0.05)
+    # The driver alone; what it started is to find out by itself.
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert flag.exists(), "no process ever died"
+    num_before = len(measured("gbp-results"))
+    assert 0 < num_before < 8, "killed too early or too late to tell anything"
+
+    result = sweep(job_file, is_quiet=True)
     by_state = {state: result.by_state(state) for state in ("finished", "stopped", "failed")}
     assert [len(outcomes) for outcomes in by_state.values()] == [8, 0, 4]
+    assert 0 < result.num_new <= 12 - num_before
     # In the order of the space, whatever ended first.
-    assert [o.trial_id for o in result.outcomes] == [
-        trial_id(job) for job in expand(load_job(job_file, {"sweep.space": space}))
-    ]
+    jobs = expand(load_job(job_file))
+    assert [outcome.trial_id for outcome in result.outcomes] == [trial_id(job) for job in jobs]
     for outcome in by_state["failed"]:
         assert "ZeroDivisionError: the data ran out of luck" in outcome.cause
         record = Store("gbp-results", "tiny").read_failure(outcome.trial_id)
@@ -108,51 +132,22 @@ def test_a_sweep_from_end_to_end(job_file: Path) -> None:
     assert json.loads(json.dumps(described)) == described
     assert [line["num_seeds"] for line in described["summary"]] == [1] * 8
 
+    # Each trial alone, without Ray and without anything shared.
+    whole = str(job_file.parent / "whole")
+    add_import_paths([str(job_file.parent)])
+    for job in expand(load_job(job_file, {"storage": whole})):
+        if job.workload.options != raises:
+            work_trial(job, Ranks())
+            finish_trial(job, Store(whole, job.name), 0.0)
+    assert measured("gbp-results") == measured(whole)
+
     # What went wrong before is tried again, nothing else is.
     started = time.monotonic()
-    again = sweep(job_file, {"sweep.space": space | {"workload.options": [{}]}}, is_quiet=True)
+    fine = {"sweep.space": space | {"workload.options": [sound]}}
+    again = sweep(job_file, fine, is_quiet=True)
     assert time.monotonic() - started < 5
     assert again.num_new == 0
     assert {outcome.state for outcome in again.outcomes} == {"finished"}
     # What ails all of them is said once, and nothing starts.
     with pytest.raises(WorkloadError, match="out of luck"):
-        sweep(job_file, {"sweep.space": {}, "workload.options": {"fault": "raises"}} | CRITERION)
-
-
-SETTINGS = [
-    "sweep.space.seed=[0, 1]",
-    "sweep.space.prune.criterion=['taylor', 'magnitude']",
-    "prune.sparsity=0.9",
-    "pretrain.epochs=2",
-]
-
-
-def command(storage: Path) -> list[str]:
-    settings = [f"--set={setting}" for setting in (*SETTINGS, f"storage={storage}")]
-    return [sys.executable, "-m", "gbp_ray", "sweep", "job.toml", "--json", *settings]
-
-
-@pytest.mark.ray
-def test_a_sweep_killed_at_any_moment_ends_with_the_same_records(job_file: Path) -> None:
-    # Each trial alone, without Ray and without anything shared.
-    whole = str(job_file.parent / "whole")
-    add_import_paths([str(job_file.parent)])
-    for job in expand(load_job(job_file, [*SETTINGS, f"storage={whole}"])):
-        work_trial(job, Ranks())
-        finish_trial(job, Store(whole, job.name), 0.0)
-    killed = job_file.parent / "killed"
-    process = subprocess.Popen(
-        command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not list(killed.glob("*/trials/*/trial.json")) and process.poll() is None:
-        time.sleep(0.05)
-    # The driver alone; what it started is to find out by itself.
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert 0 < len(measured(killed)) < 4, "killed too early or too late to tell anything"
-    again = subprocess.run(command(killed), capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    told = json.loads(again.stdout)
-    assert told["num_finished"] == 4
-    assert 0 < told["num_new"] < 4
-    assert measured(killed) == measured(whole)
+        sweep(job_file, {"sweep.space": {}, "workload.options": raises} | CRITERION)
