@@ -41,8 +41,9 @@ _TIMEOUTS_S = (5.0, 60.0)
 _POLL_S = 0.5
 _CHECKS_S = 90.0
 """How long a job may take to start before a submission is left alone: a node may have to come."""
-_AGENT_S = 30.0
-"""How long a head that does not take jobs yet is asked again."""
+_AGENT_S = 120.0
+"""How long a head that does not take jobs yet is asked again: half a minute is not enough for one
+that has just started on a machine with much to do."""
 _RETRY_S = 1.0
 _SILENCE_S = 20.0
 """How long a followed job may say nothing before the head is asked whether it still lives."""
@@ -214,6 +215,7 @@ class Head:
                         continue
                     # A head that has just started takes a while to take jobs.
                     if "No available agent" in str(error) and time.monotonic() < deadline:
+                        time.sleep(_RETRY_S)
                         continue
                     raise
             return self.state(name), True

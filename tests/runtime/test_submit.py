@@ -127,7 +127,10 @@ def test_of_two_that_submit_at_once_one_is_told_of_the_other(
     assert len(head.jobs) == 1
 
 
-def test_a_head_that_has_just_started_is_asked_again(head: FakeHead) -> None:
+def test_a_head_that_has_just_started_is_asked_again(
+    head: FakeHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit, "_RETRY_S", 0.01)
     head.num_without_agent = 3
     calls: list[int] = []
     _, is_new = Head(head.address).send(submission(), lambda: calls.append(1))
