@@ -41,9 +41,11 @@ _TIMEOUTS_S = (5.0, 60.0)
 _POLL_S = 0.5
 _CHECKS_S = 90.0
 """How long a job may take to start before a submission is left alone: a node may have to come."""
-_AGENT_S = 120.0
-"""How long a head that does not take jobs yet is asked again: half a minute is not enough for one
-that has just started on a machine with much to do."""
+_AGENT_S = 60.0
+"""How long a head that does not take jobs yet is asked again: half a minute is not always enough
+for one that has just started."""
+_NO_AGENT = "No available agent"
+"""What Ray 2.60 says where no node's agent answers the head."""
 _RETRY_S = 1.0
 _SILENCE_S = 20.0
 """How long a followed job may say nothing before the head is asked whether it still lives."""
@@ -214,7 +216,7 @@ class Head:
                     if "already exists" in str(error):
                         continue
                     # A head that has just started takes a while to take jobs.
-                    if "No available agent" in str(error) and time.monotonic() < deadline:
+                    if _NO_AGENT in str(error) and time.monotonic() < deadline:
                         time.sleep(_RETRY_S)
                         continue
                     raise
@@ -510,6 +512,12 @@ def _explain_answer(text: str) -> str:
     last = lines[-1].rstrip(".") if lines else "no word"
     if "404" in text and "version" in text.lower():
         return "what answers there is not the head of a Ray cluster; give its dashboard's address"
+    if _NO_AGENT in text:
+        return (
+            "the head takes no jobs, as no node's agent answers it; try again if it has just "
+            "started; another Ray on its machine may have taken the agent's port 52365: end that, "
+            "or start the head with --dashboard-agent-listen-port"
+        )
     if "does not exist" in text:
         return "the cluster does not know the job; it may have been started anew since"
     return f"the head refuses: {last}; the dashboard's log on the head may say more"
