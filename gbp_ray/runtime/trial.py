@@ -37,7 +37,6 @@ from gbp_ray.runtime.mailbox import Relay
 from gbp_ray.runtime.placement import pretend_cpus, worker_resources
 from gbp_ray.runtime.progress import ProgressBoard, Tick
 from gbp_ray.runtime.watch import Standstill, Watch
-from gbp_ray.runtime.worker import work_trial
 from gbp_ray.store import RoundRecord, Store
 from gbp_ray.workload import add_import_paths
 
@@ -237,6 +236,9 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
 
     A bad input stays bad: returning it spares the restarts that a raised error would trigger.
     """
+    # Here, since Ray's controller of the workers loads this module, too, and does without a second.
+    from gbp_ray.runtime.worker import work_trial
+
     with contextlib.suppress(OSError):
         os.chdir(config["working_folder"])
     add_import_paths(config["import_paths"])
