@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from shell import Shell
 
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+# Ray's workers give way to everything else, and its tests, which take longest, would wait.
+os.environ.setdefault("RAY_worker_niceness", "0")
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
 # Ranks are forked from a server that imports this once. It silently leaves out what it cannot
 # import, and it looks for installed modules alone: a test's own would be left out.
