@@ -129,12 +129,15 @@ def test_what_a_sweep_and_shards_add_is_checked_and_refused_too(storage: str) ->
             read_besides()
         store.objects.put(key, good[key])
     # Found all at once; but a damaged record hides what is wrong with its files.
-    records = {key for key in names if key.endswith(("round.json", "ed.json", "failure.json"))}
+    kinds = ("/round.json", "/failure.json", "/stopped.json", "/shared.json")
+    records = {key for key in names if key.endswith(kinds)}
     for damaged in (names - records, records):
         for key in damaged:
             store.objects.put(key, bytes(bad[key]))
-        found = {uri for uri, _ in find_faults(store.uri).faults}
-        assert {store.objects.uri_of(key) for key in damaged} <= found
+        for place, prefix in ((store.uri, ""), (store.trial_uri(broken), "trials/")):
+            found = {uri for uri, _ in find_faults(place).faults}
+            wanted = {store.objects.uri_of(key) for key in damaged if key.startswith(prefix)}
+            assert wanted <= found
         for key in damaged:
             store.objects.put(key, good[key])
     assert find_faults(store.uri).faults == []

@@ -236,7 +236,7 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
 
     A bad input stays bad: returning it spares the restarts that a raised error would trigger.
     """
-    # Here, since Ray's controller of the workers loads this module, too, and does without a second.
+    # Here, since Ray's controller of the workers loads this module, too: it saves a second there.
     from gbp_ray.runtime.worker import work_trial
 
     with contextlib.suppress(OSError):
