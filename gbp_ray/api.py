@@ -330,8 +330,9 @@ def sweep(
         if first is not None:
             feeder.put_back(first)
             store.preflight()
-            # What ails all trials is better said once; the others are checked as they start.
-            check_job(first, load_workload(first.workload, first.seed))
+            if not feeder.outcomes:
+                # What ails all trials is better said once; the others are checked as they start.
+                check_job(first, load_workload(first.workload, first.seed))
             _warn_of_shadowed_modules(first, import_paths, stacklevel=3)
             store.claim(first)
             # Ray takes seconds to import, and a sweep that has ended does not need it.

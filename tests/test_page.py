@@ -99,7 +99,7 @@ def report(sweep: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """What a report of takes little time."""
+    """A sweep whose report takes little time."""
     return write_sweep(
         tmp_path_factory.mktemp("small"),
         criteria=("taylor", "random"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
+from shell import Shell
+from small_sweeps import run_alone, start_sweep
 
 from gbp_ray.api import sweep
 from gbp_ray.config import expand, load_job, trial_id
@@ -63,6 +64,9 @@ def job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "digits_of_a_test.py").write_text(WORKLOAD)
     (tmp_path / "job.toml").write_text(JOB)
     monkeypatch.chdir(tmp_path)
+    # The next test's module is another one of this name.
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "digits_of_a_test", raising=False)
     monkeypatch.setenv("GBP_RAY_TEST_DRIVER", str(os.getpid()))
     return tmp_path / "job.toml"
 
@@ -81,39 +85,49 @@ def measured(storage: Path | str) -> dict[str, list[tuple[Any, ...]]]:
     return found
 
 
-def start(job_file: Path) -> subprocess.Popen[bytes]:
-    """Starts a sweep as a process of its own, which knows that it is the driver."""
-    command = [sys.executable, "-m", "gbp_ray", "sweep", str(job_file)]
-    return subprocess.Popen(
-        ["sh", "-c", 'GBP_RAY_TEST_DRIVER=$$ exec "$@"', "sh", *command],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+def test_what_ails_the_rest_of_a_sweep_does_not_refuse_it(
+    job_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_import_paths([str(job_file.parent)])
+    run_alone(job_file, "gbp-results", **CRITERION)
+    left = []
+
+    def run_sweep(job: Any, feeder: Any, *arguments: Any, **options: Any) -> None:
+        left.append(feeder.next().workload.options)
+
+    monkeypatch.setattr("gbp_ray.runtime.sweep.run_sweep", run_sweep)
+    raises = {"fault": "raises"}
+    space = {"sweep.space": {"workload.options": [{}, raises]}} | CRITERION
+    (outcome,) = sweep(job_file, space, is_quiet=True).outcomes
+    assert outcome.state == "finished"
+    assert left == [raises]
 
 
 @pytest.mark.ray
 def test_a_sweep_killed_and_run_again_ends_with_the_records_of_its_trials_alone(
-    job_file: Path,
+    job_file: Path, shell: Shell
 ) -> None:
     flag = job_file.parent / "flag"
     sound, raises, dies_once = {}, {"fault": "raises"}, {"fault": "dies once", "flag": str(flag)}
+    # What is sound comes first, so that a process dies in the sweep that nobody kills.
     space = {
+        "workload.options": [sound, raises, dies_once],
         "prune.criterion": ["magnitude", "taylor"],
-        "workload.options": [dies_once, sound, raises],
         "prune.sparsity": [0.5, 0.9],
     }
     job_file.write_text(JOB + tomli_w.dumps({"sweep": {"space": space}}))
-    process = start(job_file)
+    process = start_sweep(job_file, "gbp-results")
     while not measured("gbp-results") and process.poll() is None:
         time.sleep(0.05)
     # The driver alone; what it started is to find out by itself.
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert flag.exists(), "no process ever died"
     num_before = len(measured("gbp-results"))
     assert 0 < num_before < 8, "killed too early or too late to tell anything"
+    flag.unlink(missing_ok=True)
 
     result = sweep(job_file, is_quiet=True)
+    assert flag.exists(), "no process ever died"
     by_state = {state: result.by_state(state) for state in ("finished", "stopped", "failed")}
     assert [len(outcomes) for outcomes in by_state.values()] == [8, 0, 4]
     assert 0 < result.num_new <= 12 - num_before
@@ -134,7 +148,6 @@ def test_a_sweep_killed_and_run_again_ends_with_the_records_of_its_trials_alone(
 
     # Each trial alone, without Ray and without anything shared.
     whole = str(job_file.parent / "whole")
-    add_import_paths([str(job_file.parent)])
     for job in expand(load_job(job_file, {"storage": whole})):
         if job.workload.options != raises:
             work_trial(job, Ranks())
@@ -143,11 +156,10 @@ def test_a_sweep_killed_and_run_again_ends_with_the_records_of_its_trials_alone(
 
     # What went wrong before is tried again, nothing else is.
     started = time.monotonic()
-    fine = {"sweep.space": space | {"workload.options": [sound]}}
-    again = sweep(job_file, fine, is_quiet=True)
+    again = shell.json("sweep", "job.toml", "--set=sweep.space.workload.options=[{}]")
     assert time.monotonic() - started < 5
-    assert again.num_new == 0
-    assert {outcome.state for outcome in again.outcomes} == {"finished"}
+    assert (again["num_new"], again["num_finished"]) == (0, 4)
+    assert (again["num_stopped"], again["num_failed"]) == (0, 0)
     # What ails all of them is said once, and nothing starts.
     with pytest.raises(WorkloadError, match="out of luck"):
         sweep(job_file, {"sweep.space": {}, "workload.options": raises} | CRITERION)
