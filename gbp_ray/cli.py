@@ -6,6 +6,8 @@ done, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 143 by a termination signal.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import shlex
 import signal
@@ -298,9 +300,12 @@ def make_report(
 
       gbp-ray report s3://bucket/prefix/my-job --to my-report --where rounds=5
     """
+    from gbp_ray.gallery import count_spare_processes
     from gbp_ray.page import write_report
 
-    report = write_report(uri, to, conditions=conditions or ())
+    report = write_report(
+        uri, to, conditions=conditions or (), num_processes=count_spare_processes()
+    )
     if as_json:
         print_json({**asdict(report), "page": str(report.page)})
         return
@@ -471,6 +476,8 @@ def collect_garbage(
 def main() -> None:
     """Runs the command line and exits with the code that tells what happened."""
     signal.signal(signal.SIGTERM, _raise_terminated)
+    # A last collection would walk over all that was imported and read, to free it at the end.
+    atexit.register(gc.freeze)
     is_debug = "--debug" in sys.argv
     try:
         # Typer answers Ctrl-C by returning the code that it would have exited with.

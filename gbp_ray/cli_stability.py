@@ -86,6 +86,7 @@ def show_stability(
     """
     sizes = _read_sizes(examples)
     # torch and matplotlib take seconds to import; --help and a mistyped option should not.
+    from gbp_ray.drawing import render_png
     from gbp_ray.stability import measure_stability
     from gbp_ray.stability_plot import plot_stability
 
@@ -109,7 +110,7 @@ def show_stability(
         ).to_dict()
     _write(Path(to), {
         "stability.json": json.dumps(found, indent=1).encode() + b"\n",
-        "stability.png": plot_stability(found).png,
+        "stability.png": render_png(plot_stability(found)),
     })  # fmt: skip
     if as_json:
         print_json({**found, "folder": to})

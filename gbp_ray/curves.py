@@ -14,9 +14,11 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from gbp_ray.config import CRITERIA
 from gbp_ray.results import Results
@@ -32,6 +34,8 @@ __all__ = [
     "gather_curves",
     "has_own_schedule",
     "pick_targets",
+    "write_percent",
+    "write_spread",
 ]
 
 _SPARSITY, _CRITERION = "prune.sparsity", "prune.criterion"
@@ -52,7 +56,8 @@ class Spread(NamedTuple):
         known = [value for value in values if value is not None and math.isfinite(value)]
         if not known:
             return None
-        deviation = statistics.stdev(known) if len(known) > 1 else None
+        # Not in fractions, as statistics.stdev is: there are thousands of these to take.
+        deviation = float(np.std(known, ddof=1)) if len(known) > 1 else None
         return cls(statistics.fmean(known), deviation, len(known))
 
 
@@ -449,3 +454,23 @@ def _num_workers(value: int | str | None) -> int:
     """Reads how many workers a trial had; of a range, which the index holds as text, the most."""
     most = json.loads(value)[-1] if isinstance(value, str) else value
     return max(1, most or 0)
+
+
+def write_percent(spread: Spread | None) -> str:
+    """Writes a share as a percentage with its deviation."""
+    return write_spread(spread, lambda value: f"{100 * value:.2f}", 100) + (" %" if spread else "")
+
+
+def write_spread(
+    spread: Spread | None, write: Callable[[float], str], scale: float, *, is_quiet: bool = False
+) -> str:
+    """Writes a mean and its deviation; a quiet one is left out where it would read as zero."""
+    if spread is None:
+        return ""
+    if spread.deviation is None:
+        return write(spread.mean)
+    digits = len(write(spread.mean).rstrip("x").rpartition(".")[2])
+    deviation = f"{scale * spread.deviation:.{digits}f}"
+    if is_quiet and not float(deviation):
+        return write(spread.mean)
+    return f"{write(spread.mean)} ± {deviation}"

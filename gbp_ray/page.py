@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,20 +22,28 @@ from typing import Any
 
 import jinja2
 import tomli_w
-from markupsafe import Markup
 
-from gbp_ray import __version__, plots
+from gbp_ray import __version__
 from gbp_ray.checklist import Check, answer_checklist
 from gbp_ray.closeup import CloseUp, look_closely
 from gbp_ray.config import JobConfig, load_job, trial_id
-from gbp_ray.curves import Curve, Point, Spread, Trial, WorkloadCurves, gather_curves, pick_targets
-from gbp_ray.drawing import Plot, style_curves
+from gbp_ray.curves import (
+    Curve,
+    Point,
+    Trial,
+    WorkloadCurves,
+    gather_curves,
+    write_percent,
+    write_spread,
+)
 from gbp_ray.errors import ConfigError, StoreError
+from gbp_ray.gallery import PageFigure, draw_figures
 from gbp_ray.index import map_in_threads
 from gbp_ray.lease import is_held
 from gbp_ray.results import Results, read_results
 from gbp_ray.store import Store, locate_jobs
-from gbp_ray.trial_page import PageFigure, make_trial_page
+from gbp_ray.trial_page import make_trial_page
+from gbp_ray.workload_figures import sketch_workload
 
 __all__ = ["Report", "write_report"]
 
@@ -100,7 +108,11 @@ class Unfinished:
 
 
 def write_report(
-    uri: str | Path, to: str | Path = "gbp-report", *, conditions: Sequence[str] = ()
+    uri: str | Path,
+    to: str | Path = "gbp-report",
+    *,
+    conditions: Sequence[str] = (),
+    num_processes: int = 1,
 ) -> Report:
     """Writes a report on the finished trials of a storage, a job or one trial.
 
@@ -109,6 +121,8 @@ def write_report(
         to: The folder that receives `index.html` and the files beside it. It may hold an earlier
             report, which is replaced, and nothing else.
         conditions: Keeps the trials whose last round meets them, as `Results.where` reads them.
+        num_processes: Draws figures in as many processes, which are forked if more than one: only
+            for a program without threads that hold locks.
 
     Raises:
         ConfigError: A condition is none, or the folder is no place for a report.
@@ -116,7 +130,7 @@ def write_report(
     """
     folder = _check_folder(to)
     with _uncollected():
-        return _write_report(uri, folder, conditions)
+        return _write_report(uri, folder, conditions, num_processes)
 
 
 @contextlib.contextmanager
@@ -131,7 +145,9 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _write_report(uri: str | Path, folder: Path, conditions: Sequence[str]) -> Report:
+def _write_report(
+    uri: str | Path, folder: Path, conditions: Sequence[str], num_processes: int
+) -> Report:
     stores, only = locate_jobs(uri)
     everything = read_results(uri, stores, only)
     results = everything.ending_with(*conditions)
@@ -155,8 +171,9 @@ def _write_report(uri: str | Path, folder: Path, conditions: Sequence[str]) -> R
             num_unfinished=num_unfinished,
         )
         section = Section(number, curves, checks)
-        _fill_section(section, by_name, files, left_out)
-        _add_trial_pages(section, by_name, files, left_out, made, is_alone=only is not None)
+        _fill_section(section, by_name, files, left_out, num_processes)
+        is_alone = only is not None
+        _add_trial_pages(section, by_name, files, left_out, made, is_alone, num_processes)
         sections.append(section)
     left_out = list(dict.fromkeys(left_out))
     names = sorted([_PAGE, *files])
@@ -239,39 +256,19 @@ def _list_versions(results: Results) -> list[str]:
 
 
 def _fill_section(
-    section: Section, stores: Mapping[str, Store], files: dict[str, bytes], left_out: list[str]
+    section: Section,
+    stores: Mapping[str, Store],
+    files: dict[str, bytes],
+    left_out: list[str],
+    num_processes: int,
 ) -> None:
     curves = section.curves
-    styles = style_curves(curves.curves)
-    salt = f"w{section.number}"
     section.close_ups, omitted = look_closely(curves, stores)
     left_out += omitted
-    targets = [close_up.target for close_up in section.close_ups]
-    targets = targets or pick_targets(curves.curves, 3)
-
-    def add(name: str, title: str, plot: Plot | None, alt: str, caption: str) -> None:
-        if plot is not None:
-            file = f"{name}.png" if section.number == 1 else f"{name}-{section.number}.png"
-            files[file] = plot.png
-            # Made by this package, with every name in it escaped.
-            wide, narrow = Markup(plot.wide), Markup(plot.narrow)
-            section.figures.append(PageFigure(file, title, alt, caption, wide, narrow))
-
-    words = _word_figures(curves, targets)
-    plot: Plot | None = plots.plot_accuracy(curves, styles, salt)
-    add("accuracy", "Accuracy against sparsity", plot, *words["accuracy"])
-    plot = plots.plot_tradeoffs(curves, styles, salt)
-    add("tradeoffs", "Accuracy against size and arithmetic", plot, *words["tradeoffs"])
-    plot = plots.plot_rounds(curves, targets, styles, salt)
-    add("rounds", "Training over the rounds", plot, *words["rounds"])
-    if section.close_ups:
-        plot = plots.plot_layers(section.close_ups, styles, salt)
-        add("layers", "Sparsity by layer", plot, *words["layers"])
-    if any(close_up.overlaps for close_up in section.close_ups):
-        plot = plots.plot_overlaps([c for c in section.close_ups if c.overlaps], salt)
-        add("overlaps", "Overlap of the masks", plot, *words["overlaps"])
-    plot = plots.plot_cost(curves, targets, salt)
-    add("cost", "Cost of each point", plot, *words["cost"])
+    sketches = sketch_workload(curves, section.close_ups, f"w{section.number}")
+    suffix = "" if section.number == 1 else f"-{section.number}"
+    section.figures = draw_figures(sketches, lambda name: f"{name}{suffix}.png", num_processes)
+    files |= {figure.name: figure.png for figure in section.figures}
 
     pairs = [(curve, point) for curve in curves.curves for point in curve.points]
     front = {id(point) for _, point in curves.front}
@@ -301,8 +298,8 @@ def _add_trial_pages(
     files: dict[str, bytes],
     left_out: list[str],
     made: str,
-    *,
     is_alone: bool,
+    num_processes: int,
 ) -> None:
     """Makes the pages of the trials that were explained, and of one that was asked for alone."""
     explained = {
@@ -313,11 +310,15 @@ def _add_trial_pages(
     wanted = [t for _, t in section.trials if is_alone or (t.job, t.trial_id) in explained]
     if len(wanted) > _MOST_PAGES:
         left_out.append(f"pages of {len(wanted) - _MOST_PAGES} of {len(wanted)} explained trials")
+    if not wanted:
+        return
     template = _template("trial.html.j2")
     for trial in wanted[:_MOST_PAGES]:
         stem = f"trials/{trial.job}-{trial.trial_id}"
         try:
-            made_files = make_trial_page(stores[trial.job], trial.trial_id, stem, made, template)
+            made_files = make_trial_page(
+                stores[trial.job], trial.trial_id, stem, made, template, num_processes
+            )
         except StoreError as error:
             if type(error) is not StoreError:
                 # A storage that does not answer is no fault of the results.
@@ -385,86 +386,6 @@ def _make_recipe(
     return Recipe(curve.label, file, text), job
 
 
-# -- words of the figures --------------------------------------------------------------------------
-
-
-def _word_figures(curves: WorkloadCurves, targets: Sequence[float]) -> dict[str, tuple[str, str]]:
-    """Says of each figure what it shows (for those who cannot see it) and how to read it."""
-    judged = curves.judged_on.capitalize()
-    names = ", ".join(curve.label for curve in curves.curves[:8])
-    more = len(curves.curves) - 8
-    names += f" and {more} more" if more > 0 else ""
-    best = []
-    for target in targets:
-        points = [(c.label, p) for c in curves.curves if (p := c.at(target))]
-        if points:
-            label, point = max(points, key=lambda pair: pair[1].accuracy.mean)
-            best.append(f"{label} with {_percent(point.accuracy)} at sparsity {100 * target:.4g} %")
-    found = f"Best: {'; '.join(best)}. Dense: {_percent(curves.dense)}."
-    is_spread = any(p.accuracy.num > 1 for c in curves.curves for p in c.points)
-    spread = (
-        "Bars are one sample standard deviation over seeds."
-        if is_spread
-        else "One seed: there are no deviations to show."
-    )
-    on_the_way = [curve for curve in curves.curves if curve.on_the_way]
-    way = ""
-    if on_the_way:
-        own = [curve.has_own_schedules for curve in on_the_way]
-        way = (
-            " Hollow marks are earlier rounds of the sparsest trials"
-            + (
-                ", each with a learning-rate schedule of its own: comparable, though pruned in "
-                "fewer rounds."
-                if all(own)
-                else ", measured before the learning rate had come down: lower bounds, not "
-                "comparable with last rounds."
-                if not any(own)
-                else "; comparable only where each round has a learning-rate schedule of its own."
-            )
-            + " They are no part of the front."
-        )
-    front = (
-        " Rings mark the Pareto front: no other point is as sparse and as accurate."
-        if len(curves.front) > 1
-        else ""
-    )
-    at = ", ".join(f"{100 * target:.4g} %" for target in targets)
-    return {
-        "accuracy": (
-            f"{judged} accuracy against sparsity of {names}. {found}",
-            f"{spread}{front}{way}",
-        ),
-        "tradeoffs": (
-            f"{judged} accuracy against compression and theoretical speed-up of {names}. {found}",
-            "Compression counts every parameter of the model; the speed-up counts multiply-adds "
-            f"and is theory, not a measured time. {spread}",
-        ),
-        "rounds": (
-            f"{judged} accuracy and loss after each round of {names}, for trials to sparsity {at}.",
-            "Lines are means over seeds, bands one sample standard deviation. Dotted: accuracy "
-            "before the round's fine-tuning; training loss of the fine-tuning.",
-        ),
-        "layers": (
-            f"Sparsity of each layer after the last round of {names}, at sparsity {at}; the "
-            "numbers are in the table below.",
-            "Layers from the input, top, to the output; means over seeds.",
-        ),
-        "overlaps": (
-            f"Matrix of the overlap of kept weights between {names}, at sparsity {at}; the numbers "
-            "are in the table below.",
-            "Kept weights in common over those that either keeps. Off the diagonal: two curves, "
-            "the same seed. On it: two seeds of one curve. The table gives the overlap of random "
-            "masks with the same layers' sparsities beside it.",
-        ),
-        "cost": (
-            f"Worker-seconds by phase of each point of {names}.",
-            "Seconds of each phase on record, over all rounds, times the workers; the mean over "
-            "seeds. Start-up and waiting are not in it.",
-        ),
-    }
-
-
 # -- the page --------------------------------------------------------------------------------------
 
 
@@ -477,11 +398,13 @@ def _template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": _percent,
-        "points": lambda spread: _spread(spread, lambda value: f"{100 * value:+.2f}", 100),
-        "times": lambda spread: _spread(spread, lambda v: f"{v:.2f}x", 1, is_quiet=True),
-        "sparsity": lambda spread: _spread(spread, lambda v: f"{100 * v:.2f}", 100, is_quiet=True),
-        "plain": lambda spread: _spread(spread, lambda value: f"{value:.4f}", 1),
+        "percent": write_percent,
+        "points": lambda spread: write_spread(spread, lambda value: f"{100 * value:+.2f}", 100),
+        "times": lambda spread: write_spread(spread, lambda v: f"{v:.2f}x", 1, is_quiet=True),
+        "sparsity": lambda spread: write_spread(
+            spread, lambda v: f"{100 * v:.2f}", 100, is_quiet=True
+        ),
+        "plain": lambda spread: write_spread(spread, lambda value: f"{value:.4f}", 1),
         "seconds": lambda spread: f"{spread.mean:,.1f}",
         "share": lambda value: f"{100 * value:.4g} %",
         "percent_of": lambda value: f"{100 * value:.2f}",
@@ -499,26 +422,6 @@ def _find_within_a_point(curves: WorkloadCurves) -> tuple[Curve, Point] | None:
     """Finds the sparsest point that loses no more than a percentage point of accuracy."""
     pairs = [(c, p) for c in curves.curves for p in c.points if p.drop.mean >= -0.01]
     return max(pairs, key=lambda pair: pair[1].sparsity.mean) if pairs else None
-
-
-def _percent(spread: Spread | None) -> str:
-    """Writes a share as a percentage with its deviation."""
-    return _spread(spread, lambda value: f"{100 * value:.2f}", 100) + (" %" if spread else "")
-
-
-def _spread(
-    spread: Spread | None, write: Callable[[float], str], scale: float, *, is_quiet: bool = False
-) -> str:
-    """Writes a mean and its deviation; a quiet one is left out where it would read as zero."""
-    if spread is None:
-        return ""
-    if spread.deviation is None:
-        return write(spread.mean)
-    digits = len(write(spread.mean).rstrip("x").rpartition(".")[2])
-    deviation = f"{scale * spread.deviation:.{digits}f}"
-    if is_quiet and not float(deviation):
-        return write(spread.mean)
-    return f"{write(spread.mean)} ± {deviation}"
 
 
 # -- the folder ------------------------------------------------------------------------------------

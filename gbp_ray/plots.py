@@ -22,11 +22,10 @@ from gbp_ray.drawing import (
     PAPER,
     QUIET,
     SERIES,
-    Plot,
+    Drawing,
     Style,
     add_panels,
     make_handle,
-    render_plot,
     shorten_name,
 )
 
@@ -48,7 +47,7 @@ _MOST_CURVES, _MOST_LAYER_NAMES, _MOST_BARS = 60, 40, 40
 # -- accuracy --------------------------------------------------------------------------------------
 
 
-def plot_accuracy(curves: WorkloadCurves, styles: dict[str, Style], salt: str) -> Plot:
+def plot_accuracy(curves: WorkloadCurves, styles: dict[str, Style], salt: str) -> Drawing:
     """Plots accuracy against sparsity: all of it, and what is close to the dense network."""
     shown = _most_telling(curves)
     lowest = min(p.accuracy.mean for c in shown for p in c.points)
@@ -108,10 +107,10 @@ def plot_accuracy(curves: WorkloadCurves, styles: dict[str, Style], salt: str) -
                 ax.set_title("All")
         return figure
 
-    return render_plot(draw, f"{salt}-accuracy")
+    return Drawing(draw, f"{salt}-accuracy")
 
 
-def plot_tradeoffs(curves: WorkloadCurves, styles: dict[str, Style], salt: str) -> Plot:
+def plot_tradeoffs(curves: WorkloadCurves, styles: dict[str, Style], salt: str) -> Drawing:
     """Plots accuracy against compression and against the theoretical speed-up."""
     shown = _most_telling(curves)
     measures = {"compression, parameters before / left": _compression_depth}
@@ -136,12 +135,12 @@ def plot_tradeoffs(curves: WorkloadCurves, styles: dict[str, Style], salt: str) 
             ax.set_ylabel(f"{curves.judged_on} accuracy, %")
         return figure
 
-    return render_plot(draw, f"{salt}-tradeoffs")
+    return Drawing(draw, f"{salt}-tradeoffs")
 
 
 def plot_rounds(
     curves: WorkloadCurves, targets: Sequence[float], styles: dict[str, Style], salt: str
-) -> Plot | None:
+) -> Drawing | None:
     """Plots accuracy and loss over the rounds, for some sparsities; None where none has two."""
     panels = [
         (target, [(c, point) for c in _most_telling(curves) if (point := c.at(target))])
@@ -171,13 +170,13 @@ def plot_rounds(
                 ax.set_ylabel(f"{curves.judged_on} {what}")
         return figure
 
-    return render_plot(draw, f"{salt}-rounds")
+    return Drawing(draw, f"{salt}-rounds")
 
 
 # -- close-ups -------------------------------------------------------------------------------------
 
 
-def plot_layers(close_ups: Sequence[CloseUp], styles: dict[str, Style], salt: str) -> Plot:
+def plot_layers(close_ups: Sequence[CloseUp], styles: dict[str, Style], salt: str) -> Drawing:
     """Plots the sparsity of each layer, one panel per sparsity of the whole."""
     names = list(close_ups[0].layers)
     labels = list(
@@ -230,10 +229,10 @@ def plot_layers(close_ups: Sequence[CloseUp], styles: dict[str, Style], salt: st
             ax.set_xlabel("layer's sparsity, %")
         return figure
 
-    return render_plot(draw, f"{salt}-layers")
+    return Drawing(draw, f"{salt}-layers")
 
 
-def plot_overlaps(close_ups: Sequence[CloseUp], salt: str) -> Plot:
+def plot_overlaps(close_ups: Sequence[CloseUp], salt: str) -> Drawing:
     """Plots the overlap of masks between curves, and between seeds on the diagonal."""
     found = (name for c in close_ups for item in c.overlaps for name in (item.one, item.other))
     labels = list(dict.fromkeys(found))
@@ -278,10 +277,10 @@ def plot_overlaps(close_ups: Sequence[CloseUp], salt: str) -> Plot:
             ax.set_title(f"Sparsity {_percent(close_up.target)}, overlap in %")
         return figure
 
-    return render_plot(draw, f"{salt}-overlaps")
+    return Drawing(draw, f"{salt}-overlaps")
 
 
-def plot_cost(curves: WorkloadCurves, targets: Sequence[float], salt: str) -> Plot | None:
+def plot_cost(curves: WorkloadCurves, targets: Sequence[float], salt: str) -> Drawing | None:
     """Plots worker-seconds by phase for each point; None where none are on record."""
     pairs = [(curve, point) for curve in curves.curves for point in curve.points]
     if len(pairs) > _MOST_BARS:
@@ -341,7 +340,7 @@ def plot_cost(curves: WorkloadCurves, targets: Sequence[float], salt: str) -> Pl
         ax.set_xlabel("worker-seconds")
         return figure
 
-    return render_plot(draw, f"{salt}-cost")
+    return Drawing(draw, f"{salt}-cost")
 
 
 # -- pieces ----------------------------------------------------------------------------------------
@@ -350,16 +349,16 @@ def plot_cost(curves: WorkloadCurves, targets: Sequence[float], salt: str) -> Pl
 def _draw_spread(
     ax: Axes, points: Sequence[Point], style: Style, measure: Callable[[Point], float]
 ) -> None:
+    # A bar of no length would say that seeds agree where there is one of them.
+    is_spread = any(point.accuracy.deviation is not None for point in points)
     ax.errorbar(
         [measure(point) for point in points],
         [100 * point.accuracy.mean for point in points],
-        yerr=[100 * (point.accuracy.deviation or 0.0) for point in points],
+        yerr=[100 * (point.accuracy.deviation or 0.0) for point in points] if is_spread else None,
         color=style.colour,
         marker=style.marker,
         linestyle=style.dash,
         elinewidth=0.9,
-        capsize=2.2,
-        capthick=0.9,
         zorder=3,
     )
 

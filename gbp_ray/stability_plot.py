@@ -16,11 +16,10 @@ from gbp_ray.drawing import (
     INK,
     QUIET,
     SERIES,
-    Plot,
+    Drawing,
     Style,
     add_panels,
     make_handle,
-    render_plot,
     shorten_name,
 )
 
@@ -30,7 +29,7 @@ _MARKERS = ("o", "^", "D", "v", "P", "*")
 _MOST_LAYERS = 40
 
 
-def plot_stability(found: Mapping[str, Any]) -> Plot:
+def plot_stability(found: Mapping[str, Any]) -> Drawing:
     """Plots how the masks agree over samples of each size, and by layer; then over seeds."""
     samples: Mapping[str, Any] = found["samples"]
     styles = {
@@ -61,7 +60,7 @@ def plot_stability(found: Mapping[str, Any]) -> Plot:
         _draw_layers(next(places), layered, is_narrow)
         return figure
 
-    return render_plot(draw, "stability")
+    return Drawing(draw, "stability")
 
 
 def _draw_overlaps(

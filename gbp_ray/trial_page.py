@@ -6,40 +6,23 @@ the trial is for; what needs the network to be run comes from the findings of `g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from gbp_ray import __version__, trial_plots
-from gbp_ray.drawing import Plot
 from gbp_ray.errors import StoreError
 from gbp_ray.findings import Findings, read_findings
+from gbp_ray.gallery import Sketch, draw_figures
 from gbp_ray.records import RoundRecord, TrialRecord
 from gbp_ray.store import Store
 from gbp_ray.tensors import read_masks, read_weight
 
-__all__ = ["PageFigure", "make_trial_page"]
+__all__ = ["make_trial_page"]
 
 _WEIGHTS, _MASKS = "weights.safetensors", "masks.safetensors"
-
-
-@dataclass(frozen=True)
-class PageFigure:
-    """A figure of a page with what it says in words."""
-
-    name: str
-    title: str
-    alt: str
-    caption: str
-    wide: Markup
-    narrow: Markup
-
-
-_Add = Callable[[str, str, "Plot | None", str, str], None]
-"""(name, title, plot or None, what it shows, how to read it): puts a figure on the page."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +36,12 @@ class _LayerRow:
 
 
 def make_trial_page(
-    store: Store, trial_id: str, stem: str, made: str, template: jinja2.Template
+    store: Store,
+    trial_id: str,
+    stem: str,
+    made: str,
+    template: jinja2.Template,
+    num_processes: int,
 ) -> dict[str, bytes]:
     """Makes the page of a finished trial, and its figures as PNG.
 
@@ -61,6 +49,7 @@ def make_trial_page(
         stem: What the files are called, without a suffix, relative to the report.
         made: When, for the page's foot.
         template: Of the page.
+        num_processes: Draw the figures, as `gallery.draw_figures` says.
 
     Returns:
         File name to content, the page first.
@@ -76,32 +65,16 @@ def make_trial_page(
     # The findings may be of another round than the one that the trial is for.
     record = trial.chosen if found is None else trial.rounds[found.round]
     masks = _read_masks(store, trial_id, record)
-    files: dict[str, bytes] = {}
-    figures: list[PageFigure] = []
-
-    def add(name: str, title: str, plot: Plot | None, alt: str, caption: str) -> None:
-        if plot is not None:
-            file = f"{stem}-{name}.png"
-            files[file] = plot.png
-            wide, narrow = Markup(plot.wide), Markup(plot.narrow)
-            figures.append(PageFigure(file, title, alt, caption, wide, narrow))
-
     salt = f"t{len(stem)}"
+    sketches: list[Sketch] = []
     if found is not None:
         left_out += found.left_out
-        _add_differences(add, found, salt)
-    _add_living(add, masks, salt)
+        sketches += _sketch_differences(found, salt)
+    sketches += _sketch_living(masks, salt)
     if found is not None and found.layers:
-        add(
-            "saliency",
-            "Saliency by layer, before and after",
-            trial_plots.plot_saliency(found, salt),
-            f"Mean {found.criterion} saliency of a weight by layer: in the dense network, of those "
-            "kept there, and of those kept in the pruned network.",
-            "On a logarithmic axis, by the examples that the job was calibrated on. A layer whose "
-            "kept weights came to be worth more carries what its removed ones did.",
-        )
-    _add_filters(add, store, trial, record, masks, salt)
+        sketches.append(_sketch_saliency(found, salt))
+    sketches += _sketch_filters(store, trial, record, masks, salt)
+    figures = draw_figures(sketches, lambda name: f"{stem}-{name}.png", num_processes)
     page = template.render(
         version=__version__,
         made=made,
@@ -113,7 +86,8 @@ def make_trial_page(
         rows=[_describe_layer(name, mask) for name, mask in masks.items()],
         left_out=left_out,
     )
-    return {f"{stem}.html": page.encode(), **files}
+    pictures = {figure.name: figure.png for figure in figures}
+    return {f"{stem}.html": page.encode(), **pictures}
 
 
 def _read_masks(store: Store, trial_id: str, record: RoundRecord) -> dict[str, np.ndarray]:
@@ -141,13 +115,13 @@ def _describe_layer(name: str, mask: np.ndarray) -> _LayerRow:
 # -- figures ---------------------------------------------------------------------------------------
 
 
-def _add_differences(add: _Add, found: Findings, salt: str) -> None:
+def _sketch_differences(found: Findings, salt: str) -> Iterator[Sketch]:
     if found.classes:
         worst = min(
             found.classes, key=lambda c: (c.num_right_pruned - c.num_right_dense) / c.num_examples
         )
         points = 100 * (worst.num_right_pruned - worst.num_right_dense) / worst.num_examples
-        add(
+        yield Sketch(
             "classes",
             "Accuracy by class, dense and pruned",
             trial_plots.plot_classes(found, salt),
@@ -163,7 +137,7 @@ def _add_differences(add: _Add, found: Findings, salt: str) -> None:
                      found.agreement.items()]  # fmt: skip
             words = f" Mean cosine of the two networks' gradients: {', '.join(pairs)}."
         changed = sum(item.is_changed for item in found.examples)
-        add(
+        yield Sketch(
             "examples",
             "Examples that the pruned network sees differently",
             trial_plots.plot_examples(found, salt),
@@ -177,12 +151,12 @@ def _add_differences(add: _Add, found: Findings, salt: str) -> None:
         )
 
 
-def _add_living(add: _Add, masks: Mapping[str, np.ndarray], salt: str) -> None:
+def _sketch_living(masks: Mapping[str, np.ndarray], salt: str) -> Iterator[Sketch]:
     dead = 0
     for mask in masks.values():
         living = np.any(mask.reshape(mask.shape[0], -1), axis=1)
         dead += living.size - int(living.sum())
-    add(
+    yield Sketch(
         "living",
         "What lives in each layer",
         trial_plots.plot_living(masks, salt),
@@ -191,7 +165,7 @@ def _add_living(add: _Add, masks: Mapping[str, np.ndarray], salt: str) -> None:
         "A filter lives while any of its weights does, an input channel while any filter reads "
         f"it. {dead:,} filters are dead.",
     )
-    add(
+    yield Sketch(
         "links",
         "Which filter reads which input channel",
         trial_plots.plot_kept_links(masks, salt),
@@ -203,14 +177,25 @@ def _add_living(add: _Add, masks: Mapping[str, np.ndarray], salt: str) -> None:
     )
 
 
-def _add_filters(
-    add: _Add,
+def _sketch_saliency(found: Findings, salt: str) -> Sketch:
+    return Sketch(
+        "saliency",
+        "Saliency by layer, before and after",
+        trial_plots.plot_saliency(found, salt),
+        f"Mean {found.criterion} saliency of a weight by layer: in the dense network, of those "
+        "kept there, and of those kept in the pruned network.",
+        "On a logarithmic axis, by the examples that the job was calibrated on. A layer whose "
+        "kept weights came to be worth more carries what its removed ones did.",
+    )
+
+
+def _sketch_filters(
     store: Store,
     trial: TrialRecord,
     record: RoundRecord,
     masks: Mapping[str, np.ndarray],
     salt: str,
-) -> None:
+) -> Iterator[Sketch]:
     first = next(iter(masks), None)
     if first is None or masks[first].ndim != 4:
         return
@@ -222,7 +207,7 @@ def _add_filters(
     dense, pruned = pair
     if dense is None or pruned is None:
         return
-    add(
+    yield Sketch(
         "filters",
         "The first layer's filters",
         trial_plots.plot_first_filters(dense, pruned, masks[first], salt),

@@ -19,11 +19,10 @@ from gbp_ray.drawing import (
     INK,
     QUIET,
     SERIES,
-    Plot,
+    Drawing,
     Style,
     add_panels,
     make_handle,
-    render_plot,
     shorten_name,
 )
 from gbp_ray.findings import Findings
@@ -43,7 +42,7 @@ _MOST_CLASSES = 40
 Item = TypeVar("Item")
 
 
-def plot_living(masks: Mapping[str, np.ndarray], salt: str) -> Plot:
+def plot_living(masks: Mapping[str, np.ndarray], salt: str) -> Drawing:
     """Plots by layer which share of weights, filters and input channels live."""
     shown = _spread_out(list(masks), _MOST_LAYERS)
     measures = {
@@ -83,10 +82,10 @@ def plot_living(masks: Mapping[str, np.ndarray], salt: str) -> Plot:
         ax.set_xlabel("% of the layer")
         return figure
 
-    return render_plot(draw, f"{salt}-living")
+    return Drawing(draw, f"{salt}-living")
 
 
-def plot_kept_links(masks: Mapping[str, np.ndarray], salt: str) -> Plot:
+def plot_kept_links(masks: Mapping[str, np.ndarray], salt: str) -> Drawing:
     """Plots for some layers which filter still reads which input channel."""
     shown = _spread_out(list(masks), _MOST_PANELS)
 
@@ -117,10 +116,10 @@ def plot_kept_links(masks: Mapping[str, np.ndarray], salt: str) -> Plot:
             ax.locator_params(nbins=5, integer=True)
         return figure
 
-    return render_plot(draw, f"{salt}-links")
+    return Drawing(draw, f"{salt}-links")
 
 
-def plot_saliency(found: Findings, salt: str) -> Plot:
+def plot_saliency(found: Findings, salt: str) -> Drawing:
     """Plots the mean saliency of a layer's weights: dense, and those kept after the pruning."""
     by_name = {layer.name: layer for layer in found.layers}
     shown = [by_name[name] for name in _spread_out(list(by_name), _MOST_LAYERS)]
@@ -169,12 +168,12 @@ def plot_saliency(found: Findings, salt: str) -> Plot:
         ax.set_xlabel(f"mean saliency of a weight, {found.criterion}")
         return figure
 
-    return render_plot(draw, f"{salt}-saliency")
+    return Drawing(draw, f"{salt}-saliency")
 
 
 def plot_first_filters(
     dense: np.ndarray, pruned: np.ndarray, mask: np.ndarray, salt: str
-) -> Plot | None:
+) -> Drawing | None:
     """Plots the first layer's filters, dense above and pruned below; None where they are none."""
     if dense.ndim != 4 or max(dense.shape[2:]) < 2:
         return None
@@ -198,10 +197,10 @@ def plot_first_filters(
             ax.set_title(title)
         return figure
 
-    return render_plot(draw, f"{salt}-filters")
+    return Drawing(draw, f"{salt}-filters")
 
 
-def plot_classes(found: Findings, salt: str) -> Plot:
+def plot_classes(found: Findings, salt: str) -> Drawing:
     """Plots the accuracy of each class, dense and pruned, the most hurt first."""
     shares = [
         (
@@ -242,10 +241,10 @@ def plot_classes(found: Findings, salt: str) -> Plot:
         ax.set_xlabel("accuracy of the class, %")
         return figure
 
-    return render_plot(draw, f"{salt}-classes")
+    return Drawing(draw, f"{salt}-classes")
 
 
-def plot_examples(found: Findings, salt: str) -> Plot | None:
+def plot_examples(found: Findings, salt: str) -> Drawing | None:
     """Plots examples with what their true class hangs on: input, dense map, pruned map."""
     number = min(len(found.images), len(found.examples))
     if number == 0:
@@ -277,7 +276,7 @@ def plot_examples(found: Findings, salt: str) -> Plot | None:
             )
         return figure
 
-    return render_plot(draw, f"{salt}-examples")
+    return Drawing(draw, f"{salt}-examples")
 
 
 # -- pieces ----------------------------------------------------------------------------------------

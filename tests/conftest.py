@@ -55,6 +55,13 @@ def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     return Shell(monkeypatch, capsys)
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares the time of drawing where a test is of all else in a report."""
+    monkeypatch.setattr("gbp_ray.gallery.render_wide", lambda drawing: ("<svg></svg>", b""))
+    monkeypatch.setattr("gbp_ray.gallery.render_narrow", lambda drawing: "<svg></svg>")
+
+
 @pytest.fixture(scope="session")
 def moto_endpoint() -> Iterator[str]:
     """Starts moto's S3 server in this process, with a bucket `gbp`; gives host:port."""

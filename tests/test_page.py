@@ -253,6 +253,7 @@ def test_one_trial_makes_a_page(tmp_path: Path, fields: dict[str, Any]) -> None:
     assert "Missing: random, magnitude" in found.text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_has_no_result_is_listed_with_its_cause(tmp_path: Path) -> None:
     store = write_sweep(tmp_path / "r", criteria=("taylor",), sparsities=(0.5,), rounds=1)
     for name in ("broken", "halted"):
@@ -267,6 +268,7 @@ def test_what_has_no_result_is_listed_with_its_cause(tmp_path: Path) -> None:
     assert "2 unfinished" in found.text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_many_trials_are_cut_and_it_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,6 +287,7 @@ def test_many_trials_are_cut_and_it_says_so(
         assert part in found.text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_conditions_keep_whole_trials(small: Store, tmp_path: Path) -> None:
     made = write_report(small.uri, tmp_path / "page", conditions=["criterion=taylor", "seed=0"])
     assert made.num_trials == 2
@@ -293,6 +296,7 @@ def test_conditions_keep_whole_trials(small: Store, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_folder_of_others_is_left_alone(small: Store, tmp_path: Path) -> None:
     folder = tmp_path / "page"
     write_report(small.uri, folder, conditions=["criterion=taylor"])
@@ -312,6 +316,7 @@ def test_a_folder_of_others_is_left_alone(small: Store, tmp_path: Path) -> None:
             write_report(small.uri, target)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_is_whole_or_not_there(
     small: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,6 +366,7 @@ def far_away(moto_storage: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fau
         yield proxy
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_many_trials_far_away_cost_one_request_for_each_answer_of_a_listing(
     moto_storage: str, far_away: FaultyProxy, tmp_path: Path
 ) -> None:

@@ -116,6 +116,7 @@ def test_verify_names_the_fault_and_exits_1(shell: Shell, any_store: Store) -> N
     assert errors == f"error: '{any_store.uri}': 1 faults, the first in {uri}\n"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_report_writes_a_page(shell: Shell, any_store: Store, tmp_path: Path) -> None:
     folder = tmp_path / "page"
     made = shell.json("report", any_store.uri, "--to", str(folder))

@@ -342,6 +342,7 @@ def test_findings_travel_with_their_trial(result: PruneResult, tmp_path: Path) -
     assert find_faults(tmp_path).faults == []
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_trial_alone_has_its_page_without_being_explained(tmp_path: Path) -> None:
     other = prune_digits(tmp_path / "results", **{"prune.rounds": 2, "prune.ramp_rounds": 1})
     report = write_report(other.uri, tmp_path / "report")
@@ -352,6 +353,7 @@ def test_a_trial_alone_has_its_page_without_being_explained(tmp_path: Path) -> N
     assert "Accuracy by class" not in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_damaged_findings_are_said_and_left_out(result: PruneResult, tmp_path: Path) -> None:
     explain_round(result.uri)
     ((store,), name) = locate_jobs(result.uri)
