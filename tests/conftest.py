@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,9 @@ import pytest
 if TYPE_CHECKING:
     from shell import Shell
 
+# The tests start a hundred processes; where bytecode is not kept, each compiles the whole package.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 # Ray's workers give way to everything else, and its tests, which take longest, would wait.
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -67,9 +71,13 @@ def moto_endpoint() -> Iterator[str]:
     """Starts moto's S3 server in this process, with a bucket `gbp`; gives host:port."""
     # Imported here: tests of the core run where there is neither, beside a GPU for one.
     import boto3
+    from moto import backends
     from moto.server import ThreadedMotoServer
 
     patch = pytest.MonkeyPatch()
+    # It looks through the folder of its own code at each request.
+    services = list(backends.list_of_moto_modules())
+    patch.setattr(backends, "list_of_moto_modules", lambda: services)
     if "AWS_ACCESS_KEY_ID" not in os.environ:
         patch.setenv("AWS_ACCESS_KEY_ID", "key-of-a-test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-a-test")

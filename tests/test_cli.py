@@ -575,7 +575,7 @@ def start_and_signal(folder: Path, arguments: list[str], number: int, line: str)
 def test_a_stopped_command_says_so_and_goes_on_when_run_again(
     shell: UserShell, number: int, code: int, word: str
 ) -> None:
-    arguments = ["prune", *QUICK_DIGITS, "--set=finetune.epochs=6", "--json"]
+    arguments = ["prune", *QUICK_DIGITS, "--set=finetune.epochs=3", "--json"]
     stopped = start_and_signal(shell.folder, arguments, number, "round 1/2  finetune")
     assert stopped.code == code, stopped.err
     assert stopped.out == ""

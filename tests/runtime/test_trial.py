@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from shell import Shell
 
 from gbp_ray.api import prune
 from gbp_ray.config import ClusterConfig, load_job
@@ -142,20 +143,25 @@ def test_what_the_package_refuses_in_a_worker_arrives_as_raised(ray_session, tmp
     assert "starting the workers again" not in told, "a bad input was retried"
 
 
+ON_RAY, ALONE = "--set=cluster.num_workers=1", "--set=cluster.num_workers=0"
+
+
+def words(storage: Path, name: str) -> list[str]:
+    settings = QUICK | {"storage": storage, "name": name}
+    return ["prune", "--json", *(f"--set={key}={value}" for key, value in settings.items())]
+
+
 def command(storage: Path, name: str) -> list[str]:
-    settings = QUICK | {"storage": storage, "name": name, "cluster.num_workers": 1}
-    pairs = [f"--set={key}={value}" for key, value in settings.items()]
-    return [sys.executable, "-m", "gbp_ray", "prune", "--json", *pairs]
+    return [sys.executable, "-m", "gbp_ray", *words(storage, name), ON_RAY]
 
 
-def undisturbed(storage: Path) -> tuple[str, str]:
-    alone = [*command(storage, "whole"), "--set=cluster.num_workers=0"]
-    return final_round(subprocess.run(alone, capture_output=True, text=True))
+def undisturbed(shell: Shell, storage: Path) -> tuple[str, str]:
+    return final_round(*shell(*words(storage, "whole"), ALONE))
 
 
-def final_round(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout)["rounds"][-1]
+def final_round(code: int, out: str, errors: str) -> tuple[str, str]:
+    assert code == 0, errors
+    record = json.loads(out)["rounds"][-1]
     return record["mask_digest"], record["files"]["weights.safetensors"]["sha256"]
 
 
@@ -171,10 +177,10 @@ def processes_of(session_leader: int) -> list[str]:
     "GBP_RAY_KILLS" not in os.environ,
     reason="test_sweep kills Ray and its driver, test_worker a trial; set GBP_RAY_KILLS to try it",
 )
-def test_a_killed_job_ends_with_the_same_mask_when_run_again(tmp_path):
+def test_a_killed_job_ends_with_the_same_mask_when_run_again(shell, tmp_path):
     """SIGKILL of every process at GBP_RAY_KILLS random moments."""
     moments = random.Random(os.environ.get("GBP_RAY_KILL_SEED", "3"))
-    wanted = undisturbed(tmp_path)
+    wanted = undisturbed(shell, tmp_path)
     for number in range(int(os.environ["GBP_RAY_KILLS"])):
         job, folder = command(tmp_path, f"killed{number}"), tmp_path / f"killed{number}"
         num_whole, extra_s = moments.randrange(QUICK["prune.rounds"] + 1), moments.uniform(0.0, 1.0)
@@ -185,7 +191,8 @@ def test_a_killed_job_ends_with_the_same_mask_when_run_again(tmp_path):
             shutil.rmtree(folder)
         logger.info("killed %.1f s after round %d of the first", delay_s, num_whole)
         assert not list(folder.glob("trials/*/trial.json"))
-        assert final_round(subprocess.run(job, capture_output=True, text=True)) == wanted
+        again = subprocess.run(job, capture_output=True, text=True)
+        assert final_round(again.returncode, again.stdout, again.stderr) == wanted
 
 
 def kill_after(num_whole: int, delay_s: float, job: list[str], folder: Path) -> bool:
@@ -207,7 +214,9 @@ def whole_rounds(folder: Path) -> list[Path]:
     return list(folder.glob("trials/*/*/round.json"))
 
 
-def test_ctrl_c_ends_everything_that_was_started_and_the_job_goes_on_when_run_again(tmp_path):
+def test_ctrl_c_ends_everything_that_was_started_and_the_job_goes_on_when_run_again(
+    shell, tmp_path
+):
     job = command(tmp_path, "stopped")
     process = subprocess.Popen(
         job,
@@ -234,6 +243,6 @@ def test_ctrl_c_ends_everything_that_was_started_and_the_job_goes_on_when_run_ag
     assert processes_of(process.pid) == []
     assert 1 <= len(whole_rounds(tmp_path / "stopped")) <= QUICK["prune.rounds"]
     # Any number of workers may go on; without any, Ray need not start again.
-    again = subprocess.run([*job, "--set=cluster.num_workers=0"], capture_output=True, text=True)
-    assert "goes on after round" in again.stderr
-    assert final_round(again) == undisturbed(tmp_path)
+    again = shell(*words(tmp_path, "stopped"), ALONE)
+    assert "goes on after round" in again.err
+    assert final_round(*again) == undisturbed(shell, tmp_path)
