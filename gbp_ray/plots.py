@@ -349,12 +349,11 @@ def plot_cost(curves: WorkloadCurves, targets: Sequence[float], salt: str) -> Dr
 def _draw_spread(
     ax: Axes, points: Sequence[Point], style: Style, measure: Callable[[Point], float]
 ) -> None:
-    # A bar of no length would say that seeds agree where there is one of them.
-    is_spread = any(point.accuracy.deviation is not None for point in points)
     ax.errorbar(
         [measure(point) for point in points],
         [100 * point.accuracy.mean for point in points],
-        yerr=[100 * (point.accuracy.deviation or 0.0) for point in points] if is_spread else None,
+        # Without caps, so that there is nothing to see where one seed has no deviation.
+        yerr=[100 * (point.accuracy.deviation or 0.0) for point in points],
         color=style.colour,
         marker=style.marker,
         linestyle=style.dash,
