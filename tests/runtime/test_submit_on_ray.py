@@ -234,6 +234,7 @@ def test_exit_codes_of_jobs_that_succeed_fail_and_are_stopped(cluster: Cluster, 
     # 130: it was stopped, after it had been found running.
     assert waiting.returncode == 0, waiting.stderr
     assert "running; results:" in waiting.stdout
+    assert again.returncode == 0, again.stderr
     told = json.loads(again.stdout)
     assert (again.returncode, told["is_new"], told["state"]) == (0, False, "running")
     assert stopped.returncode == 0, stopped.stderr
