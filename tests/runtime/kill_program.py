@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -119,10 +120,18 @@ def wait_until_met(job: JobConfig, processes: list[BaseProcess], timeout_s: floa
 
 
 def end_group(processes: list[BaseProcess], timeout_s: float = 300) -> list[int | None]:
-    """Waits for all of them; those that wait for a dead one must end by themselves."""
+    """Waits for all of them; those that wait for a dead one must end by themselves.
+
+    Those that do not say on standard error where they are.
+    """
+    deadline = time.monotonic() + timeout_s
     for process in processes:
-        process.join(timeout_s)
+        process.join(max(0.0, deadline - time.monotonic()))
     codes = [process.exitcode for process in processes]
+    for process in processes:
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, signal.SIGUSR1)
+            process.join(1.0)
     for process in processes:
         process.kill()
         process.join()
@@ -131,6 +140,7 @@ def end_group(processes: list[BaseProcess], timeout_s: float = 300) -> list[int 
 
 def _work(job: JobConfig, rank: int, world_size: int, meeting: Path, death: Death | None) -> None:
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1)
     _Life.death, _Life.job, _Life.rank = death, job, rank
     _die_inside_the_package()
     dist.init_process_group(
