@@ -456,6 +456,9 @@ def _num_workers(value: int | str | None) -> int:
     return max(1, most or 0)
 
 
+# -- in words --------------------------------------------------------------------------------------
+
+
 def write_percent(spread: Spread | None) -> str:
     """Writes a share as a percentage with its deviation."""
     return write_spread(spread, lambda value: f"{100 * value:.2f}", 100) + (" %" if spread else "")

@@ -172,8 +172,15 @@ def _write_report(
         )
         section = Section(number, curves, checks)
         _fill_section(section, by_name, files, left_out, num_processes)
-        is_alone = only is not None
-        _add_trial_pages(section, by_name, files, left_out, made, is_alone, num_processes)
+        _add_trial_pages(
+            section,
+            by_name,
+            files,
+            left_out,
+            made,
+            is_alone=only is not None,
+            num_processes=num_processes,
+        )
         sections.append(section)
     left_out = list(dict.fromkeys(left_out))
     names = sorted([_PAGE, *files])
@@ -298,6 +305,7 @@ def _add_trial_pages(
     files: dict[str, bytes],
     left_out: list[str],
     made: str,
+    *,
     is_alone: bool,
     num_processes: int,
 ) -> None:

@@ -207,10 +207,6 @@ def _short(number: float) -> str:
     return f"{number:.4g}T"
 
 
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.2%}"
-
-
 def _word(value: Any) -> str:
     if value is None:
         return ""

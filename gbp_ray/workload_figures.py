@@ -1,7 +1,4 @@
-"""The figures of one workload in the report: how it trades size for accuracy, and at what cost.
-
-What is left of each network, layer by layer, is shown by the page of a trial.
-"""
+"""The figures of one workload in the report, each with what it shows and how to read it."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ from gbp_ray import page
 from gbp_ray.cli import app
 from gbp_ray.config import load_job, trial_id
 from gbp_ray.errors import ConfigError, StoreError
+from gbp_ray.gallery import count_spare_processes
 from gbp_ray.index import rebuild_index
 from gbp_ray.page import write_report
 from gbp_ray.records import FailureRecord, TrialRecord, seal_record
@@ -94,7 +95,9 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(scope="module")
 def report(sweep: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(sweep.uri, tmp_path_factory.mktemp("report") / "page").page
+    folder = tmp_path_factory.mktemp("report") / "page"
+    # As the command does.
+    return write_report(sweep.uri, folder, num_processes=count_spare_processes()).page
 
 
 @pytest.fixture(scope="module")
