@@ -3,8 +3,9 @@
 Left out is what `.gitignore` and `.rayignore` files say, in the folder, below it and, inside a git
 repository, above it, read as git reads them; and always what nobody means to send: version control,
 virtual environments, caches, results, and files that hold credentials by custom (`.env`, `.netrc`,
-`.aws`, `.ssh`). Links are followed. The archive has the same bytes for the same files, so that a
-cluster that has it already is not sent it again.
+`.aws`, `.ssh`). Links are followed. A folder may change while it is read: what vanishes is not
+sent. The archive has the same bytes for the same files, so that a cluster that has it already is
+not sent it again.
 """
 
 from __future__ import annotations
@@ -69,8 +70,11 @@ def find_files(folder: Path) -> dict[str, Path]:
         # Whoever sends a folder that git ignores means it.
         rules = []
     found = {}
-    for path in _walk(folder, folder, rules, (_identity(folder),)):
-        found[path.relative_to(folder).as_posix()] = path
+    try:
+        for path in _walk(folder, folder, rules, ()):
+            found[path.relative_to(folder).as_posix()] = path
+    except OSError as error:
+        raise ConfigError(f"'{error.filename}': cannot be read: {error.strerror}") from None
     return dict(sorted(found.items()))
 
 
@@ -97,12 +101,19 @@ def pack_files(
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted({*files, *extra}):
             source = extra[name] if name in extra else files[name]
-            sizes[name] = _add(archive, name, source, lambda: buffer.tell() > most_bytes)
+            size = _add(archive, name, source, lambda: buffer.tell() > most_bytes)
+            if size is None:
+                continue
+            sizes[name] = size
             if buffer.tell() > most_bytes:
                 break
     # What the archive ends with counts as well.
     if len(buffer.getvalue()) > most_bytes:
-        left = {name: path.stat().st_size for name, path in files.items() if name not in sizes}
+        left = {
+            name: path.stat().st_size
+            for name, path in files.items()
+            if name not in sizes and path.exists()
+        }
         raise ConfigError(
             f"the folder of the job holds more than a Ray cluster takes, {most_bytes / 1e6:.0f} MB "
             f"({_name_largest(sizes | left)}); leave out by .rayignore what the code does not "
@@ -113,8 +124,12 @@ def pack_files(
 
 def _add(
     archive: zipfile.ZipFile, name: str, source: bytes | Path, is_full: Callable[[], bool]
-) -> int:
-    """Adds a file, of one that is too large the beginning alone, and returns its size."""
+) -> int | None:
+    """Adds a file, of one that is too large the beginning alone.
+
+    Returns:
+        Its size; None if it has vanished.
+    """
     entry = zipfile.ZipInfo(name, _NO_TIME)
     entry.compress_type = zipfile.ZIP_DEFLATED
     if isinstance(source, bytes):
@@ -129,6 +144,8 @@ def _add(
                 target.write(chunk)
                 if is_full():
                     break
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise ConfigError(
             f"'{source}': cannot be read: {error.strerror}; it would go to the cluster with its "
@@ -147,31 +164,37 @@ Rule = tuple[Path, GitIgnoreSpec]
 
 
 def _walk(top: Path, folder: Path, rules: list[Rule], above: tuple[object, ...]) -> Iterator[Path]:
-    rules = rules + _rules_in(folder)
     try:
+        state = folder.stat()
         entries = sorted(folder.iterdir())
-    except OSError as error:
-        raise ConfigError(f"'{folder}': cannot be read: {error.strerror}") from None
+    except FileNotFoundError:
+        if folder == top:
+            raise
+        return
+    identity = state.st_dev, state.st_ino
+    # A link to a folder that this one is in would go round for ever.
+    if identity in above:
+        return
+    rules = rules + _rules_in(folder)
     for path in entries:
         is_folder = path.is_dir()
         name = path.relative_to(top).as_posix()
         if _ALWAYS_OUT.match_file(name) or _is_ignored(path, rules, is_folder):
             continue
         if is_folder:
-            identity = _identity(path)
-            # A link to a folder that this one is in would go round for ever.
-            if identity not in above and not (path / "pyvenv.cfg").exists():
+            if not (_is_environment(path) or _holds_results(path)):
                 yield from _walk(top, path, rules, (*above, identity))
         elif path.is_file():
             yield path
 
 
-def _identity(folder: Path) -> object:
-    try:
-        state = folder.stat()
-    except OSError as error:
-        raise ConfigError(f"'{folder}': cannot be read: {error.strerror}") from None
-    return state.st_dev, state.st_ino
+def _is_environment(folder: Path) -> bool:
+    return (folder / "pyvenv.cfg").exists()
+
+
+def _holds_results(folder: Path) -> bool:
+    """Tells the results of a job by what the store puts there, whatever the folder is called."""
+    return (folder / "job.json").is_file() and (folder / "trials").is_dir()
 
 
 def _is_ignored(path: Path, rules: list[Rule], is_folder: bool) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gbp_ray import package
 from gbp_ray.errors import ConfigError
 from gbp_ray.package import find_files, is_left_out, pack_files
 
@@ -24,6 +25,8 @@ LEFT_OUT = [
     "sub/__pycache__/data.cpython-311.pyc",
     ".mypy_cache/3.11/x.json",
     "gbp-results/digits/job.json",
+    "kept/digits/job.json",
+    "kept/digits/trials/0123abcd/trial.json",
     "node_modules/x/index.js",
     ".env",
     ".env.local",
@@ -119,6 +122,31 @@ def test_what_is_too_large_is_refused_by_name_before_it_is_all_read(tmp_path: Pa
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    files = {"gone.py": tmp_path / "gone.py"}
-    with pytest.raises(ConfigError, match=r"gone.py': cannot be read: No such file"):
+    write(tmp_path, "model.py")
+    files = {"odd.py": tmp_path / "model.py" / "odd.py"}
+    with pytest.raises(ConfigError, match=r"odd.py': cannot be read: Not a directory"):
         pack_files(files, {})
+    with pytest.raises(ConfigError, match=r"nowhere': cannot be read: No such file"):
+        find_files(tmp_path / "nowhere")
+
+
+def test_what_vanishes_meanwhile_is_not_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another job may write its results below the folder, under names that last for a moment."""
+    for name in ("model.py", "notes.txt", "passing/file.txt"):
+        write(tmp_path, name)
+    read_rules = package._rules_in
+
+    def vanish(folder: Path) -> list[package.Rule]:
+        # Between the listing of the upper folder and that of the lower one.
+        shutil.rmtree(tmp_path / "passing", ignore_errors=True)
+        return read_rules(folder)
+
+    monkeypatch.setattr(package, "_rules_in", vanish)
+    files = find_files(tmp_path)
+    assert list(files) == ["model.py", "notes.txt"]
+    (tmp_path / "notes.txt").unlink()
+    assert pack_files(files, {}).sizes == {"model.py": 1}
+    with pytest.raises(ConfigError, match=r"more than a Ray cluster takes"):
+        pack_files(files, {}, most_bytes=10)
