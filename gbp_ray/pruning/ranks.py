@@ -99,9 +99,11 @@ class Ranks:
         return self.world_size > 1 and not dist.is_initialized()
 
     def leave(self) -> None:
-        """Hangs up on the other ranks, which fail at once instead of waiting for this one.
+        """Hangs up on the other ranks, which then fail instead of waiting for this one.
 
-        For a rank that cannot go on in the middle of what all do together, before it raises.
+        For a rank that cannot go on in the middle of what all do together, before it raises. About
+        once in a hundred times gloo leaves one of four untold (torch 2.13); that one goes on
+        waiting until its time limit, or until whoever watches it finds that it has stopped.
         """
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()

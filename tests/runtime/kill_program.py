@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,14 @@ SETTINGS = {
     "cluster.num_workers": [1, 4],
 }
 PHASES = ("build", "train", "score", "decide", "evaluate", "write", "written")
+
+_SILENCE = timedelta(seconds=60)
+"""How long a rank waits for another one.
+
+Not every survivor is told of a death: of four processes that do nothing but all_reduce, one or two
+wait on after about one kill in a hundred (torch 2.13), and learn of it from this limit alone. On
+Ray its controller ends them.
+"""
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,11 @@ def _work(job: JobConfig, rank: int, world_size: int, meeting: Path, death: Deat
     _Life.death, _Life.job, _Life.rank = death, job, rank
     _die_inside_the_package()
     dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size
+        "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=world_size,
+        timeout=_SILENCE,
     )
     dist.barrier()
     Path(job.storage, f"met-{os.getpid()}").touch()
