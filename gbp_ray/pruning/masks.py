@@ -169,7 +169,8 @@ class MaskSet(Mapping[str, Tensor]):
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the masks alone, as the format specifies; in hex."""
-        return _digest_of((name, tuple(mask.shape), _pack(mask)) for name, mask in self.items())
+        packed = zip(self.items(), self._packed(), strict=True)
+        return _digest_of((name, tuple(mask.shape), data) for (name, mask), data in packed)
 
     def flat(self) -> Tensor:
         """Concatenates the masks to shape (N,), in the order of the global flat index."""
@@ -290,8 +291,14 @@ class MaskSet(Mapping[str, Tensor]):
             "criterion": self.criterion,
             "sparsity": repr(self.sparsity),
         }
-        packed = {name: torch.from_numpy(_pack(mask)) for name, mask in self.items()}
+        packed = {
+            name: torch.from_numpy(data) for name, data in zip(self, self._packed(), strict=True)
+        }
         return _sort_header(save_tensors(packed, metadata))
+
+    def _packed(self) -> Iterator[np.ndarray]:
+        """Packs the masks, one after another. Communicates where they are sharded."""
+        return (np.packbits(bits, bitorder="little") for bits in gather_bits(self.values()))
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "masks") -> MaskSet:
@@ -349,10 +356,6 @@ def _require_same_shapes(
             raise PruneError(f"{what}: has no '{name}'{nearest_name(name, list(found))}")
         if found[name] != shape:
             raise PruneError(f"{what}: '{name}' has shape {found[name]}, the mask has {shape}")
-
-
-def _pack(mask: Tensor) -> np.ndarray:
-    return np.packbits(gather_bits(mask), bitorder="little")
 
 
 def _unpack(packed: np.ndarray, shape: tuple[int, ...]) -> Tensor:

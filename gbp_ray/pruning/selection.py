@@ -375,6 +375,8 @@ def _share_out(total: int, sizes: list[int], low: list[int], high: list[int]) ->
     )
     for _ in range(200):
         share = (lower + upper) / 2
+        if not lower < share < upper:
+            break
         filled = sum(
             min(max(share * size, lo), hi) for size, lo, hi in zip(sizes, low, high, strict=True)
         )

@@ -47,6 +47,9 @@ __all__ = [
 
 _LEAST_GROUP = 1024
 """Weights that are worth a gathering of their own; smaller modules join the group around them."""
+_PORTION = 2**27
+"""Elements of masks that are gathered at once, 16 MiB: an exchange for each layer would cost more
+in waiting, and one for all of them more in memory."""
 
 
 @dataclass(frozen=True)
@@ -111,33 +114,52 @@ def add_over_ranks(counts: Sequence[int], spread: Iterable[Tensor]) -> list[int]
     return found
 
 
-def gather_bits(mask: Tensor) -> np.ndarray:
-    """Puts a bool tensor together on every rank, flat, one bit an element on the wire.
+def gather_bits(masks: Iterable[Tensor]) -> Iterator[np.ndarray]:
+    """Puts bool tensors together on every rank, each flat; one bit an element on the wire.
 
-    Communicates where it is sharded.
+    Communicates where they are sharded, small ones together.
     """
-    own = local(mask.detach()).reshape(-1)
-    if not isinstance(mask, DTensor):
-        return own.cpu().numpy()
-    group = mask.device_mesh.get_group()
-    world_size = group.size()
-    row = max(1, math.prod(mask.shape[1:]))
-    chunk = -(-mask.shape[0] // world_size)
-    sizes = [
-        max(min((rank + 1) * chunk, mask.shape[0]) - rank * chunk, 0) * row
-        for rank in range(world_size)
-    ]
-    packed = np.packbits(own.cpu().numpy())
-    padded = torch.zeros(-(-max(sizes) // 8), dtype=torch.uint8, device=mask.device)
-    padded[: packed.size] = torch.from_numpy(packed).to(mask.device)
-    parts = [torch.empty_like(padded) for _ in range(world_size)]
-    dist.all_gather(parts, padded, group=group)
-    return np.concatenate(
-        [
-            np.unpackbits(part.cpu().numpy(), count=size).view(bool)
-            for part, size in zip(parts, sizes, strict=True)
-        ]
+    portion: list[DTensor] = []
+    for mask in masks:
+        if not isinstance(mask, DTensor):
+            yield mask.detach().reshape(-1).cpu().numpy()
+            continue
+        portion.append(mask)
+        if sum(other.numel() for other in portion) >= _PORTION:
+            yield from _gather_portion(portion)
+            portion = []
+    if portion:
+        yield from _gather_portion(portion)
+
+
+def _gather_portion(masks: list[DTensor]) -> Iterator[np.ndarray]:
+    group = masks[0].device_mesh.get_group()
+    # Each rank's rows of each mask begin with a byte of their own.
+    sizes = [[_num_elements_of(rank, mask) for mask in masks] for rank in range(group.size())]
+    packed = np.concatenate(
+        [np.packbits(local(mask.detach()).reshape(-1).cpu().numpy()) for mask in masks]
     )
+    longest = max(sum(-(-size // 8) for size in of_rank) for of_rank in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=masks[0].device)
+    padded[: packed.size] = torch.from_numpy(packed).to(padded.device)
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    rows = [part.cpu().numpy() for part in parts]
+    taken = [0] * len(rows)
+    for number in range(len(masks)):
+        pieces = []
+        for rank, row in enumerate(rows):
+            size = sizes[rank][number]
+            pieces.append(np.unpackbits(row[taken[rank] :], count=size))
+            taken[rank] += -(-size // 8)
+        yield np.concatenate(pieces).view(bool)
+
+
+def _num_elements_of(rank: int, tensor: DTensor) -> int:
+    """Counts what a rank holds: FSDP2 deals rows in equal runs, of which the last may be short."""
+    num_rows = tensor.shape[0]
+    run = -(-num_rows // tensor.device_mesh.size())
+    return max(min((rank + 1) * run, num_rows) - rank * run, 0) * math.prod(tensor.shape[1:])
 
 
 def leaves(model: nn.Module) -> dict[str, nn.Parameter]:
