@@ -19,6 +19,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -31,6 +32,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import boto3
+import botocore.session
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
@@ -82,6 +84,12 @@ _ACTIONS = {
 }
 
 
+@functools.cache
+def _descriptions() -> Any:
+    """Keeps what botocore reads of its services: to read it anew takes 0.15 s for each client."""
+    return botocore.session.get_session().get_component("data_loader")
+
+
 class S3Objects(Objects):
     """Objects below a prefix of a bucket."""
 
@@ -124,7 +132,10 @@ class S3Objects(Objects):
             s3={"addressing_style": "path"} if _has_own_endpoint(address) else None,
         )
         try:
-            client = boto3.session.Session().client(
+            # A session of its own, since credentials may have changed since the last one.
+            session = botocore.session.get_session()
+            session.register_component("data_loader", _descriptions())
+            client = boto3.session.Session(botocore_session=session).client(
                 "s3",
                 endpoint_url=address.endpoint,
                 region_name=address.region or None,
