@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -102,16 +103,18 @@ def test_truncated_and_foreign_checkpoints_are_refused(tiny, tmp_path, state):
 @pytest.mark.slow
 def test_published_resnet20_reaches_its_accuracy(real_data, tmp_path):
     (shard,) = (real_data / "cifar10").glob("test-*.parquet")
-    # The test shard stands in for both splits, which spares decoding 50,000 images.
-    for split in ("train", "test"):
-        (tmp_path / f"{split}.parquet").symlink_to(shard)
+    (tmp_path / "test.parquet").symlink_to(shard)
+    # Decoding the 50,000 training images takes long, and nobody looks at them.
+    pq.write_table(pq.read_table(shard).slice(0, 10), tmp_path / "train.parquet")
     checkpoint = str(real_data / "checkpoints" / "resnet20.safetensors")
     workload = cifar10_resnet20(str(tmp_path), checkpoint=checkpoint)
-    model = workload.build_model().eval()
+    # In this layout and so many at a time a CPU takes half as long.
+    model = workload.build_model().eval().to(memory_format=torch.channels_last)
     right = 0
     with torch.no_grad():
-        for indices in torch.arange(10_000).split(500):
+        for indices in torch.arange(10_000).split(100):
             inputs, targets = take_batch(workload, workload.test, indices)
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
             right += int(workload.count_correct(model(inputs), targets))
     # A few images lie on an edge that another kernel's rounding may cross.
     assert abs(right - 9173) <= 3
