@@ -117,17 +117,19 @@ def add_over_ranks(counts: Sequence[int], spread: Iterable[Tensor]) -> list[int]
 def gather_bits(masks: Iterable[Tensor]) -> Iterator[np.ndarray]:
     """Puts bool tensors together on every rank, each flat; one bit an element on the wire.
 
-    Communicates where they are sharded, small ones together.
+    Communicates where they are sharded, small ones together. All are sharded, or none.
     """
     portion: list[DTensor] = []
+    num_elements = 0
     for mask in masks:
         if not isinstance(mask, DTensor):
             yield mask.detach().reshape(-1).cpu().numpy()
             continue
         portion.append(mask)
-        if sum(other.numel() for other in portion) >= _PORTION:
+        num_elements += mask.numel()
+        if num_elements >= _PORTION:
             yield from _gather_portion(portion)
-            portion = []
+            portion, num_elements = [], 0
     if portion:
         yield from _gather_portion(portion)
 

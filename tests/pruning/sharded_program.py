@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
+import pytest
 import torch
 from PIL import Image
 from rank_program import digest, gather_movement, hard_masks
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from gbp_ray.config import FinetuneConfig
 from gbp_ray.errors import GbpError
+from gbp_ray.pruning import sharding
 from gbp_ray.pruning.building import build_start
 from gbp_ray.pruning.checkpoint import SHARDS, Checkpoint
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
@@ -25,7 +28,14 @@ from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.pruning.saliency import score
 from gbp_ray.pruning.selection import select_masks
-from gbp_ray.pruning.sharding import gather_whole, is_shard, local, shard_network
+from gbp_ray.pruning.sharding import (
+    gather_bits,
+    gather_whole,
+    is_shard,
+    like_shard,
+    local,
+    shard_network,
+)
 from gbp_ray.workload import Workload
 from gbp_ray.zoo.resnet import build_cifar_resnet
 
@@ -227,10 +237,22 @@ def blocks_program(ranks: Ranks) -> dict[str, Any]:
         ),
         "are shards": all(is_shard(p) for p in model.parameters()),
         "rows": rows,
+        "gathered bits": {portion: _gather_signs(model, portion) for portion in (1, 2000, 2**27)},
         "blank": trial(ranks, "fsdp", blank_net),
         "fisher": trial(ranks, "fsdp", criterion="fisher", rewind="weights"),
         "movement": trial(ranks, "fsdp", **MOVEMENT),
     }
+
+
+def _gather_signs(model: nn.Module, portion: int) -> bool:
+    """Gathers where weights are positive, so many at a time; says whether it is so everywhere."""
+    parameters = [parameter.detach() for parameter in model.parameters()]
+    signs = (like_shard(local(parameter) > 0, parameter) for parameter in parameters)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "_PORTION", portion)
+        gathered = list(gather_bits(signs))
+    expected = [gather_whole(parameter).flatten().numpy() > 0 for parameter in parameters]
+    return all(map(np.array_equal, gathered, expected)) and len(gathered) == len(expected)
 
 
 def failing_program(ranks: Ranks) -> dict[str, Any]:

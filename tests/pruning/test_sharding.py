@@ -109,6 +109,11 @@ def test_each_rank_holds_its_rows_alone(blocks: World) -> None:
         assert report["rows"]["head.weight"] == (outputs, 24)
 
 
+def test_bits_are_gathered_alike_alone_and_together(blocks: World) -> None:
+    for report in blocks:
+        assert report["gathered bits"] == {1: True, 2000: True, 2**27: True}
+
+
 def test_blocks_are_groups_but_for_those_that_share_a_weight(blocks: World) -> None:
     for report in blocks:
         assert report["groups"] == ["", "blocks.0", "blocks.2", "blocks.4"]
