@@ -11,6 +11,7 @@ not sent it again.
 from __future__ import annotations
 
 import io
+import json
 import stat
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +40,8 @@ _ALWAYS_OUT = GitIgnoreSpec.from_lines(
 # Before 1980 the format knows no time.
 _NO_TIME = (1980, 1, 1, 0, 0, 0)
 _NUM_SHOWN = 3
+_LEAVE_OUT = "it would go to the cluster; leave it out by a line in .rayignore"
+_VANISHED = (FileNotFoundError, NotADirectoryError)
 _CHUNK_BYTES = 2**20
 
 
@@ -74,7 +77,9 @@ def find_files(folder: Path) -> dict[str, Path]:
         for path in _walk(folder, folder, rules, ()):
             found[path.relative_to(folder).as_posix()] = path
     except OSError as error:
-        raise ConfigError(f"'{error.filename}': cannot be read: {error.strerror}") from None
+        raise ConfigError(
+            f"'{error.filename}': cannot be read: {error.strerror}; {_LEAVE_OUT}"
+        ) from None
     return dict(sorted(found.items()))
 
 
@@ -109,11 +114,7 @@ def pack_files(
                 break
     # What the archive ends with counts as well.
     if len(buffer.getvalue()) > most_bytes:
-        left = {
-            name: path.stat().st_size
-            for name, path in files.items()
-            if name not in sizes and path.exists()
-        }
+        left = {name: _size_of(path) for name, path in files.items() if name not in sizes}
         raise ConfigError(
             f"the folder of the job holds more than a Ray cluster takes, {most_bytes / 1e6:.0f} MB "
             f"({_name_largest(sizes | left)}); leave out by .rayignore what the code does not "
@@ -144,19 +145,23 @@ def _add(
                 target.write(chunk)
                 if is_full():
                     break
-    except FileNotFoundError:
+    except _VANISHED:
         return None
     except OSError as error:
-        raise ConfigError(
-            f"'{source}': cannot be read: {error.strerror}; it would go to the cluster with its "
-            "folder; leave it out by a line in .rayignore"
-        ) from None
+        raise ConfigError(f"'{source}': cannot be read: {error.strerror}; {_LEAVE_OUT}") from None
     return state.st_size
 
 
 def _name_largest(sizes: Mapping[str, int]) -> str:
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:_NUM_SHOWN]
     return ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in largest)
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 Rule = tuple[Path, GitIgnoreSpec]
@@ -167,13 +172,13 @@ def _walk(top: Path, folder: Path, rules: list[Rule], above: tuple[object, ...])
     try:
         state = folder.stat()
         entries = sorted(folder.iterdir())
-    except FileNotFoundError:
+    except _VANISHED:
         if folder == top:
             raise
         return
     identity = state.st_dev, state.st_ino
     # A link to a folder that this one is in would go round for ever.
-    if identity in above:
+    if identity in above or (folder != top and _means_no_code(folder)):
         return
     rules = rules + _rules_in(folder)
     for path in entries:
@@ -182,19 +187,23 @@ def _walk(top: Path, folder: Path, rules: list[Rule], above: tuple[object, ...])
         if _ALWAYS_OUT.match_file(name) or _is_ignored(path, rules, is_folder):
             continue
         if is_folder:
-            if not (_is_environment(path) or _holds_results(path)):
-                yield from _walk(top, path, rules, (*above, identity))
+            yield from _walk(top, path, rules, (*above, identity))
         elif path.is_file():
             yield path
 
 
-def _is_environment(folder: Path) -> bool:
-    return (folder / "pyvenv.cfg").exists()
+def _means_no_code(folder: Path) -> bool:
+    """Tells a virtual environment, and a job's results, whatever their folders are called."""
+    return (folder / "pyvenv.cfg").exists() or _is_claimed(folder)
 
 
-def _holds_results(folder: Path) -> bool:
-    """Tells the results of a job by what the store puts there, whatever the folder is called."""
-    return (folder / "job.json").is_file() and (folder / "trials").is_dir()
+def _is_claimed(folder: Path) -> bool:
+    """Looks for the claim that `store` begins a job's results with."""
+    try:
+        claim = json.loads((folder / "job.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(claim, dict) and {"schema_version", "factory", "sha256"} <= claim.keys()
 
 
 def _is_ignored(path: Path, rules: list[Rule], is_folder: bool) -> bool:

@@ -173,13 +173,14 @@ def prepare_submission(
     }
     if not is_installed:
         extra |= _own_files()
+    package = pack_files(files, extra)
     return Submission(
         job=remote,
         kind=kind,
         base_id=_base_id(resolved, kind),
         uri=_uri(resolved),
-        package=pack_files(files, extra),
-        num_user_files=len(files),
+        package=package,
+        num_user_files=len(files.keys() & package.sizes.keys()),
         env_vars={**env_vars, "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)},
         entrypoint=f"exec python {_START}",
     )
@@ -320,8 +321,9 @@ def _check_code(job: JobConfig, files: Mapping[str, Path], folder: Path | None) 
                 break
             if folder is not None and (folder / name).is_file():
                 raise ConfigError(
-                    f"{key} = '{plug_in}': '{folder / name}' does not go to the cluster, a line in "
-                    ".gitignore or .rayignore leaves it out; mend that line"
+                    f"{key} = '{plug_in}': '{folder / name}' does not go to the cluster: a line in "
+                    ".gitignore or .rayignore leaves it out, or its folder is an environment or "
+                    "holds results; mend that line, or move the file"
                 )
             if (Path.cwd() / name).is_file():
                 raise ConfigError(

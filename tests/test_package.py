@@ -8,14 +8,19 @@ import shutil
 import subprocess
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gbp_ray import package
+from gbp_ray.config import load_job
 from gbp_ray.errors import ConfigError
 from gbp_ray.package import find_files, is_left_out, pack_files
+from gbp_ray.store import Store
 
 KEPT = ["model.py", "sub/data.py", "sub/keep.log", ".rayignore", "link.py"]
+# As results are laid out, but nobody's claim.
+KEPT += ["search/job.json", "search/trials/model.py"]
 LEFT_OUT = [
     ".git/config",
     ".venv/bin/python",
@@ -25,8 +30,7 @@ LEFT_OUT = [
     "sub/__pycache__/data.cpython-311.pyc",
     ".mypy_cache/3.11/x.json",
     "gbp-results/digits/job.json",
-    "kept/digits/job.json",
-    "kept/digits/trials/0123abcd/trial.json",
+    "kept/dense/0123abcd/weights.safetensors",
     "node_modules/x/index.js",
     ".env",
     ".env.local",
@@ -43,6 +47,7 @@ def write(folder: Path, name: str, text: str = "x") -> None:
 
 
 def test_what_nobody_means_to_send_stays(tmp_path: Path) -> None:
+    Store(tmp_path, "kept").claim(load_job())
     for name in [*KEPT, *LEFT_OUT]:
         write(tmp_path, name)
     write(tmp_path, ".rayignore", "*.bin\n*.log\n!keep.log\n")
@@ -122,10 +127,9 @@ def test_what_is_too_large_is_refused_by_name_before_it_is_all_read(tmp_path: Pa
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    write(tmp_path, "model.py")
-    files = {"odd.py": tmp_path / "model.py" / "odd.py"}
-    with pytest.raises(ConfigError, match=r"odd.py': cannot be read: Not a directory"):
-        pack_files(files, {})
+    (tmp_path / "odd.py").symlink_to("odd.py")
+    with pytest.raises(ConfigError, match=r"odd.py': cannot be read: Too many levels .*rayignore"):
+        pack_files({"odd.py": tmp_path / "odd.py"}, {})
     with pytest.raises(ConfigError, match=r"nowhere': cannot be read: No such file"):
         find_files(tmp_path / "nowhere")
 
@@ -136,15 +140,17 @@ def test_what_vanishes_meanwhile_is_not_sent(
     """Another job may write its results below the folder, under names that last for a moment."""
     for name in ("model.py", "notes.txt", "passing/file.txt"):
         write(tmp_path, name)
-    read_rules = package._rules_in
+    is_ignored = package._is_ignored
 
-    def vanish(folder: Path) -> list[package.Rule]:
-        # Between the listing of the upper folder and that of the lower one.
-        shutil.rmtree(tmp_path / "passing", ignore_errors=True)
-        return read_rules(folder)
+    def vanish(path: Path, *others: Any, **options: Any) -> bool:
+        # When it is known to be a folder, and before anybody looks into it.
+        if path.name == "passing":
+            shutil.rmtree(path)
+        return is_ignored(path, *others, **options)
 
-    monkeypatch.setattr(package, "_rules_in", vanish)
+    monkeypatch.setattr(package, "_is_ignored", vanish)
     files = find_files(tmp_path)
+    assert not (tmp_path / "passing").exists()
     assert list(files) == ["model.py", "notes.txt"]
     (tmp_path / "notes.txt").unlink()
     assert pack_files(files, {}).sizes == {"model.py": 1}

@@ -101,9 +101,9 @@ class Ranks:
     def leave(self) -> None:
         """Hangs up on the other ranks, which then fail instead of waiting for this one.
 
-        For a rank that cannot go on in the middle of what all do together, before it raises. About
-        once in a hundred times gloo leaves one of four untold (torch 2.13); that one goes on
-        waiting until its time limit, or until whoever watches it finds that it has stopped.
+        For a rank that cannot go on in the middle of what all do together, before it raises. Gloo
+        does not tell everybody always: of four processes one or two went on waiting after about one
+        kill in a hundred (torch 2.13), until their time limit.
         """
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()

@@ -48,8 +48,8 @@ __all__ = [
 _LEAST_GROUP = 1024
 """Weights that are worth a gathering of their own; smaller modules join the group around them."""
 _PORTION = 2**27
-"""Elements of masks that are gathered at once, 16 MiB: an exchange for each layer would cost more
-in waiting, and one for all of them more in memory."""
+"""Elements of masks after which they are gathered, 16 MiB: an exchange for each layer would cost
+more in waiting, and one for all of them more in memory."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ def gather_bits(masks: Iterable[Tensor]) -> Iterator[np.ndarray]:
     num_elements = 0
     for mask in masks:
         if not isinstance(mask, DTensor):
+            assert not portion
             yield mask.detach().reshape(-1).cpu().numpy()
             continue
         portion.append(mask)

@@ -43,7 +43,7 @@ SETTINGS = {
 }
 PHASES = ("build", "train", "score", "decide", "evaluate", "write", "written")
 
-_SILENCE = timedelta(seconds=60)
+_SILENCE = timedelta(seconds=120)
 """How long a rank waits for another one.
 
 Not every survivor is told of a death: of four processes that do nothing but all_reduce, one or two
