@@ -86,7 +86,11 @@ def test_stability_compares_samples_and_seeds(tmp_path: Path) -> None:
         (["--no-trained", "--examples=9999"], "there are 1297 training examples"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(arguments: list[str], fault: str) -> None:
+def test_what_cannot_be_compared_is_refused(
+    arguments: list[str], fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where the figure would go is made before anything is read.
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=fault):
         run("stability", "-q", "--set=finetune.epochs=1", *arguments)
 

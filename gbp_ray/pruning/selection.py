@@ -36,7 +36,7 @@ from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.pruning.contenders import Contenders, put_up
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.sharding import is_shard, like_shard, local
+from gbp_ray.pruning.sharding import is_shard, like_shard, local, unpack_pieces
 from gbp_ray.pruning.slices import Slice, SlicedScores, owned
 from gbp_ray.pruning.thresholds import Cut, Pool, exact_threshold, find_cuts
 
@@ -490,16 +490,14 @@ def _spread_masks(kept: list[Tensor], masks: MaskSet) -> dict[str, Tensor]:
 def _exchange_masks(pieces: list[Slice], packed: np.ndarray, ranks: Ranks) -> dict[str, Tensor]:
     """Puts the ranks' slices together on all of them, one bit a weight. Communicates."""
     by_rank = ranks.gather_objects([(piece.start, piece.stop) for piece in pieces])
-    sizes = [sum(-(-(stop - start) // 8) for start, stop in of_rank) for of_rank in by_rank]
-    rows = [row.numpy() for row in ranks.gather_bytes(torch.from_numpy(packed), sizes)]
-    taken = [0] * len(rows)
+    sizes = [[stop - start for start, stop in of_rank] for of_rank in by_rank]
+    num_bytes = [sum(-(-size // 8) for size in of_rank) for of_rank in sizes]
+    rows = [row.numpy() for row in ranks.gather_bytes(torch.from_numpy(packed), num_bytes)]
+    bits = unpack_pieces(rows, sizes)
     masks = {}
     wholes = _allocate([math.prod(piece.shape) for piece in pieces], torch.device("cpu"))
-    for number, (piece, whole) in enumerate(zip(pieces, wholes, strict=True)):
-        for rank, (row, stretches) in enumerate(zip(rows, by_rank, strict=True)):
-            start, stop = stretches[number]
-            bits = row[taken[rank] : taken[rank] + -(-(stop - start) // 8)]
-            taken[rank] += bits.size
-            whole.numpy()[start:stop] = np.unpackbits(bits, count=stop - start)
+    for piece, whole, stretches in zip(pieces, wholes, zip(*by_rank, strict=True), strict=True):
+        for start, stop in stretches:
+            whole.numpy()[start:stop] = next(bits)
         masks[piece.name] = whole.view(piece.shape)
     return masks

@@ -42,6 +42,7 @@ __all__ = [
     "like_shard",
     "local",
     "shard_network",
+    "unpack_pieces",
     "whole",
 ]
 
@@ -147,15 +148,28 @@ def _gather_portion(masks: list[DTensor]) -> Iterator[np.ndarray]:
     padded[: packed.size] = torch.from_numpy(packed).to(padded.device)
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=group)
-    rows = [part.cpu().numpy() for part in parts]
-    taken = [0] * len(rows)
-    for number in range(len(masks)):
-        pieces = []
-        for rank, row in enumerate(rows):
-            size = sizes[rank][number]
-            pieces.append(np.unpackbits(row[taken[rank] :], count=size))
+    pieces = unpack_pieces([part.cpu().numpy() for part in parts], sizes)
+    for _ in masks:
+        yield np.concatenate([next(pieces) for _ in sizes]).view(bool)
+
+
+def unpack_pieces(
+    packed: Sequence[np.ndarray], sizes: Sequence[Sequence[int]]
+) -> Iterator[np.ndarray]:
+    """Unpacks the bits that each rank has packed, each tensor's from a byte of its own on.
+
+    Args:
+        packed: Of each rank its bytes, as `numpy.packbits` makes them.
+        sizes: Of each rank its elements of each tensor.
+
+    Yields:
+        The first tensor's pieces by rank, then those of the next.
+    """
+    taken = [0] * len(packed)
+    for of_tensor in zip(*sizes, strict=True):
+        for rank, size in enumerate(of_tensor):
+            yield np.unpackbits(packed[rank][taken[rank] :], count=size)
             taken[rank] += -(-size // 8)
-        yield np.concatenate(pieces).view(bool)
 
 
 def _num_elements_of(rank: int, tensor: DTensor) -> int:
