@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from gbp_ray.config import EncodingConfig, WorkloadConfig
 from gbp_ray.encoding import Levels, encode_network
 from gbp_ray.errors import ConfigError, WorkloadError
-from gbp_ray.workload import Workload, check_workload, load_workload, seeded, take_batch
+from gbp_ray.workload import Workload, load_workload, seeded, take_batch
+from gbp_ray.workload_checks import check_workload
 from gbp_ray.zoo import digits_convnet
 
 MEAN, DEVIATION = torch.tensor([0.4, 0.5]).view(2, 1, 1), torch.tensor([0.2, 0.3]).view(2, 1, 1)

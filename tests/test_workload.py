@@ -19,17 +19,14 @@ from gbp_ray.errors import ConfigError, GbpError, WorkloadError
 from gbp_ray.workload import (
     Workload,
     add_import_paths,
-    blaming_labels,
     build_network,
-    check_finite,
-    check_labels,
-    check_workload,
     count_top1,
     import_attribute,
     load_workload,
     num_examples,
     take_batch,
 )
+from gbp_ray.workload_checks import blaming_labels, check_finite, check_labels, check_workload
 
 torch.set_num_threads(1)
 

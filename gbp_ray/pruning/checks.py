@@ -23,7 +23,8 @@ from gbp_ray.pruning.saliency import check_criterion
 from gbp_ray.pruning.selection import check_reachable, check_selectable
 from gbp_ray.pruning.teaching import refuse_unteachable
 from gbp_ray.pruning.tickets import starting_masks
-from gbp_ray.workload import Workload, check_workload, num_examples, take_batch
+from gbp_ray.workload import Workload, num_examples, take_batch
+from gbp_ray.workload_checks import check_workload
 
 __all__ = ["check_job", "refuse_frozen_movement"]
 

@@ -9,16 +9,8 @@ from torch import Tensor, nn
 
 from gbp_ray.pruning.ranks import Ranks, isolated
 from gbp_ray.pruning.sharding import is_sharded
-from gbp_ray.workload import (
-    Workload,
-    blaming_labels,
-    check_finite,
-    check_labels,
-    cut_batches,
-    derive_seed,
-    num_examples,
-    take_batch,
-)
+from gbp_ray.workload import Workload, cut_batches, derive_seed, num_examples, take_batch
+from gbp_ray.workload_checks import blaming_labels, check_finite, check_labels
 
 __all__ = ["evaluate"]
 

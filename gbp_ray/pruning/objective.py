@@ -21,7 +21,8 @@ from gbp_ray.pruning.attack import perturb
 from gbp_ray.pruning.features import feature_distance, tapped
 from gbp_ray.pruning.mixing import draw_mix, refuse_unmixable
 from gbp_ray.pruning.ranks import isolated
-from gbp_ray.workload import Workload, blaming_labels, check_labels, derive_seed, seeded, take_batch
+from gbp_ray.workload import Workload, derive_seed, seeded, take_batch
+from gbp_ray.workload_checks import blaming_labels, check_labels
 
 __all__ = ["Lesson", "Teacher", "distillation_loss", "refuse_unlearnable", "training_loss"]
 

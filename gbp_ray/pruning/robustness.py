@@ -18,8 +18,6 @@ from gbp_ray.pruning.ranks import Ranks, isolated
 from gbp_ray.pruning.sharding import is_sharded
 from gbp_ray.workload import (
     Workload,
-    blaming_labels,
-    check_labels,
     count_top1,
     cut_batches,
     derive_seed,
@@ -27,6 +25,7 @@ from gbp_ray.workload import (
     num_examples,
     take_batch,
 )
+from gbp_ray.workload_checks import blaming_labels, check_labels
 
 __all__ = ["num_attacked", "robust_accuracy"]
 

@@ -39,14 +39,13 @@ from gbp_ray.pruning.sharding import is_sharded, leaves, local, whole
 from gbp_ray.pruning.slices import Layout, SlicedScores, owned
 from gbp_ray.workload import (
     Workload,
-    blaming_labels,
-    check_labels,
     cut_batches,
     derive_seed,
     num_examples,
     shuffled_indices,
     take_batch,
 )
+from gbp_ray.workload_checks import blaming_labels, check_labels
 
 __all__ = ["check_criterion", "score", "score_prefixes"]
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from small_data import message_of, truncate
 
-from gbp_ray.workload import check_workload, seeded, take_batch
+from gbp_ray.workload import seeded, take_batch
+from gbp_ray.workload_checks import check_workload
 from gbp_ray.zoo import cifar10_resnet20, cifar10_resnet56
 from gbp_ray.zoo.resnet import build_cifar_resnet
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from small_data import draw_images, encode, message_of
 
-from gbp_ray.workload import check_workload, take_batch
+from gbp_ray.workload import take_batch
+from gbp_ray.workload_checks import check_workload
 from gbp_ray.zoo import torchvision_classifier
 
 

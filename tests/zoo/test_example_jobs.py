@@ -7,7 +7,8 @@ import torch
 from small_data import REPOSITORY
 
 from gbp_ray.config import WorkloadConfig, load_job
-from gbp_ray.workload import check_workload, load_workload, take_batch
+from gbp_ray.workload import load_workload, take_batch
+from gbp_ray.workload_checks import check_workload
 
 
 def test_byo_job_meets_the_contract(monkeypatch):
