@@ -11,11 +11,10 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from gbp_ray.config import (
@@ -27,7 +26,7 @@ from gbp_ray.config import (
     takes_whole_numbers,
     trial_id,
 )
-from gbp_ray.errors import ConfigError, StoreError, TrialError
+from gbp_ray.errors import StoreError, TrialError
 from gbp_ray.forecast import (
     PrunePlan,
     SweepPlan,
@@ -66,6 +65,7 @@ from gbp_ray.runtime.worker import work_trial
 from gbp_ray.store import RoundRecord, Store, TrialRecord, locate_jobs, locate_trials
 from gbp_ray.submission import prepare_submission
 from gbp_ray.summary import summarize
+from gbp_ray.trust import admit_code, code_of
 from gbp_ray.workload import (
     Workload,
     add_import_paths,
@@ -94,10 +94,12 @@ class PruneResult:
     Attributes:
         record: Everything measured, dense network first.
         uri: Where its rounds lie: the path of a folder, or `s3://...`.
+        trusted: Code that the user's own job names.
     """
 
     record: TrialRecord
     uri: str
+    trusted: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def accuracy(self) -> float:
@@ -118,10 +120,12 @@ class PruneResult:
         name = "masks.safetensors"
         return MaskSet.from_bytes(self._read(round_number, name), name)
 
-    def load_model(self, round_number: int | None = None) -> nn.Module:
-        """Builds the network of a round, by default of the chosen one; 0 is the dense one."""
-        add_import_paths([str(Path.cwd())])
+    def load_model(
+        self, round_number: int | None = None, *, trust_code: Sequence[str] = ()
+    ) -> nn.Module:
+        """Builds a round's network, by default the chosen one's; for `trust_code` see `trust`."""
         job = self.record.job
+        admit_code(job, self.uri, [*self.trusted, *trust_code])
         # The round has all weights, so the file that training began with may be gone.
         start = {"transfer": TransferConfig()}
         workload = load_workload(job.workload.model_copy(update=start), job.seed)
@@ -176,10 +180,10 @@ def prune(
                 f"'{store.round_uri(name, finished.chosen.round)}': is gone, but its trial has "
                 "finished; restore it, or delete trial.json beside it and run the job again"
             )
-        warn_of_changed_code(finished)
+        warn_of_changed_code(finished, job)
         with ProgressBoard(is_quiet) as board:
             board.note(f"{name}  finished earlier: nothing was run")
-        return PruneResult(finished, store.trial_uri(name))
+        return PruneResult(finished, store.trial_uri(name), tuple(code_of(job).values()))
     store.preflight()
     started = time.monotonic()
     with ProgressBoard(is_quiet) as board:
@@ -192,7 +196,7 @@ def prune(
                 _run_rounds(job, store, import_paths, board, is_debug=is_debug)
                 lease.check()
                 record = finish_trial(job, store, time.monotonic() - started)
-    return PruneResult(record, store.trial_uri(name))
+    return PruneResult(record, store.trial_uri(name), tuple(code_of(job).values()))
 
 
 def plan_prune(
@@ -218,7 +222,8 @@ def plan_prune(
         return PrunePlan(name, uri, num_rounds, 0, None)
     workload = _load_checked(job, import_paths)
     store.check_claim(JobRecord(factory=job.workload.factory))
-    _check_device(job)
+    if job.cluster.max_workers == 0 or job.cluster.address is None:
+        own_device(job)
     num_done = len(store.read_rounds(name))
     plan = make_plan(job, workload)
     misfits: tuple[str, ...] = ()
@@ -532,17 +537,6 @@ def _load_checked(job: JobConfig, import_paths: list[str]) -> Workload:
     return workload
 
 
-def _check_device(job: JobConfig) -> None:
-    """Refuses a GPU that is not there, where the job would run on this machine."""
-    if job.cluster.max_workers == 0:
-        own_device(job)
-    elif job.cluster.use_gpu and job.cluster.address is None and not torch.cuda.is_available():
-        raise ConfigError(
-            "cluster.use_gpu = true: this machine has no CUDA device; set it to false or give "
-            "cluster.address"
-        )
-
-
 def _run_rounds(
     job: JobConfig, store: Store, import_paths: list[str], board: ProgressBoard, *, is_debug: bool
 ) -> None:
@@ -587,9 +581,8 @@ def _warn_of_idle_options(jobs: Sequence[JobConfig], stacklevel: int) -> None:
 
 
 def _warn_of_shadowed_modules(job: JobConfig, import_paths: list[str], stacklevel: int) -> None:
-    named = [("workload.factory", job.workload.factory), ("prune.criterion", job.prune.criterion)]
-    for key, plug_in in named:
-        if ":" in plug_in and (shadowed := find_shadowed_module(plug_in, import_paths[-1])):
+    for key, plug_in in code_of(job).items():
+        if shadowed := find_shadowed_module(plug_in, import_paths[-1]):
             warnings.warn(
                 f"{key} = {plug_in}: module {shadowed}; rename yours, or start a new process "
                 "if another job brought it in",

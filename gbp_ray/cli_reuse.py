@@ -31,6 +31,16 @@ Code = Annotated[
     ),
 ]
 
+Trusted = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust-code",
+        metavar="NAME",
+        help="Code that the record names and that may run: MODULE:ATTR, MODULE, or the job file "
+        "that names it; repeatable. What is built in needs none.",
+    ),
+]
+
 
 def add_reuse_verbs(app: typer.Typer) -> None:
     """Puts the verbs on the command line."""
@@ -84,6 +94,7 @@ def apply_to_checkpoint(
 def explain_network(
     uri: Round,
     code: Code = "",
+    trusted: Trusted = None,
     as_json: AsJson = False,
     is_quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
@@ -104,7 +115,9 @@ def explain_network(
 
     with warnings.catch_warnings():
         warnings.showwarning = show_warning  # type: ignore[assignment]
-        explained = explain_round(uri, code=code, tell=step_teller(is_quiet))
+        explained = explain_round(
+            uri, code=code, trust_code=trusted or (), tell=step_teller(is_quiet)
+        )
     found = explained.findings
     if as_json:
         print_json({"uri": explained.uri, **found.to_dict()})
@@ -144,6 +157,7 @@ def export_network(
         typer.Option("--fold-batchnorm", help="Fold BatchNorm into the layers, in model.pt2."),
     ] = False,
     code: Code = "",
+    trusted: Trusted = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a pruned network for plain PyTorch, with a model card.
@@ -163,7 +177,7 @@ def export_network(
 
     with warnings.catch_warnings():
         warnings.showwarning = show_warning  # type: ignore[assignment]
-        export = export_round(uri, folder, is_folded=is_folded, code=code)
+        export = export_round(uri, folder, is_folded=is_folded, code=code, trust_code=trusted or ())
         if export.program_fault:
             warnings.warn(f"no model.pt2: {export.program_fault}", stacklevel=1)
     if as_json:

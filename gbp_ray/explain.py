@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from gbp_ray.runtime.shared import warn_of_changed_code
 from gbp_ray.runtime.solo import own_device
 from gbp_ray.runtime.worker import fixed_kernels
 from gbp_ray.store import locate_finished
-from gbp_ray.workload import add_import_paths, load_workload
+from gbp_ray.trust import admit_code
+from gbp_ray.workload import load_workload
 
 __all__ = ["Explanation", "explain_round"]
 
@@ -38,6 +39,7 @@ def explain_round(
     uri: str | Path,
     *,
     code: str | Path = "",
+    trust_code: Sequence[str] = (),
     tell: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Explanation:
     """Compares a round of a finished trial with its dense network, and keeps what it finds.
@@ -45,16 +47,18 @@ def explain_round(
     Args:
         uri: A round's folder, or a trial's: that gives the round which the trial is for.
         code: A folder to look for the job's own modules in, beside the working folder.
+        trust_code: Code that may run though only the record names it; see `trust.admit_code`.
         tell: Called with (what is done, steps done, steps in all).
 
     Raises:
+        ConfigError: The record names code that is neither built in nor trusted.
         StoreError: The trial has not finished, or something cannot be read or written.
         WorkloadError: The data or the network cannot be had any more.
     """
     store, trial, record = locate_finished(uri)
     name = trial.trial_id
-    add_import_paths([str(Path.cwd()), *([str(code)] if code else [])])
-    warn_of_changed_code(trial)
+    admit_code(trial.job, store.trial_uri(name), trust_code, [code] if code else [])
+    warn_of_changed_code(trial, trial.job)
     job = trial.job
     ranks = Ranks(device=own_device(job))
     with fixed_kernels(job.cluster.threads_per_worker):

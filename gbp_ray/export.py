@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +32,9 @@ from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.rebuilding import rebuild_network
 from gbp_ray.runtime.shared import warn_of_changed_code
 from gbp_ray.store import locate_finished
+from gbp_ray.trust import admit_code
 from gbp_ray.weights import save_state
 from gbp_ray.workload import (
-    add_import_paths,
     judged_split,
     load_workload,
     num_examples,
@@ -72,7 +72,12 @@ class Export:
 
 
 def export_round(
-    uri: str | Path, folder: str | Path, *, is_folded: bool = False, code: str | Path = ""
+    uri: str | Path,
+    folder: str | Path,
+    *,
+    is_folded: bool = False,
+    code: str | Path = "",
+    trust_code: Sequence[str] = (),
 ) -> Export:
     """Writes a round of a finished trial as files that need nothing of this package.
 
@@ -82,8 +87,10 @@ def export_round(
         is_folded: Folds every BatchNorm of the program into the layer before it. The state dict
             stays that of the network's own class.
         code: A folder to look for the job's own modules in, beside the working folder.
+        trust_code: Code that may run though only the record names it; see `trust.admit_code`.
 
     Raises:
+        ConfigError: The record names code that is neither built in nor trusted.
         ExportError: What was made does not compute what the pruned network does.
         PruneError: A BatchNorm cannot be folded.
         StoreError: The round cannot be read, its trial has not finished, or the folder cannot be
@@ -92,8 +99,8 @@ def export_round(
     target = _check_folder(folder)
     store, trial, record = locate_finished(uri)
     name = trial.trial_id
-    add_import_paths([str(Path.cwd()), *([str(code)] if code else [])])
-    warn_of_changed_code(trial)
+    admit_code(trial.job, store.trial_uri(name), trust_code, [code] if code else [])
+    warn_of_changed_code(trial, trial.job)
     workload = load_workload(trial.job.workload, trial.job.seed)
     weights = store.read_file(name, record, "weights.safetensors")
     packed = store.read_file(name, record, "masks.safetensors")

@@ -204,7 +204,8 @@ def test_a_stopped_job_goes_on_to_the_same_result(
         r.mask_digest for r in whole.record.rounds
     ]
     for number in range(3):
-        one, two = whole.load_model(number).state_dict(), again.load_model(number).state_dict()
+        one = whole.load_model(number).state_dict()
+        two = again.load_model(number, trust_code=["rings_of_a_user"]).state_dict()
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -242,9 +243,28 @@ def test_the_model_of_an_opened_result_is_found_from_the_working_folder(
     result = open_result(folder)
     assert result.load_masks()
     with pytest.raises(ConfigError, match="no module named 'rings_of_a_user'"):
-        result.load_model()
+        result.load_model(trust_code=["rings_of_a_user"])
     monkeypatch.chdir(user_folder)
+    assert result.load_model(trust_code=["rings_of_a_user"])(torch.zeros(1, 2)).shape == (1, 2)
+
+
+@pytest.mark.parametrize("named", ["rings_of_a_user", "rings_of_a_user:rings", "job.toml", "os"])
+def test_code_that_a_record_names_runs_where_the_user_names_it(
+    user_folder: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    result = run(user_folder)
+    monkeypatch.chdir(user_folder)
+    opened = open_result(result.uri)
+    with pytest.raises(ConfigError, match=r"--trust-code rings_of_a_user:rings") as caught:
+        opened.load_model()
+    assert caught.value.exit_code == 2
+    assert f"'{result.uri}': its record names the code workload.factory" in str(caught.value)
+    if named == "os":
+        with pytest.raises(ConfigError, match="its record names the code"):
+            opened.load_model(trust_code=[named])
+        return
     assert result.load_model()(torch.zeros(1, 2)).shape == (1, 2)
+    assert opened.load_model(trust_code=[named])(torch.zeros(1, 2)).shape == (1, 2)
 
 
 def test_a_round_that_is_not_there_is_named(user_folder: Path) -> None:

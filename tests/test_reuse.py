@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from small_digits import prune_digits
 from torch import nn
 
 from gbp_ray import export as export_module
-from gbp_ray.api import PruneResult, prune
+from gbp_ray.api import PruneResult, open_result, prune
 from gbp_ray.audit import find_faults
 from gbp_ray.errors import ConfigError, ExportError, PruneError, StoreError
 from gbp_ray.explain import explain_round
@@ -214,6 +215,57 @@ def test_a_network_with_more_than_its_state_dict_is_refused(
     monkeypatch.setattr(export_module.MaskSet, "find_revived", lambda masks, model: None)
     with pytest.raises(ExportError, match=r"not in its state dict|in its state dict alone"):
         export_round(result.uri, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("factory", "criterion"),
+    [
+        ("os:system", "taylor"),
+        ("marker:run", "taylor"),
+        ("gbp_ray.cli:main", "taylor"),
+        ("gbp_ray.zoo:Path", "taylor"),
+        ("gbp_ray.zoo.digits:digits_convnet", "taylor"),
+        ("gbp_ray.zoo:digits_convnet", "marker:run"),
+    ],
+)
+def test_reading_results_runs_no_code_that_only_a_record_names(
+    result: PruneResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    factory: str,
+    criterion: str,
+) -> None:
+    """Also where the module lies in the working folder, as beside results that were downloaded."""
+    shutil.copytree(Path(result.uri).parents[2], tmp_path / "crafted")
+    (tmp_path / "marker.py").write_text("open('ran', 'w').close()\ndef run(**options): pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    job = result.record.job
+    workload = job.workload.model_copy(
+        update={"factory": factory, "options": {"command": "touch ran"}}
+    )
+    prune = job.prune.model_copy(update={"criterion": criterion})
+    crafted = result.record.model_copy(
+        update={
+            "job": job.model_copy(update={"workload": workload, "prune": prune}),
+            "sources": {"marker:run": "0" * 64},
+        }
+    )
+    store = Store(tmp_path / "crafted", job.name)
+    store.write_trial(crafted)
+    name = re.escape(criterion if "marker" in criterion else factory)
+    for read in (
+        lambda: export_round(store.uri, tmp_path / "out"),
+        lambda: explain_round(store.uri),
+        lambda: open_result(store.uri).load_model(),
+    ):
+        with pytest.raises(ConfigError, match=rf"record names the code .*--trust-code {name} "):
+            read()
+    assert str(tmp_path) not in sys.path
+    # A job that names none of it, but meets the record of its trial, does not run it either.
+    assert prune_digits(tmp_path / "crafted").record.sources == crafted.sources
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(

@@ -207,11 +207,15 @@ def own_sources(job: JobConfig) -> dict[str, str]:
     return {n: digest_source(n) for n in names if ":" in n and not n.startswith("gbp_ray.")}
 
 
-def warn_of_changed_code(trial: TrialRecord) -> None:
-    """Says that a user's function is another one by now than when a trial was run."""
-    for name, digest in trial.sources.items():
+def warn_of_changed_code(trial: TrialRecord, job: JobConfig) -> None:
+    """Says that a user's function is another one by now than when a trial was run.
+
+    Args:
+        job: Names the functions; those that only the record names are not imported.
+    """
+    for name in {job.workload.factory, job.prune.criterion} & trial.sources.keys():
         try:
-            is_same = digest_source(name) == digest
+            is_same = digest_source(name) == trial.sources[name]
         except GbpError:
             continue  # what cannot be imported any more cannot mislead
         if not is_same:

@@ -155,7 +155,8 @@ def own_device(job: JobConfig) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError(
-            "cluster.use_gpu = true: this machine has no CUDA device; set it to false"
+            "cluster.use_gpu = true: this machine has no CUDA device; set it to false or give "
+            "cluster.address"
         )
     # Started now: weights that a workload draws on it before would know nothing of the seed.
     torch.cuda.init()
