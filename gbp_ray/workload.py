@@ -8,7 +8,6 @@ never enters.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
 import sys
@@ -28,6 +27,7 @@ from gbp_ray.config import EncodingConfig, WorkloadConfig, nearest_name
 from gbp_ray.encoding import encode_network
 from gbp_ray.errors import ConfigError, GbpError, WorkloadError
 from gbp_ray.intensities import InputRange, bounds_of_inputs, check_range
+from gbp_ray.seeding import derive_seed, seeded, shuffled_indices
 from gbp_ray.tying import with_tied_weights
 from gbp_ray.weights import start_from
 
@@ -111,7 +111,7 @@ def load_workload(config: WorkloadConfig, seed: int | None = None) -> Workload:
     """Calls the factory that a job names, and sets examples aside where the job asks for it.
 
     Args:
-        seed: Of the job; decides which examples are set aside.
+        seed: Of the job; decides what the factory draws, and which examples are set aside.
 
     Raises:
         ConfigError: The factory cannot be found, or does not take these options.
@@ -137,7 +137,9 @@ def load_workload(config: WorkloadConfig, seed: int | None = None) -> Workload:
         if is_named and parameter.default is parameter.empty and name not in config.options:
             raise ConfigError(f"workload.options.{name}: is required by {config.factory}")
     try:
-        workload = factory(**config.options)
+        # A network that is made here, and not in build_model, is the same in every process.
+        with seeded(derive_seed(seed, "factory")):
+            workload = factory(**config.options)
     except GbpError:
         raise
     except (Exception, SystemExit) as error:
@@ -278,7 +280,9 @@ def import_attribute(path: str, key: str) -> Any:
     """
     module_name, _, attribute = path.partition(":")
     try:
-        module = importlib.import_module(module_name)
+        # Once in a process, whatever the job's seed.
+        with seeded(0):
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         looked_in = "the working folder and the job file's folder"
         raise ConfigError(
@@ -365,34 +369,3 @@ def _as_rows(column: Any, indices: Tensor) -> Tensor:
     if isinstance(column, Tensor):
         return column[indices]
     return torch.as_tensor(column[indices.numpy()])
-
-
-def derive_seed(*parts: object) -> int:
-    """Turns a tuple such as (seed, "augment", step, part) into 63 random-looking bits."""
-    text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
-
-
-class seeded:  # noqa: N801 - reads as a statement: with seeded(7): ...
-    """Seeds torch's global generators inside a block and restores them after it."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-        self._fork = torch.random.fork_rng(devices=devices)
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        # torch.manual_seed would also leave seeds waiting for devices that are not started yet, and
-        # takes a stack trace for each: a third of a small training's time.
-        torch.default_generator.manual_seed(self._seed)
-        if torch.cuda.is_initialized():
-            torch.cuda.manual_seed_all(self._seed)
-
-    def __exit__(self, *exception: Any) -> None:
-        self._fork.__exit__(*exception)
-
-
-def shuffled_indices(total: int, seed: int) -> Tensor:
-    """Returns a permutation of 0..total-1 that depends on the seed alone."""
-    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -64,27 +66,30 @@ def test_derived_seeds_differ_in_every_part() -> None:
     assert derive_seed(123456) == int.from_bytes(bytes.fromhex(digest)[:8], "little") // 2
 
 
-def test_seeding_a_block_decides_its_draws_and_leaves_no_trace() -> None:
-    torch.manual_seed(5)
-    expected = torch.rand(4)
-    torch.manual_seed(5)
+GENERATORS = {
+    "torch": (torch.manual_seed, lambda: torch.rand(4).tolist()),
+    "numpy": (np.random.seed, lambda: np.random.rand(4).tolist()),
+    "random": (random.seed, lambda: [random.random() for _ in range(4)]),
+}
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_seeding_a_block_decides_its_draws_and_leaves_no_trace(name: str) -> None:
+    seed, draw = GENERATORS[name]
+    seed(5)
+    expected = draw()
+    seed(5)
     with seeded(7):
-        inside = torch.rand(3)
-    assert torch.equal(torch.rand(4), expected)
+        inside = draw()
+        with seeded(9):
+            draw()
+        after_another = draw()
+    assert draw() == expected
     with seeded(7):
-        assert torch.equal(torch.rand(3), inside)
+        assert [draw(), draw()] == [inside, after_another]
     with seeded(8):
-        assert not torch.equal(torch.rand(3), inside)
-
-
-def test_seeding_is_undone_when_the_block_fails() -> None:
-    state = torch.get_rng_state()
-
-    def fail() -> None:
-        with seeded(7):
-            torch.rand(3)
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert torch.equal(torch.get_rng_state(), state)
+        assert draw() != inside
+    seed(5)
+    with pytest.raises(ZeroDivisionError), seeded(7):
+        raise ZeroDivisionError
+    assert draw() == expected

@@ -57,6 +57,8 @@ def refusal(kind: type[GbpError], action: Callable[[], object]) -> str:
 
 MODULE = """
 import sys
+import random
+import numpy as np
 from torch import nn
 import torch
 from gbp_ray import Workload, WorkloadError
@@ -92,6 +94,13 @@ class Maker:
 
 maker = Maker()
 answer = 42
+
+def drawn():
+    draws = [torch.rand(1).item(), np.random.rand(), random.random()]
+    data = torch.tensor([IMPORTED + draws]), torch.zeros(1, dtype=torch.long)
+    return Workload(build_model=nn.Flatten, train=data, test=data)
+
+IMPORTED = [torch.rand(1).item(), np.random.rand(), random.random()]
 """
 
 
@@ -118,6 +127,20 @@ def test_a_factory_is_called_with_the_options(user_module: str) -> None:
     assert workload.build_model().weight.shape == (7, 4)
     assert load(f"{user_module}:free", depth=5).build_model().weight.shape == (5, 4)
     assert load(f"{user_module}:maker", depth=2).build_model().weight.shape == (2, 4)
+
+
+def test_what_a_factory_draws_depends_on_the_seed_of_the_job_only(user_module: str) -> None:
+    def draws(seed: int | None) -> list[float]:
+        config = WorkloadConfig(factory=f"{user_module}:drawn")
+        return load_workload(config, seed).train[0].flatten().tolist()
+
+    first = draws(3)
+    assert draws(3) == first
+    sys.modules.pop(user_module)
+    assert draws(3) == first, "importing it again drew something else"
+    imported, called = draws(4)[:3], draws(4)[3:]
+    assert imported == first[:3]
+    assert set(called).isdisjoint(first[3:])
 
 
 @pytest.mark.parametrize(

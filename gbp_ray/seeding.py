@@ -1,0 +1,60 @@
+"""Random numbers that depend on seeds and on nothing else: not on what was drawn before."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["derive_seed", "seeded", "shuffled_indices"]
+
+_SPARE: list[np.random.MT19937] = []
+"""Generators that no block uses; making one takes 0.5 ms."""
+
+
+def derive_seed(*parts: object) -> int:
+    """Turns a tuple such as (seed, "augment", step, part) into 63 random-looking bits."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+class seeded:  # noqa: N801 - reads as a statement: with seeded(7): ...
+    """Seeds the global generators of torch, NumPy and `random` in a block, and restores them after.
+
+    Of NumPy a normal number that was drawn ahead is lost.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+        self._fork = torch.random.fork_rng(devices=devices)
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        self._python = random.getstate()
+        # NumPy takes 0.4 ms to copy its state and to put it back; another generator takes none.
+        self._numpy = np.random.mtrand.get_bit_generator()
+        self._lent = _SPARE.pop() if _SPARE else np.random.MT19937()
+        np.random.mtrand.set_bit_generator(self._lent)
+        # torch.manual_seed would also leave seeds waiting for devices that are not started yet, and
+        # takes a stack trace for each: a third of a small training's time.
+        torch.default_generator.manual_seed(self._seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(self._seed)
+        random.seed(self._seed)
+        np.random.seed(self._seed % 2**32)
+
+    def __exit__(self, *exception: Any) -> None:
+        np.random.mtrand.set_bit_generator(self._numpy)
+        _SPARE.append(self._lent)
+        random.setstate(self._python)
+        self._fork.__exit__(*exception)
+
+
+def shuffled_indices(total: int, seed: int) -> Tensor:
+    """Returns a permutation of 0..total-1 that depends on the seed alone."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))
