@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["derive_seed", "seeded", "shuffled_indices"]
+__all__ = ["derive_seed", "plant_seed", "seeded", "shuffled_indices"]
 
 _SPARE: list[np.random.MT19937] = []
 """Generators that no block uses; making one takes 0.5 ms."""
@@ -40,19 +40,24 @@ class seeded:  # noqa: N801 - reads as a statement: with seeded(7): ...
         self._numpy = np.random.mtrand.get_bit_generator()
         self._lent = _SPARE.pop() if _SPARE else np.random.MT19937()
         np.random.mtrand.set_bit_generator(self._lent)
-        # torch.manual_seed would also leave seeds waiting for devices that are not started yet, and
-        # takes a stack trace for each: a third of a small training's time.
-        torch.default_generator.manual_seed(self._seed)
-        if torch.cuda.is_initialized():
-            torch.cuda.manual_seed_all(self._seed)
-        random.seed(self._seed)
-        np.random.seed(self._seed % 2**32)
+        plant_seed(self._seed)
 
     def __exit__(self, *exception: Any) -> None:
         np.random.mtrand.set_bit_generator(self._numpy)
         _SPARE.append(self._lent)
         random.setstate(self._python)
         self._fork.__exit__(*exception)
+
+
+def plant_seed(seed: int) -> None:
+    """Seeds the global generators for good; inside a `seeded` block, up to its end."""
+    # torch.manual_seed would also leave seeds waiting for devices that are not started yet, and
+    # takes a stack trace for each: a third of a small training's time.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def shuffled_indices(total: int, seed: int) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from gbp_ray.config import EncodingConfig, WorkloadConfig, nearest_name
 from gbp_ray.encoding import encode_network
 from gbp_ray.errors import ConfigError, GbpError, WorkloadError
 from gbp_ray.intensities import InputRange, bounds_of_inputs, check_range
-from gbp_ray.seeding import derive_seed, seeded, shuffled_indices
+from gbp_ray.seeding import derive_seed, plant_seed, seeded, shuffled_indices
 from gbp_ray.tying import with_tied_weights
 from gbp_ray.weights import start_from
 
@@ -88,8 +88,9 @@ class Workload:
         loss: `(outputs, targets) -> scalar`, the mean over the batch.
         count_correct: `(outputs, targets) -> integer scalar`; accuracy is its sum over examples.
         prepare: `inputs -> inputs` for every batch, such as scaling bytes to normalised floats.
-        augment: `inputs -> inputs` for training batches alone, before `prepare`; draws from torch's
-            global generator, which is seeded for each part of each batch.
+        augment: `inputs -> inputs` for training batches alone, before `prepare`; draws from the
+            global generators of torch, NumPy or `random`, which are seeded for each part of each
+            batch. They are seeded for each item of a data set, too, and for each pass.
         input_range: What `prepare` makes of the darkest and of the brightest intensity, each a
             number or one for each channel (axis 1). Attacks and encodings need to know.
         validation: Examples that rounds are judged by and fine-tuning is stopped by; the test split
@@ -345,24 +346,39 @@ def take_batch(
 ) -> tuple[Tensor, Tensor]:
     """Fetches examples by index, augments them where a seed is given, and prepares them.
 
+    What a data set draws for an item from the global generators of torch, NumPy and `random` is
+    decided by the item's index and `augment_seed`, so an item read without one always looks alike.
+
     Args:
         indices: (B,) positions in `data`.
         augment_seed: Seeds `workload.augment`; None leaves augmentation out.
     """
     while isinstance(data, Portion):
         data, indices = data.data, data.indices[indices]
+    key = () if augment_seed is None else (augment_seed,)
     if isinstance(data, tuple):
         inputs, targets = (_as_rows(column, indices) for column in data)
     else:
-        inputs, targets = default_collate([data[int(i)] for i in indices])
+        inputs, targets = _read_items(data, indices.tolist(), key)
     if augment_seed is not None and workload.augment is not None:
         with seeded(augment_seed):
             inputs = workload.augment(inputs)
     if device is not None:
         inputs, targets = inputs.to(device), targets.to(device)
     if workload.prepare is not None:
-        inputs = workload.prepare(inputs)
+        with seeded(derive_seed("prepare", *key, *indices[:1].tolist())):
+            inputs = workload.prepare(inputs)
     return inputs, targets
+
+
+def _read_items(data: Any, indices: Sequence[int], key: tuple[int, ...]) -> Any:
+    """Reads a data set's items, each under a seed of its own, so that batches may be cut anyhow."""
+    items = []
+    with seeded(0):
+        for index in indices:
+            plant_seed(derive_seed("item", *key, index))
+            items.append(data[index])
+        return default_collate(items)
 
 
 def _as_rows(column: Any, indices: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from gbp_ray.workload import (
+    Portion,
+    Workload,
     cut_batches,
     derive_seed,
     seeded,
     shuffled_indices,
+    take_batch,
 )
 
 
@@ -93,3 +99,50 @@ def test_seeding_a_block_decides_its_draws_and_leaves_no_trace(name: str) -> Non
     with pytest.raises(ZeroDivisionError), seeded(7):
         raise ZeroDivisionError
     assert draw() == expected
+
+
+class DrawnItems:
+    """Items that are drawn anew with each reading, as transforms inside a data set draw them."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        self.draw = draw
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.tensor([index + self.draw(), self.draw()], dtype=torch.float64), index % 3
+
+
+@pytest.mark.parametrize("which", GENERATORS)
+def test_what_an_item_draws_is_decided_by_its_index_and_the_seed(which: str) -> None:
+    plant, several = GENERATORS[which]
+
+    def draw() -> float:
+        return several()[0]
+
+    items = DrawnItems(draw)
+    workload = Workload(build_model=nn.Identity, train=items, test=items)
+
+    def read(indices: list[int], seed: int | None = None, data: Any = items) -> Tensor:
+        plant(sum(indices))
+        inputs, targets = take_batch(workload, data, torch.tensor(indices), augment_seed=seed)
+        assert targets.tolist() == [int(row[0]) % 3 for row in inputs]
+        return inputs
+
+    alike = read(list(range(12)))
+    assert torch.equal(read([5]), alike[5:6])
+    assert torch.equal(torch.cat([read([7, 2]), read([0])]), alike[[7, 2, 0]])
+    assert torch.equal(read([1, 0], data=Portion(items, torch.tensor([4, 9]))), alike[[9, 4]])
+    assert len({float(row) % 1 for row in alike[:, 0]}) == 12
+    augmented = read([3, 8], seed=11)
+    assert torch.equal(read([8, 3], seed=11).flip(0), augmented)
+    assert not torch.equal(read([3, 8], seed=12), augmented)
+    assert not torch.equal(augmented, alike[[3, 8]])
+    # What is drawn for a batch as a whole.
+    drawing = replace(workload, prepare=lambda x: x + draw(), augment=lambda x: x * draw())
+    found = []
+    for _ in range(2):
+        draw()
+        found.append(take_batch(drawing, items, torch.tensor([3, 8]), augment_seed=11)[0])
+    assert torch.equal(*found)

@@ -50,14 +50,14 @@ def evaluate(
     def measure(item: int, *, is_counted: bool) -> None:
         indices = chosen[batches[item].start : batches[item].stop]
         inputs, targets = take_batch(workload, data, indices, device=ranks.device)
-        with blaming_labels(workload, model, split, indices):
-            with isolated(model, derive_seed("evaluate", item)):
+        with isolated(model, derive_seed("evaluate", item)):
+            with blaming_labels(workload, model, split, indices):
                 outputs = model(inputs)
-            if not is_counted:
-                return
-            check_labels(workload, split, indices, outputs, targets)
-            losses[item] = workload.loss(outputs, targets).double() * len(indices)
-        correct.add_(workload.count_correct(outputs, targets))
+                if not is_counted:
+                    return
+                check_labels(workload, split, indices, outputs, targets)
+                losses[item] = workload.loss(outputs, targets).double() * len(indices)
+            correct.add_(workload.count_correct(outputs, targets))
 
     def measure_own() -> None:
         for turn, item in enumerate(ranks.deal(len(batches))):

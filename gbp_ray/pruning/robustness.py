@@ -61,8 +61,8 @@ def robust_accuracy(
         def find_right(seen: Tensor) -> Tensor:
             with torch.no_grad(), isolated(model, derive_seed("attack", item)):
                 outputs = model(seen)
-            check_labels(workload, split, indices, outputs, targets)
-            return _find_right(workload, outputs, targets)
+                check_labels(workload, split, indices, outputs, targets)
+                return _find_right(workload, outputs, targets)
 
         with blaming_labels(workload, model, split, indices):
             still = find_right(inputs)
