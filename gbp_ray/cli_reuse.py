@@ -56,7 +56,7 @@ def apply_to_checkpoint(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            help="Weights: .safetensors, .pt, .pth, .th, or a round or a trial.",
+            help="Weights: .safetensors, .pt, .pth, .ckpt, ..., or a round or a trial.",
             metavar="CHECKPOINT",
         ),
     ],

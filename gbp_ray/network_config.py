@@ -15,8 +15,9 @@ class TransferConfig(Section):
     """Starting from the weights of another training, with a new head where the classes differ."""
 
     checkpoint: str = ""
-    """File of weights of this network, by path or s3:// address: .safetensors, or a state dict as
-    .pt, .pth or .th. Empty starts from the network as built."""
+    """File of weights of this network, by path or s3:// address: .safetensors or an index of them,
+    or what torch.save wrote (.pt, .pth, .ckpt, .bin): a state dict, or a dictionary that holds one.
+    Empty starts from the network as built."""
     checkpoint_digest: str = ""
     """SHA-256 of that file, by which the trial is known; filled in when the job is read."""
     new_head: tuple[str, ...] = ()

@@ -12,11 +12,10 @@ from gbp_ray.errors import ConfigError, PruneError, StoreError
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.tickets import read_masks_at
 from gbp_ray.store import locate_round
-from gbp_ray.weights import read_state, save_state
+from gbp_ray.weight_files import SUFFIXES, read_weights, suffix_of
+from gbp_ray.weights import pick_state, save_state
 
 __all__ = ["Applied", "apply_masks"]
-
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".th")
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def apply_masks(masks: str, checkpoint: str, to: str | Path | None = None) -> Ap
 
     Args:
         masks: A mask file, or the folder of a round or of a trial.
-        checkpoint: A state dict (.safetensors, .pt, .pth, .th), or likewise a round or a trial.
+        checkpoint: A file of weights (.safetensors, .pt, ...), or likewise a round or a trial.
         to: The file to write; by default beside the working folder's other files, named after
             the checkpoint.
 
@@ -64,7 +63,7 @@ def apply_masks(masks: str, checkpoint: str, to: str | Path | None = None) -> Ap
     if target.exists() and Path(checkpoint).exists() and target.samefile(checkpoint):
         raise ConfigError(f"--to = '{target}': is CHECKPOINT itself; give another file")
     found = read_masks_at(masks)
-    state = _read_weights(checkpoint)
+    state = _read_weights(checkpoint, found)
     num_changed = sum(
         int((state[name] != 0)[~mask].sum())
         for name, mask in found.items()
@@ -82,21 +81,29 @@ def apply_masks(masks: str, checkpoint: str, to: str | Path | None = None) -> Ap
     return Applied(str(target), found.num_units, found.num_pruned, num_changed, found.digest)
 
 
-def _read_weights(checkpoint: str) -> dict[str, Tensor]:
-    if PurePath(checkpoint.partition("?")[0]).suffix in _SUFFIXES:
-        return read_state(checkpoint, "CHECKPOINT")
+def _read_weights(checkpoint: str, masks: MaskSet) -> dict[str, Tensor]:
+    if suffix_of(checkpoint) in SUFFIXES:
+        wanted = dict(masks.items())
+
+        def find_faults(state: dict[str, Tensor]) -> str:
+            fits = all(n in state and state[n].shape == mask.shape for n, mask in wanted.items())
+            return "" if fits else "a mask has no weights of its shape"
+
+        file = read_weights(checkpoint, "CHECKPOINT")
+        return pick_state(file, wanted, find_faults, with_numbers=True)
     if Path(checkpoint).is_file():
         raise ConfigError(
-            f"CHECKPOINT = '{checkpoint}': must end in {', '.join(_SUFFIXES[:-1])} or "
-            f"{_SUFFIXES[-1]}, or be the folder of a round or a trial"
+            f"CHECKPOINT = '{checkpoint}': must end in {', '.join(SUFFIXES[:-1])} or "
+            f"{SUFFIXES[-1]}, or be the folder of a round or a trial"
         )
     store, trial, record = locate_round(checkpoint)
     return load_tensors(store.read_file(trial, record, "weights.safetensors"))
 
 
 def _stem(checkpoint: str) -> str:
-    name = PurePath(checkpoint.partition("?")[0].rstrip("/"))
-    return name.stem if name.suffix in _SUFFIXES else name.name
+    name = PurePath(checkpoint.partition("?")[0] if "://" in checkpoint else checkpoint).name
+    suffix = suffix_of(checkpoint)
+    return name[: -len(suffix)] if suffix in SUFFIXES else name
 
 
 def _write(target: Path, state: dict[str, Tensor], masks: MaskSet) -> None:

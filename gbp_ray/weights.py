@@ -1,34 +1,31 @@
-"""Files of weights: how a state dict is read, compared with a network, and made its start.
+"""Weights from elsewhere: which state dict of a file a network starts from, and whether it fits.
 
-A file is compared with the network name by name before anything is trained. Nothing in it is run:
-safetensors holds tensors alone, and the other format is read by `torch.load(weights_only=True)`.
+A file is compared with the network name by name before anything is trained.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import io
-from collections.abc import Callable, Mapping
+import re
+import warnings
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import partial
-from pathlib import PurePath
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from gbp_ray.config import JobConfig, TransferConfig, nearest_name
 from gbp_ray.errors import ConfigError, WorkloadError
-from gbp_ray.location import describe_fault, read_bytes
+from gbp_ray.weight_files import State, WeightFile, hash_weights, read_weights
 
 __all__ = [
     "TEACHER",
     "find_misfits",
+    "fit_state",
     "load_state",
+    "pick_state",
     "pin_weights",
-    "read_state",
     "save_state",
     "start_from",
 ]
@@ -38,8 +35,15 @@ TEACHER = "finetune.distillation.teacher"
 
 _TRANSFER = "workload.transfer"
 _CHECKPOINT = f"{_TRANSFER}.checkpoint"
-_PICKLED = (".pt", ".pth", ".th")
 _NUM_NAMED = 3
+
+# What torch puts into names where it wraps a module.
+_WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# What people call the network inside something else that is saved with it.
+_WRAPPER_NAMES = {
+    *("module", "model", "net", "network", "backbone", "encoder", "student", "teacher"),
+    *("ema", "ema_model", "model_ema", "averaged_model", "swa_model"),
+}
 
 
 def pin_weights(job: JobConfig, known: dict[str, str]) -> JobConfig:
@@ -54,7 +58,7 @@ def pin_weights(job: JobConfig, known: dict[str, str]) -> JobConfig:
 
     def digest(address: str, key: str) -> str:
         if address not in known:
-            known[address] = hashlib.sha256(read_bytes(address, key)).hexdigest()
+            known[address] = hash_weights(address, key)
         return known[address]
 
     transfer, distillation = job.workload.transfer, job.finetune.distillation
@@ -71,59 +75,110 @@ def pin_weights(job: JobConfig, known: dict[str, str]) -> JobConfig:
     return job
 
 
-def read_state(address: str, key: str, digest: str = "") -> dict[str, Tensor]:
-    """Reads a file of weights.
+def fit_state(file: WeightFile, expected: Mapping[str, Tensor]) -> State:
+    """Picks as `pick_state` what a network can be loaded from whole.
 
     Args:
-        address: Path or s3:// address of a `.safetensors` file or of a `.pt`, `.pth` or `.th`
-            state dict, which may lie under "state_dict" and have "module." before each name.
-        key: Dotted name of the option that holds the address, for messages.
-        digest: What the SHA-256 of the file was when the job was made; "" for whatever it is.
+        expected: The network's own state.
+    """
+    return pick_state(file, expected, lambda state: find_misfits(state, expected))
+
+
+def pick_state(
+    file: WeightFile,
+    expected: Mapping[str, Tensor],
+    find_faults: Callable[[State], str],
+    *,
+    with_numbers: bool = False,
+) -> State:
+    """Picks the state dict of a file that suits, under the network's names.
+
+    Wrappers may have put a prefix before all names, such as "module." or "model.", and torch its
+    "_orig_mod." into them. A prefix is taken off only where the network lacks all names as they
+    are, and where what has the prefix suits as a whole; what is left out then is warned of.
+
+    Args:
+        expected: The network's names, with its own tensors or others.
+        find_faults: Words why a state does not suit; "" where it does.
+        with_numbers: Keeps numbers that the network lacks, such as the decay of an average.
+
+    Returns:
+        The state that suits; where none does, the one of the most names that the network has.
 
     Raises:
-        WorkloadError: The file is missing, damaged, another one, or holds more than tensors.
+        WorkloadError: Several suit, and are not equal.
     """
-    content = read_bytes(address, key)
-    found = hashlib.sha256(content).hexdigest()
-    if digest not in ("", found):
+    readings = list(_readings(file, expected, with_numbers))
+    suited = [reading for reading in readings if not find_faults(reading[1])]
+    if not suited:
+        return max(readings, key=lambda reading: sum(name in expected for name in reading[1]))[1]
+    label, state, left_out = suited[0]
+    others = [other for other in suited[1:] if not _are_equal(other[1], state)]
+    if others:
+        choices = ", ".join(f"'{choice}'" for choice in (label, *(other[0] for other in others)))
         raise WorkloadError(
-            f"{key} = '{address}': holds other weights than when the job was made (SHA-256 "
-            f"{found[:12]}, not {digest[:12]}); restore them, or unset {key}_digest, which makes "
-            "it another job"
+            f"{file.named}: holds several sets of weights that fit the network: {choices}; save "
+            "the one that is meant as a file of its own"
         )
-    suffix = PurePath(address.partition("?")[0]).suffix
-    if suffix == ".safetensors":
-        try:
-            return load_tensors(content)
-        except (SafetensorError, ValueError) as error:
-            raise WorkloadError(
-                f"{key} = '{address}': is truncated or not a safetensors file "
-                f"({describe_fault(error)}); copy it again"
-            ) from error
-    if suffix not in _PICKLED:
-        raise WorkloadError(
-            f"{key} = '{address}': unknown kind of file '{suffix}' (allowed: .safetensors, "
-            f"{', '.join(_PICKLED)}); save the state dict as .safetensors"
+    if left_out:
+        warnings.warn(
+            f"{file.named}: {_name_some(left_out)} left out, which the network does not have",
+            stacklevel=2,
         )
-    try:
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle may raise anything
-        raise WorkloadError(
-            f"{key} = '{address}': is truncated or holds more than tensors "
-            f"({describe_fault(error)}); save the state dict as .safetensors"
-        ) from error
-    return _unwrap(loaded, address, key)
+    return state
 
 
-def _unwrap(loaded: object, address: str, key: str) -> dict[str, Tensor]:
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise WorkloadError(
-            f"{key} = '{address}': holds no state dict; save model.state_dict() itself, or "
-            "under 'state_dict'"
-        )
-    return {str(name).removeprefix("module."): tensor for name, tensor in loaded.items()}
+def _readings(
+    file: WeightFile, expected: Mapping[str, Tensor], with_numbers: bool
+) -> Iterator[tuple[str, State, list[str]]]:
+    """Lists what a file may mean: (where, the state by the network's names, what it leaves out)."""
+    # A network may be wrapped as well.
+    wrapper = "module." if all(name.startswith("module.") for name in expected) else ""
+    own = {_unwrap(name).removeprefix(wrapper): name for name in expected}
+    for place, found in file.states.items():
+        state = {_unwrap(name): tensor for name, tensor in found.items()}
+        if len(state) < len(found):
+            state = found
+        prefixes = [""]
+        if not any(name in own for name in state):
+            prefixes = _find_prefixes(state, own) or [""]
+        for prefix in prefixes:
+            under = {
+                own.get(name.removeprefix(prefix), name.removeprefix(prefix)): tensor
+                for name, tensor in state.items()
+                if name.startswith(prefix)
+            }
+            rest = [name for name in state if not name.startswith(prefix)]
+            if not with_numbers:
+                rest += [name for name, t in under.items() if name not in expected and t.ndim == 0]
+                under = {name: tensor for name, tensor in under.items() if name not in rest}
+            label = ".".join(part for part in (place, prefix and f"{prefix}*") if part)
+            yield label or "the file itself", under, [f"'{name}'" for name in rest]
+
+
+def _unwrap(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+
+
+def _find_prefixes(state: Iterable[str], own: Container[str]) -> list[str]:
+    """Lists what may be taken off names: what all have, and what wrappers are often called."""
+    names = list(state)
+    prefixes = {
+        name[: dot.end()]: None
+        for name in names
+        for dot in re.finditer(r"\.", name)
+        if name[dot.end() :] in own
+    }
+    return [
+        prefix
+        for prefix in prefixes
+        if set(prefix.split(".")[:-1]) <= _WRAPPER_NAMES
+        or all(name.startswith(prefix) for name in names)
+    ]
+
+
+def _are_equal(one: State, other: State) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
 def save_state(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
@@ -149,6 +204,11 @@ def find_misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
         and (_place_of(tensor) == 0 or _place_of(tensor) not in present)
     ]
     unexpected = [f"'{name}'" for name in state if name not in expected]
+    recast = [
+        f"'{name}' is {_short(tensor.dtype)} where the model has {_short(expected[name].dtype)}"
+        for name, tensor in state.items()
+        if name in expected and not _keeps_values(tensor, expected[name].dtype)
+    ]
     reshaped = [
         f"'{name}' has shape {tuple(tensor.shape)} where the model has "
         f"{tuple(expected[name].shape)}"
@@ -160,9 +220,22 @@ def find_misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
         faults.append(f"it lacks {_name_some(missing)}")
     if unexpected:
         faults.append(f"it has the unexpected {_name_some(unexpected)}")
-    if reshaped:
-        faults.append(_name_some(reshaped))
+    faults += [_name_some(items) for items in (reshaped, recast) if items]
     return "; ".join(faults)
+
+
+def _keeps_values(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor can be loaded into another type with no loss but rounding."""
+    if dtype.is_floating_point:
+        # Whole numbers in place of weights are quantized ones, whose scale is elsewhere.
+        return tensor.is_floating_point()
+    # Whoever halves a checkpoint halves its counters, too.
+    is_whole = tensor.is_floating_point() and torch.equal(tensor, tensor.round())
+    return is_whole or torch.can_cast(tensor.dtype, dtype)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _place_of(tensor: Tensor) -> int:
@@ -192,16 +265,16 @@ def start_from(
         build_model: Makes the model with fresh weights, which the new head keeps.
 
     Raises:
-        WorkloadError: As `read_state`; or, when a model is built, names or shapes differ outside
+        WorkloadError: As `read_weights`; or, when a model is built, names or shapes differ outside
             the new head.
         ConfigError: When a model is built: a glob matches no weight of it.
     """
-    state = read_state(config.checkpoint, _CHECKPOINT, config.checkpoint_digest)
-    return partial(_build_from, build_model, config, state)
+    file = read_weights(config.checkpoint, _CHECKPOINT, config.checkpoint_digest)
+    return partial(_build_from, build_model, config, file)
 
 
 def _build_from(
-    build_model: Callable[[], nn.Module], config: TransferConfig, state: dict[str, Tensor]
+    build_model: Callable[[], nn.Module], config: TransferConfig, file: WeightFile
 ) -> nn.Module:
     model = build_model()
     own = model.state_dict()
@@ -219,12 +292,18 @@ def _build_from(
                 f"{nearest_name(pattern, list(own))}"
             )
         new.update(found)
-    taken = {
-        name: tensor
-        for name, tensor in state.items()
-        if name not in new and not any(fnmatch.fnmatch(name, p) for p in config.new_head)
-    }
-    wanted = {name: tensor for name, tensor in own.items() if name not in new}
+
+    def without_head(state: Mapping[str, Tensor]) -> State:
+        return {
+            name: tensor
+            for name, tensor in state.items()
+            if name not in new and not any(fnmatch.fnmatch(name, p) for p in config.new_head)
+        }
+
+    wanted = without_head(own)
+    taken = without_head(
+        pick_state(file, own, lambda state: find_misfits(without_head(state), wanted))
+    )
     if faults := find_misfits(taken, wanted):
         raise WorkloadError(
             f"{_CHECKPOINT} = '{config.checkpoint}': does not fit the network: {faults}; "

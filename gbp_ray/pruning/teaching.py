@@ -24,7 +24,8 @@ from gbp_ray.pruning.objective import Teacher
 from gbp_ray.pruning.ranks import Ranks, isolated
 from gbp_ray.pruning.sharding import is_sharded
 from gbp_ray.pruning.training import num_steps
-from gbp_ray.weights import TEACHER, find_misfits, read_state
+from gbp_ray.weight_files import read_weights
+from gbp_ray.weights import TEACHER, find_misfits, fit_state
 from gbp_ray.workload import Workload, cut_batches, derive_seed, num_examples, take_batch
 
 __all__ = ["answer_bytes", "is_taught_once", "prepare_teacher", "refuse_unteachable"]
@@ -60,7 +61,8 @@ def prepare_teacher(
 
 
 def _read_fitting(config: DistillationConfig, model: nn.Module) -> dict[str, Tensor]:
-    state = read_state(config.teacher, TEACHER, config.teacher_digest)
+    file = read_weights(config.teacher, TEACHER, config.teacher_digest)
+    state = fit_state(file, model.state_dict())
     if faults := find_misfits(state, model.state_dict()):
         raise ConfigError(
             f"{TEACHER} = '{config.teacher}': does not fit the network: {faults}; give a "

@@ -8,7 +8,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from gbp_ray.errors import WorkloadError
-from gbp_ray.weights import find_misfits, load_state, read_state
+from gbp_ray.weight_files import read_weights
+from gbp_ray.weights import find_misfits, fit_state, load_state
 from gbp_ray.workload import seeded
 
 __all__ = ["with_checkpoint"]
@@ -25,17 +26,18 @@ def with_checkpoint(
 
     Args:
         build_model: Makes the model with fresh weights.
-        checkpoint: Path or s3:// address of a file as `weights.read_state` takes it; None leaves
-            `build_model` as it is.
+        checkpoint: Path or s3:// address of a file as `weight_files.read_weights` takes it; None
+            leaves `build_model` as it is.
 
     Raises:
         WorkloadError: The file is missing or damaged, or its names or shapes are not the model's.
     """
     if checkpoint is None:
         return build_model
-    state = read_state(checkpoint, _KEY)
+    file = read_weights(checkpoint, _KEY)
     with seeded(0):  # the check's own draws must not shift those of the job
         expected = build_model().state_dict()
+    state = fit_state(file, expected)
     if faults := find_misfits(state, expected):
         raise WorkloadError(
             f"{_KEY} = '{checkpoint}': does not fit the model: {faults}; give a checkpoint of this "
