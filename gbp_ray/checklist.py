@@ -82,13 +82,13 @@ def find_clear_winners(curves: WorkloadCurves) -> tuple[list[float], list[float]
 
 def _check_workload(curves: WorkloadCurves) -> Check:
     dense = curves.trials[0].dense
+    macs = _count(dense.macs, "multiply-add") if dense.macs else "multiply-adds not counted"
     return Check(
         "Architecture, data and metric are named",
         "partly",
         f"{curves.title}: {dense.num_parameters:,} parameters, {dense.num_units:,} of them "
-        f"prunable, {_count(dense.macs, 'multiply-add')}. Accuracy is the share of the whole test "
-        "split that is right after the last epoch. How the data are prepared, the factory's own "
-        "code says.",
+        f"prunable, {macs}. Accuracy is the share of the whole test split that is right after "
+        "the last epoch. How the data are prepared, the factory's own code says.",
     )
 
 

@@ -275,7 +275,7 @@ def list_results(
         varying = results.find_varying()
         fields = varying[:_MOST_FIELDS]
         columns = ["trial_id", "round", "sparsity", "accuracy", "loss", "num_nonzero"]
-        columns += ["macs_nonzero", "judged_on", "test_accuracy"]
+        columns += ["macs", "macs_nonzero", "judged_on", "test_accuracy"]
         rows = results.to_rows([*columns, *fields])
         console().print(results_table(rows, fields))
         if len(varying) > len(fields):

@@ -88,7 +88,7 @@ class Round(NamedTuple):
 
     @property
     def speedup(self) -> float:
-        """Multiply-adds before / multiply-adds left: what is saved in theory."""
+        """Multiply-adds before / left, saved in theory; 0 where they were not counted."""
         return self.macs / max(1, self.macs_nonzero)
 
 

@@ -77,7 +77,9 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         "|---|---|---|",
         *accuracy,
         f"| parameters | {cost.num_parameters:,} | {cost.num_nonzero:,} |",
-        f"| multiply-adds | {cost.macs:,} | {cost.macs_nonzero:,} in theory |",
+        f"| multiply-adds | {cost.macs:,} | {cost.macs_nonzero:,} in theory |"
+        if cost.macs
+        else "| multiply-adds | not counted | not counted |",
         "",
         _how_measured(trial, record, facts),
         "",

@@ -79,12 +79,16 @@ class LayerRecord(_Record):
 
 
 class CostRecord(_Record):
-    """What a network costs: the whole model, and its prunable layers."""
+    """What a network costs: the whole model, and its prunable layers.
+
+    Where `macs_fault` says why multiply-adds were not counted, they are 0 everywhere.
+    """
 
     num_parameters: int
     num_nonzero: int
     macs: int
     macs_nonzero: int
+    macs_fault: str = ""
     num_bytes: int
     num_bytes_sparse: int
     layers: tuple[LayerRecord, ...]

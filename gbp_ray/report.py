@@ -45,7 +45,7 @@ def round_table(trial: TrialRecord) -> Table:
             *((_percent(record.robust_accuracy),) if is_attacked else ()),
             f"{record.loss:.4f}",
             f"{cost.num_nonzero:,}",
-            _short(cost.macs_nonzero),
+            _macs_left(cost.macs, cost.macs_nonzero),
         )
     return table
 
@@ -72,7 +72,7 @@ def layer_table(record: RoundRecord) -> Table:
             f"{layer.num_weights:,}",
             f"{layer.num_nonzero:,}",
             f"{layer.sparsity:.2%}",
-            _short(layer.macs_nonzero),
+            _macs_left(record.cost.macs, layer.macs_nonzero),
         )
     return table
 
@@ -102,7 +102,7 @@ def results_table(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> T
             *((_percent(row["robust_accuracy"]),) if is_attacked else ()),
             f"{row['loss']:.4f}",
             f"{row['num_nonzero']:,}",
-            _short(row["macs_nonzero"]),
+            _macs_left(row["macs"], row["macs_nonzero"]),
             *(escape(_word(row[field])) for field in fields),
         )
     return table
@@ -191,12 +191,20 @@ def summary_line(trial: TrialRecord) -> str:
     final = trial.chosen
     points = (trial.test_accuracy - trial.dense_test_accuracy) * 100
     what = "accuracy" if trial.test is None else f"test accuracy of round {final.round}"
+    cost = final.cost
+    saved = f"{cost.macs / max(1, cost.macs_nonzero):.1f}x fewer multiply-adds in theory"
+    if not cost.macs:
+        saved = f"multiply-adds not counted{f' ({cost.macs_fault})' if cost.macs_fault else ''}"
     return (
-        f"sparsity {final.sparsity:.2%} of {final.cost.num_units:,} prunable weights, {what} "
+        f"sparsity {final.sparsity:.2%} of {cost.num_units:,} prunable weights, {what} "
         f"{trial.test_accuracy:.2%} ({points:+.2f} points against dense), compression "
-        f"{final.cost.compression:.1f}x, {final.cost.macs / max(1, final.cost.macs_nonzero):.1f}x "
-        "fewer multiply-adds in theory"
+        f"{cost.compression:.1f}x, {saved}"
     )
+
+
+def _macs_left(macs: int, left: int) -> str:
+    """Shortens what is left of a network's multiply-adds, which are none where none are known."""
+    return _short(left) if macs else "not counted"
 
 
 def _short(number: float) -> str:

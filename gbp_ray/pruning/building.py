@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gbp_ray.errors import WorkloadError
-from gbp_ray.pruning.metrics import count_macs
+from gbp_ray.pruning.metrics import Macs, count_macs
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.sharding import (
     copy_sharded,
@@ -53,8 +53,8 @@ def network_of_seed(workload: Workload, seed: int) -> tuple[nn.Module, bool]:
 
 def build_start(
     workload: Workload, seed: int, ranks: Ranks, strategy: str
-) -> tuple[nn.Module, dict[str, int]]:
-    """Builds this rank's network; returns it with its multiply-adds by module.
+) -> tuple[nn.Module, Macs]:
+    """Builds this rank's network; returns it with its multiply-adds.
 
     Args:
         strategy: "fsdp" spreads it over the ranks, and communicates.
@@ -76,11 +76,11 @@ def build_start(
     return model, macs
 
 
-def _build_here(workload: Workload, seed: int) -> tuple[nn.Module, dict[str, int]]:
+def _build_here(workload: Workload, seed: int) -> tuple[nn.Module, Macs]:
     with seeded(derive_seed(seed, "model")):
         model = build_network(workload)
     example, _ = take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
-    return model, count_macs(model, example.to("meta") if _is_blank(model) else example)
+    return model, count_macs(model, example)
 
 
 def copy_frozen(model: nn.Module) -> nn.Module:

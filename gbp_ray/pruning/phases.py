@@ -21,7 +21,7 @@ Strategy "replicated": each rank holds the whole model. Held all along:
 
 To which each phase adds the greatest of what it holds at its moments:
 
-    build       the forward pass of one example, which counts multiply-adds
+    build       P + B (a copy) + the forward pass of one example, which counts multiply-adds
     pretrain    O + T (the last step's gradients) + T / W (this one's sum) + B + A(part), or 2 T
     finetune    while they are put together; O is held all along in finetune;
                 movement: or T + 24 times the largest layer
@@ -122,7 +122,8 @@ def _plan_replicated(sizes: Sizes, passes: Passes) -> list[Phase]:
     if job.prune.rewind == "none" and sizes.kept_optimizer_bytes:
         kept["optimizer"] = sizes.kept_optimizer_bytes
     tuned = later | {"optimizer": sizes.kept_optimizer_bytes}
-    phases = [_phase("build", base, {"pass": passes.forward.peak_bytes(1)})]
+    counted = {"pass": passes.forward.peak_bytes(1), "copy": sizes.model_bytes}
+    phases = [_phase("build", base, counted)]
     if sizes.pretrain_steps:
         optimizer = {"optimizer": sizes.optimizer_bytes(job.pretrain)}
         phases.append(
@@ -190,7 +191,8 @@ def _plan_fsdp(sizes: Sizes, passes: Passes) -> list[Phase]:
         kept["optimizer"] = optimizer
     tuned = later | {"optimizer": optimizer}
     built = shards.largest_layer_bytes if shards.is_blank else sizes.model_bytes
-    phases = [_phase("build", base, {"as built": built})]
+    copied = 0 if shards.is_blank else sizes.model_bytes
+    phases = [_phase("build", base, {"as built": built, "copy": copied})]
     gathered = {"gathered": shards.gathered_bytes}
 
     def trained(name: str, recipe: Recipe, held: dict[str, int], steps: int) -> Phase:

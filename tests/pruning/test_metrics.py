@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from small_networks import SharedWeightNet, TanhNet, built, in_float64
 from torch import Tensor, nn
+from torch.nn import functional
 
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
-from gbp_ray.pruning.metrics import count_macs, measure
+from gbp_ray.pruning.metrics import Macs, count_macs, measure
 from gbp_ray.store import CostRecord
 
 
@@ -50,18 +53,17 @@ WEIGHTS = {
 OTHERS = 4 + 6 + (6 + 6) + 8 + 5  # Biases, and the weight and bias of the norm.
 
 
-def strided_macs() -> dict[str, int]:
+def strided_macs() -> Macs:
     return count_macs(built(StridedNet), torch.zeros(1, 3, 8, 8))
 
 
-def cost_of(model: nn.Module, macs: dict[str, int]) -> CostRecord:
+def cost_of(model: nn.Module, macs: Macs) -> CostRecord:
     return measure(model, prunable_parameters(model), macs)
 
 
 def test_macs_are_those_counted_by_hand() -> None:
     macs = strided_macs()
-    assert {name: macs[name] for name in MACS} == MACS
-    assert macs[""] == sum(MACS.values())
+    assert macs == Macs({f"{name}.weight": n for name, n in MACS.items()}, sum(MACS.values()))
 
 
 @pytest.mark.parametrize("is_training", [True, False])
@@ -112,14 +114,14 @@ def test_zero_weights_spare_their_share_of_the_macs(name: str) -> None:
 def test_bytes_are_those_of_the_tensors(build: type, item: int) -> None:
     model = build(TanhNet)
     model.register_buffer("counter", torch.zeros(3, dtype=torch.int64))
-    dense = cost_of(model, {})
+    dense = cost_of(model, Macs({}, 0))
     num_parameters = (12 + 4) + (8 + 2)
     assert dense.num_bytes == num_parameters * item + 3 * 8
     # One bit a prunable weight, each layer in whole bytes: 12 in two, 8 in one.
     assert dense.num_bytes_sparse == dense.num_bytes + 2 + 1
     with torch.no_grad():
         model[0].weight[:2] = 0
-    sparse = cost_of(model, {})
+    sparse = cost_of(model, Macs({}, 0))
     assert sparse.num_bytes == dense.num_bytes
     assert sparse.num_bytes_sparse == dense.num_bytes_sparse - 6 * item
 
@@ -159,9 +161,174 @@ def test_attention_is_counted_although_torch_would_fuse_it() -> None:
     model = built(Attention)
     macs = count_macs(model, torch.zeros(1, 3, 8))
     projections, mixing = 3 * 8 * (3 * 8) + 3 * 8 * 8, 2 * (3 * 3 * 8)
-    assert macs["encoder.linear1"] == macs["encoder.linear2"] == 3 * 8 * 16
-    assert macs[""] == projections + mixing + 2 * 3 * 8 * 16
+    linear = {f"encoder.linear{number}.weight": 3 * 8 * 16 for number in (1, 2)}
+    projected = {"in_proj_weight": 3 * 8 * (3 * 8), "out_proj.weight": 3 * 8 * 8}
+    attended = {f"encoder.self_attn.{name}": n for name, n in projected.items()}
+    assert macs == Macs(linear | attended, projections + mixing + 2 * 3 * 8 * 16)
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Calling(nn.Module):
+    """A network whose forward pass is a function of it."""
+
+    def __init__(self, forward: Any, **members: Any) -> None:
+        super().__init__()
+        self.body = forward
+        for name, member in members.items():
+            setattr(self, name, member)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.body(self, inputs)
+
+
+def attend(model: Any, inputs: Tensor) -> Tensor:
+    attended, _ = model.attention(inputs, inputs, inputs, need_weights=False)
+    return model.head(attended.mean(dim=1))
+
+
+def differentiate(model: Any, inputs: Tensor) -> Tensor:
+    """Gives forces as the negative gradient of an energy."""
+    with torch.enable_grad():
+        inputs = inputs.detach().requires_grad_(True)
+        energy = model.b(torch.tanh(model.a(inputs))).sum()
+        return -torch.autograd.grad(energy, inputs, create_graph=True)[0]
+
+
+def recurrent(kind: type[nn.RNNBase], **options: Any) -> Calling:
+    layer = kind(8, 24, batch_first=True, **options)
+    return Calling(lambda model, inputs: model.layer(inputs)[0], layer=layer)
+
+
+def in_bfloat16(model: Any, inputs: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return model.a(inputs)
+
+
+def linear(num_outputs: int) -> nn.Linear:
+    return nn.Linear(8, num_outputs)
+
+
+# Over 5 steps of 8 numbers; gates are 4 of an LSTM's, 3 of a GRU's.
+COUNTED: dict[str, tuple[Any, dict[str, int], int]] = {
+    "attention": (
+        lambda: Calling(
+            attend, attention=nn.MultiheadAttention(8, 2, batch_first=True), head=linear(4)
+        ),
+        {
+            "attention.in_proj_weight": 5 * 8 * 24,
+            "attention.out_proj.weight": 5 * 8 * 8,
+            "head.weight": 8 * 4,
+        },
+        2 * (5 * 5 * 8),
+    ),
+    "lstm": (
+        lambda: recurrent(nn.LSTM),
+        {"layer.weight_ih_l0": 5 * 4 * 24 * 8, "layer.weight_hh_l0": 5 * 4 * 24 * 24},
+        0,
+    ),
+    "gru, both ways": (
+        lambda: recurrent(nn.GRU, bidirectional=True),
+        {
+            f"layer.weight_{kind}_l0{way}": 5 * 3 * 24 * width
+            for kind, width in (("ih", 8), ("hh", 24))
+            for way in ("", "_reverse")
+        },
+        0,
+    ),
+    "lstm with projections": (
+        lambda: recurrent(nn.LSTM, proj_size=6),
+        {
+            "layer.weight_ih_l0": 5 * 4 * 24 * 8,
+            "layer.weight_hh_l0": 5 * 4 * 24 * 6,
+            "layer.weight_hr_l0": 5 * 24 * 6,
+        },
+        0,
+    ),
+    "differentiates": (
+        lambda: Calling(differentiate, a=linear(6), b=nn.Linear(6, 1)),
+        {"a.weight": 2 * 5 * 48, "b.weight": 2 * 5 * 6},
+        0,
+    ),
+    "another's weight": (
+        lambda: Calling(lambda m, x: functional.linear(x, m.a.weight) @ m.a.weight, a=linear(6)),
+        {"a.weight": 2 * 5 * 48},
+        0,
+    ),
+    "einsum": (
+        lambda: Calling(lambda m, x: torch.einsum("bti,oi->bto", x, m.a.weight), a=linear(6)),
+        {"a.weight": 5 * 48},
+        0,
+    ),
+    "vector": (
+        lambda: Calling(lambda m, x: m.a.weight @ x[0, 0], a=linear(6)),
+        {"a.weight": 48},
+        0,
+    ),
+    "autocast": (lambda: Calling(in_bfloat16, a=linear(6)), {"a.weight": 5 * 48}, 0),
+    "joined": (
+        lambda: Calling(
+            lambda m, x: functional.linear(x, torch.cat([m.a.weight, m.b.weight])),
+            a=linear(6),
+            b=linear(2),
+        ),
+        {"a.weight": 5 * 48, "b.weight": 5 * 16},
+        0,
+    ),
+    # A zero is no zero any more where the mean is taken off.
+    "standardised": (
+        lambda: Calling(
+            lambda m, x: functional.linear(x, m.a.weight - m.a.weight.mean()), a=linear(6)
+        ),
+        {},
+        5 * 48,
+    ),
+    "meta": (lambda: nn.Sequential(linear(6)).to("meta"), {"0.weight": 5 * 48}, 0),
+}
+
+
+@pytest.mark.parametrize("kind", COUNTED)
+def test_products_are_put_down_to_the_weights_that_take_part(kind: str) -> None:
+    build, by_parameter, beside = COUNTED[kind]
+    macs = count_macs(built(build), torch.zeros(1, 5, 8))
+    assert macs == Macs(by_parameter, sum(by_parameter.values()) + beside)
+    assert torch.backends.mkldnn.enabled
+
+
+def refuse(model: Any, inputs: Tensor) -> Tensor:
+    raise RuntimeError("no such luck")
+
+
+@pytest.mark.parametrize(
+    ("build", "fault"),
+    [
+        (lambda: Calling(lambda m, x: m.a(x, x), a=nn.Bilinear(8, 8, 2)), "aten::_trilinear"),
+        (lambda: Calling(refuse, a=linear(6)), "RuntimeError: no such luck"),
+    ],
+)
+def test_what_cannot_be_counted_is_said_and_ends_nothing(build: Any, fault: str) -> None:
+    model = built(build)
+    macs = count_macs(model, torch.zeros(1, 5, 8))
+    assert (macs.by_parameter, macs.total) == ({}, 0)
+    assert macs.fault.startswith(fault)
+    assert measure(model, [], macs).macs_fault == macs.fault
+
+
+def test_counting_leaves_no_trace() -> None:
+    def mark(model: Any, inputs: Tensor) -> Tensor:
+        model.calls += 1
+        model.a.weight.data.mul_(2)
+        model.is_ready = True
+        return model.a(inputs + torch.randn(8))
+
+    model = built(lambda: Calling(mark, a=linear(6)))
+    model.register_buffer("calls", torch.zeros(()))
+    model.is_ready = False
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    draws = torch.random.get_rng_state()
+    assert count_macs(model, torch.zeros(1, 5, 8)).total == 5 * 48
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), draws)
+    assert not model.is_ready
 
 
 def test_masks_and_measurement_agree() -> None:
