@@ -49,8 +49,10 @@ class MovingAverage:
         for now, average in self._pairs:
             # Each operation rounds by itself: a fused one would depend on where a shard ends.
             moved = average + (now - average) * (1 - decay)
-            # Infinities, as masks of attention hold them, differ from themselves by NaN.
-            average.copy_(torch.where(now == average, average, moved))
+            # Infinities, as masks of attention hold them, differ from themselves by NaN, and what
+            # was infinite before the first step has no mean with what came after it.
+            moved = torch.where(now == average, average, moved)
+            average.copy_(torch.where(torch.isfinite(average), moved, now))
 
     @torch.no_grad()
     def trade_places(self) -> None:

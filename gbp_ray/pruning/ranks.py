@@ -332,6 +332,8 @@ def isolated(model: nn.Module, seed: int) -> Iterator[None]:
         with torch.no_grad():
             for (owner, name, buffer), value in zip(slots, before, strict=True):
                 owner[name] = buffer
+                if buffer.shape != value.shape:
+                    buffer.resize_(value.shape)
                 buffer.copy_(value)
 
 

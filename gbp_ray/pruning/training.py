@@ -3,7 +3,8 @@
 An optimizer step sees one batch, cut into `microbatches` parts. A part is computed whole on one
 rank, and the parts' gradients are added in part order (`folding.GradientSums`), so a step gives
 the same bits on any number of workers, and on replicated and sharded networks. BatchNorm normalises
-each part by itself; its running statistics move by the mean of what the parts would have done.
+each part by itself; its running statistics move by the mean of what the parts would have done
+(`buffers` says what becomes of others).
 
 What shapes a step beside the loss (`objective`): its gradient may be clipped (`clipping`), and the
 weights averaged over the steps of a training (`averaging`).
@@ -11,7 +12,7 @@ weights averaged over the steps of a training (`averaging`).
 Pruned weights stay exactly zero without being reset: their gradients and the optimizer's state for
 them are zero, so momentum has nothing to carry, and decay of a zero is a zero.
 
-Shape suffixes: L = weights of one slice, flat; B = buffer elements.
+Shape suffixes: L = weights of one slice, flat; B = as in `buffers`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +29,13 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from gbp_ray.config import Recipe
 from gbp_ray.errors import PruneError
 from gbp_ray.pruning.averaging import MovingAverage
+from gbp_ray.pruning.buffers import TrainedBuffers
 from gbp_ray.pruning.clipping import clip_gradients
 from gbp_ray.pruning.folding import GradientSums
 from gbp_ray.pruning.freezing import trainable_parameters, training_mode
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.objective import Teacher, training_loss
-from gbp_ray.pruning.ranks import OrderedSum, Ranks, buffer_slots
+from gbp_ray.pruning.ranks import OrderedSum, Ranks
 from gbp_ray.pruning.sharding import add_over_ranks, is_shard, is_sharded, leaves, local
 from gbp_ray.pruning.slices import cut_rows
 from gbp_ray.workload import (
@@ -196,7 +198,7 @@ def train_epochs(
     trainable = trainable_parameters(model, recipe.freeze)
     differentiated = leaves(model)
     pieces = {n: cut_rows(n, p.shape, ranks.world_size) for n, p in trainable.items()}
-    buffers = _Buffers(model, ranks.device)
+    buffers = TrainedBuffers(model, ranks.device)
     kept = [(trainable[n], mask) for n, mask in (masks or {}).items() if n in trainable]
     warmup = round(recipe.warmup_epochs * _steps_per_epoch(recipe, workload))
     own: MovingAverage | None = None
@@ -216,7 +218,7 @@ def train_epochs(
             is_sharded=is_sharded(model),
         )
         besides = OrderedSum(ranks, buffers.size + 1, len(parts), buffers.dtype, buffers.dtype)
-        buffers.remember()
+        buffers.remember(len(parts))
         with training_mode(model, recipe.freeze), sums.listening():
             for item in ranks.deal(len(parts)):
                 beside: Tensor | None = None
@@ -229,11 +231,11 @@ def train_epochs(
                             model, workload, recipe, teacher, part, draws, ranks.device
                         )
                         loss.backward()
-                        beside = torch.cat([buffers.collect_change(), loss.detach().view(1)])
+                        beside = torch.cat([buffers.collect(number), loss.detach().view(1)])
                         beside *= len(part) / len(batch)
                 besides.add(None if item is None else beside)
         gradients = sums.totals()
-        moved_B, loss_1 = besides.result().split([buffers.size, 1])
+        joined_B, loss_1 = besides.result().split([buffers.size, 1])
         _refuse_non_finite(loss_1, gradients, span, step, recipe, ranks)
         for name, parameter in trainable.items():
             parameter.grad = gradients[name]
@@ -249,7 +251,7 @@ def train_epochs(
                 recipe, step - span.planned.start, len(span.planned), warmup
             )
         optimizer.step()
-        buffers.move(moved_B)
+        buffers.settle(joined_B, ranks)
         if average is not None:
             average.update()
         recent.append(loss_1.item())
@@ -298,64 +300,3 @@ def _refuse_non_finite(
         f"{section}: {what} at step {step - span.steps.start + 1} of {len(span.steps)}; lower "
         f"{section}.learning_rate = {recipe.learning_rate:g} or check the data for NaN"
     )
-
-
-class _Buffers:
-    """The buffers of a model that a forward pass may change, as one flat vector.
-
-    Each part of a batch starts from the same values; the step moves floating-point buffers (running
-    statistics) by the mean change, and integer scalars that changed (counters of batches seen) by
-    one. A change of exactly zero leaves constants untouched, bit for bit.
-    """
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._slots = buffer_slots(model)
-        buffers = list({id(buffer): buffer for _, _, buffer in self._slots}.values())
-        self._floating = [b for b in buffers if b.is_floating_point()]
-        self._counters = [b for b in buffers if b.ndim == 0 and b.dtype is torch.int64]
-        self._all = buffers
-        self._device = device
-        self._before: dict[Tensor, Tensor] = {}
-        self.size = sum(b.numel() for b in self._floating) + len(self._counters)
-        kinds = (tensor.dtype for tensor in (*self._floating, *model.parameters()))
-        self.dtype = reduce(torch.promote_types, kinds, torch.float32)
-
-    def remember(self) -> None:
-        self._before = {b: b.clone() for b in self._all}
-
-    @torch.no_grad()
-    def collect_change(self) -> Tensor:
-        """Returns (B,) what a forward pass changed, and undoes it."""
-        for owner, name, buffer in self._slots:
-            found, owner[name] = owner[name], buffer
-            if found is not None and found is not buffer and found.shape == buffer.shape:
-                buffer.copy_(found)
-        changes = [torch.zeros(0, device=self._device)]
-        for buffer in self._floating:
-            before = self._before[buffer]
-            # Infinity minus itself is NaN, and attention masks hold infinities.
-            changes.append((buffer - before).masked_fill(buffer == before, 0).reshape(-1))
-        for counter in self._counters:
-            changes.append((counter != self._before[counter]).float().view(1))
-        self._restore()
-        return torch.cat(changes)
-
-    @torch.no_grad()
-    def move(self, change_B: Tensor) -> None:
-        """Moves by the step's change."""
-        self._restore()
-        pieces = change_B.split(
-            [*(b.numel() for b in self._floating), *(1 for _ in self._counters)]
-        )
-        moved = zip([*self._floating, *self._counters], pieces, strict=True)
-        for buffer, piece in moved:
-            change = piece.view_as(buffer)
-            if buffer.is_floating_point():
-                # -0.0 plus 0.0 would lose its sign.
-                buffer.copy_(torch.where(change == 0, buffer, buffer + change))
-            else:
-                buffer += change > 0
-
-    def _restore(self) -> None:
-        for buffer, before in self._before.items():
-            buffer.copy_(before)

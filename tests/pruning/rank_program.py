@@ -13,11 +13,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from robust_program import CASES, rounds_of
 from small_networks import (
     ConvNet,
+    DrawnItems,
+    Remembering,
     TanhNet,
     built,
     draw,
@@ -101,6 +104,7 @@ def report_of(ranks: Ranks) -> dict[str, Any]:
         "progress": _progress(ranks, trained),
         "recalibrated": _recalibrated(ranks, trained),
         "unruly model": _unruly_model(ranks),
+        "remembered": _remembered(ranks),
         "rounds": _rounds(ranks),
         **{case: rounds_of(case, ranks) for case in CASES},
         "held out": _held_out(ranks),
@@ -123,6 +127,7 @@ def sharded_report_of(ranks: Ranks) -> dict[str, Any]:
         "hard masks": hard_masks(ranks, is_sharded=True),
         "evaluated": evaluate(trained, images(), ranks, 4),
         "recalibrated": _recalibrated(ranks, trained),
+        "remembered": _remembered(ranks, strategy="fsdp"),
         "rounds": _rounds(ranks, strategy="fsdp"),
         **{case: rounds_of(case, ranks, strategy="fsdp") for case in CASES},
         "held out": _held_out(ranks, strategy="fsdp"),
@@ -292,6 +297,32 @@ def _unruly_model(ranks: Ranks) -> tuple[str, tuple[float, float], str]:
     figures = evaluate(model, workload, ranks, 4)
     recalibrate_batchnorm(model, workload, ranks, examples=31, batch_size=6, seed=1)
     return digest(scores), figures, digest(model.state_dict())
+
+
+def _remembered(ranks: Ranks, strategy: str = "replicated") -> list[tuple[Any, ...]]:
+    """Prunes a network that writes buffers, on items that are drawn with each reading."""
+    items = DrawnItems()
+    workload = dataclasses.replace(
+        regression(Remembering, *draw(2, 2, 3)), train=items, test=items, prepare=_noisy
+    )
+    found = []
+    for parts in (1, 3):
+        recipe = {"epochs": 1.0, "batch_size": 7, "microbatches": parts}
+        job = job_config(
+            pretrain=recipe,
+            finetune=recipe,
+            prune={"calibration_examples": 9, "calibration_batch_size": 4},
+            workload={"eval_batch_size": 5, "train_sample": 4},
+            cluster={"strategy": strategy},
+        )
+        for state in run_rounds(job, workload, ranks):
+            weights = digest(_gathered(state.model.state_dict()))
+            found.append((state.record.loss, state.masks.digest, weights))
+    return found
+
+
+def _noisy(inputs: Tensor) -> Tensor:
+    return inputs + 0.01 * float(np.random.normal())
 
 
 def _rounds(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -65,6 +68,68 @@ def regression(build: Callable[[], nn.Module], inputs: Tensor, targets: Tensor) 
         loss=functional.mse_loss,
         count_correct=lambda outputs, targets: torch.zeros((), dtype=torch.int64),
     )
+
+
+class Remembering(nn.Module):
+    """Writes buffers of every kind while it trains: what examples were seen is what they hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("low", torch.tensor(math.inf))
+        self.register_buffer("high", torch.tensor(-math.inf))
+        self.register_buffer("mean", torch.full((3,), 5.0))
+        self.queue = Queue()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.seen += len(inputs)
+                self.steps += 1
+                self.low.copy_(torch.minimum(self.low, inputs.min()))
+                self.high = torch.maximum(self.high, inputs.max())
+                self.mean.lerp_(inputs.mean(dim=0), 0.7)
+                self.queue.push(inputs)
+        self.calls += 1
+        return self.layer(inputs - self.queue.shift)
+
+
+class Queue(nn.Module):
+    """The last inputs, in a ring, and the mean of the first ones, taken once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(32, 3))
+        self.register_buffer("place", torch.zeros(1, dtype=torch.int32))
+        self.register_buffer("is_ready", torch.tensor(False))
+        self.register_buffer("shift", torch.zeros(3))
+        self.register_buffer("count", torch.zeros(2, dtype=torch.uint8))
+
+    def push(self, inputs: Tensor) -> None:
+        if not self.is_ready:
+            self.shift.copy_(inputs.mean(dim=0))
+            self.is_ready.fill_(True)
+            self.count[0] += 1
+        places = (int(self.place) + torch.arange(len(inputs))) % 32
+        self.rows[places] = inputs.float()
+        self.place.copy_((self.place + len(inputs)) % 32)
+
+
+class DrawnItems:
+    """A data set that draws noise for each item from every global generator."""
+
+    def __init__(self, total: int = 23) -> None:
+        self.inputs, self.targets = draw(total, 3, seed=1), draw(total, 2, seed=2)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        noise = torch.rand(()) + np.random.normal() + random.random()
+        return self.inputs[index] + 0.1 * noise, self.targets[index]
 
 
 def scores_of(model: nn.Module, workload: Workload, config: PruneConfig, **more: Any) -> Any:

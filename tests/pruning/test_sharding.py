@@ -55,7 +55,7 @@ def test_masks_of_a_sharded_network_are_those_of_a_replicated_one(
     "result",
     [
         *("trained", "movement", "hard masks", "evaluated", "recalibrated"),
-        *("attacked", "taught once", "held out"),
+        *("attacked", "taught once", "held out", "remembered"),
     ],
 )
 def test_results_of_a_sharded_network_are_those_of_a_replicated_one(
