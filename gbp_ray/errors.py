@@ -18,6 +18,7 @@ __all__ = [
     "TransientStoreError",
     "TrialError",
     "WorkloadError",
+    "in_one_line",
 ]
 
 
@@ -94,3 +95,8 @@ class ClusterError(GbpError):
 
 class ExportError(GbpError):
     """The exported network does not compute what the pruned one does."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """Describes an exception for a message, without line breaks."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

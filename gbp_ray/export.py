@@ -24,7 +24,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from gbp_ray.config import JobConfig
-from gbp_ray.errors import ConfigError, ExportError, StoreError
+from gbp_ray.errors import ConfigError, ExportError, StoreError, in_one_line
 from gbp_ray.model_card import ExportFacts, write_card
 from gbp_ray.pruning.building import network_of_seed
 from gbp_ray.pruning.fusion import fold_batchnorm
@@ -205,7 +205,7 @@ def _make_program(lean: nn.Module, model: nn.Module, inputs: Tensor) -> tuple[by
             torch.export.save(traced, buffer)
             loaded = torch.export.load(io.BytesIO(buffer.getvalue())).module()
     except Exception as error:  # noqa: BLE001 - torch raises a dozen kinds for what it cannot take
-        return b"", 0.0, " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        return b"", 0.0, in_one_line(error)[:160]
     largest = difference = 0.0
     for count in (len(inputs), 1):
         with torch.no_grad():

@@ -11,9 +11,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parameter import is_lazy
-from torch.utils.data import default_collate
 
 from gbp_ray.config import EncodingConfig, WorkloadConfig, nearest_name
 from gbp_ray.encoding import encode_network
-from gbp_ray.errors import ConfigError, GbpError, WorkloadError
+from gbp_ray.errors import ConfigError, GbpError, WorkloadError, in_one_line
 from gbp_ray.intensities import InputRange, bounds_of_inputs, check_range
+from gbp_ray.items import collate, kind_of, read_item, take_rows
 from gbp_ray.seeding import derive_seed, plant_seed, seeded, shuffled_indices
 from gbp_ray.tying import with_tied_weights
 from gbp_ray.weights import start_from
@@ -42,9 +43,7 @@ __all__ = [
     "find_shadowed_module",
     "hold_out",
     "import_attribute",
-    "in_one_line",
     "judged_split",
-    "kind_of",
     "load_workload",
     "num_examples",
     "seeded",
@@ -74,7 +73,7 @@ class Portion:
         return len(self.indices)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Workload:
     """A model with its data, loss and metric.
 
@@ -85,8 +84,12 @@ class Workload:
         build_model: Makes the dense network; called under a seed of the job.
         train: Examples to score and to train on.
         test: Examples that accuracy and loss are reported on.
-        loss: `(outputs, targets) -> scalar`, the mean over the batch.
-        count_correct: `(outputs, targets) -> integer scalar`; accuracy is its sum over examples.
+        loss: `(outputs, targets) -> scalar`, the mean over the batch, or over the items that
+            `count` counts.
+        count_correct: `(outputs, targets) -> integer scalar`, how many of the examples are right;
+            accuracy is its sum over examples. By default top-1, of (B, classes, ...) outputs and
+            (B, ...) labels: where positions are labelled, accuracy is their share, without those
+            that the loss ignores.
         prepare: `inputs -> inputs` for every batch, such as scaling bytes to normalised floats.
         augment: `inputs -> inputs` for training batches alone, before `prepare`; draws from the
             global generators of torch, NumPy or `random`, which are seeded for each part of each
@@ -95,6 +98,11 @@ class Workload:
             number or one for each channel (axis 1). Attacks and encodings need to know.
         validation: Examples that rounds are judged by and fine-tuning is stopped by; the test split
             is then used once, at the end of a trial. None judges rounds by the test split.
+        count: `targets -> number`, over how many items the loss of these targets is a mean, not
+            necessarily whole: labelled tokens, weights of classes. So a loss over any split is what
+            one batch of all of it would give. By default found by itself for torch's cross entropy
+            and NLL loss with class weights, labels that are ignored or labelled positions; any
+            other loss must be a mean over examples, `len`.
     """
 
     build_model: Callable[[], nn.Module]
@@ -106,6 +114,12 @@ class Workload:
     augment: Callable[[Tensor], Tensor] | None = None
     input_range: InputRange | None = None
     validation: Any = None
+    count: Callable[[Tensor], float | Tensor] | None = None
+
+    @cached_property
+    def known_counts(self) -> dict[int, Tensor]:
+        """What `count` has said of training examples so far; see `pruning.counting`."""
+        return {}
 
 
 def load_workload(config: WorkloadConfig, seed: int | None = None) -> Workload:
@@ -261,18 +275,6 @@ def build_network(workload: Workload) -> nn.Module:
     return model
 
 
-def kind_of(value: object) -> str:
-    """Describes a value for a message: dtype and shape of a tensor, else the type."""
-    if isinstance(value, Tensor):
-        return f"{value.dtype} of shape {tuple(value.shape)}"
-    return type(value).__name__
-
-
-def in_one_line(error: BaseException) -> str:
-    """Describes an exception for a message, without line breaks."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
 def import_attribute(path: str, key: str) -> Any:
     """Resolves "module:attr" named by the config field `key`.
 
@@ -327,8 +329,18 @@ def find_shadowed_module(path: str, folder: str) -> str | None:
 
 
 def num_examples(data: Any) -> int:
-    """Counts the examples of a split."""
-    return len(data[0]) if isinstance(data, tuple) else len(data)
+    """Counts the examples of a split.
+
+    Raises:
+        WorkloadError: It has no length.
+    """
+    try:
+        return len(data[0]) if isinstance(data, tuple) else len(data)
+    except TypeError as error:
+        raise WorkloadError(
+            f"workload: examples cannot be counted ({in_one_line(error)}); give (inputs, targets) "
+            "or a map-style data set"
+        ) from error
 
 
 def cut_batches(total: int, batch_size: int) -> list[range]:
@@ -352,36 +364,60 @@ def take_batch(
     Args:
         indices: (B,) positions in `data`.
         augment_seed: Seeds `workload.augment`; None leaves augmentation out.
+
+    Raises:
+        WorkloadError: An item cannot be read or is not (input, target), items do not fit into one
+            batch, or `augment` or `prepare` fails; naming the split and the examples.
     """
+    split = _split_of(workload, data)
     while isinstance(data, Portion):
         data, indices = data.data, data.indices[indices]
     key = () if augment_seed is None else (augment_seed,)
     if isinstance(data, tuple):
-        inputs, targets = (_as_rows(column, indices) for column in data)
+        inputs, targets = (take_rows(column, indices, split) for column in data)
     else:
-        inputs, targets = _read_items(data, indices.tolist(), key)
+        inputs, targets = _read_items(data, indices.tolist(), split, key)
     if augment_seed is not None and workload.augment is not None:
-        with seeded(augment_seed):
+        with seeded(augment_seed), _naming("augment", split, indices):
             inputs = workload.augment(inputs)
     if device is not None:
         inputs, targets = inputs.to(device), targets.to(device)
     if workload.prepare is not None:
-        with seeded(derive_seed("prepare", *key, *indices[:1].tolist())):
+        seed = derive_seed("prepare", *key, *indices[:1].tolist())
+        with seeded(seed), _naming("prepare", split, indices):
             inputs = workload.prepare(inputs)
     return inputs, targets
 
 
-def _read_items(data: Any, indices: Sequence[int], key: tuple[int, ...]) -> Any:
+@contextmanager
+def _naming(what: str, split: str, indices: Tensor) -> Iterator[None]:
+    """Makes a failure of the workload's own function an error that names it and the examples."""
+    try:
+        yield
+    except (GbpError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        some = ", ".join(str(index) for index in indices[:4].tolist())
+        raise WorkloadError(
+            f"workload.{what} raised {in_one_line(error)} on examples {some}"
+            f"{', ...' if len(indices) > 4 else ''} of workload.{split}"
+        ) from error
+
+
+def _read_items(
+    data: Any, indices: Sequence[int], split: str, key: tuple[int, ...]
+) -> list[Tensor]:
     """Reads a data set's items, each under a seed of its own, so that batches may be cut anyhow."""
     items = []
     with seeded(0):
         for index in indices:
             plant_seed(derive_seed("item", *key, index))
-            items.append(data[index])
-        return default_collate(items)
+            items.append(read_item(data, index, split))
+        return collate(items, indices, split)
 
 
-def _as_rows(column: Any, indices: Tensor) -> Tensor:
-    if isinstance(column, Tensor):
-        return column[indices]
-    return torch.as_tensor(column[indices.numpy()])
+def _split_of(workload: Workload, data: Any) -> str:
+    """Names the split that an index counts in; one that is set aside is part of the training's."""
+    names = [name for name in ("train", "test", "validation") if getattr(workload, name) is data]
+    is_aside = names == ["validation"] and isinstance(data, Portion)
+    return "train" if is_aside or not names else names[0]

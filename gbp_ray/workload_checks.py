@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from gbp_ray.errors import GbpError, WorkloadError
-from gbp_ray.workload import Workload, in_one_line, kind_of, num_examples, take_batch
+from gbp_ray.errors import GbpError, WorkloadError, in_one_line
+from gbp_ray.items import kind_of
+from gbp_ray.means import check_share, count_items, count_right, cross_entropy_options
+from gbp_ray.workload import Workload, count_top1, num_examples, take_batch
 
 __all__ = ["blaming_labels", "check_finite", "check_labels", "check_workload"]
 
@@ -62,43 +65,166 @@ def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: i
     indices = torch.arange(min(batch_size, num_examples(data)))
     # Only training examples are augmented.
     seed = 0 if split == "train" else None
+    inputs: Any = None
+    outputs: Any = None
     try:
         with torch.no_grad():
             inputs, targets = take_batch(workload, data, indices, augment_seed=seed)
             outputs = model(inputs)
             _check_labels(workload, split, outputs, targets)
-            loss = workload.loss(outputs, targets)
-            correct = workload.count_correct(outputs, targets)
+            loss = _checked_loss(workload, outputs, targets)
+            right, asked = count_right(workload, split, outputs, targets)
+            check_share(split, int(right), int(asked), _shapes(outputs, targets))
+            _check_perfect(workload, split, outputs, targets)
+            if split == "train":
+                _check_means(workload, model, batch_size)
     except GbpError:
         raise
     except Exception as error:
         raise WorkloadError(
             f"workload.{split}: one batch of {len(indices)} examples failed with "
-            f"{in_one_line(error)}"
+            f"{in_one_line(error)}{_remedy(model, inputs, outputs)}"
         ) from error
     if not isinstance(loss, Tensor) or loss.ndim != 0:
         raise WorkloadError(
             "workload.loss: must return the mean over the batch, a scalar tensor, not "
             f"{kind_of(loss)}"
         )
-    is_count = isinstance(correct, int) or (
-        isinstance(correct, Tensor)
-        and correct.ndim == 0
-        and not (correct.is_floating_point() or correct.is_complex())
+
+
+def _shapes(outputs: Any, targets: Tensor) -> str:
+    return f"outputs {kind_of(outputs)}, targets {kind_of(targets)}"
+
+
+def _remedy(model: nn.Module, inputs: Any, outputs: Any) -> str:
+    weights = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if outputs is not None or weights is None or not isinstance(inputs, Tensor):
+        return ""
+    if not inputs.is_floating_point() or inputs.dtype is weights.dtype:
+        return ""
+    return (
+        f"; inputs are {inputs.dtype} and the network's weights {weights.dtype}: convert the "
+        "inputs in the data or in workload.prepare"
     )
-    if not is_count:
+
+
+def _checked_loss(workload: Workload, outputs: Any, targets: Tensor) -> Any:
+    try:
+        with warnings.catch_warnings():
+            # Torch warns only, and goes on with every output against every target.
+            warnings.filterwarnings("error", "Using a target size", UserWarning)
+            return workload.loss(outputs, targets)
+    except UserWarning as error:
         raise WorkloadError(
-            "workload.count_correct: must return how many answers of the batch are right, an "
-            f"integer scalar tensor, not {kind_of(correct)}"
+            "workload.loss: outputs and targets are spread over each other "
+            f"({_shapes(outputs, targets)}); give them one shape, as by targets.unsqueeze(1) in "
+            "the data or outputs.squeeze(1) in the network"
+        ) from error
+
+
+def _check_perfect(workload: Workload, split: str, outputs: Any, targets: Tensor) -> None:
+    """Refuses an own count that would count more than the examples, were all answers right."""
+    if (
+        workload.count_correct is count_top1
+        or not isinstance(outputs, Tensor)
+        or outputs.ndim < 2
+        or targets.is_floating_point()
+        or targets.shape != outputs.shape[:1] + outputs.shape[2:]
+    ):
+        return
+    labels = targets.long().clamp(0, outputs.shape[1] - 1).unsqueeze(1)
+    answers = torch.zeros_like(outputs).scatter_(1, labels, 1)
+    try:
+        right, asked = count_right(workload, split, answers, targets)
+    except Exception:  # noqa: BLE001 - it may want other outputs than these
+        return
+    check_share(split, int(right), int(asked), _shapes(outputs, targets))
+
+
+def _check_means(workload: Workload, model: nn.Module, batch_size: int) -> None:
+    """Refuses a loss that is no mean over its items, and an own count that is no sum.
+
+    Both are compared with those of two halves of a batch, of examples from all over the split and,
+    where labels can be made up, once more with labels of all classes.
+    """
+    total = num_examples(workload.train)
+    size = min(max(batch_size, 2), total)
+    if size < 2:
+        return
+    indices = torch.linspace(0, total - 1, size).long()
+    inputs, targets = take_batch(workload, workload.train, indices)
+    outputs = model(inputs)
+    halves = (slice(0, size // 2), slice(size // 2, size))
+    if isinstance(outputs, Tensor):
+        parts = [outputs[half] for half in halves]
+    else:
+        parts = [model(inputs[half]) for half in halves]
+    _check_halves(workload, outputs, parts, targets, halves)
+    has_labels = targets.ndim == 1 and not targets.is_floating_point()
+    if has_labels and isinstance(outputs, Tensor) and outputs.ndim == 2:
+        made_up = (torch.arange(size) % outputs.shape[1]).to(targets)
+        _check_halves(workload, outputs, parts, made_up, halves)
+
+
+def _check_halves(
+    workload: Workload,
+    outputs: Any,
+    parts: list[Any],
+    targets: Tensor,
+    halves: tuple[slice, slice],
+) -> None:
+    pairs = [(part, targets[half]) for part, half in zip(parts, halves, strict=True)]
+    shapes = _shapes(outputs, targets)
+    if workload.count_correct is not count_top1:
+        whole, *split = (
+            int(count_right(workload, "train", *pair)[0]) for pair in ((outputs, targets), *pairs)
+        )
+        if whole != sum(split):
+            raise WorkloadError(
+                f"workload.count_correct: is no sum over examples: {whole} over {len(targets)} of "
+                f"them, but {split[0]} and {split[1]} over their halves ({shapes}); it must return "
+                "how many of the examples are right"
+            )
+    is_known = workload.count is None and cross_entropy_options(workload.loss) is not None
+    if is_known or workload.count is len:
+        return
+    counts = count_items(workload, targets)
+    counts = torch.ones(len(targets)) if counts is None else counts.cpu()
+    if not all(counts[half].any() for half in halves):
+        return
+    found = workload.loss(outputs, targets)
+    if not isinstance(found, Tensor) or found.ndim:
+        return
+    loss, *own = (float(found), *(float(workload.loss(*pair)) for pair in pairs))
+    weights = [float(counts[half].sum() / counts.sum()) for half in halves]
+    mean = sum(weight * value for weight, value in zip(weights, own, strict=True))
+    tolerance = torch.finfo(found.dtype).eps ** 0.5 * max(abs(loss), *map(abs, own))
+    if math.isfinite(loss) and not abs(loss - mean) <= tolerance:
+        raise WorkloadError(
+            f"workload.{'loss' if workload.count is None else 'count'}: the loss is no mean over "
+            f"{'examples' if workload.count is None else 'what it counts'}: {loss:.6g} over "
+            f"{len(targets)} of them, but {mean:.6g} as the mean of their halves ({shapes}), so it "
+            "would depend on the batch size; give Workload a count, targets -> number of items "
+            "that their loss is a mean over, or count=len to let each example count alike"
         )
 
 
-def _check_labels(workload: Workload, split: str, outputs: Tensor, targets: Tensor) -> None:
+def _check_labels(workload: Workload, split: str, outputs: Any, targets: Tensor) -> None:
     if not _is_classifier(workload, outputs, targets):
         return
+    options = cross_entropy_options(workload.loss) or {}
+    if options.get("reduction", "mean") == "sum":
+        raise WorkloadError(
+            "workload.loss: is a sum over the batch; it must be a mean, so leave reduction out"
+        )
+    if targets.dtype not in (torch.int64, torch.uint8):
+        raise WorkloadError(
+            f"workload.{split}: labels are {targets.dtype}, and the loss takes torch.int64; "
+            "convert them in the data"
+        )
     data = getattr(workload, split)
     labels = data[1] if isinstance(data, tuple) else targets
-    if bool(_are_out_of_range(labels, outputs).any()):
+    if bool(_are_out_of_range(workload, labels, outputs).any()):
         num_classes = outputs.shape[1]
         raise WorkloadError(
             f"workload.{split}: labels run from {int(labels.min())} to {int(labels.max())}, but "
@@ -106,18 +232,23 @@ def _check_labels(workload: Workload, split: str, outputs: Tensor, targets: Tens
         )
 
 
-def _is_classifier(workload: Workload, outputs: Tensor, targets: Tensor) -> bool:
+def _is_classifier(workload: Workload, outputs: Any, targets: Tensor) -> bool:
     return (
-        workload.loss is functional.cross_entropy
+        cross_entropy_options(workload.loss) is not None
+        and isinstance(outputs, Tensor)
         and outputs.ndim >= 2
         and not targets.is_floating_point()
     )
 
 
-def _are_out_of_range(labels: Any, outputs: Tensor) -> Any:
+def _are_out_of_range(workload: Workload, labels: Any, outputs: Tensor) -> Any:
+    options = cross_entropy_options(workload.loss) or {}
+    ignored = options.get("ignore_index", -100)
     is_strange = (labels < 0) | (labels >= outputs.shape[1])
-    # Where each position has a label of its own, the loss leaves out those marked so.
-    return is_strange & (labels != -100) if outputs.ndim > 2 else is_strange
+    # Where each position has a label of its own, the loss leaves out those marked so; a whole
+    # example is left out only where the loss was made for that.
+    is_meant = outputs.ndim > 2 or ignored != -100 or options.get("weight") is not None
+    return is_strange & (labels != ignored) if is_meant else is_strange
 
 
 def check_labels(
@@ -134,7 +265,7 @@ def check_labels(
     is_tuple = isinstance(getattr(workload, split), tuple)
     if is_tuple or not _is_classifier(workload, outputs, targets):
         return
-    is_strange = _are_out_of_range(targets, outputs)
+    is_strange = _are_out_of_range(workload, targets, outputs)
     if not bool(is_strange.any()):
         return
     row = int(is_strange.reshape(len(indices), -1).any(dim=1).nonzero()[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from gbp_ray.config import WorkloadConfig
 from gbp_ray.errors import ConfigError, GbpError, WorkloadError
@@ -246,7 +247,60 @@ def fail_to_augment(inputs: Tensor) -> Tensor:
     raise RuntimeError("augment\nbroke")
 
 
+class Labelled(Dataset):
+    """Zeros, each with its own label."""
+
+    def __init__(self, labels: list[Any]) -> None:
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        return torch.zeros(4), self.labels[index]
+
+
+class Broken(Labelled):
+    """Zeros, of which the sixth cannot be read."""
+
+    def __init__(self) -> None:
+        super().__init__([0] * 8)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        if index == 5:
+            raise OSError(5, "no\nluck")
+        return super().__getitem__(index)
+
+
+def summed(outputs: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs, targets, reduction="sum")
+
+
+def plain_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs, targets)
+
+
+class Positions(nn.Linear):
+    """Gives each of five positions the same outputs."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs).unsqueeze(2).expand(-1, -1, 5)
+
+
 EMPTY = (INPUTS[:0], TARGETS[:0])
+COUNT = ["workload.count_correct: "]
+SQUARED = {"loss": functional.mse_loss}
+ANY_LOSS = {"loss": lambda o, t: o.mean()}
+LINE = {"model": nn.Linear(4, 1)}
+FLAT = {"model": nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))}
+WIDE = {"model": Positions(4, 3)}
+POSITIONS = torch.arange(50).view(10, 5) % 3
+PAIR, ONE = "items must be (input, target)", "inputs must be one tensor"
+
+
+def ZERO(outputs: Tensor, targets: Tensor) -> int:
+    return 0
+
 
 UNUSABLE = {
     "no training examples": ({"train": EMPTY}, ["workload.train: holds no examples"]),
@@ -276,7 +330,10 @@ UNUSABLE = {
     "three columns": ({"train": (INPUTS, TARGETS, TARGETS)}, ["must be (inputs, targets), not 3"]),
     "stream": ({"train": Stream()}, ["workload.train: its examples cannot be counted"]),
     "nothing": ({"test": None}, ["workload.test: its examples cannot be counted"]),
-    "list of columns": ({"train": [INPUTS, TARGETS]}, ["workload.train: one batch of 2 examples"]),
+    "list of columns": (
+        {"train": [INPUTS, TARGETS]},
+        ["workload.train: example 0 is", "(input, target)"],
+    ),
     "integer inputs": ({"train": (INPUTS.long(), TARGETS)}, ["workload.train", "RuntimeError"]),
     "loss by example": (
         {"loss": lambda o, t: functional.cross_entropy(o, t, reduction="none")},
@@ -297,15 +354,104 @@ UNUSABLE = {
     ),
     "no count": ({"count_correct": lambda o, t: None}, ["workload.count_correct", "NoneType"]),
     "prepare fails": ({"prepare": lambda x: x.nope}, ["AttributeError"]),
-    "augment fails": ({"augment": fail_to_augment}, ["RuntimeError: augment broke"]),
+    "augment fails": ({"augment": fail_to_augment}, ["workload.augment raised RuntimeError"]),
+    # A metric that cannot be true.
+    **{
+        f"top-1 of {what}": ({"train": (INPUTS[: len(targets)], targets), **more}, [*COUNT, *parts])
+        for what, targets, more, parts in (
+            ("one column", TARGETS.float().view(-1, 1), SQUARED | LINE, ["(8, 1)"]),
+            ("a flat output", TARGETS.float(), SQUARED | FLAT, ["(8,)"]),
+            ("one class", TARGETS * 0, LINE, ["(8, 1)"]),
+            ("many labels", INPUTS[:, :3], SQUARED, ["(8, 3)"]),
+            ("soft labels", INPUTS[:, :3].softmax(1), {}, ["(8, 3)"]),
+            ("a column that fits one example", TARGETS[:1].view(1, 1), ANY_LOSS, ["(1, 1)"]),
+            ("numbers that are no labels", TARGETS + 0.5, ANY_LOSS, ["float32"]),
+        )
+    },
+    "more right than there are": ({"count_correct": lambda o, t: 9}, [*COUNT, "9 right", "0 to 8"]),
+    "fewer than none": ({"count_correct": lambda o, t: -1}, [*COUNT, "-1 right"]),
+    "right answers by position": (
+        {"train": (INPUTS, POSITIONS), "loss": lambda o, t: o.mean(), **WIDE}
+        | {"count_correct": lambda o, t: ((o.argmax(1) == t) & (o.amax(1) == 1)).sum()},
+        [*COUNT, "40 right answers among 8", "leave it out"],
+    ),
+    "a count that is spread over": (
+        {"count_correct": lambda o, t: (o.argmax(1) == t.view(-1, 1)).sum() // 8},
+        [*COUNT, "is no sum over examples"],
+    ),
+    "targets that are spread over": (
+        {"train": (INPUTS, TARGETS.float().view(-1, 1)), "count_correct": ZERO, **SQUARED, **FLAT},
+        ["workload.loss", "outputs torch.float32 of shape (8,)", "(8, 1)", "squeeze(1)"],
+    ),
+    "targets that are spread over unseen": (
+        {"train": (INPUTS, INPUTS[:, 1:2]), "loss": lambda o, t: ((o - t) ** 2).mean()}
+        | {"count_correct": ZERO, **FLAT},
+        ["workload.loss: the loss is no mean over examples", "(8, 1)"],
+    ),
+    # A mean over something else.
+    "a sum": (
+        {"loss": partial(functional.cross_entropy, reduction="sum")},
+        ["workload.loss: is a"],
+    ),
+    "a sum unseen": ({"loss": summed}, ["workload.loss: the loss is no mean over examples"]),
+    "hidden weights of classes": (
+        {"loss": lambda o, t: functional.cross_entropy(o, t, weight=torch.tensor([1.0, 9, 1]))}
+        | {"train": (INPUTS, TARGETS * 0)},
+        ["workload.loss: the loss is no mean over examples", "count=len"],
+    ),
+    "another count than the loss has": (
+        {"loss": plain_loss, "count": lambda t: (t + 1).sum()},
+        ["workload.count: the loss is no mean over what it counts"],
+    ),
+    "a count below zero": ({"count": lambda t: -1}, ["workload.count: must return", "not -1"]),
+    "a count of many": ({"count": lambda t: t, "loss": plain_loss}, ["workload.count: the loss"]),
+    "a count of nothing": ({"count": lambda t: None}, ["workload.count: must", "NoneType"]),
+    "narrow labels": (
+        {"train": (INPUTS, TARGETS.int())},
+        ["workload.train: labels are torch.int32", "torch.int64"],
+    ),
+    "wide inputs": ({"train": (INPUTS.double(), TARGETS)}, ["torch.float64", "workload.prepare"]),
+    # Items and columns of other kinds.
+    **{
+        f"item: {what}": ({"train": [(INPUTS[0], 0)] * 3 + [item]}, ["workload.train: ", *parts])
+        for what, item, parts in (
+            ("a dict", {"x": INPUTS[0], "y": 1}, ["ple 3 is a dict with keys 'x', 'y'", PAIR]),
+            ("three", (INPUTS[0], 1, 2), ["ple 3 is a tuple of 3", PAIR]),
+            ("nothing", None, ["ple 3 is NoneType", PAIR]),
+            ("dict inputs", ({"x": INPUTS[0]}, 1), ["ple 3: its input is a dict", ONE]),
+            ("two inputs", ((INPUTS[0], INPUTS[1]), 1), ["ple 3: its input is a tuple of 2", ONE]),
+            ("numbers in a list", ([1.0] * 4, 1), ["ple 3: its input is a list of 4", ONE]),
+            ("a word", (INPUTS[0], "cat"), ["ple 3: its target is str", "targets must be one"]),
+            ("objects", (np.array([None] * 4), 1), ["ple 3: its input is object", ONE]),
+            ("another shape", (INPUTS[0, :3], 1), ["amples 0 and 3", "(4,)", "(3,)"]),
+            ("another dtype", (INPUTS[0], 1.0), ["the targets of examples 0 and 3", "int64"]),
+        )
+    },
+    "item that cannot be read": (
+        {"test": Labelled([0, 1, 2]), "train": Squares(9), "validation": Broken()},
+        ["workload.validation: example 5 cannot be read", "OSError: [Errno 5] no", "mend"],
+    ),
+    "columns in lists": (
+        {"train": (INPUTS.tolist(), TARGETS)},
+        ["workload.train: (inputs,", "list"],
+    ),
+    "columns of words": (
+        {"test": (np.array(["a", "b"]), TARGETS[:2])},
+        ["workload.test: has an array of <U1"],
+    ),
+    "a loader": (
+        {"train": DataLoader(TensorDataset(INPUTS, TARGETS))},
+        ["workload.train: a DataLoader has no examples by index"],
+    ),
 }
 
 
 @pytest.mark.parametrize("case", UNUSABLE)
 def test_what_no_job_can_use_is_refused_before_training(case: str) -> None:
     changed, parts = UNUSABLE[case]
+    changed = dict(changed)
+    model = changed.pop("model", nn.Linear(4, 3))
     workload = make_workload(**changed)
-    model = nn.Linear(4, 3)
     model.train()
     text = refusal(WorkloadError, lambda: check_workload(workload, model, 8))
     assert text.startswith("workload")
@@ -324,10 +470,18 @@ def test_what_no_job_can_use_is_refused_before_training(case: str) -> None:
         | {"test": (INPUTS, INPUTS[:, :3]), "count_correct": lambda o, t: torch.tensor(0)},
         {"count_correct": lambda o, t: int((o.argmax(1) == t).sum())},
         {"augment": lambda x: x + torch.rand(()), "prepare": lambda x: x / 40},
+        {"loss": functional.nll_loss, "count": len},
+        {"loss": summed, "count": len},
+        {"loss": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 9, 1]))},
+        {"loss": lambda o, t: functional.cross_entropy(o, t, weight=torch.tensor([1.0, 9, 1]))}
+        | {"count": lambda t: torch.tensor([1.0, 9, 1])[t].sum()},
         {"train": (INPUTS, functional.one_hot(TARGETS).float())}
         | {"count_correct": lambda o, t: (o.argmax(1) == o.argmax(1)).sum()},
     ],
-    ids=["tensors", "arrays", "data set", "regression", "int count", "augmented", "soft labels"],
+    ids=[
+        *("tensors", "arrays", "data set", "regression", "int count", "augmented", "by example"),
+        *("called so", "weighted", "weighted in a function", "soft labels"),
+    ],
 )
 def test_what_can_be_used_passes_and_changes_nothing(changed: dict[str, Any]) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
@@ -346,19 +500,6 @@ def test_an_evaluating_model_stays_so() -> None:
 
 
 # -- what only a later batch shows -----------------------------------------------------------------
-
-
-class Labelled(Dataset):
-    """Zeros, each with its own label."""
-
-    def __init__(self, labels: list[Any]) -> None:
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        return torch.zeros(4), self.labels[index]
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

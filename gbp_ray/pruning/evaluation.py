@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from gbp_ray.errors import WorkloadError
+from gbp_ray.means import check_share, count_items, count_right
 from gbp_ray.pruning.ranks import Ranks, isolated
 from gbp_ray.pruning.sharding import is_sharded
 from gbp_ray.workload import Workload, cut_batches, derive_seed, num_examples, take_batch
@@ -28,6 +30,8 @@ def evaluate(
 ) -> tuple[float, float]:
     """Measures accuracy and mean loss on a split, each example once. Communicates.
 
+    The loss is the mean over all items of the split (`means.count_items`), whatever the batch size.
+
     Args:
         split: "test", "validation" or "train"; never augmented.
         sample: (n,) positions of the examples to take; None takes all.
@@ -37,14 +41,15 @@ def evaluate(
 
     Raises:
         WorkloadError: An input or a target is NaN or infinite and the loss with it, or a label is
-            out of range; on every rank, naming the example.
+            out of range; on every rank, naming the example. Or right answers are more than were
+            asked for.
     """
     data = getattr(workload, split)
     chosen = torch.arange(num_examples(data)) if sample is None else sample
     total = len(chosen)
     batches = cut_batches(total, batch_size)
-    losses = torch.zeros(len(batches), dtype=torch.float64, device=ranks.device)
-    correct = torch.zeros((), dtype=torch.int64, device=ranks.device)
+    losses, items = torch.zeros(2, len(batches), dtype=torch.float64, device=ranks.device)
+    right, asked = torch.zeros(2, len(batches), dtype=torch.int64, device=ranks.device)
     model.eval()
 
     def measure(item: int, *, is_counted: bool) -> None:
@@ -56,8 +61,12 @@ def evaluate(
                 if not is_counted:
                     return
                 check_labels(workload, split, indices, outputs, targets)
-                losses[item] = workload.loss(outputs, targets).double() * len(indices)
-            correct.add_(workload.count_correct(outputs, targets))
+                counts = count_items(workload, targets)
+                items[item] = len(indices) if counts is None else counts.sum()
+                loss = workload.loss(outputs, targets).double()
+                # A mean over nothing is NaN, and adds nothing.
+                losses[item] = loss if counts is None else loss.where(items[item] > 0, 0)
+            right[item], asked[item] = count_right(workload, split, outputs, targets)
 
     def measure_own() -> None:
         for turn, item in enumerate(ranks.deal(len(batches))):
@@ -69,8 +78,19 @@ def evaluate(
             tell(min((turn + 1) * ranks.world_size, len(batches)), len(batches))
         for item in (~torch.isfinite(losses)).nonzero().flatten().tolist():
             check_finite(workload, split, chosen[batches[item].start : batches[item].stop])
+        for item, counted in enumerate(zip(right.tolist(), asked.tolist(), strict=True)):
+            check_share(split, *counted, f"in batch {item + 1} of {len(batches)}")
 
     # Nothing is exchanged before the end, so a rank that fails must not leave the others there.
     ranks.together(measure_own, communicates=is_sharded(model))
-    losses, correct = ranks.fill_in(losses), ranks.fill_in(correct)
-    return correct.item() / total, losses.sum().item() / total
+    losses, items, right, asked = map(ranks.fill_in, (losses, items, right, asked))
+    sizes = items.new_tensor([len(batch) for batch in batches])
+    # Where every example has as many items, sizes give the same mean, and whole numbers.
+    weights = sizes if torch.equal(items * sizes[0], sizes * items[0]) else items
+    num_asked, num_items = asked.sum().item(), weights.sum().item()
+    if items.sum().item() == 0 or num_asked == 0:
+        raise WorkloadError(
+            f"workload.{split}: none of its {total} examples has a label that counts; leave such "
+            "examples out, or give some with labels"
+        )
+    return right.sum().item() / num_asked, (losses * weights).sum().item() / num_items

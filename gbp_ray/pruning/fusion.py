@@ -17,7 +17,7 @@ from torch.fx import Graph, Node, symbolic_trace
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from gbp_ray.errors import PruneError
+from gbp_ray.errors import PruneError, in_one_line
 
 __all__ = ["fold_batchnorm"]
 
@@ -63,7 +63,7 @@ def _trace(model: nn.Module) -> Graph:
         return symbolic_trace(model).graph
     except Exception as error:
         # Whatever a forward pass does with stand-ins for its tensors.
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = in_one_line(error)
         raise PruneError(
             f"BatchNorm cannot be folded: torch.fx cannot read the network's graph ({reason}); "
             "export it with its BatchNorm"

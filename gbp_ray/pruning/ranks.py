@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gbp_ray.errors import GbpError, PruneError, TrialError
+from gbp_ray.errors import GbpError, PruneError, TrialError, in_one_line
 from gbp_ray.workload import seeded
 
 __all__ = ["OrderedSum", "Ranks", "all_gather", "buffer_slots", "isolated"]
@@ -142,7 +142,7 @@ class Ranks:
         """Turns what may not survive pickling into an error that does."""
         if failure is None or isinstance(failure, GbpError):
             return failure
-        cause = " ".join(f"{type(failure).__name__}: {failure}".split())
+        cause = in_one_line(failure)
         return TrialError(
             f"worker {self.rank} failed with {cause}", trial_id="", rank=self.rank, cause=cause
         )

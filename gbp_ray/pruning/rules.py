@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gbp_ray.config import PruneConfig, nearest_name
-from gbp_ray.errors import ConfigError, GbpError, PruneError
+from gbp_ray.errors import ConfigError, GbpError, PruneError, in_one_line
 from gbp_ray.pruning.folding import Fold
 from gbp_ray.pruning.masks import Prunable
 from gbp_ray.workload import import_attribute
@@ -188,7 +188,7 @@ def _call_own(name: str, call: Callable[[], Result]) -> Result:
     except GbpError:
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = in_one_line(error)
         raise PruneError(f"prune.criterion = '{name}' raised {reason}") from error
 
 

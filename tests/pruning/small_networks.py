@@ -6,6 +6,8 @@ import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -194,3 +196,60 @@ def images(
         return pixels, labels
 
     return Workload(build, split(num_train, 11), split(num_test, 12), augment=jitter)
+
+
+class Tagger(nn.Module):
+    """Labels each position of a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(3, 4, 3, padding=1), nn.Conv1d(4, 3, 1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(inputs)))
+
+
+@dataclass(frozen=True)
+class Uneven:
+    """A loss that is a mean over other things than examples, and labels for it."""
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    build: Callable[[], nn.Module] = TanhNet
+    ignored: int = -100
+    count: Callable[[Tensor], Tensor] | None = None
+
+
+_WEIGHTS = torch.tensor([1.0, 24.0], dtype=torch.float64)
+_WEIGHTS_3 = torch.tensor([1.0, 24.0, 0.5], dtype=torch.float64)
+
+UNEVEN = {
+    "weights": Uneven(partial(functional.cross_entropy, weight=_WEIGHTS)),
+    "positions": Uneven(functional.cross_entropy, Tagger),
+    "weighted positions": Uneven(nn.CrossEntropyLoss(_WEIGHTS_3, ignore_index=7), Tagger, 7),
+    "ignored examples": Uneven(partial(functional.cross_entropy, ignore_index=7), ignored=7),
+    "own": Uneven(
+        lambda outputs, targets: functional.cross_entropy(outputs, targets, weight=_WEIGHTS),
+        count=lambda targets: _WEIGHTS[targets].sum(),
+    ),
+}
+
+
+def uneven(kind: str, num_train: int = 46, num_test: int = 29) -> Workload:
+    """A workload in float64 under one of `UNEVEN`; half of its examples have few labels or none."""
+    made = UNEVEN[kind]
+    shape = (3, 6) if made.build is Tagger else (3,)
+
+    def split(total: int, seed: int) -> tuple[Tensor, Tensor]:
+        inputs = draw(total, *shape, seed=seed, dtype=torch.float64)
+        score = inputs.sum(dim=1)
+        labels = (score > 0).long() + (score > 1.5 if made.build is Tagger else 0)
+        if made.build is Tagger:
+            labels[::4, 2:] = made.ignored
+            labels[1::4] = made.ignored
+        elif made.ignored >= 0:
+            labels[::3] = made.ignored
+        return inputs, labels
+
+    return Workload(
+        made.build, split(num_train, 11), split(num_test, 12), made.loss, count=made.count
+    )

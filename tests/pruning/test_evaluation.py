@@ -11,6 +11,7 @@ import pytest
 import torch
 from small_networks import (
     ONE_RANK,
+    UNEVEN,
     ConvNet,
     TanhNet,
     built,
@@ -18,6 +19,7 @@ from small_networks import (
     in_float64,
     prune_config,
     scores_of,
+    uneven,
 )
 from small_trainings import SEED, recipe_of, steps, tanh_workload, train
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ from torch.utils.data import Dataset
 from gbp_ray.errors import WorkloadError
 from gbp_ray.pruning.batchnorm import recalibrate_batchnorm
 from gbp_ray.pruning.evaluation import evaluate
-from gbp_ray.workload import derive_seed, seeded, shuffled_indices
+from gbp_ray.workload import count_top1, derive_seed, seeded, shuffled_indices
 
 # -- BatchNorm -------------------------------------------------------------------------------------
 
@@ -210,3 +212,41 @@ def test_weights_that_are_not_finite_are_no_fault_of_the_data() -> None:
     model = built(ConvNet)
     torch.nn.init.constant_(model.head.bias, math.nan)
     assert math.isnan(evaluate(model, images(), ONE_RANK, 8)[1])
+
+
+# -- means over other things than examples ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", UNEVEN)
+@pytest.mark.parametrize("batch_size", [1, 7, 29])
+def test_a_loss_is_that_of_the_whole_split_whatever_the_batch_size(
+    kind: str, batch_size: int
+) -> None:
+    """Against torch's own loss over the split in one batch."""
+    workload, model = uneven(kind), in_float64(UNEVEN[kind].build)
+    inputs, targets = workload.test
+    outputs = model(inputs)
+    accuracy, loss = evaluate(model, workload, ONE_RANK, batch_size)
+    assert loss == pytest.approx(UNEVEN[kind].loss(outputs, targets).item(), rel=1e-12)
+    if workload.count_correct is count_top1:
+        asked = targets != UNEVEN[kind].ignored
+        right = ((outputs.argmax(1) == targets) & asked).sum().item()
+        assert accuracy == right / asked.sum().item()
+
+
+def test_a_split_without_any_label_is_refused() -> None:
+    workload = uneven("positions")
+    inputs, targets = workload.test
+    bare = dataclasses.replace(workload, test=(inputs, torch.full_like(targets, -100)))
+    with pytest.raises(WorkloadError, match=r"^workload\.test: none of its 29 examples has a lab"):
+        evaluate(in_float64(UNEVEN["positions"].build), bare, ONE_RANK, 8)
+
+
+def test_more_right_answers_than_examples_are_refused_wherever_they_come_up() -> None:
+    def count(outputs: Tensor, targets: Tensor) -> int:
+        return len(targets) + bool((targets == 2).any() and len(targets) == 5)
+
+    workload = dataclasses.replace(images(), count_correct=count)
+    assert evaluate(built(ConvNet), workload, ONE_RANK, 29)[0] == 1
+    with pytest.raises(WorkloadError, match=r"^workload\.count_correct: counts 6 right answers am"):
+        evaluate(built(ConvNet), workload, ONE_RANK, 8)
