@@ -414,6 +414,7 @@ def _describe_answer(answer: Answer, others: Sequence[Answer]) -> dict[str, Any]
                 "trial_id",
                 "accuracy",
                 "dense_accuracy",
+                "dense_is_recalibrated",
                 "is_highest",
                 "num_trials",
                 "seconds",

@@ -142,7 +142,7 @@ def prune(
             return
         result = prune_network(job, overrides, is_quiet=is_quiet, is_debug=is_debug)
     if as_json:
-        print_json({"uri": result.uri, **result.record.model_dump(mode="json")})
+        print_json({"uri": result.uri, **_describe_record(result.record)})
         return
     _print_trial(result.record)
     out = console()
@@ -202,9 +202,7 @@ def show(
         console().print(layer_table(rounds[-1]))
         return
     if as_json:
-        print_json(
-            {"uri": store.trial_uri(name), "finished": True, **record.model_dump(mode="json")}
-        )
+        print_json({"uri": store.trial_uri(name), "finished": True, **_describe_record(record)})
         return
     _print_trial(record)
     console().print(summary_line(record), highlight=False, soft_wrap=True)
@@ -536,6 +534,11 @@ def _print_trial(record: TrialRecord) -> None:
     out = console()
     out.print(round_table(record))
     out.print(layer_table(record.final))
+
+
+def _describe_record(record: TrialRecord) -> dict[str, Any]:
+    reference = record.dense_reference._asdict()
+    return {**record.model_dump(mode="json"), "dense_reference": reference}
 
 
 def _describe_trial(store: Any, name: str) -> dict[str, object]:

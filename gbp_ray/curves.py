@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gbp_ray.config import CRITERIA
+from gbp_ray.records import DenseReference
 from gbp_ray.results import Results
 
 __all__ = [
@@ -69,6 +70,8 @@ class Round(NamedTuple):
     accuracy: float
     accuracy_pruned: float | None
     loss: float
+    accuracy_recalibrated: float | None
+    loss_recalibrated: float | None
     train_loss: float | None
     train_accuracy: float | None
     test_accuracy: float | None
@@ -85,6 +88,13 @@ class Round(NamedTuple):
     def compression(self) -> float:
         """Parameters before / parameters left, whole model."""
         return self.num_parameters / max(1, self.num_nonzero)
+
+    @property
+    def reference(self) -> DenseReference:
+        """Of the dense network: what the other rounds are compared with."""
+        return DenseReference.of(
+            self.accuracy, self.loss, self.accuracy_recalibrated, self.loss_recalibrated
+        )
 
     @property
     def speedup(self) -> float:
@@ -136,7 +146,7 @@ class Point:
         round: The round; None for each trial's last.
         test_accuracy: On the test split, of the rounds chosen; for a trial's last round alone.
         gap: Accuracy on training examples minus accuracy: overfitting.
-        drop: Accuracy minus the dense network's of the same seed.
+        drop: Accuracy minus the dense network's of the same seed, see `records.DenseReference`.
         worker_seconds: Of the whole trials.
         phases: The mean of them by phase.
     """
@@ -193,7 +203,9 @@ class WorkloadCurves:
 
     Attributes:
         title: The factory, with the options that tell it from the other workloads.
-        dense: Accuracy of the dense networks over seeds.
+        dense: Accuracy of the dense networks over seeds, see `records.DenseReference`.
+        dense_ways: The same with BatchNorm's statistics as stored and as re-estimated, where both
+            were measured.
         front: The points that no other one beats in sparsity and accuracy, by sparsity.
         judged_on: The split of all accuracies: "test", or "validation".
         num_repeats: Trials left out because the same configuration was run before.
@@ -204,6 +216,7 @@ class WorkloadCurves:
     curves: list[Curve]
     dense: Spread
     dense_loss: Spread | None
+    dense_ways: dict[str, Spread]
     front: list[tuple[Curve, Point]]
     trials: list[Trial]
     num_repeats: int
@@ -332,13 +345,14 @@ def _compare(title: str, trials: list[Trial]) -> WorkloadCurves:
     counted = [t for curve in curves for point in curve.points for t in point.trials]
     pairs = [(curve, point) for curve in curves for point in curve.points]
     front = find_front([(p.sparsity.mean, p.accuracy.mean) for _, p in pairs])
-    dense = _average_dense(counted, "accuracy")
+    dense = _average_dense(counted, lambda dense: dense.reference.accuracy)
     assert dense is not None
     return WorkloadCurves(
         title=title,
         curves=curves,
         dense=dense,
-        dense_loss=_average_dense(counted, "loss"),
+        dense_loss=_average_dense(counted, lambda dense: dense.reference.loss),
+        dense_ways=_average_ways(counted),
         front=[pairs[place] for place in front],
         trials=counted,
         num_repeats=num_repeats,
@@ -406,7 +420,8 @@ def _make_point(target: float, trials: tuple[Trial, ...], number: int | None) ->
             if item.train_accuracy is not None
         ),
         drop=spread(
-            item.accuracy - trial.dense.accuracy for item, trial in zip(rounds, trials, strict=True)
+            item.accuracy - trial.dense.reference.accuracy
+            for item, trial in zip(rounds, trials, strict=True)
         ),
         loss=Spread.of(item.loss for item in rounds),
         num_nonzero=spread(item.num_nonzero for item in rounds),
@@ -417,12 +432,21 @@ def _make_point(target: float, trials: tuple[Trial, ...], number: int | None) ->
     )
 
 
-def _average_dense(trials: list[Trial], measure: str) -> Spread | None:
+def _average_dense(trials: list[Trial], measure: Callable[[Round], float | None]) -> Spread | None:
     # Trials of a seed share their dense network, so a seed is one value however many there are.
     by_seed: dict[int, list[float]] = {}
     for trial in trials:
-        by_seed.setdefault(trial.seed, []).append(getattr(trial.dense, measure))
+        if (value := measure(trial.dense)) is not None:
+            by_seed.setdefault(trial.seed, []).append(value)
     return Spread.of(statistics.fmean(values) for values in by_seed.values())
+
+
+def _average_ways(trials: list[Trial]) -> dict[str, Spread]:
+    stored = _average_dense(trials, lambda dense: dense.accuracy)
+    recalibrated = _average_dense(trials, lambda dense: dense.accuracy_recalibrated)
+    if stored is None or recalibrated is None:
+        return {}
+    return {"as stored": stored, "with BatchNorm re-estimated": recalibrated}
 
 
 # -- names -----------------------------------------------------------------------------------------

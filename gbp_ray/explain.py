@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gbp_ray.findings import Findings
+from gbp_ray.pruning.batchnorm import recalibrate_as_asked
 from gbp_ray.pruning.explaining import compare_networks
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.ranks import Ranks
@@ -72,6 +73,9 @@ def explain_round(
             ).to(ranks.device)
             for stored in (trial.dense, record)
         )
+        reference = trial.dense.reference
+        if reference.is_recalibrated:
+            recalibrate_as_asked(job, dense, workload, ranks)
         masks = MaskSet.from_bytes(store.read_file(name, record, "masks.safetensors"))
         findings = compare_networks(
             job,
@@ -84,4 +88,7 @@ def explain_round(
             round_number=record.round,
             tell=tell,
         )
+    if reference.is_recalibrated:
+        note = f"the dense network as stored; shown is {reference.name}"
+        findings = replace(findings, left_out=(*findings.left_out, note))
     return Explanation(findings, findings.save(store), store.trial_uri(name))

@@ -54,6 +54,8 @@ _FLOATS = (
     "loss",
     "accuracy_pruned",
     "loss_pruned",
+    "accuracy_recalibrated",
+    "loss_recalibrated",
     "robust_accuracy",
     "train_loss",
     "train_accuracy",

@@ -68,8 +68,8 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         f"`{job.workload.factory}` pruned by `{job.prune.criterion}` in "
         f"{job.prune.rounds} round{'' if job.prune.rounds == 1 else 's'} with gbp-ray. "
         f"{cost.num_nonzero:,} of {cost.num_parameters:,} parameters are left "
-        f"({cost.compression:.1f}x fewer); of the {cost.num_units:,} prunable weights "
-        f"{record.sparsity:.2%} are exactly zero.",
+        f"({cost.compression:.1f}x fewer non-zero parameters); of the {cost.num_units:,} "
+        f"prunable weights {record.sparsity:.2%} are exactly zero.",
         "",
         "## What it reached",
         "",
@@ -133,16 +133,18 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
 
 def _accuracy(trial: TrialRecord, record: RoundRecord) -> list[str]:
     rows = []
+    stored = " as stored" if trial.dense.reference.is_recalibrated else ""
     if record.judged_on != "test":
         rows.append(
-            f"| {record.judged_on} accuracy | {trial.dense.accuracy:.2%} | {record.accuracy:.2%} |"
+            f"| {record.judged_on} accuracy | {trial.dense.reference.text} | "
+            f"{record.accuracy:.2%} |"
         )
         if trial.test is not None and record is trial.chosen:
             rows.append(
-                f"| test accuracy | {trial.test.dense_accuracy:.2%} | {trial.test.accuracy:.2%} |"
+                f"| test accuracy | {trial.dense_reference.text} | {trial.test.accuracy:.2%} |"
             )
     else:
-        rows.append(f"| test accuracy | {trial.dense.accuracy:.2%} | {record.accuracy:.2%} |")
+        rows.append(f"| test accuracy | {trial.dense.reference.text} | {record.accuracy:.2%} |")
     if record.robust_accuracy is not None and trial.dense.robust_accuracy is not None:
         attack = trial.job.attack
         how = f"{attack.kind}, epsilon {attack.epsilon:g}"
@@ -150,11 +152,11 @@ def _accuracy(trial: TrialRecord, record: RoundRecord) -> list[str]:
             how += f", {attack.steps} steps, {attack.restarts} starts"
         rows.append(
             f"| accuracy under attack ({how}), {record.judged_on} examples | "
-            f"{trial.dense.robust_accuracy:.2%} | {record.robust_accuracy:.2%} |"
+            f"{trial.dense.robust_accuracy:.2%}{stored} | {record.robust_accuracy:.2%} |"
         )
     if record.train_accuracy is not None and trial.dense.train_accuracy is not None:
         rows.append(
-            f"| accuracy on training examples | {trial.dense.train_accuracy:.2%} | "
+            f"| accuracy on training examples | {trial.dense.train_accuracy:.2%}{stored} | "
             f"{record.train_accuracy:.2%} |"
         )
     return rows

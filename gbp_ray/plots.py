@@ -367,12 +367,13 @@ def _draw_rounds(
 ) -> None:
     x, means, low, high = [], [], [], []
     for number in range(max(len(trial.rounds) for trial in point.trials)):
+        # The dense network's are those that the others are compared with.
+        rounds = [t.rounds[number] for t in point.trials if number < len(t.rounds)]
+        sources = [r.reference if r.round == 0 and not is_dotted else r for r in rounds]
         values = [
             scale * value
-            for trial in point.trials
-            if number < len(trial.rounds)
-            and (value := getattr(trial.rounds[number], measure)) is not None
-            and math.isfinite(value)
+            for source in sources
+            if (value := getattr(source, measure)) is not None and math.isfinite(value)
         ]
         if values:
             mean = float(np.mean(values))

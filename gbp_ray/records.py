@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -35,6 +35,7 @@ from gbp_ray.objects import Objects
 
 __all__ = [
     "CostRecord",
+    "DenseReference",
     "FailureRecord",
     "FileRecord",
     "FinalTest",
@@ -50,6 +51,7 @@ __all__ = [
     "seal_record",
 ]
 
+_STORED, _RECALIBRATED = "as stored", "with BatchNorm re-estimated"
 _SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n}\n\Z')
 
 
@@ -123,6 +125,59 @@ class FileRecord(_Record):
     sha256: str
 
 
+class DenseReference(NamedTuple):
+    """What the dense network is, where others are compared with it: the one rule for all of them.
+
+    After each prune BatchNorm's running statistics are re-estimated, but the dense network keeps
+    those that it was trained or loaded with, which may be stale. So it is measured with both, and
+    the better measurement counts: the more accurate one, of equals the one with the lesser loss, of
+    equals the stored one. Otherwise what re-estimation gives would be taken for a gain of pruning.
+    """
+
+    accuracy: float
+    loss: float
+    is_recalibrated: bool = False
+    other_accuracy: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        accuracy: float,
+        loss: float,
+        accuracy_recalibrated: float | None,
+        loss_recalibrated: float | None,
+    ) -> DenseReference:
+        """Chooses between what stored and re-estimated statistics gave, where both are known.
+
+        Older records, and networks without such statistics, have only the first.
+        """
+        if accuracy_recalibrated is None or loss_recalibrated is None:
+            return cls(accuracy, loss)
+        stored = cls(accuracy, loss, False, accuracy_recalibrated)
+        other = cls(accuracy_recalibrated, loss_recalibrated, True, accuracy)
+        return max(stored, other, key=lambda one: (one.accuracy, -one.loss))
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether the two measurements are more than half a point apart: both are then shown."""
+        return self.other_accuracy is not None and abs(self.accuracy - self.other_accuracy) > 0.005
+
+    @property
+    def text(self) -> str:
+        """Writes the accuracy, how it was measured, and the other one where that differs."""
+        how, other = (_RECALIBRATED, _STORED)[:: 1 if self.is_recalibrated else -1]
+        if self.has_gap:
+            return f"{self.accuracy:.2%} {how}; {other} {self.other_accuracy:.2%}"
+        return f"{self.accuracy:.2%} {how}" if self.is_recalibrated else f"{self.accuracy:.2%}"
+
+    @property
+    def name(self) -> str:
+        """Says which dense network it is."""
+        if self.has_gap:
+            return f"dense at {self.text}"
+        return f"dense {_RECALIBRATED}" if self.is_recalibrated else "dense"
+
+
 class RoundRecord(_Record):
     """One whole round; round 0 is the dense network.
 
@@ -131,7 +186,9 @@ class RoundRecord(_Record):
     `robust_accuracy` is the share of attacked examples that stay right, where the job has an
     attack; `train_accuracy` on a fixed sample of the training split, not augmented. Where
     fine-tuning may stop early, `kept_step` says after how many steps the weights are that were
-    kept.
+    kept. Round 0 has `accuracy_recalibrated` and `loss_recalibrated` as well where its network has
+    BatchNorm statistics and the job re-estimates them after pruning: with such statistics in place
+    of the stored ones.
     """
 
     round: int
@@ -140,6 +197,8 @@ class RoundRecord(_Record):
     loss: float
     accuracy_pruned: float | None = None
     loss_pruned: float | None = None
+    accuracy_recalibrated: float | None = None
+    loss_recalibrated: float | None = None
     robust_accuracy: float | None = None
     train_loss: float | None = None
     train_accuracy: float | None = None
@@ -157,6 +216,13 @@ class RoundRecord(_Record):
         """As measured from the weights."""
         return self.cost.sparsity
 
+    @property
+    def reference(self) -> DenseReference:
+        """Of round 0: what later rounds are compared with."""
+        return DenseReference.of(
+            self.accuracy, self.loss, self.accuracy_recalibrated, self.loss_recalibrated
+        )
+
 
 class FinalTest(_Record):
     """The one use of the test split by a trial whose rounds were judged by other examples.
@@ -164,6 +230,7 @@ class FinalTest(_Record):
     Attributes:
         round: The one that was chosen, see `choose_round`.
         dense_accuracy: Of round 0, measured at the same time.
+        dense_accuracy_recalibrated: Likewise, as `RoundRecord.accuracy_recalibrated`.
     """
 
     round: int
@@ -171,6 +238,8 @@ class FinalTest(_Record):
     loss: float
     dense_accuracy: float
     dense_loss: float
+    dense_accuracy_recalibrated: float | None = None
+    dense_loss_recalibrated: float | None = None
 
 
 class TrialRecord(_Record):
@@ -223,9 +292,16 @@ class TrialRecord(_Record):
         return self.final.accuracy if self.test is None else self.test.accuracy
 
     @property
-    def dense_test_accuracy(self) -> float:
-        """Of round 0, on the test split."""
-        return self.dense.accuracy if self.test is None else self.test.dense_accuracy
+    def dense_reference(self) -> DenseReference:
+        """The dense network that the chosen round is compared with, on the test split."""
+        if (test := self.test) is None:
+            return self.dense.reference
+        return DenseReference.of(
+            test.dense_accuracy,
+            test.dense_loss,
+            test.dense_accuracy_recalibrated,
+            test.dense_loss_recalibrated,
+        )
 
 
 def choose_round(rounds: Sequence[RoundRecord]) -> RoundRecord:

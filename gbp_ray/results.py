@@ -39,6 +39,7 @@ _COMPARE = {
 _MOST_IS_BEST = (
     "accuracy",
     "accuracy_pruned",
+    "accuracy_recalibrated",
     "robust_accuracy",
     "train_accuracy",
     "test_accuracy",
@@ -48,6 +49,7 @@ _MOST_IS_BEST = (
 _LEAST_IS_BEST = (
     "loss",
     "loss_pruned",
+    "loss_recalibrated",
     "train_loss",
     "test_loss",
     "num_parameters",

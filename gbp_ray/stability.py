@@ -220,7 +220,8 @@ def _run_seeds(
             "trial_id": result.record.trial_id,
             "uri": result.uri,
             "accuracy": result.accuracy,
-            "dense_accuracy": result.record.dense_test_accuracy,
+            "dense_accuracy": result.record.dense_reference.accuracy,
+            "dense_is_recalibrated": result.record.dense_reference.is_recalibrated,
             "sparsity": result.sparsity,
         }
         for seed, result in zip(seeds, results, strict=True)

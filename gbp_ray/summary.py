@@ -118,11 +118,15 @@ def answers_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             note = "the highest that was asked for"
         elif line["sparsity"] is None and not note:
             note = "the lowest already loses more"
+        mark = ""
+        if line["dense_is_recalibrated"]:
+            mark = "*"
+            table.caption = "* with BatchNorm re-estimated, as after each prune"
         table.add_row(
             escape(line["label"]),
             sparsity,
             "" if line["accuracy"] is None else f"{line['accuracy']:.2%}",
-            "" if line["dense_accuracy"] is None else f"{line['dense_accuracy']:.2%}",
+            "" if line["dense_accuracy"] is None else f"{line['dense_accuracy']:.2%}{mark}",
             str(line["num_trials"]),
             f"{line['seconds']:.0f}",
             escape(note),

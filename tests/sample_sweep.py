@@ -66,14 +66,21 @@ def write_sweep(
 
 
 def write_sweep_trial(
-    store: Store, job: JobConfig, *, shapes: Mapping[str, tuple[int, ...]] = SHAPES
+    store: Store,
+    job: JobConfig,
+    *,
+    shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+    dense: Mapping[str, Any] | None = None,
+    final: Mapping[str, Any] | None = None,
 ) -> TrialRecord:
-    """Writes one trial as a driver would."""
+    """Writes one trial as a driver would; some measurements of two rounds may be given."""
     name = trial_id(job)
     store.claim(job)
     rounds = []
     for number in range(job.prune.rounds + 1):
         record, files = _make_round(job, number, shapes)
+        given = {0: dense, job.prune.rounds: final}.get(number)
+        record = record.model_copy(update=dict(given or {}))
         rounds.append(store.write_round(name, record, files))
     trial = make_sweep_trial(job, tuple(rounds))
     store.write_trial(trial)

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from sample_sweep import CRITERIA, SPARSITIES, sweep_job, write_sweep, write_sweep_trial
 
 from gbp_ray.checklist import Check, answer_checklist
+from gbp_ray.config import SweepConfig
 from gbp_ray.curves import Spread, WorkloadCurves, find_front, gather_curves
 from gbp_ray.results import open_results
+from gbp_ray.runtime.known import Known
 from gbp_ray.store import Store
 
 numbers = st.integers(0, 6).map(float)
@@ -85,6 +87,31 @@ def test_points_are_those_of_the_records(sweep: Store, curves: WorkloadCurves) -
             spent = [sum(sum(item.seconds.values()) for item in r.rounds) for r in own]
             assert point.worker_seconds.mean == pytest.approx(statistics.fmean(spent))
             assert sum(point.phases.values()) == pytest.approx(statistics.fmean(spent))
+
+
+def test_points_are_compared_with_the_better_measurement_of_the_dense_network(
+    tmp_path: Path,
+) -> None:
+    store = Store(tmp_path, "stale")
+    for seed, anew in enumerate((0.6, 0.7, 0.05)):
+        dense = {"accuracy": 0.1, "loss": 3.0, "accuracy_recalibrated": anew}
+        write_sweep_trial(
+            store,
+            sweep_job("stale", seed=seed, rounds=1),
+            dense={**dense, "loss_recalibrated": 1.0},
+            final={"accuracy": 0.4},
+        )
+    (found,) = gather_curves(open_results(store.uri))
+    ((point,),) = (curve.points for curve in found.curves)
+    assert found.dense.mean == pytest.approx((0.6 + 0.7 + 0.1) / 3)
+    assert {way: spread.mean for way, spread in found.dense_ways.items()} == {
+        "as stored": pytest.approx(0.1),
+        "with BatchNorm re-estimated": pytest.approx(0.45),
+    }
+    assert point.drop.mean == pytest.approx((-0.2 - 0.3 + 0.3) / 3)
+    outcome = Known(store, SweepConfig())(sweep_job("stale", seed=0, rounds=1))
+    assert outcome is not None
+    assert (outcome.dense_accuracy, outcome.dense_is_recalibrated) == (0.6, True)
 
 
 def test_seconds_count_once_per_worker(tmp_path: Path) -> None:

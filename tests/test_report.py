@@ -114,8 +114,39 @@ def test_the_summary_compares_the_last_round_with_the_dense_network(trial: Trial
     assert "\n" not in text
     assert "sparsity 75.00% of 2,000 prunable weights" in text
     assert "accuracy 85.12% (-5.00 points against dense)" in text
-    assert "compression 2.5x" in text, "2500 parameters before, 1000 after"
+    assert "2.5x fewer non-zero parameters" in text, "2500 parameters before, 1000 after"
     assert "4.0x fewer multiply-adds in theory" in text
+
+
+@pytest.mark.parametrize(
+    ("recalibrated", "loss", "words"),
+    [
+        (None, None, "(-5.00 points against dense)"),
+        (0.9, 0.1, "(-5.00 points against dense)"),
+        (0.9012, 0.1, "(-5.00 points against dense with BatchNorm re-estimated)"),
+        (0.9012, 0.3, "(-5.00 points against dense)"),
+        (0.9052, 0.3, "(-5.40 points against dense with BatchNorm re-estimated)"),
+        (
+            0.98,
+            0.3,
+            "(-12.88 points against dense at 98.00% with BatchNorm re-estimated; as stored 90.12%)",
+        ),
+        (
+            0.5,
+            0.1,
+            "(-5.00 points against dense at 90.12% as stored; with BatchNorm re-estimated 50.00%)",
+        ),
+    ],
+)
+def test_the_dense_network_is_the_better_of_its_two_measurements(
+    trial: TrialRecord, recalibrated: float | None, loss: float | None, words: str
+) -> None:
+    changed = {"accuracy_recalibrated": recalibrated, "loss_recalibrated": loss}
+    dense = trial.dense.model_copy(update={"loss": 0.2, **changed})
+    whole = trial.model_copy(update={"rounds": (dense, *trial.rounds[1:])})
+    assert words in summary_line(whole)
+    table = "\n".join(lines_of(round_table(whole)))
+    assert ("re-estimated" in table) == (";" in words), "both are shown where they differ"
 
 
 def test_the_summary_of_a_network_without_multiply_adds_does_not_divide_by_zero(
@@ -124,7 +155,9 @@ def test_the_summary_of_a_network_without_multiply_adds_does_not_divide_by_zero(
     cost = make_cost(0.25).model_copy(update={"macs": 0, "macs_nonzero": 0, "num_nonzero": 0})
     final = trial.final.model_copy(update={"cost": cost})
     whole = trial.model_copy(update={"rounds": (trial.dense, final)})
-    assert summary_line(whole).endswith("compression 2500.0x, multiply-adds not counted")
+    assert summary_line(whole).endswith(
+        "2500.0x fewer non-zero parameters, multiply-adds not counted"
+    )
     for table in (round_table(whole), layer_table(whole.final)):
         assert lines_of(table)[-1].rstrip().endswith("not counted")
     final = final.model_copy(update={"cost": cost.model_copy(update={"macs_fault": "why"})})

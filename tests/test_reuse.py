@@ -24,6 +24,8 @@ from gbp_ray.explain import explain_round
 from gbp_ray.export import export_round
 from gbp_ray.findings import read_findings
 from gbp_ray.page import write_report
+from gbp_ray.pruning.batchnorm import recalibrate_as_asked
+from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.reuse import apply_masks
 from gbp_ray.store import Store, locate_jobs
 from gbp_ray.transfer import fetch_results
@@ -104,10 +106,10 @@ def test_the_card_says_what_was_measured_on_what(result: PruneResult, folder: Pa
     card, record = (folder / "README.md").read_text(), result.record
     assert record.test is not None
     assert card.startswith("---\nlibrary_name: pytorch\n")
-    assert f"| test accuracy | {record.test.dense_accuracy:.2%} | {record.test.accuracy:.2%} |" in (
-        card
-    )
-    assert f"| {record.dense.accuracy:.2%} | {record.chosen.accuracy:.2%} |" in card
+    dense = f"{record.test.dense_accuracy_recalibrated:.2%} with BatchNorm re-estimated; as stored"
+    assert f"| test accuracy | {dense} {record.test.dense_accuracy:.2%} | " in card
+    assert f" | {record.test.accuracy:.2%} |" in card
+    assert f"; as stored {record.dense.accuracy:.2%} | {record.chosen.accuracy:.2%} |" in card
     assert "was used once" in card
     assert record.trial_id in card
     assert record.chosen.mask_digest in card
@@ -320,13 +322,13 @@ def test_weights_that_do_not_fit_are_refused_by_name(result: PruneResult, tmp_pa
 def test_what_is_explained_is_what_the_networks_do(result: PruneResult) -> None:
     found = explain_round(result.uri).findings
     job = result.record.job
-    inputs, targets = load_workload(job.workload, job.seed).test
+    workload = load_workload(job.workload, job.seed)
+    inputs, targets = workload.test
+    networks = [result.load_model(number) for number in (0, found.round)]
+    assert result.record.dense.reference.is_recalibrated
+    assert recalibrate_as_asked(job, networks[0], workload, Ranks()) == 128
     with torch.no_grad():
-        answers = [
-            result.load_model(number)(inputs.float() / 16).argmax(dim=1)
-            for number in (0, found.round)
-        ]
-    dense, pruned = answers
+        dense, pruned = (network(inputs.float() / 16).argmax(dim=1) for network in networks)
     assert found.num_examples == len(targets)
     assert found.num_changed == int((dense != pruned).sum()) > 0
     assert found.num_hurt == int(((dense == targets) & (pruned != targets)).sum())

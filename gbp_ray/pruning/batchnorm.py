@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gbp_ray.config import PruneConfig
+from gbp_ray.config import JobConfig, PruneConfig
 from gbp_ray.pruning.ranks import OrderedSum, Ranks, isolated
 from gbp_ray.pruning.sharding import is_sharded
 from gbp_ray.workload import (
@@ -21,12 +21,46 @@ from gbp_ray.workload import (
     take_batch,
 )
 
-__all__ = ["norm_batch_size", "recalibrate_batchnorm"]
+__all__ = [
+    "keeping_statistics",
+    "norm_batch_size",
+    "recalibrate_as_asked",
+    "recalibrate_batchnorm",
+]
 
 
 def norm_batch_size(prune: PruneConfig) -> int:
     """Chooses examples per batch: those of scoring, but enough for statistics worth the name."""
     return max(prune.calibration_batch_size, 32)
+
+
+def recalibrate_as_asked(job: JobConfig, model: nn.Module, workload: Workload, ranks: Ranks) -> int:
+    """Re-estimates running statistics as a job wants it after each prune. Communicates.
+
+    Returns:
+        Examples used; 0 where the job wants none, or the model has no running statistics.
+    """
+    if not job.prune.batchnorm_examples:
+        return 0
+    return recalibrate_batchnorm(
+        model,
+        workload,
+        ranks,
+        examples=job.prune.batchnorm_examples,
+        batch_size=norm_batch_size(job.prune),
+        seed=job.seed,
+    )
+
+
+@contextmanager
+def keeping_statistics(model: nn.Module) -> Iterator[None]:
+    """Puts running statistics back after the block, bit for bit."""
+    before = [(statistic, statistic.clone()) for statistic in _statistics(_find_norms(model))]
+    try:
+        yield
+    finally:
+        for statistic, value in before:
+            statistic.copy_(value)
 
 
 @torch.no_grad()
@@ -50,7 +84,7 @@ def recalibrate_batchnorm(
     Returns:
         Examples used; 0 where the model has no running statistics.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = _find_norms(model)
     available = num_examples(workload.train)
     examples = min(examples, available)
     # One example has no variance over a batch.
@@ -58,7 +92,7 @@ def recalibrate_batchnorm(
     if not norms or not batches:
         return 0
     chosen = shuffled_indices(available, derive_seed(seed, "batchnorm"))[:examples]
-    statistics = [s for n in norms for s in (n.running_mean, n.running_var) if s is not None]
+    statistics = _statistics(norms)
     momenta = [norm.momentum for norm in norms]
     wire_dtype = torch.promote_types(statistics[0].dtype, torch.float32)
     sums = OrderedSum(
@@ -93,6 +127,14 @@ def recalibrate_batchnorm(
     return total
 
 
+def _find_norms(model: nn.Module) -> list[_BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
+def _statistics(norms: Iterable[_BatchNorm]) -> list[Tensor]:
+    return [s for n in norms for s in (n.running_mean, n.running_var) if s is not None]
+
+
 @contextmanager
 def _averaged_over_calls(norms: Iterable[_BatchNorm]) -> Iterator[None]:
     """Makes the running statistics the mean over a module's calls in the block.
@@ -103,7 +145,7 @@ def _averaged_over_calls(norms: Iterable[_BatchNorm]) -> Iterator[None]:
 
     def note(norm: nn.Module, inputs: object, outputs: object) -> None:
         assert isinstance(norm, _BatchNorm)
-        own = [s for s in (norm.running_mean, norm.running_var) if s is not None]
+        own = _statistics([norm])
         calls, earlier = means.get(norm, (0, own))
         if calls:
             for statistic, mean in zip(own, earlier, strict=True):

@@ -8,6 +8,7 @@ from functools import partial
 
 from gbp_ray.config import JobConfig
 from gbp_ray.errors import PruneError
+from gbp_ray.pruning.batchnorm import recalibrate_as_asked
 from gbp_ray.pruning.building import build_start
 from gbp_ray.pruning.checkpoint import load_weights
 from gbp_ray.pruning.evaluation import evaluate
@@ -38,21 +39,27 @@ def measure_final_test(
         StoreError: Weights cannot be read.
     """
     model, _ = build_start(workload, job.seed, ranks, job.cluster.strategy)
+    batch_size = job.workload.eval_batch_size
     measured = []
     for number in (chosen, 0):
         source = f"round_{number:03d}/weights.safetensors"
         weights = ranks.together(lambda number=number: read_weights(number))  # type: ignore[misc]
         load_weights(model, weights, source)
-        batch_size = job.workload.eval_batch_size
         accuracy, loss = evaluate(model, workload, ranks, batch_size, partial(tell, number))
         if not math.isfinite(loss):
             raise PruneError(f"round {number}: the test loss is {loss:g}; its weights diverged")
         measured.append((accuracy, loss))
     (accuracy, loss), (dense_accuracy, dense_loss) = measured
+    recalibrated: tuple[float | None, float | None] = None, None
+    if recalibrate_as_asked(job, model, workload, ranks):
+        again = evaluate(model, workload, ranks, batch_size, partial(tell, 0))
+        recalibrated = again if math.isfinite(again[1]) else recalibrated
     return FinalTest(
         round=chosen,
         accuracy=accuracy,
         loss=loss,
         dense_accuracy=dense_accuracy,
         dense_loss=dense_loss,
+        dense_accuracy_recalibrated=recalibrated[0],
+        dense_loss_recalibrated=recalibrated[1],
     )

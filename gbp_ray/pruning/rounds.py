@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from gbp_ray.config import JobConfig
 from gbp_ray.errors import PruneError, StoreError
 from gbp_ray.pruning.averaging import MovingAverage
-from gbp_ray.pruning.batchnorm import norm_batch_size, recalibrate_batchnorm
+from gbp_ray.pruning.batchnorm import keeping_statistics, recalibrate_as_asked
 from gbp_ray.pruning.building import build_start, copy_frozen
 from gbp_ray.pruning.checkpoint import (
     Checkpoint,
@@ -216,6 +216,7 @@ class _Run:
             train_loss = self._finetune(0)
         self._remember_dense()
         accuracy, loss = self._evaluate(0)
+        accuracy_recalibrated, loss_recalibrated = self._evaluate_recalibrated()
         return self._finish_round(
             RoundRecord(
                 round=0,
@@ -224,6 +225,8 @@ class _Run:
                 sparsity_target=self.start,
                 accuracy=accuracy,
                 loss=loss,
+                accuracy_recalibrated=accuracy_recalibrated,
+                loss_recalibrated=loss_recalibrated,
                 robust_accuracy=self._attack(0),
                 train_loss=_finite_or_none(train_loss),
                 cost=measure(self.model, self.units, self.macs),
@@ -242,7 +245,7 @@ class _Run:
         if is_pruned or self.job.prune.rewind == "weights":
             self._rewind()
             with self._timed("batchnorm"):
-                self._recalibrate()
+                recalibrate_as_asked(self.job, self.model, self.workload, self.ranks)
             accuracy_pruned, loss_pruned = self._evaluate(number)
         self.kept_step = None
         train_loss = self._finetune(number, accuracy_pruned, loss_pruned)
@@ -350,17 +353,6 @@ class _Run:
         if self.optimizer is not None:
             forget_pruned(self.model, self.optimizer, self.masks)
 
-    def _recalibrate(self) -> None:
-        if self.job.prune.batchnorm_examples:
-            recalibrate_batchnorm(
-                self.model,
-                self.workload,
-                self.ranks,
-                examples=self.job.prune.batchnorm_examples,
-                batch_size=norm_batch_size(self.job.prune),
-                seed=self.job.seed,
-            )
-
     def _finetune(
         self, number: int, accuracy: float | None = None, loss: float | None = None
     ) -> float:
@@ -439,9 +431,21 @@ class _Run:
             gathered = local(self.movement[unit.name])
             gathered += movement_statistic(local(weight), local(gradient))
 
-    def _evaluate(self, number: int) -> tuple[float, float]:
+    def _evaluate_recalibrated(self) -> tuple[float | None, float | None]:
+        """Measures the dense network as pruned ones are: see `DenseReference`. Leaves it as it was.
+
+        A loss that is not finite is no measurement: what is better by any rule is the stored one.
+        """
+        with keeping_statistics(self.model):
+            with self._timed("batchnorm"):
+                if not recalibrate_as_asked(self.job, self.model, self.workload, self.ranks):
+                    return None, None
+            accuracy, loss = self._measure(0)
+        return (accuracy, loss) if math.isfinite(loss) else (None, None)
+
+    def _measure(self, number: int) -> tuple[float, float]:
         with self._timed("evaluate"):
-            accuracy, loss = evaluate(
+            return evaluate(
                 self.model,
                 self.workload,
                 self.ranks,
@@ -449,6 +453,9 @@ class _Run:
                 tell=lambda done, total: self.tell("evaluate", number, done, total, None),
                 split=self.split,
             )
+
+    def _evaluate(self, number: int) -> tuple[float, float]:
+        accuracy, loss = self._measure(number)
         if not math.isfinite(loss):
             raise PruneError(
                 f"round {number}: the {self.split} loss is {loss:g}; the weights diverged, lower "

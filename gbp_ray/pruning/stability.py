@@ -21,7 +21,7 @@ from itertools import combinations, permutations
 from torch import nn
 
 from gbp_ray.config import JobConfig
-from gbp_ray.pruning.batchnorm import norm_batch_size, recalibrate_batchnorm
+from gbp_ray.pruning.batchnorm import recalibrate_as_asked
 from gbp_ray.pruning.evaluation import evaluate
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
 from gbp_ray.pruning.ranks import Ranks
@@ -160,14 +160,6 @@ def _evaluate(
 ) -> float:
     twin = copy.deepcopy(model)
     masks.apply_(twin)
-    if job.prune.batchnorm_examples:
-        recalibrate_batchnorm(
-            twin,
-            workload,
-            ranks,
-            examples=job.prune.batchnorm_examples,
-            batch_size=norm_batch_size(job.prune),
-            seed=job.seed,
-        )
+    recalibrate_as_asked(job, twin, workload, ranks)
     accuracy, _ = evaluate(twin, workload, ranks, job.workload.eval_batch_size)
     return accuracy

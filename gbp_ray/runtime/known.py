@@ -7,6 +7,7 @@ from typing import Any
 from gbp_ray.config import JobConfig, SweepConfig, trial_id
 from gbp_ray.errors import ConfigError
 from gbp_ray.index import read_index
+from gbp_ray.records import DenseReference
 from gbp_ray.runtime.optuna_plan import job_at
 from gbp_ray.runtime.plans import Outcome
 from gbp_ray.space import parse_space
@@ -25,7 +26,8 @@ class Known:
     def __init__(self, store: Store, sweep: SweepConfig) -> None:
         table, _ = read_index(store.objects)
         phases = [name for name in table.column_names if name.startswith("seconds.")]
-        columns = ["trial_id", "round", "is_final", "accuracy", "loss", *phases]
+        measured = ["accuracy", "loss", "accuracy_recalibrated", "loss_recalibrated"]
+        columns = ["trial_id", "round", "is_final", *measured, *phases]
         self._table = table
         # Folders are listed, too, since results may have been removed by hand.
         self._there = set(store.objects.list_folders("trials/"))
@@ -79,6 +81,12 @@ class Known:
         last: dict[str, Any],
         spent_s: float,
     ) -> Outcome:
+        reference = DenseReference.of(
+            dense["accuracy"],
+            dense["loss"],
+            dense["accuracy_recalibrated"],
+            dense["loss_recalibrated"],
+        )
         return Outcome(
             trial_id=trial_id(job),
             job=job,
@@ -86,7 +94,8 @@ class Known:
             round=last["round"],
             accuracy=last["accuracy"],
             loss=last["loss"],
-            dense_accuracy=dense["accuracy"],
+            dense_accuracy=reference.accuracy,
+            dense_is_recalibrated=reference.is_recalibrated,
             seconds=spent_s * max(1, job.cluster.max_workers),
             is_new=False,
         )

@@ -45,6 +45,7 @@ class Outcome:
     accuracy: float | None = None
     loss: float | None = None
     dense_accuracy: float | None = None
+    dense_is_recalibrated: bool = False
     cause: str = ""
     seconds: float = 0.0
     is_new: bool = True
@@ -101,6 +102,8 @@ class Answer:
         job: The combination; its sparsity is the answer's, or the lowest where there is none.
         sparsity: None where the lowest already loses too much, or a trial failed.
         trial_id: The trial at that sparsity; None at 0, which is the dense network.
+        dense_accuracy: Of the dense network that trials were compared with: see
+            `records.DenseReference`, also for `dense_is_recalibrated`.
         is_highest: Whether the search ended at its upper end.
         num_trials: How many it took, those found finished included.
         seconds: What the workers spent on these.
@@ -116,6 +119,7 @@ class Answer:
     num_trials: int
     seconds: float
     cause: str = ""
+    dense_is_recalibrated: bool = False
 
 
 @dataclass
@@ -210,7 +214,8 @@ class Bisection(Plan):
         best = search.asked.get(search.low)
         is_dense = search.low == 0 and self._sparsities.first == 0
         has_answer = not search.cause and (best is not None or is_dense)
-        dense = next((outcome.dense_accuracy for outcome in told), None)
+        first = told[0] if told else None
+        dense = None if first is None else first.dense_accuracy
         return Answer(
             job=self._sparsities.at(search.job, max(search.low, 0)),
             sparsity=self._sparsities[search.low] if has_answer else None,
@@ -221,6 +226,7 @@ class Bisection(Plan):
             num_trials=len(told),
             seconds=sum(outcome.seconds for outcome in told),
             cause=search.cause,
+            dense_is_recalibrated=first is not None and first.dense_is_recalibrated,
         )
 
 

@@ -124,7 +124,7 @@ class ProgressBoard:
     def show_round(self, trial: str, record: RoundRecord) -> None:
         """Says what a finished round reached."""
         if record.round == 0:
-            self.note(f"{trial}  dense  accuracy {record.accuracy:.2%}{_attacked(record)}")
+            self.note(f"{trial}  dense  accuracy {record.reference.text}{_attacked(record)}")
             return
         pruned = ""
         if record.accuracy_pruned is not None:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from gbp_ray.config import SCHEMA_VERSION, JobConfig, trial_id
 from gbp_ray.errors import GbpError, StoreError
+from gbp_ray.pruning.batchnorm import norm_batch_size
 from gbp_ray.pruning.rules import Criterion
 from gbp_ray.store import RoundRecord, SharedRecord, Store, TrialRecord
 from gbp_ray.workload import import_attribute
@@ -54,13 +55,15 @@ def dense_origin(job: JobConfig) -> dict[str, Any] | None:
     if job.prune.criterion == "movement":
         return None
     attack = job.attack.model_dump(mode="json", exclude_defaults=True)
+    examples = job.prune.batchnorm_examples
     return {
-        # Measured of round 0 as of any other.
+        # Measured of round 0 as of any other, the second time with statistics re-estimated.
         **({"attack": attack} if job.attack.kind != "none" else {}),
         "workload": job.workload.model_dump(mode="json", exclude_defaults=True),
         "pretrain": job.pretrain.model_dump(mode="json", exclude_defaults=True),
         # Masks and measurements of round 0 cover what is not excluded.
         "exclude": sorted(job.prune.exclude),
+        **({"batchnorm": [examples, norm_batch_size(job.prune)]} if examples else {}),
         **({"masks": pinned} if (pinned := job.prune.initial_masks_digest) else {}),
         **_surroundings(job, job.workload.factory),
     }

@@ -272,6 +272,7 @@ class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
             accuracy=result.get("accuracy"),
             loss=result.get("loss"),
             dense_accuracy=result.get("dense_accuracy"),
+            dense_is_recalibrated=result.get("dense_is_recalibrated", False),
             cause=cause,
             seconds=result.get("spent_s", 0.0),
             # Another driver of the same sweep may have been faster.
@@ -399,12 +400,15 @@ def _run_checked(job: JobConfig, steps: Iterator[Step]) -> Iterator[Step]:
 def _as_result(job: JobConfig, step: Step, before: dict[str, Any]) -> dict[str, Any]:
     record = step.record
     spent_s = sum(record.seconds.values()) * max(1, job.cluster.max_workers)
+    # The dense network's is the first result of a trial.
+    dense = record.reference
     return {
         "round": record.round,
         "sparsity": record.sparsity,
         "accuracy": record.accuracy,
         "loss": record.loss,
-        "dense_accuracy": before.get("dense_accuracy", record.accuracy),
+        "dense_accuracy": before.get("dense_accuracy", dense.accuracy),
+        "dense_is_recalibrated": before.get("dense_is_recalibrated", dense.is_recalibrated),
         "spent_s": round(before.get("spent_s", 0.0) + spent_s, 3),
         "is_old": step.is_old,
         "done": False,

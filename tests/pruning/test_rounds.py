@@ -11,15 +11,17 @@ import torch
 from safetensors.torch import load, load_model
 from small_networks import ConvNet, SharedWeightNet, TanhNet, images, regression
 from torch import nn
+from torch.nn import functional
 
 from gbp_ray.config import JobConfig
 from gbp_ray.errors import ConfigError, PruneError, StoreError, WorkloadError
+from gbp_ray.pruning import rounds
 from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
 from gbp_ray.pruning.metrics import count_macs, measure
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import Checkpoint, RoundState, run_rounds
-from gbp_ray.workload import Workload, derive_seed, seeded
+from gbp_ray.workload import Workload, derive_seed, seeded, shuffled_indices
 
 RECIPES: dict[str, dict[str, Any]] = {
     "taylor, sgd": {},
@@ -106,6 +108,50 @@ def test_a_resumed_trial_ends_as_an_uninterrupted_one(recipe: str) -> None:
             assert found == expected
             for name in ("weights.safetensors", "masks.safetensors"):
                 assert found_files[name] == files[name], f"{name} of round {found['round']}"
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "movement"])
+def test_the_dense_network_is_measured_as_pruned_ones_are_and_stays_as_it_was(
+    criterion: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build() -> nn.Module:
+        network = ConvNet()
+        # What hardly moves is stale after a few steps.
+        network.norm1.momentum = network.norm2.momentum = 1e-4
+        return network
+
+    workload = dataclasses.replace(images(build), augment=None)
+    job = job_of(prune={"criterion": criterion})
+    states = [(s.record, s.to_files()) for s in run_rounds(job, workload, Ranks())]
+    dense, files = states[0]
+
+    # By torch alone: the statistics of the one batch that 24 examples make.
+    model = build()
+    model.load_state_dict(load(files["weights.safetensors"]))
+    model.eval()
+    chosen = shuffled_indices(46, derive_seed(job.seed, "batchnorm"))[:24]
+    inputs, labels = workload.test
+    with torch.no_grad():
+        stored = model(inputs)
+        for norm in (model.norm1, model.norm2):
+            norm.train().momentum = 1.0
+        model(workload.train[0][chosen])
+        anew = model.eval()(inputs)
+    for outputs, accuracy, loss in (
+        (stored, dense.accuracy, dense.loss),
+        (anew, dense.accuracy_recalibrated, dense.loss_recalibrated),
+    ):
+        assert accuracy == (outputs.argmax(1) == labels).sum().item() / 29
+        assert loss == pytest.approx(functional.cross_entropy(outputs, labels).item(), rel=1e-6)
+    assert dense.reference.accuracy == max(dense.accuracy, dense.accuracy_recalibrated or 0)
+    assert all(record.accuracy_recalibrated is None for record, _ in states[1:])
+
+    monkeypatch.setattr(rounds._Run, "_evaluate_recalibrated", lambda run: (None, None))
+    for (_, ours), other in zip(states, run_rounds(job, workload, Ranks()), strict=True):
+        theirs = other.to_files()
+        assert all(ours[name] == theirs[name] for name in ours if name != "state.pt")
+    plain = images(lambda: nn.Sequential(nn.Flatten(), nn.Linear(72, 3)))
+    assert next(run_rounds(job, plain, Ranks())).record.accuracy_recalibrated is None
 
 
 def test_the_dense_network_teaches_where_the_job_says_so() -> None:

@@ -174,11 +174,14 @@ def test_an_answer_names_its_trial() -> None:
     plan = Bisection(expand(job), Sparsities(job))
     run(
         plan,
-        lambda one: outcome_of(one, 0.95 if one.prune.sparsity < 0.65 else 0.2),
+        lambda one: outcome_of(
+            one, 0.95 if one.prune.sparsity < 0.65 else 0.2, dense_is_recalibrated=True
+        ),
         1,
         random.Random(0),
     )
     (answer,) = plan.answers()
     assert answer.sparsity == 0.6
+    assert answer.dense_is_recalibrated
     assert answer.trial_id == trial_id(job_with(**{"prune.sparsity": 0.6}))
     assert (answer.accuracy, answer.dense_accuracy) == (0.95, 0.95)
