@@ -49,7 +49,8 @@ class S3Address:
             ValueError: It is none, or holds credentials; the message does not repeat those.
         """
         parts = urlsplit(text)
-        if "@" in parts.netloc:
+        # A secret may hold a slash, and then seems to be part of the path.
+        if "@" in parts.netloc or (":" in parts.netloc and "@" in text):
             raise ValueError(_NO_CREDENTIALS)
         if parts.scheme != "s3" or not _BUCKET.fullmatch(parts.netloc) or parts.fragment:
             raise ValueError(

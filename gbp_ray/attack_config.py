@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from gbp_ray.sections import Section
+from gbp_ray.sections import MOST_EXAMPLES, Section
 
 __all__ = ["AdversarialConfig", "AttackConfig", "Perturbation", "find_weaker_attack"]
 
@@ -54,7 +54,7 @@ class AttackConfig(Perturbation):
     """Steps of pgd; more than any training of the job takes."""
     restarts: int = Field(2, ge=1, le=1000)
     """Random starts of pgd; an example counts as right if it is right after all of them."""
-    examples: int = Field(1000, ge=1)
+    examples: int = Field(1000, ge=1, le=MOST_EXAMPLES)
     """The first so many test examples are attacked."""
 
 

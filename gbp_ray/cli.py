@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import os
 import shlex
 import signal
@@ -20,7 +21,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from gbp_ray import __version__
@@ -29,7 +29,7 @@ from gbp_ray.cli_reuse import add_reuse_verbs
 from gbp_ray.cli_stability import add_stability_verb
 from gbp_ray.cli_submit import add_cluster_verbs
 from gbp_ray.cli_sweep import run_sweep
-from gbp_ray.errors import ConfigError, GbpError, TrialError
+from gbp_ray.errors import ConfigError, GbpError, TrialError, clean_message
 from gbp_ray.report import (
     difference_table,
     layer_table,
@@ -47,8 +47,10 @@ from gbp_ray.terminal import (
     Conditions,
     Place,
     console,
+    note,
     print_csv,
     print_json,
+    prints_aside,
     say,
     show_warning,
 )
@@ -145,13 +147,7 @@ def prune(
         print_json({"uri": result.uri, **_describe_record(result.record)})
         return
     _print_trial(result.record)
-    out = console()
-    out.print(
-        f"\n{summary_line(result.record)}\nweights and masks: {result.round_uri()}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    say("", summary_line(result.record), f"weights and masks: {result.round_uri()}")
 
 
 @app.command()
@@ -177,7 +173,7 @@ def show(
         for heading in rows[0]:
             table.add_column(heading, overflow="fold")
         for row in rows:
-            table.add_row(*(escape(str(value)) for value in row.values()))
+            table.add_row(*(str(value) for value in row.values()))
         console().print(table)
         return
     store, name = trials[0]
@@ -193,11 +189,9 @@ def show(
                 }
             )
             return
-        console().print(
+        say(
             f"{name}: not finished, round {rounds[-1].round} is the last whole one; run the same "
-            "job again to go on",
-            highlight=False,
-            soft_wrap=True,
+            "job again to go on"
         )
         console().print(layer_table(rounds[-1]))
         return
@@ -205,7 +199,7 @@ def show(
         print_json({"uri": store.trial_uri(name), "finished": True, **_describe_record(record)})
         return
     _print_trial(record)
-    console().print(summary_line(record), highlight=False, soft_wrap=True)
+    say(summary_line(record))
 
 
 @app.command("results")
@@ -251,7 +245,7 @@ def list_results(
     results = everything.where(*(conditions or ()))
     if best is None and not len(results) and len(everything):
         met = " and ".join(conditions or ())
-        typer.echo(f"none of {len(everything):,} rounds has {met}", err=True)
+        note(f"none of {len(everything):,} rounds has {met}")
     if best is not None:
         row = results.best(best)
         if as_json:
@@ -471,9 +465,18 @@ def collect_garbage(
     say(f"{len(items)} left over, {num_bytes / 1e6:.1f} MB; {done}")
 
 
+for _verb in app.registered_commands:
+    if _verb.callback is not None:
+        _verb.callback = prints_aside()(_verb.callback)
+
+
 def main() -> None:
     """Runs the command line and exits with the code that tells what happened."""
     signal.signal(signal.SIGTERM, _raise_terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that knows no umlauts is told their escapes.
+            stream.reconfigure(errors="backslashreplace")
     # A last collection would walk over all that was imported and read, to free it at the end.
     atexit.register(gc.freeze)
     is_debug = "--debug" in sys.argv
@@ -514,8 +517,7 @@ def _raise_terminated(number: int, frame: object) -> None:
 def _fail(message: str, code: int, is_debug: bool) -> None:
     if is_debug:
         traceback.print_exc()
-    line = " ".join(message.split())
-    typer.echo(f"error: {line}", err=True)
+    note(f"error: {clean_message(message)}")
     raise SystemExit(code)
 
 

@@ -6,12 +6,11 @@ from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from gbp_ray.config import describe_fields
 from gbp_ray.errors import ConfigError
-from gbp_ray.terminal import AsJson, console, print_json
+from gbp_ray.terminal import AsJson, console, print_json, say
 
 __all__ = ["add_reference_verbs"]
 
@@ -45,12 +44,11 @@ def list_criteria(as_json: AsJson = False) -> None:
         sign = ", signed" if row["is_signed"] else ""
         table.add_row(row["name"], f"{row['formula']}{sign}", row["cost"], row["source"])
     console().print(table)
-    console().print(
-        "The lowest scores are removed first. Cost counts forward and backward passes over the\n"
-        'calibration examples. Your own criterion: prune.criterion = "module:function".\n'
-        "w weight, g gradient of the mean loss of a batch, g_i of one example, H Hessian,\n"
+    say(
+        "The lowest scores are removed first. Cost counts forward and backward passes over the",
+        'calibration examples. Your own criterion: prune.criterion = "module:function".',
+        "w weight, g gradient of the mean loss of a batch, g_i of one example, H Hessian,",
         "b batches of n_b examples, n in all, z random signs.",
-        highlight=False,
     )
 
 
@@ -88,5 +86,5 @@ def list_fields(
     for heading in ("field", "default", "meaning"):
         table.add_column(heading, overflow="fold")
     for row in rows:
-        table.add_row(*(escape(text) for text in row))
+        table.add_row(*(text for text in row))
     console().print(table)

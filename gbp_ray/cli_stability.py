@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from gbp_ray.errors import ConfigError, StoreError
@@ -188,7 +187,7 @@ def _layers_table(overlap: Mapping[str, Any]) -> Table:
     table.add_column("layer")
     table.add_column("overlap over seeds", justify="right")
     for name, value in overlap["by_layer"].items():
-        table.add_row(escape(name), f"{value:.2%}")
+        table.add_row(name, f"{value:.2%}")
     return table
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from gbp_ray import __version__
 from gbp_ray.submission import Submission, prepare_submission
-from gbp_ray.terminal import AsJson, console, print_json, say, show_warning
+from gbp_ray.terminal import AsJson, console, note, print_json, say, show_warning, write
 
 if TYPE_CHECKING:
     from gbp_ray.runtime.submit import Head, JobState
@@ -134,7 +134,7 @@ def submit_job(
     head = Head(place)
     state, is_new = head.send(
         submission,
-        lambda: typer.echo(_describe_package(submission, is_installed, place), err=True),
+        lambda: note(_describe_package(submission, is_installed, place)),
     )
     try:
         if is_followed:
@@ -220,7 +220,7 @@ def show_log(name: Name, is_followed: Follow = False, address: Address = None) -
     head = _head(address)
     state = head.find(name)
     if not is_followed:
-        sys.stdout.write(head.read_log(state.submission_id))
+        write(head.read_log(state.submission_id))
         return
     try:
         state = _follow(head, state)
@@ -263,21 +263,19 @@ def _head(address: str | None) -> Head:
 
 
 def _follow(head: Head, state: JobState, to_errors: bool = False) -> JobState:
-    stream = sys.stderr if to_errors else sys.stdout
+    def write_aside(text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
-    def write(text: str) -> None:
-        stream.write(text)
-        stream.flush()
-
-    return head.follow(state.submission_id, write)
+    return head.follow(state.submission_id, write_aside if to_errors else write)
 
 
 def _detach(state: JobState) -> None:
-    typer.echo(
-        f"\nno longer followed; {state.submission_id} goes on\n"
+    note("")
+    note(f"no longer followed; {state.submission_id} goes on")
+    note(
         f"follow: gbp-ray logs {state.submission_id} --follow    "
-        f"stop: gbp-ray stop {state.submission_id}",
-        err=True,
+        f"stop: gbp-ray stop {state.submission_id}"
     )
     raise SystemExit(_STOPPED)
 

@@ -85,8 +85,8 @@ def run_sweep(
     counts = ", ".join(f"{described[f'num_{state}']} {state}" for state in _STATES)
     say(
         f"{len(result.outcomes)} trials: {counts}; {result.num_new} of them now, "
-        f"{described['worker_seconds']:,.0f} worker-seconds in {result.seconds:,.0f} s\n"
-        f"results: {result.uri}"
+        f"{described['worker_seconds']:,.0f} worker-seconds in {result.seconds:,.0f} s",
+        f"results: {result.uri}",
     )
 
 

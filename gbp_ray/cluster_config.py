@@ -11,6 +11,10 @@ from gbp_ray.sections import Section
 __all__ = ["ClusterConfig"]
 
 
+_MOST_WORKERS = 10_000
+_YEAR_S = 366.0 * 24 * 3600
+
+
 class ClusterConfig(Section):
     """Where the job runs. Nothing here changes the result."""
 
@@ -24,27 +28,27 @@ class ClusterConfig(Section):
     as fit share a GPU; that they fit its memory too is for you to see to (--dry-run)."""
     accelerator_type: str | None = None
     """With use_gpu: the kind of GPU by Ray's name, such as "A100" or "L4"; unset takes any."""
-    cpus_per_worker: float | None = Field(None, gt=0.0)
+    cpus_per_worker: float | None = Field(None, gt=0.0, le=10_000.0)
     """CPUs that a worker claims of its machine; unset: threads_per_worker, or as many as the
     largest machine has."""
     placement: Literal["pack", "spread"] = "pack"
     """The workers of a trial: on as few machines as hold them, or on as many as there are."""
     strategy: Literal["replicated", "fsdp"] = "replicated"
     """Whether each worker holds the whole network, or all of them one, in shards (FSDP2)."""
-    threads_per_worker: int = Field(1, ge=1)
+    threads_per_worker: int = Field(1, ge=1, le=1024)
     """CPU threads of each worker. Kernels add in an order of their own per thread count, so results
     agree to the bit between runs that share this number."""
-    max_failures: int = Field(2, ge=0)
+    max_failures: int = Field(2, ge=0, le=10_000)
     """Lost or hung workers a trial survives; each time it goes on after its last whole round."""
-    max_preemptions: int | None = Field(None, ge=0)
+    max_preemptions: int | None = Field(None, ge=0, le=1_000_000)
     """Machines a trial may lose that were taken away with notice (spot), counted apart from
     max_failures; unset: any number, and always so for trials of one worker in a sweep."""
-    room_timeout_s: float = Field(600.0, ge=0.0)
+    room_timeout_s: float = Field(600.0, ge=0.0, le=_YEAR_S)
     """How long a fixed number of workers waits for room on the cluster."""
     autoscale: bool | None = None
     """Whether the cluster adds machines when they are asked for: a job that has no room yet then
     waits. Unset: as far as Ray tells."""
-    hang_timeout_s: float = Field(900.0, ge=0.0)
+    hang_timeout_s: float = Field(900.0, ge=0.0, le=_YEAR_S)
     """A worker that for so long finishes no step, no batch and no exchange with the others counts
     as lost. Building the workload and reading or writing storage may take longer. 0: never."""
     address: str | None = None
@@ -83,6 +87,8 @@ class ClusterConfig(Section):
         numbers: list[Any] = list(value) if is_range else [value, value]  # type: ignore[call-overload]
         if not all(type(n) is int for n in numbers) or not is_range <= numbers[0] <= numbers[1]:
             raise ValueError("must be a whole number from 0, or [min, max] with 1 <= min <= max")
+        if numbers[1] > _MOST_WORKERS:
+            raise ValueError(f"must be at most {_MOST_WORKERS:,}")
         return tuple(numbers) if is_range else value
 
     @property

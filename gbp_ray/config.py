@@ -25,7 +25,15 @@ from gbp_ray.cluster_config import ClusterConfig
 from gbp_ray.errors import ConfigError
 from gbp_ray.network_config import EncodingConfig, TransferConfig
 from gbp_ray.prune_config import CRITERIA, PruneConfig
-from gbp_ray.sections import PLUG_IN, Section, dotted, explain_faults, nearest_name
+from gbp_ray.sections import (
+    MOST_EXAMPLES,
+    PLUG_IN,
+    Section,
+    dotted,
+    explain_faults,
+    nearest_name,
+    plain,
+)
 from gbp_ray.space import SweepConfig, TargetConfig, first_values, span
 from gbp_ray.training_config import DistillationConfig, FinetuneConfig, PretrainConfig, Recipe
 
@@ -72,14 +80,14 @@ class WorkloadConfig(Section):
     tie: tuple[Annotated[tuple[str, ...], Field(min_length=1)], ...] = ()
     """Groups of layers that share one weight, by name or glob: [["layer1.*.conv2"]]. Their shapes
     must be equal; the weight is that of the first layer."""
-    eval_batch_size: int = Field(256, ge=1)
+    eval_batch_size: int = Field(256, ge=1, le=MOST_EXAMPLES)
     """Examples per batch when accuracy is measured, on each worker."""
     transfer: TransferConfig = TransferConfig()
     encoding: EncodingConfig = EncodingConfig()
     validation: float = Field(0.0, ge=0.0, lt=1.0)
     """Share of the training examples that the seed sets aside: never trained or scored on. Rounds
     are then judged by them, and the test split is used once, at the end, for the chosen round."""
-    train_sample: int = Field(1000, ge=0)
+    train_sample: int = Field(1000, ge=0, le=MOST_EXAMPLES)
     """Training examples, as they are, on which accuracy is measured after each round, too; what
     lies between it and the held-out accuracy is overfitting. 0 leaves it out."""
 
@@ -93,17 +101,16 @@ class WorkloadConfig(Section):
     @field_validator("options")
     @classmethod
     def _are_plain(cls, value: dict[str, Any]) -> dict[str, Any]:
-        # Options travel to workers and into records as JSON, so they are what JSON makes of them.
-        plain = {}
+        plain_values = {}
         for name, option in value.items():
             try:
-                plain[name] = json.loads(json.dumps(option, allow_nan=False))
+                plain_values[plain(name)] = plain(option)
             except (TypeError, ValueError, RecursionError):
                 raise ValueError(
                     f"{name!r} must be text, a finite number, true or false, a list or a table; "
                     "put quotes around a date"
                 ) from None
-        return plain
+        return plain_values
 
 
 class JobConfig(Section):
@@ -127,6 +134,8 @@ class JobConfig(Section):
     @field_validator("storage")
     @classmethod
     def _is_place(cls, value: str) -> str:
+        if not value.strip() or value.strip() == "file://":
+            raise ValueError('is empty; give a folder ("." is the working folder) or s3://bucket')
         if value.startswith("s3://"):
             return str(S3Address.parse(value))
         if "://" in value and not value.startswith("file://"):
@@ -186,19 +195,21 @@ def load_job(
         ConfigError: The file is missing or not TOML, or the job breaks the schema; one line that
             lists every fault.
     """
-    if isinstance(source, JobConfig):
-        tree = source.model_dump(mode="json", exclude_unset=True)
-    else:
-        tree = _read_toml(source)
-    if isinstance(overrides, list):
-        overrides = dict(_split_override(item) for item in overrides)
-    for key, value in (overrides or {}).items():
-        _set_dotted(tree, key, value)
-    _fill_in(tree)
     try:
+        if isinstance(source, JobConfig):
+            tree = source.model_dump(mode="json", exclude_unset=True)
+        else:
+            tree = _read_toml(source)
+        if isinstance(overrides, list):
+            overrides = dict(_split_override(item) for item in overrides)
+        for key, value in (overrides or {}).items():
+            _set_dotted(tree, key, value)
+        _fill_in(tree)
         return JobConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("; ".join(explain_faults(error, JobConfig))) from None
+    except RecursionError:
+        raise ConfigError("the job is nested too deeply; use fewer lists in lists") from None
 
 
 def expand(job: JobConfig) -> list[JobConfig]:
@@ -424,13 +435,22 @@ def _read_toml(source: str | Path | None) -> dict[str, Any]:
         )
     path = Path(source)
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        data = path.read_bytes()
+        # Editors put a byte order mark first, and older ones end lines in other ways.
+        text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        return tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(
             f"job file {str(path)!r} does not exist; give the path of a TOML file"
         ) from None
     except OSError as error:
         raise ConfigError(f"job file {str(path)!r} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        number = data[: error.start].count(b"\n") + 1
+        what = f"byte 0x{data[error.start]:02x} is no UTF-8 (at line {number})"
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+            what = "it is UTF-16 (at line 1)"
+        raise ConfigError(f"job file {str(path)!r} is not TOML: {what}; save it as UTF-8") from None
     except ValueError as error:
         raise ConfigError(f"job file {str(path)!r} is not TOML: {error}") from None
     except RecursionError:
@@ -444,7 +464,7 @@ def _split_override(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--set {text!r}: must read dotted.key=value, like prune.sparsity=0.95")
     try:
         parsed = tomllib.loads(f"value = {raw}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return key, raw
     # Text of several lines may read as more keys than this one.
     return key, parsed["value"] if len(parsed) == 1 else raw

@@ -34,7 +34,10 @@ def open_location(address: str, key: str) -> tuple[FileSystem, str]:
         )
     if "://" not in address:
         return LocalFileSystem(), str(Path(address).expanduser().absolute())
-    if "@" in address.split("://")[1].split("/")[0]:
+    rest = address.split("://", 1)[1]
+    server = rest.split("/")[0]
+    # A secret may hold a slash, and then seems to be part of the path.
+    if "@" in server or (":" in server and "@" in rest):
         # Not echoed: options are kept in records and logs.
         raise WorkloadError(
             f"{key}: the address holds credentials; give them in the environment "

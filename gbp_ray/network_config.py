@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -35,14 +35,14 @@ class EncodingConfig(Section):
     of weights then begin with "network."."""
     levels: int = Field(8, ge=2, le=1024)
     """Channels that one_hot and thermometer make of each input channel."""
-    mean: tuple[float, ...] = ()
+    mean: tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...] = ()
     """Of the intensities of each channel, for normalise; where neither this nor deviation is given,
     the workload's own are taken."""
-    deviation: tuple[float, ...] = ()
+    deviation: tuple[Annotated[float, Field(le=1e6)], ...] = ()
     """Likewise; 1 where the mean alone is given."""
 
     @model_validator(mode="after")
     def _can_divide(self) -> EncodingConfig:
-        if any(value <= 0 for value in self.deviation):
-            raise ValueError("deviation: must be above 0 in each channel")
+        if any(value < 1e-6 for value in self.deviation):
+            raise ValueError("deviation: must be above 0 in each channel, 1e-6 or more")
         return self

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from gbp_ray.sections import PLUG_IN, Section, nearest_name
+from gbp_ray.sections import MOST_EXAMPLES, PLUG_IN, Section, nearest_name
 
 __all__ = ["CRITERIA", "PruneConfig"]
 
@@ -26,7 +26,7 @@ CRITERIA = (
 )
 """Names of the built-in criteria; `gbp-ray criteria` tells what each is."""
 
-_PATTERN_N_M = re.compile(r"(\d+):(\d+)")
+_PATTERN_N_M = re.compile(r"([0-9]{1,6}):([0-9]{1,6})")
 
 
 class PruneConfig(Section):
@@ -40,21 +40,21 @@ class PruneConfig(Section):
     """How often score, select and fine-tune are repeated."""
     schedule: Literal["one_shot", "linear", "cubic", "geometric"] = "geometric"
     """Sparsity after each round; one_shot removes everything in round 1 and fine-tunes on."""
-    ramp_rounds: int | None = Field(None, ge=1)
+    ramp_rounds: int | None = Field(None, ge=1, le=999)
     """Rounds after which the sparsity is reached; those left only fine-tune. Unset takes all."""
     scope: Literal["global", "layer"] = "global"
     """Who competes: all weights together, or each layer on its own at the same sparsity."""
     granularity: str = "weight"
     """What is removed: "weight", or "n:m" such as "2:4", which keeps n of every m inputs."""
-    calibration_examples: int = Field(512, ge=1)
+    calibration_examples: int = Field(512, ge=1, le=MOST_EXAMPLES)
     """Training examples the scores are computed on."""
-    calibration_batch_size: int = Field(64, ge=1)
+    calibration_batch_size: int = Field(64, ge=1, le=MOST_EXAMPLES)
     """Examples per scoring batch; part of the definition of taylor_squared."""
     calibration_augment: bool = True
     """Whether scoring sees training examples augmented, as training does, or plain."""
-    hutchinson_probes: int = Field(4, ge=1)
+    hutchinson_probes: int = Field(4, ge=1, le=10_000)
     """Random probes per batch for the Hessian diagonal of obd."""
-    batchnorm_examples: int = Field(2048, ge=0)
+    batchnorm_examples: int = Field(2048, ge=0, le=MOST_EXAMPLES)
     """Training examples that re-estimate BatchNorm statistics after each prune; 0 keeps them."""
     rewind: Literal["none", "weights", "learning_rate"] = "none"
     """After each prune: "weights" puts kept weights back to their dense values, "learning_rate"

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from gbp_ray.store import RoundRecord, TrialRecord
@@ -68,7 +67,7 @@ def layer_table(record: RoundRecord) -> Table:
     for heading in ("weights", "left", "sparsity", "MACs left"):
         table.add_column(heading, justify="right")
     for layer in record.cost.layers:
-        name = escape(layer.name)
+        name = layer.name
         if layer.name in record.held_back:
             name += " (held back)"
         table.add_row(
@@ -96,10 +95,10 @@ def results_table(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> T
     for heading in measured:
         table.add_column(heading, justify="right", no_wrap=True)
     for field in fields:
-        table.add_column(escape(field), overflow="fold")
+        table.add_column(field, overflow="fold")
     for row in rows:
         table.add_row(
-            escape(row["trial_id"]),
+            row["trial_id"],
             str(row["round"]),
             f"{row['sparsity']:.2%}",
             f"{row['accuracy']:.2%}",
@@ -108,7 +107,7 @@ def results_table(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> T
             f"{row['loss']:.4f}",
             f"{row['num_nonzero']:,}",
             _macs_left(row["macs"], row["macs_nonzero"]),
-            *(escape(_word(row[field])) for field in fields),
+            *(_word(row[field]) for field in fields),
         )
     return table
 
@@ -120,7 +119,7 @@ def difference_table(pairs: Mapping[str, Sequence[Any]], heading: str) -> Table:
     for side in ("A", "B"):
         table.add_column(side, justify="right", overflow="fold")
     for name, values in pairs.items():
-        table.add_row(escape(name), *(escape(_word(value)) for value in values))
+        table.add_row(name, *(_word(value) for value in values))
     return table
 
 
@@ -134,7 +133,7 @@ def overlap_table(layers: Sequence[Mapping[str, Any]]) -> Table:
         sizes = [f"{size:,}" for size in dict.fromkeys(layer["num_weights"]) if size is not None]
         kept = ["" if number is None else f"{number:,}" for number in layer["num_kept"]]
         overlap = "" if layer["overlap"] is None else f"{layer['overlap']:.2%}"
-        table.add_row(escape(layer["name"]), " / ".join(sizes), *kept, overlap)
+        table.add_row(layer["name"], " / ".join(sizes), *kept, overlap)
     return table
 
 

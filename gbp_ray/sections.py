@@ -11,12 +11,27 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-__all__ = ["PLUG_IN", "Fraction", "Section", "dotted", "explain_faults", "nearest_name"]
+__all__ = [
+    "MOST_EXAMPLES",
+    "PLUG_IN",
+    "Fraction",
+    "Section",
+    "dotted",
+    "explain_faults",
+    "nearest_name",
+    "plain",
+]
 
 PLUG_IN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """How code is named: "module:attr"."""
+
+MOST_EXAMPLES = 10**9
+"""More examples than any data set has."""
+
+_MOST_FAULTS = 50
+_MOST_SHOWN = 300  # characters of a value
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 """A share of a whole."""
@@ -30,6 +45,23 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @field_validator("*")
+    @classmethod
+    def _has_one_zero(cls, value: Any) -> Any:
+        # A trial would be called otherwise with -0.0.
+        return 0.0 if isinstance(value, float) and value == 0 else value
+
+
+def plain(value: Any) -> Any:
+    """Makes of a value what JSON makes of it, as which it travels to workers and into records.
+
+    Raises:
+        TypeError: It is none of JSON's.
+        ValueError: A number is not finite, or text is none that can be written.
+        RecursionError: It is nested too deeply.
+    """
+    return json.loads(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
 
 
 def nearest_name(name: str, allowed: tuple[str, ...] | list[str]) -> str:
@@ -51,7 +83,10 @@ def explain_faults(error: ValidationError, whole: type[BaseModel]) -> list[str]:
     Args:
         whole: What was being validated.
     """
-    texts = [_explain_fault(dict(fault), whole) for fault in error.errors(include_url=False)]
+    faults = error.errors(include_url=False)
+    texts = [_explain_fault(dict(fault), whole) for fault in faults[:_MOST_FAULTS]]
+    if len(faults) > _MOST_FAULTS:
+        texts.append(f"and {len(faults) - _MOST_FAULTS:,} more faults")
     # The branches of a union each find their own fault in one value.
     return list(dict.fromkeys(texts))
 
@@ -76,17 +111,26 @@ def _explain_fault(fault: dict[str, Any], whole: type[BaseModel]) -> str:
         return f"{where}: is required"
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", context["expected"])
-        return (
-            f"{where} = {given!r}: not allowed{nearest_name(str(given), allowed)} "
-            f"(allowed: {', '.join(allowed)})"
-        )
+        near = nearest_name(given, allowed) if isinstance(given, str) else ""
+        return f"{where} = {_show(given)}: not allowed{near} (allowed: {', '.join(allowed)})"
     if kind == "value_error":
         messages = [str(message) for message in context["error"].args]
         if _section_at(fault["loc"], whole) is not None:
             return "; ".join(f"{where}.{message}" if where else message for message in messages)
-        return f"{where} = {given!r}: {'; '.join(messages)}"
+        return f"{where} = {_show(given)}: {'; '.join(messages)}"
     reason = fault["msg"].removeprefix("Input ")
-    return f"{where} = {given!r}: {reason}"
+    return f"{where} = {_show(given)}: {reason}"
+
+
+def _show(value: Any) -> str:
+    """Writes a value, not all of a long one."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an endless number, or a deep list
+        return f"a {type(value).__name__} too large to show"
+    if len(text) <= _MOST_SHOWN:
+        return text
+    return f"{text[: _MOST_SHOWN - 20]}[... {len(text) - _MOST_SHOWN + 20:,} more]"
 
 
 def _section_at(path: tuple[int | str, ...], whole: type[BaseModel]) -> type[BaseModel] | None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,11 +26,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from gbp_ray.sections import Section
+from gbp_ray.sections import Section, plain
 
 __all__ = ["Axis", "IsWhole", "SweepConfig", "TargetConfig", "first_values", "parse_space", "span"]
 
 _MOST_TRIALS = 100_000
+_FARTHEST_END = 1e18
 _RANGES = ("linear", "log", "uniform", "loguniform")
 _KINDS = (*_RANGES, "choice")
 
@@ -139,15 +139,15 @@ class SweepConfig(Section):
     scheduler: Literal["fifo", "asha", "median"] = "fifo"
     """Whether weak trials are stopped early: never, by successive halving, or below the median.
     Only trials that walk the same sparsities are compared, at the same round."""
-    grace_rounds: int = Field(1, ge=1)
+    grace_rounds: int = Field(1, ge=1, le=10_000)
     """Pruned rounds that every trial gets before it may be stopped."""
-    recovery_rounds: int = Field(1, ge=1)
+    recovery_rounds: int = Field(1, ge=1, le=10_000)
     """Fine-tunings after a prune, its own round's included, before a trial may be stopped."""
-    reduction_factor: float = Field(3.0, gt=1.0)
+    reduction_factor: float = Field(3.0, gt=1.0, le=1e6)
     """For asha: of so many trials one goes on."""
-    max_concurrent: int | None = Field(None, ge=1)
+    max_concurrent: int | None = Field(None, ge=1, le=_MOST_TRIALS)
     """Trials at a time; unset: as many as the cluster's CPUs or GPUs hold."""
-    max_failures: int = Field(1, ge=0)
+    max_failures: int = Field(1, ge=0, le=10_000)
     """How often a trial that breaks is tried again before it becomes a row with its cause."""
     loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
     """Who else is told every round; mlflow and wandb are extras."""
@@ -165,7 +165,7 @@ class SweepConfig(Section):
     def _has_axes(cls, value: dict[str, Any]) -> dict[str, Any]:
         # Like options, the space travels as JSON.
         try:
-            value = json.loads(json.dumps(value, allow_nan=False))
+            value = plain(value)
         except (TypeError, ValueError, RecursionError):
             raise ValueError("must hold text, finite numbers, true or false, lists") from None
         parse_space(value)
@@ -321,9 +321,11 @@ def _parse_range(fields: tuple[str, ...], kind: str, ends: Any, num: Any) -> Axi
     ):
         raise ValueError(f"{kind} must be [low, high]")
     low, high = ends
+    if not all(abs(end) <= _FARTHEST_END for end in ends):
+        raise ValueError(f"{kind}: low and high must lie within +-{_FARTHEST_END:g}")
     if not low < high:
         raise ValueError(f"{kind} = [{low}, {high}]: low must be below high")
-    if kind in ("log", "loguniform") and low <= 0:
+    if kind in ("log", "loguniform") and low < 1 / _FARTHEST_END:
         raise ValueError(f"{kind} = [{low}, {high}]: low must be above 0")
     if kind not in ("linear", "log"):
         num = 1

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 __all__ = [
@@ -78,7 +77,7 @@ def summary_table(lines: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> 
     kept = [field for field in fields if field not in ("seed", "prune.sparsity")]
     table.add_column("sparsity", justify="right", no_wrap=True)
     for field in kept:
-        table.add_column(escape(field.removeprefix("prune.")), overflow="fold")
+        table.add_column(field.removeprefix("prune."), overflow="fold")
     # Where rounds were judged by other examples, the test split has its own columns.
     is_tested = any(line["judged_on"] != "test" for line in lines)
     tested = ("test", "+-") if is_tested else ()
@@ -91,7 +90,7 @@ def summary_table(lines: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> 
         robust = [_percent(line[n]) for n in _ROBUST] if attacked else []
         table.add_row(
             "" if sparsity == before else sparsity,
-            *(escape(_word(line[field])) for field in kept),
+            *(_word(line[field]) for field in kept),
             f"{line['accuracy']:.2%}",
             _percent(line["accuracy_deviation"]),
             *(_percent(line[f"test_accuracy{end}"]) for end in ("", "_deviation") if is_tested),
@@ -123,13 +122,13 @@ def answers_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             mark = "*"
             table.caption = "* with BatchNorm re-estimated, as after each prune"
         table.add_row(
-            escape(line["label"]),
+            line["label"],
             sparsity,
             "" if line["accuracy"] is None else f"{line['accuracy']:.2%}",
             "" if line["dense_accuracy"] is None else f"{line['dense_accuracy']:.2%}{mark}",
             str(line["num_trials"]),
             f"{line['seconds']:.0f}",
-            escape(note),
+            note,
         )
     return table
 
@@ -142,7 +141,7 @@ def ends_table(lines: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("why", overflow="fold")
     for line in lines:
         why = line["cause"] or f"weaker than others after round {line['round']}"
-        table.add_row(escape(line["trial_id"]), line["state"], escape(why))
+        table.add_row(line["trial_id"], line["state"], why)
     return table
 
 
@@ -156,7 +155,7 @@ def kinds_table(kinds: Sequence[Mapping[str, Any]]) -> Table:
         plan = kind["plan"]
         peak = max(plan["phases"], key=lambda phase: phase["num_bytes"])
         table.add_row(
-            escape(kind["name"]),
+            kind["name"],
             f"{kind['num_trials']:,}",
             f"{plan['peak_bytes'] / 1e6:,.1f}",
             peak["name"],

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from gbp_ray.attack_config import AdversarialConfig
-from gbp_ray.sections import Fraction, Section
+from gbp_ray.sections import MOST_EXAMPLES, Fraction, Section
 
 __all__ = ["DistillationConfig", "FinetuneConfig", "PretrainConfig", "Recipe"]
 
@@ -19,11 +19,11 @@ class Recipe(Section):
     """Passes over the training data, fractions allowed; finetune: after each round."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """Update rule; sgd uses momentum, adamw decouples weight decay."""
-    learning_rate: float = Field(0.05, gt=0.0)
+    learning_rate: float = Field(0.05, gt=0.0, le=1e30)
     """Peak learning rate, reached after the warm-up."""
     momentum: float = Field(0.9, ge=0.0, lt=1.0)
     """Momentum of sgd; the others ignore it."""
-    weight_decay: float = Field(5e-4, ge=0.0)
+    weight_decay: float = Field(5e-4, ge=0.0, le=1e6)
     """L2 penalty (sgd, adam) or decoupled decay (adamw); never applied to pruned weights."""
     lr_schedule: Literal["constant", "cosine", "step"] = "cosine"
     """Shape of the learning rate after the warm-up."""
@@ -31,11 +31,11 @@ class Recipe(Section):
     """For lr_schedule = "step": the shares of the training at which the rate drops."""
     lr_gamma: float = Field(0.1, gt=0.0, le=1.0)
     """For lr_schedule = "step": the factor of each drop."""
-    warmup_epochs: float = Field(0.0, ge=0.0)
+    warmup_epochs: float = Field(0.0, ge=0.0, le=1e6)
     """Epochs of linear warm-up from zero to learning_rate."""
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(128, ge=1, le=MOST_EXAMPLES)
     """Examples per optimizer step over all workers together; changing workers keeps it."""
-    microbatches: int = Field(4, ge=1)
+    microbatches: int = Field(4, ge=1, le=100_000)
     """Equal parts each batch is cut into and dealt to the workers; at most this many share a step.
     BatchNorm sees one part at a time, so the result depends on this and never on num_workers."""
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
@@ -46,7 +46,7 @@ class Recipe(Section):
     cutmix: float = Field(0.0, ge=0.0, le=100.0)
     """CutMix: likewise, such as 1.0, with a rectangle of another image pasted in. Where mixup is on
     as well, a coin decides for each part."""
-    max_gradient_norm: float | None = Field(None, gt=0.0)
+    max_gradient_norm: float | None = Field(None, gt=0.0, le=1e30)
     """Scales down the gradient of a step whose norm over all kept weights exceeds this; unset never
     does."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -82,7 +82,7 @@ class DistillationConfig(Section):
 
     weight: Fraction = 0.0
     """Share of the distillation loss, the rest being the workload's own; 0 turns it off."""
-    temperature: float = Field(4.0, gt=0.0)
+    temperature: float = Field(4.0, gt=0.0, le=1e6)
     """What both networks' outputs are divided by before the softmax; higher is softer."""
     teacher: str = ""
     """File of the teacher's weights, as for workload.transfer.checkpoint and of the same network;
@@ -91,7 +91,7 @@ class DistillationConfig(Section):
     """SHA-256 of that file, by which the trial is known; filled in when the job is read."""
     features: tuple[str, ...] = ()
     """Names of modules, such as "layer3", whose outputs are to match the teacher's as well."""
-    features_weight: float = Field(1.0, gt=0.0)
+    features_weight: float = Field(1.0, gt=0.0, le=1e12)
     """What the mean squared distance of those outputs is multiplied by before it joins the loss."""
 
     @property
@@ -103,11 +103,11 @@ class DistillationConfig(Section):
 class FinetuneConfig(Recipe):
     """Training of the kept weights after each round."""
 
-    learning_rate: float = Field(0.01, gt=0.0)
+    learning_rate: float = Field(0.01, gt=0.0, le=1e30)
     """Peak learning rate, reached after the warm-up."""
-    patience: int = Field(0, ge=0)
+    patience: int = Field(0, ge=0, le=1_000_000)
     """Evaluations on the validation split without a better one after which a round's fine-tuning
     stops; its best weights are kept. 0 trains to the end. Needs workload.validation."""
-    validate_every: float = Field(1.0, gt=0.0)
+    validate_every: float = Field(1.0, gt=0.0, le=1e6)
     """Epochs from one such evaluation to the next."""
     distillation: DistillationConfig = DistillationConfig()

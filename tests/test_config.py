@@ -96,6 +96,95 @@ def test_file_that_is_not_toml_is_refused_in_one_line(tmp_path: Path, content: b
     assert "is not TOML" in text or "nested too deeply" in text
 
 
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (JOB.encode("utf-16"), "it is UTF-16 (at line 1); save it as UTF-8"),
+        (JOB.replace("try", "tr\xfc").encode("latin-1"), "byte 0xfc is no UTF-8 (at line 2)"),
+        (JOB.replace("try", "t\0y").encode(), "(at line 2, column 10)"),
+    ],
+    ids=["utf-16", "latin-1", "nul"],
+)
+def test_other_text_than_utf8_is_named_with_its_line(
+    tmp_path: Path, content: bytes, part: str
+) -> None:
+    path = tmp_path / "job.toml"
+    path.write_bytes(content)
+    assert part in refusal(path)
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_byte_order_mark_and_any_line_ends_are_read(
+    tmp_path: Path, job_file: Path, mark: str, newline: str
+) -> None:
+    path = tmp_path / "other.toml"
+    path.write_bytes((mark + JOB.replace("\n", newline)).encode())
+    assert load_job(path) == load_job(job_file)
+
+
+@pytest.mark.parametrize("key", ["workload.options.x", "sweep.space", "name", "storage"])
+def test_deep_nesting_is_refused_wherever_it_comes_from(job_file: Path, key: str) -> None:
+    lists: Any = []
+    tables: Any = {}
+    for _ in range(100_000):
+        lists, tables = [lists], {"a": tables}
+    for value in (lists, tables):
+        refusal(job_file, {key: value})
+    refusal(job_file, [f"{key}.{'a.' * 50_000}b=1"])
+    # What is no TOML is text.
+    load_job(job_file, ["storage=" + "[" * 20_000])
+
+
+def test_a_number_too_long_to_be_written_is_refused(job_file: Path) -> None:
+    for text in ("9" * 5000, f"0x{'f' * 5000}"):
+        assert "seed = " in refusal(job_file, [f"seed={text}"])
+        assert "prune.sparsity = " in refusal(job_file, [f"prune.sparsity={text}"])
+        job_file.write_text(f"seed = {text}\n{JOB}")
+        refusal(job_file)
+        job_file.write_text(JOB)
+
+
+def test_minus_zero_is_zero(job_file: Path) -> None:
+    job = load_job(job_file, {"prune.sparsity": -0.0, "pretrain.weight_decay": -0.0})
+    assert trial_id(job) == trial_id(
+        load_job(job_file, {"prune.sparsity": 0.0, "pretrain.weight_decay": 0.0})
+    )
+
+
+def test_a_folder_may_be_the_working_folder(job_file: Path) -> None:
+    assert load_job(job_file, {"storage": "."}).storage == "."
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[31mb\x07\x9b", "a\\x1b[31mb\\x07\\x9b"),
+        ("a \r\n  b\x0bc", "a b c"),
+        ("a\tb\u202ec\u2066d\u200e", "a\\tb\\u202ec\\u2066d\\u200e"),
+        ("\udcff", "\\udcff"),
+        ("größe [red]✓[/]", "größe [red]✓[/]"),
+        ("'s3://a:b@c' https://x:y/z@h/i", "'s3://***@c' https://***@h/i"),
+        ("accuracy@sparsity>=0.9 s3://a/b@c", "accuracy@sparsity>=0.9 s3://a/b@c"),
+    ],
+)
+def test_an_error_is_one_printable_line_without_secrets(text: str, shown: str) -> None:
+    assert str(ConfigError(text)) == shown
+    assert str(ConfigError(shown)) == shown
+
+
+def test_a_long_error_keeps_its_start_and_its_end(job_file: Path) -> None:
+    long = refusal(job_file, {"storage": f"gs://{'x' * 10**6}", "nam": 1})
+    assert len(long) <= 1500
+    assert long.startswith("storage = 'gs://xxx")
+    assert re.search(r"\[\.\.\. [\d,]+ more\]: must be a folder", long)
+    whole = str(ConfigError("a" * 5000 + "z"))
+    assert re.fullmatch(r"a+ \[\.\.\. 3,\d+ characters left out \.\.\.\] a+z", whole)
+    assert len(whole) <= 1500
+    many = refusal(job_file, {f"key{number}": 1 for number in range(5000)})
+    assert "and 4,950 more faults" in many
+
+
 def test_file_name_with_a_newline_still_makes_one_line(tmp_path: Path) -> None:
     assert "a\\nb.toml" in refusal(tmp_path / "a\nb.toml")
 
@@ -137,23 +226,41 @@ FAULTS = [
     ("storage", "s3://b", "storage = 's3://b': must read s3://bucket/prefix"),
     ("storage", "s3://bucket/x?endpont=y", "?endpont: no such option (allowed: endpoint_over"),
     ("storage", "a\0b", "storage = 'a\\x00b'"),
+    ("storage", "", "storage = '': is empty; give a folder"),
+    ("storage", " \t", "storage = ' \\t': is empty"),
+    ("storage", "file://", "storage = 'file://': is empty"),
+    ("storage", "s3://KEY:sec/ret@bucket/x", "storage = 's3://***@bucket/x': holds credentials"),
+    ("storage", "https://me:secret@host/x", "storage = 'https://***@host/x': must be a folder"),
+    ("storage", "s3://b-u/x?secret_key=secret", "?secret_key=***': holds credentials"),
     ("seed", -1, "seed = -1"),
+    ("seed", 10**100, "seed = 1000"),
     ("seed", 2**32, "seed = 4294967296"),
     ("seed", 1.5, "seed = 1.5"),
     ("workload", 3, "workload = 3"),
     ("workload.factory", "just_a_name", 'must read "module:attr"'),
     ("workload.factory", "a:b.c", 'must read "module:attr"'),
     ("workload.options", [1], "workload.options = [1]"),
+    ("workload.options.x", "\udcff", "'x' must be text"),
     ("workload.options.x", math.nan, "'x' must be text, a finite number"),
     ("workload.options.x", {1, 2}, "'x' must be text"),
     ("workload.options.x", b"\xff", "'x' must be text"),
     ("workload.options.x", Ellipsis, "'x' must be text"),
     ("workload.eval_batch_size", 0, "workload.eval_batch_size = 0"),
+    ("workload.eval_batch_size", 10**12, "less than or equal to 1000000000"),
+    ("workload.train_sample", 10**12, "less than or equal to"),
+    ("workload.encoding.mean", [1e40], "workload.encoding.mean.0 = 1e+40"),
+    ("workload.encoding.deviation", [1e-40], "deviation: must be above 0 in each channel"),
     ("pretrain.epochs", -1, "pretrain.epochs = -1"),
     ("pretrain.epochs", 1e308, "pretrain.epochs = 1e+308"),
     ("pretrain.optimizer", "adm", "pretrain.optimizer = 'adm': not allowed, did you mean 'adam'?"),
     ("pretrain.learning_rate", 0, "pretrain.learning_rate = 0"),
     ("pretrain.learning_rate", math.inf, "pretrain.learning_rate = inf"),
+    ("pretrain.learning_rate", 1e300, "should be less than or equal to 1"),
+    ("pretrain.batch_size", 10**12, "less than or equal to 1000000000"),
+    ("finetune.microbatches", 10**9, "less than or equal to 100000"),
+    ("finetune.patience", 10**9, "less than or equal to 1000000"),
+    ("finetune.validate_every", 1e9, "less than or equal to 1000000"),
+    ("finetune.distillation.temperature", 1e300, "less than or equal to 1000000"),
     ("pretrain.momentum", 1, "pretrain.momentum = 1"),
     ("pretrain.lr_schedule", "cosin", "did you mean 'cosine'?"),
     ("pretrain.lr_milestones", [0.5, 2], "pretrain.lr_milestones.1 = 2"),
@@ -172,6 +279,12 @@ FAULTS = [
     ("prune.sparsity", [0.5], "prune.sparsity = [0.5]:"),
     ("prune.rounds", 0, "prune.rounds = 0"),
     ("prune.rounds", 10**8, "prune.rounds = 100000000"),
+    ("prune.ramp_rounds", 10**9, "less than or equal to 999"),
+    ("prune.hutchinson_probes", 10**9, "less than or equal to 10000"),
+    ("prune.calibration_examples", 10**12, "less than or equal to 1000000000"),
+    ("prune.batchnorm_examples", 10**12, "less than or equal to 1000000000"),
+    ("prune.granularity", f"1:{10**9}", 'must be "weight" or "n:m"'),
+    ("attack.examples", 10**12, "less than or equal to 1000000000"),
     ("prune.schedule", "liner", "did you mean 'linear'?"),
     ("prune.scope", "layers", "did you mean 'layer'?"),
     ("prune.rewind", "weight", "did you mean 'weights'?"),
@@ -194,6 +307,18 @@ FAULTS = [
     ("cluster.num_workers", [0, 2], "or [min, max] with 1 <= min <= max"),
     ("cluster.num_workers", [4, 1], "or [min, max] with 1 <= min <= max"),
     ("cluster.num_workers", [1, 2, 3], "or [min, max] with 1 <= min <= max"),
+    ("cluster.num_workers", 10**9, "cluster.num_workers = 1000000000: must be at most 10,000"),
+    ("cluster.num_workers", [1, 10**9], "must be at most 10,000"),
+    ("cluster.threads_per_worker", 1500, "cluster.threads_per_worker = 1500: should be less than"),
+    ("cluster.cpus_per_worker", 1e300, "less than or equal to 10000"),
+    ("cluster.max_failures", 10**9, "less than or equal to 10000"),
+    ("cluster.room_timeout_s", 1e12, "less than or equal to 31622400"),
+    ("cluster.hang_timeout_s", 1e12, "less than or equal to 31622400"),
+    ("sweep.max_concurrent", 10**9, "less than or equal to 100000"),
+    ("sweep.grace_rounds", 10**9, "less than or equal to 10000"),
+    ("sweep.reduction_factor", 1e300, "less than or equal to 1000000"),
+    ("sweep.space.seed", {"linear": [0, 10**400], "num": 3}, "must lie within +-1e+18"),
+    ("sweep.space.x", {"log": [1e-300, 1], "num": 3}, "low must be above 0"),
     ("cluster.hang_timeout_s", -1, "cluster.hang_timeout_s = -1"),
     ("cluster.use_gpu", "perhaps", "cluster.use_gpu = 'perhaps'"),
     ("sub\nkey", 1, '"sub\\nkey": no such key'),

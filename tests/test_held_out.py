@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from small_digits import FIELDS, prune_digits
 
 from gbp_ray import open_results
@@ -23,6 +22,7 @@ from gbp_ray.runtime import worker
 from gbp_ray.runtime.solo import finish_trial
 from gbp_ray.runtime.worker import work_trial
 from gbp_ray.store import Store, locate_round
+from gbp_ray.terminal import Screen
 from gbp_ray.workload import load_workload
 
 torch.set_num_threads(1)
@@ -97,7 +97,7 @@ def test_the_index_tells_test_from_validation(result: PruneResult) -> None:
 
 
 def test_tables_say_which_split_it_was(result: PruneResult) -> None:
-    console = Console(width=140, file=io.StringIO())
+    console = Screen(width=140, file=io.StringIO())
     console.print(round_table(result.record))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "validation" in text

@@ -177,6 +177,14 @@ def test_what_a_module_exports_is_there(path: Path) -> None:
     assert set(exported) <= bound
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_text_is_printed_only_through_the_terminal(path: Path) -> None:
+    # It knows no markup, so what escapes it would be shown with backslashes.
+    assert "rich.markup" not in path.read_text()
+    if path.name != "terminal.py":
+        assert "rich.console" not in path.read_text()
+
+
 def test_importing_the_package_takes_no_time() -> None:
     code = (
         "import time; start = time.perf_counter(); import gbp_ray;"

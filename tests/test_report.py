@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from rich.console import Console
 from rich.table import Table
 
 from gbp_ray.config import JobConfig
 from gbp_ray.report import layer_table, round_table, summary_line
 from gbp_ray.store import CostRecord, LayerRecord, RoundRecord, TrialRecord
+from gbp_ray.terminal import Screen
 
 
 def make_cost(kept: float, names: tuple[str, ...] = ("conv.weight", "head.weight")) -> CostRecord:
@@ -77,7 +77,7 @@ def trial() -> TrialRecord:
 
 
 def lines_of(table: Table) -> list[str]:
-    console = Console(width=140, color_system=None)
+    console = Screen(width=140, color_system=None)
     with console.capture() as captured:
         console.print(table)
     return [line for line in captured.get().splitlines() if line.strip()]

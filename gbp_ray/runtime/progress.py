@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from gbp_ray.runtime.start import SUBMITTED
 from gbp_ray.store import RoundRecord
+from gbp_ray.terminal import Screen
 
 __all__ = ["CHECKED", "ProgressBoard", "SweepBoard", "Tick"]
 
@@ -61,13 +61,14 @@ class ProgressBoard:
     """
 
     def __init__(self, is_quiet: bool = False) -> None:
-        self._console = Console(stderr=True, quiet=is_quiet, highlight=False)
-        self._is_live = self._console.is_terminal and not is_quiet
+        self._console = Screen(stderr=True, quiet=is_quiet, highlight=False)
+        is_live = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._is_live = is_live and not is_quiet
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             console=self._console,
             transient=True,
         )
@@ -91,7 +92,7 @@ class ProgressBoard:
 
     def note(self, text: str) -> None:
         """Says one line that stays."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(text, soft_wrap=True)
 
     def pass_checks(self) -> None:
         """Says in the log of a submitted job that its work begins."""

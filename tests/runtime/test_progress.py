@@ -6,11 +6,11 @@ import io
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 from gbp_ray.runtime import progress
 from gbp_ray.runtime.progress import ProgressBoard, SweepBoard, Tick
 from gbp_ray.store import CostRecord, LayerRecord, RoundRecord
+from gbp_ray.terminal import Screen
 
 TICK = Tick(
     trial="taylor-x",
@@ -140,8 +140,8 @@ def test_a_terminal_gets_one_bar_for_each_trial_and_keeps_notes(
     screen = io.StringIO()
     monkeypatch.setattr(
         progress,
-        "Console",
-        lambda **options: Console(file=screen, force_terminal=True, width=120, highlight=False),
+        "Screen",
+        lambda **options: Screen(file=screen, force_terminal=True, width=120, highlight=False),
     )
     with ProgressBoard() as board:
         board.show(TICK)
@@ -160,7 +160,7 @@ def test_a_terminal_gets_one_bar_for_each_trial_and_keeps_notes(
 def test_a_terminal_is_given_back_when_the_trial_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(
-        progress, "Console", lambda **options: Console(file=screen, force_terminal=True)
+        progress, "Screen", lambda **options: Screen(file=screen, force_terminal=True)
     )
     board = ProgressBoard()
 
@@ -283,7 +283,7 @@ def test_a_terminal_shows_the_sweep_as_a_whole_and_what_runs(
     best: str,
 ) -> None:
     monkeypatch.setattr(
-        progress, "Console", lambda **options: Console(file=io.StringIO(), force_terminal=True)
+        progress, "Screen", lambda **options: Screen(file=io.StringIO(), force_terminal=True)
     )
     with SweepBoard(metric=metric) as board:
         board.begin(10, [("known", values["known"])])
