@@ -461,6 +461,7 @@ def submit(
     is_sweep: bool = False,
     folder: str | Path | None = None,
     env_names: Sequence[str] = (),
+    include: Sequence[str] = (),
     is_installed: bool = False,
 ) -> str:
     """Sends a job to a cluster; returns its submission id there when its own checks have passed.
@@ -472,6 +473,7 @@ def submit(
         is_sweep: Runs it as a sweep, which a job with a space is anyway.
         folder: What goes with it; the job file's own by default.
         env_names: Environment variables that go along; no secrets.
+        include: Files and folders that go although they would be left out, as secrets are.
         is_installed: The nodes have this package; by default it goes along.
 
     Raises:
@@ -487,6 +489,7 @@ def submit(
         is_sweep=is_sweep,
         folder=folder,
         env_names=env_names,
+        include=include,
         is_installed=is_installed,
     )
     head = Head(place)

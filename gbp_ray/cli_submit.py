@@ -13,6 +13,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from gbp_ray import __version__
+from gbp_ray.package import SECRET, describe_left_out
+from gbp_ray.stopping import STOPPED
 from gbp_ray.submission import Submission, prepare_submission
 from gbp_ray.terminal import AsJson, console, note, print_json, say, show_warning, write
 
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
     from gbp_ray.runtime.submit import Head, JobState
 
 __all__ = ["add_cluster_verbs"]
-
-_STOPPED = 130
 
 Address = Annotated[
     str | None,
@@ -84,6 +84,13 @@ def submit_job(
             "--env", metavar="NAME", help="A variable of this environment to set there; repeatable."
         ),
     ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH",
+            help="A file or folder of what goes along that would be left out; repeatable.",
+        ),
+    ] = None,
     is_installed: Annotated[
         bool, typer.Option("--installed", help="Use the gbp-ray of the nodes; send none along.")
     ] = False,
@@ -95,8 +102,9 @@ def submit_job(
 ) -> None:
     """Submit a job to a Ray cluster: the same file that runs here runs there.
 
-    The job file's folder goes along, without what .gitignore and .rayignore
-    leave out, and this very version of gbp-ray. Results go to the job's
+    The code and data of the job file's folder go along, without what
+    .gitignore and .rayignore leave out and without what looks like a secret,
+    and this very version of gbp-ray. Results go to the job's
     storage, which must be s3:// or a folder that all nodes share. Submitting
     a job that runs already starts nothing; submitting one that was broken off
     goes on after its last whole round.
@@ -125,6 +133,7 @@ def submit_job(
             is_sweep=is_sweep,
             folder=folder,
             env_names=env_names or (),
+            include=include or (),
             is_installed=is_installed,
         )
     if is_dry_run:
@@ -277,15 +286,19 @@ def _detach(state: JobState) -> None:
         f"follow: gbp-ray logs {state.submission_id} --follow    "
         f"stop: gbp-ray stop {state.submission_id}"
     )
-    raise SystemExit(_STOPPED)
+    raise SystemExit(STOPPED)
 
 
 def _describe_package(submission: Submission, is_installed: bool, place: str) -> str:
     own = "" if is_installed else f" and gbp-ray {__version__}"
     what = f"{submission.num_user_files} files{own}"
-    return (
-        f"{submission.base_id}: {what} go to {place}, {_size(len(submission.package.data))} packed"
-    )
+    packed = f"{what} go to {place}, {_size(len(submission.package.data))} packed"
+    return "\n".join(filter(None, [f"{submission.base_id}: {packed}", _left_out(submission)]))
+
+
+def _left_out(submission: Submission) -> str:
+    # What looks like a secret was warned of.
+    return describe_left_out({k: why for k, why in submission.left_out.items() if why != SECRET})
 
 
 def _show_submission(submission: Submission, is_installed: bool, as_json: bool) -> None:
@@ -298,6 +311,8 @@ def _show_submission(submission: Submission, is_installed: bool, as_json: bool) 
         f"{submission.num_user_files} files{own}, {_size(len(submission.package.data))} packed; "
         f"the largest: {submission.package.largest()}"
     )
+    if left_out := _left_out(submission):
+        say(left_out)
     say(f"environment: {', '.join(sorted(submission.env_vars))}")
     say(f"results: {submission.uri}")
 

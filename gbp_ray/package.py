@@ -1,28 +1,44 @@
-"""What of a user's folder travels to a cluster: chosen by ignore rules, put into one archive.
+"""What of a user's folder travels to a cluster: chosen by ignore rules and kind, in one archive.
 
-Left out is what `.gitignore` and `.rayignore` files say, in the folder, below it and, inside a git
-repository, above it, read as git reads them; and always what nobody means to send: version control,
-virtual environments, caches, results, and files that hold credentials by custom (`.env`, `.netrc`,
-`.aws`, `.ssh`). Links are followed. A folder may change while it is read: what vanishes is not
-sent. The archive has the same bytes for the same files, so that a cluster that has it already is
-not sent it again.
+`choose_files` sends what a job needs: code, what lies beside the modules of a package, TOML, data
+by their suffix, and what git tracks. It leaves out hidden files, links out of the folder, what is
+none of these, and what looks like a secret by its name or its contents (see `secrecy`). Each of
+them goes if it is included by name.
+
+`find_files` knows the ignore rules alone. Left out is what `.gitignore` and `.rayignore` files say,
+in the folder, below it and, inside a git repository, above it, read as git reads them; and always
+what nobody means to send: version control, virtual environments, caches, results, and files that
+hold credentials by custom (`.env`, `.netrc`, `.aws`, `.ssh`). Links are followed. A folder may
+change while it is read: what vanishes is not sent. The archive has the same bytes for the same
+files, so that a cluster that has it already is not sent it again.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import stat
+import subprocess
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 
 from pathspec import GitIgnoreSpec
 
 from gbp_ray.errors import ConfigError
+from gbp_ray.secrecy import find_secret, is_secret_name
 
-__all__ = ["MOST_BYTES", "Package", "find_files", "is_left_out", "pack_files"]
+__all__ = [
+    "MOST_BYTES",
+    "SECRET",
+    "Package",
+    "choose_files",
+    "describe_left_out",
+    "find_files",
+    "pack_files",
+]
 
 MOST_BYTES = 100 * 2**20 - 1
 """Largest archive that the head of a Ray cluster takes (DASHBOARD_CLIENT_MAX_SIZE)."""
@@ -37,6 +53,18 @@ _ALWAYS_OUT = GitIgnoreSpec.from_lines(
         *(".env", ".env.*", ".netrc", ".aws", ".ssh"),
     )
 )
+SECRET = "that look like secrets"
+_HIDDEN, _LINK, _OTHER = "hidden", "linked from elsewhere", "neither code nor data"
+"""Why a file is left out."""
+_CODE = (".py", ".pyi", ".toml")
+_SUFFIXES = {
+    *(*_CODE, ".ipynb", ".pyx", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".so", ".sh"),
+    *(".json", ".jsonl", ".yaml", ".yml", ".csv", ".tsv", ".txt", ".md", ".xml", ".ini", ".cfg"),
+    *(".j2", ".html", ".parquet", ".arrow", ".feather", ".npy", ".npz", ".mat", ".h5", ".hdf5"),
+    *(".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".onnx", ".pkl", ".pickle", ".model"),
+    *(".vocab", ".merges", ".bpe", ".gz", ".zip", ".xz", ".bz2", ".zst", ".tar", ".tgz", ".png"),
+    *(".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".wav", ".flac", ".mp3"),
+}
 # Before 1980 the format knows no time.
 _NO_TIME = (1980, 1, 1, 0, 0, 0)
 _NUM_SHOWN = 3
@@ -83,9 +111,98 @@ def find_files(folder: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def is_left_out(folder: Path, name: str) -> bool:
-    """Tells whether a file of the folder is there and does not travel."""
-    return (folder / name).is_file() and name not in find_files(folder)
+def choose_files(
+    folder: Path, include: Iterable[str] = ()
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Chooses the files of a folder that travel with a job.
+
+    Args:
+        folder: The job's.
+        include: Names below it. A file goes whatever it is; of a folder all goes but what looks
+            like a secret.
+
+    Returns:
+        The files by their names, and of those left out why. What the ignore rules leave out is not
+        among them.
+
+    Raises:
+        ConfigError: The folder cannot be read, holds nothing of such a name, or holds code with a
+            secret in it.
+    """
+    files, folders = find_files(folder), []
+    named: set[str] = set()
+    for text in include:
+        path = folder / text
+        name = os.path.relpath(path, folder).replace(os.sep, "/")
+        if name.startswith("../") or not path.exists():
+            raise ConfigError(f"--include '{text}': there is no such file or folder in '{folder}'")
+        if path.is_dir():
+            folders.append("" if name == "." else f"{name}/")
+            files |= {f"{folders[-1]}{below}": found for below, found in find_files(path).items()}
+        else:
+            named.add(name)
+            files[name] = path
+    tracked = _tracked_by_git(folder)
+    chosen, left = {}, {}
+    for name, path in sorted(files.items()):
+        is_included = name.startswith(tuple(folders))
+        why = None
+        if name not in named:
+            why = _why_not(folder, name, path, is_included, is_included or name in tracked)
+        if why is None:
+            chosen[name] = path
+        else:
+            left[name] = why
+    return chosen, left
+
+
+def _why_not(folder: Path, name: str, path: Path, is_included: bool, is_known: bool) -> str | None:
+    """Says why a file does not travel; None if it does."""
+    place, own = folder.resolve(), path.resolve()
+    names: list[PurePath] = [PurePosixPath(name)]
+    is_inside = own.is_relative_to(place)
+    names.append(own.relative_to(place) if is_inside else own)
+    if any(is_secret_name(one) for one in names):
+        return SECRET
+    if not is_inside and not is_included:
+        return _LINK
+    if any(part.startswith(".") for part in names[0].parts) and not is_included:
+        return _HIDDEN
+    is_beside_code = (path.parent / "__init__.py").is_file()
+    if path.suffix.lower() not in _SUFFIXES and not is_beside_code and not is_known:
+        return _OTHER
+    try:
+        with path.open("rb") as file:
+            # What is no text holds tensors or images, and what is too large does not travel.
+            start = file.read(_CHUNK_BYTES)
+            content = b"" if b"\0" in start else start + file.read(MOST_BYTES)
+    except OSError:
+        # Whoever packs it says so.
+        return None
+    if (found := find_secret(content)) is None:
+        return None
+    if path.suffix.lower() in _CODE:
+        line, kind = found
+        raise ConfigError(
+            f"'{path}': line {line} holds what looks like {kind}, and would go to the cluster; "
+            f"take it out, leave the file out by a line in .rayignore, or give --include '{name}'"
+        )
+    return SECRET
+
+
+def _tracked_by_git(folder: Path) -> set[str]:
+    """Lists what git tracks below a folder; nothing where there is no git or no repository."""
+    try:
+        done = subprocess.run(
+            # Not what a repository's own configuration would have git start.
+            ["git", "-c", "core.fsmonitor=false", "ls-files", "-z"],
+            cwd=folder,
+            capture_output=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return set()
+    return {os.fsdecode(name) for name in done.stdout.split(b"\0") if name}
 
 
 def pack_files(
@@ -150,6 +267,18 @@ def _add(
     except OSError as error:
         raise ConfigError(f"'{source}': cannot be read: {error.strerror}; {_LEAVE_OUT}") from None
     return state.st_size
+
+
+def describe_left_out(left: Mapping[str, str]) -> str:
+    """Puts into one line what does not travel, by reason; "" where all does."""
+    groups: dict[str, list[str]] = {}
+    for name, why in left.items():
+        groups.setdefault(why, []).append(name)
+    parts = []
+    for why, names in groups.items():
+        shown = ", ".join(names[:_NUM_SHOWN]) + ", ..." * (len(names) > _NUM_SHOWN)
+        parts.append(f"{len(names)} {why} ({shown})")
+    return f"left out: {'; '.join(parts)}; --include PATH sends one" if parts else ""
 
 
 def _name_largest(sizes: Mapping[str, int]) -> str:

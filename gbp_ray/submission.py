@@ -25,6 +25,7 @@ import json
 import os
 import re
 import tomllib
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -37,7 +38,15 @@ from gbp_ray import __version__
 from gbp_ray.address import S3Address
 from gbp_ray.config import JobConfig, expand, load_job, trial_id
 from gbp_ray.errors import ConfigError
-from gbp_ray.package import Package, find_files, pack_files
+from gbp_ray.package import (
+    SECRET,
+    Package,
+    choose_files,
+    describe_left_out,
+    find_files,
+    pack_files,
+)
+from gbp_ray.secrecy import find_secret, holds_credentials, is_secret_variable
 
 __all__ = ["PYTHONS", "Submission", "prepare_submission"]
 
@@ -58,11 +67,6 @@ _STORAGE_VARIABLES = (
 )
 _STOP_WAIT_S = 30
 """Ray kills a driver that takes longer to stop; it gives back its lease and its workers first."""
-_SECRET_PARTS = {
-    *("SECRET", "SECRETS", "TOKEN", "PASSWORD", "PASSWD", "PASS", "PASSPHRASE"),
-    *("CREDENTIAL", "CREDENTIALS", "KEY", "APIKEY", "AUTH", "COOKIE"),
-}
-_SECRET_VALUE = re.compile(r"://[^/\s]*@|-----BEGIN|\b(AKIA|ASIA|ghp_|hf_|sk-)\w{12}")
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
 
 Kind = Literal["prune", "sweep"]
@@ -79,6 +83,7 @@ class Submission:
         uri: Where its results will be.
         package: The archive.
         num_user_files: How many of its files are the user's.
+        left_out: Files of the folder that do not go, and why.
         env_vars: What the driver and the workers find in their environment.
         entrypoint: The command that the head runs.
     """
@@ -89,6 +94,7 @@ class Submission:
     uri: str
     package: Package
     num_user_files: int
+    left_out: dict[str, str]
     env_vars: dict[str, str]
     entrypoint: str
 
@@ -111,6 +117,7 @@ class Submission:
             "num_files": self.num_user_files,
             "num_bytes": len(self.package.data),
             "env": sorted(self.env_vars),
+            "left_out": self.left_out,
         }
 
 
@@ -122,6 +129,7 @@ def prepare_submission(
     is_sweep: bool = False,
     folder: str | Path | None = None,
     env_names: Iterable[str] = (),
+    include: Iterable[str] = (),
     is_installed: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> Submission:
@@ -134,6 +142,7 @@ def prepare_submission(
         is_sweep: Runs it as a sweep, also without a space.
         folder: What goes; the job file's own by default, nothing without a file.
         env_names: Environment variables that go along, besides those of the storage.
+        include: Files and folders of the folder that go although they would be left out.
         is_installed: Leaves this package out; the nodes have it.
         environment: Where the variables are found; this process's by default.
 
@@ -154,8 +163,11 @@ def prepare_submission(
         folder = None if path is None else path.resolve().parent
     elif not Path(folder).is_dir():
         raise ConfigError(f"--folder = '{folder}': is not a folder; give the one with your code")
-    files = {} if folder is None else find_files(Path(folder).resolve())
-    _check_code(resolved, files, None if folder is None else Path(folder).resolve())
+    place = None if folder is None else Path(folder).resolve()
+    files, left = ({}, {}) if place is None else choose_files(place, include)
+    if secrets := {name: why for name, why in left.items() if why == SECRET}:
+        warnings.warn(describe_left_out(secrets), stacklevel=2)
+    _check_code(resolved, files, place, left)
     remote = resolved.model_copy(
         update={"cluster": resolved.cluster.model_copy(update={"address": "auto"})}
     )
@@ -167,7 +179,7 @@ def prepare_submission(
         "arguments": [kind, _JOB],
     }
     extra = {
-        _JOB: _as_toml(remote),
+        _JOB: _check_for_secrets(_as_toml(remote)),
         _START: _read_start(),
         _FACTS: json.dumps(facts, indent=1).encode(),
     }
@@ -181,6 +193,7 @@ def prepare_submission(
         uri=_uri(resolved),
         package=package,
         num_user_files=len(files.keys() & package.sizes.keys()),
+        left_out=left,
         env_vars={**env_vars, "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)},
         entrypoint=f"exec python {_START}",
     )
@@ -249,7 +262,7 @@ def _pick_variables(names: Iterable[str], environment: Mapping[str, str]) -> dic
     picked = {}
     for name in _STORAGE_VARIABLES:
         if value := environment.get(name):
-            if _SECRET_VALUE.search(value):
+            if holds_credentials(value):
                 raise ConfigError(
                     f"{name}: holds credentials, which the cluster would show to whoever lists "
                     f"jobs; {_NO_SECRETS}"
@@ -263,7 +276,7 @@ def _pick_variables(names: Iterable[str], environment: Mapping[str, str]) -> dic
             )
         if name not in environment:
             raise ConfigError(f"--env {name}: is not set here; set it, or leave it out")
-        if _is_secret(name, environment[name]):
+        if is_secret_variable(name, environment[name]):
             raise ConfigError(
                 f"--env {name}: looks like a secret, which the cluster would show to whoever lists "
                 f"jobs; {_NO_SECRETS}"
@@ -278,8 +291,13 @@ _NO_SECRETS = (
 )
 
 
-def _is_secret(name: str, value: str) -> bool:
-    return bool(_SECRET_PARTS & set(name.upper().split("_")) or _SECRET_VALUE.search(value))
+def _check_for_secrets(job: bytes) -> bytes:
+    """Refuses a job that holds a secret: it lies on the head for whoever may read there."""
+    if (found := find_secret(job)) is not None:
+        line, kind = found
+        key = job.splitlines()[line - 1].decode(errors="replace").partition("=")[0].strip()
+        raise ConfigError(f"'{key}' of the job holds what looks like {kind}; {_NO_SECRETS}")
+    return job
 
 
 def _check_reach(job: JobConfig, env_vars: Mapping[str, str], address: str | None) -> None:
@@ -306,7 +324,9 @@ def _is_loopback(host: str | None) -> bool:
         return host == "localhost"
 
 
-def _check_code(job: JobConfig, files: Mapping[str, Path], folder: Path | None) -> None:
+def _check_code(
+    job: JobConfig, files: Mapping[str, Path], folder: Path | None, left: Mapping[str, str]
+) -> None:
     """Refuses code of the user that is not there, or is no Python; the head finds out the rest."""
     plug_ins = {"workload.factory": job.workload.factory, "prune.criterion": job.prune.criterion}
     for key, plug_in in plug_ins.items():
@@ -319,6 +339,11 @@ def _check_code(job: JobConfig, files: Mapping[str, Path], folder: Path | None) 
             if name in files:
                 _check_syntax(key, plug_in, files[name])
                 break
+            if name in left:
+                raise ConfigError(
+                    f"{key} = '{plug_in}': '{folder}/{name}' does not go to the cluster, as it is "
+                    f"among files {left[name]}; give --include '{name}'"
+                )
             if folder is not None and (folder / name).is_file():
                 raise ConfigError(
                     f"{key} = '{plug_in}': '{folder / name}' does not go to the cluster: a line in "

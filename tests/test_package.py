@@ -15,7 +15,7 @@ import pytest
 from gbp_ray import package
 from gbp_ray.config import load_job
 from gbp_ray.errors import ConfigError
-from gbp_ray.package import find_files, is_left_out, pack_files
+from gbp_ray.package import SECRET, choose_files, describe_left_out, find_files, pack_files
 from gbp_ray.store import Store
 
 KEPT = ["model.py", "sub/data.py", "sub/keep.log", ".rayignore", "link.py"]
@@ -54,9 +54,89 @@ def test_what_nobody_means_to_send_stays(tmp_path: Path) -> None:
     (tmp_path / "link.py").unlink()
     (tmp_path / "link.py").symlink_to(tmp_path / "model.py")
     assert list(find_files(tmp_path)) == sorted(KEPT)
-    assert is_left_out(tmp_path, "huge.bin")
-    assert not is_left_out(tmp_path, "model.py")
-    assert not is_left_out(tmp_path, "nowhere.py")
+
+
+SENT = ["job.toml", "model.py", "sub/labels.json", "net/__init__.py", "net/vocabulary", "data.csv"]
+SENT += ["secrets.py", "images/1.png", "weights.pt"]
+SECRETS = ["id_rsa", "sub/id_ed25519", "credentials.json", ".git-credentials", ".npmrc", ".pypirc"]
+SECRETS += [".docker/config.json", ".kube/config", "server.pem", "store.p12", "sub/store.jks"]
+SECRETS += ["secrets.yaml", "terraform.tfstate", ".huggingface/token", ".bash_history", "core"]
+SECRETS += [".python_history", "core.4711", "net/id_ecdsa", "PROD.PEM", "hub/client_secret_1.json"]
+SECRETS += ["my_credentials.json", "prod.env", "deploy.key", "linked.json"]
+TALKATIVE = {
+    "settings.yaml": "key: AKIAIOSFODNN7EXAMPLE",
+    "sub/config.json": '{"token": "ghp_0123456789abcdefghijklmnopqrstuvwxyz"}',
+    "notes.txt": "one\n-----BEGIN OPENSSH PRIVATE KEY-----\n",
+    "hub.ini": "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH",
+    "chat.cfg": "xoxb-123456789012-abcdef",
+    "llm.md": "sk-proj-abcdefghijklmnopqrstuvwxyz",
+    "net/plain": "-----BEGIN PRIVATE KEY-----",
+}
+OTHERS = [".vscode/settings.json", ".idea/workspace.xml", "LICENSE", "a.log", "mine.docx"]
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    folder = tmp_path / "job"
+    for name in [*SENT, *SECRETS, *OTHERS]:
+        write(folder, name)
+    for name, text in TALKATIVE.items():
+        write(folder, name, text)
+    write(tmp_path, "elsewhere/key.json")
+    write(tmp_path, "elsewhere/.ssh/config")
+    (folder / "away.json").symlink_to(tmp_path / "elsewhere" / "key.json")
+    (folder / "far").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (folder / "linked.json").unlink()
+    (folder / "linked.json").symlink_to(folder / "credentials.json")
+    return folder
+
+
+def test_only_what_a_job_needs_goes_and_secrets_are_named(full: Path) -> None:
+    chosen, left = choose_files(full)
+    assert list(chosen) == sorted(SENT)
+    assert {name for name, why in left.items() if why == SECRET} == {*SECRETS, *TALKATIVE}
+    others = {name for name, why in left.items() if why != SECRET}
+    assert others == {*OTHERS, "away.json", "far/key.json"}
+    told = describe_left_out(left)
+    assert "\n" not in told
+    assert "2 linked from elsewhere (away.json, far/key.json)" in told
+    assert told.endswith("--include PATH sends one")
+    assert describe_left_out({}) == ""
+
+
+def test_what_is_included_by_name_goes(full: Path, tmp_path: Path) -> None:
+    chosen, left = choose_files(full, ["id_rsa", "far", ".vscode/", "settings.yaml", "./LICENSE"])
+    added = {"id_rsa", "far/key.json", ".vscode/settings.json", "settings.yaml", "LICENSE"}
+    assert set(chosen) == {*SENT, *added}
+    assert not added & left.keys()
+    # A folder is no name for the secrets in it.
+    assert choose_files(full, ["."])[1].keys() == {*SECRETS, *TALKATIVE}
+    write(full, ".rayignore", "*.csv\n")
+    assert "data.csv" not in choose_files(full)[0]
+    assert "data.csv" in choose_files(full, ["data.csv"])[0]
+    for name in ("nowhere", "../elsewhere/key.json"):
+        with pytest.raises(ConfigError, match=rf"--include '{name}': there is no such file"):
+            choose_files(full, [name])
+
+
+@pytest.mark.parametrize("name", ["settings.py", "net/job.toml"])
+def test_code_with_a_secret_in_it_is_refused_by_its_line(full: Path, name: str) -> None:
+    write(full, name, "a = 1\nb = 'AKIAIOSFODNN7EXAMPLE'\n")
+    with pytest.raises(ConfigError, match=rf"{name}': line 2 holds what .* a key of AWS") as e:
+        choose_files(full)
+    assert f"--include '{name}'" in str(e.value)
+    assert "AKIA" not in str(e.value)
+    assert name in choose_files(full, [name])[0]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_what_git_tracks_goes_but_for_secrets(full: Path) -> None:
+    names = ["LICENSE", "id_rsa", ".vscode/settings.json", "settings.yaml", "away.json"]
+    subprocess.run(["git", "init", "-q"], cwd=full, check=True)
+    subprocess.run(["git", "add", "-f", *names], cwd=full, check=True)
+    chosen, left = choose_files(full)
+    assert set(chosen) == {*SENT, "LICENSE"}
+    assert left["id_rsa"] == left["settings.yaml"] == SECRET
 
 
 def test_a_link_that_goes_round_ends(tmp_path: Path) -> None:

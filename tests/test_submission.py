@@ -119,6 +119,16 @@ def test_a_space_makes_a_sweep_of_a_job(folder: Path) -> None:
         prepare(job, {"sweep.space": {"prune.sparsity": [0.1, 1.5]}})
 
 
+HARMLESS = {
+    "PWD": "/home/me/resnet50_cifar10",
+    "OMP_NUM_THREADS": "1",
+    "MODEL": "meta-llama/Llama-3.1-8B-Instruct",
+    "RUN_ID": "550e8400-e29b-41d4-a716-446655440000",
+    "DATA": "s3://bucket/cifar10_resnet20_distillation/2026-01-05",
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+}
+
+
 def test_storage_settings_and_named_variables_go_along() -> None:
     environment = {
         "AWS_ENDPOINT_URL": "http://storage:9000",
@@ -129,13 +139,15 @@ def test_storage_settings_and_named_variables_go_along() -> None:
         "HF_HOME": "/shared/hub",
         "TOKENIZERS_PARALLELISM": "false",
         "OTHER": "stays",
-    }
-    submission = prepare(env_names=["HF_HOME", "TOKENIZERS_PARALLELISM"], environment=environment)
+    } | HARMLESS
+    names = ["HF_HOME", "TOKENIZERS_PARALLELISM", *HARMLESS]
+    submission = prepare(env_names=names, environment=environment)
     assert submission.env_vars == {
         "AWS_ENDPOINT_URL": "http://storage:9000",
         "AWS_DEFAULT_REGION": "eu-west-1",
         "HF_HOME": "/shared/hub",
         "TOKENIZERS_PARALLELISM": "false",
+        **HARMLESS,
         "RAY_JOB_STOP_WAIT_TIME_S": "30",
     }
     told = json.dumps([submission.metadata, submission.env_vars, submission.entrypoint])
@@ -156,6 +168,16 @@ def test_storage_settings_and_named_variables_go_along() -> None:
         ("DATABASE_URL", "postgres://me:hidden@host/db"),
         ("SETTINGS", "AKIAIOSFODNN7EXAMPLE hidden"),
         ("CERTIFICATE", "-----BEGIN RSA PRIVATE KEY----- hidden"),
+        ("PGPASSWORD", "hidden"),
+        ("MYSQL_PWD", "hidden"),
+        ("JWT", "hidden"),
+        ("STRIPE", "hidden"),
+        ("CONNECTION_STRING", "hidden"),
+        ("AZURE_STORAGE", "AccountName=a;AccountKey=hidden;"),
+        ("BROKER", "amqp://hidden@host"),
+        ("SESSION", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.hidden"),
+        ("BILLING", "sk_live_0123456789hidden"),
+        ("WORD", "hidden8f5f167f44f4964e6c998dee827110c"),
     ],
 )
 def test_secrets_are_refused_and_not_repeated(name: str, value: str) -> None:
@@ -200,6 +222,26 @@ def test_what_could_not_work_there_is_refused_here(
         prepare(None, settings, **options)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_secrets_in_the_folder_stay_and_those_in_the_job_are_refused(folder: Path) -> None:
+    (folder / "id_rsa").write_text("hidden")
+    (folder / "LICENSE").write_text("free")
+    with pytest.warns(UserWarning, match=r"left out: 1 that look like secrets \(id_rsa\); --incl"):
+        submission = prepare(folder / "job.toml")
+    assert set(submission.left_out) == {"id_rsa", "LICENSE"}
+    assert submission.describe()["left_out"] == submission.left_out
+    assert not {"id_rsa", "LICENSE"} & submission.package.sizes.keys()
+    sent = prepare(folder / "job.toml", include=["id_rsa"])
+    assert unpack(sent)["id_rsa"] == b"hidden"
+    options = {"workload.options.token": "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"}
+    with pytest.raises(ConfigError, match=r"'token' of the job holds what .* Hugging Face") as e:
+        prepare(folder / "job.toml", options, include=["id_rsa"])
+    assert "hf_abc" not in str(e.value)
+    (folder / "rings_of_a_user.py").unlink()
+    (folder / "rings_of_a_user.py").symlink_to(Path(__file__))
+    with pytest.raises(ConfigError, match=r"linked from elsewhere; give --include 'rings_of_a_us"):
+        prepare(folder / "job.toml", include=["id_rsa"])
 
 
 def test_a_server_on_this_machine_will_do_for_a_head_on_it() -> None:
