@@ -1,6 +1,30 @@
-"""`python -m gbp_ray` is the `gbp-ray` command."""
+"""`python -m gbp_ray` and `gbp-ray`: the command line, under the watch of `stopping`."""
 
-from gbp_ray.cli import main
+import contextlib
+import os
+import sys
+
+from gbp_ray.stopping import STOPPED, TERMINATED, settle, watch
+
+
+def main() -> None:
+    """Runs the command line in this process, and ends the process where it was stopped."""
+    watch()
+    from gbp_ray.cli import main as run
+
+    try:
+        run()
+    except SystemExit as ending:
+        if ending.code in (STOPPED, TERMINATED):
+            # What else is tidied up at an exit waits for threads that work on.
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(int(ending.code))
+        raise
+    finally:
+        settle()
+
 
 if __name__ == "__main__":
     main()

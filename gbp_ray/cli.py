@@ -11,7 +11,6 @@ import gc
 import io
 import os
 import shlex
-import signal
 import sys
 import traceback
 import warnings
@@ -41,6 +40,7 @@ from gbp_ray.report import (
     summary_line,
 )
 from gbp_ray.runtime.start import SUBMITTED
+from gbp_ray.stopping import STOPPED, TERMINATED, WORDS, Terminated
 from gbp_ray.store import TrialRecord, locate_trials
 from gbp_ray.terminal import (
     AsJson,
@@ -70,8 +70,6 @@ app = typer.Typer(
     "[bold]gbp-ray fields[/bold] lists what it may say, [bold]gbp-ray criteria[/bold] what can "
     "decide which weights go.",
 )
-
-_STOPPED = 130
 
 app.command("sweep")(run_sweep)
 add_cluster_verbs(app)
@@ -472,7 +470,6 @@ for _verb in app.registered_commands:
 
 def main() -> None:
     """Runs the command line and exits with the code that tells what happened."""
-    signal.signal(signal.SIGTERM, _raise_terminated)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that knows no umlauts is told their escapes.
@@ -482,7 +479,7 @@ def main() -> None:
     is_debug = "--debug" in sys.argv
     try:
         # Typer answers Ctrl-C by returning the code that it would have exited with.
-        if app(standalone_mode=False, prog_name="gbp-ray") == _STOPPED:
+        if app(standalone_mode=False, prog_name="gbp-ray") == STOPPED:
             raise KeyboardInterrupt
     except TrialError as error:
         # It ends with the advice to run the job again, and this is how.
@@ -493,9 +490,9 @@ def main() -> None:
     except GbpError as error:
         _fail(str(error), error.exit_code, is_debug)
     except KeyboardInterrupt:
-        _fail("stopped; run the same command again to go on", _STOPPED, is_debug)
-    except _Terminated:
-        _fail("terminated; run the same command again to go on", 143, is_debug)
+        _fail(WORDS[STOPPED], STOPPED, is_debug)
+    except Terminated:
+        _fail(WORDS[TERMINATED], TERMINATED, is_debug)
     except Exception as error:  # noqa: BLE001 - a bug still deserves one line
         # Typer keeps the base of its usage errors private; this method is what marks them.
         if usage := getattr(error, "format_message", None):
@@ -504,14 +501,6 @@ def main() -> None:
                 raise SystemExit(2) from None
             _fail(f"{usage()} (--help shows what is allowed)", 2, is_debug)
         _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1, is_debug)
-
-
-class _Terminated(BaseException):
-    """A termination signal arrived."""
-
-
-def _raise_terminated(number: int, frame: object) -> None:
-    raise _Terminated
 
 
 def _fail(message: str, code: int, is_debug: bool) -> None:

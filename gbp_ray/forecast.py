@@ -354,7 +354,7 @@ def see_machines(job: JobConfig) -> list[Machine]:
         return [Machine("this machine", resources)]
     # Ray takes seconds to import, and a private cluster is foretold without it.
     from gbp_ray.runtime.machines import list_machines
-    from gbp_ray.runtime.trial import ray_session
+    from gbp_ray.runtime.session import ray_session
 
     with ray_session(job.cluster, is_debug=False):
         return list_machines()

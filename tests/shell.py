@@ -29,13 +29,10 @@ class Shell:
         self._capture.readouterr()
         self._patch.setattr(sys, "argv", ["gbp-ray", *arguments])
         code = 0
-        with pytest.MonkeyPatch.context() as patch:
-            # What stops a command is not to stop the tests.
-            patch.setattr(cli.signal, "signal", lambda number, handler: None)
-            try:
-                cli.main()
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else -1
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else -1
         return Outcome(code, *self._capture.readouterr())
 
     def json(self, *arguments: str, code: int = 0) -> Any:

@@ -38,8 +38,9 @@ from gbp_ray.runtime.mailbox import Mailbox, Relay
 from gbp_ray.runtime.placement import count_trials, worker_resources
 from gbp_ray.runtime.plans import Feeder, Outcome
 from gbp_ray.runtime.progress import SweepBoard, Tick
+from gbp_ray.runtime.session import fit_interruptibly, ray_session
 from gbp_ray.runtime.solo import Step, run_solo, run_whole
-from gbp_ray.runtime.trial import StoppedError, fit_interruptibly, fit_trial, ray_session
+from gbp_ray.runtime.trial import StoppedError, fit_trial
 from gbp_ray.space import parse_space
 from gbp_ray.store import FailureRecord, RoundRecord, StopRecord, Store
 from gbp_ray.workload import add_import_paths

@@ -7,17 +7,13 @@ another, goes on after the last committed round, and so does a new driver.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import shutil
-import signal
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any
 
@@ -25,26 +21,26 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray._private import auto_init_hook
 
-from gbp_ray.config import ClusterConfig, JobConfig, trial_id
-from gbp_ray.errors import ConfigError, GbpError, StoreError, TrialError
+from gbp_ray.config import JobConfig, trial_id
+from gbp_ray.errors import GbpError, StoreError, TrialError
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.runtime import START_TIMEOUT_S
 from gbp_ray.runtime.failures import Failure, find_failure, first_line, is_consequence, unwrap
 from gbp_ray.runtime.machines import check_cluster, check_folder, list_machines
 from gbp_ray.runtime.mailbox import Relay
-from gbp_ray.runtime.placement import pretend_cpus, worker_resources
+from gbp_ray.runtime.placement import worker_resources
+from gbp_ray.runtime.privacy import PrivateTorchConfig, is_private
 from gbp_ray.runtime.progress import ProgressBoard, Tick
+from gbp_ray.runtime.session import fit_interruptibly, ray_session
 from gbp_ray.runtime.watch import Standstill, Watch
 from gbp_ray.store import RoundRecord, Store
 from gbp_ray.workload import add_import_paths
 
-__all__ = ["StoppedError", "fit_interruptibly", "fit_trial", "ray_session", "run_trial"]
+__all__ = ["StoppedError", "fit_trial", "run_trial"]
 
 _POLL_INTERVAL_S = 0.2
 _TICK_INTERVAL_S = 0.2
-_LOOK_INTERVAL_S = 1.0
 _GRACE_S = 5.0
 """How long a worker holds back that it lost the others: Ray then sees which one died."""
 _EXCHANGE_TIMEOUT_S = 4 * 3600
@@ -89,8 +85,11 @@ def fit_trial(
         gate: A mailbox of this trial's own that takes each round and says when to go on.
         describe: Says of a failure which worker it was and what happened to it.
     """
-    with _scratch(job) as scratch:
-        return _fit(scratch, job, import_paths, mailbox, gate, describe)
+    with _scratch(job) as scratch, tempfile.TemporaryDirectory(prefix="gbp-ray-") as meeting:
+        torch_config = ray.train.torch.TorchConfig(timeout_s=_EXCHANGE_TIMEOUT_S)
+        if is_private():
+            torch_config = PrivateTorchConfig(timeout_s=_EXCHANGE_TIMEOUT_S, folder=meeting)
+        return _fit(scratch, torch_config, job, import_paths, mailbox, gate, describe)
 
 
 @contextlib.contextmanager
@@ -121,6 +120,7 @@ def _scratch(job: JobConfig) -> Iterator[str]:
 
 def _fit(
     scratch: str,
+    torch_config: ray.train.torch.TorchConfig,
     job: JobConfig,
     import_paths: list[str],
     mailbox: Any,
@@ -139,7 +139,7 @@ def _fit(
             "mailbox": mailbox,
             "gate": gate,
         },
-        torch_config=ray.train.torch.TorchConfig(timeout_s=_EXCHANGE_TIMEOUT_S),
+        torch_config=torch_config,
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=cluster.use_gpu,
@@ -182,53 +182,6 @@ def _fit(
             cause=text,
         ) from error
     return result.return_value
-
-
-def fit_interruptibly(trainer: Any) -> Any:
-    """Runs fit() beside the main thread, which stays free to be interrupted.
-
-    In the main thread Ray would take over the SIGINT handler for good and end the process with its
-    own exit code; here Ctrl-C raises KeyboardInterrupt, and the session's end stops the workers.
-
-    Raises:
-        TrialError: The Ray that was started here has died.
-    """
-    outcome: Future[Any] = Future()
-
-    def fit() -> None:
-        try:
-            outcome.set_result(trainer.fit())
-        except BaseException as error:  # noqa: BLE001 - handed to the waiting thread
-            outcome.set_exception(error)
-
-    threading.Thread(target=fit, name="gbp-ray-fit", daemon=True).start()
-    try:
-        while not outcome.done():
-            wait([outcome], timeout=_LOOK_INTERVAL_S)
-            _check_alive()
-        return outcome.result()
-    except BaseException:
-        # The thread may still be at work when Ray has shut down, and Ray's functions would then
-        # join whatever other Ray there is.
-        if not outcome.done():
-            auto_init_hook.enable_auto_connect = False
-        raise
-
-
-def _check_alive() -> None:
-    """Makes sure that the Ray that was started here still runs; without it fit() waits for ever.
-
-    Raises:
-        TrialError: Part of it has died.
-    """
-    # Of a cluster that was joined no process is ours, and its own head looks after it.
-    node = ray._private.worker._global_node
-    dead = {name for name, _ in node.dead_processes()} if node is not None else set()
-    if lost := dead & {"raylet", "gcs_server"}:
-        cause = f"Ray's {lost.pop()} on this machine has died; perhaps memory ran out"
-        raise TrialError(
-            f"{cause}; run the same command again to go on", trial_id="", rank=None, cause=cause
-        )
 
 
 def _train_worker(config: dict[str, Any]) -> GbpError | None:
@@ -324,91 +277,6 @@ class _Listener(ray.train.UserCallback):  # type: ignore[misc]
         self, run_context: object, worker_exceptions: Mapping[int, BaseException]
     ) -> None:
         self._mailbox.put.remote((self._name, find_failure(worker_exceptions)))
-
-
-@contextlib.contextmanager
-def ray_session(cluster: ClusterConfig, is_debug: bool) -> Iterator[None]:
-    """Joins the cluster named by the job or starts a private one; ends what it started."""
-    if ray.is_initialized():
-        yield
-        return
-    if cluster.use_gpu and cluster.address is None and not torch.cuda.is_available():
-        raise ConfigError(
-            "cluster.use_gpu = true: this machine has no CUDA device; set it to false or give "
-            "cluster.address"
-        )
-    if cluster.use_gpu and cluster.address is None:
-        num_devices = torch.cuda.device_count()
-        if num_devices < cluster.min_workers:
-            raise ConfigError(
-                f"cluster.num_workers = {json.dumps(cluster.num_workers)}: each needs a CUDA "
-                f"device, and this machine has {num_devices}; lower it or give cluster.address"
-            )
-    options: dict[str, Any] = {"address": cluster.address or "local"}
-    if cluster.address is None:
-        # Workers that wait for each other must all be placed, even on fewer cores.
-        num_cpus = pretend_cpus(cluster, os.cpu_count() or 1)
-        options |= {"num_cpus": num_cpus, "include_dashboard": False}
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        try:
-            with _interrupts_deferred():
-                _start_ray(cluster, options, is_debug)
-        except SystemExit:
-            # Ray's own handler of SIGTERM has ended what was started; ours says the rest.
-            signal.signal(signal.SIGTERM, on_terminate)
-            signal.raise_signal(signal.SIGTERM)
-            raise
-        if threading.current_thread() is threading.main_thread():
-            # Ray's own handler aborts the process and leaves its workers behind.
-            signal.signal(signal.SIGTERM, on_terminate)
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextlib.contextmanager
-def _interrupts_deferred() -> Iterator[None]:
-    """Lets Ctrl-C wait for the end of the block: a half-started Ray leaves processes behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    num_interrupts = 0
-
-    def count(number: int, frame: object) -> None:
-        nonlocal num_interrupts
-        num_interrupts += 1
-
-    before = signal.signal(signal.SIGINT, count)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if num_interrupts:
-            signal.raise_signal(signal.SIGINT)
-
-
-def _start_ray(cluster: ClusterConfig, options: dict[str, Any], is_debug: bool) -> None:
-    try:
-        ray.init(
-            log_to_driver=is_debug,
-            logging_level="INFO" if is_debug else "ERROR",
-            configure_logging=is_debug,
-            **options,
-        )
-    except Exception as error:
-        # Ray raises ConnectionError, RuntimeError, ValueError and, on a busy machine, no subclass.
-        cause = first_line(error)
-        if cluster.address is None:
-            raise TrialError(
-                f"Ray did not start on this machine: {cause}; run the same command again to go on",
-                trial_id="",
-                rank=None,
-                cause=cause,
-            ) from error
-        raise ConfigError(
-            f"cluster.address = {cluster.address}: Ray did not start or answer: {cause}"
-        ) from error
 
 
 def _final_error(

@@ -1,0 +1,67 @@
+"""Commands as processes of their own, in a session as from a terminal, and what ends them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PATIENCE_S = 60.0
+"""For machines with much else to do; `stopping` itself waits 12 s."""
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Starts a command in a session of its own, as from a terminal."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "gbp_ray", *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Shells start background jobs with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def wait_until_watching(process: subprocess.Popen[str]) -> None:
+    """Waits for the first instruction of the command: before it there is only Python's start."""
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        caught = int(status.read_text().partition("SigCgt:")[2].split()[0], 16)
+        if caught & 1 << (signal.SIGTERM - 1):
+            return
+        time.sleep(0.001)
+    raise AssertionError(process.communicate()[1])
+
+
+def session_of(leader: int) -> set[int]:
+    """Finds the live processes of a session."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == leader and fields[0] != "Z":
+            found.add(int(folder.name))
+    return found
+
+
+def stop_by(process: subprocess.Popen[str], number: int, folder: Path) -> tuple[float, str]:
+    """Sends a signal to all of a session, and checks what must be true of any end by it."""
+    sent_s = time.monotonic()
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=PATIENCE_S)
+    took_s = time.monotonic() - sent_s
+    word = "stopped" if number == signal.SIGINT else "terminated"
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1] == f"error: {word}; run the same command again to go on"
+    assert session_of(process.pid) == set()
+    assert not list(folder.rglob("*.part*"))
+    return took_s, errors

@@ -1,0 +1,111 @@
+"""Ctrl-C and SIGTERM at any moment of a command, from its imports on; GBP_RAY_KILLS asks for more.
+
+`runtime/test_trial.py` does the same while Ray starts and runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import PATIENCE_S, session_of, start, stop_by, wait_until_watching
+
+logger = logging.getLogger(__name__)
+
+QUICK = ("--set=pretrain.epochs=2", "--set=finetune.epochs=1", "--set=prune.rounds=2", "--quiet")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_signals_end_a_command_at_any_moment(tmp_path: Path) -> None:
+    moments = random.Random(os.environ.get("GBP_RAY_KILL_SEED", "7"))
+    for count in range(int(os.environ.get("GBP_RAY_KILLS", "3"))):
+        number = (signal.SIGINT, signal.SIGTERM)[count % 2]
+        # The first third of a second imports the command line, the next seconds torch.
+        delay_s = moments.random() ** 2 * 6
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        process = start(folder, "prune", *QUICK, "--set=cluster.num_workers=0")
+        wait_until_watching(process)
+        time.sleep(delay_s)
+        if process.poll() is not None:
+            assert process.communicate()[1] == ""
+            continue
+        took_s, _ = stop_by(process, number, folder)
+        logger.info("%s after %.2f s took %.2f s", number.name, delay_s, took_s)
+        assert not list(folder.rglob("driver.lock"))
+
+
+PROGRAM = """
+import sys, time
+sys.path[:0] = {paths!r}
+from gbp_ray import stopping
+stopping.watch()
+print("ready", file=sys.stderr, flush=True)
+# As if it were the package's own work, which is not simply broken off.
+exec(compile({work!r}, stopping.__file__.replace("stopping", "work"), "exec"))
+"""
+DEAF = """
+while True:
+    try:
+        time.sleep(60)
+    except BaseException:
+        pass
+"""
+
+
+def program(work: str, **options: Any) -> subprocess.Popen[str]:
+    root = str(Path(__file__).resolve().parent.parent)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(paths=[root], work=work)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        **options,
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "ready\n"
+    return process
+
+
+def test_a_second_signal_ends_what_does_not_hear_the_first_with_all_that_it_started() -> None:
+    start_child = "import subprocess; subprocess.Popen(['sleep', '600']);"
+    process = program(start_child + DEAF)
+    while len(session_of(process.pid)) < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    # What a supervisor sends twice at once is one signal.
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.0)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130
+    assert errors == "error: stopped; run the same command again to go on\n"
+    assert session_of(process.pid) == set()
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        # Inside a library that hears nothing, and in a child that is forked.
+        "import os; os.fork() or time.sleep(600); time.sleep(600)",
+        "import threading; threading.Lock().acquire(); threading.Event().wait()",
+    ],
+    ids=["forked", "waiting"],
+)
+def test_one_signal_ends_what_hears_it(work: str) -> None:
+    process = program(work)
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=PATIENCE_S)
+    assert process.returncode != 0
+    assert session_of(process.pid) == set()
