@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -153,7 +155,7 @@ def load_workload(config: WorkloadConfig, seed: int | None = None) -> Workload:
             raise ConfigError(f"workload.options.{name}: is required by {config.factory}")
     try:
         # A network that is made here, and not in build_model, is the same in every process.
-        with seeded(derive_seed(seed, "factory")):
+        with seeded(derive_seed(seed, "factory")), _staying("workload.factory"):
             workload = factory(**config.options)
     except GbpError:
         raise
@@ -257,7 +259,8 @@ def build_network(workload: Workload) -> nn.Module:
         WorkloadError: It failed, or made something else than a network whose tensors have shapes.
     """
     try:
-        model = workload.build_model()
+        with _staying("workload.build_model"):
+            model = workload.build_model()
     except GbpError:
         raise
     except (Exception, SystemExit) as error:
@@ -284,7 +287,7 @@ def import_attribute(path: str, key: str) -> Any:
     module_name, _, attribute = path.partition(":")
     try:
         # Once in a process, whatever the job's seed.
-        with seeded(0):
+        with seeded(0), _staying(f"{key} = '{path}'"):
             module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         looked_in = "the working folder and the job file's folder"
@@ -304,6 +307,26 @@ def import_attribute(path: str, key: str) -> Any:
             f"{nearest_name(attribute, names)}"
         )
     return getattr(module, attribute)
+
+
+@contextmanager
+def _staying(what: str) -> Iterator[None]:
+    """Undoes a change of the working folder, which would move relative paths: the storage's, too.
+
+    Args:
+        what: Names the user's code that the block runs.
+    """
+    before = Path.cwd()
+    try:
+        yield
+    finally:
+        if (now := Path.cwd()) != before:
+            os.chdir(before)
+            warnings.warn(
+                f"{what}: changes the working folder to '{now}', which would move relative paths "
+                "such as that of storage; it was changed back, so let the code give whole paths",
+                stacklevel=2,
+            )
 
 
 def add_import_paths(folders: Iterable[str]) -> None:

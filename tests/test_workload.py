@@ -130,6 +130,27 @@ def test_a_factory_is_called_with_the_options(user_module: str) -> None:
     assert load(f"{user_module}:maker", depth=2).build_model().weight.shape == (2, 4)
 
 
+def test_user_code_does_not_move_the_working_folder(
+    user_module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative paths, that of the storage for one, would lead elsewhere."""
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path)
+    lines = [
+        "import os",
+        "from torch import nn",
+        "from gbp_ray import Workload",
+        "os.chdir('below')",
+    ]
+    lines += ["def build():", "    os.chdir('below')", "    return nn.Linear(1, 1)"]
+    lines += ["def make():", "    os.chdir('below')", "    return Workload(build, None, None)"]
+    (tmp_path / "broken_module.py").write_text("\n".join(lines))
+    with pytest.warns(UserWarning, match="changes the working folder to .*below") as caught:
+        build_network(load("broken_module:make"))
+    assert len(caught) == 3
+    assert Path.cwd() == tmp_path
+
+
 def test_what_a_factory_draws_depends_on_the_seed_of_the_job_only(user_module: str) -> None:
     def draws(seed: int | None) -> list[float]:
         config = WorkloadConfig(factory=f"{user_module}:drawn")
