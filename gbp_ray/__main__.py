@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 
-from gbp_ray.stopping import STOPPED, TERMINATED, settle, watch
+from gbp_ray.stopping import WORDS, settle, watch
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
     try:
         run()
     except SystemExit as ending:
-        if ending.code in (STOPPED, TERMINATED):
+        if ending.code in WORDS:
             # What else is tidied up at an exit waits for threads that work on.
             with contextlib.suppress(OSError):
                 sys.stdout.flush()

@@ -40,7 +40,7 @@ from gbp_ray.report import (
     summary_line,
 )
 from gbp_ray.runtime.start import SUBMITTED
-from gbp_ray.stopping import STOPPED, TERMINATED, WORDS, Terminated
+from gbp_ray.stopping import STOPPED, WORDS, Terminated, watch
 from gbp_ray.store import TrialRecord, locate_trials
 from gbp_ray.terminal import (
     AsJson,
@@ -470,6 +470,7 @@ for _verb in app.registered_commands:
 
 def main() -> None:
     """Runs the command line and exits with the code that tells what happened."""
+    watch()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that knows no umlauts is told their escapes.
@@ -491,8 +492,8 @@ def main() -> None:
         _fail(str(error), error.exit_code, is_debug)
     except KeyboardInterrupt:
         _fail(WORDS[STOPPED], STOPPED, is_debug)
-    except Terminated:
-        _fail(WORDS[TERMINATED], TERMINATED, is_debug)
+    except Terminated as error:
+        _fail(WORDS[error.exit_code], error.exit_code, is_debug)
     except Exception as error:  # noqa: BLE001 - a bug still deserves one line
         # Typer keeps the base of its usage errors private; this method is what marks them.
         if usage := getattr(error, "format_message", None):

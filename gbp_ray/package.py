@@ -175,7 +175,8 @@ def _why_not(folder: Path, name: str, path: Path, is_included: bool, is_known: b
         with path.open("rb") as file:
             # What is no text holds tensors or images, and what is too large does not travel.
             start = file.read(_CHUNK_BYTES)
-            content = b"" if b"\0" in start else start + file.read(MOST_BYTES)
+            is_text = b"\0" not in start or start[:2] in (b"\xff\xfe", b"\xfe\xff")
+            content = start + file.read(MOST_BYTES) if is_text else b""
     except OSError:
         # Whoever packs it says so.
         return None

@@ -14,7 +14,19 @@ __all__ = ["find_secret", "holds_credentials", "is_secret_name", "is_secret_vari
 
 _NAMES = (
     *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.ppk", "*.p12"),
-    *("*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.gpg", "*.asc", "*.ovpn", ".env", ".env.*"),
+    *(
+        "*.p8",
+        "*.der",
+        "*.pfx",
+        "*.jks",
+        "*.keystore",
+        "*.kdbx",
+        "*.gpg",
+        "*.asc",
+        "*.ovpn",
+        ".env",
+        ".env.*",
+    ),
     *("*.env", "credentials", "credentials.*", "*credentials*.json", "*.credentials"),
     *("client_secret*", "*service?account*.json", "secret", "secrets", "secret.*", "secrets.*"),
     *("*.secret", "*.secrets", "*secrets.y*ml", "*secrets.json", "*secrets.toml", "*password*"),
@@ -53,7 +65,10 @@ _PARTS = {
     *("SECRET", "SECRETS", "TOKEN", "TOKENS", "PASS", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS"),
     *("KEY", "KEYS", "AUTH", "COOKIE", "JWT", "STRIPE", "DSN", "BEARER", "PWD", "PAT", "SAS"),
 }
-_ENDINGS = ("PASSWORD", "PASSWD", "SECRET", "TOKEN", "APIKEY", "PASSPHRASE")
+_ENDINGS = (
+    *("PASSWORD", "PASSWD", "SECRET", "TOKEN", "APIKEY", "ACCESSKEY", "SECRETKEY", "PASSPHRASE"),
+    *("CONNECTIONSTRING",),
+)
 _PLACES = {"PWD", "OLDPWD"}
 """Variables that every shell sets to a folder."""
 
@@ -69,6 +84,8 @@ def is_secret_name(name: PurePath) -> bool:
 
 def find_secret(content: bytes) -> tuple[int, str] | None:
     """Finds what looks like a secret: (its line, its kind), or None."""
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        content = content.decode("utf-16", errors="replace").encode()
     found = _CONTENT.search(content)
     if found is None or found.lastgroup is None:
         return None

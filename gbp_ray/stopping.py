@@ -21,7 +21,6 @@ from types import FrameType
 
 __all__ = [
     "STOPPED",
-    "TERMINATED",
     "WORDS",
     "Terminated",
     "descendants",
@@ -33,11 +32,12 @@ __all__ = [
 ]
 
 STOPPED = 128 + signal.SIGINT
-TERMINATED = 128 + signal.SIGTERM
 WORDS = {
     STOPPED: "stopped; run the same command again to go on",
-    TERMINATED: "terminated; run the same command again to go on",
+    128 + signal.SIGTERM: "terminated; run the same command again to go on",
+    128 + signal.SIGHUP: "the terminal was closed; run the same command again to go on",
 }
+"""What is said, by exit code."""
 
 _PATIENCE_S = 12.0
 _POLL_S = 0.02
@@ -51,7 +51,15 @@ _BEFORE_WORK = ("__init__", "__main__", "cli", "stopping")
 
 
 class Terminated(BaseException):
-    """A termination signal arrived."""
+    """A termination signal arrived.
+
+    Attributes:
+        exit_code: To end with.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
 
 
 class _State:
@@ -69,13 +77,13 @@ def is_watching() -> bool:
 
 
 def watch() -> None:
-    """Takes over both signals for the rest of the process; call it in the main thread."""
+    """Takes over these signals for the rest of the process; call it in the main thread."""
     if _State.is_watching:
         return
     _State.is_watching = True
     reading, writing = _State.pipe = os.pipe()
     os.set_blocking(writing, False)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (code - 128 for code in WORDS):
         # What a shell starts in the background ignores Ctrl-C, and so does nohup.
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _handle)
@@ -141,19 +149,17 @@ def _handle(number: int, frame: FrameType | None) -> None:
             os.write(_State.pipe[1], bytes([number | _BY_HANDLER]))
         return
     _State.is_delivering = False
-    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated(128 + number)
 
 
 def _forget() -> None:
     """Leaves a forked child with the signals as Python has them."""
     _State.is_watching = False
     signal.set_wakeup_fd(-1)
-    for number, usual in (
-        (signal.SIGINT, signal.default_int_handler),
-        (signal.SIGTERM, signal.SIG_DFL),
-    ):
+    for number in (code - 128 for code in WORDS):
         if signal.getsignal(number) is _handle:
-            signal.signal(number, usual)
+            is_ctrl_c = number == signal.SIGINT
+            signal.signal(number, signal.default_int_handler if is_ctrl_c else signal.SIG_DFL)
     for end_of_pipe in _State.pipe:
         os.close(end_of_pipe)
 

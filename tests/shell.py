@@ -29,10 +29,13 @@ class Shell:
         self._capture.readouterr()
         self._patch.setattr(sys, "argv", ["gbp-ray", *arguments])
         code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else -1
+        with pytest.MonkeyPatch.context() as patch:
+            # What stops a command is not to stop the tests.
+            patch.setattr(cli, "watch", lambda: None)
+            try:
+                cli.main()
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else -1
         return Outcome(code, *self._capture.readouterr())
 
     def json(self, *arguments: str, code: int = 0) -> Any:

@@ -82,6 +82,7 @@ def full(tmp_path: Path) -> Path:
         write(folder, name)
     for name, text in TALKATIVE.items():
         write(folder, name, text)
+    (folder / "llm.md").write_bytes(TALKATIVE["llm.md"].encode("utf-16"))
     write(tmp_path, "elsewhere/key.json")
     write(tmp_path, "elsewhere/.ssh/config")
     (folder / "away.json").symlink_to(tmp_path / "elsewhere" / "key.json")

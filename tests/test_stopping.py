@@ -27,7 +27,7 @@ QUICK = ("--set=pretrain.epochs=2", "--set=finetune.epochs=1", "--set=prune.roun
 def test_signals_end_a_command_at_any_moment(tmp_path: Path) -> None:
     moments = random.Random(os.environ.get("GBP_RAY_KILL_SEED", "7"))
     for count in range(int(os.environ.get("GBP_RAY_KILLS", "3"))):
-        number = (signal.SIGINT, signal.SIGTERM)[count % 2]
+        number = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[count % 3]
         # The first third of a second imports the command line, the next seconds torch.
         delay_s = moments.random() ** 2 * 6
         folder = tmp_path / str(count)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -20,7 +21,7 @@ from gbp_ray.errors import ConfigError, TrialError
 from gbp_ray.runtime.failures import first_line
 from gbp_ray.runtime.placement import pretend_cpus
 from gbp_ray.runtime.privacy import LOOPBACK, keep_private
-from gbp_ray.stopping import descendants, is_watching, kill
+from gbp_ray.stopping import Terminated, descendants, is_watching, kill
 
 __all__ = ["fit_interruptibly", "ray_session"]
 
@@ -65,7 +66,8 @@ def ray_session(cluster: ClusterConfig, is_debug: bool) -> Iterator[None]:
             started.result()
             yield
         finally:
-            _end_ray(started, before)
+            is_stopped = isinstance(sys.exception(), (KeyboardInterrupt, Terminated))
+            _end_ray(started, before, is_stopped)
             is_over.set()
 
 
@@ -108,17 +110,22 @@ def _run_beside(work: Callable[[], Any], is_over: threading.Event | None = None)
     return outcome
 
 
-def _end_ray(started: Future[Any], before: set[tuple[int, str]]) -> None:
-    """Ends the connection, and what has been started since `before`."""
+def _end_ray(started: Future[Any], before: set[tuple[int, str]], is_stopped: bool) -> None:
+    """Ends Ray; of a command that is stopped, all that was started since `before`."""
     if not is_watching():
         # This process goes on, and a Ray that is half started could not be ended.
-        wait([started])
+        while not started.done():
+            with contextlib.suppress(KeyboardInterrupt):
+                wait([started])
         ray.shutdown()
         return
     own = descendants() - before
     if started.done():
-        wait([_run_beside(ray.shutdown)], timeout=_END_S)
-    kill(own | descendants() - before)
+        _, unfinished = wait([_run_beside(ray.shutdown)], timeout=_END_S)
+        is_stopped = is_stopped or bool(unfinished)
+    if is_stopped:
+        # Those whose parents have ended are no longer below this process.
+        kill(own | descendants() - before)
 
 
 def _check_alive() -> None:
