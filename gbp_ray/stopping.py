@@ -46,7 +46,7 @@ _ONE_S = 0.5
 _BY_HANDLER = 0x80
 _PACKAGE = str(Path(__file__).resolve().parent) + os.sep
 _IMPORT = "<frozen importlib._bootstrap>"
-_BEFORE_WORK = ("__init__", "__main__", "cli", "stopping")
+_BEFORE_WORK = ("__init__", "__main__", "cli", "stopping", "terminal")
 """Modules that hold nothing which would have to be put in order."""
 
 
