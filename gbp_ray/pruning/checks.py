@@ -21,6 +21,12 @@ from gbp_ray.pruning.objective import refuse_unlearnable
 from gbp_ray.pruning.ranks import isolated
 from gbp_ray.pruning.saliency import check_criterion
 from gbp_ray.pruning.selection import check_reachable, check_selectable
+from gbp_ray.pruning.side_effects import (
+    Watch,
+    check_evaluated,
+    check_readings,
+    check_training_passes,
+)
 from gbp_ray.pruning.teaching import refuse_unteachable
 from gbp_ray.pruning.tickets import starting_masks
 from gbp_ray.workload import Workload, num_examples, take_batch
@@ -47,7 +53,10 @@ def check_job(job: JobConfig, workload: Workload) -> None:
     check_reachable(shapes, job.prune)
     starting_masks(job, units)
     _refuse_split_patterns(job, units)
+    watch = Watch(model)
     check_workload(workload, model, min(8, job.prune.calibration_batch_size))
+    check_evaluated(watch)
+    check_readings(workload)
     for section in ("pretrain", "finetune"):
         recipe: Recipe = getattr(job, section)
         if recipe.epochs > 0:
@@ -64,6 +73,7 @@ def check_job(job: JobConfig, workload: Workload) -> None:
         )
     _refuse_joint_norms(model)
     _refuse_lone_examples(job, workload, model)
+    check_training_passes(job, workload, model, watch)
     check_criterion(model, units, workload, job.prune, seed=job.seed)
 
 
