@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from gbp_ray.config import JobConfig, Recipe
-from gbp_ray.errors import ConfigError, WorkloadError
+from gbp_ray.errors import ConfigError, WorkloadError, in_one_line
 from gbp_ray.pruning.buffers import TrainedBuffers
 from gbp_ray.pruning.ranks import Ranks, buffer_slots, isolated
-from gbp_ray.workload import Workload, in_one_line, num_examples, take_batch
+from gbp_ray.workload import Workload, num_examples, take_batch
 
 __all__ = ["Watch", "check_evaluated", "check_readings", "check_training_passes"]
 
