@@ -120,7 +120,7 @@ class Workload:
 
     @cached_property
     def known_counts(self) -> dict[int, Tensor]:
-        """What `count` has said of training examples so far; see `pruning.counting`."""
+        """What `pruning.item_counts` knows of training examples, by the number of ranks."""
         return {}
 
 

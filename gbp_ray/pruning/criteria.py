@@ -7,7 +7,8 @@ batches become a sum, and a sum the scores of each rank, is the business of `sal
 Shape suffixes: N = prunable weights of the model in the order of the global flat index, L = weights
 of one slice.
 Symbols of the formulas: w weight, g gradient of the mean loss over a batch, g_i of one example,
-H Hessian, sum_b over batches, n_b examples in batch b, n in all, z random signs.
+H Hessian, sum_b over batches, n_b items in batch b, n in all, z random signs. An item is an
+example, or what else the loss is a mean over (`means`); example i counts as n_i.
 """
 
 from __future__ import annotations
@@ -66,11 +67,11 @@ def _zeros_like_flat(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
 
 def _summed_gradient(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
     """n_b * g: a sum over examples, so that a short batch counts with its true size."""
-    return _flat(probe.gradients(inputs, targets)).mul_(len(targets))
+    return _flat(probe.gradients(inputs, targets)).mul_(probe.num_items(targets))
 
 
 def _squared_example_gradients(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
-    """sum_i g_i^2 over the batch's examples, by vectorised per-example gradients in chunks."""
+    """sum_i n_i g_i^2 over the batch's examples, by vectorised per-example gradients in chunks."""
     prunable = {unit.name: unit.parameter.detach() for unit in probe.units}
 
     def example_loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -94,8 +95,17 @@ def _squared_example_gradients(probe: Probe, inputs: Tensor, targets: Tensor) ->
                 "prune.criterion = fisher: single examples of this model cannot be differentiated, "
                 f"{reason}, or choose taylor_squared"
             ) from error
-        total_N += _flat([gradients[unit.name].square().sum(dim=0) for unit in probe.units])
+        squares = [gradients[unit.name].square() for unit in probe.units]
+        if probe.counts is not None:
+            squares = [_weigh(square, probe.counts[start:stop]) for square in squares]
+        total_N += _flat([square.sum(dim=0) for square in squares])
     return total_N
+
+
+def _weigh(square: Tensor, counts: Tensor) -> Tensor:
+    """Weighs examples by their items; one without any has no gradient, which torch calls NaN."""
+    counts = counts.to(square).view(-1, *[1] * (square.ndim - 1))
+    return torch.where(counts > 0, square * counts, 0)
 
 
 def _why_not_by_example(
@@ -143,7 +153,7 @@ def _hessian_diagonal(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
             gradients, signs, probe.parameters, keep_graph=number + 1 < num_probes
         )
         total_N += _flat(products) * _flat(signs)
-    return total_N * (len(targets) / num_probes)
+    return total_N * (probe.num_items(targets) / num_probes)
 
 
 def _hessian_gradient(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -153,7 +163,7 @@ def _hessian_gradient(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
     pieces = probe.previous_N.split([g.numel() for g in gradients])
     directions = [piece.view_as(g).to(g) for piece, g in zip(pieces, gradients, strict=True)]
     products = _hessian_product(gradients, directions, probe.parameters, keep_graph=False)
-    return _flat(products) * len(targets)
+    return _flat(products) * probe.num_items(targets)
 
 
 def _hessian_product(

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from gbp_ray.config import DistillationConfig, Recipe
 from gbp_ray.errors import ConfigError
+from gbp_ray.means import zero_loss
 from gbp_ray.pruning.attack import perturb
 from gbp_ray.pruning.features import feature_distance, tapped
 from gbp_ray.pruning.mixing import draw_mix, refuse_unmixable
@@ -93,12 +94,16 @@ def training_loss(
     indices: Tensor,
     draws: int,
     device: torch.device,
+    *,
+    emphasis: float = 1.0,
 ) -> Tensor:
     """Computes the mean loss of a part of a batch, as its recipe and its teacher shape it.
 
     Args:
         indices: (B,) the examples.
         draws: Seeds all that is drawn for the part.
+        emphasis: Of its labels' loss, from `item_counts.emphases_of`; what a teacher says counts by
+            example.
     """
     inputs, targets = take_batch(
         workload, workload.train, indices, device=device, augment_seed=draws
@@ -115,7 +120,10 @@ def training_loss(
                 return workload.loss(outputs, targets)
             return functional.cross_entropy(outputs, targets, label_smoothing=smoothing)
 
-        return loss_of(targets) if mix is None else mix.loss(loss_of, targets)
+        if emphasis == 0:
+            return zero_loss(outputs)
+        loss = loss_of(targets) if mix is None else mix.loss(loss_of, targets)
+        return loss if emphasis == 1 else emphasis * loss
 
     def lesson_loss(seen: Tensor) -> Tensor:
         with tapped(model, teacher.config.features if teacher is not None else ()) as features:

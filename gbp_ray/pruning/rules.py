@@ -37,6 +37,8 @@ class Probe:
         seed: Of the job.
         batch_index: Position of the batch among all calibration batches.
         previous_N: Sum of the pass before, over all batches, for criteria of several passes.
+        counts: (B,) over how many items the loss of each example is a mean; None where they count
+            alike.
     """
 
     model: nn.Module
@@ -46,6 +48,11 @@ class Probe:
     seed: int
     batch_index: int
     previous_N: Tensor | None
+    counts: Tensor | None = None
+
+    def num_items(self, targets: Tensor) -> float:
+        """Counts what the loss of the batch is a mean over; most often its examples."""
+        return len(targets) if self.counts is None else self.counts.sum().item()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -65,8 +72,8 @@ class Probe:
 BatchStatistic = Callable[[Probe, Tensor, Tensor], Tensor]
 """(probe, inputs (B, ...), targets (B, ...)) -> the batch's additive vector, shape (N,)."""
 
-Finish = Callable[[Tensor, Tensor, int], Tensor]
-"""(weights_L, statistic_L, num_examples) -> scores_L, weight by weight.
+Finish = Callable[[Tensor, Tensor, float], Tensor]
+"""(weights_L, statistic_L, num_items) -> scores_L, weight by weight.
 
 A rank finishes its slice of one layer after the other; statistic_L is the last pass's sum.
 """
@@ -165,7 +172,7 @@ def _named(rule: Criterion, name: str) -> Criterion:
 
         return call
 
-    def finish(weights_N: Tensor, statistic_N: Tensor, total: int) -> Tensor:
+    def finish(weights_N: Tensor, statistic_N: Tensor, total: float) -> Tensor:
         scores_N = _call_own(name, partial(rule.finish, weights_N, statistic_N, total))
         return _require_flat(name, scores_N, len(weights_N))
 

@@ -29,9 +29,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gbp_ray.config import PruneConfig
-from gbp_ray.errors import PruneError
+from gbp_ray.errors import PruneError, WorkloadError
+from gbp_ray.means import zero_loss
 from gbp_ray.pruning.criteria import criterion, synaptic_flow
 from gbp_ray.pruning.folding import GradientSums
+from gbp_ray.pruning.item_counts import counts_of
 from gbp_ray.pruning.masks import Prunable
 from gbp_ray.pruning.ranks import OrderedSum, Ranks, isolated
 from gbp_ray.pruning.rules import Criterion, Probe
@@ -122,7 +124,10 @@ def score_prefixes(
     available = num_examples(workload.train)
     wanted = sorted({min(size, available) for size in sizes})
     of_size = {n: config.model_copy(update={"calibration_examples": n}) for n in wanted}
+    largest = _Calibration(workload, of_size[wanted[-1]], seed, alone)
+    # Whether examples count alike may differ from size to size, and with it the last bits.
     is_one_sum = rule.of_gradients is not None or len(rule.passes) == 1
+    is_one_sum = is_one_sum and largest.counts is None
     nested = [
         n
         for n in wanted
@@ -147,8 +152,7 @@ def score_prefixes(
 
     if nested:
         with _scoring_mode(model, units):
-            calibration = _Calibration(workload, of_size[wanted[-1]], seed)
-            _sum_in_one_pass(rule, model, units, calibration, alone, layout, teller, keep)
+            _sum_in_one_pass(rule, model, units, largest, alone, layout, teller, keep)
         before = num_batches[wanted[-1]]
     for size in wanted:
         if size in own:
@@ -190,8 +194,8 @@ def _statistic(
     round_number: int,
     movement: Mapping[str, Tensor] | None,
     tell: Callable[[int, int], None],
-) -> tuple[Mapping[str, Tensor], int]:
-    """Gives what a rule finishes, by layer this rank's slice (L,), and the number of examples."""
+) -> tuple[Mapping[str, Tensor], float]:
+    """Gives what a rule finishes, by layer this rank's slice (L,), and the number of items."""
     if config.criterion == "random":
         return _draw_scores(layout, derive_seed(seed, "random", round_number)), 1
     if config.criterion == "movement":
@@ -206,7 +210,7 @@ def _statistic(
             flow_N = ranks.together(lambda: synaptic_flow(plain, own, workload))
         start, stop = layout.bounds[ranks.rank : ranks.rank + 2]
         return layout.split_own(layout.by_owner(flow_N)[start:stop]), 1
-    calibration = _Calibration(workload, config, seed)
+    calibration = _Calibration(workload, config, seed, ranks)
     if rule.of_gradients is not None:
         return _sum_gradients(rule, model, units, calibration, ranks, layout, tell)
     if not rule.passes:
@@ -215,7 +219,7 @@ def _statistic(
         vector_S = _sum_over_batches(
             rule, plain, _units_of(plain, units), calibration, ranks, layout, tell
         )
-    return layout.split_own(vector_S), calibration.num_examples
+    return layout.split_own(vector_S), sum(calibration.items)
 
 
 def _finish(
@@ -223,7 +227,7 @@ def _finish(
     units: list[Prunable],
     layout: Layout,
     statistic: Mapping[str, Tensor],
-    total: int,
+    total: float,
 ) -> SlicedScores:
     values = []
     for unit, piece in zip(units, layout.own, strict=True):
@@ -273,13 +277,25 @@ def check_criterion(
 class _Calibration:
     """The calibration examples, cut into batches that depend on the job alone."""
 
-    def __init__(self, workload: Workload, config: PruneConfig, seed: int) -> None:
+    def __init__(self, workload: Workload, config: PruneConfig, seed: int, ranks: Ranks) -> None:
         self.workload, self.config, self.seed = workload, config, seed
         available = num_examples(workload.train)
         self.num_examples = min(config.calibration_examples, available)
         order = shuffled_indices(available, derive_seed(seed, "calibration"))
         cuts = cut_batches(self.num_examples, config.calibration_batch_size)
         self.batches = [order[cut.start : cut.stop] for cut in cuts]
+        counts = counts_of(workload, order[: self.num_examples], ranks)
+        self.counts = None if counts is None else counts.split([len(cut) for cut in cuts])
+        # Over how many items the loss of each batch is a mean.
+        self.items = [
+            len(cut) if self.counts is None else self.counts[number].sum().item()
+            for number, cut in enumerate(cuts)
+        ]
+        if sum(self.items) == 0:
+            raise WorkloadError(
+                f"workload.train: none of {self.num_examples} calibration examples has a label "
+                "that counts; raise prune.calibration_examples, or leave such examples out"
+            )
 
     def draws(self, item: int) -> int:
         return derive_seed(self.seed, "calibration", "augment", item)
@@ -312,7 +328,7 @@ def _sum_gradients(
     layout: Layout,
     tell: Callable[[int, int], None],
     keep: _Keep | None = None,
-) -> tuple[Mapping[str, Tensor], int]:
+) -> tuple[Mapping[str, Tensor], float]:
     """Folds the gradients of each batch into this rank's slices of the sum."""
     assert rule.of_gradients is not None
     batches = calibration.batches
@@ -326,7 +342,7 @@ def _sum_gradients(
         {name: by_name[name] for name in names},
         {name: differentiated[name] for name in names},
         {name: [pieces[places[name]] for pieces in layout.by_rank] for name in names},
-        [len(batch) for batch in batches],
+        calibration.items,
         rule.of_gradients,
         torch.float64,
         is_sharded=is_sharded(model),
@@ -344,13 +360,18 @@ def _sum_gradients(
                     ):
                         outputs, indices = model(inputs), batches[number]
                         check_labels(calibration.workload, "train", indices, outputs, targets)
-                        loss = calibration.workload.loss(outputs, targets)
+                        has_items = calibration.items[number] > 0
+                        loss = (
+                            calibration.workload.loss(outputs, targets)
+                            if has_items
+                            else zero_loss(outputs)
+                        )
                         if loss.requires_grad:
                             loss.backward()
             if keep is not None:
                 keep(turn + 1, sums.so_far)
             tell(turn + 1, turns)
-    return sums.owned(), calibration.num_examples
+    return sums.owned(), sum(calibration.items)
 
 
 @contextmanager
@@ -396,13 +417,18 @@ def _sum_over_batches(
                 probe = Probe(
                     *(model, units, calibration.workload.loss, calibration.config),
                     *(calibration.seed, item, previous_N),
+                    None if calibration.counts is None else calibration.counts[item],
                 )
                 with (
                     sums.attempt(),
                     calibration.batch(model, item, ranks.device) as (inputs, targets),
                     isolated(model, derive_seed(calibration.draws(item), number)),
                 ):
-                    vector_N = layout.by_owner(statistic(probe, inputs, targets))
+                    if calibration.items[item] > 0:
+                        vector_N = statistic(probe, inputs, targets)
+                    else:
+                        vector_N = inputs.new_zeros(layout.num_weights, dtype=wire_dtype)
+                    vector_N = layout.by_owner(vector_N)
             sums.add(vector_N)
             if keep is not None:
                 keep(turn + 1, partial(_own_so_far, layout, sums))

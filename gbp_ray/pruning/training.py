@@ -33,6 +33,7 @@ from gbp_ray.pruning.buffers import TrainedBuffers
 from gbp_ray.pruning.clipping import clip_gradients
 from gbp_ray.pruning.folding import GradientSums
 from gbp_ray.pruning.freezing import trainable_parameters, training_mode
+from gbp_ray.pruning.item_counts import emphases_of
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.objective import Teacher, training_loss
 from gbp_ray.pruning.ranks import OrderedSum, Ranks
@@ -208,6 +209,7 @@ def train_epochs(
     for done, step in enumerate(span.steps, start=1):
         batch = _batch_of_step(recipe, workload, seed, span.phase, step)
         parts = batch.tensor_split(min(recipe.microbatches, len(batch)))
+        emphases = emphases_of(workload, batch, parts, ranks)
         sums = GradientSums(
             ranks,
             trainable,
@@ -228,7 +230,8 @@ def train_epochs(
                     if number is not None:
                         part, draws = parts[number], derive_seed(seed, span.phase, step, number)
                         loss = training_loss(
-                            model, workload, recipe, teacher, part, draws, ranks.device
+                            *(model, workload, recipe, teacher, part, draws, ranks.device),
+                            emphasis=emphases[number],
                         )
                         loss.backward()
                         beside = torch.cat([buffers.collect(number), loss.detach().view(1)])
@@ -254,8 +257,9 @@ def train_epochs(
         buffers.settle(joined_B, ranks)
         if average is not None:
             average.update()
-        recent.append(loss_1.item())
-        tell(done, len(span.steps), recent[-1])
+        # A batch without any label has no loss.
+        recent += [loss_1.item()] * any(emphases)
+        tell(done, len(span.steps), loss_1.item())
     for parameter in trainable.values():
         parameter.grad = None
     if own is not None:

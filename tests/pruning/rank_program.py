@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from robust_program import CASES, rounds_of
 from small_networks import (
+    UNEVEN,
     ConvNet,
     DrawnItems,
     Remembering,
@@ -30,8 +31,10 @@ from small_networks import (
     prune_config,
     regression,
     scores_of,
+    uneven,
 )
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from gbp_ray.config import (
     CRITERIA,
@@ -101,6 +104,7 @@ def report_of(ranks: Ranks) -> dict[str, Any]:
         "hard masks": hard_masks(ranks),
         "float64 scores": _float64_scores(ranks),
         "evaluated": evaluate(trained, images(), ranks, 4),
+        "uneven": _uneven(ranks),
         "progress": _progress(ranks, trained),
         "recalibrated": _recalibrated(ranks, trained),
         "unruly model": _unruly_model(ranks),
@@ -126,6 +130,7 @@ def sharded_report_of(ranks: Ranks) -> dict[str, Any]:
         "movement": digest(_gathered(movement)),
         "hard masks": hard_masks(ranks, is_sharded=True),
         "evaluated": evaluate(trained, images(), ranks, 4),
+        "uneven": _uneven(ranks, is_sharded=True),
         "recalibrated": _recalibrated(ranks, trained),
         "remembered": _remembered(ranks, strategy="fsdp"),
         "rounds": _rounds(ranks, strategy="fsdp"),
@@ -159,6 +164,25 @@ def _train(
     recipe = FinetuneConfig(epochs=2, batch_size=14, microbatches=5, learning_rate=0.05)
     teacher = Teacher(copy_frozen(model), DistillationConfig(weight=0.5))
     return model, gather_movement(ranks, model, workload, recipe, 6, teacher)
+
+
+def _uneven(ranks: Ranks, *, is_sharded: bool = False) -> list[Any]:
+    """Trains, scores and evaluates under losses that are means over other things than examples."""
+    found: list[Any] = []
+    for kind in ("positions", "own"):
+        workload, model = uneven(kind), in_float64(UNEVEN[kind].build)
+        workload = dataclasses.replace(workload, train=TensorDataset(*workload.train))
+        if is_sharded:
+            shard_network(model, ranks.device, ranks.world_size)
+        recipe = FinetuneConfig(epochs=1, batch_size=14, microbatches=9, learning_rate=0.05)
+        optimizer, span = make_optimizer(model, recipe), Span("finetune", range(3), range(3))
+        found.append(train_epochs(model, workload, recipe, ranks, optimizer, span, seed=5))
+        found.append(digest(_gathered(model.state_dict())))
+        for rule in ("taylor", "fisher", "obd", "grasp"):
+            config = prune_config(rule, calibration_examples=23, calibration_batch_size=3)
+            found.append(digest(scores_of(model, workload, config, ranks=ranks)))
+        found.append(evaluate(model, workload, ranks, 4))
+    return found
 
 
 def gather_movement(

@@ -120,6 +120,7 @@ def test_the_mask_cases_differ(alone: dict[str, Any]) -> None:
         "hard masks",
         "float64 scores",
         "evaluated",
+        "uneven",
         "recalibrated",
         "unruly model",
         "remembered",

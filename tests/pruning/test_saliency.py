@@ -22,6 +22,7 @@ from oracles import (
     weights_of,
 )
 from small_networks import (
+    UNEVEN,
     ConvNet,
     SharedWeightNet,
     TanhNet,
@@ -31,6 +32,7 @@ from small_networks import (
     in_float64,
     regression,
     scores_of,
+    uneven,
 )
 from torch import Tensor, nn
 from torch.nn import functional
@@ -38,6 +40,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gbp_ray import config as config_module
 from gbp_ray.errors import PruneError
+from gbp_ray.means import count_items
 from gbp_ray.pruning.criteria import CRITERIA, criterion, movement_statistic
 from gbp_ray.workload import Workload
 
@@ -189,6 +192,28 @@ def test_fisher_is_the_mean_square_of_example_gradients(
     assert calls == {None: 3, 3: 5, 0: 10}[room_for_examples]
 
 
+@pytest.mark.parametrize("kind", UNEVEN)
+@pytest.mark.parametrize("name", ["taylor", "fisher", "grasp"])
+def test_scores_under_an_uneven_loss_are_those_of_the_whole_set(name: str, kind: str) -> None:
+    """Against the loss over all examples in one batch; of each example for fisher."""
+    workload, model = uneven(kind, NUM_EXAMPLES), in_float64(UNEVEN[kind].build)
+    inputs, targets = workload.train
+    scores = scores_of(model, workload, config_of(name))
+    weights_N, gradient_N = weights_of(model), gradient_of(model, workload, inputs, targets)
+    if name == "taylor":
+        assert_scores(scores, (weights_N * gradient_N).abs())
+    elif name == "grasp":
+        hessian = hessian_of(model, workload, inputs, targets)
+        assert_scores(scores, weights_N * (hessian @ gradient_N), rtol=2e-5)
+    else:
+        counts = count_items(workload, targets)
+        expected_N = torch.zeros_like(weights_N)
+        for i in counts.nonzero().flatten().tolist():
+            own_N = gradient_of(model, workload, inputs[i : i + 1], targets[i : i + 1])
+            expected_N += counts[i] * own_N.square()
+        assert_scores(scores, weights_N.square() * expected_N / counts.sum())
+
+
 def float64_images() -> tuple[nn.Module, Workload]:
     """A classifier left in train mode, with statistics that are not those of its data."""
     model = in_float64(ConvNet)
@@ -228,6 +253,27 @@ def test_obd_is_exact_where_the_hessian_is_diagonal() -> None:
     expected = model.weight.detach().square() * hessian_of_input / 2
     scores = scores_of(model, workload, config_of("obd", hutchinson_probes=1))
     assert_scores(scores, expected.reshape(-1))
+
+
+def test_obd_under_an_uneven_loss_is_exact_where_the_hessian_is_diagonal() -> None:
+    """The weight of an example is the last column of its targets."""
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        squares = (outputs - targets[:, :2]).square()
+        return (squares * targets[:, 2:]).sum() / (2 * targets[:, 2].sum())
+
+    model = in_float64(lambda: nn.Linear(3, 2, bias=False))
+    inputs = torch.eye(3, dtype=torch.float64)[torch.arange(NUM_EXAMPLES) % 3]
+    targets = draw(NUM_EXAMPLES, 3, dtype=torch.float64).abs()
+    # A whole batch of weight 0, whichever it is.
+    targets[[2, 5, 8], 2] = 0
+    workload = dataclasses.replace(
+        regression(TanhNet, inputs, targets), loss=loss, count=lambda targets: targets[:, 2].sum()
+    )
+    shares = (inputs * targets[:, 2:]).sum(dim=0) / targets[:, 2].sum()
+    expected = model.weight.detach().square() * shares / 2
+    config = config_of("obd", hutchinson_probes=1, calibration_batch_size=1)
+    assert_scores(scores_of(model, workload, config), expected.reshape(-1))
 
 
 def test_obd_approaches_the_diagonal_of_a_dense_hessian() -> None:

@@ -54,7 +54,7 @@ def test_masks_of_a_sharded_network_are_those_of_a_replicated_one(
 @pytest.mark.parametrize(
     "result",
     [
-        *("trained", "movement", "hard masks", "evaluated", "recalibrated"),
+        *("trained", "movement", "hard masks", "evaluated", "uneven", "recalibrated"),
         *("attacked", "taught once", "held out", "remembered"),
     ],
 )

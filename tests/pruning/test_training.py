@@ -8,14 +8,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_networks import ConvNet, TanhNet, built, draw, images, in_float64, prune_config
+from small_networks import (
+    UNEVEN,
+    ConvNet,
+    TanhNet,
+    built,
+    draw,
+    images,
+    in_float64,
+    prune_config,
+    uneven,
+)
 from small_trainings import first_batch, recipe_of, steps, tanh_workload, train
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
+from torch.utils.data import TensorDataset
 
+from gbp_ray.config import DistillationConfig
 from gbp_ray.errors import PruneError
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
+from gbp_ray.pruning.objective import Teacher
 from gbp_ray.pruning.selection import select_masks
 from gbp_ray.pruning.training import (
     Span,
@@ -200,6 +213,45 @@ def test_parts_change_nothing_without_batchnorm(name: str) -> None:
         results.append((loss, model.state_dict()))
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", UNEVEN)
+def test_parts_of_an_uneven_loss_are_joined_by_what_they_count(kind: str) -> None:
+    """Against plain torch over the whole batch."""
+    workload, model = uneven(kind), in_float64(UNEVEN[kind].build)
+    inputs, targets = workload.train
+    twin = copy.deepcopy(model)
+    plain = torch.optim.SGD(twin.parameters(), lr=0.05)
+    for step in range(2):
+        batch = first_batch(workload, 32)[16 * step : 16 * (step + 1)]
+        plain.zero_grad()
+        expected = UNEVEN[kind].loss(twin(inputs[batch]), targets[batch])
+        expected.backward()
+        plain.step()
+    # Parts of one and of two examples, of which some have no label at all.
+    recipe = recipe_of(microbatches=13, momentum=0.0, weight_decay=0.0)
+    items = dataclasses.replace(workload, train=TensorDataset(inputs, targets))
+    for data in (workload, items):
+        learner = copy.deepcopy(model)
+        loss = train(learner, data, recipe, steps(2))
+        assert loss == pytest.approx(expected.item(), rel=1e-9)
+        torch.testing.assert_close(learner.state_dict(), twin.state_dict(), rtol=1e-9, atol=1e-12)
+
+
+def test_what_a_teacher_says_counts_by_example_and_a_batch_without_labels_teaches_nothing() -> None:
+    workload, model = uneven("positions"), in_float64(UNEVEN["positions"].build)
+    teacher = Teacher(in_float64(UNEVEN["positions"].build, 1), DistillationConfig(weight=0.5))
+    found = []
+    for parts in (1, 13):
+        learner = copy.deepcopy(model)
+        loss = train(learner, workload, recipe_of(microbatches=parts), steps(2), teacher=teacher)
+        found.append((loss, learner.state_dict()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+    inputs, targets = workload.train
+    bare = dataclasses.replace(workload, train=(inputs, torch.full_like(targets, -100)))
+    learner = copy.deepcopy(model)
+    assert math.isnan(train(learner, bare, recipe_of(weight_decay=0.0), steps(1)))
+    torch.testing.assert_close(learner.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 def test_batchnorm_moves_by_the_mean_of_what_the_parts_do() -> None:
