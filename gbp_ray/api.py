@@ -57,6 +57,7 @@ from gbp_ray.runtime.plans import (
     Sparsities,
     TrialList,
     spread,
+    warn_of_idle_metric,
 )
 from gbp_ray.runtime.progress import ProgressBoard, SweepBoard
 from gbp_ray.runtime.shared import dense_origin, warn_of_changed_code
@@ -350,6 +351,7 @@ def sweep(
         feeder.outcomes.values(), key=lambda o: (order.get(o.trial_id, -1), o.trial_id)
     )
     _refuse_failure_of_all(outcomes)
+    warn_of_idle_metric(outcomes, job.sweep)
     return SweepResult(
         uri=store.uri,
         outcomes=tuple(outcomes),

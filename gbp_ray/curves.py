@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gbp_ray.config import CRITERIA
-from gbp_ray.records import DenseReference
+from gbp_ray.records import DenseReference, find_accuracy_fault, write_share
 from gbp_ray.results import Results
 
 __all__ = [
@@ -222,6 +222,11 @@ class WorkloadCurves:
     num_repeats: int
     judged_on: str = "test"
     varying: list[str] = field(default_factory=list)
+
+    @property
+    def accuracy_fault(self) -> str:
+        """Why accuracy tells nothing of this workload; empty where it may."""
+        return find_accuracy_fault([self.dense.mean])
 
     @property
     def targets(self) -> list[float]:
@@ -484,7 +489,9 @@ def _num_workers(value: int | str | None) -> int:
 
 
 def write_percent(spread: Spread | None) -> str:
-    """Writes a share as a percentage with its deviation."""
+    """Writes a share as a percentage with its deviation, and what cannot be one as a word."""
+    if spread is not None and not 0 <= spread.mean <= 1:
+        return write_share(spread.mean)
     return write_spread(spread, lambda value: f"{100 * value:.2f}", 100) + (" %" if spread else "")
 
 

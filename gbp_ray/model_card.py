@@ -11,7 +11,7 @@ from typing import Any
 
 import tomli_w
 
-from gbp_ray.records import RoundRecord, TrialRecord
+from gbp_ray.records import RoundRecord, TrialRecord, write_share
 
 __all__ = ["ExportFacts", "write_card"]
 
@@ -137,14 +137,17 @@ def _accuracy(trial: TrialRecord, record: RoundRecord) -> list[str]:
     if record.judged_on != "test":
         rows.append(
             f"| {record.judged_on} accuracy | {trial.dense.reference.text} | "
-            f"{record.accuracy:.2%} |"
+            f"{write_share(record.accuracy)} |"
         )
         if trial.test is not None and record is trial.chosen:
             rows.append(
-                f"| test accuracy | {trial.dense_reference.text} | {trial.test.accuracy:.2%} |"
+                f"| test accuracy | {trial.dense_reference.text} | "
+                f"{write_share(trial.test.accuracy)} |"
             )
     else:
-        rows.append(f"| test accuracy | {trial.dense.reference.text} | {record.accuracy:.2%} |")
+        rows.append(
+            f"| test accuracy | {trial.dense.reference.text} | {write_share(record.accuracy)} |"
+        )
     if record.robust_accuracy is not None and trial.dense.robust_accuracy is not None:
         attack = trial.job.attack
         how = f"{attack.kind}, epsilon {attack.epsilon:g}"
@@ -152,12 +155,14 @@ def _accuracy(trial: TrialRecord, record: RoundRecord) -> list[str]:
             how += f", {attack.steps} steps, {attack.restarts} starts"
         rows.append(
             f"| accuracy under attack ({how}), {record.judged_on} examples | "
-            f"{trial.dense.robust_accuracy:.2%}{stored} | {record.robust_accuracy:.2%} |"
+            f"{write_share(trial.dense.robust_accuracy)}{stored} | "
+            f"{write_share(record.robust_accuracy)} |"
         )
     if record.train_accuracy is not None and trial.dense.train_accuracy is not None:
         rows.append(
-            f"| accuracy on training examples | {trial.dense.train_accuracy:.2%}{stored} | "
-            f"{record.train_accuracy:.2%} |"
+            "| accuracy on training examples | "
+            f"{write_share(trial.dense.train_accuracy)}{stored} | "
+            f"{write_share(record.train_accuracy)} |"
         )
     return rows
 

@@ -40,6 +40,7 @@ from gbp_ray.errors import ConfigError, StoreError
 from gbp_ray.gallery import PageFigure, draw_figures
 from gbp_ray.index import map_in_threads
 from gbp_ray.lease import is_held
+from gbp_ray.records import write_share
 from gbp_ray.results import Results, read_results
 from gbp_ray.store import Store, locate_jobs
 from gbp_ray.trial_page import make_trial_page
@@ -415,7 +416,7 @@ def _template(name: str) -> jinja2.Template:
         "plain": lambda spread: write_spread(spread, lambda value: f"{value:.4f}", 1),
         "seconds": lambda spread: f"{spread.mean:,.1f}",
         "share": lambda value: f"{100 * value:.4g} %",
-        "percent_of": lambda value: f"{100 * value:.2f}",
+        "percent_of": lambda value: write_share(value).removesuffix("%"),
         "count": lambda value: f"{value:,.0f}",
         "without_sign": lambda text: text.removesuffix(" %"),
         "within_a_point": _find_within_a_point,
@@ -428,6 +429,8 @@ def _template(name: str) -> jinja2.Template:
 
 def _find_within_a_point(curves: WorkloadCurves) -> tuple[Curve, Point] | None:
     """Finds the sparsest point that loses no more than a percentage point of accuracy."""
+    if curves.accuracy_fault:
+        return None
     pairs = [(c, p) for c in curves.curves for p in c.points if p.drop.mean >= -0.01]
     return max(pairs, key=lambda pair: pair[1].sparsity.mean) if pairs else None
 

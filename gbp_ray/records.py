@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import (
@@ -46,9 +46,11 @@ __all__ = [
     "StopRecord",
     "TrialRecord",
     "choose_round",
+    "find_accuracy_fault",
     "parse_record",
     "read_record",
     "seal_record",
+    "write_share",
 ]
 
 _STORED, _RECALIBRATED = "as stored", "with BatchNorm re-estimated"
@@ -125,6 +127,26 @@ class FileRecord(_Record):
     sha256: str
 
 
+def find_accuracy_fault(accuracies: Iterable[float]) -> str:
+    """Says why accuracies, the dense network's among them, tell nothing; empty where they may.
+
+    Since they are checked none is above 1, but older records may hold such.
+    """
+    values = list(accuracies)
+    if strange := [value for value in values if not 0 <= value <= 1]:
+        return f"accuracy {strange[0]:g} is no share of examples, so it tells nothing"
+    if values and not any(values):
+        return "accuracy is 0 throughout, so it tells nothing here: only the loss does"
+    return ""
+
+
+def write_share(share: float | None) -> str:
+    """Writes a share in percent, and what cannot be one as a word."""
+    if share is None:
+        return ""
+    return f"{share:.2%}" if 0 <= share <= 1 else "no share"
+
+
 class DenseReference(NamedTuple):
     """What the dense network is, where others are compared with it: the one rule for all of them.
 
@@ -167,8 +189,8 @@ class DenseReference(NamedTuple):
         """Writes the accuracy, how it was measured, and the other one where that differs."""
         how, other = (_RECALIBRATED, _STORED)[:: 1 if self.is_recalibrated else -1]
         if self.has_gap:
-            return f"{self.accuracy:.2%} {how}; {other} {self.other_accuracy:.2%}"
-        return f"{self.accuracy:.2%} {how}" if self.is_recalibrated else f"{self.accuracy:.2%}"
+            return f"{write_share(self.accuracy)} {how}; {other} {write_share(self.other_accuracy)}"
+        return write_share(self.accuracy) + (f" {how}" if self.is_recalibrated else "")
 
     @property
     def name(self) -> str:
@@ -290,6 +312,12 @@ class TrialRecord(_Record):
     def test_accuracy(self) -> float:
         """Of the chosen round, on the test split."""
         return self.final.accuracy if self.test is None else self.test.accuracy
+
+    @property
+    def accuracy_fault(self) -> str:
+        """Why accuracy tells nothing of this trial; empty where it may."""
+        tested = [] if self.test is None else [self.test.accuracy, self.test.dense_accuracy]
+        return find_accuracy_fault([*(record.accuracy for record in self.rounds), *tested])
 
     @property
     def dense_reference(self) -> DenseReference:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from gbp_ray.records import write_share
 from gbp_ray.store import RoundRecord, TrialRecord
 
 __all__ = [
@@ -38,24 +39,20 @@ def round_table(trial: TrialRecord) -> Table:
         table.add_row(
             (str(record.round) if record.round else "dense") + mark,
             f"{record.sparsity:.2%}",
-            f"{record.accuracy:.2%}",
-            _percent(record.train_accuracy),
-            _percent(record.accuracy_pruned),
-            *((_percent(record.robust_accuracy),) if is_attacked else ()),
+            write_share(record.accuracy),
+            write_share(record.train_accuracy),
+            write_share(record.accuracy_pruned),
+            *((write_share(record.robust_accuracy),) if is_attacked else ()),
             f"{record.loss:.4f}",
             f"{cost.num_nonzero:,}",
             _macs_left(cost.macs, cost.macs_nonzero),
         )
         if record.accuracy_recalibrated is not None and record.reference.has_gap:
             loss = "" if record.loss_recalibrated is None else f"{record.loss_recalibrated:.4f}"
-            accuracy = f"{record.accuracy_recalibrated:.2%}"
+            accuracy = write_share(record.accuracy_recalibrated)
             table.add_row("re-estimated", "", accuracy, *[""] * (2 + is_attacked), loss)
             table.caption = "re-estimated: dense, with BatchNorm as it is after each prune"
     return table
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.2%}"
 
 
 def layer_table(record: RoundRecord) -> Table:
@@ -101,9 +98,9 @@ def results_table(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> T
             row["trial_id"],
             str(row["round"]),
             f"{row['sparsity']:.2%}",
-            f"{row['accuracy']:.2%}",
-            *((_percent(row["test_accuracy"]),) if is_tested else ()),
-            *((_percent(row["robust_accuracy"]),) if is_attacked else ()),
+            write_share(row["accuracy"]),
+            *((write_share(row["test_accuracy"]),) if is_tested else ()),
+            *((write_share(row["robust_accuracy"]),) if is_attacked else ()),
             f"{row['loss']:.4f}",
             f"{row['num_nonzero']:,}",
             _macs_left(row["macs"], row["macs_nonzero"]),
@@ -199,9 +196,14 @@ def summary_line(trial: TrialRecord) -> str:
     saved = f"{cost.macs / max(1, cost.macs_nonzero):.1f}x fewer multiply-adds in theory"
     if not cost.macs:
         saved = f"multiply-adds not counted{f' ({cost.macs_fault})' if cost.macs_fault else ''}"
+    reached = (
+        f"{what} {write_share(trial.test_accuracy)} ({points:+.2f} points against {dense.name})"
+    )
+    if fault := trial.accuracy_fault:
+        loss = final.loss if trial.test is None else trial.test.loss
+        reached = f"loss {loss:.6g} (dense {dense.loss:.6g}; {fault})"
     return (
-        f"sparsity {final.sparsity:.2%} of {cost.num_units:,} prunable weights, {what} "
-        f"{trial.test_accuracy:.2%} ({points:+.2f} points against {dense.name}), "
+        f"sparsity {final.sparsity:.2%} of {cost.num_units:,} prunable weights, {reached}, "
         f"{cost.compression:.1f}x fewer non-zero parameters, {saved}"
     )
 

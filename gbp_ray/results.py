@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from gbp_ray.config import nearest_name
 from gbp_ray.errors import ConfigError, StoreError
 from gbp_ray.index import map_in_threads, read_index, refresh_index
-from gbp_ray.records import TrialRecord
+from gbp_ray.records import TrialRecord, find_accuracy_fault
 from gbp_ray.store import Store, locate_jobs
 
 __all__ = ["Results", "open_results", "read_results"]
@@ -164,6 +164,12 @@ class Results:
                 f"'{self._uri}': none of {len(self)} rounds has {condition or metric}"
                 f"{_nearest_miss(self.table, condition)}"
             )
+        if metric.endswith("accuracy"):
+            # Where all are 0, others may tell whether that has a meaning.
+            judged = ranked.table if ranked.table[metric][0].as_py() else self.table
+            values = [value for value in judged[metric].to_pylist() if value is not None]
+            if fault := find_accuracy_fault(values):
+                raise StoreError(f"'{self._uri}': none is best: {fault}; ask for loss")
         return ranked.head(1).to_rows()[0]
 
     def sort(self, column: str) -> Results:

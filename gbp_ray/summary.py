@@ -13,6 +13,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from gbp_ray.records import write_share
+
 __all__ = [
     "answers_table",
     "ends_table",
@@ -87,13 +89,13 @@ def summary_table(lines: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> 
     before = None
     for line in lines:
         sparsity = f"{line['sparsity']:.2%}"
-        robust = [_percent(line[n]) for n in _ROBUST] if attacked else []
+        robust = [write_share(line[n]) for n in _ROBUST] if attacked else []
         table.add_row(
             "" if sparsity == before else sparsity,
             *(_word(line[field]) for field in kept),
-            f"{line['accuracy']:.2%}",
-            _percent(line["accuracy_deviation"]),
-            *(_percent(line[f"test_accuracy{end}"]) for end in ("", "_deviation") if is_tested),
+            write_share(line["accuracy"]),
+            write_share(line["accuracy_deviation"]),
+            *(write_share(line[f"test_accuracy{end}"]) for end in ("", "_deviation") if is_tested),
             *robust,
             str(line["num_seeds"]),
             f"{line['loss']:.4f}",
@@ -124,8 +126,8 @@ def answers_table(lines: Sequence[Mapping[str, Any]]) -> Table:
         table.add_row(
             line["label"],
             sparsity,
-            "" if line["accuracy"] is None else f"{line['accuracy']:.2%}",
-            "" if line["dense_accuracy"] is None else f"{line['dense_accuracy']:.2%}{mark}",
+            write_share(line["accuracy"]),
+            write_share(line["dense_accuracy"]) + (mark if line["dense_accuracy"] else ""),
             str(line["num_trials"]),
             f"{line['seconds']:.0f}",
             note,
@@ -203,10 +205,6 @@ def _machines(machines: Sequence[Sequence[Any]]) -> str:
     parts = [f"{number:g} {kind}s" for kind, number in totals.items() if number]
     count = "1 machine" if len(machines) == 1 else f"{len(machines)} machines"
     return f"{count} with {' and '.join(parts) or 'no CPUs'}"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.2%}"
 
 
 def _word(value: Any) -> str:

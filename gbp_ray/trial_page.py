@@ -16,7 +16,7 @@ from gbp_ray import __version__, trial_plots
 from gbp_ray.errors import StoreError
 from gbp_ray.findings import Findings, read_findings
 from gbp_ray.gallery import Sketch, draw_figures
-from gbp_ray.records import RoundRecord, TrialRecord
+from gbp_ray.records import RoundRecord, TrialRecord, write_share
 from gbp_ray.store import Store
 from gbp_ray.tensors import read_masks, read_weight
 
@@ -76,6 +76,7 @@ def make_trial_page(
     sketches += _sketch_filters(store, trial, record, masks, salt)
     figures = draw_figures(sketches, lambda name: f"{stem}-{name}.png", num_processes)
     page = template.render(
+        write_share=write_share,
         version=__version__,
         made=made,
         trial=trial,

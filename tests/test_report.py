@@ -149,6 +149,28 @@ def test_the_dense_network_is_the_better_of_its_two_measurements(
     assert ("re-estimated" in table) == (";" in words), "both are shown where they differ"
 
 
+@pytest.mark.parametrize(
+    ("accuracies", "words"),
+    [
+        ((0.0, 0.0, 0.0), "loss 0.5 (dense 0.25; accuracy is 0 throughout, so it tells nothing"),
+        ((79.0, 80.0, 221.5), "loss 0.5 (dense 0.25; accuracy 79 is no share of examples"),
+        ((0.5, 0.1, 0.0), "accuracy 0.00% (-50.00 points against dense)"),
+    ],
+)
+def test_an_accuracy_that_tells_nothing_is_not_told(
+    trial: TrialRecord, accuracies: tuple[float, ...], words: str
+) -> None:
+    rounds = tuple(
+        record.model_copy(update={"accuracy": accuracy, "accuracy_pruned": None})
+        for record, accuracy in zip(trial.rounds, accuracies, strict=True)
+    )
+    odd = trial.model_copy(update={"rounds": rounds})
+    assert words in summary_line(odd)
+    shown = "\n".join(lines_of(round_table(odd)))
+    assert ("no share" in shown) == (accuracies[0] > 1)
+    assert "7900" not in shown
+
+
 def test_the_summary_of_a_network_without_multiply_adds_does_not_divide_by_zero(
     trial: TrialRecord,
 ) -> None:

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from sample_results import sample_job, sample_round, sample_trial, write_trial
@@ -239,6 +240,21 @@ def test_best_is_the_best_by_another_way(results: Results) -> None:
     assert best["uri"].endswith(f"trials/{best['trial_id']}/round_002")
     with pytest.raises(StoreError, match=r"none of 9 rounds .* the greatest sparsity is 0\.9"):
         results.best("accuracy@sparsity>=0.99")
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "words"),
+    [(0.0, "none is best: accuracy is 0 throughout"), (79.0, "accuracy 79 is no share")],
+)
+def test_none_is_best_by_an_accuracy_that_tells_nothing(
+    results: Results, accuracy: float, words: str
+) -> None:
+    number = results.table.column_names.index("accuracy")
+    values = pa.array([accuracy] * len(results), pa.float64())
+    odd = Results("here", results._stores, results.table.set_column(number, "accuracy", values))
+    with pytest.raises(StoreError, match=words):
+        odd.best("accuracy@sparsity>=0.9")
+    assert odd.best("loss")["loss"] == results.best("loss")["loss"]
 
 
 def test_sort_puts_the_best_first(results: Results) -> None:

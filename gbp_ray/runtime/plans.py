@@ -7,13 +7,15 @@ arrive and however many trials ran at a time.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gbp_ray.config import JobConfig, trial_id
+from gbp_ray.config import JobConfig, SweepConfig, trial_id
+from gbp_ray.records import find_accuracy_fault, write_share
 
 __all__ = [
     "Answer",
@@ -24,6 +26,7 @@ __all__ = [
     "Sparsities",
     "TrialList",
     "spread",
+    "warn_of_idle_metric",
 ]
 
 
@@ -49,6 +52,12 @@ class Outcome:
     cause: str = ""
     seconds: float = 0.0
     is_new: bool = True
+
+    @property
+    def accuracy_fault(self) -> str:
+        """Why accuracy tells nothing of this trial; empty where it may."""
+        values = [v for v in (self.accuracy, self.dense_accuracy) if v is not None]
+        return find_accuracy_fault(values)
 
 
 class Plan(ABC):
@@ -150,6 +159,9 @@ class _Search:
 class Bisection(Plan):
     """Finds for each job the largest sparsity that loses no more accuracy than allowed.
 
+    There is no answer where accuracy is no share of examples, 0 throughout, or the same at every
+    sparsity that was tried: it then says nothing about sparsity.
+
     Accuracy is taken to fall with sparsity. Where noise makes it rise again, the answer is still a
     sparsity that is within the target, next to one that is not.
 
@@ -188,6 +200,8 @@ class Bisection(Plan):
         while not search.is_over and (known := search.asked.get(search.middle)) is not None:
             if known.state != "finished":
                 search.cause = known.cause or known.state
+            elif fault := known.accuracy_fault or find_accuracy_fault([known.dense_accuracy or 0]):
+                search.cause = fault
             elif self._sparsities.is_within(known):
                 search.low = search.middle
             else:
@@ -212,8 +226,9 @@ class Bisection(Plan):
     def _answer(self, search: _Search) -> Answer:
         told = [outcome for outcome in search.asked.values() if outcome is not None]
         best = search.asked.get(search.low)
+        cause = search.cause or ("" if search.low < self._sparsities.num - 1 else _constant(told))
         is_dense = search.low == 0 and self._sparsities.first == 0
-        has_answer = not search.cause and (best is not None or is_dense)
+        has_answer = not cause and (best is not None or is_dense)
         first = told[0] if told else None
         dense = None if first is None else first.dense_accuracy
         return Answer(
@@ -225,8 +240,36 @@ class Bisection(Plan):
             is_highest=has_answer and search.low == self._sparsities.num - 1,
             num_trials=len(told),
             seconds=sum(outcome.seconds for outcome in told),
-            cause=search.cause,
+            cause=cause,
             dense_is_recalibrated=first is not None and first.dense_is_recalibrated,
+        )
+
+
+def _constant(told: Sequence[Outcome]) -> str:
+    """Says so where several trials and their dense network have the very same accuracy."""
+    found = {outcome.accuracy for outcome in told} | {outcome.dense_accuracy for outcome in told}
+    if len(told) < 2 or len(found) > 1 or None in found:
+        return ""
+    return (
+        f"accuracy is {write_share(found.pop())} at all {len(told)} sparsities that were tried and "
+        "of the dense network, so it tells none of them apart; raise sweep.target.highest or give "
+        "another count_correct"
+    )
+
+
+def warn_of_idle_metric(outcomes: Iterable[Outcome], sweep: SweepConfig) -> None:
+    """Warns where the metric that a sweep goes by says nothing about its trials."""
+    ended = [outcome for outcome in outcomes if outcome.state != "failed"]
+    values = {getattr(outcome, sweep.metric) for outcome in ended}
+    is_chosen_by = sweep.search == "optuna" or sweep.scheduler != "fifo"
+    remedy = "; set sweep.metric to loss" if is_chosen_by else ""
+    if ended and sweep.metric == "accuracy" and all(o.accuracy_fault for o in ended):
+        warnings.warn(f"sweep: {ended[0].accuracy_fault}{remedy}", stacklevel=3)
+    elif is_chosen_by and len(ended) > 1 and len(values) == 1:
+        warnings.warn(
+            f"sweep.metric = {sweep.metric}: is {values.pop():g} in all {len(ended)} trials, so "
+            "nothing was chosen by it",
+            stacklevel=3,
         )
 
 

@@ -125,14 +125,19 @@ class ProgressBoard:
     def show_round(self, trial: str, record: RoundRecord) -> None:
         """Says what a finished round reached."""
         if record.round == 0:
-            self.note(f"{trial}  dense  accuracy {record.reference.text}{_attacked(record)}")
+            dense = record.reference
+            reached = f"accuracy {dense.text}" if dense.accuracy else f"loss {dense.loss:.4f}"
+            self.note(f"{trial}  dense  {reached}{_attacked(record)}")
             return
-        pruned = ""
-        if record.accuracy_pruned is not None:
-            pruned = f"  ({record.accuracy_pruned:.2%} before fine-tuning)"
+        # Where no answer is right, as without a measure of that, the loss says more.
+        pruned, reached = "", f"loss {record.loss:.4f}"
+        if record.accuracy:
+            reached = f"accuracy {record.accuracy:.2%}"
+            if record.accuracy_pruned is not None:
+                pruned = f"  ({record.accuracy_pruned:.2%} before fine-tuning)"
         self.note(
             f"{trial}  round {record.round}  sparsity {record.sparsity:.4f}  "
-            f"accuracy {record.accuracy:.2%}{pruned}{_attacked(record)}"
+            f"{reached}{pruned}{_attacked(record)}"
         )
 
 

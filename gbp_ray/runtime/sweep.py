@@ -31,6 +31,7 @@ from typing import Any
 
 from gbp_ray.config import JobConfig, trial_id
 from gbp_ray.errors import BusyError, GbpError, TransientStoreError, TrialError
+from gbp_ray.records import write_share
 from gbp_ray.runtime.failures import first_line, unwrap
 from gbp_ray.runtime.loggers import make_loggers
 from gbp_ray.runtime.machines import check_cluster, check_folder, is_autoscaling, list_machines
@@ -285,11 +286,15 @@ class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
         trial.run_metadata.metric_analysis.clear()
         trial.run_metadata.metric_n_steps.clear()
         detail, value = cause, None
+        reached = f"accuracy {write_share(outcome.accuracy)}"
+        if fault := outcome.accuracy_fault:
+            reached = f"loss {outcome.loss:.4f} ({fault})"
         if state == "finished":
-            value = getattr(outcome, self._base.sweep.metric)
-            detail = f"accuracy {outcome.accuracy:.2%}"
+            if not fault or self._base.sweep.metric == "loss":
+                value = getattr(outcome, self._base.sweep.metric)
+            detail = reached
         elif state == "stopped":
-            detail = f"after round {outcome.round}, accuracy {outcome.accuracy:.2%}"
+            detail = f"after round {outcome.round}, {reached}"
         self._board.end_trial(outcome.trial_id, state, detail, value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gbp_ray.config import JobConfig, expand, load_job, trial_id
-from gbp_ray.runtime.plans import Bisection, Feeder, Outcome, Sparsities, TrialList, spread
+from gbp_ray.runtime.plans import (
+    Bisection,
+    Feeder,
+    Outcome,
+    Sparsities,
+    TrialList,
+    spread,
+    warn_of_idle_metric,
+)
 
 
 def job_with(**changed: Any) -> JobConfig:
@@ -158,7 +167,7 @@ def test_a_failed_trial_ends_its_search_alone() -> None:
     def truth(one: JobConfig) -> Outcome:
         if one.seed == 0:
             return outcome_of(one, state="failed", cause="out of luck")
-        return outcome_of(one, 0.95)
+        return outcome_of(one, 0.949)
 
     plan = Bisection(expand(job), Sparsities(job))
     run(plan, truth, 2, random.Random(0))
@@ -167,6 +176,59 @@ def test_a_failed_trial_ends_its_search_alone() -> None:
     assert found.sparsity == pytest.approx(0.99)
     assert found.is_highest
     assert found.seconds == 2.0 * found.num_trials
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "dense", "cause"),
+    [
+        (0.0, 0.0, "accuracy is 0 throughout"),
+        (0.3, 0.0, "accuracy is 0 throughout"),
+        (79.0, 79.0, "accuracy 79 is no share of examples"),
+        (0.75, 0.75, "accuracy is 75.00% at all 7 sparsities that were tried and of the dense"),
+    ],
+)
+def test_a_metric_that_tells_nothing_gives_no_answer(
+    accuracy: float, dense: float, cause: str
+) -> None:
+    job = job_with(**{"sweep.target": {"max_drop": 0.01}})
+    plan = Bisection(expand(job), Sparsities(job))
+
+    def truth(one: JobConfig) -> Outcome:
+        return outcome_of(one, accuracy, dense_accuracy=dense)
+
+    _, tried = run(plan, truth, 1, random.Random(0))
+    (answer,) = plan.answers()
+    assert cause in answer.cause
+    assert (answer.sparsity, answer.trial_id, answer.accuracy) == (None, None, None)
+    assert not answer.is_highest
+    # Nothing more is tried once it is known.
+    assert len(tried) == (7 if 0 < accuracy == dense < 1 else 1)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "dense", "changed", "words"),
+    [
+        ([0.0, 0.0], 0.0, {}, "only the loss does"),
+        ([0.0, 0.0], 0.0, {"search": "optuna"}, "set sweep.metric to loss"),
+        ([0.5, 0.5], 0.5, {"scheduler": "median"}, "is 0.5 in all 2 trials"),
+        ([0.5, 0.5], 0.5, {}, ""),
+        ([0.5, 0.4], 0.5, {"scheduler": "asha"}, ""),
+        ([0.0, 0.0], 0.0, {"metric": "loss", "scheduler": "asha"}, ""),
+    ],
+)
+def test_a_sweep_by_a_metric_that_tells_nothing_says_so(
+    accuracies: list[float], dense: float, changed: dict[str, str], words: str
+) -> None:
+    jobs = [job_with(seed=seed) for seed in range(len(accuracies))]
+    outcomes = [
+        outcome_of(job, accuracy, dense_accuracy=dense, loss=job.seed)
+        for job, accuracy in zip(jobs, accuracies, strict=True)
+    ]
+    sweep = jobs[0].sweep.model_copy(update=changed)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_idle_metric(outcomes, sweep)
+    assert [words in str(warning.message) for warning in caught] == [True] * bool(words)
 
 
 def test_an_answer_names_its_trial() -> None:
