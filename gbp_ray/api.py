@@ -41,7 +41,7 @@ from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.plan import make_plan
 from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.rounds import load_weights
+from gbp_ray.pruning.rebuilding import rebuild_network
 from gbp_ray.pruning.tickets import pin_files, pin_trials
 from gbp_ray.records import JobRecord
 from gbp_ray.results import Results, open_results
@@ -70,7 +70,6 @@ from gbp_ray.trust import admit_code, code_of
 from gbp_ray.workload import (
     Workload,
     add_import_paths,
-    build_network,
     find_shadowed_module,
     load_workload,
 )
@@ -130,10 +129,8 @@ class PruneResult:
         # The round has all weights, so the file that training began with may be gone.
         start = {"transfer": TransferConfig()}
         workload = load_workload(job.workload.model_copy(update=start), job.seed)
-        model = build_network(workload)
-        name = "weights.safetensors"
-        load_weights(model, self._read(round_number, name), name)
-        return model.eval()
+        name, known = "weights.safetensors", self.record.dense.fingerprints
+        return rebuild_network(workload, job.seed, self._read(round_number, name), name, known)
 
     def _read(self, round_number: int | None, name: str) -> bytes:
         return self._store().read_file(self.record.trial_id, self._round(round_number), name)
@@ -188,7 +185,7 @@ def prune(
     store.preflight()
     started = time.monotonic()
     with ProgressBoard(is_quiet) as board:
-        _load_checked(job, import_paths)
+        _load_checked(job, import_paths, store.read_round(name, 0))
         store.claim(job)
         with store.hold(name) as lease:
             # Whoever held it before may have finished the trial.
@@ -221,7 +218,7 @@ def plan_prune(
     uri, num_rounds = store.trial_uri(name), job.prune.rounds + 1
     if store.read_trial(name) is not None:
         return PrunePlan(name, uri, num_rounds, 0, None)
-    workload = _load_checked(job, import_paths)
+    workload = _load_checked(job, import_paths, store.read_round(name, 0))
     store.check_claim(JobRecord(factory=job.workload.factory))
     if job.cluster.max_workers == 0 or job.cluster.address is None:
         own_device(job)
@@ -535,10 +532,12 @@ def _load(
     return job, import_paths
 
 
-def _load_checked(job: JobConfig, import_paths: list[str]) -> Workload:
-    """Loads what is pruned and refuses what the job could only fail at later."""
+def _load_checked(
+    job: JobConfig, import_paths: list[str], dense: RoundRecord | None = None
+) -> Workload:
+    """Loads what is pruned and refuses what the job could only fail at later; see `check_job`."""
     workload = load_workload(job.workload, job.seed)
-    check_job(job, workload)
+    check_job(job, workload, dense)
     _warn_of_shadowed_modules(job, import_paths, stacklevel=4)
     return workload
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gbp_ray.findings import Findings
+from gbp_ray.pruning.agreement import check_data
 from gbp_ray.pruning.batchnorm import recalibrate_as_asked
+from gbp_ray.pruning.checkpoint import load_weights
 from gbp_ray.pruning.explaining import compare_networks
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.ranks import Ranks
@@ -64,15 +67,16 @@ def explain_round(
     ranks = Ranks(device=own_device(job))
     with fixed_kernels(job.cluster.threads_per_worker):
         workload = load_workload(job.workload, job.seed)
-        dense, pruned = (
-            rebuild_network(
-                workload,
-                job.seed,
-                store.read_file(name, stored, "weights.safetensors"),
-                f"round_{stored.round:03d}/weights.safetensors",
-            ).to(ranks.device)
-            for stored in (trial.dense, record)
-        )
+        check_data(workload, trial.dense.fingerprints, store.trial_uri(name))
+        weights = [
+            store.read_file(name, stored, "weights.safetensors") for stored in (trial.dense, record)
+        ]
+        source = "round_000/weights.safetensors"
+        dense = rebuild_network(workload, job.seed, weights[0], source, trial.dense.fingerprints)
+        # A copy: build_model may return one network whenever it is called.
+        pruned = copy.deepcopy(dense)
+        load_weights(pruned, weights[1], f"round_{record.round:03d}/weights.safetensors")
+        dense, pruned = dense.to(ranks.device), pruned.to(ranks.device)
         reference = trial.dense.reference
         if reference.is_recalibrated:
             recalibrate_as_asked(job, dense, workload, ranks)

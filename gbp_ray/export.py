@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from gbp_ray.config import JobConfig
 from gbp_ray.errors import ConfigError, ExportError, StoreError, in_one_line
 from gbp_ray.model_card import ExportFacts, write_card
+from gbp_ray.pruning.agreement import check_data
 from gbp_ray.pruning.building import network_of_seed
 from gbp_ray.pruning.fusion import fold_batchnorm
 from gbp_ray.pruning.masks import MaskSet
@@ -102,10 +103,12 @@ def export_round(
     admit_code(trial.job, store.trial_uri(name), trust_code, [code] if code else [])
     warn_of_changed_code(trial, trial.job)
     workload = load_workload(trial.job.workload, trial.job.seed)
+    known = trial.dense.fingerprints
+    check_data(workload, known, store.trial_uri(name))
     weights = store.read_file(name, record, "weights.safetensors")
     packed = store.read_file(name, record, "masks.safetensors")
     masks = MaskSet.from_bytes(packed, "masks.safetensors")
-    model = rebuild_network(workload, trial.job.seed, weights, "weights.safetensors")
+    model = rebuild_network(workload, trial.job.seed, weights, "weights.safetensors", known)
     if (revived := masks.find_revived(model)) is not None:
         raise ExportError(f"'{revived}': has weights other than zero where its mask removes them")
     size = min(_NUM_EXAMPLES, num_examples(workload.test))
@@ -170,7 +173,7 @@ def _complete_state(model: nn.Module, weights: bytes) -> bytes:
 def _check_state(job: JobConfig, state: bytes, inputs: Tensor, outputs: Tensor) -> None:
     """Makes sure that the state dict alone, in a fresh network of the class, gives the outputs."""
     # As the class makes it: whoever loads it knows nothing of layers that the job has tied.
-    workload = load_workload(job.workload.model_copy(update={"tie": ()}), job.seed)
+    workload = load_workload(job.workload.model_copy(update={"tie": ()}), job.seed + 1)
     fresh, _ = network_of_seed(workload, job.seed + 1)
     try:
         fresh.load_state_dict(load_tensors(state))

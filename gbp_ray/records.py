@@ -210,7 +210,8 @@ class RoundRecord(_Record):
     fine-tuning may stop early, `kept_step` says after how many steps the weights are that were
     kept. Round 0 has `accuracy_recalibrated` and `loss_recalibrated` as well where its network has
     BatchNorm statistics and the job re-estimates them after pruning: with such statistics in place
-    of the stored ones.
+    of the stored ones. Round 0 says in
+    `fingerprints` what network and data it was made with.
     """
 
     round: int
@@ -229,6 +230,7 @@ class RoundRecord(_Record):
     cost: CostRecord
     mask_digest: str
     held_back: tuple[str, ...] = ()
+    fingerprints: dict[str, str] = {}
     seconds: dict[str, float] = {}
     files: dict[str, FileRecord] = {}
 

@@ -5,18 +5,32 @@ returned on the meta device (built under `torch.device("meta")`) has none yet, a
 by layer from each layer's own `reset_parameters`, under a seed of the layer's name. So a sharded
 network that is larger than one worker never exists in one piece, and a replicated one built the
 same way starts from the same bits.
+
+Ranks send each other digests of what they have built, not weights: what differs between processes
+in the weights differs in what the weights do not hold as well.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from gbp_ray.errors import WorkloadError
+from gbp_ray.pruning.agreement import (
+    check_on_record,
+    check_same_start,
+    check_same_weights,
+    digest_tensor,
+    digest_weights,
+    fingerprints_of_data,
+    fingerprints_of_network,
+)
 from gbp_ray.pruning.metrics import Macs, count_macs
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.sharding import (
@@ -29,11 +43,33 @@ from gbp_ray.pruning.sharding import (
 from gbp_ray.pruning.slices import cut_rows, owned
 from gbp_ray.workload import Workload, build_network, derive_seed, seeded, take_batch
 
-__all__ = ["build_start", "copy_frozen", "network_of_seed"]
+__all__ = ["Start", "build_start", "copy_frozen", "network_of_seed"]
 
 
-def network_of_seed(workload: Workload, seed: int) -> tuple[nn.Module, bool]:
+class Start(NamedTuple):
+    """This rank's network as a trial starts with it.
+
+    Attributes:
+        macs: Its multiply-adds.
+        fingerprints: Of the network and the data, for the record; see `agreement`.
+    """
+
+    model: nn.Module
+    macs: Macs
+    fingerprints: dict[str, str]
+
+
+_STARTS: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
+"""Digests of what each layer held when it was built, for those that come a second time."""
+
+
+def network_of_seed(
+    workload: Workload, seed: int, *, is_changed: bool = False
+) -> tuple[nn.Module, bool]:
     """Builds the network in one piece, with the weights that every rank starts from.
+
+    Args:
+        is_changed: Whether it will get other weights.
 
     Returns:
         The network, and whether the workload built it without weights.
@@ -41,8 +77,7 @@ def network_of_seed(workload: Workload, seed: int) -> tuple[nn.Module, bool]:
     Raises:
         WorkloadError: It cannot be built, or has no way to get its first weights.
     """
-    with seeded(derive_seed(seed, "model")):
-        model = build_network(workload)
+    model, _ = _build(workload, seed, is_changed=is_changed)
     if not _is_blank(model):
         return model, False
     blank = copy.deepcopy(model)
@@ -52,19 +87,30 @@ def network_of_seed(workload: Workload, seed: int) -> tuple[nn.Module, bool]:
 
 
 def build_start(
-    workload: Workload, seed: int, ranks: Ranks, strategy: str
-) -> tuple[nn.Module, Macs]:
-    """Builds this rank's network; returns it with its multiply-adds.
+    workload: Workload,
+    seed: int,
+    ranks: Ranks,
+    strategy: str,
+    stored: Mapping[str, str] | None = None,
+    source: str = "",
+) -> Start:
+    """Builds this rank's network, the same one on all ranks. Communicates.
 
     Args:
-        strategy: "fsdp" spreads it over the ranks, and communicates.
+        strategy: "fsdp" spreads it over the ranks.
+        stored: Fingerprints on record of a trial that goes on.
+        source: What their record is called.
 
     Raises:
-        WorkloadError: It cannot be built, or has no way to get its first weights.
+        WorkloadError: It cannot be built, has no way to get its first weights, or ranks differ in
+            it or in their data, or these differ from what is on record.
     """
-    model, macs = ranks.together(lambda: _build_here(workload, seed))
+    model, macs, digests, found = ranks.together(lambda: _build_here(workload, seed))
+    check_same_start(ranks, found)
+    ranks.together(lambda: check_on_record(found, stored or {}, source))
     blank = copy.deepcopy(model) if _is_blank(model) else None
     if blank is None:
+        check_same_weights(ranks, digests)
         model = model.to(ranks.device)
     elif strategy != "fsdp":
         _give_memory(model, ranks.device)
@@ -72,15 +118,43 @@ def build_start(
         shard_network(model, ranks.device, ranks.world_size)
     if blank is not None:
         layers = blank
-        ranks.together(lambda: _fill(model, layers, seed, ranks))
-    return model, macs
+        digests = ranks.together(lambda: _fill(model, layers, seed, ranks))
+        check_same_weights(ranks, digests)
+    return Start(model, macs, found)
 
 
-def _build_here(workload: Workload, seed: int) -> tuple[nn.Module, Macs]:
+def _build_here(
+    workload: Workload, seed: int
+) -> tuple[nn.Module, Macs, dict[str, str], dict[str, str]]:
+    model, digests = _build(workload, seed, is_changed=True)
+    example, _ = take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
+    macs = count_macs(model, example)
+    found = fingerprints_of_network(model, is_blank=_is_blank(model))
+    found |= fingerprints_of_data(workload)
+    return model, macs, digests, found
+
+
+def _build(workload: Workload, seed: int, *, is_changed: bool) -> tuple[nn.Module, dict[str, str]]:
+    """Builds the network; returns it with the digests of its tensors.
+
+    Raises:
+        WorkloadError: It cannot be built, or was changed since it was built before.
+    """
     with seeded(derive_seed(seed, "model")):
         model = build_network(workload)
-    example, _ = take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
-    return model, count_macs(model, example)
+    digests = digest_weights(model)
+    for path, module in model.named_modules():
+        names = [f"{path}.{name}".lstrip(".") for name in (*module._parameters, *module._buffers)]
+        own = {name: digests[name] for name in names if name in digests}
+        if _STARTS.get(module, own) != own:
+            raise WorkloadError(
+                f"workload.build_model: returned '{path or type(module).__name__}' again, which "
+                "this process has trained since; make the network in build_model or in "
+                "workload.factory, not once for all trials of a process"
+            )
+        if own and is_changed:
+            _STARTS[module] = own
+    return model, digests
 
 
 def copy_frozen(model: nn.Module) -> nn.Module:
@@ -107,15 +181,16 @@ def _give_memory(model: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, blank: nn.Module, seed: int, ranks: Ranks) -> None:
+def _fill(model: nn.Module, blank: nn.Module, seed: int, ranks: Ranks) -> dict[str, str]:
     """Draws the first weights of one layer after the other, each rank keeping its rows.
 
-    A tied weight is the first layer's.
+    A tied weight is the first layer's. Returns digests of what was drawn.
 
     Args:
         blank: The same network on the meta device, in one piece.
     """
     filled: set[nn.Parameter] = set()
+    digests = {}
     for path, module in model.named_modules():
         drawn = _draw_layer(path, blank.get_submodule(path), derive_seed(seed, "layer", path))
         for name, values in drawn.items():
@@ -123,10 +198,12 @@ def _fill(model: nn.Module, blank: nn.Module, seed: int, ranks: Ranks) -> None:
             if tensor is not None and tensor in filled:
                 continue
             filled.update(() if tensor is None else (tensor,))
+            digests[f"{path}.{name}"] = digest_tensor(values)
             target = module.get_buffer(name) if tensor is None else tensor.detach()
             piece = cut_rows(name, target.shape, ranks.world_size)[ranks.rank]
             rows = owned(values, piece) if is_shard(target) else values
             local(target).copy_(rows.view(local(target).shape))
+    return digests
 
 
 def _draw_layer(path: str, blank: nn.Module, seed: int) -> dict[str, Tensor]:

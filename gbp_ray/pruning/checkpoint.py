@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
@@ -71,6 +72,7 @@ class Checkpoint:
         shards: Files below shards/ by name, of a sharded network; looked at one after another.
         dense_weights: weights.safetensors of round 0, for rewinding to them and for teaching;
             not needed where a job does neither.
+        fingerprints: What network and data round 0 was made with; see `RoundRecord`.
     """
 
     round: int
@@ -79,6 +81,7 @@ class Checkpoint:
     state: bytes = b""
     shards: Mapping[str, bytes] = field(default_factory=dict)
     dense_weights: bytes = b""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
 
 
 def save_round(
@@ -198,7 +201,7 @@ def load_rows(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     model.load_state_dict(rows, strict=False)
 
 
-def damaged(what: str, error: Exception) -> StoreError:
+def damaged(what: str, error: BaseException) -> StoreError:
     """Words what is wrong with a file that cannot be used."""
     return StoreError(f"{what}: is damaged ({type(error).__name__}); {REMEDY}")
 
@@ -288,13 +291,29 @@ def _load_shards(
             optimizer = _blank_optimizer(model, make_optimizer, known)
             movement = _blank_movement(model, known)
             state = _state_by_name(model, optimizer, movement)
+            _check_fit(state, known, f"round_{saved.round:03d}/shards")
             with _quiet():
                 load_shards(state, storage_reader=reader)
     except StoreError:
         raise
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
+        # CheckpointException is no Exception.
         raise damaged(f"round_{saved.round:03d}/shards", error) from error
     return optimizer, movement
+
+
+def _check_fit(state: Mapping[str, Tensor], known: Mapping[str, Any], source: str) -> None:
+    """Compares names and shapes first: torch only says that something went wrong on some rank."""
+    for name in (*known, *state):
+        shapes = {
+            tuple(state[name].shape) if name in state else None,
+            tuple(known[name].size) if name in known else None,
+        }
+        if len(shapes) > 1:
+            raise StoreError(
+                f"{source}: does not fit the model at '{name.removeprefix('model.')}'; was the "
+                "workload changed?"
+            )
 
 
 def _state_by_name(

@@ -6,12 +6,17 @@ batch of each split goes through it.
 
 from __future__ import annotations
 
+import copy
+
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import HashStore
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gbp_ray.config import JobConfig, Recipe
-from gbp_ray.errors import ConfigError
+from gbp_ray.config import JobConfig, Recipe, trial_id
+from gbp_ray.errors import ConfigError, WorkloadError, in_one_line
+from gbp_ray.pruning.agreement import check_data, check_on_record, fingerprints_of_network
 from gbp_ray.pruning.attack import refuse_unattackable
 from gbp_ray.pruning.building import network_of_seed
 from gbp_ray.pruning.criteria import criterion
@@ -21,6 +26,7 @@ from gbp_ray.pruning.objective import refuse_unlearnable
 from gbp_ray.pruning.ranks import isolated
 from gbp_ray.pruning.saliency import check_criterion
 from gbp_ray.pruning.selection import check_reachable, check_selectable
+from gbp_ray.pruning.sharding import leaves, shard_network
 from gbp_ray.pruning.side_effects import (
     Watch,
     check_evaluated,
@@ -29,32 +35,47 @@ from gbp_ray.pruning.side_effects import (
 )
 from gbp_ray.pruning.teaching import refuse_unteachable
 from gbp_ray.pruning.tickets import starting_masks
+from gbp_ray.store import RoundRecord
 from gbp_ray.workload import Workload, num_examples, take_batch
 from gbp_ray.workload_checks import check_workload
 
 __all__ = ["check_job", "refuse_frozen_movement"]
 
 
-def check_job(job: JobConfig, workload: Workload) -> None:
+def check_job(job: JobConfig, workload: Workload, dense: RoundRecord | None = None) -> None:
     """Refuses what a job could only fail at later; builds the model, trains and writes nothing.
+
+    Args:
+        dense: Round 0, of a trial that goes on.
 
     Raises:
         ConfigError: The criterion, an exclude glob, a layer bound, n:m, the final sparsity or the
             size of a batch's parts does not suit the model.
-        WorkloadError: The network cannot be built, or a batch of the data cannot be used.
+        WorkloadError: The network cannot be built, a batch of the data cannot be used, or round 0
+            was made with another network or other data.
         PruneError: The criterion fails on a small batch.
     """
     criterion(job.prune.criterion)
-    model, _ = network_of_seed(workload, job.seed)
+    stored, source = (dense.fingerprints if dense else {}), f"trial {trial_id(job)}"
+    model, is_blank = network_of_seed(workload, job.seed)
     units = prunable_parameters(model, job.prune.exclude)
     refuse_frozen_movement(job, model, units)
     shapes = {unit.name: tuple(unit.parameter.shape) for unit in units}
+    for layer in dense.cost.layers if dense else ():
+        if shapes.get(layer.name) != layer.shape:
+            raise WorkloadError(
+                f"{source}: was made with another network, in which '{layer.name}' has shape "
+                f"{layer.shape}, not {shapes.get(layer.name, 'none')}; restore it, or give the job "
+                "another name"
+            )
+    check_on_record(fingerprints_of_network(model, is_blank=is_blank), stored, source)
     check_selectable(shapes, job.prune, {unit.name: unit.input_dim for unit in units})
     check_reachable(shapes, job.prune)
     starting_masks(job, units)
     _refuse_split_patterns(job, units)
     watch = Watch(model)
     check_workload(workload, model, min(8, job.prune.calibration_batch_size))
+    check_data(workload, stored, source)
     check_evaluated(watch)
     check_readings(workload)
     for section in ("pretrain", "finetune"):
@@ -75,6 +96,34 @@ def check_job(job: JobConfig, workload: Workload) -> None:
     _refuse_lone_examples(job, workload, model)
     check_training_passes(job, workload, model, watch)
     check_criterion(model, units, workload, job.prune, seed=job.seed)
+    if job.cluster.strategy == "fsdp" and not dist.is_initialized():
+        _refuse_unshardable(workload, model)
+
+
+def _refuse_unshardable(workload: Workload, model: nn.Module) -> None:
+    """Refuses what FSDP2 cannot spread, or cannot pass through: tries it as the only rank of one.
+
+    Such are scalars, parameters whose memory has gaps, unequal types in a group, and modules that
+    are used otherwise than by calling them.
+    """
+    example, targets = take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
+    twin = copy.deepcopy(model).eval()
+    dist.init_process_group("fake", store=HashStore(), rank=0, world_size=1)
+    try:
+        shard_network(twin, torch.device("cpu"), 1)
+        with isolated(twin, 0):
+            loss = workload.loss(twin(example), targets)
+            trained = [leaf for leaf in leaves(twin).values() if leaf.requires_grad]
+            if loss.requires_grad:
+                # As in training, where FSDP2 adds up no gradients itself.
+                torch.autograd.grad(loss, trained, allow_unused=True)
+    except Exception as error:
+        raise ConfigError(
+            f"cluster.strategy = fsdp: cannot spread this network over workers "
+            f"({in_one_line(error)}); mend it, or set cluster.strategy to replicated"
+        ) from error
+    finally:
+        dist.destroy_process_group()
 
 
 def _refuse_split_patterns(job: JobConfig, units: list[Prunable]) -> None:

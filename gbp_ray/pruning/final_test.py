@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+from torch import nn
+
 from gbp_ray.config import JobConfig
 from gbp_ray.errors import PruneError
 from gbp_ray.pruning.batchnorm import recalibrate_as_asked
-from gbp_ray.pruning.building import build_start
 from gbp_ray.pruning.checkpoint import load_weights
 from gbp_ray.pruning.evaluation import evaluate
 from gbp_ray.pruning.ranks import Ranks
@@ -22,6 +23,7 @@ __all__ = ["measure_final_test"]
 def measure_final_test(
     job: JobConfig,
     workload: Workload,
+    model: nn.Module,
     ranks: Ranks,
     chosen: int,
     read_weights: Callable[[int], bytes],
@@ -30,6 +32,7 @@ def measure_final_test(
     """Measures the chosen round on the test split, and the dense network beside it. Communicates.
 
     Args:
+        model: Of the trial; it gets the weights of both rounds.
         chosen: Number of the round, from `records.choose_round`.
         read_weights: Number of a round -> its weights.safetensors.
         tell: Called with (number of the round, batches done, batches in all).
@@ -38,7 +41,6 @@ def measure_final_test(
         PruneError: A loss is not finite.
         StoreError: Weights cannot be read.
     """
-    model, _ = build_start(workload, job.seed, ranks, job.cluster.strategy)
     batch_size = job.workload.eval_batch_size
     measured = []
     for number in (chosen, 0):

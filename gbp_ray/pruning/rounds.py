@@ -135,7 +135,8 @@ def run_rounds(
         PruneError: A loss or score is not finite, a mask is impossible, or workers disagree.
         ConfigError: The job asks for something this model does not have.
     """
-    run = _Run(job, workload, ranks, tell, score_cache)
+    stored = {} if resume is None else resume.fingerprints
+    run = _Run(job, workload, ranks, tell, score_cache, stored)
     if resume is None:
         yield run.train_dense()
         first = 1
@@ -163,10 +164,13 @@ class _Run:
         ranks: Ranks,
         tell: Tell,
         score_cache: ScoreCache | None = None,
+        stored: Mapping[str, str] | None = None,
     ) -> None:
         self.job, self.workload, self.ranks, self.tell = job, workload, ranks, tell
         self.score_cache = score_cache
-        self.model, self.macs = build_start(workload, job.seed, ranks, job.cluster.strategy)
+        self.model, self.macs, self.fingerprints = build_start(
+            workload, job.seed, ranks, job.cluster.strategy, stored, "round_000"
+        )
         self.units = prunable_parameters(self.model, job.prune.exclude)
         refuse_frozen_movement(job, self.model, self.units)
         self.masks = MaskSet.dense(self.units)
@@ -231,6 +235,7 @@ class _Run:
                 train_loss=_finite_or_none(train_loss),
                 cost=measure(self.model, self.units, self.macs),
                 mask_digest=self.masks.digest,
+                fingerprints=self.fingerprints,
             )
         )
 

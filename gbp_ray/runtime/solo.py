@@ -84,11 +84,12 @@ def run_whole(
     with store.await_lease(f"trials/{name}") if is_patient else store.hold(name) as lease:
         # Whoever held it before may have finished the trial.
         finished = store.read_trial(name)
-        for record in store.read_rounds(name) if finished is None else finished.rounds:
+        rounds = store.read_rounds(name) if finished is None else finished.rounds
+        for record in rounds:
             yield Step(record, is_old=True)
         if finished is not None:
             return
-        check_job(job, load_workload(job.workload, job.seed))
+        check_job(job, load_workload(job.workload, job.seed), rounds[0] if rounds else None)
         for record in _run_with_dense(job, store, run_rounds):
             lease.check()
             yield Step(record, is_old=False)

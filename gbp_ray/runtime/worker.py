@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from gbp_ray.config import JobConfig, trial_id
+from gbp_ray.pruning.building import build_start
 from gbp_ray.pruning.checkpoint import SHARDS, Checkpoint
 from gbp_ray.pruning.final_test import measure_final_test
 from gbp_ray.pruning.ranks import Ranks
@@ -68,6 +70,7 @@ def iterate_trial(
         # All go by what rank 0 sees: a round may be committed between two looks.
         records = ranks.share_object(ranks.together(lambda: store.read_rounds(name)))
         teller = _Teller(job, workload, name, tell)
+        model: nn.Module | None = None
         if len(records) <= job.prune.rounds:
             for state in run_rounds(
                 job,
@@ -78,18 +81,23 @@ def iterate_trial(
                 tell=teller,
                 score_cache=score_cache,
             ):
-                record = _commit(store, name, state, ranks)
+                record, model = _commit(store, name, state, ranks), state.model
                 # Not held through the next round, which makes masks and an optimizer of its own.
                 del state
                 yield record
         if workload.validation is not None:
-            _use_test_split(job, workload, store, ranks, teller)
+            _use_test_split(job, workload, store, ranks, teller, model)
 
 
 def _use_test_split(
-    job: JobConfig, workload: Workload, store: Store, ranks: Ranks, tell: _Teller
+    job: JobConfig,
+    workload: Workload,
+    store: Store,
+    ranks: Ranks,
+    tell: _Teller,
+    model: nn.Module | None,
 ) -> None:
-    """Measures the chosen round on the test split, once."""
+    """Measures the chosen round on the test split, once; without a network it builds one."""
     name = trial_id(job)
     if ranks.share_object(ranks.together(lambda: store.read_test(name))) is not None:
         return
@@ -99,9 +107,14 @@ def _use_test_split(
         return store.read_file(name, records[number], "weights.safetensors")
 
     chosen = choose_round(records).round
+    if model is None:
+        known, source = records[0].fingerprints, store.round_uri(name, 0)
+        strategy = job.cluster.strategy
+        model = build_start(workload, job.seed, ranks, strategy, known, source).model
     found = measure_final_test(
         job,
         workload,
+        model,
         ranks,
         chosen,
         read_weights,
@@ -166,6 +179,7 @@ def _read_checkpoint(
         state=b"" if shards else read("state.pt"),
         shards=shards,
         dense_weights=dense,
+        fingerprints=records[0].fingerprints,
     )
 
 

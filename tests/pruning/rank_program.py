@@ -45,7 +45,7 @@ from gbp_ray.config import (
 )
 from gbp_ray.errors import ConfigError, PruneError, WorkloadError
 from gbp_ray.pruning.batchnorm import recalibrate_batchnorm
-from gbp_ray.pruning.building import copy_frozen
+from gbp_ray.pruning.building import build_start, copy_frozen
 from gbp_ray.pruning.checkpoint import Checkpoint
 from gbp_ray.pruning.evaluation import evaluate
 from gbp_ray.pruning.final_test import measure_final_test
@@ -374,7 +374,8 @@ def _held_out(ranks: Ranks, strategy: str = "replicated") -> list[Any]:
         # Of a sharded network rank 0 alone has the whole file.
         weights = state.to_files().get("weights.safetensors", b"")
         stored[state.record.round] = ranks.share_object(bytes(weights))
-    tested = measure_final_test(job, workload, ranks, 1, lambda number: stored[number])
+    model, *_ = build_start(workload, job.seed, ranks, strategy)
+    tested = measure_final_test(job, workload, model, ranks, 1, lambda number: stored[number])
     return [*found, tested.model_dump()]
 
 

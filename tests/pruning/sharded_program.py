@@ -83,7 +83,7 @@ def resnet_masks(ranks: Ranks, *, is_sharded: bool) -> dict[tuple[str, str, str]
     split = cifar_images(10)
     workload = Workload(build_model=resnet20, train=split, test=split)
     strategy = "fsdp" if is_sharded else "replicated"
-    model, _ = build_start(workload, 0, ranks, strategy)
+    model, *_ = build_start(workload, 0, ranks, strategy)
     found = {}
     for rule in GRADIENT_RULES:
         config = prune_config(

@@ -143,7 +143,7 @@ def job_of(**changed: Any) -> JobConfig:
 
 def rounds_of(job: JobConfig, workload: Workload, resume: Checkpoint | None = None) -> list[Any]:
     return [
-        (state.record.model_dump(exclude={"seconds"}), state.to_files())
+        (state.record.model_dump(exclude={"seconds", "fingerprints"}), state.to_files())
         for state in run_rounds(job, workload, Ranks(), resume=resume)
     ]
 

@@ -283,7 +283,7 @@ def test_a_network_tied_on_the_meta_device_stays_tied_and_starts_from_its_first_
 
     given = regression(tied_blank, draw(4, 2, 6, 6), draw(4, 3))
     plain = regression(lambda: tied_blank(is_tied=False), draw(4, 2, 6, 6), draw(4, 3))
-    start, _ = build_start(given, 3, Ranks(), "replicated")
+    start, *_ = build_start(given, 3, Ranks(), "replicated")
     again, is_blank = network_of_seed(given, 3)
     apart, _ = network_of_seed(plain, 3)
     assert is_blank
