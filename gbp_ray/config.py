@@ -31,6 +31,7 @@ from gbp_ray.sections import (
     Section,
     dotted,
     explain_faults,
+    nearest_glob,
     nearest_name,
     plain,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "expand",
     "find_idle_options",
     "load_job",
+    "nearest_glob",
     "nearest_name",
     "takes_whole_numbers",
     "trial_id",

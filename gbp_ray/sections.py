@@ -6,6 +6,7 @@ All faults of a job go into one line, with dotted paths and the nearest valid na
 from __future__ import annotations
 
 import difflib
+import glob
 import json
 import re
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ __all__ = [
     "Section",
     "dotted",
     "explain_faults",
+    "nearest_glob",
     "nearest_name",
     "plain",
 ]
@@ -30,6 +32,7 @@ PLUG_IN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 MOST_EXAMPLES = 10**9
 """More examples than any data set has."""
 
+_MOST_DEPTH = 100  # of lists and tables in a value
 _MOST_FAULTS = 50
 _MOST_SHOWN = 300  # characters of a value
 
@@ -48,7 +51,13 @@ class Section(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _has_one_zero(cls, value: Any) -> Any:
+    def _can_be_recorded(cls, value: Any) -> Any:
+        if isinstance(value, str | tuple | dict):
+            texts = list(value) if isinstance(value, dict) else value
+            try:
+                json.dumps(texts, ensure_ascii=False, default=str).encode()
+            except UnicodeEncodeError:
+                raise ValueError("holds what is no UTF-8 text; use another name") from None
         # A trial would be called otherwise with -0.0.
         return 0.0 if isinstance(value, float) and value == 0 else value
 
@@ -58,9 +67,16 @@ def plain(value: Any) -> Any:
 
     Raises:
         TypeError: It is none of JSON's.
-        ValueError: A number is not finite, or text is none that can be written.
-        RecursionError: It is nested too deeply.
+        ValueError: A number is not finite, text is none that can be written, or it is nested too
+            deeply.
+        RecursionError: It is nested far too deeply.
     """
+    level = [value]
+    for _ in range(_MOST_DEPTH):
+        inner = [item for item in level if isinstance(item, dict | list | tuple)]
+        level = [x for item in inner for x in (item.values() if isinstance(item, dict) else item)]
+    if level:
+        raise ValueError(f"is nested more than {_MOST_DEPTH} deep")
     return json.loads(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
 
 
@@ -68,6 +84,16 @@ def nearest_name(name: str, allowed: tuple[str, ...] | list[str]) -> str:
     """Words a suggestion: ", did you mean 'taylor'?", or nothing where none is near."""
     near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
     return f", did you mean '{near[0]}'?" if near else ""
+
+
+def nearest_glob(pattern: str, names: Iterable[str]) -> str:
+    """Words a suggestion as `nearest_name`, written so that it is a glob of that very name."""
+    near = difflib.get_close_matches(pattern, list(names), n=1, cutoff=0.5)
+    if not near:
+        return ""
+    glob_of_it = glob.escape(near[0])
+    note = "" if glob_of_it == near[0] else " ([[] stands for a bracket in a name)"
+    return f", did you mean '{glob_of_it}'{note}?"
 
 
 def dotted(path: Iterable[int | str]) -> str:

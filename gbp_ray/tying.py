@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from gbp_ray.config import nearest_name
+from gbp_ray.config import nearest_glob
 from gbp_ray.errors import ConfigError
 
 __all__ = ["tie_weights", "with_tied_weights"]
@@ -65,7 +65,7 @@ def tie_weights(model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
                 raise _fault(
                     group,
                     f"'{pattern}' matches no convolution or linear layer"
-                    f"{nearest_name(pattern, list(layers))}",
+                    f"{nearest_glob(pattern, layers)}",
                 )
             chosen.update(found)
         names = [name for name in layers if name in chosen]

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from gbp_ray.config import JobConfig, TransferConfig, nearest_name
+from gbp_ray.config import JobConfig, TransferConfig, nearest_glob
 from gbp_ray.errors import ConfigError, WorkloadError
 from gbp_ray.weight_files import State, WeightFile, hash_weights, read_weights
 
@@ -289,7 +289,7 @@ def _build_from(
         if not found:
             raise ConfigError(
                 f"{_TRANSFER}.new_head = '{pattern}': matches no weight of the network"
-                f"{nearest_name(pattern, list(own))}"
+                f"{nearest_glob(pattern, own)}"
             )
         new.update(found)
 

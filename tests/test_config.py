@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import math
@@ -21,6 +22,7 @@ from gbp_ray.config import (
     describe_fields,
     find_idle_options,
     load_job,
+    nearest_glob,
     nearest_name,
     trial_id,
 )
@@ -145,6 +147,15 @@ def test_a_number_too_long_to_be_written_is_refused(job_file: Path) -> None:
         job_file.write_text(JOB)
 
 
+def test_a_glob_with_brackets_is_suggested_as_it_must_be_written() -> None:
+    names = ["parts.a[0].weight", "parts.b.weight"]
+    for near in ("parts.a[0].weight", "parts.a[0].*"):
+        text = nearest_glob(near, names)
+        assert "did you mean 'parts.a[[]0].weight' ([[] stands for a bracket" in text
+    assert fnmatch.filter(names, "parts.a[[]0].weight") == names[:1]
+    assert nearest_glob("parts.c.weight", names[1:]) == ", did you mean 'parts.b.weight'?"
+
+
 def test_minus_zero_is_zero(job_file: Path) -> None:
     job = load_job(job_file, {"prune.sparsity": -0.0, "pretrain.weight_decay": -0.0})
     assert trial_id(job) == trial_id(
@@ -232,6 +243,9 @@ FAULTS = [
     ("storage", "s3://KEY:sec/ret@bucket/x", "storage = 's3://***@bucket/x': holds credentials"),
     ("storage", "https://me:secret@host/x", "storage = 'https://***@host/x': must be a folder"),
     ("storage", "s3://b-u/x?secret_key=secret", "?secret_key=***': holds credentials"),
+    ("storage", "\udcff", "storage = '\\udcff': holds what is no UTF-8 text"),
+    ("prune.exclude", ["\udcff"], "holds what is no UTF-8 text"),
+    ("prune.layer_max_sparsity", {"\udcff": 1.0}, "holds what is no UTF-8 text"),
     ("seed", -1, "seed = -1"),
     ("seed", 10**100, "seed = 1000"),
     ("seed", 2**32, "seed = 4294967296"),

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gbp_ray.config import nearest_name
+from gbp_ray.config import nearest_glob
 from gbp_ray.errors import ConfigError
 from gbp_ray.pruning.sharding import leaves
 
@@ -51,7 +51,7 @@ def refuse_unfreezable(model: nn.Module, freeze: Sequence[str], section: str) ->
         if not fnmatch.filter(names, pattern):
             raise ConfigError(
                 f"{section}.freeze = '{pattern}': matches no parameter or buffer"
-                f"{nearest_name(pattern, names)}"
+                f"{nearest_glob(pattern, names)}"
             )
     if freeze and not trainable_parameters(model, freeze):
         raise ConfigError(

@@ -31,7 +31,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from gbp_ray.config import nearest_name
+from gbp_ray.config import nearest_glob, nearest_name
 from gbp_ray.errors import ConfigError, PruneError, StoreError
 from gbp_ray.pruning.sharding import add_over_ranks, gather_bits, local
 
@@ -89,7 +89,7 @@ def prunable_parameters(model: nn.Module, exclude: Iterable[str] = ()) -> list[P
         if not fnmatch.filter(every_name, pattern):
             raise ConfigError(
                 f"prune.exclude = '{pattern}': matches no parameter"
-                f"{nearest_name(pattern, every_name)}"
+                f"{nearest_glob(pattern, every_name)}"
             )
     kept = [
         unit

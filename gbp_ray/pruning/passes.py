@@ -128,7 +128,10 @@ class Passes:
         return None
 
     def _run_scoring(self, size: int) -> object:
+        # The second probe holds what all after it do.
+        probes = min(self._job.prune.hutchinson_probes, 2)
         small = {"calibration_examples": size, "calibration_batch_size": size}
+        small["hutchinson_probes"] = probes
         config = self._job.prune.model_copy(update=small)
         return score(
             self._model, self._units, self._workload, config, Ranks(), movement=self._movement

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gbp_ray.config import PruneConfig, nearest_name
+from gbp_ray.config import PruneConfig, nearest_glob
 from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.pruning.contenders import Contenders, put_up
 from gbp_ray.pruning.masks import MaskSet
@@ -159,7 +159,7 @@ def check_selectable(
             if not fnmatch.filter(shapes, pattern):
                 raise ConfigError(
                     f"prune.{key}.'{pattern}': matches no prunable parameter"
-                    f"{nearest_name(pattern, list(shapes))}"
+                    f"{nearest_glob(pattern, shapes)}"
                 )
     if config.pattern is None:
         return
