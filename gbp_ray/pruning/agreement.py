@@ -72,7 +72,8 @@ def digest_tensor(tensor: Tensor) -> str:
             digest.update(str(int(bits[:whole].view(torch.int32).sum())).encode())
             # An odd step, so that each byte of a number has its turn.
             bits = bits[:: len(bits) // _WHOLE_BYTES * 2 + 1].contiguous()
-        digest.update(bits.numpy().tobytes())
+        # NumPy's view of a tensor forbids it to grow, as buffers of observers do.
+        digest.update(bits.clone().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

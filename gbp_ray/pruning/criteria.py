@@ -14,14 +14,17 @@ example, or what else the loss is a mean over (`means`); example i counts as n_i
 from __future__ import annotations
 
 import textwrap
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.overrides import TorchFunctionMode
 
-from gbp_ray.errors import ConfigError, PruneError
+from gbp_ray.errors import ConfigError, PruneError, in_one_line
 from gbp_ray.pruning.masks import Prunable
 from gbp_ray.pruning.ranks import buffer_slots
 from gbp_ray.pruning.rules import Criterion, Probe, own_criterion
@@ -194,20 +197,66 @@ def synaptic_flow(model: nn.Module, units: list[Prunable], workload: Workload) -
             f"prune.criterion = synflow: needs inputs of floating point, not {sample.dtype}; "
             "choose another criterion for this model"
         )
-    device = units[0].parameter.device
-    flow_model_state = {
-        name: _flow_value(name, value)
-        for name, value in (*model.named_parameters(), *model.named_buffers())
-    }
-    weights = [flow_model_state[unit.name].requires_grad_() for unit in units]
-    # Products of many layers leave the range of float32.
-    ones = torch.ones_like(sample[:1], dtype=torch.float64, device=device)
-    outputs = functional_call(model, flow_model_state, (ones,))
-    gradients = torch.autograd.grad(outputs.sum(), weights, materialize_grads=True)
-    scores_N = _flat([weight * g for weight, g in zip(weights, gradients, strict=True)]).abs()
+    try:
+        scores_N = _flow(model, units, sample)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        try:
+            with _in_double():
+                scores_N = _flow(model, units, sample)
+        except Exception as error:
+            raise PruneError(
+                "prune.criterion = synflow: passes through the network in float64, and that fails "
+                f"with {textwrap.shorten(in_one_line(error), 200, placeholder=' ...')}; take "
+                "dtypes from the tensors at hand (x.to(self.weight.dtype)), or choose another "
+                "criterion"
+            ) from error
     # Order is all that counts, and a common factor brings the scores back into float32.
     largest = scores_N.max()
     return scores_N / largest if largest > 0 else scores_N
+
+
+def _flow(model: nn.Module, units: list[Prunable], sample: Tensor) -> Tensor:
+    state = {
+        name: _flow_value(name, value)
+        for name, value in (*model.named_parameters(), *model.named_buffers())
+    }
+    weights = [state[unit.name].requires_grad_() for unit in units]
+    # Products of many layers leave the range of float32.
+    ones = torch.ones_like(sample[:1], dtype=torch.float64, device=units[0].parameter.device)
+    outputs = functional_call(model, state, (ones,))
+    gradients = torch.autograd.grad(outputs.sum(), weights, materialize_grads=True)
+    return _flat([weight * g for weight, g in zip(weights, gradients, strict=True)]).abs()
+
+
+@contextmanager
+def _in_double() -> Iterator[None]:
+    """Makes float64 of what a forward pass casts to, or makes in, a narrower floating point."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Doubling():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+class _Doubling(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        def widened(value: Any) -> Any:
+            is_narrow = value in _NARROW if isinstance(value, torch.dtype) else False
+            return torch.float64 if is_narrow else value
+
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            func = Tensor.double
+        named = {key: widened(value) for key, value in (kwargs or {}).items()}
+        return func(*map(widened, args), **named)
+
+
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _flow_value(name: str, value: Tensor) -> Tensor:

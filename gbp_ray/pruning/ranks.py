@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from gbp_ray.errors import GbpError, PruneError, TrialError, in_one_line
 from gbp_ray.workload import seeded
 
-__all__ = ["OrderedSum", "Ranks", "all_gather", "buffer_slots", "isolated"]
+__all__ = ["OrderedSum", "Ranks", "all_gather", "buffer_slots", "checksum", "isolated"]
 
 Result = TypeVar("Result")
 
@@ -348,6 +348,15 @@ def buffer_slots(model: nn.Module) -> list[tuple[dict[str, Tensor | None], str, 
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+
+
+def checksum(values: Tensor) -> int:
+    """Adds up the bits of a tensor, to see whether it was written to."""
+    values = values.detach()
+    if values.is_complex():
+        values = torch.view_as_real(values)
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(values.contiguous().view(kinds[values.element_size()]).sum())
 
 
 @functools.cache

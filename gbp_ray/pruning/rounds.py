@@ -24,6 +24,7 @@ from gbp_ray.errors import PruneError, StoreError
 from gbp_ray.pruning.averaging import MovingAverage
 from gbp_ray.pruning.batchnorm import keeping_statistics, recalibrate_as_asked
 from gbp_ray.pruning.building import build_start, copy_frozen
+from gbp_ray.pruning.causes import why_not_finite
 from gbp_ray.pruning.checkpoint import (
     Checkpoint,
     damaged,
@@ -462,10 +463,12 @@ class _Run:
     def _evaluate(self, number: int) -> tuple[float, float]:
         accuracy, loss = self._measure(number)
         if not math.isfinite(loss):
-            raise PruneError(
-                f"round {number}: the {self.split} loss is {loss:g}; the weights diverged, lower "
-                "pretrain.learning_rate or finetune.learning_rate"
+            kept = dict(self.model.named_parameters())
+            weights = {name: kept[name] for name, _ in self.masks.items()}
+            why = why_not_finite(weights) or (
+                "the weights diverged, lower pretrain.learning_rate or finetune.learning_rate"
             )
+            raise PruneError(f"round {number}: the {self.split} loss is {loss:g}; {why}")
         return accuracy, loss
 
     def _attack(self, number: int) -> float | None:

@@ -6,7 +6,8 @@ goes wrong inside it is told as a fault of the field `prune.criterion` that name
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -18,6 +19,7 @@ from gbp_ray.config import PruneConfig, nearest_name
 from gbp_ray.errors import ConfigError, GbpError, PruneError, in_one_line
 from gbp_ray.pruning.folding import Fold
 from gbp_ray.pruning.masks import Prunable
+from gbp_ray.pruning.ranks import checksum
 from gbp_ray.workload import import_attribute
 
 __all__ = ["BatchStatistic", "Criterion", "Finish", "Probe", "own_criterion"]
@@ -142,7 +144,8 @@ def _wrap_function(
 ) -> BatchStatistic:
     def statistic(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
         loss = probe.loss(probe.model(inputs), targets)
-        found = _call_own(name, partial(function, probe.model, inputs, targets, loss))
+        with _unchanged(name, dict(probe.model.named_parameters())):
+            found = _call_own(name, partial(function, probe.model, inputs, targets, loss))
         if not isinstance(found, Mapping):
             raise PruneError(
                 f"prune.criterion = '{name}': must return {{parameter name: tensor}}, not "
@@ -156,6 +159,7 @@ def _wrap_function(
                     f"{tuple(unit.parameter.shape)} for '{unit.name}', not "
                     f"{_kind_of(given, unit.name, found)}"
                 )
+            _check_real(name, given)
         return torch.cat([found[unit.name].detach().reshape(-1) for unit in probe.units])
 
     return statistic
@@ -167,7 +171,8 @@ def _named(rule: Criterion, name: str) -> Criterion:
     def guarded(statistic: BatchStatistic) -> BatchStatistic:
         def call(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
             total = sum(unit.parameter.numel() for unit in probe.units)
-            vector_N = _call_own(name, partial(statistic, probe, inputs, targets))
+            with _unchanged(name, dict(probe.model.named_parameters())):
+                vector_N = _call_own(name, partial(statistic, probe, inputs, targets))
             return _require_flat(name, vector_N, total)
 
         return call
@@ -178,7 +183,8 @@ def _named(rule: Criterion, name: str) -> Criterion:
 
     def fold(gradient_L: Tensor, weight_L: Tensor, factor: float) -> Tensor:
         assert rule.of_gradients is not None
-        added_L = _call_own(name, partial(rule.of_gradients, gradient_L, weight_L, factor))
+        with _unchanged(name, {"it was given": weight_L}):
+            added_L = _call_own(name, partial(rule.of_gradients, gradient_L, weight_L, factor))
         return _require_flat(name, added_L, len(gradient_L))
 
     return replace(
@@ -205,7 +211,31 @@ def _require_flat(name: str, vector_N: object, num_weights: int) -> Tensor:
             f"prune.criterion = '{name}': its of_gradients, passes and finish must return a tensor "
             f"of shape ({num_weights},), not {_kind_of(vector_N)}"
         )
+    _check_real(name, vector_N)
     return vector_N
+
+
+def _check_real(name: str, found: Tensor) -> None:
+    """Refuses what would become zeros or lose a part where scores are added up."""
+    kind = "complex" if found.is_complex() else "meta" if found.is_meta else "sparse"
+    if found.is_complex() or found.is_meta or found.layout is not torch.strided:
+        raise PruneError(
+            f"prune.criterion = '{name}': must return real numbers that are in memory, not a "
+            f"{kind} tensor"
+        )
+
+
+@contextmanager
+def _unchanged(name: str, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Refuses a criterion that writes to the weights it judges."""
+    before = {path: checksum(weight) for path, weight in weights.items()}
+    yield
+    changed = next((path for path, w in weights.items() if checksum(w) != before[path]), None)
+    if changed is not None:
+        raise PruneError(
+            f"prune.criterion = '{name}': changed the weights '{changed}' of the network; a "
+            "criterion only scores them, and what is pruned is set to zero afterwards"
+        )
 
 
 def _kind_of(value: object, name: str = "", found: Mapping[str, object] | None = None) -> str:

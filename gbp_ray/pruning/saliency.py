@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gbp_ray.config import PruneConfig
 from gbp_ray.errors import PruneError, WorkloadError
 from gbp_ray.means import zero_loss
+from gbp_ray.pruning.causes import why_not_finite
 from gbp_ray.pruning.criteria import criterion, synaptic_flow
 from gbp_ray.pruning.folding import GradientSums
 from gbp_ray.pruning.item_counts import counts_of
@@ -499,8 +500,12 @@ def _refuse_non_finite(
     # One weight that is not finite spoils the gradients of all: name that one.
     culprit = next((u for u in units if not bool(torch.isfinite(local(u.parameter)).all())), bad[0])
     seen = f", seen by worker {ranks.rank}" if ranks.world_size > 1 else ""
-    raise PruneError(
-        f"scores of '{culprit.name}': NaN or infinite under prune.criterion = {rule}{seen}; the "
-        "weights diverged or the criterion overflowed; lower the learning rate, or try another "
+    # This rank's rows, since the others may have nothing to say.
+    rows = {unit.name: local(unit.parameter.detach()) for unit in units}
+    why = why_not_finite(rows) or (
+        "the weights diverged or the criterion overflowed; lower the learning rate, or try another "
         "criterion"
+    )
+    raise PruneError(
+        f"scores of '{culprit.name}': NaN or infinite under prune.criterion = {rule}{seen}; {why}"
     )

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from gbp_ray.config import JobConfig, Recipe
 from gbp_ray.errors import ConfigError, WorkloadError, in_one_line
 from gbp_ray.pruning.buffers import TrainedBuffers
-from gbp_ray.pruning.ranks import Ranks, buffer_slots, isolated
+from gbp_ray.pruning.ranks import Ranks, buffer_slots, checksum, isolated
 from gbp_ray.workload import Workload, num_examples, take_batch
 
 __all__ = ["Watch", "check_evaluated", "check_readings", "check_training_passes"]
@@ -70,7 +70,7 @@ class Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._sums = {name: _checksum(p) for name, p in model.named_parameters()}
+        self._sums = {name: checksum(p) for name, p in model.named_parameters()}
         self._slots = [(owner, name, b, b.shape) for owner, name, b in buffer_slots(model)]
         self._names = {id(buffer): name for name, buffer in model.named_buffers()}
         self._numbers = dict(_numbers(model))
@@ -80,7 +80,7 @@ class Watch:
     def parameters(self) -> list[str]:
         """Names the parameters that have other values now."""
         named = self._model.named_parameters()
-        return [name for name, p in named if _checksum(p) != self._sums.get(name)]
+        return [name for name, p in named if checksum(p) != self._sums.get(name)]
 
     def check_shapes(self) -> None:
         """Refuses buffers that have other shapes now, and warns of those that were put aside.
@@ -116,14 +116,6 @@ class Watch:
                 "itself; register what the network computes with as a buffer",
                 stacklevel=3,
             )
-
-
-def _checksum(parameter: Tensor) -> int:
-    values = parameter.detach()
-    if values.is_complex():
-        values = torch.view_as_real(values)
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return int(values.contiguous().view(kinds[values.element_size()]).sum())
 
 
 def _numbers(model: nn.Module) -> Iterable[tuple[str, float]]:

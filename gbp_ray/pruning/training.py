@@ -30,6 +30,7 @@ from gbp_ray.config import Recipe
 from gbp_ray.errors import PruneError
 from gbp_ray.pruning.averaging import MovingAverage
 from gbp_ray.pruning.buffers import TrainedBuffers
+from gbp_ray.pruning.causes import why_not_finite
 from gbp_ray.pruning.clipping import clip_gradients
 from gbp_ray.pruning.folding import GradientSums
 from gbp_ray.pruning.freezing import trainable_parameters, training_mode
@@ -239,7 +240,7 @@ def train_epochs(
                 besides.add(None if item is None else beside)
         gradients = sums.totals()
         joined_B, loss_1 = besides.result().split([buffers.size, 1])
-        _refuse_non_finite(loss_1, gradients, span, step, recipe, ranks)
+        _refuse_non_finite(loss_1, gradients, span, step, recipe, ranks, masks or {})
         for name, parameter in trainable.items():
             parameter.grad = gradients[name]
         if movement is not None:
@@ -286,6 +287,7 @@ def _refuse_non_finite(
     step: int,
     recipe: Recipe,
     ranks: Ranks,
+    masks: Mapping[str, Tensor],
 ) -> None:
     # Read at once: on a GPU every look waits for it.
     are_finite = [torch.isfinite(local(gradient)).all() for gradient in gradients.values()]
@@ -300,7 +302,10 @@ def _refuse_non_finite(
         culprit = next(name for name, bad in zip(gradients, is_bad, strict=True) if bad)
         what = f"gradient of '{culprit}' is not finite"
     section = span.phase
+    remedy = f"lower {section}.learning_rate = {recipe.learning_rate:g} or check the data for NaN"
+    if why := why_not_finite(masks):
+        # After the first step the rate may be to blame as well.
+        remedy = why if step == span.steps.start else f"{why}; or {remedy}"
     raise PruneError(
-        f"{section}: {what} at step {step - span.steps.start + 1} of {len(span.steps)}; lower "
-        f"{section}.learning_rate = {recipe.learning_rate:g} or check the data for NaN"
+        f"{section}: {what} at step {step - span.steps.start + 1} of {len(span.steps)}; {remedy}"
     )

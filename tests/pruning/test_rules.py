@@ -164,6 +164,22 @@ def weights_by(rename: Callable[[str], str]) -> Callable[..., dict[str, Tensor]]
     return lambda model, *batch: {rename(n): w for n, w in model.named_parameters()}
 
 
+def zeroing(model: nn.Module, *batch: object) -> dict[str, Tensor]:
+    """Prunes by itself, past torch's count of versions."""
+    for weight in model.parameters():
+        weight.data.mul_(weight.abs() > weight.abs().median())
+    return dict(model.named_parameters())
+
+
+def zeroing_what_it_is_given(gradient_L: Tensor, weight_L: Tensor, factor: float) -> Tensor:
+    weight_L.zero_()
+    return gradient_L
+
+
+def weights_as(change: Callable[[Tensor], Tensor]) -> Callable[..., dict[str, Tensor]]:
+    return lambda model, *batch: {n: change(w.detach()) for n, w in model.named_parameters()}
+
+
 FAULTY: dict[str, tuple[object, str]] = {
     "raises": (raising, r"raised KeyError: 'no\\nsuch'$"),
     "no result": (lambda *batch: None, r"must return \{parameter name: tensor\}, not NoneType$"),
@@ -181,6 +197,21 @@ FAULTY: dict[str, tuple[object, str]] = {
     "a pass of another size": (
         dataclasses.replace(OWN_RULE, passes=(lambda *batch: torch.zeros(3),)),
         r"its of_gradients, passes and finish must return a tensor of shape \(20,\), not \(3,\)$",
+    ),
+    "complex scores": (
+        weights_as(lambda w: w.cfloat()),
+        r"must return real numbers .*, not a complex",
+    ),
+    "meta scores": (weights_as(lambda w: w.to("meta")), r"must return real numbers .*, not a meta"),
+    "sparse scores": (weights_as(Tensor.to_sparse), r"must return real .*, not a sparse tensor$"),
+    "a complex pass": (
+        dataclasses.replace(OWN_RULE, passes=(lambda *batch: torch.zeros(20).cfloat(),)),
+        r"must return real numbers that are in memory, not a complex tensor$",
+    ),
+    "it prunes": (zeroing, r"changed the weights '0\.weight' of the network; a criterion only"),
+    "it zeroes what it is given": (
+        dataclasses.replace(OWN_RULE, passes=(), of_gradients=zeroing_what_it_is_given),
+        r"changed the weights 'it was given'",
     ),
     "a finish raises": (
         dataclasses.replace(OWN_DATA_FREE_RULE, finish=raising),

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -17,6 +17,8 @@ from small_networks import (
     scores_of,
 )
 from torch import Tensor, nn
+
+from gbp_ray.errors import PruneError
 
 
 def relu_net(*sizes: int, bias: bool = False) -> nn.Module:
@@ -92,6 +94,38 @@ def test_synflow_stays_finite_through_sixty_layers(factor: float) -> None:
     # A factor common to all weights changes the order of none.
     share, unscaled_share = (flat(s) / flat(s).max() for s in (scores, unscaled))
     torch.testing.assert_close(share, unscaled_share, rtol=1e-3, atol=1e-9)
+
+
+def narrowing(cast: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A network that casts what it meets, as to the dtype that inputs usually have."""
+    model = relu_net(3, 5, 2)
+    model[0].register_forward_pre_hook(lambda module, inputs: (cast(inputs[0]),))
+    model[1].register_forward_hook(lambda module, inputs, hidden: cast(hidden))
+    return model
+
+
+CASTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "float": lambda x: x.float(),
+    "to": lambda x: x.to(torch.float32),
+    "named": lambda x: x.to(dtype=torch.float16, copy=True),
+    "state": lambda x: x @ torch.eye(x.shape[1]) + torch.zeros(x.shape[1], dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_synflow_passes_casts_in_float64(cast: str) -> None:
+    plain, casting = built(lambda: relu_net(3, 5, 2)), built(lambda: narrowing(CASTS[cast]))
+    expected = scores_of(plain, tiny(), config_of("synflow"))
+    found = scores_of(casting, tiny(), config_of("synflow"))
+    assert torch.equal(flat(found), flat(expected))
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_what_cannot_pass_in_float64_is_told_with_the_criterion() -> None:
+    kept_aside = {size: torch.eye(size) for size in (3, 5)}
+    model = built(lambda: narrowing(lambda x: x @ kept_aside[x.shape[1]]))
+    with pytest.raises(PruneError, match=r"^prune\.criterion = synflow: .* in float64, and that"):
+        scores_of(model, tiny(), config_of("synflow"))
 
 
 def test_synflow_of_a_network_without_any_path_is_zero() -> None:
