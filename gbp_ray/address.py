@@ -73,6 +73,8 @@ class S3Address:
         prefix = "/".join(part for part in unquote(parts.path).split("/") if part)
         if {".", ".."} & set(prefix.split("/")):
             raise ValueError("must not hold '.' or '..'; give the whole prefix")
+        if not prefix.isprintable() or "\\" in prefix:
+            raise ValueError("must not hold a backslash or what cannot be printed")
         return cls(parts.netloc, prefix, **options)
 
     @property

@@ -18,18 +18,28 @@ from typing import Any
 
 from gbp_ray.errors import StoreError
 from gbp_ray.index import INDEX, UNINDEXED, map_in_threads, read_stored, tabulate
-from gbp_ray.lease import DEAD_S, hold_lease, is_held
-from gbp_ray.objects import Entry, Leftover, Objects
+from gbp_ray.lease import DEAD_S, MARKS, hold_lease, is_held
+from gbp_ray.objects import Entry, Leftover, Objects, is_key
 from gbp_ray.records import RoundRecord, TrialRecord
 from gbp_ray.store import Store, locate_jobs
 from gbp_ray.tensors import count_nonzero, digest_masks, find_revived, read_masks
 
 __all__ = ["Audit", "Garbage", "find_faults", "find_garbage", "remove_garbage"]
 
-_MARKS = ("driver.lock", "driver.json")
 _PROBE = ".probe-"
-_ROUND = re.compile(r"trials/[^/]+/round_\d+/")
+_ROUND = re.compile(r"trials/[^/]+/round_[0-9]+/")
+_ROUND_NAME = re.compile(r"round_([0-9]{3}|[1-9][0-9]{3,5})")
 _SHARED = ("dense/", "scores/", "explained/")
+_FILES = (
+    r"((weights|masks|scores|pictures)(\.[0-9a-f]{8})?\.safetensors|state(\.[0-9a-f]{8})?\.pt"
+    r"|findings(\.[0-9a-f]{8})?\.json|shards/[^/]+)"
+)
+_OWN = re.compile(
+    rf"(dense|scores|explained)/[^/]+/({_FILES}|(shared|driver)\.json|driver\.lock)"
+    r"|trials/[^/]+/((trial|failure|stopped|test|driver)\.json|driver\.lock)"
+    rf"|trials/[^/]+/round_[0-9]+/({_FILES}|round\.json)"
+)
+"""The names that this package writes; all else is somebody else's."""
 
 
 @dataclass
@@ -119,7 +129,7 @@ def _audit_trial(store: Store, trial: str) -> tuple[Audit, TrialRecord | None]:
     audit = Audit()
     rounds: dict[int, RoundRecord] = {}
     folders = store.objects.list_folders(f"trials/{trial}/")
-    numbers = sorted(int(f[6:]) for f in folders if f.startswith("round_") and f[6:].isdigit())
+    numbers = [int(folder[6:]) for folder in folders if _ROUND_NAME.fullmatch(folder)]
     for number in numbers:
         uri = f"{store.round_uri(trial, number)}"
         with _noted(audit, uri):
@@ -294,14 +304,16 @@ def _remove(item: Garbage) -> bool:
     if item.until and item.objects.exists(item.until):
         return False
     # The mark of a lease is removed by whoever held it last, which by now is us.
-    if item.key.rpartition("/")[2] not in _MARKS:
+    if item.key.rpartition("/")[2] not in MARKS:
         item.objects.delete([item.key])
     return True
 
 
 def _garbage_of(store: Store, prefix: str, is_unfinished_too: bool) -> Iterator[Garbage]:
     objects = store.objects
-    entries, leftovers = list(objects.entries(prefix)), list(objects.find_leftovers(prefix))
+    # What no writer of ours could have named is somebody else's.
+    entries = [entry for entry in objects.entries(prefix) if is_key(entry.key)]
+    leftovers = [item for item in objects.find_leftovers(prefix) if is_key(item.key)]
     keys = {entry.key for entry in entries}
     held: dict[str, bool] = {}
 
@@ -327,22 +339,23 @@ def _garbage_of(store: Store, prefix: str, is_unfinished_too: bool) -> Iterator[
 def _judge(entry: Entry, is_unfinished_too: bool) -> tuple[str, str, str]:
     """Tells whose an object is, why it is garbage, or "", and the name that would make it none."""
     key = entry.key
-    folder, _, name = key.rpartition("/")
+    folder, name = "/".join(key.split("/")[:2]), key.rpartition("/")[2]
     if key.startswith(_PROBE):
         return "", "a preflight never removed it" if entry.age_s > DEAD_S else "", ""
     if key.startswith("ray/"):
         return key.split("/")[1], "it is Ray's own", ""
     if key.startswith(UNINDEXED):
         return name, "it announces a trial that never finished", f"trials/{name}/trial.json"
+    if not _OWN.fullmatch(key):
+        # Somebody's notes, say.
+        return "", "", ""
     if key.startswith(_SHARED):
-        if name in _MARKS:
+        if name in MARKS:
             return folder, "its driver is dead", ""
         why = "" if name == "shared.json" else "it was never committed"
         return folder, why, f"{folder}/shared.json"
     trial = _trial_of(key)
-    if not trial:
-        return "", "", ""
-    if name in _MARKS:
+    if name in MARKS:
         return trial, "its driver is dead", ""
     if is_unfinished_too:
         return trial, "its trial never finished", f"trials/{trial}/trial.json"

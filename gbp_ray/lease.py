@@ -31,12 +31,25 @@ from gbp_ray.errors import BusyError, StoreError
 from gbp_ray.files import FolderObjects
 from gbp_ray.objects import Objects
 
-__all__ = ["BEAT_S", "DEAD_S", "Lease", "await_lease", "hold_lease", "is_held"]
+__all__ = [
+    "BEAT_S",
+    "DEAD_S",
+    "MARKS",
+    "Lease",
+    "await_lease",
+    "hold_lease",
+    "is_held",
+    "read_driver",
+]
 
+MARKS = ("driver.lock", "driver.json")
+"""What names the driver of a folder in that folder."""
 BEAT_S = 5.0
 """Seconds between two signs of life."""
 DEAD_S = 30.0
 """Seconds without one after which a driver is dead."""
+_MOST_BYTES = 10_000
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Lease:
@@ -106,75 +119,77 @@ def is_held(objects: Objects, trial: str) -> bool:
     """Tells whether a live driver is at work on a trial; changes nothing."""
     if isinstance(objects, FolderObjects):
         try:
-            with _lock_path(objects, trial).open("rb") as file:
-                return not _try_lock(file)
+            with objects.open_file(_lock_of(trial), os.O_RDONLY) as file:
+                return not _try_lock(file, objects.uri_of(trial))
         except OSError:
             return False
     found = objects.get_version(_mark(trial))
     return found is not None and _is_alive(_parse(found[0]), found[2])
 
 
+def read_driver(objects: Objects, trial: str) -> str:
+    """Reads the token of the driver that took a trial last and has not ended; "" where none has."""
+    key = _lock_of(trial) if isinstance(objects, FolderObjects) else _mark(trial)
+    return str(_parse(objects.get(key) or b"").get("driver", ""))
+
+
 # -- on a folder -----------------------------------------------------------------------------------
 
 
-def _lock_path(objects: FolderObjects, trial: str) -> Path:
-    return objects.path(f"{trial}/driver.lock")
+def _lock_of(trial: str) -> str:
+    return f"{trial}/driver.lock"
 
 
 @contextlib.contextmanager
 def _lock_file(objects: FolderObjects, trial: str) -> Iterator[None]:
-    path = _lock_path(objects, trial)
-    file = _open_locked(path, objects.uri_of(trial))
-    try:
-        yield
-    finally:
-        # Removed while it is still locked, so that it is nobody else's.
-        with contextlib.suppress(OSError):
-            path.unlink()
-        file.close()
-        with contextlib.suppress(OSError):
-            path.parent.rmdir()
-
-
-def _open_locked(path: Path, place: str) -> IO[bytes]:
-    while True:
+    key = _lock_of(trial)
+    with _open_locked(objects, key, objects.uri_of(trial)):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("ab+")
-        except FileNotFoundError:
-            # Another driver has just removed the empty folder.
-            continue
-        except OSError as error:
-            raise StoreError(
-                f"storage: cannot write '{path}': {error.strerror}; choose a storage folder you "
-                "can write"
-            ) from None
-        if not _try_lock(file):
-            found = b""
-            # The holder may end at this very moment, and remove it.
-            with contextlib.suppress(FileNotFoundError):
-                found = path.read_bytes()
-            holder = _parse(found)
-            file.close()
-            raise _refusal(place, holder)
-        # The holder before us may have removed the file between our two steps.
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                file.truncate(0)
-                file.write(json.dumps(_describe_self()).encode())
-                file.flush()
-                return file
-        file.close()
+            yield
+        finally:
+            # Removed while it is still locked, so that it is nobody else's.
+            with contextlib.suppress(StoreError):
+                objects.delete([key])
 
 
-def _try_lock(file: IO[bytes]) -> bool:
+@contextlib.contextmanager
+def _open_locked(objects: FolderObjects, key: str, place: str) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                opened = objects.open_file(key, os.O_RDWR | os.O_CREAT, is_made=True)
+                file = stack.enter_context(opened)
+                if not _try_lock(file, place):
+                    raise _refusal(place, _parse(file.read(_MOST_BYTES)))
+                # The holder before us may have removed the file between our two steps.
+                path = objects.path(key)
+                if os.fstat(file.fileno()).st_ino == os.lstat(path).st_ino:
+                    os.ftruncate(file.fileno(), 0)
+                    os.pwrite(file.fileno(), _dump(_describe_self()), 0)
+                    # So that workers on other machines read it, too.
+                    os.fsync(file.fileno())
+                    break
+            except FileNotFoundError:
+                # Another driver has just removed the file, or the empty folder.
+                pass
+            except OSError as error:
+                reason = "no room on disk" if error.errno in _FULL else error.strerror
+                raise StoreError(
+                    f"storage: cannot write '{objects.uri_of(key)}': {reason}; make room or choose "
+                    "a storage folder you can write"
+                ) from None
+            stack.close()
+        yield
+
+
+def _try_lock(file: IO[bytes], place: str) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
         warnings.warn(
-            f"storage: '{file.name}' cannot be locked ({error.strerror}); make sure yourself that "
+            f"storage: '{place}' cannot be locked ({error.strerror}); make sure yourself that "
             "no other driver runs this trial",
             stacklevel=2,
         )
@@ -245,7 +260,8 @@ def _is_alive(holder: dict[str, Any], age_s: float) -> bool:
     machine = _machine()
     if machine is None or holder.get("machine") != machine:
         return True
-    return _process_start(int(holder["pid"])) == holder["started"]
+    started = _process_start(holder.get("pid", 0))
+    return started is not None and started == holder.get("started")
 
 
 # -- whose it is -----------------------------------------------------------------------------------
@@ -287,16 +303,20 @@ def _dump(card: dict[str, Any]) -> bytes:
 
 
 def _parse(data: bytes) -> dict[str, Any]:
+    """Reads what a driver has written of itself, as far as it is that."""
     try:
-        card = json.loads(data)
-    except ValueError:
+        card = json.loads(data[:_MOST_BYTES])
+    except (ValueError, RecursionError):
         return {}
-    return card if isinstance(card, dict) else {}
+    if not isinstance(card, dict):
+        return {}
+    kinds = {"pid": int, "beats": int}
+    return {name: v for name, v in card.items() if type(v) is kinds.get(name, str)}
 
 
 def _refusal(place: str, holder: dict[str, Any]) -> BusyError:
     who = "another driver"
-    if "pid" in holder:
+    if {"pid", "host", "since"} <= set(holder):
         who = f"process {holder['pid']} on {holder['host']}, since {holder['since']},"
     return BusyError(
         f"storage: '{place}': {who} is at work on this trial; wait until it has ended, or stop it, "

@@ -4,15 +4,64 @@
 all of its bytes or does not exist. A *version* is whatever tells one content of a name from the
 next; `put_if` writes only over the version that the caller has seen, which is how two writers find
 out about each other.
+
+A name is one relative path inside its own folder, whoever gives it: `check_key` holds that for the
+names in records, addresses and listings, and both storages hold every name against it once more
+before they touch anything.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-__all__ = ["Entry", "Leftover", "Objects"]
+from gbp_ray.errors import StoreError
+
+__all__ = ["TEMPORARY", "Entry", "Leftover", "Objects", "check_key", "is_key"]
+
+TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}|\.seen\.[0-9a-f]{32}")
+"""Names of files that are still being written, which are no objects."""
+_DRIVE = re.compile(r"[A-Za-z]:")
+_MOST_BYTES, _MOST_PART_BYTES = 900, 200
+
+
+def check_key(key: str) -> str:
+    """Returns a name if it is one relative path that stays inside its folder.
+
+    Raises:
+        StoreError: It is empty, absolute or too long, holds "..", ".", a backslash, a drive or what
+            cannot be printed, or is a name that unfinished files have.
+    """
+    if fault := _find_fault(key):
+        raise StoreError(
+            f"storage: '{key}': {fault}; it must be a path inside the results, and nothing was "
+            "read or written"
+        )
+    return key
+
+
+def is_key(key: str) -> bool:
+    """Tells whether `check_key` takes a name."""
+    return not _find_fault(key)
+
+
+def _find_fault(key: str) -> str:
+    if not key.isprintable() or "\\" in key:
+        return "the name holds a backslash or what cannot be printed"
+    parts = key.split("/")
+    if {"", ".", ".."} & set(parts):
+        return "the name is absolute, or holds '.', '..' or an empty part"
+    if any(_DRIVE.match(part) or TEMPORARY.fullmatch(part) for part in parts):
+        return "the name is that of a drive or of an unfinished file"
+    sizes = [len(part.encode()) for part in parts]
+    if max(sizes) > _MOST_PART_BYTES or sum(sizes) + len(sizes) > _MOST_BYTES:
+        return (
+            f"the name is too long (allowed: {_MOST_PART_BYTES} bytes a part, {_MOST_BYTES} in all)"
+        )
+    return ""
 
 
 @dataclass(frozen=True)
@@ -75,6 +124,11 @@ class Objects(ABC):
     def get_version(self, key: str) -> tuple[bytes, str, float] | None:
         """Reads an object with its version and its age in seconds, or None."""
 
+    def measure(self, key: str) -> tuple[int, str] | None:
+        """Reads an object for its size and SHA-256, or None."""
+        data = self.get(key)
+        return None if data is None else (len(data), hashlib.sha256(data).hexdigest())
+
     @abstractmethod
     def exists(self, key: str) -> bool:
         """Tells whether there is such an object."""
@@ -90,6 +144,18 @@ class Objects(ABC):
         Returns:
             The new version, or None where someone else was faster.
         """
+
+    @abstractmethod
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Writes an object, never over other bytes; after `flush` it is there to stay.
+
+        Returns:
+            Whether it is there with these bytes; else the name is taken.
+        """
+
+    @abstractmethod
+    def flush(self, folders: Iterable[str]) -> None:
+        """Makes sure that what `put_new` wrote directly into some folders outlives a power cut."""
 
     @abstractmethod
     def delete(self, keys: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import os
 import re
 import shutil
@@ -40,6 +41,7 @@ from gbp_ray.errors import ConfigError, StoreError
 from gbp_ray.gallery import PageFigure, draw_figures
 from gbp_ray.index import map_in_threads
 from gbp_ray.lease import is_held
+from gbp_ray.objects import is_key
 from gbp_ray.records import write_share
 from gbp_ray.results import Results, read_results
 from gbp_ray.store import Store, locate_jobs
@@ -50,6 +52,7 @@ __all__ = ["Report", "write_report"]
 
 _PAGE = "index.html"
 _MARK = re.compile(r'<meta name="gbp-ray-report" content="([^"]*)">')
+_MARK_BYTES = 500_000
 _MOST_WORKLOADS, _MOST_TRIALS, _MOST_POINTS = 6, 200, 120
 _MOST_UNFINISHED, _MOST_JOBS = 30, 40
 _MOST_PAGES = 20
@@ -195,7 +198,7 @@ def _write_report(
         num_unfinished=num_unfinished,
         versions=versions,
         left_out=left_out,
-        mark=" ".join(names),
+        mark=" ".join(f"{name}={_digest(data)}" for name, data in sorted(files.items())),
         num_trials=sum(len(curves.trials) for curves in workloads),
     )
     files[_PAGE] = page.encode()
@@ -460,20 +463,41 @@ def _check_folder(to: str | Path) -> Path:
 
 
 def _list_files(folder: Path) -> set[str]:
+    """Lists all that is no folder; links are not followed."""
     return {
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_symlink() or not path.is_dir()
+        (Path(place) / name).relative_to(folder).as_posix()
+        for place, folders, names in os.walk(folder)
+        for name in [*names, *(name for name in folders if (Path(place) / name).is_symlink())]
     }
 
 
 def _earlier_files(folder: Path) -> set[str]:
+    """Lists the files of an earlier report: those that are as its page says that they were."""
     try:
         with (folder / _PAGE).open("rb") as file:
-            mark = _MARK.search(file.read(20_000).decode(errors="replace"))
+            mark = _MARK.search(file.read(_MARK_BYTES).decode(errors="replace"))
     except OSError:
         return set()
-    return set(mark[1].split()) if mark else set()
+    if mark is None:
+        return set()
+    listed = (entry.rpartition("=") for entry in mark[1].split())
+    found = {name for name, _, digest in listed if _is_as_written(folder, name, digest)}
+    return found | {_PAGE}
+
+
+def _is_as_written(folder: Path, name: str, digest: str) -> bool:
+    """Tells whether a file inside a folder is what a report put there."""
+    path = folder / name
+    if not is_key(name) or path.resolve() != folder.resolve() / name:
+        return False
+    try:
+        return _digest(path.read_bytes()) == digest
+    except OSError:
+        return False
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _publish(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -18,22 +18,28 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     computed_field,
     field_serializer,
     field_validator,
+    model_serializer,
+    model_validator,
 )
 
 from gbp_ray.config import SCHEMA_VERSION, JobConfig
-from gbp_ray.errors import StoreError
-from gbp_ray.objects import Objects
+from gbp_ray.errors import GbpError, StoreError
+from gbp_ray.objects import Objects, is_key
 
 __all__ = [
+    "AnyRecord",
     "CostRecord",
     "DenseReference",
     "FailureRecord",
@@ -57,6 +63,28 @@ _STORED, _RECALIBRATED = "as stored", "with BatchNorm re-estimated"
 _SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n}\n\Z')
 
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def _check_name(name: str) -> str:
+    if not is_key(name):
+        raise ValueError("must be the name of something inside its folder")
+    return name
+
+
+def _check_part(name: str) -> str:
+    if "/" in name:
+        raise ValueError("must be the name of something directly inside its folder")
+    return _check_name(name)
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+"""Of a file: one relative path, see `check_key`."""
+Part = Annotated[str, AfterValidator(_check_part)]
+"""Of a trial: the same without "/"."""
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class _Record(BaseModel):
     # "ignore": a reader of today opens the records of a later version that added fields.
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
@@ -69,17 +97,17 @@ class LayerRecord(_Record):
     """One prunable parameter, measured from its weights."""
 
     name: str
-    shape: tuple[int, ...]
-    num_weights: int
-    num_nonzero: int
-    macs: int
-    macs_nonzero: int
+    shape: tuple[Count, ...]
+    num_weights: Count
+    num_nonzero: Count
+    macs: Count
+    macs_nonzero: Count
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def sparsity(self) -> float:
         """Zero weights / weights."""
-        return 1 - self.num_nonzero / self.num_weights
+        return 1 - self.num_nonzero / max(1, self.num_weights)
 
 
 class CostRecord(_Record):
@@ -88,13 +116,13 @@ class CostRecord(_Record):
     Where `macs_fault` says why multiply-adds were not counted, they are 0 everywhere.
     """
 
-    num_parameters: int
-    num_nonzero: int
-    macs: int
-    macs_nonzero: int
+    num_parameters: Count
+    num_nonzero: Count
+    macs: Count
+    macs_nonzero: Count
     macs_fault: str = ""
-    num_bytes: int
-    num_bytes_sparse: int
+    num_bytes: Count
+    num_bytes_sparse: Count
     layers: tuple[LayerRecord, ...]
 
     @property
@@ -111,7 +139,7 @@ class CostRecord(_Record):
     @property
     def sparsity(self) -> float:
         """Zero weights / prunable weights."""
-        return 1 - self.num_kept / self.num_units
+        return 1 - self.num_kept / max(1, self.num_units)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -121,10 +149,20 @@ class CostRecord(_Record):
 
 
 class FileRecord(_Record):
-    """A file's size and checksum, as committed."""
+    """A file's size and checksum, as committed.
 
-    num_bytes: int
+    Attributes:
+        stored_as: The name that it has where its own was taken by other bytes, those of a driver
+            that was killed or came too late; else "".
+    """
+
+    num_bytes: Count
     sha256: str
+    stored_as: Name | Literal[""] = ""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in write(self).items() if value != ""}
 
 
 def find_accuracy_fault(accuracies: Iterable[float]) -> str:
@@ -214,7 +252,7 @@ class RoundRecord(_Record):
     `fingerprints` what network and data it was made with.
     """
 
-    round: int
+    round: Count
     sparsity_target: float
     accuracy: float
     loss: float
@@ -232,7 +270,7 @@ class RoundRecord(_Record):
     held_back: tuple[str, ...] = ()
     fingerprints: dict[str, str] = {}
     seconds: dict[str, float] = {}
-    files: dict[str, FileRecord] = {}
+    files: dict[Name, FileRecord] = {}
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -257,7 +295,7 @@ class FinalTest(_Record):
         dense_accuracy_recalibrated: Likewise, as `RoundRecord.accuracy_recalibrated`.
     """
 
-    round: int
+    round: Count
     accuracy: float
     loss: float
     dense_accuracy: float
@@ -275,7 +313,7 @@ class TrialRecord(_Record):
     """
 
     schema_version: int = SCHEMA_VERSION
-    trial_id: str
+    trial_id: Part
     job: JobConfig
     rounds: tuple[RoundRecord, ...]
     seconds: float
@@ -289,6 +327,15 @@ class TrialRecord(_Record):
     def _drop_later_fields(cls, value: object) -> object:
         # A job file must not hold unknown keys, but a record of a later version may.
         return _known_fields(JobConfig, value)
+
+    @model_validator(mode="after")
+    def _check_rounds(self) -> TrialRecord:
+        if [record.round for record in self.rounds] != list(range(len(self.rounds) or 1)):
+            raise ValueError("rounds must be numbered from 0")
+        _check_depth(self.job.workload.options)
+        if self.test is not None and self.test.round >= len(self.rounds):
+            raise ValueError("test must be of one of the rounds")
+        return self
 
     @field_serializer("job")
     def _without_sweep(self, job: JobConfig) -> dict[str, Any]:
@@ -351,25 +398,31 @@ def choose_round(rounds: Sequence[RoundRecord]) -> RoundRecord:
 class FailureRecord(_Record):
     """Why a trial of a sweep ended without a result; the next sweep tries it again."""
 
-    trial_id: str
+    trial_id: Part
     cause: str
-    round: int | None = None
+    round: Count | None = None
 
 
 class StopRecord(_Record):
     """Where a scheduler ended a trial that was weaker than others; only "fifo" goes on with it."""
 
-    trial_id: str
-    round: int
+    trial_id: Part
+    round: Count
     scheduler: str
 
 
 class SharedRecord(_Record):
     """Files that several trials use, and what they were made from."""
 
-    files: dict[str, FileRecord]
+    files: dict[Name, FileRecord]
     origin: dict[str, Any]
     round: RoundRecord | None = None
+
+    @field_validator("origin")
+    @classmethod
+    def _check_origin(cls, value: dict[str, Any]) -> dict[str, Any]:
+        _check_depth(value)
+        return value
 
 
 class JobRecord(_Record):
@@ -420,6 +473,8 @@ def parse_record(data: bytes, kind: type[AnyRecord], source: str) -> AnyRecord:
         fault = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in fault["loc"])
         raise StoreError(f"'{source}': is damaged: {where}: {fault['msg']}") from None
+    except GbpError as error:
+        raise StoreError(f"'{source}': is damaged: {error}") from None
 
 
 def _parse_sealed(data: bytes, source: str) -> dict[str, Any]:
@@ -435,12 +490,24 @@ def _parse_sealed(data: bytes, source: str) -> dict[str, Any]:
             "run the job again"
         )
     try:
-        tree = json.loads(data)
-    except ValueError as error:
+        tree = json.loads(data.decode())
+        if _SURROGATE.search(data):
+            # Half a character, which JSON can spell and nothing can write again.
+            json.dumps(tree, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"'{source}': is damaged: {error}") from None
     if not isinstance(tree, dict):
         raise StoreError(f"'{source}': is damaged: not a JSON object")
     return tree
+
+
+def _check_depth(value: object, most: int = 40) -> None:
+    """Makes sure that tables and lists are not nested deeper than they can be written."""
+    if most == 0:
+        raise ValueError("tables and lists must not be nested that deep")
+    if isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_depth(item, most - 1)
 
 
 def _known_fields(section: type[BaseModel], tree: object) -> object:

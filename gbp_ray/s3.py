@@ -54,7 +54,7 @@ from s3transfer.exceptions import RetriesExceededError
 
 from gbp_ray.address import S3Address
 from gbp_ray.errors import StoreError, TransientStoreError
-from gbp_ray.objects import Entry, Leftover, Objects
+from gbp_ray.objects import Entry, Leftover, Objects, check_key, is_key
 
 __all__ = ["S3Objects"]
 
@@ -248,6 +248,23 @@ class S3Objects(Objects):
                 return None
             return self._put_and_settle(key, data, version)
 
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Writes on condition that the name is free; where no server holds one, none is taken.
+
+        Large objects go up in parts, for which some servers hold no condition: a small object takes
+        the name first, and whoever wrote that is the only one to write there.
+        """
+        is_large = len(data) > self._transfer.multipart_threshold
+        mark = b"taken by %s\n" % uuid.uuid4().hex.encode() if is_large else data
+        if not self._is_conditional or self.put_if(key, mark, None) is None:
+            return False
+        if is_large:
+            self.put(key, data)
+        return True
+
+    def flush(self, folders: Iterable[str]) -> None:
+        """Does nothing: what a server has acknowledged is there to stay."""
+
     def delete(self, keys: Iterable[str]) -> None:
         """Removes objects, many at a time."""
         # One by one: servers differ in the checksum that they want for a batch.
@@ -264,11 +281,12 @@ class S3Objects(Objects):
 
     def list_folders(self, prefix: str = "") -> list[str]:
         """Lists the prefixes directly below one, a thousand in a request."""
-        return [
-            self._relative(item["Prefix"]).removeprefix(prefix).rstrip("/")
+        names = (
+            self._relative(item["Prefix"]).removeprefix(prefix).removesuffix("/")
             for page in self._pages(prefix, Delimiter="/")
             for item in page.get("CommonPrefixes", ())
-        ]
+        )
+        return [name for name in names if is_key(name)]
 
     def find_leftovers(self, prefix: str = "") -> Iterator[Leftover]:
         """Finds uploads in parts that have neither ended nor been given up."""
@@ -393,7 +411,7 @@ class S3Objects(Objects):
         raise TransientStoreError(f"storage: '{self.uri_of()}': {operation} kept breaking off")
 
     def _place(self, key: str) -> dict[str, str]:
-        return {"Bucket": self._address.bucket, "Key": self._absolute(key)}
+        return {"Bucket": self._address.bucket, "Key": self._absolute(check_key(key))}
 
     def _absolute(self, key: str) -> str:
         return f"{self._address.prefix}/{key}" if self._address.prefix else key

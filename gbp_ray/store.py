@@ -24,17 +24,21 @@ from __future__ import annotations
 
 import hashlib
 import re
+import uuid
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from gbp_ray.config import JobConfig
 from gbp_ray.errors import StoreError
 from gbp_ray.files import FolderObjects
-from gbp_ray.lease import Lease, await_lease, hold_lease
-from gbp_ray.objects import Objects
+from gbp_ray.lease import MARKS, Lease, await_lease, hold_lease, read_driver
+from gbp_ray.objects import Objects, is_key
 from gbp_ray.records import (
+    AnyRecord,
     CostRecord,
     FailureRecord,
     FileRecord,
@@ -179,7 +183,17 @@ class Store:
 
     def read_trial(self, trial_id: str) -> TrialRecord | None:
         """Reads a finished trial, or None where it has not finished."""
-        return read_record(self.objects, f"trials/{trial_id}/trial.json", TrialRecord)
+        return self._read(f"trials/{trial_id}/trial.json", TrialRecord, trial_id=trial_id)
+
+    def _read(self, key: str, kind: type[AnyRecord], **place: object) -> AnyRecord | None:
+        """Reads a record and makes sure that it is of the place where it lies."""
+        record = read_record(self.objects, key, kind)
+        for name, value in ({} if record is None else place).items():
+            if getattr(record, name) != value:
+                raise StoreError(
+                    f"'{self.objects.uri_of(key)}': is damaged: {name} is {getattr(record, name)}"
+                )
+        return record
 
     def read_rounds(self, trial_id: str) -> list[RoundRecord]:
         """Reads the whole rounds of a trial, from 0 up to the first that is missing."""
@@ -190,7 +204,7 @@ class Store:
 
     def read_round(self, trial_id: str, number: int) -> RoundRecord | None:
         """Reads the record of a round, or None where it is not whole."""
-        return read_record(self.objects, f"{_round_key(trial_id, number)}/round.json", RoundRecord)
+        return self._read(f"{_round_key(trial_id, number)}/round.json", RoundRecord, round=number)
 
     def read_file(self, trial_id: str, record: RoundRecord, name: str) -> bytes:
         """Reads a file of a committed round and checks it against the record.
@@ -204,8 +218,20 @@ class Store:
             raise StoreError(f"'{uri}': is not part of round {record.round}")
         return self._read_committed(folder, name, record.files[name])
 
+    def check_file(self, trial_id: str, record: RoundRecord, name: str) -> None:
+        """Makes sure that a file of a committed round is as it was written; holds none of it.
+
+        Raises:
+            StoreError: The file is missing, cut short or altered.
+        """
+        committed, folder = record.files[name], _round_key(trial_id, record.round)
+        found = self.objects.measure(f"{folder}/{committed.stored_as or name}")
+        if found != (committed.num_bytes, committed.sha256):
+            # Read again as often as it is worth, for what is wrong with it.
+            self._read_committed(folder, name, committed)
+
     def _read_committed(self, folder: str, name: str, committed: FileRecord) -> bytes:
-        key = f"{folder}/{name}"
+        key = f"{folder}/{committed.stored_as or name}"
         uri, fault = self.objects.uri_of(key), ""
         for _ in range(self.objects.num_reads):
             data = self.objects.get(key)
@@ -225,18 +251,52 @@ class Store:
         """Commits a round: its files, then its record. Returns the record with the checksums.
 
         Raises:
-            StoreError: The disk is full or the storage cannot be written; the round is then not
-                there, and those before it are.
+            StoreError: The disk is full, the storage cannot be written, or the round is there
+                already; it is then not there or as it was, and those before it are.
         """
         self.begin_round(trial_id, record.round)
         return self.end_round(trial_id, record, self.put_files(trial_id, record.round, files))
 
     def begin_round(self, trial_id: str, number: int) -> None:
-        """Makes room for a round: the first of three steps where several writers share it.
+        """Makes sure that a round is still to be written: the first of three steps.
 
-        A record left by an interrupted rewrite must not vouch for new files.
+        Nothing of a round is ever replaced, neither its record nor a file that it may list: a
+        driver that was taken for dead and comes back writes beside them.
+
+        Raises:
+            StoreError: It has been committed.
         """
-        self.objects.delete([f"{_round_key(trial_id, number)}/round.json"])
+        key = f"{_round_key(trial_id, number)}/round.json"
+        if self.objects.exists(key):
+            raise self._too_late(key)
+
+    def _too_late(self, key: str) -> StoreError:
+        return StoreError(
+            f"storage: '{self.objects.uri_of(key)}' is there already, by another driver, and stays "
+            "as it is; run the job again to go on after it"
+        )
+
+    def _commit(self, key: str, record: BaseModel) -> None:
+        """Writes a record that is never replaced by another one."""
+        data = seal_record(record)
+        if self.objects.put_if(key, data, None) is None and self.objects.get(key) != data:
+            raise self._too_late(key)
+
+    def read_driver(self, trial_id: str) -> str:
+        """Reads the token of the driver that holds a trial, or ""."""
+        return read_driver(self.objects, f"trials/{trial_id}")
+
+    def check_driver(self, trial_id: str, driver: str) -> None:
+        """Makes sure that a trial is still held by the driver that held it, where one did.
+
+        Raises:
+            StoreError: Another one has taken it over.
+        """
+        if driver and self.read_driver(trial_id) != driver:
+            raise StoreError(
+                f"storage: '{self.trial_uri(trial_id)}': another driver has taken this trial over, "
+                "and this one stops; wait for that one"
+            )
 
     def put_files(
         self, trial_id: str, number: int, files: Mapping[str, bytes]
@@ -247,23 +307,46 @@ class Store:
     def _put_files(self, folder: str, files: Mapping[str, bytes]) -> dict[str, FileRecord]:
         written = {}
         for name, data in files.items():
-            self.objects.put(f"{folder}/{name}", data)
+            stored_as = ""
+            if not self.objects.put_new(f"{folder}/{name}", data):
+                stem, _, suffix = name.rpartition(".")
+                stored_as = f"{stem}.{uuid.uuid4().hex[:8]}.{suffix}"
+                self.objects.put(f"{folder}/{stored_as}", data)
             digest = hashlib.sha256(data).hexdigest()
-            written[name] = FileRecord(num_bytes=len(data), sha256=digest)
+            written[name] = FileRecord(num_bytes=len(data), sha256=digest, stored_as=stored_as)
+        self.objects.flush(f"{folder}/{name}".rpartition("/")[0] for name in files)
         return written
+
+    def _remove_unlisted(self, folder: str, record: str, files: Mapping[str, FileRecord]) -> None:
+        """Removes what earlier drivers have left beside a record that was just committed."""
+        kept = {f"{folder}/{file.stored_as or name}" for name, file in files.items()}
+        kept |= {f"{folder}/{name}" for name in (record, *MARKS)}
+        found = [entry.key for entry in self.objects.entries(f"{folder}/")]
+        self.objects.delete([key for key in found if key not in kept and is_key(key)])
+
+    def put_file(self, trial_id: str, record: RoundRecord, name: str, data: bytes) -> None:
+        """Puts a file of a round where its record says that it is."""
+        place = record.files[name].stored_as or name
+        self.objects.put(f"{_round_key(trial_id, record.round)}/{place}", data)
 
     def end_round(
         self, trial_id: str, record: RoundRecord, files: Mapping[str, FileRecord]
     ) -> RoundRecord:
-        """Commits a round when all writers have put their files."""
+        """Commits a round when all writers have put their files.
+
+        Raises:
+            StoreError: It has been committed by another driver.
+        """
         record = record.model_copy(update={"files": dict(files)})
-        key = f"{_round_key(trial_id, record.round)}/round.json"
-        self.objects.put(key, seal_record(record))
+        folder = _round_key(trial_id, record.round)
+        self._commit(f"{folder}/round.json", record)
+        if any(file.stored_as for file in files.values()):
+            self._remove_unlisted(folder, "round.json", files)
         return record
 
     def read_failure(self, trial_id: str) -> FailureRecord | None:
         """Reads why a trial of a sweep ended without a result, or None."""
-        return read_record(self.objects, f"trials/{trial_id}/{_FAILURE}", FailureRecord)
+        return self._read(f"trials/{trial_id}/{_FAILURE}", FailureRecord, trial_id=trial_id)
 
     def write_failure(self, record: FailureRecord) -> None:
         """Notes why a trial ended without a result."""
@@ -271,7 +354,7 @@ class Store:
 
     def read_stop(self, trial_id: str) -> StopRecord | None:
         """Reads where a scheduler ended a trial, or None."""
-        return read_record(self.objects, f"trials/{trial_id}/{_STOP}", StopRecord)
+        return self._read(f"trials/{trial_id}/{_STOP}", StopRecord, trial_id=trial_id)
 
     def write_stop(self, record: StopRecord) -> None:
         """Notes where a scheduler ended a trial."""
@@ -282,8 +365,12 @@ class Store:
         return read_record(self.objects, f"trials/{trial_id}/{_TEST}", FinalTest)
 
     def write_test(self, trial_id: str, record: FinalTest) -> None:
-        """Commits what was found on the test split."""
-        self.objects.put(f"trials/{trial_id}/{_TEST}", seal_record(record))
+        """Commits what was found on the test split.
+
+        Raises:
+            StoreError: Another driver has found something else.
+        """
+        self._commit(f"trials/{trial_id}/{_TEST}", record)
 
     def list_unfinished(self, name: str) -> list[str]:
         """Lists the trials that have a failure or a stop on record; costs a listing of all."""
@@ -324,24 +411,34 @@ class Store:
         origin: Mapping[str, object],
         round_record: RoundRecord | None = None,
     ) -> None:
-        """Commits what trials share: the files, then their record."""
-        self.objects.delete([f"{folder}/shared.json"])
+        """Commits what trials share: the files, then their record, in place of an earlier one.
+
+        Raises:
+            StoreError: Another driver was faster.
+        """
+        key = f"{folder}/shared.json"
+        found = self.objects.get_version(key)
         committed = self._put_files(folder, files)
         record = SharedRecord(files=committed, origin=dict(origin), round=round_record)
-        self.objects.put(f"{folder}/shared.json", seal_record(record))
+        seen = None if found is None else found[1]
+        if self.objects.put_if(key, seal_record(record), seen) is None:
+            raise self._too_late(key)
+        if seen is not None or any(file.stored_as for file in committed.values()):
+            self._remove_unlisted(folder, "shared.json", committed)
 
     def write_trial(self, record: TrialRecord) -> None:
         """Commits a finished trial, whose rounds must be there, and tells the index.
 
         Raises:
-            StoreError: The record cannot be written; the trial has then not finished.
+            StoreError: The record cannot be written, or another one is there; the trial has then
+                not finished, or as that one says.
         """
         # pyarrow takes a third of a second to import, and readers of one record do without.
         from gbp_ray.index import UNINDEXED, refresh_index
 
         self.objects.put(f"{UNINDEXED}{record.trial_id}", b"")
         folder = f"trials/{record.trial_id}"
-        self.objects.put(f"{folder}/trial.json", seal_record(record))
+        self._commit(f"{folder}/trial.json", record)
         # From here on the trial is finished, whatever becomes of the rest.
         try:
             refresh_index(self.objects, is_lazy=True)

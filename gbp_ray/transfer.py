@@ -35,22 +35,26 @@ def fetch_results(uri: str | Path, folder: str | Path) -> Fetched:
         folder: Receives `<job>/trials/...`.
 
     Raises:
-        StoreError: Something is damaged, or the folder cannot be written or is another job's.
+        StoreError: Something is damaged, or the folder cannot be written, is another job's or holds
+            other results of the same trial.
+        BusyError: A driver is at work on the trial there.
     """
     fetched = Fetched()
     for source, trial in locate_trials(uri):
         target = Store(Path(folder), source.name)
         _adopt_claim(source, target)
-        for record in source.read_rounds(trial):
-            if _is_there(target, trial, record):
-                continue
-            files = {name: source.read_file(trial, record, name) for name in record.files}
-            target.write_round(trial, record, files)
-            fetched.num_rounds += 1
-            fetched.num_bytes += sum(map(len, files.values()))
-        finished = source.read_trial(trial)
-        if finished is not None and target.read_trial(trial) != finished:
-            target.write_trial(finished)
+        # A driver that is at work on it there would meet rounds that it has not made.
+        with target.hold(trial):
+            for record in source.read_rounds(trial):
+                num_bytes = _copy_round(source, target, trial, record)
+                fetched.num_rounds += num_bytes > 0
+                fetched.num_bytes += num_bytes
+            finished = source.read_trial(trial)
+            if finished is not None:
+                if (there := target.read_trial(trial)) not in (None, finished):
+                    raise _refusal(target.trial_uri(trial))
+                if there is None:
+                    target.write_trial(finished)
         if (explained := source.read_shared(f"explained/{trial}")) is not None:
             shared, files = explained
             target.write_shared(f"explained/{trial}", files, shared.origin)
@@ -64,13 +68,26 @@ def _adopt_claim(source: Store, target: Store) -> None:
         target.adopt(claim)
 
 
-def _is_there(target: Store, trial: str, record: RoundRecord) -> bool:
-    if target.read_round(trial, record.round) != record:
-        return False
-    try:
-        for name in record.files:
-            target.read_file(trial, record, name)
-    except StoreError:
-        # Damaged since: copied again.
-        return False
-    return True
+def _copy_round(source: Store, target: Store, trial: str, record: RoundRecord) -> int:
+    """Copies a round, or what is damaged of one that is there; returns how many bytes."""
+    there = target.read_round(trial, record.round)
+    if there not in (None, record):
+        raise _refusal(target.round_uri(trial, record.round))
+    num_bytes = 0
+    for name in record.files:
+        try:
+            target.check_file(trial, record, name)
+        except StoreError:
+            data = source.read_file(trial, record, name)
+            target.put_file(trial, record, name, data)
+            num_bytes += len(data)
+    if there is None:
+        target.end_round(trial, record, record.files)
+    return num_bytes
+
+
+def _refusal(place: str) -> StoreError:
+    return StoreError(
+        f"storage: '{place}' holds other results of the same trial, and they stay; fetch into "
+        "another folder"
+    )

@@ -168,9 +168,13 @@ def test_a_sparsity_that_is_not_in_the_weights_is_found(tmp_path: Path) -> None:
     weights = load(files["weights.safetensors"])
     zero = np.flatnonzero(weights["a.weight"].reshape(-1) == 0)[0]
     weights["a.weight"].reshape(-1)[zero] = 1e-30
-    written = store.write_round(trial, record, files | {"weights.safetensors": save(weights)})
     finished = store.read_trial(trial)
     assert finished is not None
+    # Nothing that is committed is ever replaced, so it goes first.
+    kept = ("weights.safetensors", "round.json", "../trial.json")
+    for path in (Path(store.round_uri(trial, 2), name) for name in kept):
+        path.unlink()
+    written = store.write_round(trial, record, files | {"weights.safetensors": save(weights)})
     store.write_trial(finished.model_copy(update={"rounds": (*finished.rounds[:2], written)}))
     faults = find_faults(tmp_path).faults
     assert [fault for _, fault in faults] == [
@@ -300,7 +304,9 @@ def test_interrupted_writes_are_garbage(storage: str, monkeypatch: pytest.Monkey
     store = Store(storage, "try")
     trial = write_trial(store, sample_job(), num_rounds=1)
     if store.folder is not None:
-        (store.folder / f"trials/{trial}/round_000/.weights.safetensors.x1y2").write_bytes(b"w" * 9)
+        (store.folder / f"trials/{trial}/round_000/.weights.safetensors.x1y2x1y2").write_bytes(
+            b"w" * 9
+        )
     else:
         address = S3Address.parse(store.uri)
         client = boto3.client("s3", endpoint_url=address.endpoint, region_name="us-east-1")

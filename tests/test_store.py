@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -125,7 +124,7 @@ def test_claim_refuses_a_folder_that_is_not_ours_and_leaves_it(store: Store) -> 
 
 def test_claim_takes_an_empty_folder_and_one_with_a_killed_claim(store: Store) -> None:
     store.folder.mkdir(parents=True)
-    (store.folder / ".job.json.k1ll3d").write_text("{")
+    (store.folder / ".job.json.k1ll3d_0").write_text("{")
     store.claim(make_job())
     store.claim(make_job())
 
@@ -172,12 +171,38 @@ def test_files_are_readable_for_the_group(store: Store) -> None:
         assert path.stat().st_mode & 0o777 == 0o644
 
 
-def test_a_rewritten_round_replaces_the_first(store: Store) -> None:
-    store.write_round(TRIAL, make_round(0), FILES)
-    store.write_round(TRIAL, make_round(0, accuracy=0.5), FILES | {"state.pt": b"other"})
-    (read,) = store.read_rounds(TRIAL)
-    assert read.accuracy == 0.5
-    assert store.read_file(TRIAL, read, "state.pt") == b"other"
+def test_a_committed_round_is_never_replaced(store: Store) -> None:
+    first = store.write_round(TRIAL, make_round(0), FILES)
+    other = FILES | {"state.pt": b"other"}
+    text = refusal(lambda: store.write_round(TRIAL, make_round(0, accuracy=0.5), other))
+    assert "is there already, by another driver" in text
+    assert store.read_rounds(TRIAL) == [first]
+    assert names_in(store.folder) == {*FILES, "round.json"}
+
+
+def test_a_driver_that_comes_too_late_writes_beside_what_is_there(store: Store) -> None:
+    # It looked before the other one began, was frozen, and goes on after that one's commit.
+    store.begin_round(TRIAL, 0)
+    first = store.write_round(TRIAL, make_round(0), FILES)
+    other = {name: data + b"other" for name, data in FILES.items()}
+    late = store.put_files(TRIAL, 0, other)
+    refusal(lambda: store.end_round(TRIAL, make_round(0, accuracy=0.5), late))
+    assert store.read_rounds(TRIAL) == [first]
+    for name, data in FILES.items():
+        assert store.read_file(TRIAL, first, name) == data
+
+
+def test_of_what_a_dead_driver_has_left_none_is_taken_for_a_result(store: Store) -> None:
+    store.put_files(TRIAL, 0, {name: b"dead" + data for name, data in FILES.items()})
+    record = store.write_round(TRIAL, make_round(0), FILES)
+    assert store.read_rounds(TRIAL) == [record]
+    for name, data in FILES.items():
+        assert store.read_file(TRIAL, record, name) == data
+    places = {file.stored_as for file in record.files.values()}
+    assert names_in(store.folder) == {*places, "round.json"}
+    store.put_files(TRIAL, 1, FILES)
+    record = store.write_round(TRIAL, make_round(1), FILES)
+    assert {file.stored_as for file in record.files.values()} == {""}
 
 
 def test_reading_stops_at_the_first_missing_round(store: Store) -> None:
@@ -358,12 +383,13 @@ class Disk:
         for module, name in (
             (os, "fsync"),
             (os, "replace"),
+            (os, "link"),
             (os, "unlink"),
             (os, "mkdir"),
-            (os, "chmod"),
-            (tempfile, "mkstemp"),
+            (os, "fchmod"),
         ):
             patch.setattr(module, name, self._watch(getattr(module, name)))
+        patch.setattr(os, "open", self._watch_open(os.open))
         patch.setattr(os, "fdopen", self._watch_file(os.fdopen))
 
     def request(self, name: str) -> None:
@@ -379,6 +405,14 @@ class Disk:
         def watched(*args: Any, **options: Any) -> Any:
             self.request(function.__name__)
             return function(*args, **options)
+
+        return watched
+
+    def _watch_open(self, function: Callable[..., int]) -> Callable[..., int]:
+        def watched(path: Any, flags: int, *args: Any, **options: Any) -> int:
+            if flags & os.O_CREAT:
+                self.request("open")
+            return function(path, flags, *args, **options)
 
         return watched
 
@@ -472,15 +506,15 @@ def test_a_kill_at_any_moment_leaves_whole_rounds_and_a_rerun_repairs(tmp_path: 
 
 
 @pytest.mark.usefixtures("quick_disk")
-def test_a_kill_while_a_round_is_rewritten_leaves_it_whole_or_not_there(tmp_path: Path) -> None:
+def test_a_kill_beside_the_files_of_a_dead_driver_leaves_whole_rounds(tmp_path: Path) -> None:
     moment = 0
     is_over = False
+    other = {name: data + b"new" for name, data in FILES.items()}
     while not is_over:
         moment += 1
         store = Store(tmp_path / str(moment), "try")
         store.write_round(TRIAL, make_round(0), FILES)
-        store.write_round(TRIAL, make_round(1), FILES)
-        other = {name: data + b"new" for name, data in FILES.items()}
+        store.put_files(TRIAL, 1, FILES)
         with pytest.MonkeyPatch.context() as patch:
             Disk(patch, moment, Killed)
             try:
@@ -537,14 +571,14 @@ def test_an_interrupt_while_writing_leaves_no_temporary_file(store: Store) -> No
 def test_leftovers_of_a_killed_writer_are_no_results_and_are_cleared(store: Store) -> None:
     folder = Path(store.round_uri(TRIAL, 0))
     folder.mkdir(parents=True)
-    (folder / ".weights.safetensors.abc").write_bytes(b"half")
-    (folder / ".round.json.xyz").write_bytes(b"{}")
+    (folder / ".weights.safetensors.abcdefgh").write_bytes(b"half")
+    (folder / ".round.json.xyzxyz12").write_bytes(b"{}")
     assert store.read_rounds(TRIAL) == []
     with pytest.raises(StoreError):
         locate_trials(store.folder)
     for number in range(3):
         store.write_round(TRIAL, make_round(number), FILES)
-    (Path(store.trial_uri(TRIAL)) / ".trial.json.xyz").write_bytes(b"{}")
+    (Path(store.trial_uri(TRIAL)) / ".trial.json.xyzxyz12").write_bytes(b"{}")
     store.write_trial(make_trial(store))
     assert names_in(store.folder) == {*FILES, "round.json", "trial.json", "index.parquet"}
     assert check_whole_or_nothing(store) == 3
@@ -595,7 +629,6 @@ def test_a_disk_that_is_read_only(tiny_disk: Path) -> None:
     store.write_round(TRIAL, make_round(0), FILES)
     subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
     assert "cannot write" in refusal(lambda: store.write_round(TRIAL, make_round(1), FILES))
-    assert "cannot write" in refusal(lambda: store.write_round(TRIAL, make_round(0), FILES))
     assert "cannot write" in refusal(lambda: Store(tiny_disk, "new").claim(make_job()))
     store.claim(make_job())
     assert check_whole_or_nothing(store) == 1

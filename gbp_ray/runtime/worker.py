@@ -69,6 +69,8 @@ def iterate_trial(
         workload = ranks.together(lambda: load_workload(job.workload, job.seed))
         # All go by what rank 0 sees: a round may be committed between two looks.
         records = ranks.share_object(ranks.together(lambda: store.read_rounds(name)))
+        # Whoever holds the trial now must hold it at each commit.
+        driver = ranks.together(lambda: store.read_driver(name))
         teller = _Teller(job, workload, name, tell)
         model: nn.Module | None = None
         if len(records) <= job.prune.rounds:
@@ -81,7 +83,7 @@ def iterate_trial(
                 tell=teller,
                 score_cache=score_cache,
             ):
-                record, model = _commit(store, name, state, ranks), state.model
+                record, model = _commit(store, name, driver, state, ranks), state.model
                 # Not held through the next round, which makes masks and an optimizer of its own.
                 del state
                 yield record
@@ -123,19 +125,27 @@ def _use_test_split(
     ranks.together(lambda: store.write_test(name, found) if ranks.is_first else None)
 
 
-def _commit(store: Store, name: str, state: RoundState, ranks: Ranks) -> RoundRecord:
+def _commit(store: Store, name: str, driver: str, state: RoundState, ranks: Ranks) -> RoundRecord:
     """Writes a round, each rank what it holds of it; a full disk stops all."""
     number = state.record.round
+
+    def begin() -> None:
+        store.check_driver(name, driver)
+        store.begin_round(name, number)
+
     if is_sharded(state.model):
         files = state.to_files()
     else:
         files = ranks.together(lambda: state.to_files() if ranks.is_first else {})
-    ranks.together(lambda: store.begin_round(name, number) if ranks.is_first else None)
+    ranks.together(lambda: begin() if ranks.is_first else None)
     written = ranks.together(lambda: store.put_files(name, number, files))
     everything = {k: v for part in ranks.gather_objects(written) for k, v in part.items()}
 
     def end() -> RoundRecord:
-        return store.end_round(name, state.record, everything) if ranks.is_first else state.record
+        if not ranks.is_first:
+            return state.record
+        store.check_driver(name, driver)
+        return store.end_round(name, state.record, everything)
 
     return ranks.together(end)
 

@@ -176,7 +176,7 @@ def _work(job: JobConfig, rank: int, world_size: int, meeting: Path, death: Deat
 
 def _die_inside_the_package() -> None:
     """Puts deaths where no code of a user's runs: in the decision, and between two files."""
-    select, put = gbp_ray.pruning.rounds.select_masks, FolderObjects.put
+    select, put = gbp_ray.pruning.rounds.select_masks, FolderObjects.put_new
 
     def select_masks(*args: Any, **options: Any) -> Any:
         if dist.get_world_size() == 1:
@@ -188,13 +188,13 @@ def _die_inside_the_package() -> None:
         finally:
             dist.all_reduce = exchange
 
-    def put_file(self: FolderObjects, key: str, data: bytes) -> None:
+    def put_file(self: FolderObjects, key: str, data: bytes) -> bool:
         if key.endswith("state.pt") or f"/{SHARDS}" in key:
             reach("write")
-        put(self, key, data)
+        return put(self, key, data)
 
     gbp_ray.pruning.rounds.select_masks = select_masks  # type: ignore[assignment]
-    FolderObjects.put = put_file  # type: ignore[method-assign]
+    FolderObjects.put_new = put_file  # type: ignore[method-assign]
 
 
 def _after(function: Callable[..., Any], then: Callable[[], None]) -> Callable[..., Any]:
