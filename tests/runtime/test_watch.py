@@ -117,6 +117,7 @@ def test_building_and_storing_may_take_their_time(
 
     monkeypatch.setattr("gbp_ray.workload.import_attribute", slow)
     monkeypatch.setattr("gbp_ray.files.FolderObjects.put", slow)
+    monkeypatch.setattr("gbp_ray.files.FolderObjects.put_new", slow)
 
     def build(watch: Watch) -> None:
         with pytest.raises(StopIteration):
