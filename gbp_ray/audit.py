@@ -8,6 +8,8 @@ step, which looks again under the trial's lease, so that nothing that has come t
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -17,16 +19,24 @@ from pathlib import Path
 from typing import Any
 
 from gbp_ray.errors import StoreError
-from gbp_ray.index import INDEX, UNINDEXED, map_in_threads, read_stored, tabulate
+from gbp_ray.index import (
+    INDEX,
+    UNINDEXED,
+    is_current,
+    read_stored,
+    stream_in_threads,
+    tabulate,
+)
 from gbp_ray.lease import DEAD_S, MARKS, hold_lease, is_held
 from gbp_ray.objects import Entry, Leftover, Objects, is_key
-from gbp_ray.records import RoundRecord, TrialRecord
+from gbp_ray.records import RoundRecord
 from gbp_ray.store import Store, locate_jobs
 from gbp_ray.tensors import count_nonzero, digest_masks, find_revived, read_masks
 
 __all__ = ["Audit", "Garbage", "find_faults", "find_garbage", "remove_garbage"]
 
 _PROBE = ".probe-"
+_LOOKED_INTO = ("weights.safetensors", "masks.safetensors")
 _ROUND = re.compile(r"trials/[^/]+/round_[0-9]+/")
 _ROUND_NAME = re.compile(r"round_([0-9]{3}|[1-9][0-9]{3,5})")
 _SHARED = ("dense/", "scores/", "explained/")
@@ -103,29 +113,27 @@ def find_faults(uri: str | Path) -> Audit:
             store.read_claim()
         if only is None:
             _audit_shared(audit, store)
-        records: dict[str, TrialRecord] = {}
+        finished: dict[str, str] = {}
         damaged = set()
-        for trial, (part, record) in zip(
-            trials,
-            map_in_threads(store.objects, partial(_audit_trial, store), trials),
-            strict=True,
-        ):
+        audits = stream_in_threads(store.objects, partial(_audit_trial, store), trials)
+        for trial, (part, digest) in zip(trials, audits, strict=True):
             audit.num_trials += 1
             audit.num_rounds += part.num_rounds
             audit.num_files += part.num_files
             audit.num_bytes += part.num_bytes
             audit.faults += part.faults
-            if record is not None:
-                records[trial] = record
+            if digest:
+                finished[trial] = digest
             if part.faults:
                 damaged.add(trial)
-        _audit_index(audit, store, records, damaged, only)
+        _audit_index(audit, store, finished, damaged, only)
     if not audit.num_trials:
         raise StoreError(f"'{uri}': holds no results; run a job with this storage first")
     return audit
 
 
-def _audit_trial(store: Store, trial: str) -> tuple[Audit, TrialRecord | None]:
+def _audit_trial(store: Store, trial: str) -> tuple[Audit, str]:
+    """Checks a trial; returns what its rows in an index must come to, or "" if it is unfinished."""
     audit = Audit()
     rounds: dict[int, RoundRecord] = {}
     folders = store.objects.list_folders(f"trials/{trial}/")
@@ -153,7 +161,8 @@ def _audit_trial(store: Store, trial: str) -> tuple[Audit, TrialRecord | None]:
                 audit.faults.append((store.round_uri(trial, number), "is missing"))
             elif finished and rounds[number] != finished.rounds[number]:
                 audit.faults.append((uri, f"does not agree with the record of round {number}"))
-    return audit, finished
+    rows = tabulate([finished]).to_pylist() if finished is not None else []
+    return audit, _digest_rows(rows) if rows else ""
 
 
 def _audit_round(audit: Audit, store: Store, trial: str, record: RoundRecord) -> None:
@@ -161,7 +170,10 @@ def _audit_round(audit: Audit, store: Store, trial: str, record: RoundRecord) ->
     for name, committed in record.files.items():
         uri = store.objects.uri_of(f"trials/{trial}/round_{record.round:03d}/{name}")
         with _noted(audit, uri):
-            files[name] = store.read_file(trial, record, name)
+            if name in _LOOKED_INTO:
+                files[name] = store.read_file(trial, record, name)
+            else:
+                store.check_file(trial, record, name)
             audit.num_files += 1
             audit.num_bytes += committed.num_bytes
     folder = store.round_uri(trial, record.round)
@@ -202,7 +214,7 @@ def _audit_shared(audit: Audit, store: Store) -> None:
 
 
 def _audit_index(
-    audit: Audit, store: Store, records: dict[str, TrialRecord], damaged: set[str], only: str | None
+    audit: Audit, store: Store, finished: dict[str, str], damaged: set[str], only: str | None
 ) -> None:
     uri = store.objects.uri_of(INDEX)
     with _noted(audit, uri):
@@ -210,19 +222,35 @@ def _audit_index(
         table = read_stored(store.objects)
         if table is None:
             return
-        indexed: dict[str, list[str]] = {}
-        for row in table.to_pylist():
-            indexed.setdefault(row["trial_id"], []).append(_plain(row))
-        for trial, record in records.items():
+        if not is_current(table):
+            fault = "is of another version; gbp-ray index makes it anew"
+            audit.faults.append((uri, fault))
+            return
+        indexed = _digest_trials(table.to_batches(max_chunksize=1000))
+        for trial, digest in finished.items():
             if trial in indexed:
-                if indexed[trial] != [_plain(row) for row in tabulate([record]).to_pylist()]:
+                if indexed[trial] != digest:
                     fault = f"does not agree with the record of trial {trial}"
                     audit.faults.append((uri, f"{fault}; gbp-ray index makes it anew"))
             elif trial not in announced:
                 audit.faults.append((uri, f"lacks trial {trial}; gbp-ray index makes it anew"))
-        for trial in set(indexed) - set(records) - damaged if only is None else ():
+        for trial in set(indexed) - set(finished) - damaged if only is None else ():
             fault = f"lists trial {trial}, which has no record; gbp-ray index makes it anew"
             audit.faults.append((uri, fault))
+
+
+def _digest_trials(parts: Iterable[Any]) -> dict[str, str]:
+    """Hashes the rows of each trial of a sorted index, some at a time."""
+    rows = (row for part in parts for row in part.to_pylist())
+    by_trial = itertools.groupby(rows, key=lambda row: row["trial_id"])
+    return {trial: _digest_rows(rows) for trial, rows in by_trial}
+
+
+def _digest_rows(rows: Iterable[dict[str, Any]]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(_plain(row).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _plain(row: dict[str, Any]) -> str:

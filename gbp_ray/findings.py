@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
@@ -128,13 +129,13 @@ class Findings:
         """
         try:
             tree = json.loads(files[_JSON])
-            tree["layers"] = tuple(LayerSaliency(**item) for item in tree["layers"])
-            tree["classes"] = tuple(ClassFinding(**item) for item in tree["classes"])
-            tree["examples"] = tuple(ExampleFinding(**item) for item in tree["examples"])
-            tree["left_out"] = tuple(tree["left_out"])
+            kinds = get_type_hints(cls)
+            for name in [name for name in tree if name not in _ARRAYS]:
+                # Each by its own type; a name that is none of ours is a KeyError.
+                tree[name] = TypeAdapter(kinds[name]).validate_python(tree[name])
             arrays: dict[str, Any] = load_arrays(files[_PICTURES])
             return cls(**tree, **arrays)
-        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
             raise StoreError(
                 f"'{source}': cannot be read ({type(error).__name__}: {error}); run gbp-ray "
                 "explain again"

@@ -14,11 +14,13 @@ of two writers the slower one starts again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -27,16 +29,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gbp_ray.errors import StoreError
-from gbp_ray.objects import Objects
+from gbp_ray.objects import Objects, is_key
 from gbp_ray.records import RoundRecord, TrialRecord, read_record
 
 __all__ = [
     "INDEX",
     "UNINDEXED",
+    "is_current",
     "map_in_threads",
     "read_index",
     "rebuild_index",
     "refresh_index",
+    "stream_in_threads",
     "tabulate",
 ]
 
@@ -81,6 +85,8 @@ _SCHEMA = pa.schema(
         ("trial_seconds", pa.float64()),
     ]
 )
+_TYPES = {pa.string(), pa.int64(), pa.float64(), pa.bool_()}
+_TRIALS_PER_PART = 200
 # Where a result lies and which sweep made it are no part of it; it may have been moved.
 _OUTSIDE = ("storage", "sweep")
 
@@ -99,10 +105,10 @@ def read_index(objects: Objects) -> tuple[pa.Table, bool]:
     """
     announced = _announced(objects)
     table = read_stored(objects)
-    if table is None or not _is_current(table):
+    if table is None or not is_current(table):
         return _tabulate_all(objects), True
-    found = _read_trials(objects, announced)
-    return _merge(table, list(found.values())), bool(found)
+    merged, found = _merge(table, _stream_trials(objects, list(filter(is_key, announced))))
+    return merged, bool(found)
 
 
 def refresh_index(objects: Objects, *, is_lazy: bool = False) -> None:
@@ -133,7 +139,15 @@ def rebuild_index(objects: Objects) -> int:
 
 
 def tabulate(records: Iterable[TrialRecord]) -> pa.Table:
-    """Makes the index of some trials, sorted."""
+    """Makes the index of some trials, sorted. Holds few of the records at a time."""
+    parts: list[pa.Table] = []
+    records = iter(records)
+    while (part := list(itertools.islice(records, _TRIALS_PER_PART))) or not parts:
+        parts.append(_tabulate(part))
+    return _sort(_join(parts))
+
+
+def _tabulate(records: Iterable[TrialRecord]) -> pa.Table:
     rows = [row for record in records for row in _rows_of(record)]
     names = sorted({name for row in rows for name in row} - set(_SCHEMA.names))
     columns = {name: [row.get(name) for row in rows] for name in (*_SCHEMA.names, *names)}
@@ -141,17 +155,26 @@ def tabulate(records: Iterable[TrialRecord]) -> pa.Table:
         pa.array(values, _SCHEMA.field(name).type) if name in _SCHEMA.names else _infer(values)
         for name, values in columns.items()
     ]
-    return _sort(pa.table(arrays, names=list(columns)))
+    return pa.table(arrays, names=list(columns))
 
 
 def map_in_threads(
     objects: Objects, function: Callable[[Item], Outcome], items: Sequence[Item]
 ) -> list[Outcome]:
     """Applies a function that asks the storage, as many at a time as the storage is worth."""
+    return list(stream_in_threads(objects, function, items))
+
+
+def stream_in_threads(
+    objects: Objects, function: Callable[[Item], Outcome], items: Sequence[Item]
+) -> Iterator[Outcome]:
+    """Does so while the outcomes are taken, and holds few of them at a time."""
     if objects.num_threads == 1 or len(items) < 2:
-        return [function(item) for item in items]
+        yield from map(function, items)
+        return
     with ThreadPoolExecutor(objects.num_threads) as pool:
-        return list(pool.map(function, items))
+        for start in range(0, len(items), _TRIALS_PER_PART):
+            yield from pool.map(function, items[start : start + _TRIALS_PER_PART])
 
 
 def _announced(objects: Objects) -> list[str]:
@@ -164,11 +187,10 @@ def _write_index(objects: Objects, *, is_rebuild: bool) -> int:
         found = objects.get_version(INDEX)
         announced = _announced(objects)
         table = None if is_rebuild or found is None else _parse(found[0])
-        if table is None or not _is_current(table):
+        if table is None or not is_current(table):
             table, indexed = _tabulate_all(objects), None
         else:
-            trials = _read_trials(objects, announced)
-            table, indexed = _merge(table, list(trials.values())), set(trials)
+            table, indexed = _merge(table, _stream_trials(objects, list(filter(is_key, announced))))
         if indexed is None:
             indexed = set(table["trial_id"].to_pylist())
         if objects.put_if(INDEX, _dump(table), None if found is None else found[1]) is not None:
@@ -197,22 +219,30 @@ def read_stored(objects: Objects) -> pa.Table | None:
     )
 
 
-def _is_current(table: pa.Table) -> bool:
+def is_current(table: pa.Table) -> bool:
     """Whether a stored index has all columns; one of an earlier version is made anew."""
-    return set(_SCHEMA.names) <= set(table.column_names)
+    names = table.column_names
+    return (
+        len(set(names)) == len(names)
+        and set(_SCHEMA.names) <= set(names)
+        and all(table.schema.field(own.name).type == own.type for own in _SCHEMA)
+        and {field.type for field in table.schema} <= _TYPES
+    )
 
 
 def _tabulate_all(objects: Objects) -> pa.Table:
-    return tabulate(_read_trials(objects, objects.list_folders("trials/")).values())
+    return tabulate(_stream_trials(objects, objects.list_folders("trials/")))
 
 
-def _read_trials(objects: Objects, trials: Sequence[str]) -> dict[str, TrialRecord]:
+def _stream_trials(objects: Objects, trials: Sequence[str]) -> Iterator[TrialRecord]:
     def read(trial: str) -> TrialRecord | None:
-        return read_record(objects, f"trials/{trial}/trial.json", TrialRecord)
+        record = read_record(objects, f"trials/{trial}/trial.json", TrialRecord)
+        if record is not None and record.trial_id != trial:
+            uri = objects.uri_of(f"trials/{trial}/trial.json")
+            raise StoreError(f"'{uri}': is damaged: trial_id is {record.trial_id}")
+        return record
 
-    records = map_in_threads(objects, read, trials)
-    pairs = zip(trials, records, strict=True)
-    return {trial: record for trial, record in pairs if record is not None}
+    return (record for record in stream_in_threads(objects, read, trials) if record is not None)
 
 
 def _rows_of(record: TrialRecord) -> Iterable[dict[str, Any]]:
@@ -271,7 +301,10 @@ def _infer(values: list[Any]) -> pa.Array:
     if kinds <= {int} and kinds and all(abs(value) < 2**63 for value in values if value):
         return pa.array(values, pa.int64())
     if kinds and kinds <= {int, float}:
-        return pa.array([None if value is None else float(value) for value in values], pa.float64())
+        # A whole number may be too large for either.
+        with contextlib.suppress(OverflowError):
+            floats = [None if value is None else float(value) for value in values]
+            return pa.array(floats, pa.float64())
     if kinds == {bool}:
         return pa.array(values, pa.bool_())
     return pa.array([_as_text(value) for value in values], pa.string())
@@ -281,17 +314,23 @@ def _as_text(value: Any) -> str | None:
     return value if value is None or isinstance(value, str) else json.dumps(value)
 
 
-def _merge(table: pa.Table, records: list[TrialRecord]) -> pa.Table:
-    """Adds trials to an index; one that is there is replaced."""
-    if not records:
-        return table
-    ids = pa.array([record.trial_id for record in records], pa.string())
-    kept = table.filter(pc.invert(pc.is_in(table["trial_id"], ids)))
+def _merge(table: pa.Table, records: Iterable[TrialRecord]) -> tuple[pa.Table, set[str]]:
+    """Adds trials to an index; one that is there is replaced. Says which were added."""
     new = tabulate(records)
-    names = sorted({*kept.column_names, *new.column_names} - set(_SCHEMA.names))
+    if not len(new):
+        return table, set()
+    kept = table.filter(pc.invert(pc.is_in(table["trial_id"], pc.unique(new["trial_id"]))))
+    return _sort(_join([kept, new])), set(new["trial_id"].to_pylist())
+
+
+def _join(tables: Sequence[pa.Table]) -> pa.Table:
+    """Puts tables of trials under each other; a column that is there in several types is text."""
+    if len(tables) == 1:
+        return tables[0]
+    names = sorted({name for table in tables for name in table.column_names} - set(_SCHEMA.names))
     columns = {}
     for name in (*_SCHEMA.names, *names):
-        parts = [_column(part, name) for part in (kept, new)]
+        parts = [_column(table, name) for table in tables]
         kinds = {part.type for part in parts if part.null_count < len(part)}
         if len(kinds) < 2:
             kind = kinds.pop() if kinds else pa.string()
@@ -304,7 +343,7 @@ def _merge(table: pa.Table, records: list[TrialRecord]) -> pa.Table:
             )
     for name in _SCHEMA.names:
         columns[name] = columns[name].cast(_SCHEMA.field(name).type)
-    return _sort(pa.table(columns))
+    return pa.table(columns)
 
 
 def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
@@ -350,5 +389,8 @@ def _parse(data: bytes) -> pa.Table | None:
         return None
     # Not read_table, which imports pandas where it is installed, for half a second. Nor threads:
     # pyarrow's, once started, now and then abort a process at its end where torch is, too.
-    file = pq.ParquetFile(io.BytesIO(data))
-    return file.read(use_threads=False).replace_schema_metadata(None)
+    try:
+        file = pq.ParquetFile(io.BytesIO(data))
+        return file.read(use_threads=False).replace_schema_metadata(None)
+    except (pa.ArrowException, OSError, ValueError):
+        return None

@@ -35,7 +35,7 @@ from pydantic import (
 )
 
 from gbp_ray.config import SCHEMA_VERSION, JobConfig
-from gbp_ray.errors import GbpError, StoreError
+from gbp_ray.errors import GbpError, StoreError, printable
 from gbp_ray.objects import Objects, is_key
 
 __all__ = [
@@ -399,7 +399,7 @@ class FailureRecord(_Record):
     """Why a trial of a sweep ended without a result; the next sweep tries it again."""
 
     trial_id: Part
-    cause: str
+    cause: Annotated[str, AfterValidator(printable)]
     round: Count | None = None
 
 
@@ -408,7 +408,7 @@ class StopRecord(_Record):
 
     trial_id: Part
     round: Count
-    scheduler: str
+    scheduler: Annotated[str, AfterValidator(printable)]
 
 
 class SharedRecord(_Record):

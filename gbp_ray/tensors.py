@@ -19,6 +19,7 @@ from gbp_ray.errors import StoreError
 
 __all__ = [
     "PackedMask",
+    "check_packed",
     "count_nonzero",
     "digest_masks",
     "find_revived",
@@ -39,7 +40,11 @@ _ZEROS = {
     "I16": (np.uint16, 0),
     "I8": (np.uint8, 0),
     "U8": (np.uint8, 0),
+    "U64": (np.uint64, 0),
+    "U32": (np.uint32, 0),
+    "U16": (np.uint16, 0),
     "BOOL": (np.uint8, 0),
+    "C64": (np.uint64, 1 << 63 | 1 << 31),
 }
 
 
@@ -71,6 +76,22 @@ class PackedMask:
         return bits.astype(bool).reshape(self.shape)
 
 
+def check_packed(bits: np.ndarray, shape: Any) -> tuple[int, ...]:
+    """Returns the shape of a packed mask if the bits are those of one.
+
+    Raises:
+        ValueError: They are not, or the shape is none.
+    """
+    if not isinstance(shape, (list, tuple)) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"{str(shape)[:99]} is not a shape")
+    total = math.prod(shape)
+    if bits.dtype != np.uint8 or bits.size != -(-total // 8):
+        raise ValueError(f"{bits.size} bytes cannot hold {str(total)[:99]} bits")
+    if total % 8 and bits[-1] >> total % 8:
+        raise ValueError("padding bits are set")
+    return tuple(shape)
+
+
 def read_masks(data: bytes, source: str) -> dict[str, PackedMask]:
     """Reads a mask file by parameter name.
 
@@ -81,11 +102,11 @@ def read_masks(data: bytes, source: str) -> dict[str, PackedMask]:
     try:
         length = int.from_bytes(data[:8], "little")
         shapes = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["shapes"])
-        masks = {
-            name: PackedMask(tuple(shape), np.frombuffer(tensors[name]["data"], np.uint8))
-            for name, shape in shapes.items()
-        }
-    except (KeyError, ValueError, TypeError) as error:
+        masks = {}
+        for name, shape in shapes.items():
+            bits = np.frombuffer(tensors[name]["data"], np.uint8)
+            masks[name] = PackedMask(check_packed(bits, shape), bits)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"'{source}': is no mask file ({type(error).__name__})") from None
     return masks
 
@@ -146,6 +167,8 @@ def find_revived(data: bytes, masks: dict[str, PackedMask], source: str) -> str 
 
 
 def _bits(tensor: dict[str, Any]) -> np.ndarray:
+    if tensor["dtype"] not in _ZEROS:
+        raise StoreError(f"holds numbers of type {tensor['dtype']}, whose zeros are not known here")
     kind, sign = _ZEROS[tensor["dtype"]]
     values = np.frombuffer(tensor["data"], kind)
     return values & kind(~sign & (2 ** (8 * values.itemsize) - 1)) if sign else values
@@ -154,5 +177,5 @@ def _bits(tensor: dict[str, Any]) -> np.ndarray:
 def _deserialize(data: bytes, source: str) -> dict[str, dict[str, Any]]:
     try:
         return dict(deserialize(data))
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, OverflowError) as error:
         raise StoreError(f"'{source}': is not a safetensors file: {error}") from None

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from gbp_ray.config import nearest_glob, nearest_name
 from gbp_ray.errors import ConfigError, PruneError, StoreError
 from gbp_ray.pruning.sharding import add_over_ranks, gather_bits, local
+from gbp_ray.tensors import check_packed
 
 __all__ = ["MaskSet", "Prunable", "prunable_parameters"]
 
@@ -321,6 +322,8 @@ class MaskSet(Mapping[str, Tensor]):
         try:
             shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
             masks = {name: _unpack(packed[name].numpy(), shape) for name, shape in shapes.items()}
+            if set(masks) != set(packed):
+                raise ValueError("its shapes are of other masks")
             found = _digest_of((n, shapes[n], packed[n].numpy()) for n in sorted(packed))
             is_intact = found == metadata["digest"]
             round_number = int(metadata["round"])
@@ -359,15 +362,9 @@ def _require_same_shapes(
 
 
 def _unpack(packed: np.ndarray, shape: tuple[int, ...]) -> Tensor:
-    if not all(isinstance(size, int) for size in shape):
-        raise ValueError(f"{shape} is not a shape")
-    total = math.prod(shape)
-    if packed.dtype != np.uint8 or packed.size != -(-total // 8):
-        raise ValueError(f"{packed.size} bytes cannot hold {total} bits")
-    bits = np.unpackbits(packed, bitorder="little")
-    if bits[total:].any():
-        raise ValueError("padding bits are set")
-    return torch.from_numpy(bits[:total].astype(bool).reshape(shape))
+    shape = check_packed(packed, shape)
+    bits = np.unpackbits(packed, count=math.prod(shape), bitorder="little")
+    return torch.from_numpy(bits.astype(bool).reshape(shape))
 
 
 def _digest_of(packed: Iterable[tuple[str, tuple[int, ...], np.ndarray]]) -> str:
