@@ -40,6 +40,7 @@ WORDS = {
 """What is said, by exit code."""
 
 _PATIENCE_S = 12.0
+_DEATH_S = 2.0
 _POLL_S = 0.02
 _ONE_S = 0.5
 """Signals that come closer together are one: a terminal and a supervisor may both send it."""
@@ -132,12 +133,20 @@ def descendants() -> set[tuple[int, str]]:
 
 
 def kill(processes: set[tuple[int, str]]) -> None:
-    """Kills those processes that are still the same."""
-    for pid, started in processes:
-        with contextlib.suppress(OSError, IndexError):
-            stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-            if stat.rpartition(")")[2].split()[19] == started:
-                os.kill(pid, signal.SIGKILL)
+    """Kills those processes that are still the same, and waits a moment for their end."""
+    deadline_s = time.monotonic() + _DEATH_S
+    while time.monotonic() < deadline_s:
+        num_alive = 0
+        for pid, started in processes:
+            with contextlib.suppress(OSError, IndexError):
+                stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+                fields = stat.rpartition(")")[2].split()
+                if fields[0] != "Z" and fields[19] == started:
+                    os.kill(pid, signal.SIGKILL)
+                    num_alive += 1
+        if num_alive == 0:
+            break
+        time.sleep(_POLL_S)
 
 
 def _handle(number: int, frame: FrameType | None) -> None:

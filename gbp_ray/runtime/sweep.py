@@ -17,6 +17,7 @@ the user's code) is tried again `sweep.max_failures` times, and then is a row wi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -31,6 +32,7 @@ from typing import Any
 
 from gbp_ray.config import JobConfig, trial_id
 from gbp_ray.errors import BusyError, GbpError, TransientStoreError, TrialError
+from gbp_ray.lease import hold_lease
 from gbp_ray.records import write_share
 from gbp_ray.runtime.failures import first_line, unwrap
 from gbp_ray.runtime.loggers import make_loggers
@@ -96,7 +98,7 @@ def run_sweep(
     if not is_debug:
         # It repeats at the end what the board has said when it happened.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    with ray_session(base.cluster, is_debug), Relay(board) as relay:
+    with _tidied(store), ray_session(base.cluster, is_debug), Relay(board) as relay:
         check_cluster(base, import_paths)
         board.pass_checks()
         slots = _Slots(base, feeder)
@@ -143,6 +145,19 @@ def run_sweep(
                     rank=None,
                     cause=first_line(unwrap(error)),
                 ) from error
+
+
+@contextlib.contextmanager
+def _tidied(store: Store) -> Iterator[None]:
+    """Removes in the end the locks of trials whose processes were ended with Ray."""
+    try:
+        yield
+    finally:
+        for lock in store.folder.glob("*/*/driver.lock") if store.folder is not None else ():
+            place = lock.parent.relative_to(store.folder or "").as_posix()
+            # Others may be at work there.
+            with contextlib.suppress(GbpError), hold_lease(store.objects, place):
+                pass
 
 
 class _Slots:
