@@ -17,7 +17,7 @@ from gbp_ray import lease
 from gbp_ray.errors import StoreError
 from gbp_ray.lease import hold_lease, is_held
 from gbp_ray.objects import Objects
-from gbp_ray.store import open_objects
+from gbp_ray.store import Store, open_objects
 
 TRIAL = "trials/taylor-s0.50-r2-00000000"
 
@@ -142,3 +142,17 @@ def test_a_live_driver_beats_and_one_given_up_for_dead_learns_it(
             held.check()
     # What the other one wrote is the other one's.
     assert json.loads(objects.get(f"{TRIAL}/driver.json") or b"")["driver"] == "other"
+
+
+def test_locks_of_processes_that_a_sweep_has_ended_are_removed(tmp_path: Path) -> None:
+    # Here, as Ray takes a while to import.
+    from gbp_ray.runtime.sweep import _tidied
+
+    store = Store(tmp_path, "job")
+    dead, live = (store.objects.uri_of(f"trials/{name}/driver.lock") for name in ("dead", "live"))
+    with hold_lease(store.objects, "trials/live"):
+        with _tidied(store):
+            Path(dead).parent.mkdir()
+            Path(dead).touch()
+        assert not Path(dead).parent.exists()
+        assert Path(live).exists()
