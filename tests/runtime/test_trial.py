@@ -222,7 +222,7 @@ def addresses_of(processes: set[int]) -> dict[str, str]:
             for handle in Path(f"/proc/{pid}/fd").iterdir():
                 with contextlib.suppress(OSError, KeyError):
                     address = sockets[str(handle.readlink())]
-                    found[address] = Path(f"/proc/{pid}/cmdline").read_text()[:60]
+                    found[address] = Path(f"/proc/{pid}/cmdline").read_text()[:200]
     return found
 
 
