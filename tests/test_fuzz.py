@@ -1,6 +1,6 @@
 """Job files, overrides and checkpoints that are damaged anyhow: read, or refused in one line.
 
-GBP_RAY_FUZZ is the number of inputs of each kind, 300 unless it is set.
+GBP_RAY_FUZZ is the number of inputs of each kind, 200 unless it is set.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from gbp_ray.config import (
 from gbp_ray.errors import GbpError, printable
 from gbp_ray.weights import start_from
 
-NUM_INPUTS = int(os.environ.get("GBP_RAY_FUZZ", "300"))
+NUM_INPUTS = int(os.environ.get("GBP_RAY_FUZZ", "200"))
 MOST_SECONDS = 20.0  # far more than any takes, on a machine that does much else
 
 ROOT = Path(__file__).resolve().parent.parent
