@@ -86,7 +86,7 @@ def prints_aside() -> Iterator[None]:
     with suppress(AttributeError, OSError):  # a test's or a notebook's has no number
         number, target = out.fileno(), aside.fileno()
     if number is None:
-        _results = out
+        _results = out or io.StringIO()
     else:
         out.flush()
         kept = os.dup(number)
