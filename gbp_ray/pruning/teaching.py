@@ -32,6 +32,7 @@ __all__ = ["answer_bytes", "is_taught_once", "prepare_teacher", "refuse_unteacha
 
 _SECTION = "finetune.distillation"
 _MOST_BYTES = 2**28
+_NUM_READ = 8
 
 
 def prepare_teacher(
@@ -76,11 +77,14 @@ def is_taught_once(
 ) -> bool:
     """Decides whether a teacher's answers are computed once for all; see the module's docstring.
 
-    Communicates where the network is sharded.
+    Communicates.
     """
     config, recipe = job.finetune.distillation, job.finetune
     looks_alike = workload.augment is None and recipe.mixup == 0 and recipe.cutmix == 0
     if config.weight == 0 or config.features or not looks_alike:
+        return False
+    ranks = ranks or Ranks()
+    if not ranks.share_object(ranks.together(lambda: _are_drawn_alike(workload))):
         return False
     total = num_examples(workload.train)
     stretches = job.prune.rounds + (job.prune.criterion == "movement")
@@ -88,6 +92,15 @@ def is_taught_once(
     if steps * min(recipe.batch_size, total) < total:
         return False
     return answer_bytes(workload, model, ranks) <= _MOST_BYTES
+
+
+def _are_drawn_alike(workload: Workload) -> bool:
+    """Reads a few training examples under two seeds: a data set may augment its own items."""
+    if isinstance(workload.train, tuple) and workload.prepare is None:
+        return True
+    few = torch.arange(min(_NUM_READ, num_examples(workload.train)))
+    one, other = (take_batch(workload, workload.train, few, augment_seed=n)[0] for n in (0, 1))
+    return torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def answer_bytes(workload: Workload, model: nn.Module, ranks: Ranks | None = None) -> int:

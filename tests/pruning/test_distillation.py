@@ -166,6 +166,8 @@ def test_answers_are_computed_once_where_that_is_the_same_and_cheaper() -> None:
     plain, model = dataclasses.replace(images(), augment=None), built(ConvNet)
     assert is_taught_once(job_of(), plain, model)
     assert not is_taught_once(job_of(), images(), model), "augmented examples look ever different"
+    drawn = dataclasses.replace(plain, prepare=lambda inputs: inputs + torch.rand(()))
+    assert not is_taught_once(job_of(), drawn, model), "and so do those that are drawn when read"
     assert not is_taught_once(job_of(features=["conv2"]), plain, model)
     for recipe in ({"epochs": 0.2}, {"mixup": 0.2}, {"cutmix": 1.0}):
         tree = job_of().model_dump(exclude_unset=True)
