@@ -56,7 +56,7 @@ class TrainedBuffers:
         self._num_parts = 0
         self.size = sum(b.numel() for b in self._floating)
         self.size += len(self._counters) + len(self._others)
-        kinds = (tensor.dtype for tensor in (*self._floating, *model.parameters()))
+        kinds = (tensor.dtype.to_real() for tensor in (*self._floating, *model.parameters()))
         self.dtype = reduce(torch.promote_types, kinds, torch.float32)
 
     def remember(self, num_parts: int) -> None:

@@ -46,6 +46,8 @@ def gradient_norm(gradients: Iterable[Tensor], ranks: Ranks) -> float:
 def _sums_of_rows(gradient: Tensor, ranks: Ranks) -> Tensor:
     """Sums the squares of each row, (rows,), on every rank."""
     rows = local(gradient)
+    if rows.is_complex():
+        rows = torch.view_as_real(rows)
     num_rows = rows.shape[0] if rows.ndim else 1
     squares = rows.to(torch.float64, copy=True).square_()
     own = _halve(squares.view(num_rows, -1)) if rows.numel() else squares.new_zeros(num_rows)

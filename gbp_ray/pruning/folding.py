@@ -76,6 +76,10 @@ class GradientSums:
         self._bucket_of = {n: number for number, names in enumerate(self._buckets) for n in names}
         self._next_item = 0
         self._failure: Exception | None = None
+        self._counts = [
+            self._weights[names[0]].new_zeros(len(names), dtype=torch.float32)
+            for names in self._buckets
+        ]
         self._arrived: dict[str, Tensor] = {}
         self._next_bucket = 0
         self._present = range(0)
@@ -147,6 +151,12 @@ class GradientSums:
                 self._gather(bucket)
         return {name: totals[name].view_as(self._parameters[name]) for name in self._parameters}
 
+    def reached(self) -> set[str]:
+        """Names the parameters that some item so far has had a gradient for, on any rank."""
+        counts = torch.cat(self._counts).tolist()
+        names = [name for bucket in self._buckets for name in bucket]
+        return {name for name, count in zip(names, counts, strict=True) if count > 0}
+
     # -- one turn --------------------------------------------------------------------------------
 
     def _taker(self, name: str) -> Callable[[Tensor], None]:
@@ -171,10 +181,12 @@ class GradientSums:
                 return
             self._next_bucket += 1
             gradients = {name: self._arrived.pop(name, None) for name in bucket}
+            arrived = self._counts[self._next_bucket - 1]
             if self._ranks.world_size == 1:
+                arrived += arrived.new_tensor([g is not None for g in gradients.values()])
                 self._add_own(gradients)
             else:
-                self._exchange(gradients)
+                self._exchange(gradients, arrived)
 
     @torch.no_grad()
     def _add_own(self, gradients: dict[str, Tensor | None]) -> None:
@@ -190,20 +202,26 @@ class GradientSums:
         self._totals[name][start:stop] += self._fold(gradient_L, weight_L, factor)
 
     @torch.no_grad()
-    def _exchange(self, gradients: dict[str, Tensor | None]) -> None:
-        """Sends each owner its rows, block by block, and folds what the others send."""
+    def _exchange(self, gradients: dict[str, Tensor | None], arrived: Tensor) -> None:
+        """Sends each owner its rows, block by block, and folds what the others send.
+
+        With the first block go marks of the gradients that are there, added to `arrived`.
+        """
         world, rank = self._ranks.world_size, self._ranks.rank
         pieces = {name: self._pieces[name] for name in gradients}
         some = self._weights[next(iter(gradients))]
         block = max(1, _BUCKET_BYTES // (some.element_size() * world))
         longest = {name: max(piece.size for piece in pieces[name]) for name in gradients}
+        marks = some.new_tensor([gradient is not None for gradient in gradients.values()])
         for start in range(0, max(longest.values()), block):
             widths = {name: min(max(n - start, 0), block) for name, n in longest.items()}
             # All send and receive alike, padded to the longest slice.
-            outgoing = some.new_zeros(world, sum(widths.values()))
+            size = sum(widths.values())
+            outgoing = some.new_zeros(world, size + (len(marks) if start == 0 else 0))
+            outgoing[:, size:] = marks[: outgoing.shape[1] - size]
             for row, owner in zip(outgoing, range(world), strict=True):
                 for (name, gradient), place in zip(
-                    gradients.items(), row.split(list(widths.values())), strict=True
+                    gradients.items(), row[:size].split(list(widths.values())), strict=True
                 ):
                     piece = pieces[name][owner]
                     count = min(max(piece.size - start, 0), block)
@@ -214,7 +232,11 @@ class GradientSums:
             dist.all_to_all_single(incoming, outgoing)
             del outgoing
             for item, row in zip(self._present, incoming, strict=False):
-                for name, place in zip(gradients, row.split(list(widths.values())), strict=True):
+                if start == 0:
+                    arrived += row[size:].abs()
+                for name, place in zip(
+                    gradients, row[:size].split(list(widths.values())), strict=True
+                ):
                     count = min(max(pieces[name][rank].size - start, 0), block)
                     if count:
                         self._add(name, start, place[:count], self._factors[item])

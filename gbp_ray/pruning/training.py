@@ -241,13 +241,15 @@ def train_epochs(
         gradients = sums.totals()
         joined_B, loss_1 = besides.result().split([buffers.size, 1])
         _refuse_non_finite(loss_1, gradients, span, step, recipe, ranks, masks or {})
+        reached = sums.reached()
         for name, parameter in trainable.items():
-            parameter.grad = gradients[name]
+            # As torch does, what no part of the batch uses is left alone: no decay, no momentum.
+            parameter.grad = gradients[name] if name in reached else None
         if movement is not None:
             movement(gradients)
         for parameter, mask in kept:
-            assert parameter.grad is not None
-            local(parameter.grad).masked_fill_(~local(mask), 0)
+            if parameter.grad is not None:
+                local(parameter.grad).masked_fill_(~local(mask), 0)
         if recipe.max_gradient_norm is not None:
             clip_gradients(gradients.values(), recipe.max_gradient_norm, ranks)
         for group in optimizer.param_groups:

@@ -200,6 +200,42 @@ def test_each_optimizer_with_its_schedule_equals_plain_torch(name: str) -> None:
     torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-9, atol=1e-12)
 
 
+class PartlyUsed(TanhNet):
+    """`spare` is in no pass; `odd` is in those of inputs that are positive somewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare, self.odd = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self[2](self[1](self[0](inputs)))
+        return outputs + self.odd(inputs) if inputs.sum() > 0 else outputs
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_gets_no_gradient_is_left_alone_as_by_plain_torch(name: str) -> None:
+    """Neither weight decay nor momentum moves it."""
+    workload, model = tanh_workload(total=20), in_float64(PartlyUsed)
+    twin = copy.deepcopy(model)
+    recipe = recipe_of(optimizer=name, microbatches=1, batch_size=5, weight_decay=0.1)
+    plain = make_optimizer(twin, recipe)
+    order, used = first_batch(workload, 20), 0
+    for batch in order.split(5):
+        plain.zero_grad()
+        used += bool(workload.train[0][batch].sum() > 0)
+        workload.loss(twin(workload.train[0][batch]), workload.train[1][batch]).backward()
+        plain.step()
+    before = {key: value.clone() for key, value in model.spare.state_dict().items()}
+    optimizer = make_optimizer(model, recipe)
+    train(model, workload, recipe, steps(4), optimizer, masks=half_of(model))
+    assert 0 < used < 4
+    assert all(torch.equal(value, before[key]) for key, value in model.spare.state_dict().items())
+    assert model.spare.weight not in optimizer.state
+    model = in_float64(PartlyUsed)
+    train(model, workload, recipe, steps(4))
+    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_parts_change_nothing_without_batchnorm(name: str) -> None:
     workload = tanh_workload()
