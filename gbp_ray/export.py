@@ -34,7 +34,7 @@ from gbp_ray.pruning.rebuilding import rebuild_network
 from gbp_ray.runtime.shared import warn_of_changed_code
 from gbp_ray.store import locate_finished
 from gbp_ray.trust import admit_code
-from gbp_ray.weights import save_state
+from gbp_ray.weights import save_state, tensor_state
 from gbp_ray.workload import (
     judged_split,
     load_workload,
@@ -137,7 +137,13 @@ def export_round(
         program_fault=fault,
         difference=difference,
         has_tied_weights=state != weights,
-        notes=(_FOLDED,) if is_folded and program else (),
+        notes=(
+            *((_FOLDED,) if is_folded and program else ()),
+            *(
+                f"`{name}` is no tensor and not in `model.safetensors`; load with `strict=False`."
+                for name in _beside_tensors(model)
+            ),
+        ),
     )
     files["README.md"] = write_card(trial, trial.rounds[record.round], facts).encode()
     _write(target, files)
@@ -164,10 +170,15 @@ def _outputs_of(model: nn.Module, inputs: Tensor) -> Tensor:
 
 def _complete_state(model: nn.Module, weights: bytes) -> bytes:
     """Gives a shared weight under each of its names, so that the class alone can load them."""
-    own = model.state_dict()
+    own = tensor_state(model)
     if set(own) == set(load_tensors(weights)):
         return weights
     return save_state(own)
+
+
+def _beside_tensors(model: nn.Module) -> list[str]:
+    tensors = tensor_state(model)
+    return [name for name in model.state_dict() if name not in tensors]
 
 
 def _check_state(job: JobConfig, state: bytes, inputs: Tensor, outputs: Tensor) -> None:
@@ -176,7 +187,7 @@ def _check_state(job: JobConfig, state: bytes, inputs: Tensor, outputs: Tensor) 
     workload = load_workload(job.workload.model_copy(update={"tie": ()}), job.seed + 1)
     fresh, _ = network_of_seed(workload, job.seed + 1)
     try:
-        fresh.load_state_dict(load_tensors(state))
+        fresh.load_state_dict(load_tensors(state), strict=not _beside_tensors(fresh))
     except RuntimeError as error:
         raise ExportError(
             f"a fresh network does not take the stored weights: {' '.join(str(error).split())}"

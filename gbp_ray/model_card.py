@@ -117,6 +117,7 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
             for layer in cost.layers
         ),
         "",
+        *((f"{cost.unpruned_in_words}.", "") if cost.unpruned else ()),
         "## Limits",
         "",
         "- Removed weights are stored as zeros. Files compress well, but a dense library computes "

@@ -59,6 +59,7 @@ __all__ = [
     "write_share",
 ]
 
+_NUM_NAMED = 5
 _STORED, _RECALIBRATED = "as stored", "with BatchNorm re-estimated"
 _SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n}\n\Z')
 
@@ -113,7 +114,10 @@ class LayerRecord(_Record):
 class CostRecord(_Record):
     """What a network costs: the whole model, and its prunable layers.
 
-    Where `macs_fault` says why multiply-adds were not counted, they are 0 everywhere.
+    Attributes:
+        macs_fault: Why multiply-adds were not counted, which then are 0 everywhere.
+        unpruned: Of each other parameter of two axes or more its weights, and why they were not
+            prunable: the kind of module that holds it, or "prune.exclude".
     """
 
     num_parameters: Count
@@ -124,6 +128,21 @@ class CostRecord(_Record):
     num_bytes: Count
     num_bytes_sparse: Count
     layers: tuple[LayerRecord, ...]
+    unpruned: dict[str, tuple[int, str]] = {}
+
+    @property
+    def unpruned_in_words(self) -> str:
+        """Says which matrices pruning passes over, naming a few; "" where there are none."""
+        if not self.unpruned:
+            return ""
+        number = sum(num_weights for num_weights, _ in self.unpruned.values())
+        named = [f"{name} ({n:,}, {why})" for name, (n, why) in self.unpruned.items()]
+        if len(named) > _NUM_NAMED:
+            named[_NUM_NAMED:] = [f"{len(named) - _NUM_NAMED} more"]
+        return (
+            f"{number:,} of {number + self.num_units:,} weights in matrices are not prunable: "
+            f"{', '.join(named)}"
+        )
 
     @property
     def num_units(self) -> int:

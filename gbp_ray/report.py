@@ -75,6 +75,8 @@ def layer_table(record: RoundRecord) -> Table:
             f"{layer.sparsity:.2%}",
             _macs_left(record.cost.macs, layer.macs_nonzero),
         )
+    table.caption = record.cost.unpruned_in_words or None
+    table.caption_justify = "left"
     return table
 
 

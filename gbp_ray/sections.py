@@ -6,6 +6,7 @@ All faults of a job go into one line, with dotted paths and the nearest valid na
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import glob
 import json
 import re
@@ -21,6 +22,7 @@ __all__ = [
     "Section",
     "dotted",
     "explain_faults",
+    "match_names",
     "nearest_glob",
     "nearest_name",
     "plain",
@@ -84,6 +86,12 @@ def nearest_name(name: str, allowed: tuple[str, ...] | list[str]) -> str:
     """Words a suggestion: ", did you mean 'taylor'?", or nothing where none is near."""
     near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
     return f", did you mean '{near[0]}'?" if near else ""
+
+
+def match_names(pattern: str, names: Iterable[str]) -> list[str]:
+    """Finds the names that a glob matches; a name that is written out matches itself only."""
+    names = list(names)
+    return [pattern] if pattern in names else fnmatch.filter(names, pattern)
 
 
 def nearest_glob(pattern: str, names: Iterable[str]) -> str:

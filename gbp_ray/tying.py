@@ -1,5 +1,7 @@
 """Layers that share one weight: a job ties layers of an existing network by name.
 
+Names are those of the network itself, without what wraps it.
+
 The weights of the layers of a group become one parameter, that of the first of them in the
 network's order, under its name. From there on it is one weight like any other: differentiated
 through all its uses, scored, masked, stored and counted once; only its multiply-adds count for each
@@ -8,15 +10,16 @@ use. Biases and norms stay each layer's own.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from gbp_ray.config import nearest_glob
+from gbp_ray.config import match_names, nearest_glob
 from gbp_ray.errors import ConfigError
 
-__all__ = ["tie_weights", "with_tied_weights"]
+__all__ = ["tie_weights", "with_tied_weights", "without_wrappers"]
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
@@ -43,6 +46,34 @@ def with_tied_weights(
     return build_tied
 
 
+def without_wrappers(build_model: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """Returns a builder whose models have no wrappers of `torch.compile` or data-parallelism.
+
+    Wrappers put parts of their own into every name, and hide the network from what takes it apart.
+    A module that was compiled in place (`module.compile()`) has its own names and stays compiled.
+    """
+
+    def build_plain() -> nn.Module:
+        model = _unwrapped(build_model())
+        for module in list(model.modules()) if isinstance(model, nn.Module) else ():
+            for name, child in module._modules.items():
+                module._modules[name] = _unwrapped(child)
+        return model
+
+    return build_plain
+
+
+def _unwrapped(module: Any) -> Any:
+    while isinstance(module, nn.Module):
+        if "_orig_mod" in module._modules:
+            module = module._modules["_orig_mod"]
+        elif isinstance(module, (DataParallel, DistributedDataParallel)):
+            module = module.module
+        else:
+            break
+    return module
+
+
 def tie_weights(model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
     """Gives the layers of each group one weight, in place.
 
@@ -60,7 +91,7 @@ def tie_weights(model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
     for group in groups:
         chosen: set[str] = set()
         for pattern in group:
-            found = fnmatch.filter(layers, pattern)
+            found = match_names(pattern, layers)
             if not found:
                 raise _fault(
                     group,

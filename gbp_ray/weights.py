@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from gbp_ray.config import JobConfig, TransferConfig, nearest_glob
+from gbp_ray.config import JobConfig, TransferConfig, match_names, nearest_glob
 from gbp_ray.errors import ConfigError, WorkloadError
 from gbp_ray.weight_files import State, WeightFile, hash_weights, read_weights
 
@@ -28,6 +28,7 @@ __all__ = [
     "pin_weights",
     "save_state",
     "start_from",
+    "tensor_state",
 ]
 
 TEACHER = "finetune.distillation.teacher"
@@ -181,6 +182,15 @@ def _are_equal(one: State, other: State) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
+def tensor_state(model: nn.Module) -> dict[str, Tensor]:
+    """Lists the tensors of a state dict; a module may add other things to it (`get_extra_state`).
+
+    Parameters are listed themselves.
+    """
+    state = model.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
 def save_state(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Writes a state as safetensors; every tensor gets memory of its own, as the format asks."""
     plain = {
@@ -277,7 +287,7 @@ def _build_from(
     build_model: Callable[[], nn.Module], config: TransferConfig, file: WeightFile
 ) -> nn.Module:
     model = build_model()
-    own = model.state_dict()
+    own = tensor_state(model)
     if any(tensor.is_meta for tensor in own.values()):
         raise WorkloadError(
             f"{_CHECKPOINT}: the network is built on the meta device, layer by layer, and "
@@ -285,7 +295,7 @@ def _build_from(
         )
     new: set[str] = set()
     for pattern in config.new_head:
-        found = fnmatch.filter(own, pattern)
+        found = match_names(pattern, own)
         if not found:
             raise ConfigError(
                 f"{_TRANSFER}.new_head = '{pattern}': matches no weight of the network"

@@ -31,7 +31,7 @@ from gbp_ray.errors import ConfigError, GbpError, WorkloadError, in_one_line
 from gbp_ray.intensities import InputRange, bounds_of_inputs, check_range
 from gbp_ray.items import collate, kind_of, read_item, take_rows
 from gbp_ray.seeding import derive_seed, plant_seed, seeded, shuffled_indices
-from gbp_ray.tying import with_tied_weights
+from gbp_ray.tying import with_tied_weights, without_wrappers
 from gbp_ray.weights import start_from
 
 __all__ = [
@@ -173,6 +173,7 @@ def load_workload(config: WorkloadConfig, seed: int | None = None) -> Workload:
             f"workload.factory = '{config.factory}' returned {type(workload).__name__}; "
             "it must return a gbp_ray.Workload"
         )
+    workload = replace(workload, build_model=without_wrappers(workload.build_model))
     if config.transfer.checkpoint:
         start = start_from(workload.build_model, config.transfer)
         workload = replace(workload, build_model=start)

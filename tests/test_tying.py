@@ -8,7 +8,7 @@ from torch import nn
 
 from gbp_ray.config import WorkloadConfig
 from gbp_ray.errors import ConfigError
-from gbp_ray.tying import tie_weights
+from gbp_ray.tying import tie_weights, without_wrappers
 from gbp_ray.workload import load_workload, seeded
 from gbp_ray.zoo.resnet import build_cifar_resnet
 
@@ -82,3 +82,21 @@ def test_a_job_ties_what_its_factory_builds() -> None:
     kernels = 9 * (16 * 16 + 32 * 32)
     drives = 9 * (16 + 16 * 32)
     assert sizes == [drives + n * kernels + norms + linear for n in (3, 1, 1)]
+
+
+class Plain(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(3, 4), nn.Sequential(), nn.Linear(4, 2))
+
+
+def test_wrappers_leave_the_names_alone() -> None:
+    def build() -> nn.Module:
+        model = Plain()
+        model[0] = nn.DataParallel(torch.compile(model[0], backend="eager"))
+        model[1] = nn.DataParallel(model[1])
+        return torch.compile(nn.DataParallel(model), backend="eager")
+
+    model = without_wrappers(build)()
+    assert type(model) is Plain
+    assert list(model.state_dict()) == list(Plain().state_dict())
+    assert model(torch.zeros(2, 3)).shape == (2, 2)

@@ -42,7 +42,7 @@ from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.sharding import gather_whole, is_shard, is_sharded, like_shard, local
 from gbp_ray.pruning.slices import cut_rows, owned
 from gbp_ray.store import REMEDY
-from gbp_ray.weights import save_state
+from gbp_ray.weights import save_state, tensor_state
 
 __all__ = [
     "SHARDS",
@@ -173,12 +173,12 @@ def load_weights(model: nn.Module, data: bytes, source: str) -> None:
     except (SafetensorError, ValueError, KeyError) as error:
         # KeyError: a dtype that torch does not have.
         raise StoreError(f"{source}: is not a readable safetensors file: {error}") from None
-    own = model.state_dict(keep_vars=True)
+    own = tensor_state(model)
 
     def fits(name: str, tensor: Tensor) -> bool:
         return name in own and (own[name].shape, own[name].dtype) == (tensor.shape, tensor.dtype)
 
-    missing, unexpected = model.load_state_dict(
+    missing, _ = model.load_state_dict(
         {
             name: _rows_like(tensor, own[name])
             for name, tensor in tensors.items()
@@ -187,16 +187,16 @@ def load_weights(model: nn.Module, data: bytes, source: str) -> None:
         strict=False,
     )
     present = {_identity(own[name]) for name in tensors if name in own}
-    missing = [name for name in missing if _identity(own[name]) not in present]
+    missing = [n for n in missing if n in own and _identity(own[n]) not in present]
     misfits = [name for name, tensor in tensors.items() if not fits(name, tensor)]
-    if missing or misfits or unexpected:
-        name = (missing or misfits or unexpected)[0]
+    if missing or misfits:
+        name = (missing or misfits)[0]
         raise StoreError(f"{source}: does not fit the model at '{name}'; was the workload changed?")
 
 
 def load_rows(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Loads whole tensors that fit into a network, in place; a sharded one takes its rows."""
-    own = model.state_dict()
+    own = tensor_state(model)
     rows = {name: _rows_like(t.to(own[name].dtype), own[name]) for name, t in tensors.items()}
     model.load_state_dict(rows, strict=False)
 
@@ -213,7 +213,7 @@ def _distinct(model: nn.Module) -> dict[str, Tensor]:
     """Lists the state dict; of tied tensors, which the format refuses, the first name alone."""
     seen: set[tuple[int, ...]] = set()
     distinct: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in tensor_state(model).items():
         key = _identity(tensor)
         if tensor.numel() and key in seen:
             continue

@@ -24,6 +24,7 @@ from gbp_ray.pruning.freezing import refuse_unfreezable, trainable_parameters
 from gbp_ray.pruning.masks import Prunable, prunable_parameters
 from gbp_ray.pruning.objective import refuse_unlearnable
 from gbp_ray.pruning.ranks import isolated
+from gbp_ray.pruning.reach import warn_of_unusual_weights
 from gbp_ray.pruning.saliency import check_criterion
 from gbp_ray.pruning.selection import check_reachable, check_selectable
 from gbp_ray.pruning.sharding import leaves, shard_network
@@ -69,10 +70,16 @@ def check_job(job: JobConfig, workload: Workload, dense: RoundRecord | None = No
                 "another name"
             )
     check_on_record(fingerprints_of_network(model, is_blank=is_blank), stored, source)
-    check_selectable(shapes, job.prune, {unit.name: unit.input_dim for unit in units})
+    check_selectable(
+        shapes,
+        job.prune,
+        {unit.name: unit.input_dim for unit in units},
+        {unit.name: unit.num_groups for unit in units},
+    )
     check_reachable(shapes, job.prune)
     starting_masks(job, units)
     _refuse_split_patterns(job, units)
+    _refuse_empty_shards(job, model)
     watch = Watch(model)
     check_workload(workload, model, min(8, job.prune.calibration_batch_size))
     check_data(workload, stored, source)
@@ -98,6 +105,8 @@ def check_job(job: JobConfig, workload: Workload, dense: RoundRecord | None = No
     check_criterion(model, units, workload, job.prune, seed=job.seed)
     if job.cluster.strategy == "fsdp" and not dist.is_initialized():
         _refuse_unshardable(workload, model)
+    size = min(8, num_examples(workload.train), job.prune.calibration_batch_size)
+    warn_of_unusual_weights(model, units, workload, size)
 
 
 def _refuse_unshardable(workload: Workload, model: nn.Module) -> None:
@@ -133,6 +142,15 @@ def _refuse_split_patterns(job: JobConfig, units: list[Prunable]) -> None:
             f"cluster.strategy = fsdp: cuts '{split[0]}' between its inputs, along which the "
             f"groups of prune.granularity = '{job.prune.granularity}' run; name it in "
             "prune.exclude or set cluster.strategy to replicated"
+        )
+
+
+def _refuse_empty_shards(job: JobConfig, model: nn.Module) -> None:
+    empty = [name for name, parameter in model.named_parameters() if not parameter.numel()]
+    if job.cluster.strategy == "fsdp" and empty:
+        raise ConfigError(
+            f"cluster.strategy = fsdp: '{empty[0]}' has no elements, and FSDP2 cannot spread that; "
+            "leave its layer out or set cluster.strategy to replicated"
         )
 
 

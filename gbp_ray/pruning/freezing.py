@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gbp_ray.config import nearest_glob
+from gbp_ray.config import match_names, nearest_glob
 from gbp_ray.errors import ConfigError
 from gbp_ray.pruning.sharding import leaves
 
@@ -48,7 +48,7 @@ def refuse_unfreezable(model: nn.Module, freeze: Sequence[str], section: str) ->
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     names += [name for name, _ in model.named_buffers(remove_duplicate=False)]
     for pattern in freeze:
-        if not fnmatch.filter(names, pattern):
+        if not match_names(pattern, names):
             raise ConfigError(
                 f"{section}.freeze = '{pattern}': matches no parameter or buffer"
                 f"{nearest_glob(pattern, names)}"
@@ -94,4 +94,4 @@ def training_mode(model: nn.Module, freeze: Sequence[str]) -> Iterator[None]:
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -16,7 +16,6 @@ File format, version 1 (a safetensors file):
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 import math
@@ -31,16 +30,18 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from gbp_ray.config import nearest_glob, nearest_name
+from gbp_ray.config import match_names, nearest_glob, nearest_name
 from gbp_ray.errors import ConfigError, PruneError, StoreError
 from gbp_ray.pruning.sharding import add_over_ranks, gather_bits, local
 from gbp_ray.tensors import check_packed
 
-__all__ = ["MaskSet", "Prunable", "prunable_parameters"]
+__all__ = ["PRUNABLE_LAYERS", "MaskSet", "Prunable", "prunable_parameters"]
 
 _FORMAT = "gbp_ray.masks"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+PRUNABLE_LAYERS = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -51,58 +52,102 @@ class Prunable:
         name: Its first name in the model; a tied parameter has others.
         parameter: The weights.
         input_dim: The axis along which n:m groups run.
+        num_groups: How many groups of a convolution lie along it one after another.
     """
 
     name: str
     parameter: nn.Parameter
     input_dim: int
+    num_groups: int = 1
 
 
 def prunable_parameters(model: nn.Module, exclude: Iterable[str] = ()) -> list[Prunable]:
     """Lists the prunable parameters in name order, which is the order of the global flat index.
 
-    Prunable are the weights of convolutions and linear layers; biases, norms and embeddings are
-    not. A parameter tied under several names counts once, under the first; a glob that matches any
-    of its names excludes it.
+    Prunable are the weights of convolutions and linear layers; biases, norms, embeddings, and what
+    other modules hold are not, nor is a weight without elements. A parameter tied under several
+    names counts once, under the first; a glob that matches any of its names excludes it.
 
     Raises:
         ConfigError: A glob of `exclude` matches no parameter, or nothing is left to prune.
-        PruneError: A weight is not a parameter but computed from others.
+        PruneError: A weight is not a parameter but computed from others, or no tensor of real
+            numbers that each have their place.
     """
     names_of: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(parameter, []).append(name)
     found: dict[nn.Parameter, Prunable] = {}
-    for module in model.modules():
-        if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)):
-            weight = module.weight
-            if not isinstance(weight, nn.Parameter):
-                path = next(name for name, other in model.named_modules() if other is module)
-                raise PruneError(
-                    f"'{f'{path}.weight'.lstrip('.')}': is computed from other tensors (by "
-                    "torch.nn.utils.prune or a parametrization); make it a plain parameter first"
-                )
-            if weight in names_of and weight not in found:
-                input_dim = 0 if isinstance(module, _TRANSPOSED) else 1
-                found[weight] = Prunable(names_of[weight][0], weight, input_dim)
+    computed = []
+    for path, module in model.named_modules():
+        if not isinstance(module, PRUNABLE_LAYERS):
+            continue
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter):
+            computed.append(f"{path}.weight".lstrip("."))
+        elif weight in names_of and weight.numel():
+            is_turned = isinstance(module, _TRANSPOSED)
+            num_groups = int(module.groups) if is_turned else 1  # type: ignore[arg-type]
+            if weight in found:
+                num_groups = math.lcm(num_groups, found[weight].num_groups)
+            name = names_of[weight][0]
+            found[weight] = Prunable(name, weight, 0 if is_turned else 1, num_groups)
     every_name = [name for names in names_of.values() for name in names]
+    excluded: set[str] = set()
     for pattern in exclude:
-        if not fnmatch.filter(every_name, pattern):
+        matched = match_names(pattern, [*every_name, *computed])
+        if not matched:
             raise ConfigError(
                 f"prune.exclude = '{pattern}': matches no parameter"
                 f"{nearest_glob(pattern, every_name)}"
             )
-    kept = [
-        unit
-        for weight, unit in found.items()
-        if not any(fnmatch.filter(names_of[weight], pattern) for pattern in exclude)
-    ]
-    if not kept:
+        excluded.update(matched)
+    for name in computed:
+        own = (f"{name}_", f"{name.removesuffix('weight')}parametrizations.weight.")
+        if name not in excluded and not any(other.startswith(own) for other in excluded):
+            raise PruneError(
+                f"'{name}': is computed from other tensors (by torch.nn.utils.prune or a "
+                "parametrization); make it a plain parameter first, or name it in prune.exclude"
+            )
+    kept = [unit for weight, unit in found.items() if excluded.isdisjoint(names_of[weight])]
+    for unit in kept:
+        _check_rankable(unit)
+    if not kept and found:
         raise ConfigError(
             "prune.exclude: leaves nothing to prune; the model needs a convolution or linear layer "
             "that no glob matches"
         )
+    if not kept:
+        raise ConfigError(f"workload.factory: the network has {_describe_unprunable(model)}")
     return sorted(kept, key=lambda unit: unit.name)
+
+
+def _check_rankable(unit: Prunable) -> None:
+    weight, why = unit.parameter, ""
+    if not weight.is_floating_point() or weight.element_size() == 1:
+        why = f"is of {weight.dtype}, and criteria rank real numbers of 16 bits or more"
+    elif weight.layout is not torch.strided:
+        why = f"has the layout {weight.layout}"
+    elif any(step == 0 and n > 1 for n, step in zip(weight.shape, weight.stride(), strict=True)):
+        why = "is expanded, so that several of its weights are one number in memory"
+    if why:
+        raise PruneError(
+            f"'{unit.name}': {why}; make it a plain parameter or name it in prune.exclude"
+        )
+
+
+def _describe_unprunable(model: nn.Module, most: int = 5) -> str:
+    """Words what a network has in place of prunable weights."""
+    owners = [
+        f"'{f'{path}.{name}'.lstrip('.')}' of {type(module).__name__}"
+        for path, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+    ]
+    if len(owners) > most:
+        owners[most:] = [f"{len(owners) - most} more"]
+    return (
+        "nothing to prune: prunable are the weights of convolutions (nn.Conv, nn.ConvTranspose) "
+        f"and linear layers (nn.Linear), and its parameters are {', '.join(owners) or 'none'}"
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from gbp_ray.pruning.masks import Prunable
+from gbp_ray.pruning.masks import PRUNABLE_LAYERS, Prunable
 from gbp_ray.pruning.ranks import isolated
 from gbp_ray.pruning.sharding import add_over_ranks, local
 from gbp_ray.store import CostRecord, LayerRecord
@@ -264,4 +265,17 @@ def measure(model: nn.Module, units: list[Prunable], macs: Macs) -> CostRecord:
         num_bytes=num_bytes,
         num_bytes_sparse=num_bytes - spared_bytes + mask_bytes,
         layers=tuple(layers),
+        unpruned=_find_unpruned(model, units),
     )
+
+
+def _find_unpruned(model: nn.Module, units: list[Prunable]) -> dict[str, tuple[int, str]]:
+    pruned = {unit.parameter for unit in units}
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and parameter.numel() and parameter not in pruned:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            is_layer = isinstance(owner, (*PRUNABLE_LAYERS, ParametrizationList))
+            kind = type(owner).__name__.removeprefix("FSDP")
+            found[name] = (parameter.numel(), "prune.exclude" if is_layer else kind)
+    return found

@@ -58,6 +58,7 @@ from gbp_ray.pruning.training import (
     train_epochs,
 )
 from gbp_ray.store import RoundRecord
+from gbp_ray.weights import tensor_state
 from gbp_ray.workload import (
     Workload,
     derive_seed,
@@ -352,7 +353,7 @@ class _Run:
 
     def _rewind(self) -> None:
         if self.job.prune.rewind == "weights":
-            self.model.load_state_dict(self.dense_state)
+            self.model.load_state_dict(self.dense_state, strict=False)
         if self.job.prune.rewind != "none":
             self.optimizer = None
         self.masks.apply_(self.model)
@@ -503,7 +504,7 @@ class _Run:
 
     def _remember_dense(self) -> None:
         if self.job.prune.rewind == "weights":
-            self.dense_state = {k: v.clone() for k, v in self.model.state_dict().items()}
+            self.dense_state = {k: v.detach().clone() for k, v in tensor_state(self.model).items()}
         distillation = self.job.finetune.distillation
         if distillation.is_on and self.job.finetune.epochs > 0:
             self.teacher = Teacher(copy_frozen(self.model), distillation)

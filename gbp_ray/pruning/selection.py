@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gbp_ray.config import PruneConfig, nearest_glob
+from gbp_ray.config import PruneConfig, match_names, nearest_glob
 from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.pruning.contenders import Contenders, put_up
 from gbp_ray.pruning.masks import MaskSet
@@ -147,8 +147,14 @@ def check_selectable(
     shapes: Mapping[str, tuple[int, ...]],
     config: PruneConfig,
     input_dims: Mapping[str, int] | None = None,
+    num_groups: Mapping[str, int] | None = None,
 ) -> None:
     """Refuses what no scores could make possible, so that it shows before any training.
+
+    Args:
+        input_dims: Axis of the n:m groups by parameter name; 1 where not given.
+        num_groups: How many groups of a convolution lie along it, which an n:m group must not
+            cross; 1 where not given.
 
     Raises:
         ConfigError: An n:m pattern does not divide a layer, or a bound's glob matches no layer.
@@ -156,7 +162,7 @@ def check_selectable(
     for key in ("layer_min_sparsity", "layer_max_sparsity"):
         bound = getattr(config, key)
         for pattern in bound if isinstance(bound, dict) else ():
-            if not fnmatch.filter(shapes, pattern):
+            if not match_names(pattern, shapes):
                 raise ConfigError(
                     f"prune.{key}.'{pattern}': matches no prunable parameter"
                     f"{nearest_glob(pattern, shapes)}"
@@ -164,11 +170,11 @@ def check_selectable(
     if config.pattern is None:
         return
     _, m = config.pattern
-    misfits = [
-        f"'{name}' has {shape[(input_dims or {}).get(name, 1)]}"
+    sizes = {
+        name: shape[(input_dims or {}).get(name, 1)] // (num_groups or {}).get(name, 1)
         for name, shape in shapes.items()
-        if shape[(input_dims or {}).get(name, 1)] % m
-    ]
+    }
+    misfits = [f"'{name}' has {size}" for name, size in sizes.items() if size % m]
     if misfits:
         raise ConfigError(
             f"prune.granularity = '{config.granularity}': needs input sizes divisible by {m}, but "
@@ -286,7 +292,11 @@ def _least_of(name: str, size: int, config: PruneConfig) -> int:
 def _bound_of(name: str, bound: float | dict[str, float], default: float) -> float:
     if not isinstance(bound, dict):
         return bound
-    matching = [value for pattern, value in bound.items() if fnmatch.fnmatch(name, pattern)]
+    matching = [
+        value
+        for pattern, value in bound.items()
+        if name == pattern or fnmatch.fnmatchcase(name, pattern)
+    ]
     return matching[-1] if matching else default
 
 

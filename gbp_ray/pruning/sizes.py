@@ -24,6 +24,7 @@ from gbp_ray.pruning.sharding import group_parameters
 from gbp_ray.pruning.slices import Layout, cut_rows
 from gbp_ray.pruning.teaching import answer_bytes, is_taught_once
 from gbp_ray.pruning.training import num_steps
+from gbp_ray.weights import tensor_state
 from gbp_ray.workload import Workload, judged_split, num_examples
 
 __all__ = ["Sizes", "bytes_of"]
@@ -69,7 +70,7 @@ class Sizes:
             for statistic in (module.running_mean, module.running_var)
             if statistic is not None
         )
-        self.state_bytes = sum(map(bytes_of, model.state_dict().values()))
+        self.state_bytes = sum(map(bytes_of, tensor_state(model).values()))
         self.pretrain_steps = num_steps(job.pretrain, workload, job.pretrain.epochs)
         self.finetune_steps = num_steps(job.finetune, workload, job.finetune.epochs)
         self.has_teacher = self.finetune_steps > 0 and job.finetune.distillation.is_on

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gbp_ray.weights import tensor_state
+
 __all__ = ["Stretch", "train_until_stale"]
 
 Judgement = tuple[float, float]
@@ -82,7 +84,7 @@ class _Snapshot:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self._model, self._optimizer = model, optimizer
-        self._tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
+        self._tensors = {name: t.detach().clone() for name, t in tensor_state(model).items()}
         self._state = {
             parameter: {key: _copy(value) for key, value in state.items()}
             for parameter, state in optimizer.state.items()
@@ -90,7 +92,7 @@ class _Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        for name, tensor in self._model.state_dict().items():
+        for name, tensor in tensor_state(self._model).items():
             tensor.copy_(self._tensors[name])
         self._optimizer.state.clear()
         for parameter, state in self._state.items():

@@ -25,7 +25,7 @@ from gbp_ray.pruning.ranks import Ranks, isolated
 from gbp_ray.pruning.sharding import is_sharded
 from gbp_ray.pruning.training import num_steps
 from gbp_ray.weight_files import read_weights
-from gbp_ray.weights import TEACHER, find_misfits, fit_state
+from gbp_ray.weights import TEACHER, find_misfits, fit_state, tensor_state
 from gbp_ray.workload import Workload, cut_batches, derive_seed, num_examples, take_batch
 
 __all__ = ["answer_bytes", "is_taught_once", "prepare_teacher", "refuse_unteachable"]
@@ -63,8 +63,9 @@ def prepare_teacher(
 
 def _read_fitting(config: DistillationConfig, model: nn.Module) -> dict[str, Tensor]:
     file = read_weights(config.teacher, TEACHER, config.teacher_digest)
-    state = fit_state(file, model.state_dict())
-    if faults := find_misfits(state, model.state_dict()):
+    own = tensor_state(model)
+    state = fit_state(file, own)
+    if faults := find_misfits(state, own):
         raise ConfigError(
             f"{TEACHER} = '{config.teacher}': does not fit the network: {faults}; give a "
             "checkpoint of this very network"

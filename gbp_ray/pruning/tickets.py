@@ -129,7 +129,7 @@ def _fit(
     for name, mask in found.items():
         if name not in shapes:
             # Only the name of an excluded parameter is known here by its glob.
-            if any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
+            if any(name == p or fnmatch.fnmatchcase(name, p) for p in exclude):
                 continue
             raise ConfigError(
                 f"{named}: masks '{name}', which is no prunable parameter of this network"

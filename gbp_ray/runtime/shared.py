@@ -32,6 +32,7 @@ from gbp_ray.errors import GbpError, StoreError
 from gbp_ray.pruning.batchnorm import norm_batch_size
 from gbp_ray.pruning.rules import Criterion
 from gbp_ray.store import RoundRecord, SharedRecord, Store, TrialRecord
+from gbp_ray.weights import tensor_state
 from gbp_ray.workload import import_attribute
 
 __all__ = [
@@ -244,7 +245,7 @@ def digest_source(plug_in: str) -> str:
 
 def _digest_state(model: nn.Module) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensor_state(model).items()):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes())

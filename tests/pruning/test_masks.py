@@ -10,12 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as save_tensors
-from small_networks import ConvNet, SharedWeightNet, TanhNet, built, draw
+from small_networks import ConvNet, SharedWeightNet, TanhNet, built, draw, prune_config
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from gbp_ray.errors import ConfigError, PruneError, StoreError
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
+from gbp_ray.pruning.selection import check_selectable
 
 shapes = st.lists(st.integers(1, 5), min_size=0, max_size=4).map(tuple)
 names = st.text(min_size=1, max_size=6).filter(lambda name: name != "__metadata__")
@@ -469,11 +470,108 @@ def test_a_glob_that_matches_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "exclude"), [(TanhNet(), ["*"]), (nn.LayerNorm(3), [])], ids=["excluded", "none"]
+    ("model", "exclude", "message"),
+    [
+        (TanhNet(), ["*"], "prune.exclude: leaves nothing to prune"),
+        (nn.GRU(2, 3), [], "nothing to prune: .* and its parameters are 'weight_ih_l0' of GRU"),
+    ],
+    ids=["excluded", "none"],
 )
-def test_nothing_to_prune_is_refused(model: nn.Module, exclude: list[str]) -> None:
-    with pytest.raises(ConfigError, match="leaves nothing to prune"):
+def test_nothing_to_prune_is_refused(model: nn.Module, exclude: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         prunable_parameters(model, exclude)
+
+
+def named(**layers: nn.Module) -> nn.Module:
+    return nn.ModuleDict({"plain": nn.Linear(4, 4), **layers})
+
+
+def names_of(model: nn.Module, *exclude: str) -> list[str]:
+    return [unit.name for unit in prunable_parameters(model, exclude)]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda layer: prune.identity(layer, "weight"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_computed_weight_is_left_alone_where_it_is_excluded(wrap: Any) -> None:
+    model = named(head=wrap(nn.Linear(4, 4)))
+    own = next(n for n, _ in model.named_parameters() if n.startswith("head.") and "bias" not in n)
+    for pattern in ("head.*", "head.weight", own):
+        assert names_of(model, pattern) == ["plain.weight"]
+    with pytest.raises(PruneError, match=r"'head\.weight': is computed .* prune\.exclude"):
+        prunable_parameters(model, ["head.bias"])
+
+
+def expanded() -> nn.Linear:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.ones(1, 4).expand(4, 4))
+    return layer
+
+
+def whole_numbers() -> nn.Linear:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: nn.Linear(4, 4, dtype=torch.complex64), "is of torch.complex64"),
+        (lambda: nn.Linear(4, 4).to(torch.float8_e4m3fn), "is of torch.float8_e4m3fn"),
+        (whole_numbers, "is of torch.int8"),
+        (expanded, "is expanded"),
+    ],
+)
+def test_weights_that_have_no_order_or_no_place_are_refused(build: Any, message: str) -> None:
+    model = named(odd=build())
+    with pytest.raises(PruneError, match=rf"'odd\.weight': {message}.*prune\.exclude"):
+        prunable_parameters(model)
+    assert names_of(model, "odd.*") == ["plain.weight"]
+
+
+def test_a_layer_without_weights_is_no_unit() -> None:
+    with pytest.warns(UserWarning, match="zero-element"):
+        model = named(empty=nn.Linear(0, 4))
+    assert names_of(model) == ["plain.weight"]
+
+
+def test_a_name_written_out_matches_itself() -> None:
+    model = nn.ModuleDict({"a[0]": nn.Linear(2, 2), "a0": nn.Linear(2, 2)})
+    assert names_of(model, "a[0].weight") == ["a0.weight"]
+    assert names_of(model, "a[[]0].*") == ["a0.weight"]
+    assert names_of(model, "a[0].bias", "a[[]*") == ["a0.weight"]
+    with pytest.raises(ConfigError, match=r"did you mean 'a\[\[\]0\]\.bias'"):
+        names_of(model, "b[0].*")
+
+
+@pytest.mark.parametrize("num_axes", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("inputs", "groups", "fits"), [(8, 1, True), (8, 2, True), (8, 8, False), (12, 2, False)]
+)
+def test_patterns_do_not_cross_the_groups_of_a_convolution(
+    num_axes: int, inputs: int, groups: int, fits: bool
+) -> None:
+    plain = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[num_axes - 1]
+    turned = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[num_axes - 1]
+    for kind in (plain, turned):
+        (unit,) = prunable_parameters(kind(inputs, 24, 3, groups=groups))
+        assert unit.input_dim == (0 if kind is turned else 1)
+        of_unit = {unit.name: tuple(unit.parameter.shape)}, prune_config(granularity="2:4")
+        axes = {unit.name: unit.input_dim}, {unit.name: unit.num_groups}
+        if fits:
+            check_selectable(*of_unit, *axes)
+            continue
+        with pytest.raises(ConfigError, match=f"by 4, but 'weight' has {inputs // groups};"):
+            check_selectable(*of_unit, *axes)
 
 
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, prune.identity])

@@ -313,6 +313,22 @@ def test_what_cannot_be_counted_is_said_and_ends_nothing(build: Any, fault: str)
     assert measure(model, [], macs).macs_fault == macs.fault
 
 
+def test_matrices_that_are_not_pruned_are_named_with_the_reason() -> None:
+    model = built(lambda: COUNTED["attention"][0]())
+    model.table = nn.Embedding(3, 8)
+    units = prunable_parameters(model, ["head.*"])
+    cost = measure(model, units, Macs({}, 0))
+    assert cost.unpruned == {
+        "attention.in_proj_weight": (192, "MultiheadAttention"),
+        "head.weight": (32, "prune.exclude"),
+        "table.weight": (24, "Embedding"),
+    }
+    assert cost.unpruned_in_words == (
+        "248 of 312 weights in matrices are not prunable: attention.in_proj_weight (192, "
+        "MultiheadAttention), head.weight (32, prune.exclude), table.weight (24, Embedding)"
+    )
+
+
 def test_counting_leaves_no_trace() -> None:
     def mark(model: Any, inputs: Tensor) -> Tensor:
         model.calls += 1

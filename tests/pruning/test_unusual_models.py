@@ -162,6 +162,91 @@ def test_an_own_rule_is_not_mistaken_for_a_built_in_of_its_name() -> None:
     assert torch.equal(scores["0.weight"], model[0].weight.abs())
 
 
+class TrainingOnly(HalfReached):
+    """Another layer helps in training alone, and the last one shares its weight with a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux = nn.Linear(3, 2)
+        self.table = nn.Embedding(2, 4)
+        self.table.weight = self[2].weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = super().forward(inputs)
+        return outputs + self.aux(inputs) if self.training else outputs
+
+
+def test_weights_without_gradients_and_pruned_embeddings_are_told_before_training() -> None:
+    with pytest.warns(UserWarning, match="prune: ") as told:
+        check_job(small_job(), tanh_regression(TrainingOnly))
+    idle, unscored, embedded = (str(warning.message) for warning in told)
+    assert idle.startswith("prune: 'a_spare.weight' (15) gets no gradient from 8 examples in train")
+    assert "15 of 41 prunable weights, whose removal counts as sparsity" in idle
+    assert unscored.startswith("prune: 'aux.weight' (6) gets no gradient from 8 examples in eval")
+    assert embedded.startswith("prune: '2.weight' (8), which a layer shares with an embedding")
+
+
+class Stateful(TanhNet):
+    """Keeps something beside its tensors."""
+
+    extra: Any = None
+
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        assert isinstance(state, Tensor)
+
+
+@pytest.mark.parametrize("extra", [None, b"v3", {"version": 3}, torch.tensor([3.0])], ids=str)
+@pytest.mark.parametrize("rewind", ["none", "weights"])
+def test_state_that_is_no_tensor_is_left_out(
+    extra: Any, rewind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stateful, "extra", extra)
+    job = small_job(prune={"rewind": rewind})
+    workload = tanh_regression(Stateful)
+    if isinstance(extra, Tensor):
+        check_job(job, workload)
+    else:
+        with pytest.warns(UserWarning, match="'_extra_state' of the network's state is no tensor"):
+            check_job(job, workload)
+    states = list(run_rounds(job, workload, ONE_RANK))
+    assert states[-1].record.sparsity == 0.5
+    fresh = built(Stateful, seed=1)
+    load_weights(fresh, states[-1].to_files()["weights.safetensors"], "weights")
+    assert torch.equal(fresh[0].weight, states[-1].model[0].weight)
+
+
+class Complex(nn.Module):
+    """A layer of complex numbers, which is trained and not pruned, and one without weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wave = nn.Linear(3, 4, dtype=torch.complex64)
+        self.side = nn.Linear(0, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.wave(inputs.to(torch.complex64)).abs() + self.side(inputs[:, :0])
+        return self.head(hidden)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_complex_and_empty_layers_are_trained_beside_those_that_are_pruned() -> None:
+    training = {"epochs": 1, "batch_size": 8, "microbatches": 2, "max_gradient_norm": 0.1}
+    states = run_rounds(
+        small_job(prune={"exclude": ("wave.*",)}, finetune=FinetuneConfig(**training)),
+        tanh_regression(Complex),
+        ONE_RANK,
+    )
+    first = next(states).model.wave.weight.detach().clone()
+    *_, last = states
+    assert last.record.cost.num_units == 8
+    assert last.record.sparsity == 0.5
+    assert not torch.equal(last.model.wave.weight, first)
+
+
 # -- sizes -----------------------------------------------------------------------------------------
 
 
