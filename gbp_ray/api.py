@@ -243,8 +243,8 @@ class SweepResult:
     """
 
     uri: str
-    outcomes: tuple[Outcome, ...]
-    answers: tuple[Answer, ...]
+    outcomes: tuple[Outcome, ...] = field(repr=False)
+    answers: tuple[Answer, ...] = field(repr=False)
     seconds: float
 
     @property

@@ -19,8 +19,6 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from gbp_ray import __version__
 from gbp_ray.cli_reference import add_reference_verbs
@@ -42,6 +40,7 @@ from gbp_ray.report import (
 from gbp_ray.runtime.start import SUBMITTED
 from gbp_ray.stopping import STOPPED, WORDS, Terminated, watch
 from gbp_ray.store import TrialRecord, locate_trials
+from gbp_ray.tables import TableColumn, fit_table
 from gbp_ray.terminal import (
     AsJson,
     Conditions,
@@ -57,7 +56,6 @@ from gbp_ray.terminal import (
 
 __all__ = ["app", "main"]
 
-_MOST_FIELDS = 5  # in a table, which would else have columns of a letter's width
 
 app = typer.Typer(
     add_completion=False,
@@ -167,12 +165,14 @@ def show(
         if as_json:
             print_json({"trials": rows})
             return
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for heading in rows[0]:
-            table.add_column(heading, overflow="fold")
-        for row in rows:
-            table.add_row(*(str(value) for value in row.values()))
+        columns = [
+            TableColumn(heading, [str(row[heading]) for row in rows], "left", rank, widest=200)
+            for heading, rank in zip(rows[0], (0, 1, 2, 0, 0, 3), strict=True)
+        ]
+        table, left_out = fit_table(columns, console().width)
         console().print(table)
+        if "uri" in left_out:
+            say(*dict.fromkeys(f"in {store.trial_uri('')}" for store, _ in trials))
         return
     store, name = trials[0]
     record = store.read_trial(name)
@@ -251,27 +251,25 @@ def list_results(
         elif as_csv:
             print_csv([row])
         else:
-            console().print(results_table([row], results.find_varying()))
+            _print_results([row], results.find_varying())
             say(f"weights and masks: {row['uri']}")
         return
-    results = (results if is_every_round else results.final()).sort(sort)
+    results = results if is_every_round else results.final()
     shown = limit or (len(results) if as_json or as_csv else 100)
-    num_more, results = max(0, len(results) - shown), results.head(shown)
+    # A limit counts for each workload, since the best of one are no worse than those of another.
+    parts = [(title, part.sort(sort)) for title, part in results.by_workload()]
+    heads = [part.head(shown) for _, part in parts]
     if as_json:
-        print_json({"results": results.to_rows()})
+        print_json({"results": [row for head in heads for row in head.to_rows()]})
     elif as_csv:
-        print_csv(results.to_rows())
+        print_csv([row for head in heads for row in head.to_rows()])
     else:
-        varying = results.find_varying()
-        fields = varying[:_MOST_FIELDS]
-        columns = ["trial_id", "round", "sparsity", "accuracy", "loss", "num_nonzero"]
-        columns += ["macs", "macs_nonzero", "judged_on", "test_accuracy"]
-        rows = results.to_rows([*columns, *fields])
-        console().print(results_table(rows, fields))
-        if len(varying) > len(fields):
-            say(f"{len(varying) - len(fields)} more fields differ (--csv and --json show them)")
-        if num_more:
-            say(f"and {num_more:,} more (--limit ROWS shows them, --csv and --json show all)")
+        for (title, part), head in zip(parts, heads, strict=True):
+            if title:
+                say(title)
+            _print_results(head.to_rows(), part.find_varying())
+            if num_more := len(part) - len(head):
+                say(f"and {num_more:,} more (--limit ROWS shows them, --csv and --json show all)")
 
 
 @app.command("report")
@@ -526,6 +524,14 @@ def _print_trial(record: TrialRecord) -> None:
     out = console()
     out.print(round_table(record))
     out.print(layer_table(record.final))
+
+
+def _print_results(rows: list[dict[str, Any]], fields: list[str]) -> None:
+    out = console()
+    table, left_out = results_table(rows, fields, out.width)
+    out.print(table)
+    if left_out:
+        say(f"no room for {', '.join(left_out)} (--csv and --json show them)")
 
 
 def _describe_record(record: TrialRecord) -> dict[str, Any]:

@@ -116,7 +116,9 @@ def show_stability(
         return
     for criterion, one in found["samples"].items():
         console().print(_samples_table(criterion, one))
-        say(_answer(criterion, one, found["stable"], found["sparsity"]))
+        say(
+            _answer(criterion, one, found["stable"], found["sparsity"], found["available_examples"])
+        )
     if found["seeds"]:
         console().print(_seeds_table(found["seeds"]))
         console().print(_layers_table(found["seeds"]["overlap"]))
@@ -157,11 +159,10 @@ def _samples_table(criterion: str, one: Mapping[str, Any]) -> Table:
         table.add_column(heading, justify="right")
     for size in one["sizes"]:
         overlap, accuracy = size["overlap"], size["accuracy"]
+        own = [f"{overlap[name]:.2%}" for name in ("mean", "least", "chance")]
         cells = [
             f"{size['examples']:,}",
-            f"{overlap['mean']:.2%}",
-            f"{overlap['least']:.2%}",
-            f"{overlap['chance']:.2%}",
+            *(["all there are", "", ""] if size["is_whole"] else own),
             f"{size['overlap_to_largest']['mean']:.2%}",
         ]
         if has_accuracy:
@@ -174,11 +175,14 @@ def _seeds_table(seeds: Mapping[str, Any]) -> Table:
     table = Table(box=SIMPLE_HEAD, title="seeds", title_justify="left", pad_edge=False)
     for heading in ("seed", "trial"):
         table.add_column(heading)
-    for heading in ("sparsity", "accuracy", "dense"):
+    for heading in ("sparsity", "accuracy", "dense", ""):
         table.add_column(heading, justify="right")
     for trial in seeds["trials"]:
         shares = (f"{trial[name]:.2%}" for name in ("sparsity", "accuracy", "dense_accuracy"))
-        table.add_row(str(trial["seed"]), trial["trial_id"], *shares)
+        mark = "*" if trial["dense_is_recalibrated"] else ""
+        table.add_row(str(trial["seed"]), trial["trial_id"], *shares, mark)
+        if mark:
+            table.caption = "* with BatchNorm re-estimated, as after each prune"
     return table
 
 
@@ -191,17 +195,32 @@ def _layers_table(overlap: Mapping[str, Any]) -> Table:
     return table
 
 
-def _answer(criterion: str, one: Mapping[str, Any], stable: float, sparsity: float) -> str:
-    last = one["sizes"][-1]
-    if (enough := one["enough_examples"]) is not None:
+def _answer(
+    criterion: str, one: Mapping[str, Any], stable: float, sparsity: float, available: int
+) -> str:
+    samples = [size for size in one["sizes"] if not size["is_whole"]]
+    if not samples:
         return (
+            f"{criterion}: each sample is all {available:,} training examples, so nothing can be "
+            "said about sampling; give smaller sizes to --examples"
+        )
+    if (enough := one["enough_examples"]) is not None:
+        text = (
             f"{criterion}: from {enough:,} examples on, two samples give masks of sparsity "
             f"{sparsity:.2%} that overlap by {stable:.0%} or more"
         )
-    return (
-        f"{criterion}: two samples of {last['examples']:,} examples still give masks of sparsity "
-        f"{sparsity:.2%} that overlap by only {last['overlap']['mean']:.2%}"
-    )
+    else:
+        enough = samples[-1]["examples"]
+        text = (
+            f"{criterion}: two samples of {enough:,} examples still give masks of sparsity "
+            f"{sparsity:.2%} that overlap by only {samples[-1]['overlap']['mean']:.2%}"
+        )
+    if enough > available / 2:
+        text += (
+            f"; of {available:,} training examples such samples share {enough / available:.0%}, "
+            "which makes them alike"
+        )
+    return text
 
 
 def _answer_seeds(seeds: Mapping[str, Any]) -> str:

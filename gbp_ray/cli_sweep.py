@@ -78,7 +78,8 @@ def run_sweep(
     if result.answers:
         console().print(answers_table(described["answers"]))
     else:
-        console().print(summary_table(described["summary"], described["fields"]))
+        out = console()
+        out.print(summary_table(described["summary"], described["fields"], out.width))
     others = [*described["failed"], *described["stopped"]]
     if others:
         console().print(ends_table(others))

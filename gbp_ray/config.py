@@ -135,6 +135,13 @@ class JobConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     sweep: SweepConfig = SweepConfig()
 
+    def __repr__(self) -> str:
+        prune = self.prune
+        return (
+            f"<JobConfig {self.name}: {self.workload.factory}, {prune.criterion} to sparsity "
+            f"{prune.sparsity:g} in {prune.rounds} rounds, seed {self.seed}>"
+        )
+
     @field_validator("storage")
     @classmethod
     def _is_place(cls, value: str) -> str:

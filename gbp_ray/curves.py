@@ -22,7 +22,7 @@ import numpy as np
 
 from gbp_ray.config import CRITERIA
 from gbp_ray.records import DenseReference, find_accuracy_fault, write_share
-from gbp_ray.results import Results
+from gbp_ray.results import Results, name_values
 
 __all__ = [
     "Curve",
@@ -252,7 +252,7 @@ def gather_curves(results: Results) -> list[WorkloadCurves]:
     for key, trials in groups.items():
         named = dict(zip(workload, key, strict=True))
         title = [str(named.pop("workload.factory", factory))]
-        title += [f"{_short(name, workload)} {_word(value)}" for name, value in named.items()]
+        title += name_values(named)
         curves.append(_compare(", ".join(title), trials))
     return curves
 
@@ -347,6 +347,7 @@ def _compare(title: str, trials: list[Trial]) -> WorkloadCurves:
         seeds.setdefault(trial.seed, trial)
     curves = [_make_curve(points, varying) for points in groups.values()]
     curves.sort(key=lambda curve: (_place(curve.criterion), curve.label))
+    _tell_apart(curves)
     counted = [t for curve in curves for point in curve.points for t in point.trials]
     pairs = [(curve, point) for curve in curves for point in curve.points]
     front = find_front([(p.sparsity.mean, p.accuracy.mean) for _, p in pairs])
@@ -458,21 +459,20 @@ def _average_ways(trials: list[Trial]) -> dict[str, Spread]:
 
 
 def _label(setting: dict[str, Any], criterion: str) -> str:
-    others = [name for name in setting if name != _CRITERION]
-    words = [criterion] if _CRITERION in setting or not others else []
-    words += [f"{_short(name, others)} {_word(setting[name])}" for name in others]
+    others = {name: value for name, value in setting.items() if name != _CRITERION}
+    words = name_values(others)
+    if _CRITERION in setting or not words:
+        words.insert(0, criterion)
     return ", ".join(words)
 
 
-def _short(name: str, others: Sequence[str]) -> str:
-    last = name.rpartition(".")[2]
-    return last if [other.rpartition(".")[2] for other in others].count(last) == 1 else name
-
-
-def _word(value: Any) -> str:
-    if value is None:
-        return "unset"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+def _tell_apart(curves: Sequence[Curve]) -> None:
+    """Numbers curves whose labels would be the same, as of values that differ beyond six digits."""
+    counts: dict[str, int] = {}
+    for curve in curves:
+        counts[curve.label] = number = counts.get(curve.label, 0) + 1
+        if number > 1:
+            curve.label += f" ({number})"
 
 
 def _place(criterion: str) -> tuple[int, str]:

@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import Formatter, MaxNLocator
 from PIL import Image
 
 from gbp_ray.curves import Curve
@@ -38,6 +38,7 @@ __all__ = [
     "Drawing",
     "Style",
     "add_panels",
+    "draw_fitted",
     "make_handle",
     "render_narrow",
     "render_png",
@@ -61,6 +62,7 @@ _VARIABLES = {
     **{colour: f"var(--series-{i})" for i, colour in enumerate(SERIES)},
 }
 _DOTS_PER_INCH = 200
+_LEFT_IN = 0.55
 NUM_STYLED = 8
 """Curves that get a style of their own each."""
 _WIDTHS_IN = {False: 7.2, True: 3.5}
@@ -151,7 +153,7 @@ def add_panels(
     *,
     height_in: float,
     num_columns: int,
-    left_in: float = 0.55,
+    left_in: float = _LEFT_IN,
     is_shared_left: bool = False,
     has_titles: bool = True,
 ) -> tuple[Figure, list[Axes]]:
@@ -177,11 +179,11 @@ def add_panels(
         x = left_in + column * (panel + gap + right)
         y = height - legend_height - (row + 1) * (title + height_in + foot) + foot
         ax = figure.add_axes((x / width, y / height, panel / width, height_in / height))
-        # Where they are told to be: to find a place beside the numbers takes a second layout.
+        # Where it is told to be: to find a place below the numbers takes a second layout.
         ax.xaxis.set_label_coords(0.5, -0.23 / height_in)
-        ax.yaxis.set_label_coords(-(left_in - 0.16) / panel, 0.5)
         # As many as can be told apart; each costs its text, its line and their layout.
         ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        ax.yaxis.set_major_formatter(_ShortNumbers())
         axes.append(ax)
     if texts:
         figure.legend(
@@ -198,6 +200,50 @@ def add_panels(
             labelspacing=0.35,
         )
     return figure, axes
+
+
+class _ShortNumbers(Formatter):
+    """Writes the numbers of an axis with as many digits as tell them apart, thousands as k or M."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return self.format_ticks([x])[0]
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        largest = max((abs(value) for value in values), default=0.0)
+        if largest >= 1e15 or 0 < largest < 1e-3:
+            return [f"{value:.3g}" for value in values]
+        unit, name = next(((u, n) for u, n in _UNITS if largest >= max(u, 1e4)), (1.0, ""))
+        for digits in range(7):
+            texts = [f"{value / unit:.{digits}f}" for value in values]
+            if all(
+                abs(float(text) * unit - value) < 1e-6 * largest
+                for text, value in zip(texts, values, strict=True)
+            ):
+                break
+        return [text + name if float(text) else "0" for text in texts] if name else texts
+
+
+_UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def _make_room(figure: Figure) -> None:
+    """Puts each vertical label beside its numbers, and narrows panels whose numbers need room."""
+    width = figure.get_figwidth()
+    shifts: dict[float, float] = {}
+    labelled = [ax for ax in figure.axes if ax.get_ylabel()]
+    for ax in labelled:
+        low, high = sorted(ax.get_ylim())
+        ticks = [tick for tick in ax.get_yticks() if low <= tick <= high]
+        longest = max(map(len, ax.yaxis.get_major_formatter().format_ticks(ticks)), default=1)
+        x = ax.get_position().x0
+        # The mark, the numbers, the label and the edge; panels above each other stay aligned.
+        shifts[x] = max(shifts.get(x, 0.0), 0.26 + 0.068 * longest - _LEFT_IN)
+    for ax in labelled:
+        box = ax.get_position()
+        shift = shifts[box.x0]
+        panel = box.width - shift / width
+        ax.set_position((box.x0 + shift / width, box.y0, panel, box.height))
+        ax.yaxis.set_label_coords(-(_LEFT_IN + shift - 0.15) / (width * panel), 0.5)
 
 
 def make_handle(style: Style) -> Line2D:
@@ -219,20 +265,27 @@ def shorten_name(text: str, width: int) -> str:
 def render_wide(drawing: Drawing) -> tuple[str, bytes]:
     """Draws a figure for screens and paper: inline SVG, and a PNG of 200 dots per inch."""
     with _styled():
-        figure = drawing.draw(False)
+        figure = draw_fitted(drawing, is_narrow=False)
         return _as_svg(figure, drawing.salt), _as_png(figure)
 
 
 def render_narrow(drawing: Drawing) -> str:
     """Draws a figure for phones: inline SVG."""
     with _styled():
-        return _as_svg(drawing.draw(True), f"{drawing.salt}-narrow")
+        return _as_svg(draw_fitted(drawing, is_narrow=True), f"{drawing.salt}-narrow")
 
 
 def render_png(drawing: Drawing) -> bytes:
     """Draws a figure for a file alone."""
     with _styled():
-        return _as_png(drawing.draw(False))
+        return _as_png(draw_fitted(drawing, is_narrow=False))
+
+
+def draw_fitted(drawing: Drawing, *, is_narrow: bool) -> Figure:
+    """Draws a figure with room for the numbers of its axes."""
+    figure = drawing.draw(is_narrow)
+    _make_room(figure)
+    return figure
 
 
 @contextlib.contextmanager

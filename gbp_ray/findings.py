@@ -82,6 +82,7 @@ class Findings:
             `num_helped` from wrong to right.
         agreement: Mean cosine of the two networks' input gradients, over examples whose answer
             stayed ("same") and over those whose answer changed ("changed").
+        class_names: By label, as far as the data have names.
         images: (n, height, width, 1 or 3) uint8, empty where inputs are no images.
         maps_dense: (n, height, width) float32, |gradient| of the true class's output.
         maps_pruned: Likewise.
@@ -99,10 +100,17 @@ class Findings:
     num_helped: int = 0
     agreement: Mapping[str, float] = field(default_factory=dict)
     examples: tuple[ExampleFinding, ...] = ()
+    class_names: tuple[str, ...] = ()
     images: np.ndarray = field(default_factory=lambda: np.zeros((0, 1, 1, 1), np.uint8))
     maps_dense: np.ndarray = field(default_factory=lambda: np.zeros((0, 1, 1), np.float32))
     maps_pruned: np.ndarray = field(default_factory=lambda: np.zeros((0, 1, 1), np.float32))
     left_out: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return (
+            f"<Findings on round {self.round} of {self.trial_id}: {self.num_changed} of "
+            f"{self.num_examples} answers changed>"
+        )
 
     def to_files(self) -> dict[str, bytes]:
         """Writes the files that are kept."""
@@ -118,7 +126,12 @@ class Findings:
         small = {k: v for k, v in vars(self).items() if k not in _ARRAYS}
         for name in ("layers", "classes", "examples"):
             small[name] = [asdict(item) for item in small[name]]
-        return {**small, "agreement": dict(self.agreement), "left_out": list(self.left_out)}
+        lists = {name: list(getattr(self, name)) for name in ("left_out", "class_names")}
+        return {**small, "agreement": dict(self.agreement), **lists}
+
+    def name_class(self, label: int) -> str:
+        """Names a class as the data do, or by its number."""
+        return self.class_names[label] if label < len(self.class_names) else f"class {label}"
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], source: str) -> Findings:

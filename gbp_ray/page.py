@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -431,11 +432,24 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _find_within_a_point(curves: WorkloadCurves) -> tuple[Curve, Point] | None:
-    """Finds the sparsest point that loses no more than a percentage point of accuracy."""
+    """Finds the sparsest point that loses no more than a percentage point of accuracy.
+
+    Of equally sparse ones the most accurate, then the one with the least loss, then the first.
+    """
+
+    def rank(pair: tuple[Curve, Point]) -> tuple[float, float, float]:
+        point = pair[1]
+        # Measured sparsities of equal jobs may differ by a weight.
+        return (
+            round(point.sparsity.mean, 4),
+            point.accuracy.mean,
+            -math.inf if point.loss is None else -point.loss.mean,
+        )
+
     if curves.accuracy_fault:
         return None
-    pairs = [(c, p) for c in curves.curves for p in c.points if p.drop.mean >= -0.01]
-    return max(pairs, key=lambda pair: pair[1].sparsity.mean) if pairs else None
+    pairs = [(c, p) for c in curves.curves for p in c.points if p.drop.mean >= -0.01 - 1e-9]
+    return max(pairs, key=rank) if pairs else None
 
 
 # -- the folder ------------------------------------------------------------------------------------

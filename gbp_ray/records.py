@@ -341,6 +341,12 @@ class TrialRecord(_Record):
     test: FinalTest | None = None
     sources: dict[str, str] = {}
 
+    def __repr__(self) -> str:
+        return (
+            f"<TrialRecord {self.trial_id}: sparsity {self.chosen.sparsity:.2%}, "
+            f"accuracy {self.test_accuracy:.2%}>"
+        )
+
     @field_validator("job", mode="before")
     @classmethod
     def _drop_later_fields(cls, value: object) -> object:

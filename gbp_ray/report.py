@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -10,6 +10,7 @@ from rich.table import Table
 
 from gbp_ray.records import write_share
 from gbp_ray.store import RoundRecord, TrialRecord
+from gbp_ray.tables import TableColumn, fit_table
 
 __all__ = [
     "difference_table",
@@ -80,35 +81,41 @@ def layer_table(record: RoundRecord) -> Table:
     return table
 
 
-def results_table(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> Table:
-    """Lists rounds of many trials: what was measured, and the given fields of their jobs."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("trial", "round"):
-        table.add_column(heading, no_wrap=True)
+def results_table(
+    rows: Sequence[Mapping[str, Any]], fields: Sequence[str], width: int
+) -> tuple[Table, list[str]]:
+    """Lists rounds of many trials: what was measured, and the given fields of their jobs.
+
+    Args:
+        width: Of the terminal, in characters.
+
+    Returns:
+        The table, and the columns that it has no room for.
+    """
+
+    def column(heading: str, write: Callable[[Any], str], rank: int = 0) -> TableColumn:
+        return TableColumn(heading, [write(row) for row in rows], "right", rank)
+
+    columns = [TableColumn("trial", [row["trial_id"] for row in rows], "left", widest=90)]
+    if len({row["job"] for row in rows}) > 1:
+        columns.append(TableColumn("job", [row["job"] for row in rows], "left"))
+    columns.append(column("round", lambda row: str(row["round"]), 2))
+    columns.append(column("sparsity", lambda row: f"{row['sparsity']:.2%}"))
+    columns.append(column("accuracy", lambda row: write_share(row["accuracy"])))
     # Where rounds were judged by other examples, the test split has its own column.
-    is_tested = any(row.get("judged_on", "test") != "test" for row in rows)
-    tested = ("test",) if is_tested else ()
-    is_attacked = any(row.get("robust_accuracy") is not None for row in rows)
-    attacked = ("under attack",) if is_attacked else ()
-    measured = ("sparsity", "accuracy", *tested, *attacked, "loss", "weights left", "MACs left")
-    for heading in measured:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for field in fields:
-        table.add_column(field, overflow="fold")
-    for row in rows:
-        table.add_row(
-            row["trial_id"],
-            str(row["round"]),
-            f"{row['sparsity']:.2%}",
-            write_share(row["accuracy"]),
-            *((write_share(row["test_accuracy"]),) if is_tested else ()),
-            *((write_share(row["robust_accuracy"]),) if is_attacked else ()),
-            f"{row['loss']:.4f}",
-            f"{row['num_nonzero']:,}",
-            _macs_left(row["macs"], row["macs_nonzero"]),
-            *(_word(row[field]) for field in fields),
-        )
-    return table
+    if any(row.get("judged_on", "test") != "test" for row in rows):
+        columns.append(column("test", lambda row: write_share(row["test_accuracy"])))
+    if any(row.get("robust_accuracy") is not None for row in rows):
+        columns.append(column("under attack", lambda row: write_share(row["robust_accuracy"]), 1))
+    columns += [
+        column("loss", lambda row: f"{row['loss']:.4f}", 2),
+        column("weights left", lambda row: f"{row['num_nonzero']:,}", 3),
+        column("MACs left", lambda row: _macs_left(row["macs"], row["macs_nonzero"]), 4),
+    ]
+    for number, field in enumerate(fields):
+        cells = [_word(row[field]) for row in rows]
+        columns.append(TableColumn(field, cells, "left", 5 + number))
+    return fit_table(columns, width)
 
 
 def difference_table(pairs: Mapping[str, Sequence[Any]], heading: str) -> Table:

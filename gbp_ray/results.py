@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from gbp_ray.index import map_in_threads, read_index, refresh_index
 from gbp_ray.records import TrialRecord, find_accuracy_fault
 from gbp_ray.store import Store, locate_jobs
 
-__all__ = ["Results", "open_results", "read_results"]
+__all__ = ["Results", "name_values", "open_results", "read_results"]
 
 _CONDITION = re.compile(r"\s*([\w.-]+)\s*(>=|<=|!=|==|=|>|<)\s*(.*?)\s*")
 _COMPARE = {
@@ -62,6 +62,10 @@ _LEAST_IS_BEST = (
 )
 
 
+_NO_WORKLOAD = ("workload.eval_batch_size", "workload.train_sample")
+"""Fields that do not make a workload another one."""
+
+
 class Results:
     """Rounds of finished trials, with the jobs that they are from.
 
@@ -77,6 +81,13 @@ class Results:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @property
+    def _num_trials(self) -> int:
+        return len(self.table.group_by(["job", "trial_id"], use_threads=False).aggregate([]))
+
+    def __repr__(self) -> str:
+        return f"<Results of {self._uri}: {len(self)} rounds of {self._num_trials} trials>"
 
     def __iter__(self) -> Iterator[TrialRecord]:
         """Reads the records of the trials that these rounds are of, each once.
@@ -152,12 +163,19 @@ class Results:
             Its row, as `to_rows` gives it; of equals the first by trial and round.
 
         Raises:
-            ConfigError: There is no such metric, or a condition is none.
+            ConfigError: There is no such metric, a condition is none, or rounds of several
+                workloads meet them, see `by_workload`.
             StoreError: No round meets the conditions.
         """
         metric, _, condition = wanted.partition("@")
         metric = self._column(metric.strip())
         met = self.where(condition) if condition else self
+        if len(parts := met.by_workload()) > 1:
+            names = "; ".join(title for title, _ in parts[:5])
+            raise ConfigError(
+                f"'{self._uri}': {len(parts)} workloads have such rounds, which cannot be ranked "
+                f"together ({names}); add a condition, such as job={parts[0][1].table['job'][0]}"
+            )
         ranked = met.sort(metric)
         if not len(ranked) or ranked.table[metric][0].as_py() is None:
             raise StoreError(
@@ -171,6 +189,38 @@ class Results:
             if fault := find_accuracy_fault(values):
                 raise StoreError(f"'{self._uri}': none is best: {fault}; ask for loss")
         return ranked.head(1).to_rows()[0]
+
+    def by_workload(self) -> list[tuple[str, Results]]:
+        """Parts rounds that cannot be ranked together: of other data, or judged by another split.
+
+        Trials of one job are of one workload, whatever options its sweep varies; of several jobs
+        those are whose workload sections agree.
+
+        Returns:
+            (What tells these rounds from the others, the rounds), in the order of the first.
+        """
+        is_one_job = len(pc.unique(self.table["job"])) < 2
+        fields = ["workload.validation"] if is_one_job else self.find_varying()
+        names = [n for n in fields if n.startswith("workload.") and n not in _NO_WORKLOAD]
+        names = [n for n in ("judged_on", *names) if n in self.table.column_names]
+        keys = list(zip(*(self.table[name].to_pylist() for name in names), strict=True))
+        places: dict[tuple[Any, ...], list[int]] = {}
+        for place, key in enumerate(keys):
+            places.setdefault(key, []).append(place)
+        if len(places) < 2:
+            return [("", self)]
+        parts = []
+        for key, own in places.items():
+            table = self.table.take(own)
+            named = dict(zip(names, key, strict=True)) | {
+                "workload.factory": table["workload.factory"][0].as_py()
+            }
+            title = [str(named.pop("workload.factory"))]
+            if len({other[0] for other in places}) == 1:
+                del named["judged_on"]
+            title += name_values(named)
+            parts.append((", ".join(title), Results(self._uri, self._stores, table)))
+        return parts
 
     def sort(self, column: str) -> Results:
         """Puts the best first: the greatest accuracies, the least losses; other columns ascend.
@@ -280,6 +330,24 @@ def read_results(uri: str | Path, stores: list[Store], trial: str | None) -> Res
             f"'{uri}': holds no finished trial; gbp-ray show tells what there is of others"
         )
     return Results(str(uri), {store.name: store for store in stores}, _stack(tables))
+
+
+def name_values(values: dict[str, Any]) -> list[str]:
+    """Names fields with their values; one that a job does not have needs no word."""
+    return [
+        f"{_short(name, list(values))} {_word(value)}"
+        for name, value in values.items()
+        if value is not None
+    ]
+
+
+def _short(name: str, others: Sequence[str]) -> str:
+    last = name.rpartition(".")[2]
+    return last if [other.rpartition(".")[2] for other in others].count(last) == 1 else name
+
+
+def _word(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _read(store: Store) -> pa.Table:

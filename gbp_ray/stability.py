@@ -35,6 +35,14 @@ SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Numbers of calibration examples to look at unless told."""
 
 
+_UNSAMPLED = {
+    "movement": "scores while training",
+    "magnitude": "reads the weights",
+    "synflow": "reads the weights",
+    "random": "draws its scores",
+}
+
+
 @dataclass(frozen=True)
 class SeedStability:
     """The same job over seeds.
@@ -55,20 +63,34 @@ class Stability:
     Attributes:
         samples: By criterion, by size; empty where that part was left out.
         seeds: None where that part was left out.
+        available: Examples that samples were drawn from.
     """
 
     job: JobConfig
     samples: dict[str, list[SizeStability]]
     seeds: SeedStability | None
+    available: int = 0
+
+    def __repr__(self) -> str:
+        return f"<Stability of {self.job.name}: {', '.join(self.samples) or 'seeds'}>"
 
     def enough_examples(self, criterion: str) -> int | None:
-        """Finds the least size from which on two samples give masks that are `STABLE` the same."""
+        """Finds the least size from which on two samples give masks that are `STABLE` the same.
+
+        The whole of the data is no sample: there is no other one to compare it with.
+        """
         found = None
         for size in reversed(self.samples[criterion]):
+            if self.is_whole(size.examples):
+                continue
             if size.between.mean < STABLE:
                 break
             found = size.examples
         return found
+
+    def is_whole(self, examples: int) -> bool:
+        """Tells whether samples of a size are all the data, and therefore the same."""
+        return 0 < self.available <= examples
 
     def to_dict(self) -> dict[str, Any]:
         """Gives plain values, for JSON, tables and the figure."""
@@ -77,10 +99,14 @@ class Stability:
             "job": self.job.name,
             "sparsity": self.job.prune.sparsity,
             "stable": STABLE,
+            "available_examples": self.available,
             "samples": {
                 criterion: {
                     "enough_examples": self.enough_examples(criterion),
-                    "sizes": [_describe_size(size) for size in sizes],
+                    "sizes": [
+                        {**_describe_size(size), "is_whole": self.is_whole(size.examples)}
+                        for size in sizes
+                    ],
                 }
                 for criterion, sizes in self.samples.items()
             },
@@ -135,10 +161,11 @@ def measure_stability(
     loaded = load_job(job, overrides)
     seeds = range(loaded.seed, loaded.seed + num_seeds)
     samples: dict[str, list[SizeStability]] = {}
+    available = 0
     if with_samples:
-        samples = _run_samples(loaded, sizes, seeds, criteria, is_evaluated, tell)
+        samples, available = _run_samples(loaded, sizes, seeds, criteria, is_evaluated, tell)
     found = _run_seeds(loaded, seeds, is_sweep, tell) if with_seeds else None
-    return Stability(loaded, samples, found)
+    return Stability(loaded, samples, found, available)
 
 
 def _run_samples(
@@ -148,15 +175,15 @@ def _run_samples(
     criteria: Sequence[str],
     is_evaluated: bool,
     tell: Callable[[str, int, int], None],
-) -> dict[str, list[SizeStability]]:
+) -> tuple[dict[str, list[SizeStability]], int]:
     jobs = {
         name: load_job(job, {"prune.criterion": name})
         for name in criteria or (job.prune.criterion,)
     }
     for name, one in jobs.items():
-        if name == "movement":
+        if name in _UNSAMPLED:
             raise ConfigError(
-                "prune.criterion = movement: scores while training and has no calibration sample; "
+                f"prune.criterion = {name}: {_UNSAMPLED[name]} and has no calibration sample; "
                 "leave it to --no-samples or choose another"
             )
         check_job(one, load_workload(one.workload, one.seed))
@@ -180,7 +207,7 @@ def _run_samples(
                 ),
             )
         ).model
-        return {
+        found = {
             name: compare_samples(
                 one,
                 workload,
@@ -193,6 +220,7 @@ def _run_samples(
             )
             for name, one in jobs.items()
         }
+    return found, available
 
 
 def _run_seeds(

@@ -67,7 +67,8 @@ def _draw_overlaps(
     ax: Axes, samples: Mapping[str, Any], styles: Mapping[str, Style], stable: float
 ) -> None:
     for name, one in samples.items():
-        sizes = one["sizes"]
+        # All the data are the same in each sample, which says nothing about sampling.
+        sizes = [size for size in one["sizes"] if not size["is_whole"]]
         x = [size["examples"] for size in sizes]
         overlaps = [size["overlap"] for size in sizes]
         style = styles[name]

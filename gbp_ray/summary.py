@@ -14,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from gbp_ray.records import write_share
+from gbp_ray.tables import TableColumn, fit_table
 
 __all__ = [
     "answers_table",
@@ -34,7 +35,6 @@ _MEASURED = (
     "num_nonzero",
 )
 _MEASURED_BY_SOME = ("robust_accuracy",)
-_ROBUST = ("robust_accuracy", "robust_accuracy_deviation")
 
 
 def summarize(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> list[dict[str, Any]]:
@@ -73,36 +73,39 @@ def summarize(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> list[
     return sorted(lines, key=lambda line: (round(line["sparsity"], 3), -line["accuracy"]))
 
 
-def summary_table(lines: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> Table:
-    """Shows what `summarize` gives."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    kept = [field for field in fields if field not in ("seed", "prune.sparsity")]
-    table.add_column("sparsity", justify="right", no_wrap=True)
-    for field in kept:
-        table.add_column(field.removeprefix("prune."), overflow="fold")
+def summary_table(
+    lines: Sequence[Mapping[str, Any]], fields: Sequence[str], width: int = 140
+) -> Table:
+    """Shows what `summarize` gives, as far as a terminal's width has room for it."""
     # Where rounds were judged by other examples, the test split has its own columns.
     is_tested = any(line["judged_on"] != "test" for line in lines)
-    tested = ("test", "+-") if is_tested else ()
-    attacked = ("under attack", "+-") if any("robust_accuracy" in n for n in lines) else ()
-    for heading in ("accuracy", "+-", *tested, *attacked, "seeds", "loss", "weights left"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    before = None
-    for line in lines:
-        sparsity = f"{line['sparsity']:.2%}"
-        robust = [write_share(line[n]) for n in _ROBUST] if attacked else []
-        table.add_row(
-            "" if sparsity == before else sparsity,
-            *(_word(line[field]) for field in kept),
-            write_share(line["accuracy"]),
-            write_share(line["accuracy_deviation"]),
-            *(write_share(line[f"test_accuracy{end}"]) for end in ("", "_deviation") if is_tested),
-            *robust,
-            str(line["num_seeds"]),
-            f"{line['loss']:.4f}",
-            f"{line['num_nonzero']:,.0f}",
+    is_attacked = any("robust_accuracy" in line for line in lines)
+    sparsities = [f"{line['sparsity']:.2%}" for line in lines]
+    shown = ["" if i and text == sparsities[i - 1] else text for i, text in enumerate(sparsities)]
+    columns = [TableColumn("sparsity", shown)]
+    for field in fields:
+        if field not in ("seed", "prune.sparsity"):
+            cells = [_word(line[field]) for line in lines]
+            columns.append(TableColumn(field.removeprefix("prune."), cells, "left"))
+
+    def add(heading: str, name: str, rank: int) -> None:
+        columns.append(
+            TableColumn(heading, [write_share(line[name]) for line in lines], "right", rank)
         )
-        before = sparsity
-    return table
+        deviations = [write_share(line[f"{name}_deviation"]) for line in lines]
+        columns.append(TableColumn("+-", deviations, "right", rank))
+
+    add("accuracy", "accuracy", 0)
+    if is_tested:
+        add("test", "test_accuracy", 0)
+    if is_attacked:
+        add("under attack", "robust_accuracy", 1)
+    columns += [
+        TableColumn("seeds", [str(line["num_seeds"]) for line in lines], "right", 2),
+        TableColumn("loss", [f"{line['loss']:.4f}" for line in lines], "right", 3),
+        TableColumn("weights left", [f"{line['num_nonzero']:,.0f}" for line in lines], "right", 4),
+    ]
+    return fit_table(columns, width)[0]
 
 
 def answers_table(lines: Sequence[Mapping[str, Any]]) -> Table:

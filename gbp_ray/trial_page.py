@@ -126,8 +126,8 @@ def _sketch_differences(found: Findings, salt: str) -> Iterator[Sketch]:
             "classes",
             "Accuracy by class, dense and pruned",
             trial_plots.plot_classes(found, salt),
-            f"Accuracy of each class in the dense and the pruned network; class {worst.label} "
-            f"changes most for the worse, by {points:+.2f} points.",
+            "Accuracy of each class in the dense and the pruned network; "
+            f"{found.name_class(worst.label)} changes most for the worse, by {points:+.2f} points.",
             "The most hurt first. A mean that hardly moves may hide a class that pays (Hooker et "
             "al. 2019, arXiv 1911.05248).",
         )

@@ -217,13 +217,15 @@ def plot_classes(found: Findings, salt: str) -> Drawing:
     legend = [(make_handle(styles[0]), "dense"), (make_handle(styles[1]), "pruned")]
 
     def draw(is_narrow: bool) -> Figure:
+        names = [found.name_class(label) for label, _, _ in shares]
+        texts = [shorten_name(name, 18 if is_narrow else 30) for name in names]
         figure, (ax,) = add_panels(
             1,
             is_narrow,
             legend,
             height_in=0.3 + 0.2 * max(4, len(shares)),
             num_columns=1,
-            left_in=0.75,
+            left_in=0.25 + 0.068 * max(map(len, texts)),
             has_titles=False,
         )
         for place, (_, dense, pruned) in enumerate(shares):
@@ -237,7 +239,7 @@ def plot_classes(found: Findings, salt: str) -> Drawing:
                 color=style.colour,
                 markersize=5,
             )
-        _set_layers(ax, [f"class {label}" for label, _, _ in shares])
+        _set_layers(ax, texts)
         ax.set_xlabel("accuracy of the class, %")
         return figure
 
@@ -269,10 +271,16 @@ def plot_examples(found: Findings, salt: str) -> Drawing | None:
             if has_maps:
                 tiles += [_paint_map(found.maps_dense[place]), _paint_map(found.maps_pruned[place])]
             _show_mosaic(ax, tiles, len(tiles))
+            name, dense, pruned = (
+                shorten_name(found.class_names[label], 9)
+                if label < len(found.class_names)
+                else str(label)
+                for label in (item.label, item.answer_dense, item.answer_pruned)
+            )
             ax.set_title(
-                f"is {item.label}: dense {item.answer_dense} ({item.confidence_dense:.0%}), "
-                f"pruned {item.answer_pruned} ({item.confidence_pruned:.0%})",
-                fontsize=7,
+                f"is {name}: dense {dense} ({item.confidence_dense:.0%}), "
+                f"pruned {pruned} ({item.confidence_pruned:.0%})",
+                fontsize=7 if max(map(len, (name, dense, pruned))) < 5 else 6,
             )
         return figure
 

@@ -105,6 +105,7 @@ class Workload:
             one batch of all of it would give. By default found by itself for torch's cross entropy
             and NLL loss with class weights, labels that are ignored or labelled positions; any
             other loss must be a mean over examples, `len`.
+        classes: Names by label, for reports; empty takes a data set's `classes`, where it has them.
     """
 
     build_model: Callable[[], nn.Module]
@@ -117,11 +118,18 @@ class Workload:
     input_range: InputRange | None = None
     validation: Any = None
     count: Callable[[Tensor], float | Tensor] | None = None
+    classes: Sequence[str] = ()
 
     @cached_property
     def known_counts(self) -> dict[int, Tensor]:
         """What `pruning.item_counts` knows of training examples, by the number of ranks."""
         return {}
+
+    def __repr__(self) -> str:
+        # The fields hold whole data sets.
+        network = getattr(self.build_model, "__qualname__", type(self.build_model).__name__)
+        sizes = [f"{num_examples(self.train):,} training", f"{num_examples(self.test):,} test"]
+        return f"<Workload {network}, {' and '.join(sizes)} examples>"
 
 
 def load_workload(config: WorkloadConfig, seed: int | None = None) -> Workload:

@@ -30,12 +30,12 @@ def sketch_workload(
     def add(name: str, title: str, drawing: Drawing | None) -> None:
         sketches.append(Sketch(name, title, drawing, *words[name]))
 
-    add("accuracy", "Accuracy against sparsity", plots.plot_accuracy(curves, styles, salt))
-    add(
-        "tradeoffs",
-        "Accuracy against size and arithmetic",
-        plots.plot_tradeoffs(curves, styles, salt),
-    )
+    # One point has nothing to be seen against; the table has its numbers.
+    if sum(len(curve.points) for curve in curves.curves) > 1:
+        accuracy = plots.plot_accuracy(curves, styles, salt)
+        tradeoffs = plots.plot_tradeoffs(curves, styles, salt)
+        add("accuracy", "Accuracy against sparsity", accuracy)
+        add("tradeoffs", "Accuracy against size and arithmetic", tradeoffs)
     add("rounds", "Training over the rounds", plots.plot_rounds(curves, targets, styles, salt))
     if close_ups:
         add("layers", "Sparsity by layer", plots.plot_layers(close_ups, styles, salt))

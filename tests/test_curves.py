@@ -14,9 +14,11 @@ from sample_sweep import CRITERIA, SPARSITIES, sweep_job, write_sweep, write_swe
 from gbp_ray.checklist import Check, answer_checklist
 from gbp_ray.config import SweepConfig
 from gbp_ray.curves import Spread, WorkloadCurves, find_front, gather_curves
+from gbp_ray.page import _find_within_a_point
 from gbp_ray.results import open_results
 from gbp_ray.runtime.known import Known
 from gbp_ray.store import Store
+from gbp_ray.workload_figures import sketch_workload
 
 numbers = st.integers(0, 6).map(float)
 
@@ -151,6 +153,52 @@ def test_curves_are_told_apart_by_what_differs(tmp_path: Path) -> None:
         2: ["rounds 1", "rounds 2"],
     }
     assert any("width 8" in one.title for one in found)
+
+
+def test_names_say_what_there_is_and_no_two_are_the_same(tmp_path: Path) -> None:
+    small = {"a.weight": (8, 8), "b.weight": (8,)}
+    for kind in ("a", "b"):
+        store = Store(tmp_path, kind)
+        options = {"kind": kind, f"only_{kind}": 3}
+        for rate in (0.01, 0.01 + 1e-9):
+            job = sweep_job(
+                kind,
+                workload={"factory": "module:make", "options": options},
+                finetune={"epochs": 2, "learning_rate": rate},
+                rounds=1,
+            )
+            write_sweep_trial(store, job, shapes=small)
+    found = gather_curves(open_results(tmp_path))
+    assert [w.title for w in found] == [
+        "module:make, kind a, only_a 3",
+        "module:make, kind b, only_b 3",
+    ]
+    for workload in found:
+        labels = [curve.label for curve in workload.curves]
+        assert labels == ["learning_rate 0.01", "learning_rate 0.01 (2)"]
+        # One curve's point is nothing to look at beside no other, two are.
+        names = [sketch.name for sketch in sketch_workload(workload, [], "s")]
+        assert names[:2] == ["accuracy", "tradeoffs"]
+    single = open_results(tmp_path / "a").where("finetune.learning_rate=0.01")
+    (alone,) = gather_curves(single)
+    assert [s.name for s in sketch_workload(alone, [], "s")] == ["rounds", "cost"]
+
+
+def test_of_equally_sparse_points_the_most_accurate_is_named(tmp_path: Path) -> None:
+    store = Store(tmp_path, "ties")
+    measured = {"fisher": (0.985, 0.1), "taylor": (0.99, 0.3), "snip": (0.99, 0.2)}
+    for criterion, (accuracy, loss) in measured.items():
+        write_sweep_trial(
+            store,
+            sweep_job("ties", criterion=criterion, rounds=1),
+            shapes={"a.weight": (8, 8)},
+            dense={"accuracy": 0.99},
+            final={"accuracy": accuracy, "loss": loss},
+        )
+    (found,) = gather_curves(open_results(store.uri))
+    close = _find_within_a_point(found)
+    assert close is not None
+    assert close[0].label == "snip"
 
 
 def test_rounds_on_the_way_stand_apart(curves: WorkloadCurves) -> None:

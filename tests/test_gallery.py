@@ -6,8 +6,10 @@ import os
 import signal
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from gbp_ray import drawing
 from gbp_ray.drawing import Drawing, add_panels
 from gbp_ray.gallery import Sketch, count_spare_processes, draw_figures
 
@@ -21,6 +23,41 @@ def sketch(number: int) -> Sketch:
         return figure
 
     return Sketch(f"f{number}", f"Title {number}", Drawing(draw, f"s{number}"), "alt", "caption")
+
+
+@pytest.mark.parametrize("is_narrow", [False, True])
+@pytest.mark.parametrize(
+    ("values", "last"),
+    [
+        ([0.0, 1e6], "1.0M"),
+        ([0.0, 350_000.0], "300k"),
+        ([98.985, 99.02], "99.02"),
+        ([0.02, 0.04], "0.040"),
+        ([1e-7, 3e-7], "3e-07"),
+        ([-5e8, 2e9], "2.0G"),
+        ([20.0, 100.0], "100"),
+    ],
+    ids=str,
+)
+def test_a_label_stands_beside_its_numbers(values: list[float], last: str, is_narrow: bool) -> None:
+    def draw(is_narrow: bool) -> Figure:
+        figure, axes = add_panels(2, is_narrow, [], height_in=2.0, num_columns=2)
+        for ax in axes:
+            ax.plot([0, 1], values)
+            ax.set_ylabel("test accuracy, %")
+        return figure
+
+    with drawing._styled():
+        figure = drawing.draw_fitted(Drawing(draw, "s"), is_narrow=is_narrow)
+        FigureCanvasAgg(figure).draw()
+    for place, ax in enumerate(figure.axes):
+        label = ax.yaxis.label.get_window_extent()
+        shown = [t for t in ax.get_yticklabels() if ax.get_ylim()[0] <= t.get_position()[1]]
+        shown = [t for t in shown if t.get_position()[1] <= ax.get_ylim()[1]]
+        assert min(t.get_window_extent().x0 for t in shown) > label.x1, "beside, not over"
+        before = figure.axes[place - 1].bbox.x1 if place and not is_narrow else 0
+        assert label.x0 > before, "nor over the panel before it, nor cut"
+        assert shown[-1].get_text() == last
 
 
 NOTHING = Sketch("nothing", "Nothing", None, "alt", "caption")

@@ -21,9 +21,11 @@ from gbp_ray.errors import ConfigError, StoreError
 from gbp_ray.index import INDEX, UNINDEXED, read_index, rebuild_index, refresh_index, tabulate
 from gbp_ray.objects import Objects
 from gbp_ray.records import seal_record
+from gbp_ray.report import results_table
 from gbp_ray.results import Results, open_results
 from gbp_ray.s3 import S3Objects
 from gbp_ray.store import Store
+from gbp_ray.terminal import Screen
 
 
 def write_some(storage: str) -> Store:
@@ -304,6 +306,52 @@ def test_several_jobs_of_a_storage_are_one_table(storage: str) -> None:
     alone = open_results(Store(storage, "two").trial_uri(row["trial_id"]))
     assert alone.to_rows() == open_results(Store(storage, "two").uri).to_rows()
     assert len(alone) == 3
+
+
+def test_only_rounds_of_one_workload_are_ranked_together(tmp_path: Path) -> None:
+    def write(name: str, seed: int, **workload: Any) -> None:
+        job = sample_job(name, seed=seed)
+        changed = job.workload.model_copy(update=workload)
+        write_trial(Store(tmp_path, name), job.model_copy(update={"workload": changed}))
+
+    for seed, width in enumerate((8, 16)):
+        write("one", seed, options={"width": width})
+    # A sweep may vary its options, and asks for the best of them.
+    assert open_results(tmp_path / "one").best("accuracy")["job"] == "one"
+    write("two", 0, options={"width": 8})
+    write("three", 0, factory="other:make", options={"depth": 2})
+    results = open_results(tmp_path)
+    assert [
+        (title, set(part.table["job"].to_pylist())) for title, part in results.by_workload()
+    ] == [
+        ("my_module:make, width 8", {"one", "two"}),
+        ("my_module:make, width 16", {"one"}),
+        ("other:make, depth 2", {"three"}),
+    ]
+    with pytest.raises(ConfigError, match=r"3 workloads .*other:make, depth 2\); add .* job=one"):
+        results.best("accuracy@round>=1")
+    assert results.best("accuracy@job=three")["job"] == "three"
+    assert results.best("accuracy@factory=my_module:make,width=8")["job"] in ("one", "two")
+    assert repr(results) == f"<Results of {tmp_path}: 12 rounds of 4 trials>"
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 140])
+def test_tables_keep_words_whole_at_any_width(tmp_path: Path, width: int) -> None:
+    results = open_results(write_some(str(tmp_path)).uri).final()
+    fields = [*results.find_varying(), "workload.options.width", "finetune.weight_decay"]
+    table, left_out = results_table(results.to_rows(), fields, width)
+    out = io.StringIO()
+    Screen(file=out, width=width).print(table)
+    lines = out.getvalue().splitlines()
+    headings = [column.header for column in table.columns]
+    assert headings[0] == "trial"
+    assert {"sparsity", "accuracy"} <= set(headings)
+    everything = ["trial", "round", "sparsity", "accuracy", "loss", "weights left", "MACs left"]
+    assert sorted([*headings, *left_out]) == sorted([*everything, *fields])
+    if width > 40:
+        assert lines[1].split() == " ".join(map(str, headings)).split()
+    # A rule, a heading, a line for each trial: nothing is folded.
+    assert len([line for line in lines if line.strip()]) == 2 + len(results)
 
 
 def test_what_holds_no_results_says_so(storage: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,10 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from gbp_ray.config import WorkloadConfig
+from gbp_ray.api import SweepResult
+from gbp_ray.config import WorkloadConfig, load_job
 from gbp_ray.errors import ConfigError, GbpError, WorkloadError
+from gbp_ray.findings import Findings
+from gbp_ray.pruning.explaining import _name_classes
+from gbp_ray.runtime.plans import Outcome
 from gbp_ray.workload import (
     Workload,
     add_import_paths,
@@ -701,3 +706,48 @@ def test_a_batch_goes_to_the_device_before_it_is_prepared() -> None:
     )
     assert seen == ["meta"]
     assert {inputs.device.type, targets.device.type} == {"meta"}
+
+
+class NamedSet(Dataset[tuple[Tensor, int]]):
+    """Three examples of two classes with names."""
+
+    classes = ["cat", "dog"]
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.zeros(2), index % 2
+
+
+def test_classes_have_the_names_that_the_data_have() -> None:
+    inner, split = NamedSet(), (torch.zeros(3, 2), torch.tensor([0, 1, 0]))
+
+    def names(test: Any, **more: Any) -> tuple[str, ...]:
+        return _name_classes(Workload(nn.Module, split, test, **more))
+
+    assert names(inner) == names(Subset(Subset(inner, [0, 1]), [0])) == ("cat", "dog")
+    assert names(split) == names(split, classes=[1, 2]) == ()
+    assert names(inner, classes=("a", "b", "c")) == ("a", "b", "c")
+    found = Findings("t", 1, "taylor", 3, (), class_names=("cat",))
+    assert [found.name_class(label) for label in (0, 1)] == ["cat", "class 1"]
+    back = Findings.from_files(found.to_files(), "here")
+    assert back.class_names == ("cat",)
+    files = found.to_files()
+    older = {k: v for k, v in json.loads(files["findings.json"]).items() if k != "class_names"}
+    files["findings.json"] = json.dumps(older).encode()
+    assert Findings.from_files(files, "here").class_names == (), "an older file has no names"
+
+
+def test_what_is_shown_in_a_notebook_is_short() -> None:
+    split = torch.zeros(1000, 50), torch.zeros(1000, dtype=torch.long)
+    job = load_job(None, {"workload.options": {"width": 8}})
+    shown = [
+        Workload(lambda: nn.Linear(50, 2), split, split),
+        job,
+        Findings("t", 1, "taylor", 3, ()),
+        SweepResult("here", (Outcome("t", job, "finished"),) * 99, (), 1.0),
+    ]
+    assert all(len(repr(item)) < 160 for item in shown)
+    assert "1,000 training" in repr(shown[0])
+    assert repr(shown[3]) == "SweepResult(uri='here', seconds=1.0)"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,6 +90,7 @@ def compare_networks(
         num_hurt=int((right[0] & ~right[1]).sum()),
         num_helped=int((right[1] & ~right[0]).sum()),
         examples=examples,
+        class_names=_name_classes(workload),
         agreement=_measure_agreement(job, workload, dense, pruned, is_changed, ranks, tell),
     )
     images = _take_images(workload, order)
@@ -206,6 +208,17 @@ def _count_classes(
             )
         )
     return tuple(classes)
+
+
+def _name_classes(workload: Workload) -> tuple[str, ...]:
+    """Finds the names of classes: the workload's, or those of the data set or one inside it."""
+    found: Any = workload.classes
+    data = workload.test
+    while not found and data is not None:
+        found = getattr(data, "classes", ())
+        data = getattr(data, "dataset", None)
+    is_named = isinstance(found, (list, tuple)) and all(isinstance(name, str) for name in found)
+    return tuple(found) if is_named else ()
 
 
 def _pick_examples(

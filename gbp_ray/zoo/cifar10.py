@@ -15,7 +15,7 @@ from torch import nn
 from gbp_ray.errors import WorkloadError
 from gbp_ray.workload import Workload
 from gbp_ray.zoo.checkpoint import with_checkpoint
-from gbp_ray.zoo.cifar10_files import IMAGE_SIZE, NUM_CLASSES, read_cifar10
+from gbp_ray.zoo.cifar10_files import CLASSES, IMAGE_SIZE, NUM_CLASSES, read_cifar10
 from gbp_ray.zoo.images import INPUT_RANGE, Augmentation, build_augment, normalise
 from gbp_ray.zoo.resnet import build_cifar_resnet
 from gbp_ray.zoo.subset import take_examples
@@ -130,6 +130,7 @@ def _make_workload(
         prepare=normalise,
         augment=transform,
         input_range=INPUT_RANGE,
+        classes=CLASSES,
     )
 
 

@@ -22,10 +22,14 @@ from gbp_ray.zoo.array_cache import cached_arrays
 from gbp_ray.zoo.image_parquet import decode_shards
 from gbp_ray.zoo.vision import import_vision
 
-__all__ = ["IMAGE_SIZE", "NUM_CLASSES", "Split", "has_cifar10", "read_cifar10"]
+__all__ = ["CLASSES", "IMAGE_SIZE", "NUM_CLASSES", "Split", "has_cifar10", "read_cifar10"]
 
 IMAGE_SIZE = 32
-NUM_CLASSES = 10
+CLASSES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
+NUM_CLASSES = len(CLASSES)
 
 Split = tuple[np.ndarray, np.ndarray]
 """Images, uint8 (N, 3, 32, 32), and labels, int64 (N,)."""

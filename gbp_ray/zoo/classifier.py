@@ -16,7 +16,7 @@ from gbp_ray.errors import WorkloadError
 from gbp_ray.location import describe_fault, open_location
 from gbp_ray.workload import Workload
 from gbp_ray.zoo.checkpoint import with_checkpoint
-from gbp_ray.zoo.cifar10_files import IMAGE_SIZE, NUM_CLASSES, has_cifar10, read_cifar10
+from gbp_ray.zoo.cifar10_files import CLASSES, IMAGE_SIZE, has_cifar10, read_cifar10
 from gbp_ray.zoo.images import INPUT_RANGE, Augmentation, build_augment, normalise
 from gbp_ray.zoo.subset import take_examples
 from gbp_ray.zoo.vision import import_vision
@@ -75,13 +75,13 @@ def torchvision_classifier(
             "least 1, such as 224"
         )
     if has_cifar10(data):
-        num_classes, stored_size = NUM_CLASSES, IMAGE_SIZE
+        classes, stored_size = CLASSES, IMAGE_SIZE
         train, test = read_cifar10(data)
     else:
         stored_size = image_size or _FOLDER_IMAGE_SIZE
         train, test = _open_folders(data, stored_size)
-        num_classes = len(train.classes)
-    build_model: Callable[[], nn.Module] = partial(_build_model, model, num_classes)
+        classes = tuple(train.classes)
+    build_model: Callable[[], nn.Module] = partial(_build_model, model, len(classes))
     if weights is not None:
         build_model = with_vision_weights(build_model, model, weights)
     return Workload(
@@ -91,6 +91,7 @@ def torchvision_classifier(
         prepare=partial(normalise, image_size=image_size),
         augment=build_augment(augment, stored_size),
         input_range=INPUT_RANGE,
+        classes=classes,
     )
 
 

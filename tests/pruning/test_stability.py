@@ -6,10 +6,19 @@ import pytest
 import torch
 from small_networks import ConvNet, built, images, job_config, prune_config, scores_of
 
+from gbp_ray.cli_stability import _answer
+from gbp_ray.drawing import render_png
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.saliency import score_prefixes
-from gbp_ray.pruning.stability import compare_samples, measure_overlap
+from gbp_ray.pruning.stability import (
+    Overlap,
+    SizeStability,
+    compare_samples,
+    measure_overlap,
+)
+from gbp_ray.stability import Stability
+from gbp_ray.stability_plot import plot_stability
 
 SIZES = (8, 12, 16, 32, 46)
 
@@ -84,3 +93,27 @@ def test_more_examples_make_samples_agree_more() -> None:
     assert len(large.accuracies) == 3
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "overlaps", "enough", "words"),
+    [
+        ((8, 46), (0.5, 1.0), None, "two samples of 8 examples still give masks"),
+        ((46,), (1.0,), None, "all 46 training examples, so nothing can be said about sampling"),
+        ((8, 16), (0.5, 0.95), 16, "from 16 examples on"),
+        ((8, 32), (0.5, 0.95), 32, "such samples share 70%, which makes them alike"),
+    ],
+)
+def test_the_whole_of_the_data_is_no_sample(
+    sizes: tuple[int, ...], overlaps: tuple[float, ...], enough: int | None, words: str
+) -> None:
+    samples = [
+        SizeStability(size, Overlap((value,), 0.1, {"a": value}), (value,), ())
+        for size, value in zip(sizes, overlaps, strict=True)
+    ]
+    found = Stability(job_config(), {"taylor": samples}, None, available=46)
+    assert found.enough_examples("taylor") == enough
+    one = found.to_dict()["samples"]["taylor"]
+    assert words in _answer("taylor", one, 0.9, 0.8, 46)
+    assert len(repr(found)) < 80
+    render_png(plot_stability(found.to_dict()))
