@@ -441,7 +441,9 @@ def _fail_in(step: str, ranks: Ranks, model: nn.Module, error: Exception) -> Non
             raise error
         return inputs
 
-    workload = dataclasses.replace(images(), prepare=fail_on_the_last)
+    workload = images()
+    # In the network: what prepare or a data set raises is an error of the workload.
+    model.register_forward_pre_hook(lambda module, inputs: fail_on_the_last(inputs))
     if step == "training":
         recipe = FinetuneConfig(epochs=1, batch_size=14, microbatches=5)
         span, optimizer = Span("finetune", range(2), range(2)), make_optimizer(model, recipe)
