@@ -259,7 +259,9 @@ def check_criterion(
     """
     rule = criterion(config.criterion)
     size = min(_TRIAL_EXAMPLES, config.calibration_batch_size)
-    small = config.model_copy(update={"calibration_examples": size, "calibration_batch_size": size})
+    # What one probe can do, all can.
+    few = {"calibration_examples": size, "calibration_batch_size": size, "hutchinson_probes": 1}
+    small = config.model_copy(update=few)
     if config.criterion == "movement":
         return
     alone = Ranks(device=units[0].parameter.device)
