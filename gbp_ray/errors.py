@@ -114,11 +114,13 @@ class TrialError(GbpError):
         trial_id: The trial.
         rank: The worker that failed first, or None where no worker is to blame.
         cause: The worker's own error, one line.
+        is_lasting: Whether it would fail again for the same reason.
     """
 
     trial_id: str
     rank: int | None
     cause: str
+    is_lasting: bool = False
 
 
 class ClusterError(GbpError):

@@ -131,14 +131,14 @@ class Ranks:
         if not has_failed.item():
             return
         told: list[GbpError | None] = [None] * self.world_size
-        dist.all_gather_object(told, self._in_words(failure))
+        dist.all_gather_object(told, self.in_words(failure))
         known = [error for error in told if error is not None]
         first = next((e for e in known if not isinstance(e, TrialError)), known[0])
         if isinstance(first, TrialError) and failure is not None:
             raise failure
         raise first
 
-    def _in_words(self, failure: Exception | None) -> GbpError | None:
+    def in_words(self, failure: Exception | None) -> GbpError | None:
         """Turns what may not survive pickling into an error that does."""
         if failure is None or isinstance(failure, GbpError):
             return failure

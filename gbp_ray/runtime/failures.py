@@ -6,15 +6,23 @@ a failure that explains the others is told from those that follow from it.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import ray
 
-from gbp_ray.errors import GbpError
+from gbp_ray.errors import GbpError, TransientStoreError, TrialError
 
-__all__ = ["Failure", "find_failure", "first_line", "is_consequence", "unwrap"]
+__all__ = [
+    "Failure",
+    "find_failure",
+    "first_line",
+    "is_consequence",
+    "may_pass",
+    "unwrap",
+]
 
 _KILLED = (
     "was killed, perhaps for memory (its process ended without a word: SIGKILL, the system's "
@@ -24,6 +32,11 @@ _LOST_CONNECTION = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset) by peer|broken pipe|process group|socket",
     re.IGNORECASE,
 )
+_LASTING = {
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
+    *(errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP, errno.EBADF, errno.ENODEV, errno.ENXIO),
+}
+_OF_DEVICE = re.compile(r"CUDA (driver )?error|cuDNN|cuBLAS|ECC|device-side", re.IGNORECASE)
 _SILENT = re.compile(r"health check has been hanging for ([\d.]+)")
 
 
@@ -74,6 +87,28 @@ def is_consequence(error: BaseException) -> bool:
     """Whether an error only says that another worker is gone."""
     # torch's distributed errors are all of this kind; a user's own ConnectionError is not.
     return isinstance(error, RuntimeError) and bool(_LOST_CONNECTION.search(str(error)))
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether what a worker raised may come of its machine, and go well when it is tried again.
+
+    Code that fails for its own reasons fails again: only a lost worker, a connection, a file system
+    that does not answer, a device or memory that another process took are worth the time.
+    """
+    if isinstance(error, TrialError):
+        return not error.is_lasting
+    if isinstance(error, GbpError):
+        return isinstance(error, TransientStoreError)
+    if isinstance(error, OSError):
+        # Libraries raise it without a number for files whose content they cannot use.
+        return isinstance(error, (ConnectionError, TimeoutError)) or (
+            error.errno is not None and error.errno not in _LASTING
+        )
+    return (
+        isinstance(error, (MemoryError, ray.exceptions.RayError))
+        or is_consequence(error)
+        or (isinstance(error, RuntimeError) and bool(_OF_DEVICE.search(str(error))))
+    )
 
 
 def first_line(error: BaseException) -> str:

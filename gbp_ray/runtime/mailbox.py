@@ -10,6 +10,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gbp_ray.config import ClusterConfig
+from gbp_ray.errors import GbpError
 from gbp_ray.runtime.failures import Failure
 from gbp_ray.runtime.progress import Tick
 from gbp_ray.runtime.watch import Standstill
@@ -45,6 +46,7 @@ class Mailbox:
         self._group = ""
         self._standstills: dict[int, Standstill] = {}
         self._last_allowed, self._is_ended = -1, False
+        self._last_word: GbpError | None = None
 
     def put(self, message: Any) -> None:
         """Takes a message."""
@@ -66,6 +68,14 @@ class Mailbox:
     def verdict(self, number: int) -> bool | None:
         """Says whether to go on after a round; None while that is open."""
         return True if number <= self._last_allowed else False if self._is_ended else None
+
+    def say_last_word(self, error: GbpError) -> None:
+        """Takes what a worker failed with that would make it fail again."""
+        self._last_word = error
+
+    def last_word(self) -> GbpError | None:
+        """Says what ended the trial before, if that would end it again."""
+        return self._last_word
 
     def compare(self, group: str, own: Standstill) -> list[Standstill]:
         """Takes where one worker of a group stands still, and says where all do."""

@@ -11,8 +11,9 @@ trial. The Tune trial itself then asks for no CPU, and no more of them run at a 
 cluster has CPUs for their workers, so none waits for another one's. Workers pause after each round
 until the scheduler has judged it; a stopped trial ends by itself, and Ray frees what it held.
 
-A fault of the job ends a trial at once. Whatever else breaks one (the process killed, an error in
-the user's code) is tried again `sweep.max_failures` times, and then is a row with its cause.
+A fault of the job or of the user's code ends a trial at once. What may pass (a killed process, a
+storage that does not answer) is tried again `sweep.max_failures` times, and then is a row with its
+cause.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from pathlib import Path
 from typing import Any
 
 from gbp_ray.config import JobConfig, trial_id
-from gbp_ray.errors import BusyError, GbpError, TransientStoreError, TrialError
+from gbp_ray.errors import BusyError, GbpError, TrialError, in_one_line
 from gbp_ray.lease import hold_lease
 from gbp_ray.records import write_share
-from gbp_ray.runtime.failures import first_line, unwrap
+from gbp_ray.runtime.failures import first_line, may_pass, unwrap
 from gbp_ray.runtime.loggers import make_loggers
 from gbp_ray.runtime.machines import check_cluster, check_folder, is_autoscaling, list_machines
 from gbp_ray.runtime.mailbox import Mailbox, Relay
@@ -381,10 +382,11 @@ class _TuneTrial(tune.Trainable):  # type: ignore[misc]
         except BusyError:
             # Others come first; it is given out again when none is left, to be waited for.
             self._last |= {"state": "busy", "done": True}
-        except (TrialError, TransientStoreError):
-            raise
-        except GbpError as error:
-            cause = " ".join(str(error).split())
+        except Exception as error:
+            if may_pass(error):
+                raise
+            own = isinstance(error, GbpError)
+            cause = " ".join(str(error).split()) if own else in_one_line(error)
             self._store.write_failure(
                 FailureRecord(
                     trial_id=trial_id(self._job), cause=cause, round=self._last.get("round")

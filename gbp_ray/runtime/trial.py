@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -26,7 +27,14 @@ from gbp_ray.config import JobConfig, trial_id
 from gbp_ray.errors import GbpError, StoreError, TrialError
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.runtime import START_TIMEOUT_S
-from gbp_ray.runtime.failures import Failure, find_failure, first_line, is_consequence, unwrap
+from gbp_ray.runtime.failures import (
+    Failure,
+    find_failure,
+    first_line,
+    is_consequence,
+    may_pass,
+    unwrap,
+)
 from gbp_ray.runtime.machines import check_cluster, check_folder, list_machines
 from gbp_ray.runtime.mailbox import Relay
 from gbp_ray.runtime.placement import worker_resources
@@ -181,7 +189,18 @@ def _fit(
             rank=None,
             cause=text,
         ) from error
-    return result.return_value
+    told: GbpError | None = result.return_value
+    if isinstance(told, TrialError):
+        return TrialError(
+            f"trial {name}: worker {told.rank} failed with {told.cause}; it would again, so the "
+            "workers were not started again; mend it and run the job again to go on after its "
+            "last whole round",
+            trial_id=name,
+            rank=told.rank,
+            cause=told.cause,
+            is_lasting=True,
+        )
+    return told
 
 
 def _train_worker(config: dict[str, Any]) -> GbpError | None:
@@ -196,15 +215,17 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
         os.chdir(config["working_folder"])
     add_import_paths(config["import_paths"])
     job = JobConfig.model_validate(config["job"])
+    mailbox, gate = config["mailbox"], config["gate"]
+    # Several trials of a sweep may share the other one.
+    meeting = gate if gate is not None else mailbox
+    if (told := ray.get(meeting.last_word.remote())) is not None:
+        return told
     device = ray.train.torch.get_device() if job.cluster.use_gpu else torch.device("cpu")
     ranks = Ranks.current(device)
     try:
         ranks.together(lambda: check_folder(job))
     except StoreError as error:
         return error
-    mailbox, gate = config["mailbox"], config["gate"]
-    # Several trials of a sweep may share the other one.
-    meeting = gate if gate is not None else mailbox
     watch = Watch(
         ranks,
         job.cluster.hang_timeout_s,
@@ -238,14 +259,21 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
     try:
         with watch:
             work_trial(job, ranks, tell=tell, round_done=round_done)
-    except GbpError as error:
-        if ranks.has_left:
-            # The others know nothing of it.
-            raise
-        return error
     except Exception as error:
+        if isinstance(error, GbpError) and not ranks.has_left:
+            return error
         if is_consequence(error):
             time.sleep(_GRACE_S)
+        if may_pass(error):
+            raise
+        # Where it was raised is seen with --debug.
+        traceback.print_exception(error)
+        told = ranks.in_words(error)
+        if not ranks.has_left:
+            return told
+        # The others know nothing of it; started again, all of them end at once.
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(meeting.say_last_word.remote(told), timeout=_MAILBOX_TIMEOUT_S)
         raise
     return None
 

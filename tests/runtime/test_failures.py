@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from ray.train.v2._internal.exceptions import (
 from shell import Shell
 
 from gbp_ray.config import ClusterConfig
-from gbp_ray.errors import PruneError, TrialError
+from gbp_ray.errors import PruneError, TransientStoreError, TrialError, WorkloadError
 from gbp_ray.runtime import mailbox
-from gbp_ray.runtime.failures import Failure, find_failure, is_consequence
+from gbp_ray.runtime.failures import Failure, find_failure, is_consequence, may_pass
 
 CLOSED = RuntimeError(
     "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:6573. This is "
@@ -124,6 +125,33 @@ def test_a_users_error_raised_from_another_stays_the_users() -> None:
     error = ValueError("split 3 is unreadable")
     error.__cause__ = OSError("no such file")
     assert "split 3 is unreadable" in find_failure({0: error}).words
+
+
+@pytest.mark.parametrize(
+    ("error", "is_worth_it"),
+    [
+        (CLOSED, True),
+        (DIED, True),
+        (ConnectionResetError("by the data server"), True),
+        (TimeoutError(), True),
+        (OSError(errno.EIO, "the disk"), True),
+        (OSError(errno.ESTALE, "the network's file system"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (TransientStoreError("s3 is slow"), True),
+        (TrialError("Ray did not start", trial_id="", rank=None, cause=""), True),
+        (TrialError("it again", trial_id="", rank=1, cause="", is_lasting=True), False),
+        (WorkloadError("labels"), False),
+        (ZeroDivisionError(), False),
+        (KeyError("a"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (FileNotFoundError(errno.ENOENT, "gone"), False),
+        (OSError("image file is truncated"), False),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20 GiB"), False),
+    ],
+)
+def test_only_what_may_pass_is_tried_again(error: Exception, *, is_worth_it: bool) -> None:
+    assert may_pass(error) == is_worth_it
 
 
 def test_a_lost_connection_to_a_data_server_is_no_consequence() -> None:
