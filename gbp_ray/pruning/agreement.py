@@ -241,9 +241,9 @@ def check_on_record(found: Mapping[str, str], stored: Mapping[str, str], source:
         )
     if name is not None:
         raise WorkloadError(
-            f"{source}: was made with other data: {name} has changed since"
-            f"{_told(stored, found, name)}; restore it ({_REMEDY_DATA}), or give the job another "
-            "name"
+            f"{source}: was made with other data, which differ in {name}"
+            f"{_told(stored, found, name)}; {_REMEDY_DATA}, restore the data, or give the job "
+            "another name"
         )
 
 
