@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import ray
 
-from gbp_ray.errors import GbpError, TransientStoreError, TrialError
+from gbp_ray.errors import GbpError, TransientStoreError, TrialError, WorkloadError
 
 __all__ = [
     "Failure",
@@ -97,6 +97,8 @@ def may_pass(error: BaseException) -> bool:
     """
     if isinstance(error, TrialError):
         return not error.is_lasting
+    if isinstance(error, WorkloadError) and isinstance(error.__cause__, OSError):
+        return may_pass(error.__cause__)
     if isinstance(error, GbpError):
         return isinstance(error, TransientStoreError)
     if isinstance(error, OSError):

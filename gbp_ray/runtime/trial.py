@@ -24,7 +24,7 @@ import ray.train.torch
 import torch
 
 from gbp_ray.config import JobConfig, trial_id
-from gbp_ray.errors import GbpError, StoreError, TrialError
+from gbp_ray.errors import GbpError, StoreError, TrialError, WorkloadError
 from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.runtime import START_TIMEOUT_S
 from gbp_ray.runtime.failures import (
@@ -261,6 +261,9 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
             work_trial(job, ranks, tell=tell, round_done=round_done)
     except Exception as error:
         if isinstance(error, GbpError) and not ranks.has_left:
+            if isinstance(error, WorkloadError) and may_pass(error):
+                # Raised from a connection that was lost, say.
+                raise
             return error
         if is_consequence(error):
             time.sleep(_GRACE_S)

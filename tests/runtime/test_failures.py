@@ -37,6 +37,11 @@ RESET = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection re
 DIED = ActorDiedError()
 
 
+def raised_from(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 def dead(error: Exception) -> Exception:
     return WorkerHealthCheckFailedError("A worker health check failed.\nWorker info: ...", error)
 
@@ -142,6 +147,8 @@ def test_a_users_error_raised_from_another_stays_the_users() -> None:
         (TrialError("Ray did not start", trial_id="", rank=None, cause=""), True),
         (TrialError("it again", trial_id="", rank=1, cause="", is_lasting=True), False),
         (WorkloadError("labels"), False),
+        (raised_from(WorkloadError("item 3"), ConnectionResetError()), True),
+        (raised_from(WorkloadError("item 3"), KeyError()), False),
         (ZeroDivisionError(), False),
         (KeyError("a"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
