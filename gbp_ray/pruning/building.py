@@ -144,7 +144,9 @@ def _build(workload: Workload, seed: int, *, is_changed: bool) -> tuple[nn.Modul
         model = build_network(workload)
     digests = digest_weights(model)
     for path, module in model.named_modules():
-        names = [f"{path}.{name}".lstrip(".") for name in (*module._parameters, *module._buffers)]
+        # Asked for by methods, which modules of TorchScript have, too.
+        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        names = [f"{path}.{name}".lstrip(".") for name, _ in tensors]
         own = {name: digests[name] for name in names if name in digests}
         if _STARTS.get(module, own) != own:
             raise WorkloadError(

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from gbp_ray.errors import ConfigError, PruneError, StoreError
+from gbp_ray.pruning.building import network_of_seed
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
 from gbp_ray.pruning.selection import check_selectable
+from gbp_ray.workload import Workload
 
 shapes = st.lists(st.integers(1, 5), min_size=0, max_size=4).map(tuple)
 names = st.text(min_size=1, max_size=6).filter(lambda name: name != "__metadata__")
@@ -480,6 +482,14 @@ def test_a_glob_that_matches_nothing_is_refused() -> None:
 def test_nothing_to_prune_is_refused(model: nn.Module, exclude: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         prunable_parameters(model, exclude)
+
+
+def test_a_network_of_torchscript_is_built_and_refused_by_its_layers() -> None:
+    data = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
+    workload = Workload(lambda: torch.jit.trace(nn.Linear(2, 3), torch.zeros(1, 2)), data, data)
+    model, _ = network_of_seed(workload, 0)
+    with pytest.raises(ConfigError, match="its parameters are 'weight' of TracedModule"):
+        prunable_parameters(model, [])
 
 
 def named(**layers: nn.Module) -> nn.Module:
