@@ -488,7 +488,7 @@ def test_a_network_of_torchscript_is_built_and_refused_by_its_layers() -> None:
     data = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
     workload = Workload(lambda: torch.jit.trace(nn.Linear(2, 3), torch.zeros(1, 2)), data, data)
     model, _ = network_of_seed(workload, 0)
-    with pytest.raises(ConfigError, match="its parameters are 'weight' of TracedModule"):
+    with pytest.raises(ConfigError, match="its parameters are 'weight' of TopLevelTraced"):
         prunable_parameters(model, [])
 
 
