@@ -86,5 +86,5 @@ def list_fields(
     for heading in ("field", "default", "meaning"):
         table.add_column(heading, overflow="fold")
     for row in rows:
-        table.add_row(*(text for text in row))
+        table.add_row(*row)
     console().print(table)

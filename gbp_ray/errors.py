@@ -11,6 +11,7 @@ line that does nothing to a terminal, repeats no credentials, and ends.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 __all__ = [
     "BusyError",
@@ -25,6 +26,7 @@ __all__ = [
     "WorkloadError",
     "clean_message",
     "in_one_line",
+    "name_some",
     "printable",
 ]
 
@@ -138,3 +140,9 @@ class ExportError(GbpError):
 def in_one_line(error: BaseException) -> str:
     """Describes an exception for a message, without line breaks."""
     return clean_message(" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def name_some(items: Sequence[str], most: int = 5) -> str:
+    """Lists items for a message, of many only the first."""
+    rest = len(items) - most
+    return ", ".join(items[:most]) + (f" and {rest} more" if rest > 0 else "")

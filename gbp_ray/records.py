@@ -35,7 +35,7 @@ from pydantic import (
 )
 
 from gbp_ray.config import SCHEMA_VERSION, JobConfig
-from gbp_ray.errors import GbpError, StoreError, printable
+from gbp_ray.errors import GbpError, StoreError, name_some, printable
 from gbp_ray.objects import Objects, is_key
 
 __all__ = [
@@ -57,13 +57,11 @@ __all__ = [
     "read_record",
     "seal_record",
     "write_share",
+    "write_value",
 ]
 
-_NUM_NAMED = 5
 _STORED, _RECALIBRATED = "as stored", "with BatchNorm re-estimated"
 _SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n}\n\Z')
-
-
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -137,11 +135,9 @@ class CostRecord(_Record):
             return ""
         number = sum(num_weights for num_weights, _ in self.unpruned.values())
         named = [f"{name} ({n:,}, {why})" for name, (n, why) in self.unpruned.items()]
-        if len(named) > _NUM_NAMED:
-            named[_NUM_NAMED:] = [f"{len(named) - _NUM_NAMED} more"]
         return (
             f"{number:,} of {number + self.num_units:,} weights in matrices are not prunable: "
-            f"{', '.join(named)}"
+            f"{name_some(named)}"
         )
 
     @property
@@ -202,6 +198,13 @@ def write_share(share: float | None) -> str:
     if share is None:
         return ""
     return f"{share:.2%}" if 0 <= share <= 1 else "no share"
+
+
+def write_value(value: Any) -> str:
+    """Writes the value of a field for people to read; nothing for one that is not set."""
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 class DenseReference(NamedTuple):
@@ -267,8 +270,7 @@ class RoundRecord(_Record):
     fine-tuning may stop early, `kept_step` says after how many steps the weights are that were
     kept. Round 0 has `accuracy_recalibrated` and `loss_recalibrated` as well where its network has
     BatchNorm statistics and the job re-estimates them after pruning: with such statistics in place
-    of the stored ones. Round 0 says in
-    `fingerprints` what network and data it was made with.
+    of the stored ones. Its `fingerprints` say what network and data it was made with.
     """
 
     round: Count

@@ -8,7 +8,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from gbp_ray.records import write_share
+from gbp_ray.records import write_share, write_value
 from gbp_ray.store import RoundRecord, TrialRecord
 from gbp_ray.tables import TableColumn, fit_table
 
@@ -113,7 +113,7 @@ def results_table(
         column("MACs left", lambda row: _macs_left(row["macs"], row["macs_nonzero"]), 4),
     ]
     for number, field in enumerate(fields):
-        cells = [_word(row[field]) for row in rows]
+        cells = [write_value(row[field]) for row in rows]
         columns.append(TableColumn(field, cells, "left", 5 + number))
     return fit_table(columns, width)
 
@@ -125,7 +125,7 @@ def difference_table(pairs: Mapping[str, Sequence[Any]], heading: str) -> Table:
     for side in ("A", "B"):
         table.add_column(side, justify="right", overflow="fold")
     for name, values in pairs.items():
-        table.add_row(name, *(_word(value) for value in values))
+        table.add_row(name, *(write_value(value) for value in values))
     return table
 
 
@@ -228,12 +228,6 @@ def _short(number: float) -> str:
             return f"{number:.4g}{unit}"
         number /= 1000
     return f"{number:.4g}T"
-
-
-def _word(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _megabytes(num_bytes: int) -> str:

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from gbp_ray.config import nearest_name
 from gbp_ray.errors import ConfigError, StoreError
 from gbp_ray.index import map_in_threads, read_index, refresh_index
-from gbp_ray.records import TrialRecord, find_accuracy_fault
+from gbp_ray.records import TrialRecord, find_accuracy_fault, write_value
 from gbp_ray.store import Store, locate_jobs
 
 __all__ = ["Results", "name_values", "open_results", "read_results"]
@@ -335,7 +335,7 @@ def read_results(uri: str | Path, stores: list[Store], trial: str | None) -> Res
 def name_values(values: dict[str, Any]) -> list[str]:
     """Names fields with their values; one that a job does not have needs no word."""
     return [
-        f"{_short(name, list(values))} {_word(value)}"
+        f"{_short(name, list(values))} {write_value(value)}"
         for name, value in values.items()
         if value is not None
     ]
@@ -344,10 +344,6 @@ def name_values(values: dict[str, Any]) -> list[str]:
 def _short(name: str, others: Sequence[str]) -> str:
     last = name.rpartition(".")[2]
     return last if [other.rpartition(".")[2] for other in others].count(last) == 1 else name
-
-
-def _word(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _read(store: Store) -> pa.Table:

@@ -22,6 +22,7 @@ __all__ = [
     "Section",
     "dotted",
     "explain_faults",
+    "is_matched",
     "match_names",
     "nearest_glob",
     "nearest_name",
@@ -92,6 +93,11 @@ def match_names(pattern: str, names: Iterable[str]) -> list[str]:
     """Finds the names that a glob matches; a name that is written out matches itself only."""
     names = list(names)
     return [pattern] if pattern in names else fnmatch.filter(names, pattern)
+
+
+def is_matched(name: str, patterns: Iterable[str]) -> bool:
+    """Tells whether a name is one of some, or matches one of them as a glob."""
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def nearest_glob(pattern: str, names: Iterable[str]) -> str:

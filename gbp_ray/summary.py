@@ -13,7 +13,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from gbp_ray.records import write_share
+from gbp_ray.records import write_share, write_value
 from gbp_ray.tables import TableColumn, fit_table
 
 __all__ = [
@@ -85,7 +85,7 @@ def summary_table(
     columns = [TableColumn("sparsity", shown)]
     for field in fields:
         if field not in ("seed", "prune.sparsity"):
-            cells = [_word(line[field]) for line in lines]
+            cells = [write_value(line[field]) for line in lines]
             columns.append(TableColumn(field.removeprefix("prune."), cells, "left"))
 
     def add(heading: str, name: str, rank: int) -> None:
@@ -208,7 +208,3 @@ def _machines(machines: Sequence[Sequence[Any]]) -> str:
     parts = [f"{number:g} {kind}s" for kind, number in totals.items() if number]
     count = "1 machine" if len(machines) == 1 else f"{len(machines)} machines"
     return f"{count} with {' and '.join(parts) or 'no CPUs'}"
-
-
-def _word(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)

@@ -5,7 +5,6 @@ A file is compared with the network name by name before anything is trained.
 
 from __future__ import annotations
 
-import fnmatch
 import re
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
@@ -15,8 +14,8 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from gbp_ray.config import JobConfig, TransferConfig, match_names, nearest_glob
-from gbp_ray.errors import ConfigError, WorkloadError
+from gbp_ray.config import JobConfig, TransferConfig, is_matched, match_names, nearest_glob
+from gbp_ray.errors import ConfigError, WorkloadError, name_some
 from gbp_ray.weight_files import State, WeightFile, hash_weights, read_weights
 
 __all__ = [
@@ -36,7 +35,6 @@ TEACHER = "finetune.distillation.teacher"
 
 _TRANSFER = "workload.transfer"
 _CHECKPOINT = f"{_TRANSFER}.checkpoint"
-_NUM_NAMED = 3
 
 # What torch puts into names where it wraps a module.
 _WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -123,7 +121,7 @@ def pick_state(
         )
     if left_out:
         warnings.warn(
-            f"{file.named}: {_name_some(left_out)} left out, which the network does not have",
+            f"{file.named}: {name_some(left_out, 3)} left out, which the network lacks",
             stacklevel=2,
         )
     return state
@@ -227,10 +225,10 @@ def find_misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
     ]
     faults = []
     if missing:
-        faults.append(f"it lacks {_name_some(missing)}")
+        faults.append(f"it lacks {name_some(missing, 3)}")
     if unexpected:
-        faults.append(f"it has the unexpected {_name_some(unexpected)}")
-    faults += [_name_some(items) for items in (reshaped, recast) if items]
+        faults.append(f"it has the unexpected {name_some(unexpected, 3)}")
+    faults += [name_some(items, 3) for items in (reshaped, recast) if items]
     return "; ".join(faults)
 
 
@@ -251,11 +249,6 @@ def _short(dtype: torch.dtype) -> str:
 def _place_of(tensor: Tensor) -> int:
     rows = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return int(rows.data_ptr())
-
-
-def _name_some(items: list[str]) -> str:
-    rest = len(items) - _NUM_NAMED
-    return ", ".join(items[:_NUM_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
@@ -293,22 +286,15 @@ def _build_from(
             f"{_CHECKPOINT}: the network is built on the meta device, layer by layer, and "
             "a checkpoint comes in one piece; build it with its weights"
         )
-    new: set[str] = set()
     for pattern in config.new_head:
-        found = match_names(pattern, own)
-        if not found:
+        if not match_names(pattern, own):
             raise ConfigError(
                 f"{_TRANSFER}.new_head = '{pattern}': matches no weight of the network"
                 f"{nearest_glob(pattern, own)}"
             )
-        new.update(found)
 
     def without_head(state: Mapping[str, Tensor]) -> State:
-        return {
-            name: tensor
-            for name, tensor in state.items()
-            if name not in new and not any(fnmatch.fnmatch(name, p) for p in config.new_head)
-        }
+        return {name: t for name, t in state.items() if not is_matched(name, config.new_head)}
 
     wanted = without_head(own)
     taken = without_head(

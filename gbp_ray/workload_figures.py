@@ -8,6 +8,7 @@ from gbp_ray import plots
 from gbp_ray.closeup import CloseUp
 from gbp_ray.curves import WorkloadCurves, pick_targets, write_percent
 from gbp_ray.drawing import Drawing, style_curves
+from gbp_ray.errors import name_some
 from gbp_ray.gallery import Sketch
 
 __all__ = ["sketch_workload"]
@@ -48,9 +49,7 @@ def sketch_workload(
 def _word_figures(curves: WorkloadCurves, targets: Sequence[float]) -> dict[str, tuple[str, str]]:
     """Says of each figure what it shows (for those who cannot see it) and how to read it."""
     judged = curves.judged_on.capitalize()
-    names = ", ".join(curve.label for curve in curves.curves[:8])
-    more = len(curves.curves) - 8
-    names += f" and {more} more" if more > 0 else ""
+    names = name_some([curve.label for curve in curves.curves], 8)
     best = []
     for target in targets:
         points = [(c.label, p) for c in curves.curves if (p := c.at(target))]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from gbp_ray.errors import name_some
 from gbp_ray.pruning.sharding import add_over_ranks, is_shard, local
 
 __all__ = ["find_pruned_whole", "why_not_finite"]
@@ -44,8 +45,7 @@ def find_pruned_whole(weights: Mapping[str, Tensor]) -> str:
         for kind, number in zip(("row", "column"), by_axis, strict=True)
         if number
     ]
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return ", ".join(found[:3]) + more
+    return name_some(found, 3)
 
 
 def why_not_finite(weights: Mapping[str, Tensor]) -> str:

@@ -34,6 +34,7 @@ __all__ = ["CRITERIA", "criterion", "movement_statistic", "synaptic_flow"]
 
 _PER_EXAMPLE_BYTES = 256 * 2**20
 """Room for per-example gradients: bounds the chunk of `fisher`."""
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def criterion(name: str) -> Criterion:
@@ -135,7 +136,7 @@ def _why_not_by_example(
             f"it writes {'buffers' if len(written) > 1 else 'buffer'} {', '.join(written)} in eval "
             "mode; write such only while self.training"
         )
-    text = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
+    text = textwrap.shorten(in_one_line(error), 200, placeholder=" ...")
     return f"torch says {text}; mend the model"
 
 
@@ -254,9 +255,6 @@ class _Doubling(TorchFunctionMode):
             func = Tensor.double
         named = {key: widened(value) for key, value in (kwargs or {}).items()}
         return func(*map(widened, args), **named)
-
-
-_NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _flow_value(name: str, value: Tensor) -> Tensor:

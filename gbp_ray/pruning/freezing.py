@@ -11,14 +11,13 @@ too: what pruning shifts is no matter of learning; `prune.batchnorm_examples = 0
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gbp_ray.config import match_names, nearest_glob
+from gbp_ray.config import is_matched, match_names, nearest_glob
 from gbp_ray.errors import ConfigError
 from gbp_ray.pruning.sharding import leaves
 
@@ -30,7 +29,7 @@ def trainable_parameters(model: nn.Module, freeze: Sequence[str]) -> dict[str, n
     frozen = {
         parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if _matches(name, freeze)
+        if is_matched(name, freeze)
     }
     return {
         name: parameter
@@ -74,7 +73,7 @@ def training_mode(model: nn.Module, freeze: Sequence[str]) -> Iterator[None]:
         for path, module in model.named_modules()
         if isinstance(module, _BatchNorm)
         and module.running_mean is not None
-        and _matches(f"{path}.running_mean".lstrip("."), freeze)
+        and is_matched(f"{path}.running_mean".lstrip("."), freeze)
     ]
     trainable = trainable_parameters(model, freeze)
     still = [
@@ -91,7 +90,3 @@ def training_mode(model: nn.Module, freeze: Sequence[str]) -> Iterator[None]:
             leaf.requires_grad_(True)
         for module in held:
             module.train()
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

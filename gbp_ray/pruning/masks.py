@@ -31,7 +31,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from gbp_ray.config import match_names, nearest_glob, nearest_name
-from gbp_ray.errors import ConfigError, PruneError, StoreError
+from gbp_ray.errors import ConfigError, PruneError, StoreError, name_some
 from gbp_ray.pruning.sharding import add_over_ranks, gather_bits, local
 from gbp_ray.tensors import check_packed
 
@@ -135,18 +135,16 @@ def _check_rankable(unit: Prunable) -> None:
         )
 
 
-def _describe_unprunable(model: nn.Module, most: int = 5) -> str:
+def _describe_unprunable(model: nn.Module) -> str:
     """Words what a network has in place of prunable weights."""
     owners = [
         f"'{f'{path}.{name}'.lstrip('.')}' of {type(module).__name__}"
         for path, module in model.named_modules()
         for name, _ in module.named_parameters(recurse=False)
     ]
-    if len(owners) > most:
-        owners[most:] = [f"{len(owners) - most} more"]
     return (
         "nothing to prune: prunable are the weights of convolutions (nn.Conv, nn.ConvTranspose) "
-        f"and linear layers (nn.Linear), and its parameters are {', '.join(owners) or 'none'}"
+        f"and linear layers (nn.Linear), and its parameters are {name_some(owners) or 'none'}"
     )
 
 

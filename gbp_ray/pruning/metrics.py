@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from gbp_ray.errors import in_one_line
 from gbp_ray.pruning.masks import PRUNABLE_LAYERS, Prunable
 from gbp_ray.pruning.ranks import isolated
 from gbp_ray.pruning.sharding import add_over_ranks, local
@@ -88,7 +89,7 @@ def count_macs(model: nn.Module, example: Tensor) -> Macs:
         with _looked_at(model), counter:
             model(example.to(some.device))
     except Exception as error:  # noqa: BLE001 - a job is not to end for want of a count
-        return Macs({}, 0, " ".join(f"{type(error).__name__}: {error}".split())[:200])
+        return Macs({}, 0, in_one_line(error)[:200])
     if counter.hiding:
         return Macs({}, 0, f"{', '.join(sorted(counter.hiding))}: does not show what it multiplies")
     by_parameter = {name: round(found) for name, found in counter.by_parameter.items()}

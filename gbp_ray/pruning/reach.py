@@ -12,14 +12,13 @@ from contextlib import suppress
 import torch
 from torch import nn
 
+from gbp_ray.errors import name_some
 from gbp_ray.pruning.masks import Prunable
 from gbp_ray.pruning.ranks import isolated
 from gbp_ray.weights import tensor_state
 from gbp_ray.workload import Workload, take_batch
 
 __all__ = ["warn_of_unusual_weights"]
-
-_NUM_NAMED = 5
 
 
 def warn_of_unusual_weights(
@@ -53,7 +52,7 @@ def warn_of_unusual_weights(
     kept = tensor_state(model)
     if left_out := [f"'{name}'" for name in model.state_dict() if name not in kept]:
         warnings.warn(
-            f"workload.factory: {', '.join(left_out[:_NUM_NAMED])} of the network's state is no "
+            f"workload.factory: {name_some(left_out)} of the network's state is no "
             "tensor and is not stored with its weights; a network that they are loaded into has "
             "what build_model gives it",
             stacklevel=2,
@@ -89,7 +88,4 @@ def _find_idle(
 
 
 def _name_some(units: list[Prunable]) -> str:
-    named = [f"'{unit.name}' ({unit.parameter.numel():,})" for unit in units]
-    if len(named) > _NUM_NAMED:
-        named[_NUM_NAMED:] = [f"{len(named) - _NUM_NAMED} more"]
-    return ", ".join(named)
+    return name_some([f"'{unit.name}' ({unit.parameter.numel():,})" for unit in units])

@@ -22,7 +22,6 @@ Shape suffixes: N = prunable weights of the model, L = weights of one layer in t
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,8 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gbp_ray.config import PruneConfig, match_names, nearest_glob
-from gbp_ray.errors import ConfigError, PruneError
+from gbp_ray.config import PruneConfig, is_matched, match_names, nearest_glob
+from gbp_ray.errors import ConfigError, PruneError, name_some
 from gbp_ray.pruning.contenders import Contenders, put_up
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.ranks import Ranks
@@ -205,7 +204,7 @@ def check_reachable(shapes: Mapping[str, tuple[int, ...]], config: PruneConfig) 
             if most[name] < config.sparsity * size - 1e-9
         ]
         raise ConfigError(
-            f"{asked} may lose {sum(most.values())} at most ({_some_of(tight)}); "
+            f"{asked} may lose {sum(most.values())} at most ({name_some(tight)}); "
             "lower it or raise prune.layer_max_sparsity"
         )
     if k < sum(least.values()):
@@ -215,14 +214,9 @@ def check_reachable(shapes: Mapping[str, tuple[int, ...]], config: PruneConfig) 
             if least[name] > config.sparsity * size + 1e-9
         ]
         raise ConfigError(
-            f"{asked} must lose {sum(least.values())} at least ({_some_of(tight)}); "
+            f"{asked} must lose {sum(least.values())} at least ({name_some(tight)}); "
             "raise it or lower prune.layer_min_sparsity"
         )
-
-
-def _some_of(items: list[str], most: int = 5) -> str:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
 
 
 def _refuse_other_shapes(scores: Mapping[str, Tensor], masks: MaskSet) -> None:
@@ -292,11 +286,7 @@ def _least_of(name: str, size: int, config: PruneConfig) -> int:
 def _bound_of(name: str, bound: float | dict[str, float], default: float) -> float:
     if not isinstance(bound, dict):
         return bound
-    matching = [
-        value
-        for pattern, value in bound.items()
-        if name == pattern or fnmatch.fnmatchcase(name, pattern)
-    ]
+    matching = [value for pattern, value in bound.items() if is_matched(name, [pattern])]
     return matching[-1] if matching else default
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from gbp_ray.config import JobConfig, Recipe
-from gbp_ray.errors import ConfigError, WorkloadError, in_one_line
+from gbp_ray.errors import ConfigError, WorkloadError, in_one_line, name_some
 from gbp_ray.pruning.buffers import TrainedBuffers
 from gbp_ray.pruning.ranks import Ranks, buffer_slots, checksum, isolated
 from gbp_ray.workload import Workload, num_examples, take_batch
@@ -126,9 +126,8 @@ def _numbers(model: nn.Module) -> Iterable[tuple[str, float]]:
 
 
 def _listed(kind: str, names: list[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:3])
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{kind}{'s' if len(names) > 1 else ''} {shown}{more}"
+    shown = name_some([f"'{name}'" for name in names], 3)
+    return f"{kind}{'s' if len(names) > 1 else ''} {shown}"
 
 
 def check_evaluated(watch: Watch) -> None:

@@ -10,13 +10,12 @@ the job excludes stay whole whatever their mask says, and those without a mask s
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
-from gbp_ray.config import JobConfig, expand, nearest_name
+from gbp_ray.config import JobConfig, expand, is_matched, nearest_name
 from gbp_ray.errors import ConfigError, GbpError, StoreError
 from gbp_ray.pruning.masks import MaskSet, Prunable
 from gbp_ray.pruning.selection import num_to_prune
@@ -129,7 +128,7 @@ def _fit(
     for name, mask in found.items():
         if name not in shapes:
             # Only the name of an excluded parameter is known here by its glob.
-            if any(name == p or fnmatch.fnmatchcase(name, p) for p in exclude):
+            if is_matched(name, exclude):
                 continue
             raise ConfigError(
                 f"{named}: masks '{name}', which is no prunable parameter of this network"
