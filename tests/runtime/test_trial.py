@@ -258,7 +258,7 @@ def test_ctrl_c_ends_everything_that_was_started_and_the_job_goes_on_when_run_ag
 
 @pytest.mark.skipif(
     "GBP_RAY_KILLS" not in os.environ,
-    reason="test_stopping does so without Ray; set GBP_RAY_KILLS to a number of signals to try it",
+    reason="test_signals does so without Ray; set GBP_RAY_KILLS to a number of signals to try it",
 )
 def test_signals_end_a_command_while_ray_starts(tmp_path):
     moments = random.Random(os.environ.get("GBP_RAY_KILL_SEED", "5"))
