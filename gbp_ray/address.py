@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
-__all__ = ["S3Address"]
+__all__ = ["S3Address", "names_user"]
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
 _OPTIONS = ("endpoint_override", "scheme", "region")
@@ -49,8 +49,7 @@ class S3Address:
             ValueError: It is none, or holds credentials; the message does not repeat those.
         """
         parts = urlsplit(text)
-        # A secret may hold a slash, and then seems to be part of the path.
-        if "@" in parts.netloc or (":" in parts.netloc and "@" in text):
+        if names_user(text):
             raise ValueError(_NO_CREDENTIALS)
         if parts.scheme != "s3" or not _BUCKET.fullmatch(parts.netloc) or parts.fragment:
             raise ValueError(
@@ -100,3 +99,11 @@ _NO_CREDENTIALS = (
     "holds credentials; give them in the environment (AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
     "AWS_SECRET_ACCESS_KEY)"
 )
+
+
+def names_user(address: str) -> bool:
+    """Tells whether an address, scheme://..., holds a user's name or a secret."""
+    rest = address.partition("://")[2]
+    server = rest.partition("/")[0]
+    # A secret may hold a slash, and then seems to be part of the path.
+    return "@" in server or (":" in server and "@" in rest)

@@ -12,6 +12,7 @@ from pathlib import Path
 from pyarrow import ArrowException
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
+from gbp_ray.address import names_user
 from gbp_ray.errors import WorkloadError
 
 __all__ = ["describe_fault", "list_files", "open_location", "read_bytes"]
@@ -34,10 +35,7 @@ def open_location(address: str, key: str) -> tuple[FileSystem, str]:
         )
     if "://" not in address:
         return LocalFileSystem(), str(Path(address).expanduser().absolute())
-    rest = address.split("://", 1)[1]
-    server = rest.split("/")[0]
-    # A secret may hold a slash, and then seems to be part of the path.
-    if "@" in server or (":" in server and "@" in rest):
+    if names_user(address):
         # Not echoed: options are kept in records and logs.
         raise WorkloadError(
             f"{key}: the address holds credentials; give them in the environment "

@@ -171,7 +171,7 @@ def mark_right(
             f"but in workload.{split} outputs are {kind_of(outputs)} and targets "
             f"{kind_of(targets)}, which are no class numbers of them; give a count_correct that "
             "says how many of the examples are right, such as lambda outputs, targets: ((outputs > "
-            "0) == targets).all(1).sum(), or lambda outputs, targets: 0 where the loss alone counts"
+            "0) == targets).all(1).sum(), or lambda outputs, targets: 0 where only the loss counts"
         )
     options = cross_entropy_options(workload.loss) or {}
     is_asked = targets != options.get("ignore_index", _IGNORED)

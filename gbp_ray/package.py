@@ -5,10 +5,10 @@ by their suffix, and what git tracks. It leaves out hidden files, links out of t
 none of these, and what looks like a secret by its name or its contents (see `secrecy`). Each of
 them goes if it is included by name.
 
-`find_files` knows the ignore rules alone. Left out is what `.gitignore` and `.rayignore` files say,
-in the folder, below it and, inside a git repository, above it, read as git reads them; and always
-what nobody means to send: version control, virtual environments, caches, results, and files that
-hold credentials by custom (`.env`, `.netrc`, `.aws`, `.ssh`). Links are followed. A folder may
+`find_files` knows only the ignore rules. It leaves out what `.gitignore` and `.rayignore` files
+say, in the folder, below it and, inside a git repository, above it, read as git reads them; and
+always what nobody means to send: version control, virtual environments, caches, results, and files
+that hold credentials by custom (`.env`, `.netrc`, `.aws`, `.ssh`). Links are followed. A folder may
 change while it is read: what vanishes is not sent. The archive has the same bytes for the same
 files, so that a cluster that has it already is not sent it again.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from safetensors.torch import load as load_tensors
 from torch import Tensor
@@ -12,7 +12,7 @@ from gbp_ray.errors import ConfigError, PruneError, StoreError
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.tickets import read_masks_at
 from gbp_ray.store import locate_round
-from gbp_ray.weight_files import SUFFIXES, read_weights, suffix_of
+from gbp_ray.weight_files import SUFFIXES, name_of, read_weights, suffix_of
 from gbp_ray.weights import pick_state, save_state
 
 __all__ = ["Applied", "apply_masks"]
@@ -101,8 +101,7 @@ def _read_weights(checkpoint: str, masks: MaskSet) -> dict[str, Tensor]:
 
 
 def _stem(checkpoint: str) -> str:
-    name = PurePath(checkpoint.partition("?")[0] if "://" in checkpoint else checkpoint).name
-    suffix = suffix_of(checkpoint)
+    name, suffix = name_of(checkpoint), suffix_of(checkpoint)
     return name[: -len(suffix)] if suffix in SUFFIXES else name
 
 

@@ -1,6 +1,6 @@
-"""What looks like a secret: names of files, their contents, variables of the environment.
+"""Finds what looks like a secret: names of files, their contents, variables of the environment.
 
-Looks alone decide, so something harmless may be taken for one; whoever asks says how to send it all
+Only looks decide, so something harmless may be taken for one; whoever asks says how to send it all
 the same. No secret is ever repeated: what is found is told by its kind.
 """
 
@@ -14,19 +14,8 @@ __all__ = ["find_secret", "holds_credentials", "is_secret_name", "is_secret_vari
 
 _NAMES = (
     *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.ppk", "*.p12"),
-    *(
-        "*.p8",
-        "*.der",
-        "*.pfx",
-        "*.jks",
-        "*.keystore",
-        "*.kdbx",
-        "*.gpg",
-        "*.asc",
-        "*.ovpn",
-        ".env",
-        ".env.*",
-    ),
+    *("*.p8", "*.der", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.gpg", "*.asc", "*.ovpn"),
+    *(".env", ".env.*"),
     *("*.env", "credentials", "credentials.*", "*credentials*.json", "*.credentials"),
     *("client_secret*", "*service?account*.json", "secret", "secrets", "secret.*", "secrets.*"),
     *("*.secret", "*.secrets", "*secrets.y*ml", "*secrets.json", "*secrets.toml", "*password*"),

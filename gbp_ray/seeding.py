@@ -25,7 +25,7 @@ def derive_seed(*parts: object) -> int:
 class seeded:  # noqa: N801 - reads as a statement: with seeded(7): ...
     """Seeds the global generators of torch, NumPy and `random` in a block, and restores them after.
 
-    Of NumPy a normal number that was drawn ahead is lost.
+    A normal number that NumPy has drawn ahead is lost.
     """
 
     def __init__(self, seed: int) -> None:
@@ -61,5 +61,5 @@ def plant_seed(seed: int) -> None:
 
 
 def shuffled_indices(total: int, seed: int) -> Tensor:
-    """Returns a permutation of 0..total-1 that depends on the seed alone."""
+    """Returns a permutation of 0..total-1 that depends only on the seed."""
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))

@@ -119,8 +119,7 @@ def descendants() -> set[tuple[int, str]]:
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            # The name before the last bracket may hold anything.
-            fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
+            fields = _read_stat(folder.name)
             starts[int(folder.name)] = fields[19]
             children.setdefault(int(fields[1]), []).append(int(folder.name))
     found: set[tuple[int, str]] = set()
@@ -132,6 +131,12 @@ def descendants() -> set[tuple[int, str]]:
     return found
 
 
+def _read_stat(pid: int | str) -> list[str]:
+    """Reads what the kernel says of a process, from its state on."""
+    # The name before the last bracket may hold anything.
+    return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+
+
 def kill(processes: set[tuple[int, str]]) -> None:
     """Kills those processes that are still the same, and waits a moment for their end."""
     deadline_s = time.monotonic() + _DEATH_S
@@ -139,8 +144,7 @@ def kill(processes: set[tuple[int, str]]) -> None:
         num_alive = 0
         for pid, started in processes:
             with contextlib.suppress(OSError, IndexError):
-                stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-                fields = stat.rpartition(")")[2].split()
+                fields = _read_stat(pid)
                 if fields[0] != "Z" and fields[19] == started:
                     os.kill(pid, signal.SIGKILL)
                     num_alive += 1

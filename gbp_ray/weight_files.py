@@ -25,7 +25,15 @@ from torch import Tensor
 from gbp_ray.errors import WorkloadError
 from gbp_ray.location import describe_fault, read_bytes
 
-__all__ = ["SUFFIXES", "State", "WeightFile", "hash_weights", "read_weights", "suffix_of"]
+__all__ = [
+    "SUFFIXES",
+    "State",
+    "WeightFile",
+    "hash_weights",
+    "name_of",
+    "read_weights",
+    "suffix_of",
+]
 
 State = dict[str, Tensor]
 
@@ -87,10 +95,15 @@ class WeightFile:
     states: Mapping[str, State]
 
 
+def name_of(address: str) -> str:
+    """Finds the name of a file or folder by its path or address."""
+    # Only in an address is a "?" not part of the name.
+    return PurePath(address.partition("?")[0] if "://" in address else address).name
+
+
 def suffix_of(address: str) -> str:
     """Finds how the name of a file of weights ends; another name's own last suffix."""
-    # Only in an address is a "?" not part of the name.
-    name = PurePath(address.partition("?")[0] if "://" in address else address).name.lower()
+    name = name_of(address).lower()
     return _SHARDED if name.endswith(_SHARDED) else PurePath(name).suffix
 
 
@@ -214,9 +227,9 @@ def _describe_refusal(error: Exception, content: bytes, address: str) -> str:
         )
     if code or "weights_only=True`` with" in text:
         what = code[1] if code else "a TorchScript program or files of the legacy .tar format"
-        path = PurePath(address.partition("?")[0] if "://" in address else address)
-        old = path.name if "://" in address else address
-        files = shlex.join([old, f"{path.stem}-weights.pt"])
+        name = name_of(address)
+        old = name if "://" in address else address
+        files = shlex.join([old, f"{PurePath(name).stem}-weights.pt"])
         return (
             f"holds more than tensors: {what}, which would have to be run to be read; nothing of "
             "the file was run. If you trust where it comes from, this runs it once and keeps only "

@@ -45,6 +45,7 @@ __all__ = [
     "find_shadowed_module",
     "hold_out",
     "import_attribute",
+    "in_mode",
     "judged_split",
     "load_workload",
     "num_examples",
@@ -316,6 +317,18 @@ def import_attribute(path: str, key: str) -> Any:
             f"{nearest_name(attribute, names)}"
         )
     return getattr(module, attribute)
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, is_training: bool) -> Iterator[None]:
+    """Puts a network into training or eval mode, and each of its modules back after the block."""
+    modes = {module: module.training for module in model.modules()}
+    model.train(is_training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextmanager

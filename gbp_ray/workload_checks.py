@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gbp_ray.errors import GbpError, WorkloadError, in_one_line
 from gbp_ray.items import kind_of
 from gbp_ray.means import check_share, count_items, count_right, cross_entropy_options
-from gbp_ray.workload import Workload, count_top1, num_examples, take_batch
+from gbp_ray.workload import Workload, count_top1, in_mode, num_examples, take_batch
 
 __all__ = ["blaming_labels", "check_finite", "check_labels", "check_workload"]
 
@@ -30,18 +30,14 @@ def check_workload(workload: Workload, model: nn.Module, batch_size: int) -> Non
         WorkloadError: A split is empty, labels are out of range, or the model, the loss or the
             metric does not accept a batch.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        splits = ["train", "test"]
-        if workload.validation is not None:
-            splits.append("validation")
-        for split in splits:
-            _check_size(split, getattr(workload, split))
+    splits = ["train", "test"]
+    if workload.validation is not None:
+        splits.append("validation")
+    for split in splits:
+        _check_size(split, getattr(workload, split))
+    with in_mode(model, is_training=False):
         for split in splits:
             _check_split(workload, model, split, batch_size)
-    finally:
-        model.train(was_training)
 
 
 def _check_size(split: str, data: Any) -> None:
@@ -256,7 +252,7 @@ def check_labels(
 ) -> None:
     """Refuses labels of a batch that no output stands for.
 
-    Checks data sets alone, whose labels nobody has seen as a whole; `check_workload` has seen those
+    Checks only data sets, whose labels nobody has seen as a whole; `check_workload` has seen those
     of tuples. On a GPU the loss itself would say nothing and leave the device unusable.
 
     Raises:
@@ -319,16 +315,12 @@ def _find_refused_target(
     if next(model.parameters()).is_cuda:
         # A failed kernel has left the device unusable, or memory is short.
         return None
-    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), in_mode(model, is_training=False):
             inputs, targets = take_batch(workload, getattr(workload, split), indices)
-            outputs = model.eval()(inputs)
+            outputs = model(inputs)
     except Exception:  # noqa: BLE001 - the loss is not to blame; the first failure is raised
         return None
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     for row, index in enumerate(indices.tolist()):
         try:
             with torch.no_grad():

@@ -4,8 +4,8 @@ Ranks compare the bits of what they start from. What is put on record, to be com
 goes on or is looked at, perhaps on another machine, are fingerprints: a digest of whole numbers,
 names and shapes, and for floating-point numbers one projection, which rounding hardly moves.
 
-Of a split its size, a few fixed examples and the whole of a tuple's labels are compared, so that
-large data cost no more than small data.
+A split is compared by its size, a few fixed examples and, of a tuple, all labels, so that large
+data cost no more than small data.
 """
 
 from __future__ import annotations
@@ -22,11 +22,7 @@ from torch import Tensor, nn
 
 from gbp_ray.errors import WorkloadError, in_one_line
 from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.workload import (
-    Workload,
-    num_examples,
-    take_batch,
-)
+from gbp_ray.workload import Workload, num_examples, take_batch
 
 __all__ = [
     "check_data",
@@ -207,7 +203,7 @@ def check_same_weights(ranks: Ranks, digests: Mapping[str, str]) -> None:
     Raises:
         WorkloadError: On every rank, naming the first tensor that differs.
     """
-    if len(set(ranks.gather_objects(_join(digests)))) == 1:
+    if len(set(ranks.gather_objects(fingerprint(dict(digests))))) == 1:
         return
     everyone = ranks.gather_objects(dict(digests))
     for rank, other in enumerate(everyone):
@@ -266,7 +262,3 @@ def _told(one: Mapping[str, str], other: Mapping[str, str], name: str) -> str:
     if any((value.isdigit() and len(value) < 16) or value.startswith("(") for value in values):
         return f" ({values[0].strip('()')}, not {values[1].strip('()')})"
     return ""
-
-
-def _join(digests: Mapping[str, str]) -> str:
-    return hashlib.sha256(repr(list(digests.items())).encode()).hexdigest()

@@ -31,6 +31,7 @@ from gbp_ray.pruning.ranks import isolated
 from gbp_ray.workload import (
     Workload,
     derive_seed,
+    in_mode,
     take_batch,
 )
 
@@ -68,17 +69,15 @@ def perturb(
         generator = torch.Generator().manual_seed(derive_seed(seed, "start"))
         noise = torch.rand(inputs.shape, generator=generator, dtype=inputs.dtype)
         changed = (centre + reach * (2 * noise.to(inputs.device) - 1)).clamp(lowest, highest)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with isolated(model, derive_seed(seed, "attack")), torch.enable_grad():
-            for _ in range(attack.num_steps):
-                changed = changed.detach().requires_grad_()
-                (gradient,) = torch.autograd.grad(loss_of(changed), changed)
-                changed = (changed.detach() + stride * gradient.sign()).clamp(lowest, highest)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with (
+        in_mode(model, is_training=False),
+        isolated(model, derive_seed(seed, "attack")),
+        torch.enable_grad(),
+    ):
+        for _ in range(attack.num_steps):
+            changed = changed.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(loss_of(changed), changed)
+            changed = (changed.detach() + stride * gradient.sign()).clamp(lowest, highest)
     return changed.detach()
 
 

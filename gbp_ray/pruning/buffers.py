@@ -1,7 +1,7 @@
 """The buffers of a network in training: what its forward passes write, the same on any W.
 
 Each part of a batch starts from the same values, whichever rank computes it. A step of one part
-leaves every buffer as that part did. Of several parts the effects are joined:
+leaves every buffer as that part did. The effects of several parts are joined:
 
     floating point            moves by the mean of the parts' changes, as running statistics do
     int64 scalar, a counter   grows by one if each part counts one (batches), else by the parts' sum
@@ -49,6 +49,9 @@ class TrainedBuffers:
         self._all = [*self._floating, *self._counters, *self._others]
         norms = (module for module in model.modules() if isinstance(module, _NormBase))
         self._of_norms = {id(b) for norm in norms for b in norm._buffers.values()}
+        self._is_norm = torch.tensor(
+            [id(counter) in self._of_norms for counter in self._counters], device=device
+        )
         self._device = device
         self._before: list[Tensor] = []
         self._last: list[Tensor] | None = None
@@ -92,10 +95,10 @@ class TrainedBuffers:
                 [before[id(c)] for c in self._counters]
             )
             self._growth[part] = grown
-            pieces.append(torch.where((grown == 0) | (grown == 1), grown, math.nan))
+            counted = torch.where((grown == 0) | (grown == 1), grown, math.nan)
             if self._num_parts > 1:
-                is_norm = [id(counter) in self._of_norms for counter in self._counters]
-                pieces[-1][torch.tensor(is_norm)] = (grown != 0).to(pieces[-1])[is_norm]
+                counted = torch.where(self._is_norm, (grown != 0).to(counted), counted)
+            pieces.append(counted)
         for other in self._others:
             is_changed = (other != before[id(other)]).any().view(1)
             pieces.append(torch.where(is_changed, math.nan, 0.0))

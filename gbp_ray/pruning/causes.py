@@ -1,4 +1,4 @@
-"""Why a loss, a gradient or a score of a pruned network is not finite, in words."""
+"""Says why a loss, a gradient or a score of a pruned network is not finite, in words."""
 
 from __future__ import annotations
 

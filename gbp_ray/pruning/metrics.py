@@ -32,6 +32,7 @@ from gbp_ray.pruning.masks import PRUNABLE_LAYERS, Prunable
 from gbp_ray.pruning.ranks import isolated
 from gbp_ray.pruning.sharding import add_over_ranks, local
 from gbp_ray.store import CostRecord, LayerRecord
+from gbp_ray.workload import in_mode
 
 __all__ = ["Macs", "count_macs", "measure"]
 
@@ -97,9 +98,8 @@ def count_macs(model: nn.Module, example: Tensor) -> Macs:
 
 
 @contextmanager
-def _looked_at(model: nn.Module) -> Iterator[nn.Module]:
+def _looked_at(model: nn.Module) -> Iterator[None]:
     """Switches to eval mode and away from kernels that hide their products, then back."""
-    modes = {module: module.training for module in model.modules()}
     # Recurrent layers have kernels of their own in oneDNN and cuDNN.
     switches: list[tuple[Callable[[], bool], Callable[[bool], object]]] = [
         (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
@@ -116,11 +116,8 @@ def _looked_at(model: nn.Module) -> Iterator[nn.Module]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(isolated(model, 0))
         stack.enter_context(torch.no_grad())
-        try:
-            yield model.eval()
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        stack.enter_context(in_mode(model, is_training=False))
+        yield
 
 
 class _Counter(TorchDispatchMode):

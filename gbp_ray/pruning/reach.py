@@ -16,7 +16,7 @@ from gbp_ray.errors import name_some
 from gbp_ray.pruning.masks import Prunable
 from gbp_ray.pruning.ranks import isolated
 from gbp_ray.weights import tensor_state
-from gbp_ray.workload import Workload, take_batch
+from gbp_ray.workload import Workload, in_mode, take_batch
 
 __all__ = ["warn_of_unusual_weights"]
 
@@ -68,21 +68,18 @@ def _find_idle(
     is_training: bool,
 ) -> list[Prunable]:
     """Finds what the loss of a batch does not depend on; frozen weights are passed over."""
-    modes = {module: module.training for module in model.modules()}
     seen = [unit for unit in units if unit.parameter.requires_grad]
     # What fails here fails in training too, and says why there.
-    with suppress(Exception), isolated(model, 0), torch.enable_grad():
-        try:
-            model.train(is_training)
-            indices = torch.arange(batch_size)
-            inputs, targets = take_batch(workload, workload.train, indices, augment_seed=0)
-            loss = workload.loss(model(inputs), targets)
-            gradients = torch.autograd.grad(
-                loss, [unit.parameter for unit in seen], allow_unused=True
-            )
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+    with (
+        suppress(Exception),
+        in_mode(model, is_training=is_training),
+        isolated(model, 0),
+        torch.enable_grad(),
+    ):
+        indices = torch.arange(batch_size)
+        inputs, targets = take_batch(workload, workload.train, indices, augment_seed=0)
+        loss = workload.loss(model(inputs), targets)
+        gradients = torch.autograd.grad(loss, [unit.parameter for unit in seen], allow_unused=True)
         return [unit for unit, found in zip(seen, gradients, strict=True) if found is None]
     return []
 

@@ -44,6 +44,7 @@ from gbp_ray.workload import (
     Workload,
     cut_batches,
     derive_seed,
+    in_mode,
     num_examples,
     shuffled_indices,
     take_batch,
@@ -472,19 +473,15 @@ def _scoring_mode(model: nn.Module, units: list[Prunable]) -> Iterator[None]:
 
     Weights that training leaves alone are scored like the others, so they take a gradient here.
     """
-    modes = {module: module.training for module in model.modules()}
     differentiated = leaves(model)
     scored = [tensor for unit in units for tensor in (unit.parameter, differentiated[unit.name])]
     frozen = [parameter for parameter in scored if not parameter.requires_grad]
-    model.eval()
     try:
         for parameter in frozen:
             parameter.requires_grad_(True)
-        with sdpa_kernel(SDPBackend.MATH):
+        with in_mode(model, is_training=False), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for parameter in frozen:
             parameter.requires_grad_(False)
 

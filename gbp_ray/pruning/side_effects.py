@@ -19,7 +19,7 @@ from gbp_ray.config import JobConfig, Recipe
 from gbp_ray.errors import ConfigError, WorkloadError, in_one_line, name_some
 from gbp_ray.pruning.buffers import TrainedBuffers
 from gbp_ray.pruning.ranks import Ranks, buffer_slots, checksum, isolated
-from gbp_ray.workload import Workload, num_examples, take_batch
+from gbp_ray.workload import Workload, in_mode, num_examples, take_batch
 
 __all__ = ["Watch", "check_evaluated", "check_readings", "check_training_passes"]
 
@@ -39,7 +39,7 @@ def check_readings(workload: Workload) -> None:
         seed = 0 if split == "train" else None
         if not isinstance(data, tuple) and not _is_read_alike(raw, split, seed):
             items.append(f"workload.{split}")
-        elif not _is_read_alike(workload, split, seed):
+        elif (workload.prepare or workload.augment) and not _is_read_alike(workload, split, seed):
             made.append(f"workload.{split}")
     prepared = "what workload.augment or workload.prepare makes of"
     for what, splits in (("items of", items), (prepared, made)):
@@ -165,9 +165,7 @@ def check_training_passes(
         return
     indices = torch.arange(number)
     inputs, targets = take_batch(workload, workload.train, indices, augment_seed=0)
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    try:
+    with in_mode(model, is_training=True):
         outputs, changed = _pass(workload, model, watch, inputs, targets)
         if written := watch.parameters():
             _refuse_parts(job, recipes, written)
@@ -181,9 +179,6 @@ def check_training_passes(
         if changed:
             _warn_of_unsaved(model, changed)
             _warn_of_parts(recipes, model, inputs, changed)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _pass(

@@ -84,13 +84,13 @@ def is_taught_once(
     looks_alike = workload.augment is None and recipe.mixup == 0 and recipe.cutmix == 0
     if config.weight == 0 or config.features or not looks_alike:
         return False
-    ranks = ranks or Ranks()
-    if not ranks.share_object(ranks.together(lambda: _are_drawn_alike(workload))):
-        return False
     total = num_examples(workload.train)
     stretches = job.prune.rounds + (job.prune.criterion == "movement")
     steps = stretches * num_steps(recipe, workload, recipe.epochs)
     if steps * min(recipe.batch_size, total) < total:
+        return False
+    ranks = ranks or Ranks()
+    if not ranks.share_object(ranks.together(lambda: _are_drawn_alike(workload))):
         return False
     return answer_bytes(workload, model, ranks) <= _MOST_BYTES
 

@@ -1,4 +1,4 @@
-"""A Ray of one machine kept to it and to its user: loopback alone, and a token of its own.
+"""Keeps a Ray of one machine to it and to its user: only loopback, and a token of its own.
 
 Ray listens on all interfaces unless its node has a loopback address, which it gives a node only
 where it takes clusters to be impossible. Torch's rendezvous listens on all of them and asks for no

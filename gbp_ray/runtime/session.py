@@ -21,6 +21,7 @@ from gbp_ray.errors import ConfigError, TrialError
 from gbp_ray.runtime.failures import first_line
 from gbp_ray.runtime.placement import pretend_cpus
 from gbp_ray.runtime.privacy import LOOPBACK, keep_private
+from gbp_ray.runtime.solo import check_cuda
 from gbp_ray.stopping import Terminated, descendants, is_watching, kill
 
 __all__ = ["fit_interruptibly", "ray_session"]
@@ -36,12 +37,8 @@ def ray_session(cluster: ClusterConfig, is_debug: bool) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if cluster.use_gpu and cluster.address is None and not torch.cuda.is_available():
-        raise ConfigError(
-            "cluster.use_gpu = true: this machine has no CUDA device; set it to false or give "
-            "cluster.address"
-        )
     if cluster.use_gpu and cluster.address is None:
+        check_cuda()
         num_devices = torch.cuda.device_count()
         if num_devices < cluster.min_workers:
             raise ConfigError(

@@ -146,6 +146,19 @@ def finish_trial(job: JobConfig, store: Store, seconds: float) -> TrialRecord:
     return record
 
 
+def check_cuda() -> None:
+    """Refuses a GPU that this machine does not have.
+
+    Raises:
+        ConfigError: There is no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "cluster.use_gpu = true: this machine has no CUDA device; set it to false or give "
+            "cluster.address"
+        )
+
+
 def own_device(job: JobConfig) -> torch.device:
     """Finds where this process computes.
 
@@ -154,11 +167,7 @@ def own_device(job: JobConfig) -> torch.device:
     """
     if not job.cluster.use_gpu:
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            "cluster.use_gpu = true: this machine has no CUDA device; set it to false or give "
-            "cluster.address"
-        )
+    check_cuda()
     # Started now: weights that a workload draws on it before would know nothing of the seed.
     torch.cuda.init()
     return torch.device("cuda")
