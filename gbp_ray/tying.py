@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from gbp_ray.config import match_names, nearest_glob
 from gbp_ray.errors import ConfigError
 
-__all__ = ["tie_weights", "with_tied_weights", "without_wrappers"]
+__all__ = ["find_shared_memory", "tie_weights", "with_tied_weights", "without_wrappers"]
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
@@ -72,6 +73,44 @@ def _unwrapped(module: Any) -> Any:
         else:
             break
     return module
+
+
+def find_shared_memory(model: nn.Module) -> tuple[str, str] | None:
+    """Finds two parameters of which some numbers lie in the same place, by name."""
+    spans = []
+    for name, parameter in model.named_parameters():
+        if parameter.layout is not torch.strided or parameter.is_meta or not parameter.numel():
+            continue
+        sides = zip(parameter.shape, parameter.stride(), strict=True)
+        last = sum((size - 1) * stride for size, stride in sides) * parameter.element_size()
+        # What wraps other tensors has no memory of its own.
+        if start := parameter.data_ptr():
+            spans.append((start, start + last, name, parameter))
+    spans.sort(key=lambda span: span[:2])
+    group: list[tuple[str, nn.Parameter]] = []
+    end = -1
+    for start, last, name, parameter in spans:
+        if start > end:
+            group = []
+        # Columns of one matrix lie between each other and do not meet.
+        for other, earlier in group:
+            if parameter.dtype != earlier.dtype or _meet(parameter, earlier):
+                return other, name
+        group.append((name, parameter))
+        end = max(end, last)
+    return None
+
+
+def _meet(one: nn.Parameter, other: nn.Parameter) -> bool:
+    return bool(torch.isin(_places(one), _places(other)).any())
+
+
+def _places(parameter: nn.Parameter) -> Tensor:
+    places = torch.zeros((), dtype=torch.int64)
+    for size, stride in zip(parameter.shape, parameter.stride(), strict=True):
+        places = places.unsqueeze(-1) + torch.arange(size) * stride
+    start = parameter.data_ptr() // parameter.element_size()
+    return places.flatten() + start
 
 
 def tie_weights(model: nn.Module, groups: Sequence[Sequence[str]]) -> None:

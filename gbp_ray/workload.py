@@ -31,7 +31,7 @@ from gbp_ray.errors import ConfigError, GbpError, WorkloadError, in_one_line
 from gbp_ray.intensities import InputRange, bounds_of_inputs, check_range
 from gbp_ray.items import collate, kind_of, read_item, take_rows
 from gbp_ray.seeding import derive_seed, plant_seed, seeded, shuffled_indices
-from gbp_ray.tying import with_tied_weights, without_wrappers
+from gbp_ray.tying import find_shared_memory, with_tied_weights, without_wrappers
 from gbp_ray.weights import start_from
 
 __all__ = [
@@ -285,6 +285,13 @@ def build_network(workload: Workload) -> nn.Module:
                 f"workload.build_model: '{name}' of the network has no shape yet, its module is "
                 "lazy; call the network on one batch before returning it"
             )
+    if shared := find_shared_memory(model):
+        one, other = shared
+        raise WorkloadError(
+            f"workload.build_model: '{one}' and '{other}' share memory without being one "
+            "parameter, which copies, masks and workers would part; assign one parameter to both, "
+            "name their layers in workload.tie, or give each its own memory by clone()"
+        )
     return model
 
 

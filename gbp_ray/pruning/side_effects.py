@@ -83,11 +83,19 @@ class Watch:
         return [name for name, p in named if checksum(p) != self._sums.get(name)]
 
     def check_shapes(self) -> None:
-        """Refuses buffers that have other shapes now, and warns of those that were put aside.
+        """Refuses layers that were made since, and buffers that have other shapes now.
+
+        Warns of buffers that were put aside.
 
         Raises:
             WorkloadError: Naming the first.
         """
+        if made := [n for n, _ in self._model.named_parameters() if n not in self._sums]:
+            raise WorkloadError(
+                f"workload.build_model: a forward pass makes {_listed('parameter', made)}, which "
+                "each worker and each round would make for itself; make its layer in build_model, "
+                "as by calling the network on one batch there"
+            )
         for owner, name, buffer, shape in self._slots:
             path, found = self._names[id(buffer)], owner.get(name)
             if buffer.shape != shape:
@@ -136,12 +144,12 @@ def check_evaluated(watch: Watch) -> None:
     Raises:
         WorkloadError: Naming a parameter, or a buffer of another shape.
     """
+    watch.check_shapes()
     if changed := watch.parameters():
         raise WorkloadError(
             "workload.build_model: a forward pass in eval mode sets "
             f"{_listed('parameter', changed)}; set it in build_model, or only while self.training"
         )
-    watch.check_shapes()
     watch.warn_of_attributes()
 
 
@@ -166,10 +174,11 @@ def check_training_passes(
     indices = torch.arange(number)
     inputs, targets = take_batch(workload, workload.train, indices, augment_seed=0)
     with in_mode(model, is_training=True):
-        outputs, changed = _pass(workload, model, watch, inputs, targets)
+        outputs, loss, changed = _pass(workload, model, watch, inputs, targets)
+        _warn_of_outside_parameters(model, loss)
         if written := watch.parameters():
             _refuse_parts(job, recipes, written)
-        again, _ = _pass(workload, model, watch, inputs, targets)
+        again, *_ = _pass(workload, model, watch, inputs, targets)
         if not _is_same(outputs, again) and not written:
             warnings.warn(
                 "outputs of the network differ from one pass to the next under one seed; draw from "
@@ -183,13 +192,13 @@ def check_training_passes(
 
 def _pass(
     workload: Workload, model: nn.Module, watch: Watch, inputs: Tensor, targets: Tensor
-) -> tuple[object, list[str]]:
-    """Returns the outputs and the names of buffers, those of norms apart, that were changed."""
+) -> tuple[object, Tensor, list[str]]:
+    """Returns outputs, loss, and the names of buffers, those of norms apart, that were changed."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with isolated(model, 0):
         try:
             outputs = model(inputs)
-            workload.loss(outputs, targets)
+            loss = workload.loss(outputs, targets)
         except Exception as error:
             raise WorkloadError(
                 f"workload.train: {len(inputs)} examples in training mode failed with "
@@ -209,7 +218,33 @@ def _pass(
             for name, value in before.items()
             if name not in of_norms and name in now and not _is_same(value, now[name])
         ]
-    return outputs, changed
+    return outputs, loss, changed
+
+
+def _warn_of_outside_parameters(model: nn.Module, loss: Tensor) -> None:
+    """Warns of parameters that the loss depends on and the network does not list.
+
+    Such are a loss's own, and those of layers in a plain list.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    nodes, seen, shapes = [loss.grad_fn], set(), []
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
+            shapes.append(str(tuple(leaf.shape)))
+        nodes += [before for before, _ in node.next_functions]
+    if shapes:
+        warnings.warn(
+            f"workload.build_model: the loss depends on parameters outside the network, of shape "
+            f"{name_some(shapes, 3)}, so they are neither trained nor stored; make them the "
+            "network's (layers of a list: in an nn.ModuleList), or set requires_grad = False where "
+            "they are to stay as they are",
+            stacklevel=3,
+        )
 
 
 def _refuse_parts(job: JobConfig, recipes: dict[str, Recipe], written: list[str]) -> None:

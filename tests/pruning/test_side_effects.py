@@ -53,12 +53,26 @@ def count_steps(net: Net, inputs: Tensor) -> None:
     net.steps += 1
 
 
+OUTSIDE = [nn.Parameter(torch.zeros(3))]
+
 HABITS: dict[str, tuple[Callable[[Net, Tensor], Tensor | None], str]] = {
     "nothing": (lambda net, inputs: None, ""),
     "sets a parameter": (set_shift, r"in eval mode sets parameter 'shift'; set it in build_model"),
     "sets it in training": (
         in_training(set_shift),
         r"pretrain\.microbatches = 4: a forward pass sets parameter 'shift', which",
+    ),
+    "makes a layer": (
+        lambda net, inputs: setattr(net, "late", nn.Linear(2, 2)),
+        r"a forward pass makes parameters 'late\.weight', 'late\.bias', which each worker",
+    ),
+    "makes one in training": (
+        in_training(lambda net, inputs: setattr(net, "late", nn.Linear(2, 2))),
+        r"a forward pass makes parameters 'late\.weight', 'late\.bias', which each worker",
+    ),
+    "holds a parameter outside": (
+        lambda net, inputs: inputs + OUTSIDE[0],
+        r"the loss depends on parameters outside the network, of shape \(3,\), so they",
     ),
     "grows a buffer": (
         lambda net, inputs: net.peak.resize_(3).copy_(inputs.amax(dim=0)) * 0 + inputs,
