@@ -2,9 +2,10 @@
 
 A workload decides how. A network that `build_model` returns with its weights starts from those; one
 returned on the meta device (built under `torch.device("meta")`) has none yet, and gets them layer
-by layer from each layer's own `reset_parameters`, under a seed of the layer's name. So a sharded
-network that is larger than one worker never exists in one piece, and a replicated one built the
-same way starts from the same bits.
+by layer from each layer's own `reset_parameters`, under a seed of the layer's name; those of its
+tensors that are not on the meta device keep their values. So a sharded network that is larger than
+one worker never exists in one piece, and a replicated one built the same way starts from the same
+bits.
 
 Ranks send each other digests of what they have built, not weights: what differs between processes
 in the weights differs in what the weights do not hold as well.
@@ -209,19 +210,28 @@ def _fill(model: nn.Module, blank: nn.Module, seed: int, ranks: Ranks) -> dict[s
 
 
 def _draw_layer(path: str, blank: nn.Module, seed: int) -> dict[str, Tensor]:
-    """Lets a layer set its own parameters and buffers, not those of the layers in it."""
+    """Lets a layer set its own parameters and buffers, not those of the layers in it.
+
+    What has values keeps them.
+    """
     layer = copy.deepcopy(blank)
     drawn: dict[str, Tensor] = {}
     owners: tuple[dict[str, Any], ...] = (layer._parameters, layer._buffers)
+    given = {
+        name: tensor.detach().clone()
+        for owner in owners
+        for name, tensor in owner.items()
+        if tensor is not None and not tensor.is_meta
+    }
     for owner in owners:
         for name, tensor in owner.items():
-            if tensor is not None:
+            if tensor is not None and tensor.is_meta:
                 unset = math.nan if tensor.is_floating_point() else 0
                 values = torch.full(tensor.shape, unset, dtype=tensor.dtype)
                 drawn[name] = nn.Parameter(values) if isinstance(tensor, nn.Parameter) else values
                 owner[name] = drawn[name]
     if not drawn:
-        return {}
+        return given
     reset = getattr(layer, "reset_parameters", getattr(layer, "_reset_parameters", None))
     if callable(reset):
         with seeded(seed):
@@ -237,4 +247,4 @@ def _draw_layer(path: str, blank: nn.Module, seed: int) -> dict[str, Tensor]:
             f"workload.build_model: '{name}' is on the meta device and {type(blank).__name__} has "
             "no reset_parameters() that sets it; give it one, or build the network with its weights"
         )
-    return {name: values.detach() for name, values in drawn.items()}
+    return {name: values.detach() for name, values in drawn.items()} | given

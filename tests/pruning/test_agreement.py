@@ -85,6 +85,15 @@ def blank_net(value: float) -> nn.Module:
     return net
 
 
+def half_blank_net() -> nn.Module:
+    net = blank_net(2.0)
+    net.append(nn.Linear(3, 3))
+    nn.init.constant_(net[1].weight, 0.5)
+    nn.init.zeros_(net[1].bias)
+    net[0].bias = nn.Parameter(torch.full((3,), 7.0))
+    return net
+
+
 def workload(build: Callable[[], nn.Module] = Net, **splits: Any) -> Workload:
     data = draw(20, 4, seed=1), torch.arange(20) % 3
     return Workload(**({"build_model": build, "train": data, "test": data} | splits))
@@ -116,6 +125,7 @@ EACH_RANK: dict[str, tuple[Callable[[int], Workload], str]] = {
         lambda rank: workload(lambda: Net(scale=1.0 + rank)),
         "workers build different networks: the network on rank 1",
     ),
+    "a network that is blank in part": (lambda rank: workload(half_blank_net), ""),
     "labels in another order": (
         lambda rank: workload(test=relabelled([2, 1, 0] if rank else [0, 1, 2])),
         "workers hold different data: the targets of workload.test on rank 1",
@@ -159,7 +169,16 @@ def test_ranks_that_differ_are_refused_on_all_before_anything_is_trained(tmp_pat
             assert "\n" not in told
 
 
-@pytest.mark.parametrize("name", [name for name in EACH_RANK if name != "sound"])
+def test_what_a_network_that_is_blank_in_part_holds_is_not_drawn_anew() -> None:
+    known = {"0.weight": 2.0, "0.bias": 7.0, "1.weight": 0.5, "1.bias": 0.0}
+    for model in (
+        build_start(workload(half_blank_net), 0, Ranks(), "replicated").model,
+        network_of_seed(workload(half_blank_net), 0)[0],
+    ):
+        assert {name: p.unique().item() for name, p in model.named_parameters()} == known
+
+
+@pytest.mark.parametrize("name", [name for name, (_, part) in EACH_RANK.items() if part])
 def test_what_has_changed_since_round_0_is_refused_unless_it_is_only_what_weights_replace(
     name: str,
 ) -> None:
