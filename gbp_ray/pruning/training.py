@@ -46,6 +46,7 @@ from gbp_ray.workload import (
     num_examples,
     shuffled_indices,
 )
+from gbp_ray.workload_checks import check_finite
 
 __all__ = [
     "Span",
@@ -196,6 +197,7 @@ def train_epochs(
 
     Raises:
         PruneError: The loss or a gradient is not finite; on every rank, before weights move.
+        WorkloadError: It is not, and an example of the batch holds NaN or infinity.
     """
     trainable = trainable_parameters(model, recipe.freeze)
     differentiated = leaves(model)
@@ -240,7 +242,9 @@ def train_epochs(
                 besides.add(None if item is None else beside)
         gradients = sums.totals()
         joined_B, loss_1 = besides.result().split([buffers.size, 1])
-        _refuse_non_finite(loss_1, gradients, span, step, recipe, ranks, masks or {})
+        _refuse_non_finite(
+            loss_1, gradients, span, step, recipe, ranks, masks or {}, workload, batch
+        )
         reached = sums.reached()
         for name, parameter in trainable.items():
             # As torch does, what no part of the batch uses is left alone: no decay, no momentum.
@@ -290,6 +294,8 @@ def _refuse_non_finite(
     recipe: Recipe,
     ranks: Ranks,
     masks: Mapping[str, Tensor],
+    workload: Workload,
+    batch: Tensor,
 ) -> None:
     # Read at once: on a GPU every look waits for it.
     are_finite = [torch.isfinite(local(gradient)).all() for gradient in gradients.values()]
@@ -299,6 +305,7 @@ def _refuse_non_finite(
         is_bad = ranks.add_up(torch.tensor(is_bad, dtype=torch.int64)).bool().tolist()
     if bool(torch.isfinite(loss_1).all()) and not any(is_bad):
         return
+    check_finite(workload, "train", batch)
     what = f"loss is {loss_1.item():g}"
     if bool(torch.isfinite(loss_1).all()):
         culprit = next(name for name, bad in zip(gradients, is_bad, strict=True) if bad)

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.utils.data import TensorDataset
 
 from gbp_ray.config import DistillationConfig
-from gbp_ray.errors import PruneError
+from gbp_ray.errors import PruneError, WorkloadError
 from gbp_ray.pruning.masks import MaskSet, prunable_parameters
 from gbp_ray.pruning.objective import Teacher
 from gbp_ray.pruning.selection import select_masks
@@ -463,6 +463,16 @@ def test_a_non_finite_loss_stops_before_weights_move(phase: str, value: float) -
     with pytest.raises(PruneError, match=wanted):
         train(model, broken, recipe, Span(phase, range(4, 9), range(9)))
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+def test_an_example_that_is_not_finite_is_named_where_its_loss_is_not() -> None:
+    workload = tanh_workload()
+    inputs, targets = workload.train
+    holed = inputs.clone()
+    holed[5] = math.nan
+    broken = dataclasses.replace(workload, train=(holed, targets))
+    with pytest.raises(WorkloadError, match=r"^workload\.train: the input of example 5, as"):
+        train(in_float64(TanhNet), broken, recipe_of(batch_size=len(inputs)), steps(1))
 
 
 def test_a_non_finite_gradient_names_its_parameter() -> None:
