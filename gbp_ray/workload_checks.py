@@ -18,6 +18,9 @@ from gbp_ray.workload import Workload, count_top1, in_mode, num_examples, take_b
 
 __all__ = ["blaming_labels", "check_finite", "check_labels", "check_workload"]
 
+# By chance a loss may be a mean over one draw.
+_NUM_MADE_UP = 3
+
 
 def check_workload(workload: Workload, model: nn.Module, batch_size: int) -> None:
     """Refuses data that no job can use, before anything is trained.
@@ -141,7 +144,8 @@ def _check_means(workload: Workload, model: nn.Module, batch_size: int) -> None:
     """Refuses a loss that is no mean over its items, and an own count that is no sum.
 
     Both are compared with those of two halves of a batch, of examples from all over the split and,
-    where labels can be made up, once more with labels of all classes.
+    where they can be made up, once more with labels of all classes, and with outputs that differ
+    more than those of an untrained network do.
     """
     total = num_examples(workload.train)
     size = min(max(batch_size, 2), total)
@@ -160,6 +164,34 @@ def _check_means(workload: Workload, model: nn.Module, batch_size: int) -> None:
     if has_labels and isinstance(outputs, Tensor) and outputs.ndim == 2:
         made_up = (torch.arange(size) % outputs.shape[1]).to(targets)
         _check_halves(workload, outputs, parts, made_up, halves)
+    if isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.ndim:
+        for number in range(_NUM_MADE_UP):
+            unlike = _made_up_outputs(outputs, number)
+            try:
+                _check_halves(workload, unlike, [unlike[half] for half in halves], targets, halves)
+            except GbpError:
+                raise
+            except Exception:  # noqa: BLE001 - it may want other outputs than these
+                return
+
+
+def _made_up_outputs(outputs: Tensor, seed: int) -> Tensor:
+    """Draws outputs of the kind of these: shares, logarithms of shares, or any numbers."""
+    own = torch.Generator().manual_seed(seed)
+    draws = torch.randn(outputs.shape, generator=own)
+    # Examples of many positions would be alike if each position were drawn by itself only.
+    draws += 2 * torch.randn(outputs.shape[:2] + (1,) * (outputs.ndim - 2), generator=own)
+    draws = draws.to(outputs)
+    axis = min(1, outputs.ndim - 1)
+    tolerance = torch.finfo(outputs.dtype).eps ** 0.5
+    if bool((outputs >= 0).all()):
+        are_shares = bool(((outputs.sum(dim=axis) - 1).abs() <= tolerance).all())
+        if are_shares:
+            return draws.softmax(dim=axis)
+        return draws.sigmoid() if bool((outputs <= 1).all()) else draws.abs()
+    if bool((outputs.logsumexp(dim=axis).abs() <= tolerance).all()):
+        return draws.log_softmax(dim=axis)
+    return draws
 
 
 def _check_halves(

@@ -227,12 +227,21 @@ def fail_to_build() -> nn.Module:
     raise ValueError("one\ntwo")
 
 
+def share_memory(model: nn.Sequential) -> nn.Sequential:
+    model[1].weight = nn.Parameter(model[0].weight.detach().t())
+    return model
+
+
 NO_NETWORK: dict[str, tuple[Callable[[], object], str]] = {
     "raises": (fail_to_build, "raised ValueError: one two"),
     "ends the process": (lambda: sys.exit(3), "raised SystemExit: 3"),
     "a class": (lambda: nn.Linear, "returned type; it must return a torch.nn.Module"),
     "nothing": (lambda: None, "returned NoneType; it must"),
     "a lazy layer": (lambda: nn.Sequential(nn.LazyLinear(3)), ": '0.weight' of the network has no"),
+    "memory in two parameters": (
+        lambda: share_memory(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))),
+        ": '0.weight' and '1.weight' share memory without being one parameter",
+    ),
     "a lazy buffer": (lambda: nn.LazyBatchNorm1d(affine=False), ": 'running_mean' of the network"),
 }
 
@@ -246,7 +255,11 @@ def test_a_network_that_cannot_be_built_is_refused(case: str) -> None:
 
 
 def test_a_network_is_handed_over_as_built() -> None:
-    model = nn.Linear(4, 3)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+    # Columns of one matrix share memory, and no number.
+    columns = torch.rand(3, 7).split([4, 3], dim=1)
+    for layer, part in zip(model, columns, strict=True):
+        layer.weight = nn.Parameter(part)
     assert build_network(make_workload(build_model=lambda: model)) is model
 
 
@@ -306,6 +319,19 @@ def plain_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(outputs, targets)
 
 
+def hard_half(outputs: Tensor, targets: Tensor) -> Tensor:
+    losses = functional.cross_entropy(outputs, targets, reduction="none")
+    return losses.topk(max(1, len(losses) // 2)).values.mean()
+
+
+def overlap(outputs: Tensor, targets: Tensor) -> Tensor:
+    """1 - Dice of a whole batch, class by class."""
+    shares = outputs.softmax(dim=1)
+    labels = functional.one_hot(targets, 3).movedim(-1, 1)
+    both, each = (shares * labels).sum(dim=(0, 2)), (shares + labels).sum(dim=(0, 2))
+    return 1 - (2 * both / each).mean()
+
+
 class Positions(nn.Linear):
     """Gives each of five positions the same outputs."""
 
@@ -321,6 +347,7 @@ LINE = {"model": nn.Linear(4, 1)}
 FLAT = {"model": nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))}
 WIDE = {"model": Positions(4, 3)}
 POSITIONS = torch.arange(50).view(10, 5) % 3
+ALIKE = nn.Sequential(nn.Linear(4, 3), nn.Hardtanh(0, 1e-9))
 PAIR, ONE = "items must be (input, target)", "inputs must be one tensor"
 
 
@@ -425,6 +452,21 @@ UNUSABLE = {
         | {"train": (INPUTS, TARGETS * 0)},
         ["workload.loss: the loss is no mean over examples", "count=len"],
     ),
+    # The untrained network says nearly the same of all examples.
+    "a mean over the hard half": (
+        {"loss": hard_half, "model": ALIKE},
+        ["workload.loss: the loss is no mean over examples"],
+    ),
+    "overlap over the whole batch": (
+        {
+            "loss": overlap,
+            "train": (INPUTS, POSITIONS),
+            **WIDE,
+            "test": (INPUTS, POSITIONS),
+            "prepare": torch.zeros_like,
+        },
+        ["workload.loss: the loss is no mean over examples"],
+    ),
     "another count than the loss has": (
         {"loss": plain_loss, "count": lambda t: (t + 1).sum()},
         ["workload.count: the loss is no mean over what it counts"],
@@ -498,6 +540,11 @@ def test_what_no_job_can_use_is_refused_before_training(case: str) -> None:
         {"augment": lambda x: x + torch.rand(()), "prepare": lambda x: x / 40},
         {"loss": functional.nll_loss, "count": len},
         {"loss": summed, "count": len},
+        {"loss": lambda o, t: functional.nll_loss(o.exp().log(), t)}
+        | {"model": nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.LogSoftmax(dim=1))},
+        {"loss": functional.binary_cross_entropy, "train": (INPUTS, INPUTS[:, :3] / 40)}
+        | {"model": nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Sigmoid())}
+        | {"test": (INPUTS, INPUTS[:, :3] / 40), "count_correct": ZERO},
         {"loss": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 9, 1]))},
         {"loss": lambda o, t: functional.cross_entropy(o, t, weight=torch.tensor([1.0, 9, 1]))}
         | {"count": lambda t: torch.tensor([1.0, 9, 1])[t].sum()},
@@ -506,11 +553,12 @@ def test_what_no_job_can_use_is_refused_before_training(case: str) -> None:
     ],
     ids=[
         *("tensors", "arrays", "data set", "regression", "int count", "augmented", "by example"),
-        *("called so", "weighted", "weighted in a function", "soft labels"),
+        *("called so", "logarithms", "shares", "weighted", "weighted in a function", "soft labels"),
     ],
 )
 def test_what_can_be_used_passes_and_changes_nothing(changed: dict[str, Any]) -> None:
-    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    changed = dict(changed)
+    model = changed.pop("model", nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
     check_workload(make_workload(**changed), model, 8)
