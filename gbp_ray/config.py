@@ -7,7 +7,6 @@ paths and the nearest valid name.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import tomllib
@@ -247,10 +246,10 @@ def expand(job: JobConfig) -> list[JobConfig]:
         raise ConfigError(f"sweep.space: {error}") from None
     for point in points:
         for sparsity in sparsities:
-            one = copy.deepcopy(tree)
+            one = dict(tree)
             extra = {} if sparsity is None else {"prune.sparsity": sparsity}
             for key, value in {**point, **extra}.items():
-                _set_dotted(one, key, value)
+                _set_dotted(one, key, value, is_shared=True)
             try:
                 trial = JobConfig.model_validate(one)
             except ValidationError as error:
@@ -483,11 +482,18 @@ def _split_override(text: str) -> tuple[str, Any]:
     return key, parsed["value"] if len(parsed) == 1 else raw
 
 
-def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
+def _set_dotted(tree: dict[str, Any], key: str, value: Any, *, is_shared: bool = False) -> None:
+    """Sets a value by its dotted key.
+
+    Args:
+        is_shared: Whether tables in the tree belong to others, too: then they are copied first.
+    """
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
         child = node.setdefault(parent, {})
+        if is_shared and isinstance(child, dict):
+            child = node[parent] = dict(child)
         if not isinstance(child, dict):
             raise ConfigError(f"{dotted(key.split('.'))}: {parent!r} is a value, not a section")
         node = child

@@ -11,7 +11,7 @@ import glob
 import json
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -52,10 +52,15 @@ class Section(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Returns itself, as what is frozen may; pydantic copies defaults for every job."""
+        return self
+
     @field_validator("*")
     @classmethod
     def _can_be_recorded(cls, value: Any) -> Any:
-        if isinstance(value, str | tuple | dict):
+        is_plain = not value or (isinstance(value, str) and value.isascii())
+        if isinstance(value, str | tuple | dict) and not is_plain:
             texts = list(value) if isinstance(value, dict) else value
             try:
                 json.dumps(texts, ensure_ascii=False, default=str).encode()
