@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,7 +16,7 @@ from gbp_ray import __version__
 from gbp_ray.package import SECRET, describe_left_out
 from gbp_ray.stopping import STOPPED
 from gbp_ray.submission import Submission, prepare_submission
-from gbp_ray.terminal import AsJson, console, note, print_json, say, show_warning, write
+from gbp_ray.terminal import AsJson, console, note, print_json, say, show_warning, write_log
 
 if TYPE_CHECKING:
     from gbp_ray.runtime.submit import Head, JobState
@@ -229,7 +229,7 @@ def show_log(name: Name, is_followed: Follow = False, address: Address = None) -
     head = _head(address)
     state = head.find(name)
     if not is_followed:
-        write(head.read_log(state.submission_id))
+        write_log(head.read_log(state.submission_id))
         return
     try:
         state = _follow(head, state)
@@ -272,11 +272,7 @@ def _head(address: str | None) -> Head:
 
 
 def _follow(head: Head, state: JobState, to_errors: bool = False) -> JobState:
-    def write_aside(text: str) -> None:
-        sys.stderr.write(text)
-        sys.stderr.flush()
-
-    return head.follow(state.submission_id, write_aside if to_errors else write)
+    return head.follow(state.submission_id, partial(write_log, to_errors=to_errors))
 
 
 def _detach(state: JobState) -> None:

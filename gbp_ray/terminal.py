@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -36,6 +37,7 @@ __all__ = [
     "show_warning",
     "step_teller",
     "write",
+    "write_log",
 ]
 
 AsJson = Annotated[
@@ -59,6 +61,8 @@ Place = Annotated[
     ),
 ]
 
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 _results: TextIO | None = None  # standard output, while what others print goes elsewhere
 
@@ -107,6 +111,17 @@ def write(text: str) -> None:
     if (out := _results or sys.stdout) is not None:
         out.write(text)
         out.flush()
+
+
+def write_log(text: str, to_errors: bool = False) -> None:
+    """Writes part of another's log: its lines and tabs, without its colours, steering nothing."""
+    lines = re.sub(r"\r\n?", "\n", _COLOURS.sub("", text)).split("\n")
+    shown = "\n".join("\t".join(map(printable, line.split("\t"))) for line in lines)
+    if not to_errors:
+        write(shown)
+    else:
+        sys.stderr.write(shown)
+        sys.stderr.flush()
 
 
 def console() -> Screen:

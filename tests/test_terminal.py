@@ -16,7 +16,7 @@ from shell import Shell
 
 from gbp_ray.config import load_job
 from gbp_ray.store import Store
-from gbp_ray.terminal import console, note, print_csv, say, step_teller
+from gbp_ray.terminal import console, note, print_csv, say, step_teller, write_log
 
 HOSTILE = "[red]a[/] [/] :smile: \x1b[31m\r\n\u202e\udcff"
 SHOWN = r"[red]a[/] [/] :smile: \x1b[31m\r\n\u202e\udcff"
@@ -79,6 +79,16 @@ def test_names_steer_nothing_wherever_they_are_printed(
     console().print(table)
     shown, _ = capsys.readouterr()
     assert shown.count(SHOWN) == 3
+
+
+def test_a_log_of_another_machine_keeps_its_lines_and_steers_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = "\x1b[36m(worker)\x1b[0m 1\t2\r\n50 %\r60 %\n\x1b[2J\x1b]0;title\x07\u202e\ndone\n"
+    shown = "(worker) 1\t2\n50 %\n60 %\n\\x1b[2J\\x1b]0;title\\x07\\u202e\ndone\n"
+    write_log(text)
+    write_log(text, to_errors=True)
+    assert capsys.readouterr() == (shown, shown)
 
 
 def test_no_cell_of_a_csv_is_a_formula(capsys: pytest.CaptureFixture[str]) -> None:
