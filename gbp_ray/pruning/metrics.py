@@ -51,7 +51,7 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
 """Operations that torch's own counter passes over, in floating-point operations."""
 _SWITCHING = threading.Lock()
 """Torch's switches are those of the whole process."""
-_KEEPS_ZEROS = re.compile(r"_to_copy|clone|mul|div|neg|cat|stack|fake_quantize\w+|\w+_fq_helper")
+_KEEPS_ZEROS = re.compile(r"_to_copy|clone|mul|div|neg|cat|stack|_?fake_quantize\w+|\w+_fq_helper")
 """Names of torch's operations whose result is zero wherever their argument is."""
 
 

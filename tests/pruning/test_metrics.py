@@ -274,6 +274,20 @@ COUNTED: dict[str, tuple[Any, dict[str, int], int]] = {
         {"a.weight": 5 * 48, "b.weight": 5 * 16},
         0,
     ),
+    # Torch calls its operation by another name where scale and zero are tensors.
+    "quantised": (
+        lambda: Calling(
+            lambda m, x: functional.linear(
+                x,
+                torch.fake_quantize_per_tensor_affine(m.a.weight, m.scale, m.zero, -128, 127),
+            ),
+            a=linear(6),
+            scale=nn.Parameter(torch.tensor(0.1), requires_grad=False),
+            zero=nn.Parameter(torch.tensor(0, dtype=torch.int32), requires_grad=False),
+        ),
+        {"a.weight": 5 * 48},
+        0,
+    ),
     # A zero is no zero any more where the mean is taken off.
     "standardised": (
         lambda: Calling(
