@@ -432,6 +432,11 @@ def take_batch(
     if augment_seed is not None and workload.augment is not None:
         with seeded(augment_seed), _naming("augment", split, indices):
             inputs = workload.augment(inputs)
+        if not isinstance(inputs, Tensor) or len(inputs) != len(targets):
+            raise WorkloadError(
+                f"workload.augment: must return one tensor of {len(targets)} inputs, as many as it "
+                f"was given, not {kind_of(inputs)}"
+            )
     if device is not None:
         inputs, targets = inputs.to(device), targets.to(device)
     if workload.prepare is not None:

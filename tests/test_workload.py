@@ -407,6 +407,8 @@ UNUSABLE = {
     ),
     "no count": ({"count_correct": lambda o, t: None}, ["workload.count_correct", "NoneType"]),
     "prepare fails": ({"prepare": lambda x: x.nope}, ["AttributeError"]),
+    "augment drops": ({"augment": lambda x: x[:2]}, ["workload.augment", "one tensor of 8 inputs"]),
+    "augment wraps": ({"augment": lambda x: {"x": x}}, ["workload.augment", "a dict with keys"]),
     "augment fails": ({"augment": fail_to_augment}, ["workload.augment raised RuntimeError"]),
     # A metric that cannot be true.
     **{
