@@ -35,14 +35,6 @@ SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Numbers of calibration examples to look at unless told."""
 
 
-_UNSAMPLED = {
-    "movement": "scores while training",
-    "magnitude": "reads the weights",
-    "synflow": "reads the weights",
-    "random": "draws its scores",
-}
-
-
 @dataclass(frozen=True)
 class SeedStability:
     """The same job over seeds.
@@ -181,9 +173,9 @@ def _run_samples(
         for name in criteria or (job.prune.criterion,)
     }
     for name, one in jobs.items():
-        if name in _UNSAMPLED:
+        if name == "movement":
             raise ConfigError(
-                f"prune.criterion = {name}: {_UNSAMPLED[name]} and has no calibration sample; "
+                "prune.criterion = movement: scores while training and has no calibration sample; "
                 "leave it to --no-samples or choose another"
             )
         check_job(one, load_workload(one.workload, one.seed))
