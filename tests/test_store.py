@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gbp_ray.audit import find_faults
 from gbp_ray.config import JobConfig
 from gbp_ray.errors import StoreError
 from gbp_ray.store import (
@@ -178,6 +179,23 @@ def test_a_committed_round_is_never_replaced(store: Store) -> None:
     assert "is there already, by another driver" in text
     assert store.read_rounds(TRIAL) == [first]
     assert names_in(store.folder) == {*FILES, "round.json"}
+
+
+@pytest.mark.parametrize("num_bytes", [100, 20 * 2**20], ids=["small", "in parts"])
+def test_a_driver_that_was_frozen_replaces_nothing(storage: str, num_bytes: int) -> None:
+    frozen, other = Store(storage, "try"), Store(storage, "try")
+    frozen.claim(make_job())
+    frozen.begin_round(TRIAL, 0)
+    written = frozen.put_files(TRIAL, 0, {"state.pt": b"a" * num_bytes})
+    # The other one takes the trial over and commits before the first goes on.
+    files = {"state.pt": b"b" * num_bytes, "other.bin": b"B"}
+    record = other.write_round(TRIAL, make_round(0), files)
+    written |= frozen.put_files(TRIAL, 0, {"other.bin": b"A"})
+    with pytest.raises(StoreError, match="is there already"):
+        frozen.end_round(TRIAL, make_round(0, accuracy=0.1), written)
+    assert {name: other.read_file(TRIAL, record, name) for name in files} == files
+    assert other.read_round(TRIAL, 0) == record
+    assert not find_faults(storage).faults
 
 
 def test_a_driver_that_comes_too_late_writes_beside_what_is_there(store: Store) -> None:
