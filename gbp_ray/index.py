@@ -36,6 +36,7 @@ __all__ = [
     "INDEX",
     "UNINDEXED",
     "is_current",
+    "is_sound",
     "map_in_threads",
     "read_index",
     "rebuild_index",
@@ -220,12 +221,16 @@ def read_stored(objects: Objects) -> pa.Table | None:
 
 
 def is_current(table: pa.Table) -> bool:
-    """Whether a stored index has all columns; one of an earlier version is made anew."""
+    """Tells whether a stored index has all columns; one of an earlier version is made anew."""
+    return is_sound(table) and set(_SCHEMA.names) <= set(table.column_names)
+
+
+def is_sound(table: pa.Table) -> bool:
+    """Tells whether the columns that a stored index has are what some version writes."""
     names = table.column_names
     return (
         len(set(names)) == len(names)
-        and set(_SCHEMA.names) <= set(names)
-        and all(table.schema.field(own.name).type == own.type for own in _SCHEMA)
+        and all(table.schema.field(o.name).type == o.type for o in _SCHEMA if o.name in names)
         and {field.type for field in table.schema} <= _TYPES
     )
 

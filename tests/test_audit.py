@@ -8,6 +8,7 @@ from pathlib import Path
 
 import boto3
 import numpy as np
+import pyarrow as pa
 import pytest
 from safetensors.numpy import load, save
 from sample_results import sample_job, sample_round, write_trial
@@ -15,6 +16,7 @@ from sample_results import sample_job, sample_round, write_trial
 from gbp_ray.address import S3Address
 from gbp_ray.audit import find_faults, find_garbage, remove_garbage
 from gbp_ray.errors import StoreError
+from gbp_ray.index import INDEX, _dump, read_stored
 from gbp_ray.records import FailureRecord, StopRecord, seal_record
 from gbp_ray.results import open_results
 from gbp_ray.store import Store
@@ -157,6 +159,17 @@ def test_a_missing_object_is_found_and_named(store: Store) -> None:
     store.objects.delete([key])
     ((uri, fault),) = find_faults(store.uri).faults
     assert (uri, trial in fault) == (store.objects.uri_of("index.parquet"), True)
+
+
+def test_an_index_of_an_earlier_version_is_no_fault_and_a_spoiled_one_is(store: Store) -> None:
+    table = read_stored(store.objects)
+    assert table is not None
+    store.objects.put(INDEX, _dump(table.drop_columns(["loss_recalibrated"])))
+    assert find_faults(store.uri).faults == []
+    loss = table.column_names.index("loss")
+    words = table.set_column(loss, "loss", pa.array(["low"] * len(table)))
+    store.objects.put(INDEX, _dump(words))
+    assert [uri for uri, _ in find_faults(store.uri).faults] == [store.objects.uri_of(INDEX)]
 
 
 def test_a_sparsity_that_is_not_in_the_weights_is_found(tmp_path: Path) -> None:
