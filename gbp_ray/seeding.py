@@ -25,7 +25,8 @@ def derive_seed(*parts: object) -> int:
 class seeded:  # noqa: N801 - reads as a statement: with seeded(7): ...
     """Seeds the global generators of torch, NumPy and `random` in a block, and restores them after.
 
-    A normal number that NumPy has drawn ahead is lost.
+    A normal number that NumPy has drawn ahead is lost. The generators are the process's own, so
+    blocks of several threads at once disturb each other's draws.
     """
 
     def __init__(self, seed: int) -> None:
@@ -43,8 +44,10 @@ class seeded:  # noqa: N801 - reads as a statement: with seeded(7): ...
         plant_seed(self._seed)
 
     def __exit__(self, *exception: Any) -> None:
+        # Where another thread's block left its own in place, this one may still be in use there.
+        if np.random.mtrand.get_bit_generator() is self._lent:
+            _SPARE.append(self._lent)
         np.random.mtrand.set_bit_generator(self._numpy)
-        _SPARE.append(self._lent)
         random.setstate(self._python)
         self._fork.__exit__(*exception)
 

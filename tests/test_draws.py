@@ -101,6 +101,23 @@ def test_seeding_a_block_decides_its_draws_and_leaves_no_trace(name: str) -> Non
     assert draw() == expected
 
 
+@pytest.mark.parametrize("name", GENERATORS)
+def test_blocks_that_end_out_of_order_spoil_no_later_block(name: str) -> None:
+    seed, draw = GENERATORS[name]
+    # As two threads may enter and leave theirs.
+    first, second = seeded(1), seeded(2)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    seed(5)
+    expected = draw()
+    seed(5)
+    with seeded(7), seeded(8):
+        draw()
+    assert draw() == expected
+
+
 class DrawnItems:
     """Items that are drawn anew with each reading, as transforms inside a data set draw them."""
 
