@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gbp_ray.config import is_matched, match_names, nearest_glob
 from gbp_ray.errors import ConfigError
-from gbp_ray.pruning.sharding import leaves
+from gbp_ray.pruning.sharding import only_requiring
 
 __all__ = ["refuse_unfreezable", "trainable_parameters", "training_mode"]
 
@@ -75,18 +75,11 @@ def training_mode(model: nn.Module, freeze: Sequence[str]) -> Iterator[None]:
         and module.running_mean is not None
         and is_matched(f"{path}.running_mean".lstrip("."), freeze)
     ]
-    trainable = trainable_parameters(model, freeze)
-    still = [
-        leaf for name, leaf in leaves(model).items() if leaf.requires_grad and name not in trainable
-    ]
     for module in held:
         module.eval()
-    for leaf in still:
-        leaf.requires_grad_(False)
     try:
-        yield
+        with only_requiring(model, trainable_parameters(model, freeze)):
+            yield
     finally:
-        for leaf in still:
-            leaf.requires_grad_(True)
         for module in held:
             module.train()

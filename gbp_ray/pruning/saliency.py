@@ -38,7 +38,7 @@ from gbp_ray.pruning.item_counts import counts_of
 from gbp_ray.pruning.masks import Prunable
 from gbp_ray.pruning.ranks import OrderedSum, Ranks, isolated
 from gbp_ray.pruning.rules import Criterion, Probe
-from gbp_ray.pruning.sharding import is_sharded, leaves, local, whole
+from gbp_ray.pruning.sharding import is_sharded, leaves, local, only_requiring, whole
 from gbp_ray.pruning.slices import Layout, SlicedScores, owned
 from gbp_ray.workload import (
     Workload,
@@ -352,7 +352,7 @@ def _sum_gradients(
         is_sharded=is_sharded(model),
     )
     turns = -(-len(batches) // ranks.world_size)
-    with _only_requiring(differentiated, names), sums.listening():
+    with only_requiring(model, names), sums.listening():
         for turn, item in enumerate(ranks.deal(len(batches))):
             with sums.turn():
                 # All ranks pass through a sharded network; one without a batch for nothing.
@@ -376,20 +376,6 @@ def _sum_gradients(
                 keep(turn + 1, sums.so_far)
             tell(turn + 1, turns)
     return sums.owned(), sum(calibration.items)
-
-
-@contextmanager
-def _only_requiring(leaves_by_name: Mapping[str, nn.Parameter], names: list[str]) -> Iterator[None]:
-    """Spares the gradients of everything else."""
-    required = {name: leaf.requires_grad for name, leaf in leaves_by_name.items()}
-    wanted = set(names)
-    for name, leaf in leaves_by_name.items():
-        leaf.requires_grad_(name in wanted)
-    try:
-        yield
-    finally:
-        for name, leaf in leaves_by_name.items():
-            leaf.requires_grad_(required[name])
 
 
 def _sum_over_batches(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +41,7 @@ __all__ = [
     "leaves",
     "like_shard",
     "local",
+    "only_requiring",
     "shard_network",
     "unpack_pieces",
     "whole",
@@ -184,6 +185,21 @@ def leaves(model: nn.Module) -> dict[str, nn.Parameter]:
     if model in _SHARDINGS:
         return _SHARDINGS[model].leaves
     return dict(model.named_parameters())
+
+
+@contextmanager
+def only_requiring(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Has the named parameters alone take a gradient in the block."""
+    # FSDP2 sets a leaf as its parameter is set, whenever it gathers into it.
+    tensors = [*model.named_parameters(), *leaves(model).items()]
+    required = [tensor.requires_grad for _, tensor in tensors]
+    for name, tensor in tensors:
+        tensor.requires_grad_(name in names)
+    try:
+        yield
+    finally:
+        for (_, tensor), was_required in zip(tensors, required, strict=True):
+            tensor.requires_grad_(was_required)
 
 
 def shard_network(model: nn.Module, device: torch.device, world_size: int) -> None:
