@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from gbp_ray.config import match_names, nearest_glob, nearest_name
 from gbp_ray.errors import ConfigError, PruneError, StoreError, name_some
@@ -81,8 +82,10 @@ def prunable_parameters(model: nn.Module, exclude: Iterable[str] = ()) -> list[P
     for path, module in model.named_modules():
         if not isinstance(module, PRUNABLE_LAYERS):
             continue
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter):
+        # To read what a parametrization computes may move its buffers, and fails in shards.
+        is_computed = is_parametrized(module, "weight")
+        weight = None if is_computed else getattr(module, "weight", None)
+        if is_computed or (isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter)):
             computed.append(f"{path}.weight".lstrip("."))
         elif weight in names_of and weight.numel():
             is_turned = isinstance(module, _TRANSPOSED)

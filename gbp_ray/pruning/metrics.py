@@ -164,7 +164,7 @@ class _Counter(TorchDispatchMode):
             # What is added to a product takes no part in it.
             operands = args[1:3] if name.startswith(("add", "badd")) else args[:3]
             self._put_down(macs, [self._find(value) for value in operands])
-        elif not func.namespace.startswith(("aten", "prim")) or _HIDES.fullmatch(name):
+        elif not func.namespace.startswith(("aten", "prim", "profiler")) or _HIDES.fullmatch(name):
             self.hiding.add(f"{func.namespace}::{name}")
         elif _KEEPS_ZEROS.fullmatch(name):
             self._pass_on(name, args, outputs)
