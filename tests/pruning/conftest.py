@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,15 @@ import torch
 from gbp_ray.pruning import contenders
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks reports of `pair_program`."""
+    from rank_program import reports_of_world
+    from unusual_program import pair_program
+
+    return reports_of_world(2, tmp_path_factory.mktemp("pair"), pair_program)
 
 
 @pytest.fixture(params=["on the host", "on a GPU"], scope="module")

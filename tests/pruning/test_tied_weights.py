@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from oracles import assert_scores, config_of
-from rank_program import reports_of_world
 from safetensors.torch import load
 from sharded_program import checkpoint_of, trial
 from small_networks import draw, in_float64, job_config, prune_config, regression, scores_of
 from test_sharding import without_files
-from tied_program import recurrent, tied_blank, tied_program
+from tied_program import recurrent, tied_blank
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -264,10 +263,10 @@ def alone() -> dict[str, list[dict[str, Any]]]:
 
 
 def test_tied_networks_end_alike_on_any_number_of_ranks_and_in_shards(
-    alone: dict[str, list[dict[str, Any]]], tmp_path_factory: pytest.TempPathFactory
+    alone: dict[str, list[dict[str, Any]]], pair: list[dict[str, Any]]
 ) -> None:
-    for report in reports_of_world(2, tmp_path_factory.mktemp("tied"), tied_program):
-        for (case, strategy), rounds in report.items():
+    for report in pair:
+        for (case, strategy), rounds in report["tied"].items():
             assert without_files(rounds) == without_files(alone[case]), (case, strategy)
 
 
