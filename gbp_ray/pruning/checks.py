@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gbp_ray.config import JobConfig, Recipe, trial_id
-from gbp_ray.errors import ConfigError, WorkloadError, in_one_line
+from gbp_ray.errors import ConfigError, WorkloadError, in_one_line, name_some
 from gbp_ray.pruning.agreement import check_data, check_on_record, fingerprints_of_network
 from gbp_ray.pruning.attack import refuse_unattackable
 from gbp_ray.pruning.building import network_of_seed
@@ -27,7 +27,7 @@ from gbp_ray.pruning.ranks import isolated
 from gbp_ray.pruning.reach import warn_of_unusual_weights
 from gbp_ray.pruning.saliency import check_criterion
 from gbp_ray.pruning.selection import check_reachable, check_selectable
-from gbp_ray.pruning.sharding import leaves, shard_network
+from gbp_ray.pruning.sharding import PARTED, leaves, listen_to_groups, shard_network
 from gbp_ray.pruning.side_effects import (
     Watch,
     check_evaluated,
@@ -37,10 +37,12 @@ from gbp_ray.pruning.side_effects import (
 from gbp_ray.pruning.teaching import refuse_unteachable
 from gbp_ray.pruning.tickets import starting_masks
 from gbp_ray.store import RoundRecord
-from gbp_ray.workload import Workload, num_examples, take_batch
+from gbp_ray.workload import Workload, in_mode, num_examples, take_batch
 from gbp_ray.workload_checks import check_workload
 
 __all__ = ["check_job", "refuse_frozen_movement"]
+
+_NUM_ROUTES = 4
 
 
 def check_job(job: JobConfig, workload: Workload, dense: RoundRecord | None = None) -> None:
@@ -126,6 +128,7 @@ def _refuse_unshardable(workload: Workload, model: nn.Module) -> None:
             if loss.requires_grad:
                 # As in training, where FSDP2 adds up no gradients itself.
                 torch.autograd.grad(loss, trained, allow_unused=True)
+        parted = _find_parted(workload, twin)
     except Exception as error:
         raise ConfigError(
             f"cluster.strategy = fsdp: cannot spread this network over workers "
@@ -133,6 +136,28 @@ def _refuse_unshardable(workload: Workload, model: nn.Module) -> None:
         ) from error
     finally:
         dist.destroy_process_group()
+    if parted:
+        raise ConfigError(f"{PARTED} (as to {name_some(parted)})")
+
+
+@torch.no_grad()
+def _find_parted(workload: Workload, sharded: nn.Module) -> list[str]:
+    """Lists groups of a sharded network that passes leave out for some examples, or by chance."""
+    passed: list[str] = []
+    listen_to_groups(sharded, passed.append)
+    total = num_examples(workload.train)
+    parted: set[str] = set()
+    for is_training in (True, False)[total == 1 :]:
+        routes: list[set[str]] = []
+        for number in range(_NUM_ROUTES):
+            indices = torch.tensor([number, number + 1][:total]) % total
+            inputs, _ = take_batch(workload, workload.train, indices, augment_seed=number)
+            with in_mode(sharded, is_training=is_training), isolated(sharded, number):
+                sharded(inputs)
+            routes.append(set(passed))
+            passed.clear()
+        parted |= routes[0].union(*routes) - routes[0].intersection(*routes)
+    return [f"'{name}'" for name in sorted(parted)]
 
 
 def _refuse_split_patterns(job: JobConfig, units: list[Prunable]) -> None:

@@ -44,7 +44,7 @@ from gbp_ray.pruning.robustness import robust_accuracy
 from gbp_ray.pruning.saliency import score
 from gbp_ray.pruning.schedule import sparsity_schedule
 from gbp_ray.pruning.selection import num_to_prune, select_masks
-from gbp_ray.pruning.sharding import is_sharded, local
+from gbp_ray.pruning.sharding import PARTED, is_sharded, local, route_of
 from gbp_ray.pruning.slices import SlicedScores
 from gbp_ray.pruning.stopping import train_until_stale
 from gbp_ray.pruning.teaching import prepare_teacher
@@ -510,6 +510,9 @@ class _Run:
             self.teacher = Teacher(copy_frozen(self.model), distillation)
 
     def _finish_round(self, record: RoundRecord) -> RoundState:
+        routes = self.ranks.gather_objects(route_of(self.model)) if is_sharded(self.model) else []
+        if len(set(routes)) > 1:
+            raise PruneError(PARTED)
         record = record.model_copy(update={"seconds": self.seconds})
         self.seconds = {}
         return RoundState(record, self.model, self.masks, self.optimizer, self.movement)

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,6 +32,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 __all__ = [
+    "PARTED",
     "add_over_ranks",
     "copy_sharded",
     "gather_bits",
@@ -40,8 +42,10 @@ __all__ = [
     "is_sharded",
     "leaves",
     "like_shard",
+    "listen_to_groups",
     "local",
     "only_requiring",
+    "route_of",
     "shard_network",
     "unpack_pieces",
     "whole",
@@ -61,12 +65,19 @@ class _Sharding:
     Attributes:
         leaves: Parameter name to the tensor that holds the gathered weights while they are there.
         template: The network before it was sharded, on the meta device.
+        route: Checksum of the names of the groups that passes went through, in their order.
     """
 
     leaves: dict[str, nn.Parameter]
     template: nn.Module
+    route: list[int] = field(default_factory=lambda: [0])
 
 
+PARTED = (
+    "cluster.strategy = fsdp: some passes leave out layers that others go through, and workers "
+    "gather the weights of a layer together; let every pass use all of them, or set "
+    "cluster.strategy to replicated"
+)
 _SHARDINGS: WeakKeyDictionary[nn.Module, _Sharding] = WeakKeyDictionary()
 # fully_shard changes a module in place, so what goes with it is kept beside it.
 
@@ -219,7 +230,23 @@ def shard_network(model: nn.Module, device: torch.device, world_size: int) -> No
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=device)
-    _SHARDINGS[model] = _Sharding(_find_leaves(model), template)
+    sharding = _SHARDINGS[model] = _Sharding(_find_leaves(model), template)
+    listen_to_groups(
+        model, lambda path: sharding.route.append(zlib.crc32(path.encode(), sharding.route.pop()))
+    )
+
+
+def listen_to_groups(model: nn.Module, tell: Callable[[str], object]) -> None:
+    """Has the name of each group told whenever a pass comes to it."""
+    for path, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            group = model.get_submodule(path)
+            group.register_forward_pre_hook(lambda *_, path=path: tell(path))
+
+
+def route_of(model: nn.Module) -> int:
+    """Sums up which groups passes went through, and when; ranks that differ have mixed them up."""
+    return _SHARDINGS[model].route[0] if is_sharded(model) else 0
 
 
 def _blank_copy(model: nn.Module) -> nn.Module:

@@ -30,6 +30,7 @@ MACS = {
     "cell": 5 * 4 * 6 * (8 + 6) + 6 * 4,
     # Forward, and back to the inputs.
     "differentiates": 2 * LAYERS,
+    "chooses": LAYERS + 2 * (6 * 90),
     "hides products": 0,
     # u W v
     "spectral norm": LAYERS + 4 * 6 + 4,
@@ -44,7 +45,9 @@ REFUSED = {
     "weight norm not excluded": "PruneError: 'b.weight': is computed from other tensors ",
     "complex not excluded": "PruneError: 'wave.weight': is of torch.complex64, and criteria rank ",
 }
+LEFT_OUT = "some passes leave out layers that others go through"
 IN_SHARDS = {
+    "chooses": LEFT_OUT,
     "complex": "cannot spread this network over workers (AssertionError: FSDP expects uniform",
     "scalar": "cannot spread this network over workers (ValueError: fully_shard doesn't support",
     "empty": "'side.weight' has no elements, and FSDP2 cannot spread that",
@@ -69,6 +72,13 @@ def test_a_trial_ends_alike_on_two_ranks(
 ) -> None:
     for report in pair:
         assert report["unusual"][name, strategy] == alone[name]
+
+
+def test_ranks_that_went_through_other_layers_record_nothing(pair: list[dict[str, Any]]) -> None:
+    """Each had rows of one block for those of another."""
+    for report in pair:
+        told = report["unusual"]["chooses", "fsdp"]
+        assert told.startswith(f"PruneError: cluster.strategy = fsdp: {LEFT_OUT}")
 
 
 def test_what_cannot_be_trained_is_refused_by_name(alone: dict[str, Any]) -> None:
@@ -97,8 +107,9 @@ def test_a_job_is_refused_before_training_for_the_same_on_any_workers(name: str)
         told[-1] += " / ".join(str(warning.message) for warning in caught)
     assert told[0] == told[1]
     if name in IN_SHARDS:
-        assert not told[0]
+        assert "Error" not in told[0]
         assert told[2].startswith(f"ConfigError: cluster.strategy = fsdp: {IN_SHARDS[name]}")
+        assert ("(as to 'blocks.0', 'blocks.1')" in told[2]) == (name == "chooses")
         return
     assert told[2] == told[0]
     assert told[0].startswith(REFUSED.get(name, ""))

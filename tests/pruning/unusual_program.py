@@ -196,6 +196,18 @@ def spared() -> Net:
     return plain(with_spare, spare=spare, aux=aux, odd=odd)
 
 
+def choose(net: Any, inputs: Tensor) -> Tensor:
+    """Goes through one of two blocks, by the examples."""
+    hidden = torch.tanh(net.a(inputs))
+    outputs: Tensor = net.b(hidden + net.blocks[int(inputs.sum() > 0)](hidden))
+    return outputs
+
+
+def choosing() -> Net:
+    blocks = (nn.Sequential(nn.Linear(6, 90), nn.Tanh(), nn.Linear(90, 6)) for _ in range(2))
+    return plain(choose, blocks=nn.ModuleList(blocks))
+
+
 def with_head(change: Callable[[nn.Module], nn.Module]) -> Net:
     net = plain()
     with warnings.catch_warnings():
@@ -290,6 +302,7 @@ CASES: dict[str, Case] = {
         )
     ),
     "spare layers": Case(spared),
+    "chooses": Case(choosing),
     "weight norm": Case(lambda: with_head(parametrizations.weight_norm), exclude=("b.*",)),
     "spectral norm": Case(lambda: with_head(parametrizations.spectral_norm), exclude=("b.*",)),
     "orthogonal": Case(lambda: with_head(parametrizations.orthogonal), exclude=("b.*",)),
@@ -307,7 +320,7 @@ CASES: dict[str, Case] = {
 }
 
 
-UNSHARDABLE = ("complex", "complex not excluded", "scalar", "empty")
+UNSHARDABLE = ("complex", "complex not excluded", "scalar", "empty", "chooses")
 """Networks that FSDP2 cannot spread, which a job is refused for before."""
 ENDING = "grows"
 """The case that no rank of a sharded network goes on after."""
@@ -370,6 +383,7 @@ def unusual_program(ranks: Ranks) -> dict[tuple[str, str], Any]:
     """Runs every case in one piece and in shards."""
     whole = [(name, "replicated") for name in CASES]
     sharded = [(name, "fsdp") for name in CASES if name not in (*UNSHARDABLE, ENDING)]
+    sharded.append(("chooses", "fsdp"))
     return {
         (name, strategy): outcome(name, ranks, strategy)
         for name, strategy in (*whole, *sharded, (ENDING, "fsdp"))
