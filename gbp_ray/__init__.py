@@ -14,37 +14,39 @@ _HOMES = {
     "ClusterError": "gbp_ray.errors",
     "ConfigError": "gbp_ray.errors",
     "GbpError": "gbp_ray.errors",
-    "JobConfig": "gbp_ray.config",
+    "JobConfig": "gbp_ray.config.job",
     "MaskSet": "gbp_ray.pruning.masks",
     "PruneError": "gbp_ray.errors",
-    "PruneResult": "gbp_ray.api",
-    "Report": "gbp_ray.page",
-    "Results": "gbp_ray.results",
+    "PruneResult": "gbp_ray.runtime.api",
+    "Report": "gbp_ray.report.page",
+    "Results": "gbp_ray.results.query",
     "StoreError": "gbp_ray.errors",
-    "SweepResult": "gbp_ray.api",
+    "SweepResult": "gbp_ray.runtime.api",
     "TransientStoreError": "gbp_ray.errors",
     "TrialError": "gbp_ray.errors",
-    "Workload": "gbp_ray.workload",
+    "Workload": "gbp_ray.workloads.loading",
     "WorkloadError": "gbp_ray.errors",
-    "apply_masks": "gbp_ray.reuse",
-    "explain_round": "gbp_ray.explain",
-    "export_round": "gbp_ray.export",
-    "load_job": "gbp_ray.config",
-    "measure_stability": "gbp_ray.stability",
-    "open_result": "gbp_ray.api",
-    "open_results": "gbp_ray.results",
-    "plan_prune": "gbp_ray.api",
-    "plan_sweep": "gbp_ray.api",
-    "prune": "gbp_ray.api",
-    "submit": "gbp_ray.api",
-    "sweep": "gbp_ray.api",
-    "write_report": "gbp_ray.page",
+    "apply_masks": "gbp_ray.export.apply",
+    "explain_round": "gbp_ray.runtime.explain",
+    "export_round": "gbp_ray.export.program",
+    "load_job": "gbp_ray.config.job",
+    "measure_stability": "gbp_ray.runtime.stability",
+    "open_result": "gbp_ray.runtime.api",
+    "open_results": "gbp_ray.results.query",
+    "plan_prune": "gbp_ray.runtime.api",
+    "plan_sweep": "gbp_ray.runtime.api",
+    "prune": "gbp_ray.runtime.api",
+    "submit": "gbp_ray.runtime.api",
+    "sweep": "gbp_ray.runtime.api",
+    "write_report": "gbp_ray.report.page",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
+    if name == "zoo":  # what job files call the built-in workloads, as part of every trial id
+        return import_module("gbp_ray.workloads")
     if name not in _HOMES:
         raise AttributeError(f"module 'gbp_ray' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

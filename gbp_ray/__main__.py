@@ -1,16 +1,18 @@
 """`python -m gbp_ray` and `gbp-ray`: the command line, under the watch of `stopping`."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import sys
 
-from gbp_ray.stopping import WORDS, settle, watch
+from gbp_ray.runtime.signals import WORDS, settle, watch
 
 
 def main() -> None:
     """Runs the command line in this process, and ends the process where it was stopped."""
     watch()
-    from gbp_ray.cli import main as run
+    from gbp_ray.cli.app import main as run
 
     try:
         run()

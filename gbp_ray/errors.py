@@ -32,13 +32,15 @@ __all__ = [
 
 _MOST_CHARACTERS = 1500
 _MOST_AT_THE_END = 400
-
 _LINE_BREAKS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
+
+
 # Control characters, what turns the direction of writing, what has no width, halves of characters.
 _UNPRINTABLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
     r"\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
+
 _USER_IN_ADDRESS = re.compile(r"(\w://)(?:[^\s'\"/]*|[^\s'\"/]*:[^\s'\"]*)@")
 _SECRET_OPTION = re.compile(r"((?:access_key|secret_key|session_token)=)[^\s'\"&]+")
 

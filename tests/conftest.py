@@ -26,7 +26,7 @@ logging.getLogger("werkzeug").setLevel(logging.ERROR)
 # Ranks are forked from a server that imports this once. It silently leaves out what it cannot
 # import, and it looks for installed modules alone: a test's own would be left out.
 multiprocessing.set_forkserver_preload(
-    ["gbp_ray.api", "gbp_ray.runtime.worker", "gbp_ray.zoo", "torch._dynamo"]
+    ["gbp_ray.runtime.api", "gbp_ray.runtime.trial", "gbp_ray.workloads", "torch._dynamo"]
 )
 
 
@@ -62,8 +62,8 @@ def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spares the time of drawing where a test is of all else in a report."""
-    monkeypatch.setattr("gbp_ray.gallery.render_wide", lambda drawing: ("<svg></svg>", b""))
-    monkeypatch.setattr("gbp_ray.gallery.render_narrow", lambda drawing: "<svg></svg>")
+    monkeypatch.setattr("gbp_ray.report.drawing.render_wide", lambda drawing: ("<svg></svg>", b""))
+    monkeypatch.setattr("gbp_ray.report.drawing.render_narrow", lambda drawing: "<svg></svg>")
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gbp_ray.results import open_results
+from gbp_ray.results.query import open_results
 
 __all__ = ["untimed_rows"]
 

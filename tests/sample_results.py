@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from gbp_ray.config import JobConfig, trial_id
-from gbp_ray.records import CostRecord, LayerRecord, RoundRecord, TrialRecord
-from gbp_ray.store import Store
+from gbp_ray.config.job import JobConfig, trial_id
+from gbp_ray.results.records import CostRecord, LayerRecord, RoundRecord, TrialRecord
+from gbp_ray.results.store import Store
 
 SHAPES = {"a.weight": (10, 4), "b.weight": (60,)}
 

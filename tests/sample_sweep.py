@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from gbp_ray.config import JobConfig, trial_id
-from gbp_ray.records import CostRecord, LayerRecord, RoundRecord, TrialRecord
-from gbp_ray.store import Store
+from gbp_ray.config.job import JobConfig, trial_id
+from gbp_ray.results.records import CostRecord, LayerRecord, RoundRecord, TrialRecord
+from gbp_ray.results.store import Store
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "conv1.weight": (32, 1, 3, 3),

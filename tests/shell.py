@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from gbp_ray import cli
+from gbp_ray.cli import app
 
 
 class Outcome(NamedTuple):
@@ -31,9 +31,9 @@ class Shell:
         code = 0
         with pytest.MonkeyPatch.context() as patch:
             # What stops a command is not to stop the tests.
-            patch.setattr(cli, "watch", lambda: None)
+            patch.setattr(app, "watch", lambda: None)
             try:
-                cli.main()
+                app.main()
             except SystemExit as end:
                 code = end.code if isinstance(end.code, int) else -1
         return Outcome(code, *self._capture.readouterr())

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gbp_ray
-from gbp_ray.api import PruneResult
+from gbp_ray.runtime.api import PruneResult
 
 FIELDS: dict[str, Any] = {
     "cluster.num_workers": 0,

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from user_files import USER_JOB, USER_MODULE
 
 import gbp_ray
-from gbp_ray import api
-from gbp_ray.api import PruneResult, open_result, prune
-from gbp_ray.config import load_job, trial_id
+from gbp_ray.config.job import load_job, trial_id
 from gbp_ray.errors import ConfigError, GbpError, StoreError, WorkloadError
-from gbp_ray.store import Store
+from gbp_ray.results.store import Store
+from gbp_ray.runtime import api
+from gbp_ray.runtime.api import PruneResult, open_result, prune
 
 torch.set_num_threads(1)
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 
-from gbp_ray.config import JobConfig, Perturbation, find_idle_options
+from gbp_ray.config.attack import Perturbation
+from gbp_ray.config.idle import find_idle_options
+from gbp_ray.config.job import JobConfig
 from gbp_ray.errors import ConfigError
 
 
 def job_of(**sections: Any) -> JobConfig:
-    from gbp_ray.config import load_job
+    from gbp_ray.config.job import load_job
 
     overrides = {"pretrain.epochs": 1, "finetune.epochs": 1, "prune.rounds": 1}
     return load_job(None, {**overrides, **{k.replace("__", "."): v for k, v in sections.items()}})

@@ -13,15 +13,14 @@ import pytest
 from safetensors.numpy import load, save
 from sample_results import sample_job, sample_round, write_trial
 
-from gbp_ray.address import S3Address
-from gbp_ray.audit import find_faults, find_garbage, remove_garbage
+from gbp_ray.config.address import S3Address
 from gbp_ray.errors import StoreError
-from gbp_ray.index import INDEX, _dump, read_stored
-from gbp_ray.records import FailureRecord, StopRecord, seal_record
-from gbp_ray.results import open_results
-from gbp_ray.store import Store
-from gbp_ray.tensors import count_nonzero
-from gbp_ray.transfer import fetch_results
+from gbp_ray.results.index import INDEX, _dump, read_stored
+from gbp_ray.results.maintenance import fetch_results, find_faults, find_garbage, remove_garbage
+from gbp_ray.results.query import open_results
+from gbp_ray.results.records import FailureRecord, StopRecord, seal_record
+from gbp_ray.results.store import Store
+from gbp_ray.results.tensors import count_nonzero
 
 
 @pytest.fixture
@@ -248,7 +247,7 @@ def test_garbage_is_listed_then_removed_and_the_job_goes_on(
     write_trial(store, sample_job())
     whole = {entry.key for entry in store.objects.entries()}
     trial, left = leave_garbage(store)
-    monkeypatch.setattr("gbp_ray.lease.DEAD_S", -1.0)
+    monkeypatch.setattr("gbp_ray.results.lease.DEAD_S", -1.0)
     before = {entry.key for entry in store.objects.entries()}
     found = find_garbage(store.uri)
     assert {item.key for item in found} == left

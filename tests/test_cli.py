@@ -18,8 +18,10 @@ import torch
 from shell import Outcome, Shell
 from user_files import USER_JOB, USER_MODULE
 
-from gbp_ray.config import CRITERIA, describe_fields
-from gbp_ray.store import RoundRecord, Store, TrialRecord, locate_trials
+from gbp_ray.config.job import describe_fields
+from gbp_ray.config.prune import CRITERIA
+from gbp_ray.results.records import RoundRecord, TrialRecord
+from gbp_ray.results.store import Store, locate_trials
 
 torch.set_num_threads(1)
 
@@ -314,7 +316,7 @@ def test_a_fault_of_ours_is_one_line_exit_1(
     def fail(*arguments: Any, **options: Any) -> None:
         raise ZeroDivisionError("two\nlines")
 
-    monkeypatch.setattr("gbp_ray.api.prune", fail)
+    monkeypatch.setattr("gbp_ray.runtime.api.prune", fail)
     text = assert_refused(shell.prune(), code=1)
     assert text == "ZeroDivisionError: two lines (--debug shows where)"
 
@@ -488,7 +490,7 @@ def test_version(shell: UserShell) -> None:
 def test_help_and_mistakes_cost_neither_torch_nor_ray(tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "from gbp_ray.cli import main\n"
+        "from gbp_ray.cli.app import main\n"
         "try:\n"
         "    main()\n"
         "except SystemExit as end:\n"

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from sample_sweep import SHAPES, write_sweep
 
-from gbp_ray.closeup import look_closely
-from gbp_ray.curves import WorkloadCurves, gather_curves
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.results import open_results
-from gbp_ray.store import Store
+from gbp_ray.report.curves import WorkloadCurves, gather_curves
+from gbp_ray.report.details import look_closely
+from gbp_ray.results.query import open_results
+from gbp_ray.results.store import Store
 
 
 @pytest.fixture(scope="module")

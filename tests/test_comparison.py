@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from sample_results import sample_job, write_trial
 
-from gbp_ray.comparison import compare_trials
 from gbp_ray.errors import StoreError
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.store import Store
-from gbp_ray.tensors import digest_masks, read_masks
+from gbp_ray.results.compare import compare_trials
+from gbp_ray.results.store import Store
+from gbp_ray.results.tensors import digest_masks, read_masks
 
 
 def masks_of(store: Store, trial: str) -> MaskSet:

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sample_sweep import CRITERIA, SPARSITIES, sweep_job, write_sweep, write_sweep_trial
 
-from gbp_ray.checklist import Check, answer_checklist
-from gbp_ray.config import SweepConfig
-from gbp_ray.curves import Spread, WorkloadCurves, find_front, gather_curves
-from gbp_ray.page import _find_within_a_point
-from gbp_ray.results import open_results
-from gbp_ray.runtime.known import Known
-from gbp_ray.store import Store
-from gbp_ray.workload_figures import sketch_workload
+from gbp_ray.config.sweep import SweepConfig
+from gbp_ray.report.captions import sketch_workload
+from gbp_ray.report.checklist import Check, answer_checklist
+from gbp_ray.report.curves import Spread, WorkloadCurves, find_front, gather_curves
+from gbp_ray.report.page import _find_within_a_point
+from gbp_ray.results.query import open_results
+from gbp_ray.results.store import Store
+from gbp_ray.runtime.search import Known
 
 numbers = st.integers(0, 6).map(float)
 

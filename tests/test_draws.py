@@ -14,15 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gbp_ray.workload import (
-    Portion,
-    Workload,
-    cut_batches,
-    derive_seed,
-    seeded,
-    shuffled_indices,
-    take_batch,
-)
+from gbp_ray.workloads.contract import Portion, Workload
+from gbp_ray.workloads.data import cut_batches, derive_seed, seeded, shuffled_indices, take_batch
 
 
 @given(total=st.integers(0, 300), size=st.integers(1, 80))

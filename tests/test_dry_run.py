@@ -15,8 +15,8 @@ import torch
 from shell import Shell
 from user_files import USER_JOB, USER_MODULE
 
-from gbp_ray.api import plan_prune, prune
 from gbp_ray.errors import GbpError
+from gbp_ray.runtime.api import plan_prune, prune
 
 torch.set_num_threads(1)
 
@@ -49,7 +49,7 @@ def files_in(folder: Path) -> dict[Path, bytes]:
 def test_a_dry_run_writes_nothing_and_starts_no_ray(folder: Path) -> None:
     before = files_in(folder)
     code = (
-        "import sys; from gbp_ray.cli import main; main();"
+        "import sys; from gbp_ray.cli.app import main; main();"
         "print({'ray'} & set(sys.modules), file=sys.stderr)"
     )
     arguments = ["prune", "job.toml", "--dry-run", "--json", "--set", "cluster.num_workers=2"]

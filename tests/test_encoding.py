@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gbp_ray.config import EncodingConfig, WorkloadConfig
-from gbp_ray.encoding import Levels, encode_network
+from gbp_ray.config.workload import EncodingConfig, WorkloadConfig
 from gbp_ray.errors import ConfigError, WorkloadError
-from gbp_ray.workload import Workload, load_workload, seeded, take_batch
-from gbp_ray.workload_checks import check_workload
-from gbp_ray.zoo import digits_convnet
+from gbp_ray.workloads import digits_convnet
+from gbp_ray.workloads.checks import check_workload
+from gbp_ray.workloads.contract import Workload
+from gbp_ray.workloads.data import seeded, take_batch
+from gbp_ray.workloads.encoding import Levels, encode_network
+from gbp_ray.workloads.loading import load_workload
 
 MEAN, DEVIATION = torch.tensor([0.4, 0.5]).view(2, 1, 1), torch.tensor([0.2, 0.3]).view(2, 1, 1)
 LOW, HIGH = -MEAN / DEVIATION, (1 - MEAN) / DEVIATION
@@ -163,7 +165,7 @@ def test_networks_without_a_first_layer_to_widen_are_refused() -> None:
 
 
 def test_a_workload_must_say_its_range_before_it_is_encoded(monkeypatch: Any) -> None:
-    import gbp_ray.zoo as zoo
+    from gbp_ray import workloads as zoo
 
     def silent() -> Workload:
         return Workload(convnet, (intensities(), torch.zeros(6)), (intensities(), torch.zeros(6)))

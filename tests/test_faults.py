@@ -12,12 +12,12 @@ from sample_results import sample_job, write_trial
 from watchful_reader import WatchfulReader
 
 import gbp_ray
-from gbp_ray.audit import find_faults, find_garbage, remove_garbage
-from gbp_ray.config import expand, load_job
+from gbp_ray.config.job import expand, load_job
 from gbp_ray.errors import StoreError
-from gbp_ray.results import open_results
-from gbp_ray.runtime.solo import run_solo
-from gbp_ray.store import Store, locate_trials, open_objects
+from gbp_ray.results.maintenance import find_faults, find_garbage, remove_garbage
+from gbp_ray.results.query import open_results
+from gbp_ray.results.store import Store, locate_trials, open_objects
+from gbp_ray.runtime.trial import run_solo
 
 QUICK = {
     "cluster.num_workers": 0,
@@ -47,7 +47,7 @@ def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
         return 0.0
 
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", delay_amount)
-    monkeypatch.setattr("gbp_ray.s3._pause", lambda attempt: None)
+    monkeypatch.setattr("gbp_ray.results.s3._pause", lambda attempt: None)
 
 
 @pytest.mark.parametrize("seed", [1])
@@ -105,7 +105,7 @@ def test_each_fault_alone_is_survived(
     moto_storage: str, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     monkeypatch.setattr("faulty_proxy.FAULTS", (fault,))
-    monkeypatch.setattr("gbp_ray.s3._ATTEMPTS", 20)
+    monkeypatch.setattr("gbp_ray.results.s3._ATTEMPTS", 20)
     data = bytes(range(256)) * 100
     with FaultyProxy(endpoint_of(moto_storage), 0.3, 7) as proxy:
         objects = open_objects(through(moto_storage, proxy))

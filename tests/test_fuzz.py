@@ -20,23 +20,18 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from gbp_ray.config import (
-    TransferConfig,
-    describe_fields,
-    expand,
-    find_idle_options,
-    load_job,
-    trial_id,
-)
+from gbp_ray.config.idle import find_idle_options
+from gbp_ray.config.job import describe_fields, expand, load_job, trial_id
+from gbp_ray.config.workload import TransferConfig
 from gbp_ray.errors import GbpError, printable
-from gbp_ray.weights import start_from
+from gbp_ray.workloads.weights import start_from
 
 NUM_INPUTS = int(os.environ.get("GBP_RAY_FUZZ", "200"))
 MOST_SECONDS = 20.0  # far more than any takes, on a machine that does much else
 
 ROOT = Path(__file__).resolve().parent.parent
 JOBS = [path.read_bytes() for path in sorted(ROOT.glob("jobs/*.toml"))]
-JOBS.append((ROOT / "gbp_ray" / "zoo" / "digits.toml").read_bytes())
+JOBS.append((ROOT / "gbp_ray" / "workloads" / "digits.toml").read_bytes())
 
 VALUES = [
     *("nan", "-inf", "1e400", "-0.0", "-1", "0", "1", "0.5", "1e308", "5e-324", "9" * 5000),

@@ -22,13 +22,14 @@ import pytest
 from sample_results import sample_job, sample_round, write_trial
 from test_names import BAD_NAMES, picture, seal, unseal
 
-from gbp_ray import lease
-from gbp_ray.audit import find_faults, find_garbage
 from gbp_ray.errors import StoreError, printable
-from gbp_ray.findings import Findings
-from gbp_ray.index import INDEX, _dump, tabulate
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.records import (
+from gbp_ray.results import lease
+from gbp_ray.results.findings import Findings
+from gbp_ray.results.index import INDEX, _dump, tabulate
+from gbp_ray.results.maintenance import fetch_results, find_faults, find_garbage
+from gbp_ray.results.query import open_results
+from gbp_ray.results.records import (
     FailureRecord,
     FinalTest,
     JobRecord,
@@ -39,10 +40,14 @@ from gbp_ray.records import (
     parse_record,
     seal_record,
 )
-from gbp_ray.results import open_results
-from gbp_ray.store import Store
-from gbp_ray.tensors import count_nonzero, digest_masks, find_revived, read_masks, read_weight
-from gbp_ray.transfer import fetch_results
+from gbp_ray.results.store import Store
+from gbp_ray.results.tensors import (
+    count_nonzero,
+    digest_masks,
+    find_revived,
+    read_masks,
+    read_weight,
+)
 
 NUM_INPUTS = int(os.environ.get("GBP_RAY_FUZZ", "150"))
 NUM_SLOW = int(os.environ.get("GBP_RAY_FUZZ", "10"))

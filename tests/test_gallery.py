@@ -9,9 +9,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from gbp_ray import drawing
-from gbp_ray.drawing import Drawing, add_panels
-from gbp_ray.gallery import Sketch, count_spare_processes, draw_figures
+from gbp_ray.report import drawing
+from gbp_ray.report.drawing import Drawing, Sketch, add_panels, count_spare_processes, draw_figures
 
 needs_fork = pytest.mark.skipif(count_spare_processes() < 2, reason="processes are not forked here")
 

@@ -10,20 +10,19 @@ import torch
 from small_digits import FIELDS, prune_digits
 
 from gbp_ray import open_results
-from gbp_ray.api import PruneResult
-from gbp_ray.audit import find_faults
-from gbp_ray.config import load_job, trial_id
-from gbp_ray.curves import gather_curves
-from gbp_ray.pruning.evaluation import evaluate
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.records import choose_round
-from gbp_ray.report import round_table, summary_line
-from gbp_ray.runtime import worker
-from gbp_ray.runtime.solo import finish_trial
-from gbp_ray.runtime.worker import work_trial
-from gbp_ray.store import Store, locate_round
-from gbp_ray.terminal import Screen
-from gbp_ray.workload import load_workload
+from gbp_ray.cli.tables import round_table, summary_line
+from gbp_ray.config.job import load_job, trial_id
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.report.curves import gather_curves
+from gbp_ray.results.maintenance import find_faults
+from gbp_ray.results.records import choose_round
+from gbp_ray.results.store import Store, locate_round
+from gbp_ray.runtime import trial
+from gbp_ray.runtime.api import PruneResult
+from gbp_ray.runtime.progress import Screen
+from gbp_ray.runtime.trial import finish_trial, work_trial
+from gbp_ray.training.evaluation import evaluate
+from gbp_ray.workloads.loading import load_workload
 
 torch.set_num_threads(1)
 
@@ -127,7 +126,7 @@ def test_a_trial_broken_off_before_its_test_does_it_once(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "measure_final_test", broken)
+        patch.setattr(trial, "measure_final_test", broken)
         with pytest.raises(KeyboardInterrupt):
             work_trial(job, Ranks())
     assert len(store.read_rounds(name)) == 3
@@ -136,7 +135,7 @@ def test_a_trial_broken_off_before_its_test_does_it_once(
     found = store.read_test(name)
     assert found is not None
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "measure_final_test", broken)
+        patch.setattr(trial, "measure_final_test", broken)
         work_trial(job, Ranks())
     assert finish_trial(job, store, 1.0).test == found
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from gbp_ray import lease
 from gbp_ray.errors import StoreError
-from gbp_ray.lease import hold_lease, is_held
-from gbp_ray.objects import Objects
-from gbp_ray.store import Store, open_objects
+from gbp_ray.results import lease
+from gbp_ray.results.lease import hold_lease, is_held
+from gbp_ray.results.objects import Objects
+from gbp_ray.results.store import Store, open_objects
 
 TRIAL = "trials/taylor-s0.50-r2-00000000"
 
@@ -80,8 +80,8 @@ def test_a_holder_that_ends_while_it_is_looked_at_is_none(
 def test_a_killed_driver_is_followed_at_once(objects: Objects) -> None:
     code = (
         "import sys, time\n"
-        "from gbp_ray.lease import hold_lease\n"
-        "from gbp_ray.store import open_objects\n"
+        "from gbp_ray.results.lease import hold_lease\n"
+        "from gbp_ray.results.store import open_objects\n"
         "with hold_lease(open_objects(sys.argv[1]), sys.argv[2]):\n"
         "    print('holds', flush=True)\n"
         "    time.sleep(60)\n"
@@ -146,7 +146,7 @@ def test_a_live_driver_beats_and_one_given_up_for_dead_learns_it(
 
 def test_locks_of_processes_that_a_sweep_has_ended_are_removed(tmp_path: Path) -> None:
     # Here, as Ray takes a while to import.
-    from gbp_ray.runtime.sweep import _tidied
+    from gbp_ray.runtime.on_ray.tune import _tidied
 
     store = Store(tmp_path, "job")
     dead, live = (store.objects.uri_of(f"trials/{name}/driver.lock") for name in ("dead", "live"))

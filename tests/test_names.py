@@ -14,14 +14,13 @@ import pytest
 from sample_results import sample_job, sample_round, write_trial
 from shell import Shell
 
-from gbp_ray.address import S3Address
-from gbp_ray.audit import find_faults, find_garbage, remove_garbage
+from gbp_ray.config.address import S3Address
 from gbp_ray.errors import BusyError, StoreError
-from gbp_ray.lease import hold_lease, is_held
-from gbp_ray.objects import check_key, is_key
-from gbp_ray.records import seal_record
-from gbp_ray.store import Store, open_objects
-from gbp_ray.transfer import fetch_results
+from gbp_ray.results.lease import hold_lease, is_held
+from gbp_ray.results.maintenance import fetch_results, find_faults, find_garbage, remove_garbage
+from gbp_ray.results.objects import check_key, is_key
+from gbp_ray.results.records import seal_record
+from gbp_ray.results.store import Store, open_objects
 
 BAD_NAMES = (
     *("..", ".", "", "/", "../x", "a/../../x", "a/..", "/etc/x", "//x", "a//b", "a/", "./a", "a/."),

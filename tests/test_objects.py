@@ -11,11 +11,11 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError
 
-from gbp_ray.address import S3Address
+from gbp_ray.config.address import S3Address
 from gbp_ray.errors import StoreError, TransientStoreError
-from gbp_ray.objects import Objects
-from gbp_ray.s3 import S3Objects
-from gbp_ray.store import open_objects
+from gbp_ray.results.objects import Objects
+from gbp_ray.results.s3 import S3Objects
+from gbp_ray.results.store import open_objects
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def test_the_endpoint_comes_from_the_environment(
 def test_without_conditional_writes_of_many_claims_one_succeeds(
     moto_storage: str, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr("gbp_ray.s3._SETTLE_S", 0.5)
+    monkeypatch.setattr("gbp_ray.results.s3._SETTLE_S", 0.5)
     claimants = [open_objects(moto_storage) for _ in range(4)]
     for claimant in claimants:
         assert isinstance(claimant, S3Objects)

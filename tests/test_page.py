@@ -26,16 +26,16 @@ from sample_sweep import (
 )
 from typer.testing import CliRunner
 
-from gbp_ray import page
-from gbp_ray.cli import app
-from gbp_ray.config import load_job, trial_id
+from gbp_ray.cli.app import app
+from gbp_ray.config.job import load_job, trial_id
 from gbp_ray.errors import ConfigError, StoreError
-from gbp_ray.gallery import count_spare_processes
-from gbp_ray.index import rebuild_index
-from gbp_ray.page import write_report
-from gbp_ray.records import FailureRecord, TrialRecord, seal_record
-from gbp_ray.s3 import S3Objects
-from gbp_ray.store import Store
+from gbp_ray.report import page
+from gbp_ray.report.drawing import count_spare_processes
+from gbp_ray.report.page import write_report
+from gbp_ray.results.index import rebuild_index
+from gbp_ray.results.records import FailureRecord, TrialRecord, seal_record
+from gbp_ray.results.s3 import S3Objects
+from gbp_ray.results.store import Store
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import pytest
 from sample_results import sample_job, sample_round
 
-from gbp_ray.audit import find_faults
-from gbp_ray.config import trial_id
-from gbp_ray.records import TrialRecord
-from gbp_ray.store import Store
+from gbp_ray.config.job import trial_id
+from gbp_ray.results.maintenance import find_faults
+from gbp_ray.results.records import TrialRecord
+from gbp_ray.results.store import Store
 
 JOB = sample_job()
 TRIAL = trial_id(JOB)

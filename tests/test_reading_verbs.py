@@ -10,8 +10,8 @@ import pytest
 from sample_results import sample_job, write_trial
 from shell import Shell
 
-from gbp_ray.results import open_results
-from gbp_ray.store import Store
+from gbp_ray.results.query import open_results
+from gbp_ray.results.store import Store
 
 READING_VERBS = ["results", "report", "index", "diff", "fetch", "verify", "gc"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from rich.table import Table
 
-from gbp_ray.config import JobConfig
-from gbp_ray.report import layer_table, round_table, summary_line
-from gbp_ray.store import CostRecord, LayerRecord, RoundRecord, TrialRecord
-from gbp_ray.terminal import Screen
+from gbp_ray.cli.tables import layer_table, round_table, summary_line
+from gbp_ray.config.job import JobConfig
+from gbp_ray.results.records import CostRecord, LayerRecord, RoundRecord, TrialRecord
+from gbp_ray.runtime.progress import Screen
 
 
 def make_cost(kept: float, names: tuple[str, ...] = ("conv.weight", "head.weight")) -> CostRecord:

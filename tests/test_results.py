@@ -16,16 +16,23 @@ import pytest
 from sample_results import sample_job, sample_round, sample_trial, write_trial
 
 import gbp_ray
-from gbp_ray.config import trial_id
+from gbp_ray.cli.tables import results_table
+from gbp_ray.config.job import trial_id
 from gbp_ray.errors import ConfigError, StoreError
-from gbp_ray.index import INDEX, UNINDEXED, read_index, rebuild_index, refresh_index, tabulate
-from gbp_ray.objects import Objects
-from gbp_ray.records import seal_record
-from gbp_ray.report import results_table
-from gbp_ray.results import Results, open_results
-from gbp_ray.s3 import S3Objects
-from gbp_ray.store import Store
-from gbp_ray.terminal import Screen
+from gbp_ray.results.index import (
+    INDEX,
+    UNINDEXED,
+    read_index,
+    rebuild_index,
+    refresh_index,
+    tabulate,
+)
+from gbp_ray.results.objects import Objects
+from gbp_ray.results.query import Results, open_results
+from gbp_ray.results.records import seal_record
+from gbp_ray.results.s3 import S3Objects
+from gbp_ray.results.store import Store
+from gbp_ray.runtime.progress import Screen
 
 
 def write_some(storage: str) -> Store:
@@ -156,7 +163,7 @@ def test_a_big_index_is_not_written_at_every_finish(
 ) -> None:
     store = write_some(str(tmp_path))
     size = len(store.objects.get(INDEX) or b"")
-    monkeypatch.setattr("gbp_ray.index._BYTES_PER_FINISH", (size - 1) // 3)
+    monkeypatch.setattr("gbp_ray.results.index._BYTES_PER_FINISH", (size - 1) // 3)
     before = store.objects.get(INDEX)
     for seed in range(10, 13):
         write_trial(store, sample_job(seed=seed))
@@ -375,8 +382,8 @@ def test_results_open_without_torch_and_ray(tmp_path: Path) -> None:
         "results = gbp_ray.open_results(sys.argv[1])\n"
         "assert len(results) == 9\n"
         "assert results.best('accuracy@sparsity>=0.9') and list(results)\n"
-        "from gbp_ray import audit, comparison, transfer\n"
-        "assert not audit.find_faults(sys.argv[1]).faults\n"
+        "from gbp_ray.results import compare, maintenance\n"
+        "assert not maintenance.find_faults(sys.argv[1]).faults\n"
         "sys.exit(str({'torch', 'ray'} & set(sys.modules) or ''))"
     )
     command = [sys.executable, "-c", code, store.uri]
@@ -412,7 +419,7 @@ def write_many(objects: Objects, number: int) -> None:
         records.append(sample_trial(job, varied))
         if seed % 100 == 0:
             objects.put(f"trials/{trial_id(job)}/trial.json", seal_record(records[-1]))
-    from gbp_ray.index import _dump
+    from gbp_ray.results.index import _dump
 
     objects.put("job.json", b"")
     objects.put(INDEX, _dump(tabulate(records)))
@@ -424,7 +431,7 @@ def test_an_index_is_read_in_a_handful_of_requests(moto_storage: str) -> None:
     objects.num_requests = 0
     uri = f"{moto_storage.partition('?')[0]}/try?{moto_storage.partition('?')[2]}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gbp_ray.s3.S3Objects.open", lambda uri: objects.child("try"))
+        patch.setattr("gbp_ray.results.s3.S3Objects.open", lambda uri: objects.child("try"))
         results = open_results(uri)
     assert len(results) == 6000
     assert results.best("accuracy@round=2")["accuracy"] > 0.99

@@ -16,22 +16,21 @@ from safetensors.torch import load_file, save, save_file
 from small_digits import prune_digits
 from torch import nn
 
-from gbp_ray import export as export_module
-from gbp_ray.api import PruneResult, open_result, prune
-from gbp_ray.audit import find_faults
+from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import ConfigError, ExportError, PruneError, StoreError
-from gbp_ray.explain import explain_round
-from gbp_ray.export import export_round
-from gbp_ray.findings import read_findings
-from gbp_ray.page import write_report
-from gbp_ray.pruning.batchnorm import recalibrate_as_asked
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.records import seal_record
-from gbp_ray.reuse import apply_masks
-from gbp_ray.store import Store, locate_jobs
-from gbp_ray.transfer import fetch_results
-from gbp_ray.workload import load_workload
-from gbp_ray.zoo import digits_recurrent
+from gbp_ray.export import program as export_module
+from gbp_ray.export.apply import apply_masks
+from gbp_ray.export.program import export_round
+from gbp_ray.report.page import write_report
+from gbp_ray.results.findings import read_findings
+from gbp_ray.results.maintenance import fetch_results, find_faults
+from gbp_ray.results.records import seal_record
+from gbp_ray.results.store import Store, locate_jobs
+from gbp_ray.runtime.api import PruneResult, open_result, prune
+from gbp_ray.runtime.explain import explain_round
+from gbp_ray.training.batchnorm import recalibrate_as_asked
+from gbp_ray.workloads import digits_recurrent
+from gbp_ray.workloads.loading import load_workload
 
 torch.set_num_threads(1)
 
@@ -225,9 +224,9 @@ def test_a_network_with_more_than_its_state_dict_is_refused(
     [
         ("os:system", "taylor"),
         ("marker:run", "taylor"),
-        ("gbp_ray.cli:main", "taylor"),
+        ("gbp_ray.cli.app:main", "taylor"),
         ("gbp_ray.zoo:Path", "taylor"),
-        ("gbp_ray.zoo.digits:digits_convnet", "taylor"),
+        ("gbp_ray.workloads.digits:digits_convnet", "taylor"),
         ("gbp_ray.zoo:digits_convnet", "marker:run"),
     ],
 )

@@ -11,12 +11,12 @@ import torch
 from small_digits import FIELDS, prune_digits
 from typer.testing import CliRunner
 
-from gbp_ray.cli import app
-from gbp_ray.config import trial_id
+from gbp_ray.cli.app import app
+from gbp_ray.config.job import trial_id
 from gbp_ray.errors import ConfigError
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.stability import measure_stability
-from gbp_ray.store import Store
+from gbp_ray.results.store import Store
+from gbp_ray.runtime.stability import measure_stability
 
 torch.set_num_threads(1)
 
@@ -105,7 +105,7 @@ def test_enough_is_where_no_larger_size_falls_below(monkeypatch: pytest.MonkeyPa
     )
     means = [size.between.mean for size in found.samples["taylor_squared"]]
     for limit, expected in ((0.0, 64), (min(means[1:]), 128 if means[0] < min(means[1:]) else 64)):
-        monkeypatch.setattr("gbp_ray.stability.STABLE", limit)
+        monkeypatch.setattr("gbp_ray.runtime.stability.STABLE", limit)
         assert found.enough_examples("taylor_squared") == expected
-    monkeypatch.setattr("gbp_ray.stability.STABLE", 1.01)
+    monkeypatch.setattr("gbp_ray.runtime.stability.STABLE", 1.01)
     assert found.enough_examples("taylor_squared") is None

@@ -46,11 +46,11 @@ def test_signals_end_a_command_at_any_moment(tmp_path: Path) -> None:
 PROGRAM = """
 import sys, time
 sys.path[:0] = {paths!r}
-from gbp_ray import stopping
-stopping.watch()
+from gbp_ray.runtime import signals
+signals.watch()
 print("ready", file=sys.stderr, flush=True)
 # As if it were the package's own work, which is not simply broken off.
-exec(compile({work!r}, stopping.__file__.replace("stopping", "work"), "exec"))
+exec(compile({work!r}, signals.__file__.replace("signals", "work"), "exec"))
 """
 DEAF = """
 while True:

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gbp_ray.config import JobConfig, expand, load_job, trial_id
+from gbp_ray.config.job import JobConfig, expand, load_job, trial_id
+from gbp_ray.config.sweep import SweepConfig, span
 from gbp_ray.errors import ConfigError
-from gbp_ray.space import SweepConfig, span
 
 BASE = {
     "name": "try",

@@ -17,18 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gbp_ray.audit import find_faults
-from gbp_ray.config import JobConfig
+from gbp_ray.config.job import JobConfig
 from gbp_ray.errors import StoreError
-from gbp_ray.store import (
-    CostRecord,
-    FileRecord,
-    LayerRecord,
-    RoundRecord,
-    Store,
-    TrialRecord,
-    locate_trials,
-)
+from gbp_ray.results.maintenance import find_faults
+from gbp_ray.results.records import CostRecord, FileRecord, LayerRecord, RoundRecord, TrialRecord
+from gbp_ray.results.store import Store, locate_trials
 
 TRIAL = "taylor-s0.50-r2-00000000"
 FILES = {"weights.safetensors": b"w" * 5000, "masks.safetensors": b"m" * 70, "state.pt": b"s"}
@@ -704,7 +697,14 @@ def test_a_folder_without_results_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["gbp_ray", "gbp_ray.errors", "gbp_ray.config", "gbp_ray.store", "gbp_ray.report"]
+    "module",
+    [
+        "gbp_ray",
+        "gbp_ray.errors",
+        "gbp_ray.config.job",
+        "gbp_ray.results.store",
+        "gbp_ray.cli.tables",
+    ],
 )
 def test_results_are_read_without_torch_and_ray(module: str) -> None:
     code = (

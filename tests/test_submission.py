@@ -15,9 +15,9 @@ import pytest
 from user_files import USER_JOB, USER_MODULE
 
 import gbp_ray
-from gbp_ray.config import JobConfig, load_job, trial_id
+from gbp_ray.config.job import JobConfig, load_job, trial_id
 from gbp_ray.errors import ConfigError
-from gbp_ray.submission import PYTHONS, Submission, prepare_submission
+from gbp_ray.runtime.submission import PYTHONS, Submission, prepare_submission
 
 ROOT = Path(__file__).resolve().parent.parent
 STORAGE = {"storage": "s3://bucket/prefix"}
@@ -60,7 +60,9 @@ def test_the_archive_runs_where_there_is_nothing_of_ours(folder: Path, tmp_path:
         path = there / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    code = "import gbp_ray.config as c; print(c.__file__); print(c.load_job('.gbp-ray-job.toml'))"
+    code = (
+        "import gbp_ray.config.job as c; print(c.__file__); print(c.load_job('.gbp-ray-job.toml'))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=there,
@@ -289,7 +291,7 @@ def test_what_is_looked_for_on_the_head_is_what_the_package_depends_on() -> None
 
 def test_preparing_needs_neither_torch_nor_ray() -> None:
     code = (
-        "import sys; from gbp_ray.submission import prepare_submission;"
+        "import sys; from gbp_ray.runtime.submission import prepare_submission;"
         "prepare_submission(None, {'storage': '/shared'});"
         "print(sorted({'torch', 'ray'} & set(sys.modules)))"
     )

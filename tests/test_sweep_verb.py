@@ -13,13 +13,12 @@ import pytest
 import torch
 from shell import Outcome, Shell
 
-from gbp_ray import api
-from gbp_ray.config import expand, load_job, trial_id
+from gbp_ray.config.job import expand, load_job, trial_id
 from gbp_ray.errors import ConfigError, TrialError
-from gbp_ray.runtime import loggers, plans
-from gbp_ray.runtime.solo import run_solo
-from gbp_ray.store import Store
-from gbp_ray.summary import summarize
+from gbp_ray.results.query import summarize
+from gbp_ray.results.store import Store
+from gbp_ray.runtime import api, search
+from gbp_ray.runtime.trial import run_solo
 
 torch.set_num_threads(1)
 
@@ -145,20 +144,20 @@ def test_what_no_trial_could_do_is_refused_in_one_line(
 
 def test_if_all_trials_failed_so_has_the_sweep() -> None:
     job = load_job()
-    failed = plans.Outcome(trial_id(job), job, "failed", cause="out of luck")
+    failed = search.Outcome(trial_id(job), job, "failed", cause="out of luck")
     with pytest.raises(TrialError, match=r"all 2 trials failed.*out of luck") as caught:
         api._refuse_failure_of_all([failed, failed])
     assert caught.value.exit_code == 1
-    api._refuse_failure_of_all([failed, plans.Outcome("b", job, "finished")])
+    api._refuse_failure_of_all([failed, search.Outcome("b", job, "finished")])
     api._refuse_failure_of_all([])
 
 
 def test_an_extra_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(search.importlib.util, "find_spec", lambda name: None)
     job = load_job(None, {"sweep.loggers": ["wandb"]})
     with pytest.raises(ConfigError, match=r"pip install 'gbp-ray\[wandb\]'"):
-        loggers.check_extras(job)
-    loggers.check_extras(load_job())
+        search.check_extras(job)
+    search.check_extras(load_job())
 
 
 def test_a_prune_of_a_sweeps_job_says_what_it_leaves_out(finished: Path) -> None:
@@ -201,7 +200,7 @@ def test_a_dry_run_tells_what_is_done_and_starts_nothing(run: Run, finished: Pat
 
     # A third seed and a third criterion: 12 + 3 * 2 trials, 8 of them there.
     code = (
-        "import sys; from gbp_ray.cli import main; main();"
+        "import sys; from gbp_ray.cli.app import main; main();"
         "print({'ray'} & set(sys.modules), file=sys.stderr)"
     )
     space = [

@@ -14,9 +14,9 @@ from rich.table import Table
 from sample_results import sample_job, write_trial
 from shell import Shell
 
-from gbp_ray.config import load_job
-from gbp_ray.store import Store
-from gbp_ray.terminal import console, note, print_csv, say, step_teller, write_log
+from gbp_ray.cli.terminal import console, note, print_csv, say, step_teller, write_log
+from gbp_ray.config.job import load_job
+from gbp_ray.results.store import Store
 
 HOSTILE = "[red]a[/] [/] :smile: \x1b[31m\r\n\u202e\udcff"
 SHOWN = r"[red]a[/] [/] :smile: \x1b[31m\r\n\u202e\udcff"

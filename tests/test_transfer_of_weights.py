@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from gbp_ray import prune
-from gbp_ray.zoo.resnet import build_cifar_resnet
+from gbp_ray.workloads.networks import build_cifar_resnet
 
 
 def test_a_network_is_pruned_while_it_learns_other_classes(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from gbp_ray.config import WorkloadConfig
+from gbp_ray.config.workload import WorkloadConfig
 from gbp_ray.errors import ConfigError
-from gbp_ray.tying import tie_weights, without_wrappers
-from gbp_ray.workload import load_workload, seeded
-from gbp_ray.zoo.resnet import build_cifar_resnet
+from gbp_ray.workloads.data import seeded
+from gbp_ray.workloads.loading import load_workload
+from gbp_ray.workloads.networks import build_cifar_resnet
+from gbp_ray.workloads.tying import tie_weights, without_wrappers
 
 
 def resnet() -> nn.Module:

@@ -19,10 +19,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gbp_ray.config import JobConfig, TransferConfig, WorkloadConfig
+from gbp_ray.config.job import JobConfig
+from gbp_ray.config.workload import TransferConfig, WorkloadConfig
 from gbp_ray.errors import ConfigError, WorkloadError
-from gbp_ray.weights import find_misfits, pin_weights, start_from
-from gbp_ray.workload import load_workload, seeded
+from gbp_ray.workloads.data import seeded
+from gbp_ray.workloads.loading import load_workload
+from gbp_ray.workloads.weights import find_misfits, pin_weights, start_from
 
 
 def network(num_classes: int = 10) -> nn.Module:

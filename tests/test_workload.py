@@ -16,23 +16,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from gbp_ray.api import SweepResult
-from gbp_ray.config import WorkloadConfig, load_job
+from gbp_ray.config.job import load_job
+from gbp_ray.config.workload import WorkloadConfig
 from gbp_ray.errors import ConfigError, GbpError, WorkloadError
-from gbp_ray.findings import Findings
-from gbp_ray.pruning.explaining import _name_classes
-from gbp_ray.runtime.plans import Outcome
-from gbp_ray.workload import (
-    Workload,
+from gbp_ray.pruning.analysis import _name_classes
+from gbp_ray.results.findings import Findings
+from gbp_ray.runtime.api import SweepResult
+from gbp_ray.runtime.search import Outcome
+from gbp_ray.workloads.checks import blaming_labels, check_finite, check_labels, check_workload
+from gbp_ray.workloads.contract import Workload, count_top1, num_examples
+from gbp_ray.workloads.data import take_batch
+from gbp_ray.workloads.loading import (
     add_import_paths,
     build_network,
-    count_top1,
     import_attribute,
     load_workload,
-    num_examples,
-    take_batch,
 )
-from gbp_ray.workload_checks import blaming_labels, check_finite, check_labels, check_workload
 
 torch.set_num_threads(1)
 

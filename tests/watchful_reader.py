@@ -10,9 +10,9 @@ from __future__ import annotations
 import threading
 import time
 
-from gbp_ray.records import RoundRecord
-from gbp_ray.results import open_results
-from gbp_ray.store import Store
+from gbp_ray.results.query import open_results
+from gbp_ray.results.records import RoundRecord
+from gbp_ray.results.store import Store
 
 __all__ = ["WatchfulReader"]
 
@@ -56,7 +56,7 @@ class WatchfulReader:
                     self._read_trial(store, trial)
                 self._read_index(store)
                 time.sleep(self._pause_s)
-        except BaseException as error:  # noqa: BLE001 - told to the test
+        except BaseException as error:  # noqa: BLE001 - handed to the waiting thread
             self.failures.append(error)
 
     def _read_trial(self, store: Store, trial: str) -> None:

@@ -1,0 +1,1 @@
+"""Which weights go: units, criteria, scores, one global decision, masks and rounds."""

@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -36,20 +34,21 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.optim import Optimizer
 
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.distributed.sharding import (
+    gather_whole,
+    is_sharded,
+)
 from gbp_ray.errors import StoreError
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.sharding import gather_whole, is_shard, is_sharded, like_shard, local
-from gbp_ray.pruning.slices import cut_rows, owned
-from gbp_ray.store import REMEDY
-from gbp_ray.weights import save_state, tensor_state
+from gbp_ray.results.store import REMEDY
+from gbp_ray.training.network import _distinct, _rows_like, load_weights
+from gbp_ray.workloads.weights import save_state
 
 __all__ = [
     "SHARDS",
     "Checkpoint",
     "damaged",
-    "load_rows",
-    "load_weights",
     "restore_state",
     "save_round",
     "spread_masks",
@@ -162,72 +161,9 @@ def spread_masks(masks: MaskSet, model: nn.Module) -> MaskSet:
     return MaskSet(spread, masks.round, masks.criterion, masks.parent)
 
 
-def load_weights(model: nn.Module, data: bytes, source: str) -> None:
-    """Loads a round's weights into a freshly built network, in place; a sharded one takes its rows.
-
-    Raises:
-        StoreError: The bytes are not safetensors, or do not fit the model.
-    """
-    try:
-        tensors = load_tensors(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        # KeyError: a dtype that torch does not have.
-        raise StoreError(f"{source}: is not a readable safetensors file: {error}") from None
-    own = tensor_state(model)
-
-    def fits(name: str, tensor: Tensor) -> bool:
-        return name in own and (own[name].shape, own[name].dtype) == (tensor.shape, tensor.dtype)
-
-    missing, _ = model.load_state_dict(
-        {
-            name: _rows_like(tensor, own[name])
-            for name, tensor in tensors.items()
-            if fits(name, tensor)
-        },
-        strict=False,
-    )
-    present = {_identity(own[name]) for name in tensors if name in own}
-    missing = [n for n in missing if n in own and _identity(own[n]) not in present]
-    misfits = [name for name, tensor in tensors.items() if not fits(name, tensor)]
-    if missing or misfits:
-        name = (missing or misfits)[0]
-        raise StoreError(f"{source}: does not fit the model at '{name}'; was the workload changed?")
-
-
-def load_rows(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Loads whole tensors that fit into a network, in place; a sharded one takes its rows."""
-    own = tensor_state(model)
-    rows = {name: _rows_like(t.to(own[name].dtype), own[name]) for name, t in tensors.items()}
-    model.load_state_dict(rows, strict=False)
-
-
 def damaged(what: str, error: BaseException) -> StoreError:
     """Words what is wrong with a file that cannot be used."""
     return StoreError(f"{what}: is damaged ({type(error).__name__}); {REMEDY}")
-
-
-# -- replicated networks ---------------------------------------------------------------------------
-
-
-def _distinct(model: nn.Module) -> dict[str, Tensor]:
-    """Lists the state dict; of tied tensors, which the format refuses, the first name alone."""
-    seen: set[tuple[int, ...]] = set()
-    distinct: dict[str, Tensor] = {}
-    for name, tensor in tensor_state(model).items():
-        key = _identity(tensor)
-        if tensor.numel() and key in seen:
-            continue
-        seen.add(key)
-        distinct[name] = tensor.detach()
-    return distinct
-
-
-def _identity(tensor: Tensor) -> tuple[int, ...]:
-    """Tells tensors of a network apart, tied ones being the same; all ranks see the same ties."""
-    if is_shard(tensor):
-        # The rows of this rank may be none, and then lie nowhere.
-        return (id(tensor),)
-    return (tensor.data_ptr(), *tensor.shape)
 
 
 # -- sharded networks ------------------------------------------------------------------------------
@@ -366,13 +302,3 @@ def _keep_rows_of_state(optimizer: Optimizer) -> None:
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 state[key] = _rows_like(value, parameter)
-
-
-def _rows_like(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """Spreads a whole tensor as `pattern` is, each rank keeping its rows."""
-    if not is_shard(pattern) or is_shard(tensor):
-        return tensor
-    ranks = Ranks.current()
-    piece = cut_rows("", pattern.shape, ranks.world_size)[ranks.rank]
-    rows = owned(tensor, piece).clone().view(local(pattern.detach()).shape)
-    return like_shard(rows.to(pattern.device), pattern)

@@ -7,6 +7,8 @@ batch of each split goes through it.
 from __future__ import annotations
 
 import copy
+import warnings
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -14,33 +16,39 @@ from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gbp_ray.config import JobConfig, Recipe, trial_id
+from gbp_ray.config.job import JobConfig, trial_id
+from gbp_ray.config.training import Recipe
+from gbp_ray.distributed.agreement import check_data, check_on_record, fingerprints_of_network
+from gbp_ray.distributed.ranks import isolated
+from gbp_ray.distributed.sharding import PARTED, leaves, listen_to_groups, shard_network
 from gbp_ray.errors import ConfigError, WorkloadError, in_one_line, name_some
-from gbp_ray.pruning.agreement import check_data, check_on_record, fingerprints_of_network
-from gbp_ray.pruning.attack import refuse_unattackable
-from gbp_ray.pruning.building import network_of_seed
 from gbp_ray.pruning.criteria import criterion
-from gbp_ray.pruning.freezing import refuse_unfreezable, trainable_parameters
-from gbp_ray.pruning.masks import Prunable, prunable_parameters
-from gbp_ray.pruning.objective import refuse_unlearnable
-from gbp_ray.pruning.ranks import isolated
-from gbp_ray.pruning.reach import warn_of_unusual_weights
-from gbp_ray.pruning.saliency import check_criterion
+from gbp_ray.pruning.masks import starting_masks
+from gbp_ray.pruning.scoring import check_criterion
 from gbp_ray.pruning.selection import check_reachable, check_selectable
-from gbp_ray.pruning.sharding import PARTED, leaves, listen_to_groups, shard_network
-from gbp_ray.pruning.side_effects import (
+from gbp_ray.pruning.units import Prunable, prunable_parameters
+from gbp_ray.results.records import RoundRecord
+from gbp_ray.training.adversarial import refuse_unattackable
+from gbp_ray.training.distillation import refuse_unteachable
+from gbp_ray.training.loss import refuse_unlearnable
+from gbp_ray.training.network import network_of_seed
+from gbp_ray.training.optimizer import refuse_unfreezable, trainable_parameters
+from gbp_ray.training.side_effects import (
     Watch,
     check_evaluated,
     check_readings,
     check_training_passes,
 )
-from gbp_ray.pruning.teaching import refuse_unteachable
-from gbp_ray.pruning.tickets import starting_masks
-from gbp_ray.store import RoundRecord
-from gbp_ray.workload import Workload, in_mode, num_examples, take_batch
-from gbp_ray.workload_checks import check_workload
+from gbp_ray.workloads.checks import check_workload
+from gbp_ray.workloads.contract import Workload, in_mode, num_examples
+from gbp_ray.workloads.data import take_batch
+from gbp_ray.workloads.weights import tensor_state
 
-__all__ = ["check_job", "refuse_frozen_movement"]
+__all__ = [
+    "check_job",
+    "refuse_frozen_movement",
+    "warn_of_unusual_weights",
+]
 
 _NUM_ROUTES = 4
 
@@ -242,3 +250,70 @@ def _refuse_lone_part(
         ) from error
     finally:
         model.train(was_training)
+
+
+def warn_of_unusual_weights(
+    model: nn.Module, units: list[Prunable], workload: Workload, batch_size: int
+) -> None:
+    """Warns of weights that get no gradient, of embeddings, and of state that is not stored.
+
+    Args:
+        batch_size: Of the training examples that are tried.
+    """
+    total = sum(unit.parameter.numel() for unit in units)
+    known: list[Prunable] = []
+    for is_training, when in ((True, "in training"), (False, "in eval mode, where it is scored")):
+        found = _find_idle(model, units, workload, batch_size, is_training=is_training)
+        if idle := [unit for unit in found if unit not in known]:
+            known += idle
+            number = sum(unit.parameter.numel() for unit in idle)
+            warnings.warn(
+                f"prune: {_name_some(idle)} get{'s' if len(idle) == 1 else ''} no gradient from "
+                f"{batch_size} examples {when}; {number:,} of {total:,} prunable weights, whose "
+                "removal counts as sparsity; name in prune.exclude what no pass uses",
+                stacklevel=2,
+            )
+    tables = {m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    if embedded := [unit for unit in units if unit.parameter in tables]:
+        warnings.warn(
+            f"prune: {_name_some(embedded)}, which a layer shares with an embedding, loses weights "
+            "in both; name it in prune.exclude to keep it",
+            stacklevel=2,
+        )
+    kept = tensor_state(model)
+    if left_out := [f"'{name}'" for name in model.state_dict() if name not in kept]:
+        warnings.warn(
+            f"workload.factory: {name_some(left_out)} of the network's state is no "
+            "tensor and is not stored with its weights; a network that they are loaded into has "
+            "what build_model gives it",
+            stacklevel=2,
+        )
+
+
+def _find_idle(
+    model: nn.Module,
+    units: list[Prunable],
+    workload: Workload,
+    batch_size: int,
+    *,
+    is_training: bool,
+) -> list[Prunable]:
+    """Finds what the loss of a batch does not depend on; frozen weights are passed over."""
+    seen = [unit for unit in units if unit.parameter.requires_grad]
+    # What fails here fails in training too, and says why there.
+    with (
+        suppress(Exception),
+        in_mode(model, is_training=is_training),
+        isolated(model, 0),
+        torch.enable_grad(),
+    ):
+        indices = torch.arange(batch_size)
+        inputs, targets = take_batch(workload, workload.train, indices, augment_seed=0)
+        loss = workload.loss(model(inputs), targets)
+        gradients = torch.autograd.grad(loss, [unit.parameter for unit in seen], allow_unused=True)
+        return [unit for unit, found in zip(seen, gradients, strict=True) if found is None]
+    return []
+
+
+def _name_some(units: list[Prunable]) -> str:
+    return name_some([f"'{unit.name}' ({unit.parameter.numel():,})" for unit in units])

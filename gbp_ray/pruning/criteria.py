@@ -1,40 +1,219 @@
 """Every criterion: what it sums over the calibration data, and how it finishes.
 
-A criterion is an additive statistic plus a finish (`rules.Criterion`). What a batch adds is either
+A criterion is an additive statistic plus a finish (`Criterion`). What a batch adds is either
 a function of its gradients, weight by weight, or a pass of its own that gives one flat vector. How
-batches become a sum, and a sum the scores of each rank, is the business of `saliency`.
+batches become a sum, and a sum the scores of each rank, is the business of `scoring`.
 
 Shape suffixes: N = prunable weights of the model in the order of the global flat index, L = weights
 of one slice.
 Symbols of the formulas: w weight, g gradient of the mean loss over a batch, g_i of one example,
 H Hessian, sum_b over batches, n_b items in batch b, n in all, z random signs. An item is an
-example, or what else the loss is a mean over (`means`); example i counts as n_i.
+example, or what else the loss is a mean over (`metrics`); example i counts as n_i.
 """
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import reduce
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.overrides import TorchFunctionMode
 
-from gbp_ray.errors import ConfigError, PruneError, in_one_line
-from gbp_ray.pruning.masks import Prunable
-from gbp_ray.pruning.ranks import buffer_slots
-from gbp_ray.pruning.rules import Criterion, Probe, own_criterion
-from gbp_ray.workload import Workload, derive_seed, take_batch
+from gbp_ray.config.schema import nearest_name
+from gbp_ray.distributed.ranks import checksum
+from gbp_ray.distributed.sums import Fold
+from gbp_ray.errors import ConfigError, GbpError, PruneError, in_one_line
+from gbp_ray.pruning.statistics import (
+    BatchStatistic,
+    Probe,
+    Result,
+    _hessian_diagonal,
+    _hessian_gradient,
+    _squared_example_gradients,
+    _summed_gradient,
+)
+from gbp_ray.workloads.loading import import_attribute
 
-__all__ = ["CRITERIA", "criterion", "movement_statistic", "synaptic_flow"]
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "Finish",
+    "criterion",
+    "own_criterion",
+]
 
-_PER_EXAMPLE_BYTES = 256 * 2**20
-"""Room for per-example gradients: bounds the chunk of `fisher`."""
-_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+Finish = Callable[[Tensor, Tensor, float], Tensor]
+"""(weights_L, statistic_L, num_items) -> scores_L, weight by weight.
+
+A rank finishes its slice of one layer after the other; statistic_L is the last pass's sum.
+"""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A rule that gives scores.
+
+    Attributes:
+        name: As written in a job.
+        formula: In ASCII, symbols as in the module's docstring.
+        summed: What is added over batches and workers.
+        cost: Against one forward and backward pass over the calibration examples.
+        source: Authors, year, arXiv id or venue, equation.
+        of_gradients: What a batch adds, made of its gradients weight by weight: cheapest, and the
+            only way that never needs a sharded network whole.
+        passes: Else one statistic per pass over the calibration data; none for data-free criteria.
+        finish: Turns the last sum into scores.
+        is_signed: Whether scores below zero have a meaning: removal is expected to help.
+    """
+
+    name: str
+    formula: str
+    summed: str
+    cost: str
+    source: str
+    finish: Finish
+    of_gradients: Fold | None = None
+    passes: tuple[BatchStatistic, ...] = ()
+    is_signed: bool = False
+
+
+def own_criterion(name: str) -> Criterion:
+    """Makes a criterion of what a job names as "module:attr".
+
+    The attr is either a `Criterion`, or a function `(model, inputs, targets, loss) -> {parameter
+    name: tensor}`. It is called for each calibration batch with the batch's mean loss, a scalar
+    with its graph; what it returns is summed over the batches and taken as the scores.
+
+    Raises:
+        ConfigError: It cannot be found, or is neither.
+    """
+    found = import_attribute(name, "prune.criterion")
+    if isinstance(found, Criterion):
+        return _named(found, name)
+    if not callable(found):
+        raise ConfigError(
+            f"prune.criterion = '{name}': must be a function (model, inputs, targets, loss) -> "
+            f"{{parameter name: tensor}} or a Criterion, not {type(found).__name__}"
+        )
+    return Criterion(
+        name=name,
+        formula="sum_b f(batch)",
+        summed="what the function returns",
+        cost="one call per batch",
+        source="yours",
+        passes=(_wrap_function(found, name),),
+        finish=lambda weights_N, statistic_N, total: statistic_N,
+        is_signed=True,
+    )
+
+
+def _wrap_function(
+    function: Callable[[nn.Module, Tensor, Tensor, Tensor], Mapping[str, Tensor]], name: str
+) -> BatchStatistic:
+    def statistic(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
+        loss = probe.loss(probe.model(inputs), targets)
+        with _unchanged(name, dict(probe.model.named_parameters())):
+            found = _call_own(name, partial(function, probe.model, inputs, targets, loss))
+        if not isinstance(found, Mapping):
+            raise PruneError(
+                f"prune.criterion = '{name}': must return {{parameter name: tensor}}, not "
+                f"{type(found).__name__}"
+            )
+        for unit in probe.units:
+            given = found.get(unit.name)
+            if not isinstance(given, Tensor) or given.shape != unit.parameter.shape:
+                raise PruneError(
+                    f"prune.criterion = '{name}': must return a tensor of shape "
+                    f"{tuple(unit.parameter.shape)} for '{unit.name}', not "
+                    f"{_kind_of(given, unit.name, found)}"
+                )
+            _check_real(name, given)
+        return torch.cat([found[unit.name].detach().reshape(-1) for unit in probe.units])
+
+    return statistic
+
+
+def _named(rule: Criterion, name: str) -> Criterion:
+    """Makes each failure of a user's own rule name the field of the job that chose it."""
+
+    def guarded(statistic: BatchStatistic) -> BatchStatistic:
+        def call(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
+            total = sum(unit.parameter.numel() for unit in probe.units)
+            with _unchanged(name, dict(probe.model.named_parameters())):
+                vector_N = _call_own(name, partial(statistic, probe, inputs, targets))
+            return _require_flat(name, vector_N, total)
+
+        return call
+
+    def finish(weights_N: Tensor, statistic_N: Tensor, total: float) -> Tensor:
+        scores_N = _call_own(name, partial(rule.finish, weights_N, statistic_N, total))
+        return _require_flat(name, scores_N, len(weights_N))
+
+    def fold(gradient_L: Tensor, weight_L: Tensor, factor: float) -> Tensor:
+        assert rule.of_gradients is not None
+        with _unchanged(name, {"it was given": weight_L}):
+            added_L = _call_own(name, partial(rule.of_gradients, gradient_L, weight_L, factor))
+        return _require_flat(name, added_L, len(gradient_L))
+
+    return replace(
+        rule,
+        of_gradients=fold if rule.of_gradients is not None else None,
+        passes=tuple(guarded(statistic) for statistic in rule.passes),
+        finish=finish,
+    )
+
+
+def _call_own(name: str, call: Callable[[], Result]) -> Result:
+    try:
+        return call()
+    except GbpError:
+        raise
+    except Exception as error:
+        reason = in_one_line(error)
+        raise PruneError(f"prune.criterion = '{name}' raised {reason}") from error
+
+
+def _require_flat(name: str, vector_N: object, num_weights: int) -> Tensor:
+    if not isinstance(vector_N, Tensor) or vector_N.shape != (num_weights,):
+        raise PruneError(
+            f"prune.criterion = '{name}': its of_gradients, passes and finish must return a tensor "
+            f"of shape ({num_weights},), not {_kind_of(vector_N)}"
+        )
+    _check_real(name, vector_N)
+    return vector_N
+
+
+def _check_real(name: str, found: Tensor) -> None:
+    """Refuses what would become zeros or lose a part where scores are added up."""
+    kind = "complex" if found.is_complex() else "meta" if found.is_meta else "sparse"
+    if found.is_complex() or found.is_meta or found.layout is not torch.strided:
+        raise PruneError(
+            f"prune.criterion = '{name}': must return real numbers that are in memory, not a "
+            f"{kind} tensor"
+        )
+
+
+@contextmanager
+def _unchanged(name: str, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Refuses a criterion that writes to the weights it judges."""
+    before = {path: checksum(weight) for path, weight in weights.items()}
+    yield
+    changed = next((path for path, w in weights.items() if checksum(w) != before[path]), None)
+    if changed is not None:
+        raise PruneError(
+            f"prune.criterion = '{name}': changed the weights '{changed}' of the network; a "
+            "criterion only scores them, and what is pruned is set to zero afterwards"
+        )
+
+
+def _kind_of(value: object, name: str = "", found: Mapping[str, object] | None = None) -> str:
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape))
+    if found is not None and name not in found:
+        return f"nothing{nearest_name(name, [str(key) for key in found])}"
+    return type(value).__name__
 
 
 def criterion(name: str) -> Criterion:
@@ -48,222 +227,6 @@ def criterion(name: str) -> Criterion:
     if name not in CRITERIA:
         raise ConfigError(f"prune.criterion = '{name}': is not a criterion")
     return CRITERIA[name]
-
-
-def movement_statistic(weight: Tensor, gradient: Tensor) -> Tensor:
-    """Computes what one training step adds to the movement score: -w * g, shaped like w."""
-    return -(weight.double() * gradient.double())
-
-
-# -- passes of their own ---------------------------------------------------------------------------
-
-
-def _flat(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-
-
-def _zeros_like_flat(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
-    """Makes a running sum for tensors like these, in float32 or, where they are, in float64."""
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
-    total = sum(tensor.numel() for tensor in tensors)
-    return torch.zeros(total, dtype=dtype, device=tensors[0].device)
-
-
-def _summed_gradient(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
-    """n_b * g: a sum over examples, so that a short batch counts with its true size."""
-    return _flat(probe.gradients(inputs, targets)).mul_(probe.num_items(targets))
-
-
-def _squared_example_gradients(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
-    """sum_i n_i g_i^2 over the batch's examples, by vectorised per-example gradients in chunks."""
-    prunable = {unit.name: unit.parameter.detach() for unit in probe.units}
-
-    def example_loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        outputs = functional_call(probe.model, weights, (x.unsqueeze(0),))
-        return probe.loss(outputs, y.unsqueeze(0))
-
-    per_example = vmap(grad(example_loss), in_dims=(None, 0, 0))
-    num_weights = sum(weight.numel() for weight in prunable.values())
-    chunk = max(1, _PER_EXAMPLE_BYTES // (4 * num_weights))
-    total_N = _zeros_like_flat(list(prunable.values()))
-    slots = buffer_slots(probe.model)
-    for start in range(0, len(targets), chunk):
-        stop = start + chunk
-        try:
-            gradients = per_example(prunable, inputs[start:stop], targets[start:stop])
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError) as error:
-            reason = _why_not_by_example(probe.model, slots, inputs[:1], error)
-            raise PruneError(
-                "prune.criterion = fisher: single examples of this model cannot be differentiated, "
-                f"{reason}, or choose taylor_squared"
-            ) from error
-        squares = [gradients[unit.name].square() for unit in probe.units]
-        if probe.counts is not None:
-            squares = [_weigh(square, probe.counts[start:stop]) for square in squares]
-        total_N += _flat([square.sum(dim=0) for square in squares])
-    return total_N
-
-
-def _weigh(square: Tensor, counts: Tensor) -> Tensor:
-    """Weighs examples by their items; one without any has no gradient, which torch calls NaN."""
-    counts = counts.to(square).view(-1, *[1] * (square.ndim - 1))
-    return torch.where(counts > 0, square * counts, 0)
-
-
-def _why_not_by_example(
-    model: nn.Module,
-    slots: list[tuple[dict[str, Tensor | None], str, Tensor]],
-    inputs: Tensor,
-    error: Exception,
-) -> str:
-    """Names the buffers that a forward pass writes in eval mode; else repeats what torch said."""
-    # The failed pass may have left a tensor of its own in a buffer's place.
-    for owner, name, buffer in slots:
-        owner[name] = buffer
-    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
-    with suppress(RuntimeError, ValueError), torch.no_grad():
-        model(inputs)
-    written = [
-        f"'{name}'"
-        for name, buffer in model.named_buffers()
-        if buffer is not before[name][0]
-        or not torch.allclose(buffer, before[name][1], rtol=0, atol=0, equal_nan=True)
-    ]
-    if written:
-        return (
-            f"it writes {'buffers' if len(written) > 1 else 'buffer'} {', '.join(written)} in eval "
-            "mode; write such only while self.training"
-        )
-    text = textwrap.shorten(in_one_line(error), 200, placeholder=" ...")
-    return f"torch says {text}; mend the model"
-
-
-def _hessian_diagonal(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
-    """n_b * mean over probes of z * (H z), an unbiased estimate of the batch's diag(H)."""
-    gradients = probe.gradients(inputs, targets, create_graph=True)
-    num_probes = probe.config.hutchinson_probes
-    generator = torch.Generator().manual_seed(
-        derive_seed(probe.seed, "hutchinson", probe.batch_index)
-    )
-    total_N = _zeros_like_flat(gradients)
-    for number in range(num_probes):
-        signs = [
-            torch.randint(0, 2, g.shape, generator=generator).mul_(2).sub_(1).to(g)
-            for g in gradients
-        ]
-        products = _hessian_product(
-            gradients, signs, probe.parameters, keep_graph=number + 1 < num_probes
-        )
-        total_N += _flat(products) * _flat(signs)
-    return total_N * (probe.num_items(targets) / num_probes)
-
-
-def _hessian_gradient(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
-    """n_b * H G, with G the sum of gradients over all batches from the pass before."""
-    assert probe.previous_N is not None
-    gradients = probe.gradients(inputs, targets, create_graph=True)
-    pieces = probe.previous_N.split([g.numel() for g in gradients])
-    directions = [piece.view_as(g).to(g) for piece, g in zip(pieces, gradients, strict=True)]
-    products = _hessian_product(gradients, directions, probe.parameters, keep_graph=False)
-    return _flat(products) * probe.num_items(targets)
-
-
-def _hessian_product(
-    gradients: tuple[Tensor, ...],
-    directions: list[Tensor],
-    parameters: list[nn.Parameter],
-    keep_graph: bool,
-) -> tuple[Tensor, ...]:
-    # A gradient that does not depend on any weight, as in a linear model under a linear loss, has
-    # no graph: its row of the Hessian is zero.
-    pairs = [(g, d) for g, d in zip(gradients, directions, strict=True) if g.requires_grad]
-    if not pairs:
-        return tuple(torch.zeros_like(parameter) for parameter in parameters)
-    return torch.autograd.grad(
-        [g for g, _ in pairs],
-        parameters,
-        grad_outputs=[d for _, d in pairs],
-        retain_graph=keep_graph,
-        materialize_grads=True,
-    )
-
-
-def synaptic_flow(model: nn.Module, units: list[Prunable], workload: Workload) -> Tensor:
-    """|w * dR/dw| for R = sum of the outputs of the linearised network on an all-one input."""
-    sample, _ = take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
-    if not sample.is_floating_point():
-        raise PruneError(
-            f"prune.criterion = synflow: needs inputs of floating point, not {sample.dtype}; "
-            "choose another criterion for this model"
-        )
-    try:
-        scores_N = _flow(model, units, sample)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        try:
-            with _in_double():
-                scores_N = _flow(model, units, sample)
-        except Exception as error:
-            raise PruneError(
-                "prune.criterion = synflow: passes through the network in float64, and that fails "
-                f"with {textwrap.shorten(in_one_line(error), 200, placeholder=' ...')}; take "
-                "dtypes from the tensors at hand (x.to(self.weight.dtype)), or choose another "
-                "criterion"
-            ) from error
-    # Order is all that counts, and a common factor brings the scores back into float32.
-    largest = scores_N.max()
-    return scores_N / largest if largest > 0 else scores_N
-
-
-def _flow(model: nn.Module, units: list[Prunable], sample: Tensor) -> Tensor:
-    state = {
-        name: _flow_value(name, value)
-        for name, value in (*model.named_parameters(), *model.named_buffers())
-    }
-    weights = [state[unit.name].requires_grad_() for unit in units]
-    # Products of many layers leave the range of float32.
-    ones = torch.ones_like(sample[:1], dtype=torch.float64, device=units[0].parameter.device)
-    outputs = functional_call(model, state, (ones,))
-    gradients = torch.autograd.grad(outputs.sum(), weights, materialize_grads=True)
-    return _flat([weight * g for weight, g in zip(weights, gradients, strict=True)]).abs()
-
-
-@contextmanager
-def _in_double() -> Iterator[None]:
-    """Makes float64 of what a forward pass casts to, or makes in, a narrower floating point."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _Doubling():
-            yield
-    finally:
-        torch.set_default_dtype(default)
-
-
-class _Doubling(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        def widened(value: Any) -> Any:
-            is_narrow = value in _NARROW if isinstance(value, torch.dtype) else False
-            return torch.float64 if is_narrow else value
-
-        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
-            func = Tensor.double
-        named = {key: widened(value) for key, value in (kwargs or {}).items()}
-        return func(*map(widened, args), **named)
-
-
-def _flow_value(name: str, value: Tensor) -> Tensor:
-    if not value.is_floating_point():
-        return value.clone()
-    # Biases and running means add flow from nowhere; without them flow is conserved.
-    if name.rpartition(".")[2] in ("bias", "running_mean"):
-        return torch.zeros_like(value, dtype=torch.float64)
-    return value.detach().double().abs()
 
 
 # -- the registry ----------------------------------------------------------------------------------

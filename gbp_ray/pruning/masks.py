@@ -22,6 +22,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,126 +30,32 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch.optim import Optimizer
 
-from gbp_ray.config import match_names, nearest_glob, nearest_name
-from gbp_ray.errors import ConfigError, PruneError, StoreError, name_some
-from gbp_ray.pruning.sharding import add_over_ranks, gather_bits, local
-from gbp_ray.tensors import check_packed
+from gbp_ray.config.job import JobConfig, expand
+from gbp_ray.config.schema import is_matched, nearest_name
+from gbp_ray.distributed.sharding import (
+    add_over_ranks,
+    gather_bits,
+    local,
+)
+from gbp_ray.errors import ConfigError, GbpError, PruneError, StoreError
+from gbp_ray.pruning.units import Prunable, num_to_prune
+from gbp_ray.results.store import locate_round, open_objects
+from gbp_ray.results.tensors import check_packed
+from gbp_ray.workloads.weights import pin_weights
 
-__all__ = ["PRUNABLE_LAYERS", "MaskSet", "Prunable", "prunable_parameters"]
+__all__ = [
+    "MaskSet",
+    "check_pruned_zero",
+    "forget_pruned",
+    "pin_files",
+    "pin_trials",
+    "read_masks_at",
+    "starting_masks",
+]
 
 _FORMAT = "gbp_ray.masks"
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-PRUNABLE_LAYERS = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
-
-
-@dataclass(frozen=True)
-class Prunable:
-    """A parameter whose weights compete.
-
-    Attributes:
-        name: Its first name in the model; a tied parameter has others.
-        parameter: The weights.
-        input_dim: The axis along which n:m groups run.
-        num_groups: How many groups of a convolution lie along it one after another.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    input_dim: int
-    num_groups: int = 1
-
-
-def prunable_parameters(model: nn.Module, exclude: Iterable[str] = ()) -> list[Prunable]:
-    """Lists the prunable parameters in name order, which is the order of the global flat index.
-
-    Prunable are the weights of convolutions and linear layers; biases, norms, embeddings, and what
-    other modules hold are not, nor is a weight without elements. A parameter tied under several
-    names counts once, under the first; a glob that matches any of its names excludes it.
-
-    Raises:
-        ConfigError: A glob of `exclude` matches no parameter, or nothing is left to prune.
-        PruneError: A weight is not a parameter but computed from others, or no tensor of real
-            numbers that each have their place.
-    """
-    names_of: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(parameter, []).append(name)
-    found: dict[nn.Parameter, Prunable] = {}
-    computed = []
-    for path, module in model.named_modules():
-        if not isinstance(module, PRUNABLE_LAYERS):
-            continue
-        # To read what a parametrization computes may move its buffers, and fails in shards.
-        is_computed = is_parametrized(module, "weight")
-        weight = None if is_computed else getattr(module, "weight", None)
-        if is_computed or (isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter)):
-            computed.append(f"{path}.weight".lstrip("."))
-        elif weight in names_of and weight.numel():
-            is_turned = isinstance(module, _TRANSPOSED)
-            num_groups = int(module.groups) if is_turned else 1  # type: ignore[arg-type]
-            if weight in found:
-                num_groups = math.lcm(num_groups, found[weight].num_groups)
-            name = names_of[weight][0]
-            found[weight] = Prunable(name, weight, 0 if is_turned else 1, num_groups)
-    every_name = [name for names in names_of.values() for name in names]
-    excluded: set[str] = set()
-    for pattern in exclude:
-        matched = match_names(pattern, [*every_name, *computed])
-        if not matched:
-            raise ConfigError(
-                f"prune.exclude = '{pattern}': matches no parameter"
-                f"{nearest_glob(pattern, every_name)}"
-            )
-        excluded.update(matched)
-    for name in computed:
-        own = (f"{name}_", f"{name.removesuffix('weight')}parametrizations.weight.")
-        if name not in excluded and not any(other.startswith(own) for other in excluded):
-            raise PruneError(
-                f"'{name}': is computed from other tensors (by torch.nn.utils.prune or a "
-                "parametrization); make it a plain parameter first, or name it in prune.exclude"
-            )
-    kept = [unit for weight, unit in found.items() if excluded.isdisjoint(names_of[weight])]
-    for unit in kept:
-        _check_rankable(unit)
-    if not kept and found:
-        raise ConfigError(
-            "prune.exclude: leaves nothing to prune; the model needs a convolution or linear layer "
-            "that no glob matches"
-        )
-    if not kept:
-        raise ConfigError(f"workload.factory: the network has {_describe_unprunable(model)}")
-    return sorted(kept, key=lambda unit: unit.name)
-
-
-def _check_rankable(unit: Prunable) -> None:
-    weight, why = unit.parameter, ""
-    if not weight.is_floating_point() or weight.element_size() == 1:
-        why = f"is of {weight.dtype}, and criteria rank real numbers of 16 bits or more"
-    elif weight.layout is not torch.strided:
-        why = f"has the layout {weight.layout}"
-    elif any(step == 0 and n > 1 for n, step in zip(weight.shape, weight.stride(), strict=True)):
-        why = "is expanded, so that several of its weights are one number in memory"
-    if why:
-        raise PruneError(
-            f"'{unit.name}': {why}; make it a plain parameter or name it in prune.exclude"
-        )
-
-
-def _describe_unprunable(model: nn.Module) -> str:
-    """Words what a network has in place of prunable weights."""
-    owners = [
-        f"'{f'{path}.{name}'.lstrip('.')}' of {type(module).__name__}"
-        for path, module in model.named_modules()
-        for name, _ in module.named_parameters(recurse=False)
-    ]
-    return (
-        "nothing to prune: prunable are the weights of convolutions (nn.Conv, nn.ConvTranspose) "
-        f"and linear layers (nn.Linear), and its parameters are {name_some(owners) or 'none'}"
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -437,3 +344,167 @@ def _read_metadata(data: bytes) -> dict[str, str]:
     header = json.loads(data[8 : 8 + length])
     metadata = header.get("__metadata__") or {}
     return {str(key): str(value) for key, value in metadata.items()}
+
+
+_FILE = "masks.safetensors"
+_KEY = "prune.initial_masks"
+
+
+def read_masks_at(source: str) -> MaskSet:
+    """Reads masks from a file, or from the round or trial at an address.
+
+    Args:
+        source: Path or s3:// address of a mask file, or of a round's or a trial's folder; a trial
+            gives those of the round that it is for.
+
+    Raises:
+        StoreError: There is no such thing, or it is damaged.
+    """
+    is_s3 = source.startswith("s3://")
+    path = Path(source.removeprefix("file://")).expanduser()
+    if is_s3 and source.partition("?")[0].endswith(".safetensors"):
+        address, mark, query = source.partition("?")
+        folder, _, name = address.rpartition("/")
+        data = open_objects(f"{folder}{mark}{query}").get(name)
+        if data is None:
+            raise StoreError(f"'{source}': there is no such file")
+        return MaskSet.from_bytes(data, source)
+    if not is_s3 and path.is_file():
+        try:
+            return MaskSet.from_bytes(path.read_bytes(), source)
+        except OSError as error:
+            raise StoreError(f"'{source}': cannot be read: {error.strerror}") from None
+    store, trial, record = locate_round(source)
+    return MaskSet.from_bytes(store.read_file(trial, record, _FILE), source)
+
+
+def pin_files(job: JobConfig, known: dict[str, str] | None = None) -> JobConfig:
+    """Notes the digests of masks and weights that a job names, which then are part of its id.
+
+    Args:
+        known: Digests by address, which grow; jobs of one sweep share them.
+
+    Raises:
+        ConfigError: The masks cannot be read.
+        WorkloadError: The weights cannot be read.
+    """
+    known = {} if known is None else known
+    job = pin_weights(job, known)
+    source = job.prune.initial_masks
+    if not source or job.prune.initial_masks_digest:
+        return job
+    if source not in known:
+        known[source] = _read(job).digest
+    prune = job.prune.model_copy(update={"initial_masks_digest": known[source]})
+    return job.model_copy(update={"prune": prune})
+
+
+def pin_trials(job: JobConfig) -> tuple[JobConfig, list[JobConfig]]:
+    """Pins what a sweep starts from; returns it with the trials of its grid, if it is one.
+
+    Raises:
+        GbpError: As `pin_files` and `expand`.
+    """
+    if job.sweep.search != "grid":
+        return pin_files(job), []
+    digests: dict[str, str] = {}
+    return job, [pin_files(trial, digests) for trial in expand(job)]
+
+
+def starting_masks(job: JobConfig, units: Iterable[Prunable]) -> MaskSet | None:
+    """Reads the masks that a job starts from, fitted to its network; None where it has none.
+
+    Raises:
+        ConfigError: They cannot be read, are not those that the job was made with, do not fit, or
+            have removed more than the job asks for.
+    """
+    if not job.prune.initial_masks:
+        return None
+    found, named = _read(job), f"{_KEY} = '{job.prune.initial_masks}'"
+    if job.prune.initial_masks_digest not in ("", found.digest):
+        raise ConfigError(
+            f"{named}: holds other masks than when the job was made (digest {found.digest[:12]}, "
+            f"not {job.prune.initial_masks_digest[:12]}); restore them, or unset "
+            "prune.initial_masks_digest, which makes it another job"
+        )
+    shapes = {unit.name: tuple(unit.parameter.shape) for unit in units}
+    masks = _fit(found, shapes, job.prune.exclude, named)
+    if num_to_prune(job.prune.sparsity, masks.num_units) < masks.num_pruned:
+        raise ConfigError(
+            f"prune.sparsity = {job.prune.sparsity:g}: is below the {masks.sparsity:.4f} of "
+            f"{_KEY}, and masks only ever remove; raise it"
+        )
+    return masks
+
+
+def _read(job: JobConfig) -> MaskSet:
+    try:
+        return read_masks_at(job.prune.initial_masks)
+    except GbpError as error:
+        raise ConfigError(f"{_KEY} = '{job.prune.initial_masks}': {error}") from error
+
+
+def _fit(
+    found: MaskSet, shapes: Mapping[str, tuple[int, ...]], exclude: tuple[str, ...], named: str
+) -> MaskSet:
+    for name, mask in found.items():
+        if name not in shapes:
+            # Only the name of an excluded parameter is known here by its glob.
+            if is_matched(name, exclude):
+                continue
+            raise ConfigError(
+                f"{named}: masks '{name}', which is no prunable parameter of this network"
+                f"{nearest_name(name, list(shapes))}; give masks of the same network, or name it "
+                "in prune.exclude"
+            )
+        if tuple(mask.shape) != shapes[name]:
+            raise ConfigError(
+                f"{named}: the mask of '{name}' has shape {tuple(mask.shape)}, the weights have "
+                f"{shapes[name]}; give masks of the same network, or name it in prune.exclude"
+            )
+    own = {
+        name: found[name] if name in found else torch.ones(shape, dtype=torch.bool)
+        for name, shape in shapes.items()
+    }
+    return MaskSet(own, 0, found.criterion, found.digest)
+
+
+@torch.no_grad()
+def forget_pruned(model: nn.Module, optimizer: Optimizer, masks: MaskSet) -> None:
+    """Zeroes the optimizer's state (momentum, second moments) of pruned weights."""
+    for name, parameter in model.named_parameters():
+        if name in masks:
+            for value in _state_like(optimizer, parameter).values():
+                local(value).masked_fill_(~local(masks[name]), 0)
+
+
+def check_pruned_zero(model: nn.Module, optimizer: Optimizer | None, masks: MaskSet) -> None:
+    """Makes sure that pruned weights, and the optimizer's state for them, are exactly zero.
+
+    Raises:
+        PruneError: Naming the first parameter that is not.
+    """
+    revived = masks.find_revived(model)
+    if revived is not None:
+        raise PruneError(f"'{revived}': a pruned weight came back to life during training")
+    if optimizer is None:
+        return
+    found: list[tuple[str, str, int]] = []
+    for name, parameter in model.named_parameters():
+        if name in masks:
+            for key, value in _state_like(optimizer, parameter).items():
+                pruned = ~local(masks[name])
+                found.append((name, key, int(torch.any(local(value)[pruned] != 0))))
+    everywhere = add_over_ranks([number for *_, number in found], masks.values())
+    for (name, key, _), number in zip(found, everywhere, strict=True):
+        if number:
+            raise PruneError(f"'{name}': optimizer state '{key}' of a pruned weight is not 0")
+
+
+def _state_like(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    state = optimizer.state.get(parameter, {})
+    return {
+        key: value
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+    }

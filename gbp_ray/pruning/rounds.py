@@ -19,61 +19,36 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gbp_ray.config import JobConfig
+from gbp_ray.config.job import JobConfig
+from gbp_ray.config.prune import sparsity_schedule
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.distributed.sharding import PARTED, is_sharded, local, route_of
 from gbp_ray.errors import PruneError, StoreError
-from gbp_ray.pruning.averaging import MovingAverage
-from gbp_ray.pruning.batchnorm import keeping_statistics, recalibrate_as_asked
-from gbp_ray.pruning.building import build_start, copy_frozen
-from gbp_ray.pruning.causes import why_not_finite
-from gbp_ray.pruning.checkpoint import (
-    Checkpoint,
-    damaged,
-    load_weights,
-    restore_state,
-    save_round,
-    spread_masks,
-)
+from gbp_ray.pruning.checkpoint import Checkpoint, damaged, restore_state, save_round, spread_masks
 from gbp_ray.pruning.checks import refuse_frozen_movement
-from gbp_ray.pruning.criteria import movement_statistic
-from gbp_ray.pruning.evaluation import evaluate
-from gbp_ray.pruning.masks import MaskSet, prunable_parameters
-from gbp_ray.pruning.metrics import measure
-from gbp_ray.pruning.objective import Teacher
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.robustness import robust_accuracy
-from gbp_ray.pruning.saliency import score
-from gbp_ray.pruning.schedule import sparsity_schedule
-from gbp_ray.pruning.selection import num_to_prune, select_masks
-from gbp_ray.pruning.sharding import PARTED, is_sharded, local, route_of
-from gbp_ray.pruning.slices import SlicedScores
-from gbp_ray.pruning.stopping import train_until_stale
-from gbp_ray.pruning.teaching import prepare_teacher
-from gbp_ray.pruning.tickets import starting_masks
-from gbp_ray.pruning.training import (
-    Span,
-    check_pruned_zero,
-    forget_pruned,
-    make_optimizer,
-    num_steps,
-    train_epochs,
-)
-from gbp_ray.store import RoundRecord
-from gbp_ray.weights import tensor_state
-from gbp_ray.workload import (
-    Workload,
-    derive_seed,
-    judged_split,
-    num_examples,
-    shuffled_indices,
-)
+from gbp_ray.pruning.masks import MaskSet, check_pruned_zero, forget_pruned, starting_masks
+from gbp_ray.pruning.scoring import score
+from gbp_ray.pruning.selection import select_masks
+from gbp_ray.pruning.statistics import movement_statistic
+from gbp_ray.pruning.units import SlicedScores, measure, num_to_prune, prunable_parameters
+from gbp_ray.results.records import RoundRecord
+from gbp_ray.training.adversarial import robust_accuracy
+from gbp_ray.training.batchnorm import keeping_statistics, recalibrate_as_asked
+from gbp_ray.training.causes import why_not_finite
+from gbp_ray.training.distillation import Teacher, prepare_teacher
+from gbp_ray.training.evaluation import evaluate
+from gbp_ray.training.loop import Span, train_epochs, train_until_stale
+from gbp_ray.training.network import build_start, copy_frozen, load_weights
+from gbp_ray.training.optimizer import MovingAverage, make_optimizer, num_steps
+from gbp_ray.workloads.contract import Workload, judged_split, num_examples
+from gbp_ray.workloads.data import derive_seed, shuffled_indices
+from gbp_ray.workloads.weights import tensor_state
 
 __all__ = [
-    "Checkpoint",
     "RoundState",
     "ScoreCache",
     "Tell",
     "goes_back_to_dense",
-    "load_weights",
     "run_rounds",
 ]
 

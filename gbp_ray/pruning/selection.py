@@ -30,21 +30,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gbp_ray.config import PruneConfig, is_matched, match_names, nearest_glob
+from gbp_ray.config.prune import PruneConfig
+from gbp_ray.config.schema import is_matched, match_names, nearest_glob
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.distributed.sharding import Slice, is_shard, like_shard, local, owned, unpack_pieces
 from gbp_ray.errors import ConfigError, PruneError, name_some
-from gbp_ray.pruning.contenders import Contenders, put_up
+from gbp_ray.pruning.counting import Contenders, put_up
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.sharding import is_shard, like_shard, local, unpack_pieces
-from gbp_ray.pruning.slices import Slice, SlicedScores, owned
-from gbp_ray.pruning.thresholds import Cut, Pool, exact_threshold, find_cuts
+from gbp_ray.pruning.thresholds import Cut, Pool, find_cuts
+from gbp_ray.pruning.units import SlicedScores, num_to_prune
 
 __all__ = [
     "Selection",
     "check_reachable",
     "check_selectable",
-    "exact_threshold",
-    "num_to_prune",
     "select_masks",
 ]
 
@@ -80,11 +79,6 @@ class _Layer:
     @property
     def size(self) -> int:
         return math.prod(self.piece.shape)
-
-
-def num_to_prune(sparsity: float, num_units: int) -> int:
-    """Rounds sparsity * units half up: the exact number of removed units."""
-    return math.floor(sparsity * num_units + 0.5)
 
 
 def select_masks(

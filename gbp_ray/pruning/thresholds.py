@@ -32,10 +32,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gbp_ray.pruning.contenders import DIGIT_BITS, Contenders, Scan, from_key, put_up
-from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.pruning.counting import DIGIT_BITS, Contenders, Scan, from_key, put_up
 
-__all__ = ["Cut", "Pool", "exact_threshold", "find_cuts"]
+__all__ = [
+    "Cut",
+    "Pool",
+    "exact_threshold",
+    "find_cuts",
+]
 
 _SAMPLE = 2**17
 _LEAST_STRIDE = 64

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gbp_ray.config import ClusterConfig
+from gbp_ray.config.cluster import ClusterConfig
 from gbp_ray.errors import ConfigError
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
 _ACCELERATOR = "accelerator_type:"
 _LEAST_SHARE = 0.001
 """What Ray has of a kind of GPU is 1 on each machine that has one; so many may ask for it."""
+
 _ROUNDING = 1e-9
 
 

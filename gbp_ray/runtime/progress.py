@@ -16,15 +16,23 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
 
-from gbp_ray.runtime.start import SUBMITTED
-from gbp_ray.store import RoundRecord
-from gbp_ray.terminal import Screen
+from gbp_ray.errors import printable
+from gbp_ray.results.records import RoundRecord
+from gbp_ray.runtime.bootstrap import SUBMITTED
 
-__all__ = ["CHECKED", "ProgressBoard", "SweepBoard", "Tick"]
+__all__ = [
+    "CHECKED",
+    "ProgressBoard",
+    "Screen",
+    "SweepBoard",
+    "Tick",
+]
 
 CHECKED = "all checks passed"
 """What the driver of a submitted job says when nothing known is in its way; who submits waits."""
@@ -266,3 +274,14 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Screen(Console):
+    """A terminal on which text is only text: it has no markup and steers nothing."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Makes what is shown for a string: a line, a cell or a heading."""
+        return super().render_str(printable(text), **options)

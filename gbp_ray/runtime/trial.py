@@ -1,331 +1,371 @@
-"""One trial on Ray: a TorchTrainer over 1 to N workers, with Ray's noise and errors unwrapped.
+"""One trial from its lease to its record, in the process that drives it.
 
-The store, not Ray, holds the state of a trial: a restarted worker group, of the same size or
-another, goes on after the last committed round, and so does a new driver.
+This is what a trial of a sweep runs, and the end of every other trial too. It stops after each
+round, so that a scheduler may have its say, and holds the trial's lease all the while.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-import os
-import shutil
-import tempfile
+import platform
 import time
-import traceback
-import uuid
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
-import ray
-import ray.train
-import ray.train.torch
-import torch
+from torch import nn
 
-from gbp_ray.config import JobConfig, trial_id
-from gbp_ray.errors import GbpError, StoreError, TrialError, WorkloadError
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.runtime import START_TIMEOUT_S
-from gbp_ray.runtime.failures import (
-    Failure,
-    find_failure,
-    first_line,
-    is_consequence,
-    may_pass,
-    unwrap,
-)
-from gbp_ray.runtime.machines import check_cluster, check_folder, list_machines
-from gbp_ray.runtime.mailbox import Relay
-from gbp_ray.runtime.placement import worker_resources
-from gbp_ray.runtime.privacy import PrivateTorchConfig, is_private
-from gbp_ray.runtime.progress import ProgressBoard, Tick
-from gbp_ray.runtime.session import fit_interruptibly, ray_session
-from gbp_ray.runtime.watch import Standstill, Watch
-from gbp_ray.store import RoundRecord, Store
-from gbp_ray.workload import add_import_paths
+from gbp_ray import __version__
+from gbp_ray.config.job import JobConfig, trial_id
+from gbp_ray.distributed.ranks import Ranks, fixed_kernels, own_device
+from gbp_ray.distributed.sharding import is_sharded
+from gbp_ray.errors import StoreError
+from gbp_ray.pruning.checkpoint import SHARDS, Checkpoint
+from gbp_ray.pruning.checks import check_job
+from gbp_ray.pruning.rounds import RoundState, ScoreCache, goes_back_to_dense, run_rounds
+from gbp_ray.results.records import RoundRecord, TrialRecord, choose_round
+from gbp_ray.results.store import Store
+from gbp_ray.runtime.cache import SharedScores, adopt_dense, dense_origin, share_dense
+from gbp_ray.runtime.progress import Tick
+from gbp_ray.training.evaluation import measure_final_test
+from gbp_ray.training.network import build_start
+from gbp_ray.training.optimizer import num_steps
+from gbp_ray.workloads.contract import Workload
+from gbp_ray.workloads.loading import load_workload, own_sources
 
-__all__ = ["StoppedError", "fit_trial", "run_trial"]
+__all__ = [
+    "Step",
+    "finish_trial",
+    "iterate_trial",
+    "run_solo",
+    "run_whole",
+    "work_trial",
+]
 
-_POLL_INTERVAL_S = 0.2
-_TICK_INTERVAL_S = 0.2
-_GRACE_S = 5.0
-"""How long a worker holds back that it lost the others: Ray then sees which one died."""
-_EXCHANGE_TIMEOUT_S = 4 * 3600
-"""How long workers wait for one that builds the workload; hung ones are noticed by `watch`."""
-_MAILBOX_TIMEOUT_S = 10.0
+RunRounds = Callable[[], Iterator[RoundRecord]]
+"""Runs the rounds that a trial lacks, committing each."""
 
 
-def run_trial(
-    job: JobConfig, import_paths: list[str], board: ProgressBoard, *, is_debug: bool = False
-) -> None:
-    """Runs a trial's missing rounds on Ray Train workers.
+@dataclass(frozen=True)
+class Step:
+    """A round of a trial.
+
+    Attributes:
+        record: What was measured.
+        is_old: Whether it was there before, and not computed now.
+    """
+
+    record: RoundRecord
+    is_old: bool
+
+
+def run_solo(
+    job: JobConfig,
+    tell: Callable[[Tick], None] = lambda tick: None,
+    is_patient: bool = True,
+) -> Iterator[Step]:
+    """Runs a trial on one rank, this process; yields its rounds from the first, then commits it.
 
     Args:
-        import_paths: Folders where workers find the user's modules.
-        board: Shows the workers' progress.
-        is_debug: Lets Ray's own output through.
+        is_patient: Waits where another driver is at work on it.
 
     Raises:
-        GbpError: What a worker raised on purpose, as it raised it.
-        TrialError: The workers failed for another reason; names trial, rank and root cause.
+        BusyError: Another driver is, and this one does not wait.
+        GbpError: What is wrong with the job or the storage.
     """
-    with ray_session(job.cluster, is_debug):
-        check_cluster(job, import_paths)
-        board.pass_checks()
-        with Relay(board, job.cluster) as relay:
-            refusal = fit_trial(job, import_paths, relay.mailbox, describe=relay.describe)
-    if refusal is not None:
-        raise refusal
+    store = Store(job.storage, job.name)
+
+    def run_rounds() -> Iterator[RoundRecord]:
+        return iterate_trial(
+            job, Ranks(device=own_device(job)), tell=tell, score_cache=SharedScores(store)
+        )
+
+    return run_whole(job, store, run_rounds, is_patient=is_patient)
 
 
-def fit_trial(
+def run_whole(
+    job: JobConfig, store: Store, run_rounds: RunRounds, *, is_patient: bool = True
+) -> Iterator[Step]:
+    """Does so with whatever runs the rounds; the dense network is shared with other trials."""
+    name = trial_id(job)
+    started = time.monotonic()
+    with store.await_lease(f"trials/{name}") if is_patient else store.hold(name) as lease:
+        # Whoever held it before may have finished the trial.
+        finished = store.read_trial(name)
+        rounds = store.read_rounds(name) if finished is None else finished.rounds
+        for record in rounds:
+            yield Step(record, is_old=True)
+        if finished is not None:
+            return
+        check_job(job, load_workload(job.workload, job.seed), rounds[0] if rounds else None)
+        for record in _run_with_dense(job, store, run_rounds):
+            lease.check()
+            yield Step(record, is_old=False)
+        lease.check()
+        finish_trial(job, store, time.monotonic() - started)
+
+
+def _run_with_dense(job: JobConfig, store: Store, run_rounds: RunRounds) -> Iterator[RoundRecord]:
+    if dense_origin(job) is None or store.read_round(trial_id(job), 0) is not None:
+        yield from run_rounds()
+        return
+    record, rounds = adopt_dense(store, job), None
+    if record is None:
+        with share_dense(store, job) as share:
+            # Another trial may have trained it while this one waited for its turn.
+            record = adopt_dense(store, job)
+            if record is None:
+                rounds = run_rounds()
+                record = next(rounds)
+                share(record)
+    yield record
+    yield from rounds or run_rounds()
+
+
+def finish_trial(job: JobConfig, store: Store, seconds: float) -> TrialRecord:
+    """Commits a trial whose rounds are all there.
+
+    Raises:
+        StoreError: Some are not, or the storage cannot be written.
+    """
+    name = trial_id(job)
+    rounds = store.read_rounds(name)
+    if len(rounds) != job.prune.rounds + 1:
+        raise StoreError(
+            f"storage: round {len(rounds)} vanished from '{store.trial_uri(name)}'; is another "
+            "process running this job? Run the job again when it has ended"
+        )
+    test = store.read_test(name)
+    if test is None and job.workload.validation:
+        raise StoreError(
+            f"storage: test.json vanished from '{store.trial_uri(name)}'; run the job again"
+        )
+    record = TrialRecord(
+        trial_id=name,
+        job=job,
+        rounds=tuple(rounds),
+        seconds=round(seconds, 1),
+        num_workers=job.cluster.num_workers,
+        versions=_versions(),
+        sources=own_sources(job),
+        test=test,
+    )
+    store.write_trial(record)
+    return record
+
+
+def _versions() -> dict[str, str]:
+    # What a job brought along to a cluster is not installed there.
+    packages = {"gbp-ray": __version__}
+    for name in ("torch", "ray", "numpy"):
+        with suppress(PackageNotFoundError):  # one rank needs no Ray
+            packages[name] = version(name)
+    return {"python": platform.python_version(), **packages, "machine": platform.machine()}
+
+
+def work_trial(
     job: JobConfig,
-    import_paths: list[str],
-    mailbox: Any,
-    gate: Any = None,
-    describe: Callable[[Failure], tuple[int, str]] = lambda failure: (failure.rank, failure.words),
-) -> GbpError | None:
-    """Runs the workers to their end; returns what they all agreed to fail with.
+    ranks: Ranks,
+    *,
+    tell: Callable[[Tick], None] = lambda tick: None,
+    round_done: Callable[[RoundRecord], None] = lambda record: None,
+) -> None:
+    """Runs a trial's missing rounds, committing each to the job's store.
 
     Args:
-        mailbox: Takes their progress.
-        gate: A mailbox of this trial's own that takes each round and says when to go on.
-        describe: Says of a failure which worker it was and what happened to it.
+        tell: Given this rank's progress after each step.
+        round_done: Called on every rank after each committed round.
+
+    Raises:
+        GbpError: The same one on all ranks.
     """
-    with _scratch(job) as scratch, tempfile.TemporaryDirectory(prefix="gbp-ray-") as meeting:
-        torch_config = ray.train.torch.TorchConfig(timeout_s=_EXCHANGE_TIMEOUT_S)
-        if is_private():
-            torch_config = PrivateTorchConfig(timeout_s=_EXCHANGE_TIMEOUT_S, folder=meeting)
-        return _fit(scratch, torch_config, job, import_paths, mailbox, gate, describe)
+    for record in iterate_trial(job, ranks, tell=tell):
+        round_done(record)
 
 
-@contextlib.contextmanager
-def _scratch(job: JobConfig) -> Iterator[str]:
-    """Gives Ray a place for its own files, which say nothing that the records do not."""
-    store = Store(job.storage, job.name)
-    if store.folder is not None:
-        folder = store.folder / "ray"
-        try:
-            yield str(folder)
-        finally:
-            shutil.rmtree(folder / trial_id(job), ignore_errors=True)
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-    elif job.cluster.address is None:
-        with tempfile.TemporaryDirectory(prefix="gbp-ray-") as local:
-            yield local
-    else:
-        # Several machines share no folder, but all of them reach the store.
-        try:
-            yield store.objects.uri_of("ray")
-        finally:
-            # What ended the trial matters more than what it leaves here.
-            with contextlib.suppress(StoreError):
-                leftovers = store.objects.entries(f"ray/{trial_id(job)}/")
-                store.objects.delete([entry.key for entry in leftovers])
-
-
-def _fit(
-    scratch: str,
-    torch_config: ray.train.torch.TorchConfig,
+def iterate_trial(
     job: JobConfig,
-    import_paths: list[str],
-    mailbox: Any,
-    gate: Any,
-    describe: Callable[[Failure], tuple[int, str]],
-) -> GbpError | None:
-    cluster, name = job.cluster, trial_id(job)
-    # A worker that answers Ray no more is frozen.
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cluster.hang_timeout_s or "inf")
-    trainer = ray.train.torch.TorchTrainer(
-        _train_worker,
-        train_loop_config={
-            "job": job.model_dump(mode="json"),
-            "import_paths": import_paths,
-            "working_folder": os.getcwd(),  # noqa: PTH109
-            "mailbox": mailbox,
-            "gate": gate,
-        },
-        torch_config=torch_config,
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.num_workers,
-            use_gpu=cluster.use_gpu,
-            resources_per_worker=worker_resources(cluster, list_machines()),
-            placement_strategy=cluster.placement.upper(),
-        ),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=scratch,
-            failure_config=ray.train.FailureConfig(
-                max_failures=cluster.max_failures,
-                max_preemption_failures=(
-                    -1 if cluster.max_preemptions is None else cluster.max_preemptions
-                ),
-                controller_failure_limit=max(
-                    0, math.ceil(cluster.room_timeout_s / START_TIMEOUT_S) - 1
-                ),
-            ),
-            callbacks=[_Listener(mailbox, name)],
-        ),
-    )
-    try:
-        result = fit_interruptibly(trainer)
-    except ray.train.WorkerGroupError as error:
-        failure = find_failure(error.worker_failures)
-        raise _final_error(failure, describe, job, name) from error
-    except ray.train.ControllerError as error:
-        cause = unwrap(error)
-        text = first_line(cause)
-        if "startup timed out" in text:
-            text = (
-                f"the cluster had no room for cluster.num_workers = {cluster.max_workers} within "
-                f"cluster.room_timeout_s = {cluster.room_timeout_s:g}; ask for fewer or wait longer"
-            )
-        raise TrialError(
-            f"trial {name}: Ray could not run the workers: {text}; run the job again to go on "
-            "after its last whole round",
-            trial_id=name,
-            rank=None,
-            cause=text,
-        ) from error
-    told: GbpError | None = result.return_value
-    if isinstance(told, TrialError):
-        return TrialError(
-            f"trial {name}: worker {told.rank} failed with {told.cause}; it would again, so the "
-            "workers were not started again; mend it and run the job again to go on after its "
-            "last whole round",
-            trial_id=name,
-            rank=told.rank,
-            cause=told.cause,
-            is_lasting=True,
-        )
-    return told
+    ranks: Ranks,
+    *,
+    tell: Callable[[Tick], None] = lambda tick: None,
+    score_cache: ScoreCache | None = None,
+) -> Iterator[RoundRecord]:
+    """Does the same and stops after each round, until it is asked for the next one.
 
+    Args:
+        score_cache: Asked for the scores of the dense network.
 
-def _train_worker(config: dict[str, Any]) -> GbpError | None:
-    """Runs on each Ray Train worker; returns rather than raises what all ranks agree on.
-
-    A bad input stays bad: returning it spares the restarts that a raised error would trigger.
+    Yields:
+        The record of each committed round.
     """
-    # Here, since Ray's controller of the workers loads this module, too: it saves a second there.
-    from gbp_ray.runtime.worker import work_trial
+    with fixed_kernels(job.cluster.threads_per_worker):
+        name = trial_id(job)
+        store = Store(job.storage, job.name)
+        workload = ranks.together(lambda: load_workload(job.workload, job.seed))
+        # All go by what rank 0 sees: a round may be committed between two looks.
+        records = ranks.share_object(ranks.together(lambda: store.read_rounds(name)))
+        # Whoever holds the trial now must hold it at each commit.
+        driver = ranks.together(lambda: store.read_driver(name))
+        teller = _Teller(job, workload, name, tell)
+        model: nn.Module | None = None
+        if len(records) <= job.prune.rounds:
+            for state in run_rounds(
+                job,
+                workload,
+                ranks,
+                # Handed on and not held here: it may be as large as the network.
+                resume=ranks.together(lambda: _read_checkpoint(store, name, records, job)),
+                tell=teller,
+                score_cache=score_cache,
+            ):
+                record, model = _commit(store, name, driver, state, ranks), state.model
+                # Not held through the next round, which makes masks and an optimizer of its own.
+                del state
+                yield record
+        if workload.validation is not None:
+            _use_test_split(job, workload, store, ranks, teller, model)
 
-    with contextlib.suppress(OSError):
-        os.chdir(config["working_folder"])
-    add_import_paths(config["import_paths"])
-    job = JobConfig.model_validate(config["job"])
-    mailbox, gate = config["mailbox"], config["gate"]
-    # Several trials of a sweep may share the other one.
-    meeting = gate if gate is not None else mailbox
-    if (told := ray.get(meeting.last_word.remote())) is not None:
-        return told
-    device = ray.train.torch.get_device() if job.cluster.use_gpu else torch.device("cpu")
-    ranks = Ranks.current(device)
-    try:
-        ranks.together(lambda: check_folder(job))
-    except StoreError as error:
-        return error
-    watch = Watch(
+
+def _use_test_split(
+    job: JobConfig,
+    workload: Workload,
+    store: Store,
+    ranks: Ranks,
+    tell: _Teller,
+    model: nn.Module | None,
+) -> None:
+    """Measures the chosen round on the test split, once; without a network it builds one."""
+    name = trial_id(job)
+    if ranks.share_object(ranks.together(lambda: store.read_test(name))) is not None:
+        return
+    records = ranks.share_object(ranks.together(lambda: store.read_rounds(name)))
+
+    def read_weights(number: int) -> bytes:
+        return store.read_file(name, records[number], "weights.safetensors")
+
+    chosen = choose_round(records).round
+    if model is None:
+        known, source = records[0].fingerprints, store.round_uri(name, 0)
+        strategy = job.cluster.strategy
+        model = build_start(workload, job.seed, ranks, strategy, known, source).model
+    found = measure_final_test(
+        job,
+        workload,
+        model,
         ranks,
-        job.cluster.hang_timeout_s,
-        compare=partial(_compare, meeting, ranks.share_object(uuid.uuid4().hex)),
-        accuse=partial(_say, mailbox),
+        chosen,
+        read_weights,
+        lambda number, done, total: tell("evaluate", number, done, total, None),
     )
-    last_sent, last_phase = 0.0, ""
-
-    def tell(tick: Tick) -> None:
-        nonlocal last_sent, last_phase
-        watch.note(tick)
-        now = time.monotonic()
-        is_due = now - last_sent > _TICK_INTERVAL_S or tick.phase != last_phase
-        if ranks.is_first and is_due:
-            last_sent, last_phase = now, tick.phase
-            mailbox.put.remote(tick)
-
-    def round_done(record: RoundRecord) -> None:
-        if ranks.is_first:
-            mailbox.put.remote((trial_id(job), record))
-        ray.train.report({"round": record.round, "accuracy": record.accuracy})
-        if gate is not None:
-            if ranks.is_first:
-                gate.put.remote(record)
-            # All ranks hear the same, so none is left behind in a collective.
-            while (verdict := ray.get(gate.verdict.remote(record.round))) is None:
-                time.sleep(_POLL_INTERVAL_S)
-            if not verdict:
-                raise StoppedError(f"trial {trial_id(job)}: stopped after round {record.round}")
-
-    try:
-        with watch:
-            work_trial(job, ranks, tell=tell, round_done=round_done)
-    except Exception as error:
-        if isinstance(error, GbpError) and not ranks.has_left:
-            if isinstance(error, WorkloadError) and may_pass(error):
-                # Raised from a connection that was lost, say.
-                raise
-            return error
-        if is_consequence(error):
-            time.sleep(_GRACE_S)
-        if may_pass(error):
-            raise
-        # Where it was raised is seen with --debug.
-        traceback.print_exception(error)
-        told = ranks.in_words(error)
-        if not ranks.has_left:
-            return told
-        # The others know nothing of it; started again, all of them end at once.
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(meeting.say_last_word.remote(told), timeout=_MAILBOX_TIMEOUT_S)
-        raise
-    return None
+    ranks.together(lambda: store.write_test(name, found) if ranks.is_first else None)
 
 
-def _compare(mailbox: Any, group: str, own: Standstill) -> list[Standstill]:
-    try:
-        return ray.get(mailbox.compare.remote(group, own), timeout=_MAILBOX_TIMEOUT_S)
-    except ray.exceptions.RayError:
-        return []
+def _commit(store: Store, name: str, driver: str, state: RoundState, ranks: Ranks) -> RoundRecord:
+    """Writes a round, each rank what it holds of it; a full disk stops all."""
+    number = state.record.round
+
+    def begin() -> None:
+        store.check_driver(name, driver)
+        store.begin_round(name, number)
+
+    if is_sharded(state.model):
+        files = state.to_files()
+    else:
+        files = ranks.together(lambda: state.to_files() if ranks.is_first else {})
+    ranks.together(lambda: begin() if ranks.is_first else None)
+    written = ranks.together(lambda: store.put_files(name, number, files))
+    everything = {k: v for part in ranks.gather_objects(written) for k, v in part.items()}
+
+    def end() -> RoundRecord:
+        if not ranks.is_first:
+            return state.record
+        store.check_driver(name, driver)
+        return store.end_round(name, state.record, everything)
+
+    return ranks.together(end)
 
 
-def _say(mailbox: Any, message: Standstill) -> None:
-    """Makes sure that a last word has arrived."""
-    with contextlib.suppress(ray.exceptions.RayError):
-        ray.get(mailbox.put.remote(message), timeout=_MAILBOX_TIMEOUT_S)
+class _Shards(Mapping[str, bytes]):
+    """The shards of a stored round, each read when it is asked for and not kept."""
+
+    def __init__(self, store: Store, name: str, record: RoundRecord) -> None:
+        self._store, self._name, self._record = store, name, record
+
+    def __getitem__(self, file: str) -> bytes:
+        return self._store.read_file(self._name, self._record, f"{SHARDS}{file}")
+
+    def __iter__(self) -> Iterator[str]:
+        names = self._record.files
+        return (name.removeprefix(SHARDS) for name in names if name.startswith(SHARDS))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
-class StoppedError(GbpError):
-    """A scheduler ended the trial between two rounds."""
+def _read_checkpoint(
+    store: Store, name: str, records: list[RoundRecord], job: JobConfig
+) -> Checkpoint | None:
+    if not records:
+        return None
+    last = records[-1]
+
+    def read(file: str) -> bytes:
+        return store.read_file(name, last, file)
+
+    shards = _Shards(store, name, last)
+    dense = b""
+    # A worker of a sharded network may have no room for a whole one that it does not need.
+    if goes_back_to_dense(job) or not shards:
+        dense = store.read_file(name, records[0], "weights.safetensors")
+    return Checkpoint(
+        round=last.round,
+        masks=read("masks.safetensors"),
+        weights=b"" if shards else read("weights.safetensors"),
+        state=b"" if shards else read("state.pt"),
+        shards=shards,
+        dense_weights=dense,
+        fingerprints=records[0].fingerprints,
+    )
 
 
-class _Listener(ray.train.UserCallback):  # type: ignore[misc]
-    """Tells the driver of failures that Ray answers by starting the workers again."""
+class _Teller:
+    """Turns steps of a phase into ticks that also say how much of the trial is done."""
 
-    def __init__(self, mailbox: Any, name: str) -> None:
-        self._mailbox, self._name = mailbox, name
-
-    def after_exception(
-        self, run_context: object, worker_exceptions: Mapping[int, BaseException]
+    def __init__(
+        self,
+        job: JobConfig,
+        workload: Workload,
+        name: str,
+        tell: Callable[[Tick], None],
     ) -> None:
-        self._mailbox.put.remote((self._name, find_failure(worker_exceptions)))
+        self._name, self._tell, self._num_rounds = name, tell, job.prune.rounds
+        finetune = num_steps(job.finetune, workload, job.finetune.epochs)
+        self._pretrain = num_steps(job.pretrain, workload, job.pretrain.epochs)
+        # Movement looks back on a stretch of fine-tuning before the first prune.
+        self._dense = self._pretrain + (finetune if job.prune.criterion == "movement" else 0)
+        # Scoring counts as one step, so that a trial without training moves on, too.
+        self._per_round = 1 + finetune
+        self._share = 0.0
 
-
-def _final_error(
-    failure: Failure,
-    describe: Callable[[Failure], tuple[int, str]],
-    job: JobConfig,
-    name: str,
-) -> GbpError:
-    if failure.cause is not None:
-        return failure.cause
-    rank, words = describe(failure)
-    limit = f"max_failures = {job.cluster.max_failures}"
-    if failure.is_preemption:
-        limit = f"max_preemptions = {job.cluster.max_preemptions}"
-    return TrialError(
-        f"trial {name}: worker {rank} {words}; cluster.{limit} "
-        "allows no more restarts; run the job again to go on after its last whole round",
-        trial_id=name,
-        rank=rank,
-        cause=words,
-    )
+    def __call__(self, phase: str, number: int, done: int, total: int, loss: float | None) -> None:
+        if number == 0:
+            before = 0
+            inside = {
+                "pretrain": float(done),
+                "finetune": self._pretrain + done,
+                "evaluate": self._dense,
+            }[phase]
+        else:
+            before = self._dense + (number - 1) * self._per_round
+            inside = {
+                "score": done / total,
+                "teach": 1.0,
+                "finetune": 1.0 + done,
+                "evaluate": 1.0,
+            }[phase]
+        everything = self._dense + self._num_rounds * self._per_round
+        # Evaluation comes before fine-tuning and after it, and never moves the trial back.
+        self._share = max(self._share, min(1.0, (before + inside) / everything))
+        self._tell(
+            Tick(self._name, number, self._num_rounds, phase, done, total, loss, self._share)
+        )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.distributed.ranks import Ranks
 
 
 def run_world(world_size: int, program: Callable[..., Any], *arguments: Any) -> list[Any]:

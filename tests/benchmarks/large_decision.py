@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from gbp_ray.config import PruneConfig
-from gbp_ray.pruning.masks import MaskSet, Prunable
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.selection import num_to_prune, select_masks
-from gbp_ray.pruning.slices import Layout, SlicedScores
+from gbp_ray.config.prune import PruneConfig
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.selection import select_masks
 from gbp_ray.pruning.thresholds import exact_threshold
+from gbp_ray.pruning.units import Layout, Prunable, SlicedScores, num_to_prune
 
 NUM_LAYERS = 60
 SPARSITY = 0.9

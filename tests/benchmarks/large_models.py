@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from sharded_memory import INPUTS, BlockNet
 
-from gbp_ray.config import JobConfig
-from gbp_ray.pruning.phases import Phase, Sizes, plan_phases
-from gbp_ray.workload import Workload
+from gbp_ray.config.job import JobConfig
+from gbp_ray.runtime.phases import Phase, plan_phases
+from gbp_ray.runtime.sizes import Sizes
+from gbp_ray.workloads.contract import Workload
 
 MODELS = ((10**8, 12), (10**9, 24), (10**10, 40), (10**11, 80))
 """Weights, and blocks that FSDP2 gathers one at a time, as language models of that size have."""

@@ -29,12 +29,12 @@ sys.path.insert(0, str(TESTS))
 
 from sample_sweep import make_sweep_round, make_sweep_trial  # noqa: E402
 
-import gbp_ray.runtime.sweep as sweep_module  # noqa: E402
-from gbp_ray.api import sweep  # noqa: E402
-from gbp_ray.config import JobConfig, load_job, trial_id  # noqa: E402
+import gbp_ray.runtime.on_ray.tune as sweep_module  # noqa: E402
+from gbp_ray.config.job import JobConfig, load_job, trial_id  # noqa: E402
+from gbp_ray.results.store import Store  # noqa: E402
+from gbp_ray.runtime.api import sweep  # noqa: E402
 from gbp_ray.runtime.progress import Tick  # noqa: E402
-from gbp_ray.runtime.solo import Step  # noqa: E402
-from gbp_ray.store import Store  # noqa: E402
+from gbp_ray.runtime.trial import Step  # noqa: E402
 
 NUM_SPARSITIES, CRITERIA = 10, ("magnitude", "random", "taylor", "fisher")
 

@@ -26,12 +26,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from gbp_ray.config import FinetuneConfig, JobConfig, PretrainConfig, PruneConfig, WorkloadConfig
+from gbp_ray.config.job import JobConfig
+from gbp_ray.config.prune import PruneConfig
+from gbp_ray.config.training import FinetuneConfig, PretrainConfig
+from gbp_ray.config.workload import WorkloadConfig
+from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.pruning import rounds
-from gbp_ray.pruning.plan import make_plan
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.workload import Workload
-from gbp_ray.zoo.resnet import build_cifar_resnet
+from gbp_ray.runtime.estimate import make_plan
+from gbp_ray.workloads.contract import Workload
+from gbp_ray.workloads.networks import build_cifar_resnet
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

@@ -25,11 +25,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from gbp_ray.config import expand, load_job
-from gbp_ray.results import open_results
-from gbp_ray.runtime.solo import run_solo
-from gbp_ray.store import Store
-from gbp_ray.workload import load_workload
+from gbp_ray.config.job import expand, load_job
+from gbp_ray.results.query import open_results
+from gbp_ray.results.store import Store
+from gbp_ray.runtime.trial import run_solo
+from gbp_ray.workloads.loading import load_workload
 
 
 def main() -> None:

@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 from sample_sweep import CRITERIA, write_sweep
 
-from gbp_ray.index import rebuild_index
-from gbp_ray.results import open_results
-from gbp_ray.store import Store
+from gbp_ray.results.index import rebuild_index
+from gbp_ray.results.query import open_results
+from gbp_ray.results.store import Store
 
 SHAPES = {"a.weight": (32, 3, 3, 3), "b.weight": (64, 32), "c.weight": (10, 64)}
 
@@ -76,7 +76,7 @@ def measure(folder: Path, num_trials: int, repeats: int, work: Path) -> None:
     for heading in ("best, s", "median, s", "processor, s"):
         table.add_column(heading, justify="right")
     for name, words in commands.items():
-        module = ["-m", "gbp_ray", *words] if words else ["-c", "import gbp_ray.cli"]
+        module = ["-m", "gbp_ray", *words] if words else ["-c", "import gbp_ray.cli.app"]
         times, spent = [], []
         for _ in range(repeats):
             before = os.times()

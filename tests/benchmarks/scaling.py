@@ -30,12 +30,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from gbp_ray.config import PruneConfig
-from gbp_ray.pruning.masks import prunable_parameters
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.saliency import score
-from gbp_ray.workload import Workload
-from gbp_ray.zoo.resnet import build_cifar_resnet
+from gbp_ray.config.prune import PruneConfig
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.pruning.scoring import score
+from gbp_ray.pruning.units import prunable_parameters
+from gbp_ray.workloads.contract import Workload
+from gbp_ray.workloads.networks import build_cifar_resnet
 
 
 def main() -> None:

@@ -29,15 +29,15 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional
 
-from gbp_ray.config import CRITERIA, PruneConfig
+from gbp_ray.config.prune import CRITERIA, PruneConfig
+from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.pruning.criteria import CRITERIA as RULES
-from gbp_ray.pruning.footprint import count_live_bytes
-from gbp_ray.pruning.masks import prunable_parameters
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.saliency import score
-from gbp_ray.workload import Workload
-from gbp_ray.zoo.resnet import build_cifar_resnet
-from gbp_ray.zoo.vision import import_vision
+from gbp_ray.pruning.scoring import score
+from gbp_ray.pruning.units import prunable_parameters
+from gbp_ray.training.footprint import count_live_bytes
+from gbp_ray.workloads.contract import Workload
+from gbp_ray.workloads.images import import_vision
+from gbp_ray.workloads.networks import build_cifar_resnet
 
 # movement is gathered while fine-tuning: there is no pass of its own to time.
 TIMED = [name for name in CRITERIA if name != "movement"]

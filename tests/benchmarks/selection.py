@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import nn
 from torch.nn.utils import prune
 
-from gbp_ray.config import PruneConfig
+from gbp_ray.config.prune import PruneConfig
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.selection import select_masks
 from gbp_ray.pruning.thresholds import exact_threshold

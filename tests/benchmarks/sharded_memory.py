@@ -32,11 +32,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from gbp_ray.config import ClusterConfig, FinetuneConfig, JobConfig, PruneConfig, WorkloadConfig
+from gbp_ray.config.cluster import ClusterConfig
+from gbp_ray.config.job import JobConfig
+from gbp_ray.config.prune import PruneConfig
+from gbp_ray.config.training import FinetuneConfig
+from gbp_ray.config.workload import WorkloadConfig
+from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.pruning import rounds
-from gbp_ray.pruning.plan import make_plan
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.workload import Workload
+from gbp_ray.runtime.estimate import make_plan
+from gbp_ray.workloads.contract import Workload
 
 INPUTS, CLASSES = 64, 10
 

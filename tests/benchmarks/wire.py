@@ -28,7 +28,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from gbp_ray.pruning.ranks import OrderedSum, Ranks
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.distributed.sums import OrderedSum
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gbp_ray.pruning import contenders
+from gbp_ray.pruning import counting
 
 torch.set_num_threads(1)
 
@@ -28,10 +28,10 @@ def where_scores_lie(request: pytest.FixtureRequest) -> Iterator[str]:
     """Has scores counted as on the host or, in the host's memory, by the code for a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "on a GPU":
-            patch.setattr(contenders, "_OnHost", _as_on_a_gpu)
+            patch.setattr(counting, "_OnHost", _as_on_a_gpu)
         yield request.param
 
 
-def _as_on_a_gpu(scores_L: np.ndarray, kept_L: np.ndarray | None) -> contenders.Contenders:
+def _as_on_a_gpu(scores_L: np.ndarray, kept_L: np.ndarray | None) -> counting.Contenders:
     kept = None if kept_L is None else torch.from_numpy(kept_L)
-    return contenders._OnDevice(torch.from_numpy(scores_L), kept)
+    return counting._OnDevice(torch.from_numpy(scores_L), kept)

@@ -11,8 +11,8 @@ from small_networks import TanhNet, draw, prune_config, regression
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gbp_ray.pruning.masks import prunable_parameters
-from gbp_ray.workload import Workload
+from gbp_ray.pruning.units import prunable_parameters
+from gbp_ray.workloads.contract import Workload
 
 BATCH_SIZE = 4
 NUM_EXAMPLES = 10  # Batches of 4, 4 and 2.

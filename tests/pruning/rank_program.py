@@ -36,29 +36,27 @@ from small_networks import (
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from gbp_ray.config import (
-    CRITERIA,
-    DistillationConfig,
-    FinetuneConfig,
-    JobConfig,
-    PretrainConfig,
-)
+from gbp_ray.config.job import JobConfig
+from gbp_ray.config.prune import CRITERIA
+from gbp_ray.config.training import DistillationConfig, FinetuneConfig, PretrainConfig
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.distributed.sharding import gather_whole, local, shard_network
+from gbp_ray.distributed.sums import OrderedSum
 from gbp_ray.errors import ConfigError, PruneError, WorkloadError
-from gbp_ray.pruning.batchnorm import recalibrate_batchnorm
-from gbp_ray.pruning.building import build_start, copy_frozen
 from gbp_ray.pruning.checkpoint import Checkpoint
-from gbp_ray.pruning.evaluation import evaluate
-from gbp_ray.pruning.final_test import measure_final_test
-from gbp_ray.pruning.masks import MaskSet, prunable_parameters
-from gbp_ray.pruning.objective import Teacher
-from gbp_ray.pruning.ranks import OrderedSum, Ranks
+from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.pruning.saliency import score
+from gbp_ray.pruning.scoring import score
 from gbp_ray.pruning.selection import select_masks
-from gbp_ray.pruning.sharding import gather_whole, local, shard_network
-from gbp_ray.pruning.slices import Layout, SlicedScores
-from gbp_ray.pruning.training import Span, make_optimizer, train_epochs
-from gbp_ray.workload import Workload, hold_out
+from gbp_ray.pruning.units import Layout, SlicedScores, prunable_parameters
+from gbp_ray.training.batchnorm import recalibrate_batchnorm
+from gbp_ray.training.distillation import Teacher
+from gbp_ray.training.evaluation import evaluate, measure_final_test
+from gbp_ray.training.loop import Span, train_epochs
+from gbp_ray.training.network import build_start, copy_frozen
+from gbp_ray.training.optimizer import make_optimizer
+from gbp_ray.workloads.contract import Workload
+from gbp_ray.workloads.loading import hold_out
 
 SUM_CASES = [
     (num_elements, num_items, dtype, wire)

@@ -8,12 +8,12 @@ from typing import Any
 
 from small_networks import images, job_config
 
-from gbp_ray.config import JobConfig
+from gbp_ray.config.job import JobConfig
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.distributed.sharding import gather_whole
 from gbp_ray.pruning.checkpoint import Checkpoint
-from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.pruning.sharding import gather_whole
-from gbp_ray.workload import Workload
+from gbp_ray.workloads.contract import Workload
 
 CASES = ("attacked", "taught once")
 

@@ -18,17 +18,10 @@ from safetensors.torch import load_file
 from small_networks import images, job_config, prune_config
 from torch import Tensor, nn
 
-from gbp_ray.config import FinetuneConfig
-from gbp_ray.errors import GbpError
-from gbp_ray.pruning import sharding
-from gbp_ray.pruning.building import build_start
-from gbp_ray.pruning.checkpoint import SHARDS, Checkpoint
-from gbp_ray.pruning.masks import MaskSet, prunable_parameters
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.pruning.saliency import score
-from gbp_ray.pruning.selection import select_masks
-from gbp_ray.pruning.sharding import (
+from gbp_ray.config.training import FinetuneConfig
+from gbp_ray.distributed import sharding
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.distributed.sharding import (
     gather_bits,
     gather_whole,
     is_shard,
@@ -36,8 +29,16 @@ from gbp_ray.pruning.sharding import (
     local,
     shard_network,
 )
-from gbp_ray.workload import Workload
-from gbp_ray.zoo.resnet import build_cifar_resnet
+from gbp_ray.errors import GbpError
+from gbp_ray.pruning.checkpoint import SHARDS, Checkpoint
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.rounds import run_rounds
+from gbp_ray.pruning.scoring import score
+from gbp_ray.pruning.selection import select_masks
+from gbp_ray.pruning.units import prunable_parameters
+from gbp_ray.training.network import build_start
+from gbp_ray.workloads.contract import Workload
+from gbp_ray.workloads.networks import build_cifar_resnet
 
 DATA = Path(os.environ.get("GBP_RAY_DATA", Path(__file__).parents[3] / "shared" / "data"))
 

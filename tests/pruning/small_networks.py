@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gbp_ray.config import JobConfig, PruneConfig
-from gbp_ray.pruning.masks import prunable_parameters
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.saliency import score
-from gbp_ray.workload import Workload, seeded
+from gbp_ray.config.job import JobConfig
+from gbp_ray.config.prune import PruneConfig
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.pruning.scoring import score
+from gbp_ray.pruning.units import prunable_parameters
+from gbp_ray.workloads.contract import Workload
+from gbp_ray.workloads.data import seeded
 
 ONE_RANK = Ranks()
 

@@ -10,9 +10,11 @@ from small_networks import ONE_RANK, TanhNet, draw, regression
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gbp_ray.config import Recipe
-from gbp_ray.pruning.training import Span, make_optimizer, train_epochs
-from gbp_ray.workload import Workload, derive_seed, shuffled_indices
+from gbp_ray.config.training import Recipe
+from gbp_ray.training.loop import Span, train_epochs
+from gbp_ray.training.optimizer import make_optimizer
+from gbp_ray.workloads.contract import Workload
+from gbp_ray.workloads.data import derive_seed, shuffled_indices
 
 SEED = 5
 

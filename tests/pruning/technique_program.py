@@ -7,10 +7,10 @@ from typing import Any
 from rank_program import digest
 from small_networks import images, job_config
 
-from gbp_ray.config import FinetuneConfig, PretrainConfig
-from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.config.training import FinetuneConfig, PretrainConfig
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.distributed.sharding import gather_whole
 from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.pruning.sharding import gather_whole
 
 EVERYTHING = {
     "epochs": 1,

@@ -16,16 +16,16 @@ from rank_program import reports_of_world
 from small_networks import draw
 from torch import Tensor, nn
 
-from gbp_ray.errors import WorkloadError
-from gbp_ray.pruning.agreement import (
+from gbp_ray.distributed.agreement import (
     check_on_record,
     digest_tensor,
     fingerprint,
     fingerprints_of_data,
 )
-from gbp_ray.pruning.building import build_start, network_of_seed
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.workload import Workload
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.errors import WorkloadError
+from gbp_ray.training.network import build_start, network_of_seed
+from gbp_ray.workloads.contract import Workload
 
 STRATEGIES = ("replicated", "fsdp")
 

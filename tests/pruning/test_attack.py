@@ -13,14 +13,14 @@ from small_trainings import recipe_of, steps, train
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gbp_ray.config import AdversarialConfig, AttackConfig, Perturbation
+from gbp_ray.config.attack import AdversarialConfig, AttackConfig, Perturbation
 from gbp_ray.errors import ConfigError, WorkloadError
-from gbp_ray.pruning.attack import perturb, refuse_unattackable
 from gbp_ray.pruning.checks import check_job
-from gbp_ray.pruning.objective import training_loss
-from gbp_ray.pruning.robustness import robust_accuracy
-from gbp_ray.workload import Workload, derive_seed
-from gbp_ray.zoo import digits_convnet
+from gbp_ray.training.adversarial import perturb, refuse_unattackable, robust_accuracy
+from gbp_ray.training.loss import training_loss
+from gbp_ray.workloads import digits_convnet
+from gbp_ray.workloads.contract import Workload
+from gbp_ray.workloads.data import derive_seed
 
 MEAN, DEVIATION = (0.4, 0.5), (0.2, 0.3)
 RANGE = (

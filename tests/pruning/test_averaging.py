@@ -8,9 +8,9 @@ from small_networks import ConvNet, built, images
 from small_trainings import recipe_of, steps, train
 from torch import Tensor, nn
 
-from gbp_ray.pruning.averaging import MovingAverage
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.pruning.training import Span, make_optimizer
+from gbp_ray.training.loop import Span
+from gbp_ray.training.optimizer import MovingAverage, make_optimizer
 
 
 def floating(model: nn.Module) -> dict[str, Tensor]:

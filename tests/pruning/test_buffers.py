@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gbp_ray.errors import PruneError
 from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.workload import Workload
+from gbp_ray.workloads.contract import Workload
 
 INPUTS, TARGETS = draw(40, 3, seed=1), draw(40, 2, seed=2)
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gbp_ray.errors import PruneError
-from gbp_ray.pruning.causes import find_pruned_whole
 from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.workload import Workload
+from gbp_ray.training.causes import find_pruned_whole
+from gbp_ray.workloads.contract import Workload
 
 
 class Normed(nn.Module):

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from small_networks import ConvNet, TanhNet, built, draw, images, in_float64
 from small_trainings import first_batch, recipe_of, steps, tanh_workload, train
 
-from gbp_ray.pruning.clipping import _halve, clip_gradients, gradient_norm
+from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.training.optimizer import _halve, clip_gradients, gradient_norm
 
 SHAPES = [(5, 3, 3, 3), (7,), (), (1, 9), (4, 1), (0, 3)]
 

@@ -12,14 +12,21 @@ from safetensors.torch import save_file
 from small_networks import ConvNet, built, draw, images, job_config
 from small_trainings import recipe_of, steps, train
 
-from gbp_ray.config import DistillationConfig, JobConfig
+from gbp_ray.config.job import JobConfig
+from gbp_ray.config.training import DistillationConfig
+from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import ConfigError, WorkloadError
 from gbp_ray.pruning.checks import check_job
-from gbp_ray.pruning.features import feature_distance, tapped
-from gbp_ray.pruning.objective import Teacher, distillation_loss, training_loss
-from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.pruning.teaching import is_taught_once, prepare_teacher
+from gbp_ray.training.distillation import (
+    Teacher,
+    distillation_loss,
+    feature_distance,
+    is_taught_once,
+    prepare_teacher,
+    tapped,
+)
+from gbp_ray.training.loss import training_loss
 
 
 def test_the_distillation_loss_is_the_mean_divergence_times_the_squared_temperature() -> None:

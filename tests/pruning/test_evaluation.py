@@ -27,9 +27,10 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from gbp_ray.errors import WorkloadError
-from gbp_ray.pruning.batchnorm import recalibrate_batchnorm
-from gbp_ray.pruning.evaluation import evaluate
-from gbp_ray.workload import count_top1, derive_seed, seeded, shuffled_indices
+from gbp_ray.training.batchnorm import recalibrate_batchnorm
+from gbp_ray.training.evaluation import evaluate
+from gbp_ray.workloads.contract import count_top1
+from gbp_ray.workloads.data import derive_seed, seeded, shuffled_indices
 
 # -- BatchNorm -------------------------------------------------------------------------------------
 

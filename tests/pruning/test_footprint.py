@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from small_networks import ConvNet, built, draw
 
-from gbp_ray.pruning.footprint import count_live_bytes, measure_footprint
+from gbp_ray.training.footprint import count_live_bytes, measure_footprint
 
 
 def test_what_grows_with_the_batch_is_told_from_what_does_not() -> None:

@@ -10,12 +10,11 @@ import torch
 from small_networks import ConvNet, SharedWeightNet, built, images, job_config
 from small_trainings import recipe_of, steps, train
 
+from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import ConfigError
 from gbp_ray.pruning.checks import check_job
-from gbp_ray.pruning.freezing import refuse_unfreezable, trainable_parameters
-from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.pruning.training import make_optimizer
+from gbp_ray.training.optimizer import make_optimizer, refuse_unfreezable, trainable_parameters
 
 
 def changed(before: dict[str, Any], model: torch.nn.Module) -> set[str]:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gbp_ray.errors import PruneError
-from gbp_ray.pruning.fusion import fold_batchnorm
-from gbp_ray.pruning.masks import MaskSet, prunable_parameters
-from gbp_ray.tying import tie_weights
-from gbp_ray.zoo.recurrent import RecurrentConvNet
-from gbp_ray.zoo.resnet import build_cifar_resnet
-from gbp_ray.zoo.vision import import_vision
+from gbp_ray.export.fold import fold_batchnorm
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.units import prunable_parameters
+from gbp_ray.workloads.images import import_vision
+from gbp_ray.workloads.networks import RecurrentConvNet, build_cifar_resnet
+from gbp_ray.workloads.tying import tie_weights
 
 
 class Rerun(nn.Module):

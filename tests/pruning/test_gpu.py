@@ -19,16 +19,20 @@ from technique_program import EVERYTHING
 from test_thresholds import decide, misleading_scores
 from torch import Tensor
 
-from gbp_ray.config import CRITERIA, FinetuneConfig, JobConfig, PretrainConfig, load_job
+from gbp_ray.config.job import JobConfig, load_job
+from gbp_ray.config.prune import CRITERIA
+from gbp_ray.config.training import FinetuneConfig, PretrainConfig
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.distributed.sharding import gather_whole, shard_network
 from gbp_ray.pruning.checkpoint import Checkpoint
-from gbp_ray.pruning.masks import MaskSet, prunable_parameters
-from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.pruning.saliency import score
+from gbp_ray.pruning.scoring import score
 from gbp_ray.pruning.selection import select_masks
-from gbp_ray.pruning.sharding import gather_whole, shard_network
 from gbp_ray.pruning.thresholds import exact_threshold
-from gbp_ray.workload import Workload, load_workload
+from gbp_ray.pruning.units import prunable_parameters
+from gbp_ray.workloads.contract import Workload
+from gbp_ray.workloads.loading import load_workload
 
 pytestmark = [
     pytest.mark.gpu,

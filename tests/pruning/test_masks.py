@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from gbp_ray.errors import ConfigError, PruneError, StoreError
-from gbp_ray.pruning.building import network_of_seed
-from gbp_ray.pruning.masks import MaskSet, prunable_parameters
+from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.selection import check_selectable
-from gbp_ray.workload import Workload
+from gbp_ray.pruning.units import prunable_parameters
+from gbp_ray.training.network import network_of_seed
+from gbp_ray.workloads.contract import Workload
 
 shapes = st.lists(st.integers(1, 5), min_size=0, max_size=4).map(tuple)
 names = st.text(min_size=1, max_size=6).filter(lambda name: name != "__metadata__")

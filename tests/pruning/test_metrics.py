@@ -8,9 +8,10 @@ from small_networks import SharedWeightNet, TanhNet, built, in_float64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gbp_ray.pruning.masks import MaskSet, prunable_parameters
-from gbp_ray.pruning.metrics import Macs, count_macs, measure
-from gbp_ray.store import CostRecord
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.units import measure, prunable_parameters
+from gbp_ray.results.records import CostRecord
+from gbp_ray.training.network import Macs, count_macs
 
 
 class StridedNet(nn.Module):

@@ -8,9 +8,8 @@ from torch import nn
 from torch.nn import functional
 
 from gbp_ray.errors import ConfigError
-from gbp_ray.pruning.mixing import draw_mix
-from gbp_ray.pruning.objective import refuse_unlearnable
-from gbp_ray.workload import derive_seed, seeded
+from gbp_ray.training.loss import draw_mix, refuse_unlearnable
+from gbp_ray.workloads.data import derive_seed, seeded
 
 PICTURES = draw(9, 3, 8, 12, seed=3)
 

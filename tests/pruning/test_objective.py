@@ -11,11 +11,11 @@ from small_trainings import SEED, first_batch, recipe_of, steps, train
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gbp_ray.config import FinetuneConfig, PretrainConfig
-from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.config.training import FinetuneConfig, PretrainConfig
+from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.pruning.training import make_optimizer
-from gbp_ray.workload import derive_seed, seeded
+from gbp_ray.training.optimizer import make_optimizer
+from gbp_ray.workloads.data import derive_seed, seeded
 
 
 def plain_convnet() -> nn.Module:

@@ -11,13 +11,16 @@ import torch
 from small_networks import ConvNet, TanhNet, draw, images, job_config, regression
 from torch import nn
 
-from gbp_ray.config import CRITERIA, DistillationConfig, FinetuneConfig, JobConfig, PretrainConfig
+from gbp_ray.config.job import JobConfig
+from gbp_ray.config.prune import CRITERIA
+from gbp_ray.config.training import DistillationConfig, FinetuneConfig, PretrainConfig
+from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.pruning import rounds
-from gbp_ray.pruning.footprint import count_live_bytes
-from gbp_ray.pruning.plan import Phase, Plan, make_plan
-from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.workload import Workload
+from gbp_ray.runtime.estimate import Plan, make_plan
+from gbp_ray.runtime.phases import Phase
+from gbp_ray.training.footprint import count_live_bytes
+from gbp_ray.workloads.contract import Workload
 
 
 def phase_of(plan: Plan, name: str) -> Phase:

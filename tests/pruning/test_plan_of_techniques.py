@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from small_networks import ONE_RANK, ConvNet, built, images, job_config
 
-from gbp_ray.config import JobConfig
-from gbp_ray.pruning.footprint import count_live_bytes
-from gbp_ray.pruning.plan import Phase, make_plan
-from gbp_ray.pruning.robustness import robust_accuracy
-from gbp_ray.workload import Workload
+from gbp_ray.config.job import JobConfig
+from gbp_ray.runtime.estimate import make_plan
+from gbp_ray.runtime.phases import Phase
+from gbp_ray.training.adversarial import robust_accuracy
+from gbp_ray.training.footprint import count_live_bytes
+from gbp_ray.workloads.contract import Workload
 
 
 def workload_of(**changes: Any) -> Workload:

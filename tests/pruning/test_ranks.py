@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rank_program import FAILING_STEPS, MASK_CASES, SUM_CASES, addends, report_of, reports_of_world
 
-from gbp_ray.config import CRITERIA
-from gbp_ray.pruning.ranks import OrderedSum, Ranks
+from gbp_ray.config.prune import CRITERIA
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.distributed.sums import OrderedSum
 
 World = list[dict[str, Any]]
 

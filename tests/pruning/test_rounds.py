@@ -13,15 +13,18 @@ from small_networks import ConvNet, SharedWeightNet, TanhNet, images, regression
 from torch import nn
 from torch.nn import functional
 
-from gbp_ray.config import JobConfig
+from gbp_ray.config.job import JobConfig
+from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import ConfigError, PruneError, StoreError, WorkloadError
 from gbp_ray.pruning import rounds
+from gbp_ray.pruning.checkpoint import Checkpoint
 from gbp_ray.pruning.checks import check_job
-from gbp_ray.pruning.masks import MaskSet, prunable_parameters
-from gbp_ray.pruning.metrics import count_macs, measure
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.rounds import Checkpoint, RoundState, run_rounds
-from gbp_ray.workload import Workload, derive_seed, seeded, shuffled_indices
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.rounds import RoundState, run_rounds
+from gbp_ray.pruning.units import measure, prunable_parameters
+from gbp_ray.training.network import count_macs
+from gbp_ray.workloads.contract import Workload
+from gbp_ray.workloads.data import derive_seed, seeded, shuffled_indices
 
 RECIPES: dict[str, dict[str, Any]] = {
     "taylor, sgd": {},

@@ -13,14 +13,14 @@ from small_networks import TanhNet, built, in_float64, job_config, scores_of
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gbp_ray.config import CRITERIA
+from gbp_ray.config.prune import CRITERIA
 from gbp_ray.errors import ConfigError, PruneError, WorkloadError
 from gbp_ray.pruning.checks import check_job
-from gbp_ray.pruning.criteria import criterion
-from gbp_ray.pruning.masks import prunable_parameters
-from gbp_ray.pruning.rules import Criterion, Probe
-from gbp_ray.pruning.saliency import check_criterion
-from gbp_ray.workload import Workload
+from gbp_ray.pruning.criteria import Criterion, criterion
+from gbp_ray.pruning.scoring import check_criterion
+from gbp_ray.pruning.statistics import Probe
+from gbp_ray.pruning.units import prunable_parameters
+from gbp_ray.workloads.contract import Workload
 
 
 def own_taylor_squared(

@@ -38,18 +38,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gbp_ray import config as config_module
 from gbp_ray.errors import PruneError
-from gbp_ray.means import count_items
-from gbp_ray.pruning.criteria import CRITERIA, criterion, movement_statistic
-from gbp_ray.workload import Workload
+from gbp_ray.pruning.criteria import CRITERIA, criterion
+from gbp_ray.pruning.statistics import movement_statistic
+from gbp_ray.workloads.contract import Workload
+from gbp_ray.workloads.metrics import count_items
 
 # -- the frame -------------------------------------------------------------------------------------
-
-
-def test_the_job_and_the_registry_know_the_same_criteria() -> None:
-    assert tuple(CRITERIA) == config_module.CRITERIA
-    assert all(rule.name == name for name, rule in CRITERIA.items())
 
 
 @pytest.mark.parametrize("name", [*GRADIENT_CRITERIA, *DATA_FREE_CRITERIA])
@@ -185,7 +180,7 @@ def test_fisher_is_the_mean_square_of_example_gradients(
     expected_N = weights_of(model).square() * mean_square_of_example_gradients(model, workload)
     if room_for_examples is not None:
         room = room_for_examples * 4 * len(expected_N)
-        monkeypatch.setattr("gbp_ray.pruning.criteria._PER_EXAMPLE_BYTES", room)
+        monkeypatch.setattr("gbp_ray.pruning.statistics._PER_EXAMPLE_BYTES", room)
     counted = dataclasses.replace(workload, loss=counted_loss)
     assert_scores(scores_of(model, counted, config_of("fisher")), expected_N)
     # Batches of 4, 4 and 2 in chunks of all, of 3 and of 1.

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gbp_ray.config import PruneConfig
+from gbp_ray.config.prune import SCHEDULES, PruneConfig, sparsity_schedule
 from gbp_ray.errors import ConfigError
-from gbp_ray.pruning.schedule import SCHEDULES, sparsity_schedule
 
 sparsities = st.floats(0, 1, exclude_max=True, allow_subnormal=False)
 

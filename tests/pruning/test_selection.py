@@ -29,13 +29,10 @@ from torch import Tensor
 from torch.nn.utils import prune
 
 from gbp_ray.errors import ConfigError, PruneError
-from gbp_ray.pruning.masks import MaskSet, prunable_parameters
-from gbp_ray.pruning.selection import (
-    check_reachable,
-    exact_threshold,
-    num_to_prune,
-    select_masks,
-)
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.selection import check_reachable, select_masks
+from gbp_ray.pruning.thresholds import exact_threshold
+from gbp_ray.pruning.units import num_to_prune, prunable_parameters
 
 # -- exactly k, and which --------------------------------------------------------------------------
 

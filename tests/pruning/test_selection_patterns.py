@@ -15,7 +15,8 @@ from small_networks import draw, prune_config
 from torch import Tensor
 
 from gbp_ray.errors import ConfigError
-from gbp_ray.pruning.selection import check_selectable, num_to_prune, select_masks
+from gbp_ray.pruning.selection import check_selectable, select_masks
+from gbp_ray.pruning.units import num_to_prune
 
 pytestmark = pytest.mark.usefixtures("where_scores_lie")
 

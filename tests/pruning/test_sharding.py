@@ -25,9 +25,9 @@ from sharded_program import (
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from gbp_ray.pruning.checkpoint import _distinct
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.sharding import shard_network
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.distributed.sharding import shard_network
+from gbp_ray.training.network import _distinct
 
 World = list[dict[str, Any]]
 

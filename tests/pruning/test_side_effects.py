@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gbp_ray.errors import GbpError
 from gbp_ray.pruning.checks import check_job
-from gbp_ray.workload import Workload
+from gbp_ray.workloads.contract import Workload
 
 
 class Net(nn.Sequential):

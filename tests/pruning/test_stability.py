@@ -6,19 +6,15 @@ import pytest
 import torch
 from small_networks import ConvNet, built, images, job_config, prune_config, scores_of
 
-from gbp_ray.cli_stability import _answer
-from gbp_ray.drawing import render_png
-from gbp_ray.pruning.masks import MaskSet, prunable_parameters
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.saliency import score_prefixes
-from gbp_ray.pruning.stability import (
-    Overlap,
-    SizeStability,
-    compare_samples,
-    measure_overlap,
-)
-from gbp_ray.stability import Stability
-from gbp_ray.stability_plot import plot_stability
+from gbp_ray.cli.stability import _answer
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.pruning.analysis import Overlap, SizeStability, compare_samples, measure_overlap
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.scoring import score_prefixes
+from gbp_ray.pruning.units import prunable_parameters
+from gbp_ray.report.drawing import render_png
+from gbp_ray.report.stability_figure import plot_stability
+from gbp_ray.runtime.stability import Stability
 
 SIZES = (8, 12, 16, 32, 46)
 

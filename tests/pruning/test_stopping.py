@@ -11,16 +11,19 @@ import torch
 from small_networks import ConvNet, built, images, job_config
 from torch import Tensor, nn
 
-from gbp_ray.config import FinetuneConfig, JobConfig, PretrainConfig
+from gbp_ray.config.job import JobConfig
+from gbp_ray.config.training import FinetuneConfig, PretrainConfig
+from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import ConfigError
 from gbp_ray.pruning.checkpoint import Checkpoint
 from gbp_ray.pruning.checks import check_job
-from gbp_ray.pruning.evaluation import evaluate
-from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.pruning.stopping import train_until_stale
-from gbp_ray.pruning.training import make_optimizer
-from gbp_ray.workload import Workload, hold_out, judged_split, num_examples, take_batch
+from gbp_ray.training.evaluation import evaluate
+from gbp_ray.training.loop import train_until_stale
+from gbp_ray.training.optimizer import make_optimizer
+from gbp_ray.workloads.contract import Workload, judged_split, num_examples
+from gbp_ray.workloads.data import take_batch
+from gbp_ray.workloads.loading import hold_out
 
 HELD_OUT = hold_out(images(num_train=60), 0.25, seed=3)
 

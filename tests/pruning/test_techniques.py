@@ -8,7 +8,7 @@ import pytest
 from rank_program import reports_of_world
 from technique_program import technique_program, technique_rounds
 
-from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.distributed.ranks import Ranks
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,14 @@ from small_networks import prune_config
 from thread_ranks import on_threads
 from torch import Tensor, nn
 
-from gbp_ray.pruning import contenders, thresholds
-from gbp_ray.pruning.contenders import put_up
-from gbp_ray.pruning.masks import MaskSet, Prunable
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.pruning.selection import _share_out, num_to_prune, select_masks
-from gbp_ray.pruning.slices import Layout, SlicedScores, owned
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.distributed.sharding import owned
+from gbp_ray.pruning import counting, thresholds
+from gbp_ray.pruning.counting import put_up
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.selection import _share_out, select_masks
 from gbp_ray.pruning.thresholds import Pool, exact_threshold, find_cuts
+from gbp_ray.pruning.units import Layout, Prunable, SlicedScores, num_to_prune
 
 pytestmark = pytest.mark.usefixtures("where_scores_lie")
 
@@ -41,8 +42,8 @@ def brackets_for_few(deviations: float = 0.5, most_kept: float = 1.0) -> Iterato
         patch.setattr(thresholds, "_MANY", 2)
         patch.setattr(thresholds, "_SAMPLE", 6)
         patch.setattr(thresholds, "_LEAST_STRIDE", 2)
-        patch.setattr(contenders, "_CHUNK", 5)
-        patch.setattr(contenders, "_DEVICE_CHUNK", 5)
+        patch.setattr(counting, "_CHUNK", 5)
+        patch.setattr(counting, "_DEVICE_CHUNK", 5)
         patch.setattr(thresholds, "_DEVIATIONS", deviations)
         patch.setattr(thresholds, "_MOST_KEPT", most_kept)
         yield
@@ -320,11 +321,11 @@ def test_keys_are_ordered_like_the_floats_and_lead_back(dtype: type) -> None:
     ordered = np.array(
         [-np.inf, info.min, -1, -info.tiny, -tiny, 0, tiny, info.tiny, 1, info.max, np.inf], dtype
     )
-    keys = contenders._host_keys(ordered)
+    keys = counting._host_keys(ordered)
     assert keys.dtype.itemsize == ordered.dtype.itemsize
     assert (keys[1:] > keys[:-1]).all()
-    assert [contenders.from_key(int(key), ordered.dtype) for key in keys] == ordered.tolist()
-    assert len(set(contenders._host_keys(np.array([0.0, -0.0], dtype)).tolist())) == 1
+    assert [counting.from_key(int(key), ordered.dtype) for key in keys] == ordered.tolist()
+    assert len(set(counting._host_keys(np.array([0.0, -0.0], dtype)).tolist())) == 1
 
 
 def test_float64_scores_that_float32_cannot_tell_apart_are_told_apart_among_ranks() -> None:

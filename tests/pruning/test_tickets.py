@@ -12,15 +12,16 @@ from safetensors.torch import save_file
 from small_networks import ConvNet, built, images, job_config
 from torch import nn
 
-from gbp_ray.config import JobConfig, PretrainConfig, load_job, trial_id
+from gbp_ray.config.job import JobConfig, load_job, trial_id
+from gbp_ray.config.prune import sparsity_schedule
+from gbp_ray.config.training import PretrainConfig
+from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import ConfigError, StoreError, WorkloadError
 from gbp_ray.pruning.checks import check_job
-from gbp_ray.pruning.masks import MaskSet, prunable_parameters
-from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.pruning.masks import MaskSet, pin_files, read_masks_at, starting_masks
 from gbp_ray.pruning.rounds import RoundState, run_rounds
-from gbp_ray.pruning.schedule import sparsity_schedule
-from gbp_ray.pruning.tickets import pin_files, read_masks_at, starting_masks
-from gbp_ray.weights import start_from
+from gbp_ray.pruning.units import prunable_parameters
+from gbp_ray.workloads.weights import start_from
 
 
 def half_masks(seed: int = 0, model: nn.Module | None = None) -> MaskSet:

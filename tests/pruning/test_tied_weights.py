@@ -16,15 +16,16 @@ from tied_program import recurrent, tied_blank
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gbp_ray.config import CRITERIA, FinetuneConfig
-from gbp_ray.pruning.checkpoint import load_weights
-from gbp_ray.pruning.masks import MaskSet, prunable_parameters
-from gbp_ray.pruning.metrics import count_macs, measure
-from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.config.prune import CRITERIA
+from gbp_ray.config.training import FinetuneConfig
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.tying import tie_weights, with_tied_weights
-from gbp_ray.workload import Workload
-from gbp_ray.zoo.recurrent import RecurrentConvNet
+from gbp_ray.pruning.units import measure, prunable_parameters
+from gbp_ray.training.network import count_macs, load_weights
+from gbp_ray.workloads.contract import Workload
+from gbp_ray.workloads.networks import RecurrentConvNet
+from gbp_ray.workloads.tying import tie_weights, with_tied_weights
 
 NUM_EXAMPLES = 10
 SHAPE = (2, 2, 3, 3)
@@ -278,7 +279,7 @@ def test_a_resumed_trial_of_a_tied_network_ends_as_an_uninterrupted_one(
 
 
 def test_a_network_tied_on_the_meta_device_stays_tied_and_starts_from_its_first_layer() -> None:
-    from gbp_ray.pruning.building import build_start, network_of_seed
+    from gbp_ray.training.network import build_start, network_of_seed
 
     given = regression(tied_blank, draw(4, 2, 6, 6), draw(4, 3))
     plain = regression(lambda: tied_blank(is_tied=False), draw(4, 2, 6, 6), draw(4, 3))

@@ -25,19 +25,14 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.utils.data import TensorDataset
 
-from gbp_ray.config import DistillationConfig
+from gbp_ray.config.training import DistillationConfig
 from gbp_ray.errors import PruneError, WorkloadError
-from gbp_ray.pruning.masks import MaskSet, prunable_parameters
-from gbp_ray.pruning.objective import Teacher
+from gbp_ray.pruning.masks import MaskSet, check_pruned_zero, forget_pruned
 from gbp_ray.pruning.selection import select_masks
-from gbp_ray.pruning.training import (
-    Span,
-    check_pruned_zero,
-    forget_pruned,
-    learning_rate,
-    make_optimizer,
-    num_steps,
-)
+from gbp_ray.pruning.units import prunable_parameters
+from gbp_ray.training.distillation import Teacher
+from gbp_ray.training.loop import Span
+from gbp_ray.training.optimizer import learning_rate, make_optimizer, num_steps
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 

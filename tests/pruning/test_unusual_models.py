@@ -27,15 +27,19 @@ from small_networks import (
 from small_trainings import recipe_of, steps, tanh_regression, train
 from torch import Tensor, nn
 
-from gbp_ray.config import CRITERIA, FinetuneConfig, JobConfig, PretrainConfig
+from gbp_ray.config.job import JobConfig
+from gbp_ray.config.prune import CRITERIA
+from gbp_ray.config.training import FinetuneConfig, PretrainConfig
 from gbp_ray.errors import ConfigError, PruneError, StoreError
-from gbp_ray.pruning.batchnorm import recalibrate_batchnorm
+from gbp_ray.pruning.checkpoint import Checkpoint
 from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.criteria import criterion
-from gbp_ray.pruning.evaluation import evaluate
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.pruning.rounds import Checkpoint, RoundState, load_weights, run_rounds
-from gbp_ray.workload import Workload
+from gbp_ray.pruning.rounds import RoundState, run_rounds
+from gbp_ray.training.batchnorm import recalibrate_batchnorm
+from gbp_ray.training.evaluation import evaluate
+from gbp_ray.training.network import load_weights
+from gbp_ray.workloads.contract import Workload
 
 SCORED = [name for name in CRITERIA if name != "movement"]
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from unusual_program import CASES, UNSHARDABLE, bits, case_of, outcome
 
+from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import GbpError
-from gbp_ray.pruning.building import network_of_seed
 from gbp_ray.pruning.checks import check_job
-from gbp_ray.pruning.masks import prunable_parameters
-from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.pruning.units import prunable_parameters
+from gbp_ray.training.network import network_of_seed
 
 # By hand: of 8 inputs, in 5 steps where there is a sequence, to 6 or 8 and then to 4.
 LAYERS = 8 * 6 + 6 * 4

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.distributed.ranks import Ranks
 
 Result = TypeVar("Result")
 
@@ -68,7 +68,7 @@ def on_threads(world_size: int, program: Callable[[ThreadRanks], Result]) -> lis
     def work(rank: int) -> None:
         try:
             results[rank] = program(ranks[rank])
-        except Exception as error:  # noqa: BLE001 - raised again below
+        except Exception as error:  # noqa: BLE001 - told by name
             failures.append(error)
             meeting.barrier.abort()
 

@@ -8,9 +8,9 @@ import torch
 from sharded_program import trial
 from torch import nn
 
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.tying import tie_weights
-from gbp_ray.zoo.recurrent import RecurrentConvNet
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.workloads.networks import RecurrentConvNet
+from gbp_ray.workloads.tying import tie_weights
 
 _WIDTH = 6  # The second layer's kernel, 12 x 12 x 9, is a group of its own in shards.
 

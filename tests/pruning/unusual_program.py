@@ -21,12 +21,12 @@ from torch.ao import quantization
 from torch.nn import functional
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
-from gbp_ray.config import JobConfig
+from gbp_ray.config.job import JobConfig
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.distributed.sharding import gather_whole
 from gbp_ray.errors import GbpError
-from gbp_ray.pruning.ranks import Ranks
 from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.pruning.sharding import gather_whole
-from gbp_ray.workload import Workload
+from gbp_ray.workloads.contract import Workload
 
 WIDTH, STEPS, OUTPUTS = 8, 5, 4
 

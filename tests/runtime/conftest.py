@@ -1,3 +1,1 @@
 """Ray reads its environment when it is imported, which some tests here do by themselves."""
-
-import gbp_ray.runtime  # noqa: F401

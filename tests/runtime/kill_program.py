@@ -20,14 +20,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import gbp_ray.pruning.rounds
-from gbp_ray.config import JobConfig, load_job, trial_id
-from gbp_ray.files import FolderObjects
+from gbp_ray.config.job import JobConfig, load_job, trial_id
+from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.pruning.checkpoint import SHARDS
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.runtime.worker import work_trial
-from gbp_ray.store import RoundRecord, Store
-from gbp_ray.workload import Workload
-from gbp_ray.zoo import digits_convnet
+from gbp_ray.results.folder import FolderObjects
+from gbp_ray.results.records import RoundRecord
+from gbp_ray.results.store import Store
+from gbp_ray.runtime.trial import work_trial
+from gbp_ray.workloads import digits_convnet
+from gbp_ray.workloads.contract import Workload
 
 SETTINGS = {
     "workload.factory": "kill_program:digits",

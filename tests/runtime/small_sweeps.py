@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gbp_ray.config import JobConfig, expand, load_job
-from gbp_ray.runtime.solo import run_solo
-from gbp_ray.store import Store
+from gbp_ray.config.job import JobConfig, expand, load_job
+from gbp_ray.results.store import Store
+from gbp_ray.runtime.trial import run_solo
 
 __all__ = ["find_children", "name_of", "run_alone", "start_sweep", "write_job"]
 

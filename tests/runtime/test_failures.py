@@ -22,10 +22,10 @@ from ray.train.v2._internal.exceptions import (
 )
 from shell import Shell
 
-from gbp_ray.config import ClusterConfig
+from gbp_ray.config.cluster import ClusterConfig
 from gbp_ray.errors import PruneError, TransientStoreError, TrialError, WorkloadError
-from gbp_ray.runtime import mailbox
-from gbp_ray.runtime.failures import Failure, find_failure, is_consequence, may_pass
+from gbp_ray.runtime.on_ray import mailbox
+from gbp_ray.runtime.on_ray.failures import Failure, find_failure, is_consequence, may_pass
 
 CLOSED = RuntimeError(
     "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:6573. This is "
@@ -176,7 +176,7 @@ def test_a_failed_trial_ends_with_the_command_that_goes_on(
             "trial t: worker 1 was killed; run the job again", trial_id="t", rank=1, cause="killed"
         )
 
-    monkeypatch.setattr("gbp_ray.api._run_rounds", fail)
+    monkeypatch.setattr("gbp_ray.runtime.api._run_rounds", fail)
     arguments = ["prune", "-q", "--set=prune.exclude=['linear*']"]
     outcome = shell(*arguments, f"--set=storage={tmp_path}")
     assert outcome.code == 1

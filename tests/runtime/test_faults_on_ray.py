@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
-from gbp_ray.api import prune
-from gbp_ray.config import load_job
+from gbp_ray.config.job import load_job
+from gbp_ray.runtime.api import prune
 
 pytestmark = [
     pytest.mark.ray,
@@ -44,7 +44,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from gbp_ray.zoo import digits_convnet
+from gbp_ray.workloads import digits_convnet
 
 
 def unlucky(folder):

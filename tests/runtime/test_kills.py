@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from kill_program import PHASES, Death, end_group, make_job, start_group, wait_until_met
 
-from gbp_ray.config import JobConfig, trial_id
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.runtime.worker import work_trial
-from gbp_ray.store import Store
+from gbp_ray.config.job import JobConfig, trial_id
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.results.store import Store
+from gbp_ray.runtime.trial import work_trial
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ import pytest
 from machines_of_its_own import NET, Machines, can_make_machines
 from moto.server import ThreadedMotoServer
 
-from gbp_ray.api import prune, sweep
-from gbp_ray.config import expand, load_job, trial_id
+from gbp_ray.config.job import expand, load_job, trial_id
 from gbp_ray.errors import ConfigError, StoreError
-from gbp_ray.store import Store
+from gbp_ray.results.store import Store
+from gbp_ray.runtime.api import prune, sweep
 
 pytestmark = [
     pytest.mark.ray,
@@ -44,7 +44,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from gbp_ray.zoo import digits_convnet
+from gbp_ray.workloads import digits_convnet
 
 
 def doomed(folder):

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from gbp_ray.config import JobConfig, load_job, takes_whole_numbers, trial_id
-from gbp_ray.runtime.optuna_plan import OptunaPlan, make_search
-from gbp_ray.runtime.plans import Outcome
+from gbp_ray.config.job import JobConfig, load_job, takes_whole_numbers, trial_id
+from gbp_ray.runtime.on_ray.optuna import OptunaPlan, make_search
+from gbp_ray.runtime.search import Outcome
 
 pytest.importorskip("optuna")
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from gbp_ray.config import ClusterConfig, load_job
+from gbp_ray.config.cluster import ClusterConfig
+from gbp_ray.config.job import load_job
 from gbp_ray.errors import ConfigError, StoreError
-from gbp_ray.runtime import machines as machines_module
-from gbp_ray.runtime.machines import Sight, check_folder, is_autoscaling, judge, look
+from gbp_ray.runtime.on_ray import machines as machines_module
+from gbp_ray.runtime.on_ray.machines import Sight, check_folder, is_autoscaling, judge, look
 from gbp_ray.runtime.placement import (
     Machine,
     check_placeable,

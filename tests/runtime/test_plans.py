@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gbp_ray.config import JobConfig, expand, load_job, trial_id
-from gbp_ray.runtime.plans import (
+from gbp_ray.config.job import JobConfig, expand, load_job, trial_id
+from gbp_ray.runtime.search import (
     Bisection,
     Feeder,
     Outcome,

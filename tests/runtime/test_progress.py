@@ -7,10 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from gbp_ray.results.records import CostRecord, LayerRecord, RoundRecord
 from gbp_ray.runtime import progress
-from gbp_ray.runtime.progress import ProgressBoard, SweepBoard, Tick
-from gbp_ray.store import CostRecord, LayerRecord, RoundRecord
-from gbp_ray.terminal import Screen
+from gbp_ray.runtime.progress import ProgressBoard, Screen, SweepBoard, Tick
 
 TICK = Tick(
     trial="taylor-x",

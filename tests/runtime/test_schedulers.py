@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from gbp_ray.config import JobConfig, SweepConfig, load_job
-from gbp_ray.runtime.schedulers import GuardedScheduler, is_judged, walk_of
+from gbp_ray.config.job import JobConfig, load_job
+from gbp_ray.config.sweep import SweepConfig
+from gbp_ray.runtime.on_ray.schedulers import GuardedScheduler, is_judged, walk_of
 
 
 def job_with(**changed: Any) -> JobConfig:

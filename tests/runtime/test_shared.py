@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from gbp_ray.config import JobConfig, load_job, trial_id
+from gbp_ray.config.job import JobConfig, load_job, trial_id
+from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.pruning import rounds
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.runtime.shared import dense_origin
-from gbp_ray.runtime.solo import run_solo
-from gbp_ray.runtime.worker import work_trial
-from gbp_ray.store import Store
+from gbp_ray.results.store import Store
+from gbp_ray.runtime.cache import dense_origin
+from gbp_ray.runtime.trial import run_solo, work_trial
 
 torch.set_num_threads(1)
 
@@ -142,7 +141,7 @@ def test_of_two_trials_at_once_one_computes(tmp_path: Path, counted: dict[str, i
         try:
             run(job)
             ends.put((counted["score"], counted["dense"]))
-        except BaseException as error:  # noqa: BLE001 - looked at below
+        except BaseException as error:  # noqa: BLE001 - handed to the waiting thread
             ends.put(repr(error))
 
     jobs = [quick_job(tmp_path, **{"prune.rounds": 1, "prune.sparsity": s}) for s in (0.5, 0.7)]

@@ -14,10 +14,10 @@ import pytest
 from user_files import USER_JOB
 
 import gbp_ray
-from gbp_ray.config import load_job
-from gbp_ray.runtime import start
-from gbp_ray.store import Store
-from gbp_ray.submission import PYTHONS
+from gbp_ray.config.job import load_job
+from gbp_ray.results.store import Store
+from gbp_ray.runtime import bootstrap
+from gbp_ray.runtime.submission import PYTHONS
 
 FACTS = {
     "version": gbp_ray.__version__,
@@ -29,10 +29,10 @@ FACTS = {
 
 
 def run(folder: Path, **facts: Any) -> subprocess.CompletedProcess[str]:
-    program = folder / ".gbp-ray-start.py"
-    shutil.copy(start.__file__, program)
+    program = folder / ".gbp-ray-bootstrap.py"
+    shutil.copy(bootstrap.__file__, program)
     (folder / "job.toml").write_text(f'storage = "results"\n{USER_JOB}')
-    (folder / start.FACTS).write_text(json.dumps(FACTS | facts))
+    (folder / bootstrap.FACTS).write_text(json.dumps(FACTS | facts))
     return subprocess.run([sys.executable, program], cwd=folder, capture_output=True, text=True)
 
 
@@ -74,7 +74,7 @@ def test_a_folder_of_another_job_is_refused_before_torch_is_there(tmp_path: Path
     code = (
         "import runpy, sys\n"
         "try:\n"
-        "    runpy.run_path('.gbp-ray-start.py', run_name='__main__')\n"
+        "    runpy.run_path('.gbp-ray-bootstrap.py', run_name='__main__')\n"
         "finally:\n"
         "    print('torch' in sys.modules)\n"
     )
@@ -94,7 +94,7 @@ def test_a_folder_of_another_job_is_refused_before_torch_is_there(tmp_path: Path
 def test_what_is_missing_altogether_is_told_apart(
     monkeypatch: pytest.MonkeyPatch, missing: str, expected: str
 ) -> None:
-    monkeypatch.setattr(start.importlib.util, "find_spec", lambda name: name != missing or None)
-    fault = start.find_fault(FACTS | {"version": "0.1.0"})
+    monkeypatch.setattr(bootstrap.importlib.util, "find_spec", lambda name: name != missing or None)
+    fault = bootstrap.find_fault(FACTS | {"version": "0.1.0"})
     assert fault is not None
     assert expected in fault

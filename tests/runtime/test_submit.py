@@ -21,12 +21,12 @@ import ray
 from fake_head import FakeHead, FakeJob, fake_head
 
 import gbp_ray
-from gbp_ray.cli import main
+from gbp_ray.cli.app import main
 from gbp_ray.errors import ClusterError, ConfigError
-from gbp_ray.runtime import submit
+from gbp_ray.runtime.on_ray import head as head_module
+from gbp_ray.runtime.on_ray.head import Head, find_address
 from gbp_ray.runtime.progress import CHECKED
-from gbp_ray.runtime.submit import Head, find_address
-from gbp_ray.submission import prepare_submission
+from gbp_ray.runtime.submission import prepare_submission
 
 TOKEN = "the-token-of-a-test"
 CLEARED = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -38,9 +38,9 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(submit, "_POLL_S", 0.01)
-    monkeypatch.setattr(submit, "_RETRY_S", 0.01)
-    monkeypatch.setattr(submit, "_TIMEOUTS_S", (1.0, 20.0))
+    monkeypatch.setattr(head_module, "_POLL_S", 0.01)
+    monkeypatch.setattr(head_module, "_RETRY_S", 0.01)
+    monkeypatch.setattr(head_module, "_TIMEOUTS_S", (1.0, 20.0))
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_of_two_that_submit_at_once_one_is_told_of_the_other(
 def test_a_head_that_has_just_started_is_asked_again(
     head: FakeHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submit, "_RETRY_S", 0.01)
+    monkeypatch.setattr(head_module, "_RETRY_S", 0.01)
     head.num_without_agent = 3
     calls: list[int] = []
     _, is_new = Head(head.address).send(submission(), lambda: calls.append(1))
@@ -138,7 +138,7 @@ def test_a_head_that_has_just_started_is_asked_again(
 
 
 def test_a_head_that_takes_no_jobs_says_so(head: FakeHead, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "_AGENT_S", 0.1)
+    monkeypatch.setattr(head_module, "_AGENT_S", 0.1)
     head.num_without_agent = 10**9
     with pytest.raises(ClusterError, match=r"takes no jobs, as no node's agent.* end that"):
         Head(head.address).send(submission())
@@ -201,7 +201,7 @@ def test_a_submission_waits_for_the_checks_of_the_job(head: FakeHead) -> None:
 def test_a_job_without_room_is_left_waiting(
     head: FakeHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submit, "_CHECKS_S", 0.1)
+    monkeypatch.setattr(head_module, "_CHECKS_S", 0.1)
     client = Head(head.address)
     state, _ = client.send(submission())
     head.jobs[state.submission_id].status = "PENDING"
@@ -274,7 +274,7 @@ def test_a_head_that_has_forgotten_the_job_is_not_waited_for(head: FakeHead) -> 
 def test_a_silent_connection_is_looked_after(
     head: FakeHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submit, "_SILENCE_S", 0.05)
+    monkeypatch.setattr(head_module, "_SILENCE_S", 0.05)
     client = Head(head.address)
     state, _ = client.send(submission())
     job = head.jobs[state.submission_id]
@@ -296,7 +296,7 @@ def test_a_silent_connection_is_looked_after(
 def test_a_head_out_of_reach_for_long_is_given_up(
     head: FakeHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submit, "_ABSENCE_S", 0.5)
+    monkeypatch.setattr(head_module, "_ABSENCE_S", 0.5)
     client = Head(head.address)
     state, _ = client.send(submission())
     monkeypatch.setattr(client._client, "_address", "http://127.0.0.1:9")
@@ -477,7 +477,7 @@ def test_a_dry_run_asks_nobody(cli: Callable[..., Done]) -> None:
     told = json.loads(done.stdout)
     assert told["uri"] == "/shared/digits"
     assert told["num_bytes"] > 100_000
-    assert "gbp_ray/cli.py" in told["files"]
+    assert "gbp_ray/cli/app.py" in told["files"]
     shown = cli("submit", "--set=storage=/shared", "--dry-run", "--installed").stdout
     assert "0 files, " in shown
 

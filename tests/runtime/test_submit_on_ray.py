@@ -29,11 +29,11 @@ from pathlib import Path
 import pytest
 
 import gbp_ray
-from gbp_ray.config import load_job, trial_id
+from gbp_ray.config.job import load_job, trial_id
+from gbp_ray.results.store import Store
+from gbp_ray.runtime.on_ray.head import Head
 from gbp_ray.runtime.progress import CHECKED
-from gbp_ray.runtime.submit import Head
-from gbp_ray.store import Store
-from gbp_ray.submission import prepare_submission
+from gbp_ray.runtime.submission import prepare_submission
 
 pytestmark = pytest.mark.ray
 whole_suite = pytest.mark.skipif(
@@ -47,7 +47,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from gbp_ray.zoo import digits_convnet
+from gbp_ray.workloads import digits_convnet
 
 
 def digits():
@@ -333,7 +333,7 @@ def test_wrong_submissions_end_in_one_line_and_in_time(cluster: Cluster, tmp_pat
 def test_another_version_on_the_nodes_is_told(
     cluster: Cluster, head: Head, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gbp_ray import submission
+    from gbp_ray.runtime import submission
 
     monkeypatch.setattr(submission, "__version__", "9.9.9")
     sent = submission.prepare_submission(

@@ -16,14 +16,13 @@ import torch
 from shell import Shell
 from small_sweeps import run_alone, start_sweep
 
-from gbp_ray.api import sweep
-from gbp_ray.config import expand, load_job, trial_id
+from gbp_ray.config.job import expand, load_job, trial_id
+from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import WorkloadError
-from gbp_ray.pruning.ranks import Ranks
-from gbp_ray.runtime.solo import finish_trial
-from gbp_ray.runtime.worker import work_trial
-from gbp_ray.store import Store
-from gbp_ray.workload import add_import_paths
+from gbp_ray.results.store import Store
+from gbp_ray.runtime.api import sweep
+from gbp_ray.runtime.trial import finish_trial, work_trial
+from gbp_ray.workloads.loading import add_import_paths
 
 torch.set_num_threads(1)
 
@@ -31,7 +30,7 @@ WORKLOAD = '''
 """The digits, and what may go wrong with them."""
 import os, signal
 from pathlib import Path
-from gbp_ray.zoo import digits_convnet
+from gbp_ray.workloads import digits_convnet
 
 
 def digits(fault="", flag=""):
@@ -95,7 +94,7 @@ def test_what_ails_the_rest_of_a_sweep_does_not_refuse_it(
     def run_sweep(job: Any, feeder: Any, *arguments: Any, **options: Any) -> None:
         left.append(feeder.next().workload.options)
 
-    monkeypatch.setattr("gbp_ray.runtime.sweep.run_sweep", run_sweep)
+    monkeypatch.setattr("gbp_ray.runtime.on_ray.tune.run_sweep", run_sweep)
     raises = {"fault": "raises"}
     space = {"sweep.space": {"workload.options": [{}, raises]}} | CRITERION
     (outcome,) = sweep(job_file, space, is_quiet=True).outcomes

@@ -22,10 +22,10 @@ from index_rows import untimed_rows
 from small_sweeps import find_children, name_of, run_alone, start_sweep, write_job
 from watchful_reader import WatchfulReader
 
-from gbp_ray.audit import find_faults
-from gbp_ray.config import expand, load_job, trial_id
-from gbp_ray.results import open_results
-from gbp_ray.store import Store
+from gbp_ray.config.job import expand, load_job, trial_id
+from gbp_ray.results.maintenance import find_faults
+from gbp_ray.results.query import open_results
+from gbp_ray.results.store import Store
 
 pytestmark = [
     pytest.mark.ray,

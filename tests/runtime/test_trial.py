@@ -16,9 +16,10 @@ import pytest
 from commands import session_of, start, stop_by
 from shell import Shell
 
-from gbp_ray.api import prune
-from gbp_ray.config import ClusterConfig, load_job
+from gbp_ray.config.cluster import ClusterConfig
+from gbp_ray.config.job import load_job
 from gbp_ray.errors import PruneError, WorkloadError
+from gbp_ray.runtime.api import prune
 
 pytestmark = pytest.mark.ray
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ from pathlib import Path
 
 import torch
 from dataclasses import replace
-from gbp_ray.zoo import digits_convnet
+from gbp_ray.workloads import digits_convnet
 
 
 def _faulty(flag, call, action):
@@ -77,7 +78,7 @@ def sound(flag):
 
 @pytest.fixture(scope="module")
 def ray_session():
-    from gbp_ray.runtime.session import ray_session
+    from gbp_ray.runtime.on_ray.session import ray_session
 
     with ray_session(ClusterConfig(num_workers=4), is_debug=False):
         yield

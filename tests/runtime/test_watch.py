@@ -16,11 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import gbp_ray.store
-import gbp_ray.workload
-from gbp_ray.pruning.ranks import Ranks
+import gbp_ray.results.store
+import gbp_ray.workloads.loading
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.runtime.on_ray.hang import Standstill, Watch, is_to_blame
 from gbp_ray.runtime.progress import Tick
-from gbp_ray.runtime.watch import Standstill, Watch, is_to_blame
 
 TICK = Tick("t", 2, 5, "finetune", 12, 40, 0.5, 0.3)
 
@@ -115,16 +115,18 @@ def test_building_and_storing_may_take_their_time(
         time.sleep(2.0)
         raise StopIteration
 
-    monkeypatch.setattr("gbp_ray.workload.import_attribute", slow)
-    monkeypatch.setattr("gbp_ray.files.FolderObjects.put", slow)
-    monkeypatch.setattr("gbp_ray.files.FolderObjects.put_new", slow)
+    monkeypatch.setattr("gbp_ray.workloads.loading.import_attribute", slow)
+    monkeypatch.setattr("gbp_ray.results.folder.FolderObjects.put", slow)
+    monkeypatch.setattr("gbp_ray.results.folder.FolderObjects.put_new", slow)
 
     def build(watch: Watch) -> None:
         with pytest.raises(StopIteration):
-            gbp_ray.workload.load_workload(gbp_ray.workload.WorkloadConfig(factory="a:b"))
+            gbp_ray.workloads.loading.load_workload(
+                gbp_ray.workloads.loading.WorkloadConfig(factory="a:b")
+            )
 
     def store(watch: Watch) -> None:
-        target = gbp_ray.store.Store(str(tmp_path), "try")
+        target = gbp_ray.results.store.Store(str(tmp_path), "try")
         with pytest.raises(StopIteration):
             target.objects.put("a", b"")  # not by way of the store: nothing excuses it
         with pytest.raises(StopIteration):

@@ -17,13 +17,14 @@ import pytest
 import torch
 from shell import Shell
 
-from gbp_ray.config import JobConfig, load_job, trial_id
+from gbp_ray.config.job import JobConfig, load_job, trial_id
+from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import GbpError, PruneError, StoreError
-from gbp_ray.pruning.ranks import Ranks
+from gbp_ray.results.records import RoundRecord
+from gbp_ray.results.store import Store
 from gbp_ray.runtime.progress import Tick
-from gbp_ray.runtime.worker import work_trial
-from gbp_ray.store import RoundRecord, Store
-from gbp_ray.workload import load_workload
+from gbp_ray.runtime.trial import work_trial
+from gbp_ray.workloads.loading import load_workload
 
 torch.set_num_threads(1)
 

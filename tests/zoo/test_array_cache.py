@@ -10,15 +10,16 @@ import pytest
 import torch
 from small_data import draw_images, encode, message_of, truncate, write_shard
 
-from gbp_ray.workload import take_batch
-from gbp_ray.zoo import array_cache, cifar10_files, cifar10_resnet20
-from gbp_ray.zoo.images import normalise
+from gbp_ray.workloads import cache as array_cache
+from gbp_ray.workloads import cifar10, cifar10_resnet20
+from gbp_ray.workloads.data import take_batch
+from gbp_ray.workloads.images import normalise
 
 
 def test_cache_spares_the_second_decoding(tiny, monkeypatch):
-    first, _ = cifar10_files.read_cifar10(str(tiny))
-    monkeypatch.setattr(cifar10_files, "decode_shards", None)
-    second, _ = cifar10_files.read_cifar10(str(tiny))
+    first, _ = cifar10.read_cifar10(str(tiny))
+    monkeypatch.setattr(cifar10, "decode_shards", None)
+    second, _ = cifar10.read_cifar10(str(tiny))
     assert np.array_equal(first[0], second[0])
     assert not second[0].flags.writeable
     inputs, _ = take_batch(cifar10_resnet20(str(tiny)), second, torch.tensor([3, 1]))
@@ -26,9 +27,9 @@ def test_cache_spares_the_second_decoding(tiny, monkeypatch):
 
 
 def test_changed_files_are_decoded_anew(tiny):
-    cifar10_files.read_cifar10(str(tiny))
+    cifar10.read_cifar10(str(tiny))
     write_shard(tiny / "test-00000-of-00001.parquet", [encode(draw_images(1, seed=5)[0])], [4])
-    _, test = cifar10_files.read_cifar10(str(tiny))
+    _, test = cifar10.read_cifar10(str(tiny))
     assert np.array_equal(test[0], draw_images(1, seed=5))
 
 
@@ -40,10 +41,10 @@ def flip_last_byte(path):
 @pytest.mark.parametrize("name", ["train_images.npy", "test_labels.npy", "manifest.json"])
 @pytest.mark.parametrize("damage", [truncate, flip_last_byte, Path.unlink])
 def test_damaged_cache_is_made_again(tiny, cache, name, damage):
-    cifar10_files.read_cifar10(str(tiny))
+    cifar10.read_cifar10(str(tiny))
     (folder,) = cache.iterdir()
     damage(folder / name)
-    train, test = cifar10_files.read_cifar10(str(tiny))
+    train, test = cifar10.read_cifar10(str(tiny))
     assert np.array_equal(train[0], draw_images(18)[:12])
     assert test[1].tolist() == [0] * 6
     assert list(cache.iterdir()) == [folder]

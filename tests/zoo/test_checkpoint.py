@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from small_data import message_of, truncate
 
-from gbp_ray.workload import seeded, take_batch
-from gbp_ray.workload_checks import check_workload
-from gbp_ray.zoo import cifar10_resnet20, cifar10_resnet56
-from gbp_ray.zoo.resnet import build_cifar_resnet
+from gbp_ray.workloads import cifar10_resnet20, cifar10_resnet56
+from gbp_ray.workloads.checks import check_workload
+from gbp_ray.workloads.data import seeded, take_batch
+from gbp_ray.workloads.networks import build_cifar_resnet
 
 
 @pytest.fixture

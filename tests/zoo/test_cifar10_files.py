@@ -13,13 +13,13 @@ import pytest
 from safetensors.torch import save_file
 from small_data import draw_images, encode, message_of, write_shard
 
-from gbp_ray import location
-from gbp_ray.zoo import cifar10_files, cifar10_resnet20, vision
-from gbp_ray.zoo.resnet import build_cifar_resnet
+from gbp_ray.workloads import cifar10, cifar10_resnet20, location
+from gbp_ray.workloads import images as images_module
+from gbp_ray.workloads.networks import build_cifar_resnet
 
 
 def test_parquet_is_read_pixel_for_pixel_in_order(tiny):
-    train, test = cifar10_files.read_cifar10(str(tiny))
+    train, test = cifar10.read_cifar10(str(tiny))
     images = draw_images(18)
     assert np.array_equal(train[0], images[:12])
     assert np.array_equal(test[0], images[12:])
@@ -49,7 +49,7 @@ def test_object_store_is_read_like_a_folder(tiny, monkeypatch):
 
 
 def write_batches(folder, images, labels, monkeypatch):
-    datasets = vision.import_vision("datasets")
+    datasets = images_module.import_vision("datasets")
     # Made-up batches cannot have the published MD5 sums; None turns that comparison off.
     names = [f"data_batch_{i}" for i in range(1, 6)]
     monkeypatch.setattr(datasets.CIFAR10, "train_list", [[name, None] for name in names])
@@ -71,24 +71,24 @@ def write_batches(folder, images, labels, monkeypatch):
 def test_torchvision_folder_is_read(tmp_path, monkeypatch):
     images, labels = draw_images(12), [*range(10), 3, 4]
     batches = write_batches(tmp_path, images, labels, monkeypatch)
-    train, test = cifar10_files.read_cifar10(str(tmp_path))
+    train, test = cifar10.read_cifar10(str(tmp_path))
     assert np.array_equal(train[0], images[:10])
     assert np.array_equal(test[0], images[10:])
     assert (train[1].tolist(), test[1].tolist()) == (labels[:10], labels[10:])
-    assert "give the folder that holds it" in message_of(cifar10_files.read_cifar10, str(batches))
+    assert "give the folder that holds it" in message_of(cifar10.read_cifar10, str(batches))
 
 
 def test_damaged_torchvision_folder_is_refused_before_it_is_unpickled(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         write_batches(tmp_path, draw_images(12), [0] * 12, patch)
-    text = message_of(cifar10_files.read_cifar10, str(tmp_path))
+    text = message_of(cifar10.read_cifar10, str(tmp_path))
     assert "incomplete or damaged" in text
     assert "workload.options.download=true" in text
 
 
 def test_download_moves_whole_data_into_place(tmp_path, monkeypatch):
     source = write_batches(tmp_path / "source", draw_images(12), [0] * 12, monkeypatch)
-    datasets, asked = vision.import_vision("datasets"), []
+    datasets, asked = images_module.import_vision("datasets"), []
 
     def fetch(dataset):
         asked.append(dataset.root)
@@ -99,7 +99,7 @@ def test_download_moves_whole_data_into_place(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.CIFAR10, "download", fetch)
     goal = tmp_path / "new" / "folder"
     for _ in range(2):
-        train, _ = cifar10_files.read_cifar10(str(goal), download=True)
+        train, _ = cifar10.read_cifar10(str(goal), download=True)
     assert len(train[1]) == 10
     assert len(asked) == 1, "data that is there must not be fetched again"
     assert [path.name for path in goal.iterdir()] == ["cifar-10-batches-py"]
@@ -108,7 +108,7 @@ def test_download_moves_whole_data_into_place(tmp_path, monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(datasets.CIFAR10, "download", fail)
-    text = message_of(cifar10_files.read_cifar10, str(tmp_path / "other"), download=True)
+    text = message_of(cifar10.read_cifar10, str(tmp_path / "other"), download=True)
     assert "cannot be downloaded (no route to host)" in text
     assert not list((tmp_path / "other").iterdir())
 

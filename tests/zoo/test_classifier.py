@@ -6,9 +6,9 @@ import pytest
 import torch
 from small_data import draw_images, encode, message_of
 
-from gbp_ray.workload import take_batch
-from gbp_ray.workload_checks import check_workload
-from gbp_ray.zoo import torchvision_classifier
+from gbp_ray.workloads import torchvision_classifier
+from gbp_ray.workloads.checks import check_workload
+from gbp_ray.workloads.data import take_batch
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_classifier_over_folders_has_an_output_per_class(folders):
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_extra_heads_are_left_out(name):
-    from gbp_ray.zoo.classifier import _build_model
+    from gbp_ray.workloads.torchvision import _build_model
 
     with torch.device("meta"):
         outputs = _build_model(name, 10).train()(torch.empty(2, 3, 299, 299))

@@ -11,12 +11,12 @@ import pytest
 import torch
 from small_data import REPOSITORY
 
-from gbp_ray.workload import seeded, shuffled_indices, take_batch
-from gbp_ray.zoo import digits_convnet, digits_recurrent
+from gbp_ray.workloads import digits_convnet, digits_recurrent
+from gbp_ray.workloads.data import seeded, shuffled_indices, take_batch
 
 
 def read_digits():
-    return pq.read_table(REPOSITORY / "gbp_ray" / "zoo" / "digits.parquet")
+    return pq.read_table(REPOSITORY / "gbp_ray" / "workloads" / "digits.parquet")
 
 
 def test_digits_asset_is_whole_stratified_and_attributed():

@@ -6,9 +6,11 @@ import pytest
 import torch
 from small_data import REPOSITORY
 
-from gbp_ray.config import WorkloadConfig, load_job
-from gbp_ray.workload import load_workload, take_batch
-from gbp_ray.workload_checks import check_workload
+from gbp_ray.config.job import load_job
+from gbp_ray.config.workload import WorkloadConfig
+from gbp_ray.workloads.checks import check_workload
+from gbp_ray.workloads.data import take_batch
+from gbp_ray.workloads.loading import load_workload
 
 
 def test_byo_job_meets_the_contract(monkeypatch):

@@ -6,9 +6,8 @@ import pytest
 import torch
 from small_data import draw_images, message_of
 
-from gbp_ray.workload import seeded
-from gbp_ray.zoo.images import AUGMENTATIONS, build_augment, normalise
-from gbp_ray.zoo.vision import import_vision
+from gbp_ray.workloads.data import seeded
+from gbp_ray.workloads.images import AUGMENTATIONS, build_augment, import_vision, normalise
 
 
 @pytest.mark.parametrize("names", [*([name] for name in AUGMENTATIONS), list(AUGMENTATIONS)])

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from small_data import draw_images, message_of
 
-from gbp_ray.config import WorkloadConfig
+from gbp_ray.config.workload import WorkloadConfig
 from gbp_ray.errors import ConfigError
-from gbp_ray.workload import load_workload
-from gbp_ray.zoo import cifar10_convnet
+from gbp_ray.workloads import cifar10_convnet
+from gbp_ray.workloads.loading import load_workload
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import torch
 from small_data import message_of
 from torch.func import functional_call, grad, vmap
 
-from gbp_ray.workload_checks import check_workload
-from gbp_ray.zoo import cifar10_convnet, cifar10_resnet20, cifar10_resnet32, cifar10_resnet56
-from gbp_ray.zoo.resnet import build_cifar_resnet
+from gbp_ray.workloads import cifar10_convnet, cifar10_resnet20, cifar10_resnet32, cifar10_resnet56
+from gbp_ray.workloads.checks import check_workload
+from gbp_ray.workloads.networks import build_cifar_resnet
 
 
 @pytest.mark.parametrize(

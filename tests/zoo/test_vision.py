@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gbp_ray.zoo import vision
+from gbp_ray.workloads import images
 
 
 def run_python(code):
@@ -18,8 +18,8 @@ def run_python(code):
 
 def test_torchvision_is_imported_only_when_needed():
     run_python(
-        "import sys, torch, gbp_ray.zoo as zoo\n"
-        "from gbp_ray.workload import take_batch\n"
+        "import sys, torch, gbp_ray.workloads as zoo\n"
+        "from gbp_ray.workloads.loading import take_batch\n"
         "w = zoo.digits_convnet()\n"
         "take_batch(w, w.train, torch.arange(4), augment_seed=1)\n"
         "assert not [m for m in sys.modules if m.startswith('torchvision')]"
@@ -29,7 +29,7 @@ def test_torchvision_is_imported_only_when_needed():
 def test_torchvision_imports_after_somebody_elses_import_failed():
     run_python(
         "try:\n    import torchvision\nexcept RuntimeError:\n    pass\n"
-        "from gbp_ray.zoo.vision import import_vision\n"
+        "from gbp_ray.workloads.images import import_vision\n"
         "models = import_vision('models')\n"
         "assert 'resnet18' in models.list_models(module=models)\n"
         "import torchvision.transforms.v2"
@@ -37,16 +37,16 @@ def test_torchvision_imports_after_somebody_elses_import_failed():
 
 
 def test_operators_are_declared_only_without_the_extension(monkeypatch):
-    vision.import_vision("models")
-    before, loaded = vision._declared, []
+    images.import_vision("models")
+    before, loaded = images._declared, []
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
-    assert vision._load_extension()
+    assert images._load_extension()
     assert "_C" in Path(loaded[0]).name
 
     def fail(path):
         raise OSError("libtorch_cuda.so: cannot open shared object file")
 
     monkeypatch.setattr(torch.ops, "load_library", fail)
-    assert not vision._load_extension()
-    vision._declare_operators()
-    assert vision._declared is before, "what exists must not be declared again"
+    assert not images._load_extension()
+    images._declare_operators()
+    assert images._declared is before, "what exists must not be declared again"

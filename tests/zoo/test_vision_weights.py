@@ -8,9 +8,9 @@ import pytest
 import torch
 from small_data import message_of
 
-from gbp_ray.workload import seeded
-from gbp_ray.zoo import digits_resnet20, torchvision_classifier
-from gbp_ray.zoo.vision import import_vision
+from gbp_ray.workloads import digits_resnet20, torchvision_classifier
+from gbp_ray.workloads.data import seeded
+from gbp_ray.workloads.images import import_vision
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""The command line: verbs, tables and exit codes."""

@@ -1,0 +1,92 @@
+"""`gbp-ray criteria` and `fields`: what a job may say, and what that means."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from gbp_ray.cli.terminal import AsJson, console, print_json, say
+from gbp_ray.config.job import describe_fields
+from gbp_ray.errors import ConfigError
+
+__all__ = [
+    "add_reference_verbs",
+]
+
+
+def add_reference_verbs(app: typer.Typer) -> None:
+    """Puts the verbs on the command line."""
+    app.command("criteria")(list_criteria)
+    app.command("fields")(list_fields)
+
+
+def list_criteria(as_json: AsJson = False) -> None:
+    """List the criteria: what each computes, what it costs, where it comes from.
+
+    Examples:
+
+      gbp-ray criteria
+
+      gbp-ray prune --set prune.criterion=fisher
+    """
+    from gbp_ray.pruning.criteria import CRITERIA
+
+    fields = ("name", "formula", "summed", "cost", "is_signed", "source")
+    rows = [{field: getattr(rule, field) for field in fields} for rule in CRITERIA.values()]
+    if as_json:
+        print_json({"criteria": rows})
+        return
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_lines=False)
+    for heading in ("criterion", "score", "cost", "source"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        sign = ", signed" if row["is_signed"] else ""
+        table.add_row(row["name"], f"{row['formula']}{sign}", row["cost"], row["source"])
+    console().print(table)
+    say(
+        "The lowest scores are removed first. Cost counts forward and backward passes over the",
+        'calibration examples. Your own criterion: prune.criterion = "module:function".',
+        "w weight, g gradient of the mean loss of a batch, g_i of one example, H Hessian,",
+        "b batches of n_b examples, n in all, z random signs.",
+    )
+
+
+def list_fields(
+    section: Annotated[
+        str | None, typer.Argument(help="Only this section, such as prune.", metavar="SECTION")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what a job file may say: every field, its default and its meaning.
+
+    Examples:
+
+      gbp-ray fields prune
+
+      gbp-ray prune --set prune.scope=layer
+    """
+    fields = describe_fields()
+    rows = [
+        row
+        for row in fields
+        if section is None or row[0].startswith((f"{section}.", f"[{section}]"))
+    ]
+    if not rows:
+        names = (row[0].strip("[]") for row in fields if row[0].startswith("["))
+        sections = [name for name in names if "." not in name]
+        raise ConfigError(
+            f"SECTION = '{section}': no such section (allowed: {', '.join(sections)})"
+        )
+    if as_json:
+        keys = ("field", "default", "description")
+        print_json({"fields": [dict(zip(keys, row, strict=True)) for row in rows]})
+        return
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("field", "default", "meaning"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)

@@ -1,0 +1,194 @@
+"""`gbp-ray apply`, `export` and `explain`: what is done with a pruned network afterwards."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from gbp_ray.cli.terminal import AsJson, console, print_json, say, show_warning, step_teller
+
+__all__ = [
+    "add_reuse_verbs",
+]
+
+Round = Annotated[
+    str,
+    typer.Argument(
+        help="A round's folder, or a trial's: that gives the round which the trial is for.",
+        metavar="URI",
+    ),
+]
+
+Code = Annotated[
+    str,
+    typer.Option(
+        "--folder",
+        metavar="DIR",
+        help="Where the job's own modules lie, if not in the working folder.",
+    ),
+]
+
+Trusted = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust-code",
+        metavar="NAME",
+        help="Code that the record names and that may run: MODULE:ATTR, MODULE, or the job file "
+        "that names it; repeatable. What is built in needs none.",
+    ),
+]
+
+
+def add_reuse_verbs(app: typer.Typer) -> None:
+    """Puts the verbs on the command line."""
+    app.command("apply")(apply_to_checkpoint)
+    app.command("export")(export_network)
+    app.command("explain")(explain_network)
+
+
+def apply_to_checkpoint(
+    masks: Annotated[
+        str, typer.Argument(help="A mask file, or a round's or a trial's folder.", metavar="MASKS")
+    ],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="Weights: .safetensors, .pt, .pth, .ckpt, ..., or a round or a trial.",
+            metavar="CHECKPOINT",
+        ),
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Receives them, as safetensors; CHECKPOINT-masked."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put the masks of one network on other weights of the same shapes.
+
+    Every parameter that has a mask must be there with the same shape;
+    everything else is copied as it is. To train on under masks, start a job
+    from them: prune.initial_masks.
+
+    Examples:
+
+      gbp-ray apply gbp-results/digits other.safetensors --to sparse.safetensors
+
+      gbp-ray prune job.toml --set prune.initial_masks=gbp-results/digits
+    """
+    # torch takes seconds to import; --help and a mistyped option should not.
+    from gbp_ray.export.apply import apply_masks
+
+    applied = apply_masks(masks, checkpoint, to)
+    if as_json:
+        print_json({**asdict(applied), "sparsity": applied.sparsity})
+        return
+    say(
+        f"{applied.file}: {applied.num_pruned:,} of {applied.num_units:,} masked weights are zero "
+        f"({applied.sparsity:.2%}), {applied.num_changed:,} of them were not before"
+    )
+
+
+def explain_network(
+    uri: Round,
+    code: Code = "",
+    trusted: Trusted = None,
+    as_json: AsJson = False,
+    is_quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Find out what a pruned network does differently from the dense one.
+
+    Accuracy by class, the answers that changed, what in an input the right
+    answer hangs on, saliency by layer before and after. It is kept beside
+    the trial, and gbp-ray report makes a page of pictures of it.
+
+    Examples:
+
+      gbp-ray explain gbp-results/digits
+
+      gbp-ray report gbp-results/digits --to my-report
+    """
+    # torch takes seconds to import; --help and a mistyped option should not.
+    from gbp_ray.runtime.explain import explain_round
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning  # type: ignore[assignment]
+        explained = explain_round(
+            uri, code=code, trust_code=trusted or (), tell=step_teller(is_quiet)
+        )
+    found = explained.findings
+    if as_json:
+        print_json({"uri": explained.uri, **found.to_dict()})
+        return
+    if found.classes:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for heading in ("class", "examples", "dense", "pruned", "points"):
+            table.add_column(heading, justify="right")
+        for item in found.classes:
+            dense = item.num_right_dense / item.num_examples
+            pruned = item.num_right_pruned / item.num_examples
+            table.add_row(
+                str(item.label),
+                f"{item.num_examples:,}",
+                f"{dense:.2%}",
+                f"{pruned:.2%}",
+                f"{100 * (pruned - dense):+.2f}",
+            )
+        console().print(table)
+        say(
+            f"{found.num_changed:,} of {found.num_examples:,} answers changed: {found.num_hurt:,} "
+            f"from right to wrong, {found.num_helped:,} from wrong to right"
+        )
+    if found.agreement:
+        words = ", ".join(f"{name} answers {value:.2f}" for name, value in found.agreement.items())
+        say(f"cosine of the input gradients: {words}")
+    for text in found.left_out:
+        say(f"left out: {text}")
+    say(f"kept in {explained.uri}; gbp-ray report {explained.trial_uri} shows it")
+
+
+def export_network(
+    uri: Round,
+    folder: Annotated[str, typer.Argument(help="Folder that receives it.", metavar="DIR")],
+    is_folded: Annotated[
+        bool,
+        typer.Option("--fold-batchnorm", help="Fold BatchNorm into the layers, in model.pt2."),
+    ] = False,
+    code: Code = "",
+    trusted: Trusted = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a pruned network for plain PyTorch, with a model card.
+
+    As a program (model.pt2) that loads without this package and without the
+    network's class, and as a state dict (model.safetensors). Both are loaded
+    again and compared with the pruned network before anything is written.
+
+    Examples:
+
+      gbp-ray export gbp-results/digits my-network
+
+      python -c "import torch; torch.export.load('my-network/model.pt2').module()"
+    """
+    # torch takes seconds to import; --help and a mistyped option should not.
+    from gbp_ray.export.program import export_round
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning  # type: ignore[assignment]
+        export = export_round(uri, folder, is_folded=is_folded, code=code, trust_code=trusted or ())
+        if export.program_fault:
+            warnings.warn(f"no model.pt2: {export.program_fault}", stacklevel=1)
+    if as_json:
+        print_json(asdict(export))
+        return
+    same = "to the bit" if export.difference == 0 else f"to within {export.difference:.1e}"
+    say(
+        f"{export.folder}: round {export.round} of {export.trial_id}, outputs as the pruned "
+        f"network's {same}"
+    )
+    for name, num_bytes in export.files.items():
+        say(f"  {name}  {num_bytes:,} bytes")

@@ -1,0 +1,233 @@
+"""`gbp-ray stability`: how far a job's result hangs on its seed and on its calibration sample."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from gbp_ray.cli.terminal import AsJson, console, print_json, say, show_warning, step_teller
+from gbp_ray.errors import ConfigError, StoreError
+
+__all__ = [
+    "add_stability_verb",
+]
+
+
+def add_stability_verb(app: typer.Typer) -> None:
+    """Puts the verb on the command line."""
+    app.command("stability")(show_stability)
+
+
+def show_stability(
+    job: Annotated[
+        str | None,
+        typer.Argument(help="Job file (TOML). Without one, the digits job.", metavar="JOB"),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Override a field, as prune.sparsity=0.95; repeatable.",
+        ),
+    ] = None,
+    num_seeds: Annotated[
+        int, typer.Option("--seeds", metavar="N", help="Samples and seeds, from the job's own up.")
+    ] = 3,
+    examples: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZES", help="Calibration examples: 64:8192 doubles, 64,100,1000 lists."
+        ),
+    ] = "64:8192",
+    criteria: Annotated[
+        list[str] | None,
+        typer.Option("--criterion", metavar="NAME", help="Instead of the job's own; repeatable."),
+    ] = None,
+    is_evaluated: Annotated[
+        bool, typer.Option("--accuracy", help="Measure the accuracy under each sample's mask.")
+    ] = False,
+    with_samples: Annotated[
+        bool, typer.Option("--samples/--no-samples", help="Compare calibration samples.")
+    ] = True,
+    with_seeds: Annotated[
+        bool, typer.Option("--trained/--no-trained", help="Run the whole job over seeds.")
+    ] = True,
+    is_sweep: Annotated[
+        bool, typer.Option("--sweep", help="Run the seeds as a sweep on Ray, not one by one.")
+    ] = False,
+    to: Annotated[
+        str, typer.Option(metavar="DIR", help="Receives stability.png and stability.json.")
+    ] = "gbp-stability",
+    as_json: AsJson = False,
+    is_quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Measure how stable a job is: over calibration samples, and over seeds.
+
+    Samples: one dense network is scored on samples of growing size and
+    pruned at once to the job's sparsity; the masks of two samples are
+    compared. Nothing is fine-tuned, and all sizes share one pass.
+
+    Seeds: the whole job runs once per seed, kept like any other trial; last
+    masks and accuracies are compared.
+
+    Examples:
+
+      gbp-ray stability jobs/cifar10_resnet20.toml --no-trained --criterion fisher
+
+      gbp-ray stability job.toml --seeds 5 --examples 128:2048 --json
+    """
+    sizes = _read_sizes(examples)
+    # torch and matplotlib take seconds to import; --help and a mistyped option should not.
+    from gbp_ray.report.drawing import render_png
+    from gbp_ray.report.stability_figure import plot_stability
+    from gbp_ray.runtime.stability import measure_stability
+
+    if not (with_samples or with_seeds):
+        raise ConfigError("--no-samples --no-trained: leave nothing to do; give one of them")
+    # Before hours of work, rather than after.
+    _write(Path(to), {})
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning  # type: ignore[assignment]
+        found = measure_stability(
+            job,
+            overrides,
+            num_seeds=num_seeds,
+            sizes=sizes,
+            criteria=criteria or (),
+            is_evaluated=is_evaluated,
+            with_samples=with_samples,
+            with_seeds=with_seeds,
+            is_sweep=is_sweep,
+            tell=step_teller(is_quiet),
+        ).to_dict()
+    _write(Path(to), {
+        "stability.json": json.dumps(found, indent=1).encode() + b"\n",
+        "stability.png": render_png(plot_stability(found)),
+    })  # fmt: skip
+    if as_json:
+        print_json({**found, "folder": to})
+        return
+    for criterion, one in found["samples"].items():
+        console().print(_samples_table(criterion, one))
+        say(
+            _answer(criterion, one, found["stable"], found["sparsity"], found["available_examples"])
+        )
+    if found["seeds"]:
+        console().print(_seeds_table(found["seeds"]))
+        console().print(_layers_table(found["seeds"]["overlap"]))
+        say(_answer_seeds(found["seeds"]))
+    say(f"figure and numbers: {to}/stability.png, {to}/stability.json")
+
+
+def _read_sizes(text: str) -> list[int]:
+    if doubling := re.fullmatch(r"(\d+):(\d+)", text):
+        size, last = int(doubling[1]), int(doubling[2])
+        sizes = []
+        while 0 < size <= last:
+            sizes.append(size)
+            size *= 2
+        if sizes:
+            return sizes
+    elif re.fullmatch(r"\d+(,\d+)*", text) and "0" not in text.split(","):
+        return [int(part) for part in text.split(",")]
+    raise ConfigError(
+        f"--examples = '{text}': must read FIRST:LAST, which doubles, or N,N,..., such as 64:8192"
+    )
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+    except OSError as error:
+        raise StoreError(f"--to = '{folder}': cannot be written: {error.strerror}") from None
+
+
+def _samples_table(criterion: str, one: Mapping[str, Any]) -> Table:
+    has_accuracy = any(size["accuracy"]["num"] for size in one["sizes"])
+    table = Table(box=SIMPLE_HEAD, title=criterion, title_justify="left", pad_edge=False)
+    headings = ["examples", "overlap", "least", "at random", "with the largest"]
+    for heading in [*headings, *(["accuracy", "+-"] if has_accuracy else [])]:
+        table.add_column(heading, justify="right")
+    for size in one["sizes"]:
+        overlap, accuracy = size["overlap"], size["accuracy"]
+        own = [f"{overlap[name]:.2%}" for name in ("mean", "least", "chance")]
+        cells = [
+            f"{size['examples']:,}",
+            *(["all there are", "", ""] if size["is_whole"] else own),
+            f"{size['overlap_to_largest']['mean']:.2%}",
+        ]
+        if has_accuracy:
+            cells += [f"{accuracy['mean']:.2%}", f"{accuracy['deviation']:.2%}"]
+        table.add_row(*cells)
+    return table
+
+
+def _seeds_table(seeds: Mapping[str, Any]) -> Table:
+    table = Table(box=SIMPLE_HEAD, title="seeds", title_justify="left", pad_edge=False)
+    for heading in ("seed", "trial"):
+        table.add_column(heading)
+    for heading in ("sparsity", "accuracy", "dense", ""):
+        table.add_column(heading, justify="right")
+    for trial in seeds["trials"]:
+        shares = (f"{trial[name]:.2%}" for name in ("sparsity", "accuracy", "dense_accuracy"))
+        mark = "*" if trial["dense_is_recalibrated"] else ""
+        table.add_row(str(trial["seed"]), trial["trial_id"], *shares, mark)
+        if mark:
+            table.caption = "* with BatchNorm re-estimated, as after each prune"
+    return table
+
+
+def _layers_table(overlap: Mapping[str, Any]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer")
+    table.add_column("overlap over seeds", justify="right")
+    for name, value in overlap["by_layer"].items():
+        table.add_row(name, f"{value:.2%}")
+    return table
+
+
+def _answer(
+    criterion: str, one: Mapping[str, Any], stable: float, sparsity: float, available: int
+) -> str:
+    samples = [size for size in one["sizes"] if not size["is_whole"]]
+    if not samples:
+        return (
+            f"{criterion}: each sample is all {available:,} training examples, so nothing can be "
+            "said about sampling; give smaller sizes to --examples"
+        )
+    if (enough := one["enough_examples"]) is not None:
+        text = (
+            f"{criterion}: from {enough:,} examples on, two samples give masks of sparsity "
+            f"{sparsity:.2%} that overlap by {stable:.0%} or more"
+        )
+    else:
+        enough = samples[-1]["examples"]
+        text = (
+            f"{criterion}: two samples of {enough:,} examples still give masks of sparsity "
+            f"{sparsity:.2%} that overlap by only {samples[-1]['overlap']['mean']:.2%}"
+        )
+    if enough > available / 2:
+        text += (
+            f"; of {available:,} training examples such samples share {enough / available:.0%}, "
+            "which makes them alike"
+        )
+    return text
+
+
+def _answer_seeds(seeds: Mapping[str, Any]) -> str:
+    accuracy, overlap = seeds["accuracy"], seeds["overlap"]
+    return (
+        f"{accuracy['num']} seeds: accuracy {accuracy['mean']:.2%} +- {accuracy['deviation']:.2%}, "
+        f"masks overlap by {overlap['mean']:.2%}, at random by {overlap['chance']:.2%}"
+    )

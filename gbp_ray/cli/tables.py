@@ -1,0 +1,436 @@
+"""Results as people read them: tables of a trial by round and by layer, from records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from gbp_ray.results.records import RoundRecord, TrialRecord, write_share, write_value
+
+__all__ = [
+    "TableColumn",
+    "answers_table",
+    "difference_table",
+    "ends_table",
+    "fit_table",
+    "kinds_table",
+    "layer_table",
+    "overlap_table",
+    "plan_lines",
+    "plan_table",
+    "results_table",
+    "round_table",
+    "summary_line",
+    "summary_table",
+    "sweep_plan_lines",
+]
+
+
+def round_table(trial: TrialRecord) -> Table:
+    """Lists the rounds of a trial, dense network first."""
+    table = Table(box=SIMPLE_HEAD, title=trial.trial_id, title_justify="left", pad_edge=False)
+    table.add_column("round")
+    judged = "accuracy" if trial.final.judged_on == "test" else trial.final.judged_on
+    is_attacked = any(record.robust_accuracy is not None for record in trial.rounds)
+    attacked = ("under attack",) if is_attacked else ()
+    headings = ("sparsity", judged, "in training", "before fine-tuning", *attacked, "loss")
+    for heading in (*headings, "weights left", "MACs"):
+        table.add_column(heading, justify="right")
+    for record in trial.rounds:
+        cost = record.cost
+        mark = " chosen" if trial.test is not None and record is trial.chosen else ""
+        table.add_row(
+            (str(record.round) if record.round else "dense") + mark,
+            f"{record.sparsity:.2%}",
+            write_share(record.accuracy),
+            write_share(record.train_accuracy),
+            write_share(record.accuracy_pruned),
+            *((write_share(record.robust_accuracy),) if is_attacked else ()),
+            f"{record.loss:.4f}",
+            f"{cost.num_nonzero:,}",
+            _macs_left(cost.macs, cost.macs_nonzero),
+        )
+        if record.accuracy_recalibrated is not None and record.reference.has_gap:
+            loss = "" if record.loss_recalibrated is None else f"{record.loss_recalibrated:.4f}"
+            accuracy = write_share(record.accuracy_recalibrated)
+            table.add_row("re-estimated", "", accuracy, *[""] * (2 + is_attacked), loss)
+            table.caption = "re-estimated: dense, with BatchNorm as it is after each prune"
+    return table
+
+
+def layer_table(record: RoundRecord) -> Table:
+    """Lists the prunable layers of a round."""
+    title = f"layers after round {record.round}" if record.round else "layers, dense"
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    for heading in ("layer", "shape"):
+        table.add_column(heading)
+    for heading in ("weights", "left", "sparsity", "MACs left"):
+        table.add_column(heading, justify="right")
+    for layer in record.cost.layers:
+        name = layer.name
+        if layer.name in record.held_back:
+            name += " (held back)"
+        table.add_row(
+            name,
+            "x".join(str(size) for size in layer.shape),
+            f"{layer.num_weights:,}",
+            f"{layer.num_nonzero:,}",
+            f"{layer.sparsity:.2%}",
+            _macs_left(record.cost.macs, layer.macs_nonzero),
+        )
+    table.caption = record.cost.unpruned_in_words or None
+    table.caption_justify = "left"
+    return table
+
+
+def results_table(
+    rows: Sequence[Mapping[str, Any]], fields: Sequence[str], width: int
+) -> tuple[Table, list[str]]:
+    """Lists rounds of many trials: what was measured, and the given fields of their jobs.
+
+    Args:
+        width: Of the terminal, in characters.
+
+    Returns:
+        The table, and the columns that it has no room for.
+    """
+
+    def column(heading: str, write: Callable[[Any], str], rank: int = 0) -> TableColumn:
+        return TableColumn(heading, [write(row) for row in rows], "right", rank)
+
+    columns = [TableColumn("trial", [row["trial_id"] for row in rows], "left", widest=90)]
+    if len({row["job"] for row in rows}) > 1:
+        columns.append(TableColumn("job", [row["job"] for row in rows], "left"))
+    columns.append(column("round", lambda row: str(row["round"]), 2))
+    columns.append(column("sparsity", lambda row: f"{row['sparsity']:.2%}"))
+    columns.append(column("accuracy", lambda row: write_share(row["accuracy"])))
+    # Where rounds were judged by other examples, the test split has its own column.
+    if any(row.get("judged_on", "test") != "test" for row in rows):
+        columns.append(column("test", lambda row: write_share(row["test_accuracy"])))
+    if any(row.get("robust_accuracy") is not None for row in rows):
+        columns.append(column("under attack", lambda row: write_share(row["robust_accuracy"]), 1))
+    columns += [
+        column("loss", lambda row: f"{row['loss']:.4f}", 2),
+        column("weights left", lambda row: f"{row['num_nonzero']:,}", 3),
+        column("MACs left", lambda row: _macs_left(row["macs"], row["macs_nonzero"]), 4),
+    ]
+    for number, field in enumerate(fields):
+        cells = [write_value(row[field]) for row in rows]
+        columns.append(TableColumn(field, cells, "left", 5 + number))
+    return fit_table(columns, width)
+
+
+def difference_table(pairs: Mapping[str, Sequence[Any]], heading: str) -> Table:
+    """Lists names with the two values that two trials have of each."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(heading)
+    for side in ("A", "B"):
+        table.add_column(side, justify="right", overflow="fold")
+    for name, values in pairs.items():
+        table.add_row(name, *(write_value(value) for value in values))
+    return table
+
+
+def overlap_table(layers: Sequence[Mapping[str, Any]]) -> Table:
+    """Lists by layer how many weights two trials keep, and how far these are the same."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("mask")
+    for heading in ("weights", "kept by A", "kept by B", "overlap"):
+        table.add_column(heading, justify="right")
+    for layer in layers:
+        sizes = [f"{size:,}" for size in dict.fromkeys(layer["num_weights"]) if size is not None]
+        kept = ["" if number is None else f"{number:,}" for number in layer["num_kept"]]
+        overlap = "" if layer["overlap"] is None else f"{layer['overlap']:.2%}"
+        table.add_row(layer["name"], " / ".join(sizes), *kept, overlap)
+    return table
+
+
+def plan_table(plan: Mapping[str, Any]) -> Table:
+    """Lists the phases of a plan: peak memory of a rank, what holds it, bytes sent to others."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("phase")
+    for heading in ("peak MB", "sends MB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("held at the peak, MB", overflow="fold")
+    for phase in plan["phases"]:
+        parts = sorted(phase["held"].items(), key=lambda item: -item[1])
+        table.add_row(
+            phase["name"],
+            _megabytes(phase["num_bytes"]),
+            _megabytes(phase["sent_bytes"]) if phase["sent_bytes"] else "",
+            ", ".join(f"{name} {_megabytes(size)}" for name, size in parts),
+        )
+    return table
+
+
+def plan_lines(planned: Mapping[str, Any]) -> list[str]:
+    """Says what running a job would do and cost, beside the table of its phases."""
+    done, left, plan = planned["rounds_done"], planned["rounds_left"], planned["plan"]
+    if plan is None:
+        return [f"finished: all {done} rounds are in {planned['uri']}; nothing would be run"]
+    progress = "nothing yet"
+    if done:
+        progress = f"round {done - 1} is the last whole one, what comes before is skipped"
+    memory = f"{_megabytes(plan['peak_bytes'])} MB at the peak"
+    sent = f"{_megabytes(plan['sent_bytes_per_round'])} MB each round"
+    workers = plan["num_workers"]
+    passes = "no pass over the data"
+    if plan["num_passes"]:
+        times = "1 pass" if plan["num_passes"] == 1 else f"{plan['num_passes']} passes"
+        passes = f"{times} over {plan['calibration_examples']:,} examples each round"
+    return [
+        f"network: {plan['num_parameters']:,} parameters, {plan['num_prunable']:,} prunable; "
+        f"{plan['strategy']} on {workers or 1} {'worker' if workers < 2 else 'workers'}",
+        f"memory of a rank: {memory}; {_megabytes(plan['data_bytes'])} MB of data come on top, and "
+        "the interpreter with its libraries",
+        f"scoring: {plan['criterion']}, {passes}; cost {plan['criterion_cost']} against a forward "
+        "and backward pass",
+        f"training: {plan['pretrain_steps']:,} steps, then {plan['finetune_steps']:,} after each "
+        f"of {plan['num_rounds']} rounds, {plan['num_steps']:,} in all",
+        f"sent by a rank: {sent}",
+        f"stored: {_megabytes(plan['round_bytes'])} MB each round, "
+        f"{_megabytes(plan['stored_bytes'])} MB in all, in {planned['uri']}",
+        f"done: {progress}; {left} of {done + left} rounds would be run, the dense network's among "
+        "them"
+        if not done
+        else f"done: {progress}; {left} of {done + left} rounds would be run",
+        *(f"would not fit: {fault}" for fault in planned["misfits"]),
+    ]
+
+
+def summary_line(trial: TrialRecord) -> str:
+    """Says in one line what was reached."""
+    final, dense = trial.chosen, trial.dense_reference
+    points = (trial.test_accuracy - dense.accuracy) * 100
+    what = "accuracy" if trial.test is None else f"test accuracy of round {final.round}"
+    cost = final.cost
+    saved = f"{cost.macs / max(1, cost.macs_nonzero):.1f}x fewer multiply-adds in theory"
+    if not cost.macs:
+        saved = f"multiply-adds not counted{f' ({cost.macs_fault})' if cost.macs_fault else ''}"
+    reached = (
+        f"{what} {write_share(trial.test_accuracy)} ({points:+.2f} points against {dense.name})"
+    )
+    if fault := trial.accuracy_fault:
+        loss = final.loss if trial.test is None else trial.test.loss
+        reached = f"loss {loss:.6g} (dense {dense.loss:.6g}; {fault})"
+    return (
+        f"sparsity {final.sparsity:.2%} of {cost.num_units:,} prunable weights, {reached}, "
+        f"{cost.compression:.1f}x fewer non-zero parameters, {saved}"
+    )
+
+
+def _macs_left(macs: int, left: int) -> str:
+    """Shortens what is left of a network's multiply-adds, which are none where none are known."""
+    return _short(left) if macs else "not counted"
+
+
+def _short(number: float) -> str:
+    for unit in ("", "k", "M", "G"):
+        if number < 1000:
+            return f"{number:.4g}{unit}"
+        number /= 1000
+    return f"{number:.4g}T"
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f}" if num_bytes >= 1e5 else f"{num_bytes / 1e6:.3f}"
+
+
+def summary_table(
+    lines: Sequence[Mapping[str, Any]], fields: Sequence[str], width: int = 140
+) -> Table:
+    """Shows what `summarize` gives, as far as a terminal's width has room for it."""
+    # Where rounds were judged by other examples, the test split has its own columns.
+    is_tested = any(line["judged_on"] != "test" for line in lines)
+    is_attacked = any("robust_accuracy" in line for line in lines)
+    sparsities = [f"{line['sparsity']:.2%}" for line in lines]
+    shown = ["" if i and text == sparsities[i - 1] else text for i, text in enumerate(sparsities)]
+    columns = [TableColumn("sparsity", shown)]
+    for field in fields:
+        if field not in ("seed", "prune.sparsity"):
+            cells = [write_value(line[field]) for line in lines]
+            columns.append(TableColumn(field.removeprefix("prune."), cells, "left"))
+
+    def add(heading: str, name: str, rank: int) -> None:
+        columns.append(
+            TableColumn(heading, [write_share(line[name]) for line in lines], "right", rank)
+        )
+        deviations = [write_share(line[f"{name}_deviation"]) for line in lines]
+        columns.append(TableColumn("+-", deviations, "right", rank))
+
+    add("accuracy", "accuracy", 0)
+    if is_tested:
+        add("test", "test_accuracy", 0)
+    if is_attacked:
+        add("under attack", "robust_accuracy", 1)
+    columns += [
+        TableColumn("seeds", [str(line["num_seeds"]) for line in lines], "right", 2),
+        TableColumn("loss", [f"{line['loss']:.4f}" for line in lines], "right", 3),
+        TableColumn("weights left", [f"{line['num_nonzero']:,.0f}" for line in lines], "right", 4),
+    ]
+    return fit_table(columns, width)[0]
+
+
+def answers_table(lines: Sequence[Mapping[str, Any]]) -> Table:
+    """Shows the largest sparsities within a target, and what they took."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("for")
+    for heading in ("sparsity", "accuracy", "dense", "trials", "worker-seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for line in lines:
+        sparsity = "none" if line["sparsity"] is None else f"{line['sparsity']:.2%}"
+        note = line["cause"]
+        if line["is_highest"]:
+            note = "the highest that was asked for"
+        elif line["sparsity"] is None and not note:
+            note = "the lowest already loses more"
+        mark = ""
+        if line["dense_is_recalibrated"]:
+            mark = "*"
+            table.caption = "* with BatchNorm re-estimated, as after each prune"
+        table.add_row(
+            line["label"],
+            sparsity,
+            write_share(line["accuracy"]),
+            write_share(line["dense_accuracy"]) + (mark if line["dense_accuracy"] else ""),
+            str(line["num_trials"]),
+            f"{line['seconds']:.0f}",
+            note,
+        )
+    return table
+
+
+def ends_table(lines: Sequence[Mapping[str, Any]]) -> Table:
+    """Shows the trials that failed or were stopped, and why."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("trial", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for line in lines:
+        why = line["cause"] or f"weaker than others after round {line['round']}"
+        table.add_row(line["trial_id"], line["state"], why)
+    return table
+
+
+def kinds_table(kinds: Sequence[Mapping[str, Any]]) -> Table:
+    """Shows what the trials of a planned sweep hold and write."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("criterion", overflow="fold")
+    for heading in ("trials", "peak MB", "in", "sends MB a round", "stores MB a round"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for kind in kinds:
+        plan = kind["plan"]
+        peak = max(plan["phases"], key=lambda phase: phase["num_bytes"])
+        table.add_row(
+            kind["name"],
+            f"{kind['num_trials']:,}",
+            f"{plan['peak_bytes'] / 1e6:,.1f}",
+            peak["name"],
+            f"{plan['sent_bytes_per_round'] / 1e6:,.1f}" if plan["sent_bytes_per_round"] else "",
+            f"{plan['round_bytes'] / 1e6:,.2f}",
+        )
+    return table
+
+
+def sweep_plan_lines(planned: Mapping[str, Any]) -> list[str]:
+    """Says what running a sweep would do and cost, beside the table of its kinds."""
+    about = "about " if planned["is_estimate"] else ""
+    skipped = f"{planned['num_finished']:,} are finished"
+    if planned["num_stopped"]:
+        skipped += f" and {planned['num_stopped']:,} stopped"
+    lines = [f"trials: {about}{planned['num_trials']:,}, of which {skipped} and are skipped"]
+    if not planned["num_left"]:
+        return [*lines, f"nothing would be run; results: {planned['uri']}"]
+    workers = planned["num_workers"]
+    each = "1 worker" if workers < 2 else f"{workers} workers"
+    begun = f", {planned['num_begun']:,} of them begun before" if planned["num_begun"] else ""
+    lines += [
+        f"to run: {about}{planned['num_left']:,}{begun}; {planned['num_at_once']:,} at a time, "
+        f"{each} each, on {_machines(planned['machines'])}",
+        f"training: {about}{planned['num_steps']:,} steps; {planned['num_dense']:,} dense "
+        "networks, shared where trials agree on one",
+        f"memory of a worker: {planned['worker_bytes'] / 1e6:,.1f} MB at the peak; "
+        f"{planned['host_bytes'] / 1e6:,.0f} MB of its machine, data and libraries included",
+        f"stored: {about}{planned['stored_bytes'] / 1e6:,.1f} MB in {planned['uri']}",
+    ]
+    if planned["num_unplanned"]:
+        lines.append(
+            f"not looked into: {planned['num_unplanned']:,} trials of further kinds; steps, memory "
+            "and bytes leave them out"
+        )
+    if planned["seconds_left"] is not None:
+        lines.append(f"time: {about}{planned['seconds_left']:,.0f} s at the pace of those finished")
+    return lines + [f"would not fit: {fault}" for fault in planned["misfits"]]
+
+
+def _machines(machines: Sequence[Sequence[Any]]) -> str:
+    totals = {
+        kind: sum(resources.get(kind, 0) for _, resources in machines) for kind in ("CPU", "GPU")
+    }
+    parts = [f"{number:g} {kind}s" for kind, number in totals.items() if number]
+    count = "1 machine" if len(machines) == 1 else f"{len(machines)} machines"
+    return f"{count} with {' and '.join(parts) or 'no CPUs'}"
+
+
+_BETWEEN, _NARROWEST = 3, 8
+
+
+class TableColumn(NamedTuple):
+    """A column of a table.
+
+    Attributes:
+        cells: Plain text, one a row.
+        rank: Columns of the highest rank are left out first, of rank 0 never.
+        widest: Characters that are shown of a cell.
+    """
+
+    heading: str
+    cells: Sequence[str]
+    justify: Literal["left", "right"] = "right"
+    rank: int = 0
+    widest: int = 36
+
+
+def fit_table(columns: Sequence[TableColumn], width: int) -> tuple[Table, list[str]]:
+    """Makes a table of the columns that fit into a width.
+
+    Args:
+        width: Of the terminal, in characters.
+
+    Returns:
+        The table, and the headings of the columns that it leaves out, in their order.
+    """
+    kept = list(columns)
+    # A space on either side is the table's own.
+    width += _BETWEEN - 2
+    while len(kept) > 1 and sum(map(_width, kept)) > width:
+        highest = max(column.rank for column in kept)
+        if highest == 0:
+            break
+        # Of equals the last.
+        del kept[max(i for i, column in enumerate(kept) if column.rank == highest)]
+    longest = max(range(len(kept)), key=lambda i: _width(kept[i]))
+    if (excess := sum(map(_width, kept)) - width) > 0:
+        # One long name is cut rather than every number.
+        room = max(_NARROWEST, _width(kept[longest]) - _BETWEEN - excess)
+        kept[longest] = kept[longest]._replace(widest=room)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in kept:
+        table.add_column(
+            column.heading,
+            justify=column.justify,
+            no_wrap=True,
+            max_width=column.widest,
+        )
+    for cells in zip(*(column.cells for column in kept), strict=True):
+        table.add_row(*cells)
+    shown = [column.heading for column in kept]
+    return table, [column.heading for column in columns if column.heading not in shown]
+
+
+def _width(column: TableColumn) -> int:
+    return min(column.widest, max(map(len, (column.heading, *column.cells)))) + _BETWEEN

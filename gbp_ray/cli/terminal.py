@@ -1,0 +1,171 @@
+"""What the verbs put on the terminal: the result on standard output, the rest on standard error.
+
+All text passes through here, whoever wrote it: names, paths and messages are shown as they are,
+with no markup in them, and steer no terminal. While a verb runs, what users' code prints goes to
+standard error.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from gbp_ray.errors import clean_message, printable
+from gbp_ray.runtime.progress import Screen
+
+__all__ = [
+    "AsJson",
+    "Conditions",
+    "Place",
+    "console",
+    "note",
+    "print_csv",
+    "print_json",
+    "prints_aside",
+    "say",
+    "show_warning",
+    "step_teller",
+    "write",
+    "write_log",
+]
+
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
+]
+
+Conditions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where",
+        metavar="CONDITION",
+        help="Keep what has prune.criterion=taylor or sparsity>=0.9; repeatable.",
+    ),
+]
+
+Place = Annotated[
+    str,
+    typer.Argument(
+        help="A trial's, a job's or a storage's address: a folder, or s3://bucket/prefix.",
+        metavar="URI",
+    ),
+]
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_results: TextIO | None = None  # standard output, while what others print goes elsewhere
+
+
+@contextmanager
+def prints_aside() -> Iterator[None]:
+    """Sends to standard error what is printed inside, by this process or by those it starts.
+
+    Results still go to standard output, and nothing but them does.
+    """
+    global _results
+    out, aside = sys.stdout, sys.stderr or io.StringIO()
+    number = None
+    with suppress(AttributeError, OSError):  # a test's or a notebook's has no number
+        number, target = out.fileno(), aside.fileno()
+    if number is None:
+        _results = out or io.StringIO()
+    else:
+        out.flush()
+        kept = os.dup(number)
+        _results = os.fdopen(kept, "w", encoding=out.encoding, errors=out.errors)
+        os.dup2(target, number)
+    sys.stdout = aside
+    try:
+        yield
+    finally:
+        sys.stdout, results, _results = out, _results, None
+        if number is not None:
+            os.dup2(kept, number)
+            results.close()
+
+
+def write(text: str) -> None:
+    """Writes to standard output at once, as it is."""
+    if (out := _results or sys.stdout) is not None:
+        out.write(text)
+        out.flush()
+
+
+def write_log(text: str, to_errors: bool = False) -> None:
+    """Writes part of another's log: its lines and tabs, without its colours, steering nothing."""
+    lines = re.sub(r"\r\n?", "\n", _COLOURS.sub("", text)).split("\n")
+    shown = "\n".join("\t".join(map(printable, line.split("\t"))) for line in lines)
+    if not to_errors:
+        write(shown)
+    else:
+        sys.stderr.write(shown)
+        sys.stderr.flush()
+
+
+def console() -> Screen:
+    """Opens standard output for tables."""
+    out = _results or sys.stdout
+    # Piped output has no width of its own, and a table cut at 80 columns is of no use.
+    return Screen(file=out) if out and out.isatty() else Screen(file=out, width=140)
+
+
+def print_json(value: object) -> None:
+    """Prints one object."""
+    write(json.dumps(value, indent=1) + "\n")
+
+
+def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints rows under the names of their columns; no text in them is a spreadsheet's formula."""
+    if rows:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([map(_as_cell, rows[0]), *(map(_as_cell, r.values()) for r in rows)])
+        write(text.getvalue())
+
+
+def _as_cell(value: Any) -> Any:
+    is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if is_formula else value
+
+
+def say(*lines: str) -> None:
+    """Prints lines as they are."""
+    for line in lines:
+        console().print(line, highlight=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Prints a line on standard error."""
+    typer.echo(printable(text), err=True)
+
+
+def show_warning(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+    """Says a warning of ours in one line; for `warnings.showwarning`."""
+    if issubclass(category, UserWarning):
+        note(f"warning: {clean_message(str(message))}")
+
+
+def step_teller(is_quiet: bool) -> Callable[[str, int, int], None]:
+    """Makes what tells of steps on standard error: (what is done, steps done, steps in all)."""
+    shown = ""
+    is_live = sys.stderr.isatty() and not Screen(stderr=True).is_dumb_terminal
+
+    def tell(what: str, done: int, total: int) -> None:
+        nonlocal shown
+        if is_quiet or (what == shown and not is_live):
+            return
+        if is_live:
+            end = "\n" if done == total else "\r"
+            typer.echo(f"\x1b[2K{printable(what)}  {done}/{total}{end}", err=True, nl=False)
+        else:
+            note(what)
+        shown = what
+
+    return tell

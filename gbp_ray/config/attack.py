@@ -1,0 +1,88 @@
+"""The sections of a job about adversarial examples: those trained on, and those measured against.
+
+Sizes are in intensities, where 0 is the darkest and 1 the brightest that an input can be, whatever
+a workload makes of them before they enter the network (`Workload.input_range`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from gbp_ray.config.schema import MOST_EXAMPLES, Section
+
+__all__ = [
+    "AdversarialConfig",
+    "AttackConfig",
+    "Perturbation",
+    "find_weaker_attack",
+]
+
+
+class Perturbation(Section):
+    """How an adversarial example is made."""
+
+    kind: Literal["none", "fgsm", "pgd"] = "none"
+    """none; fgsm, one step along the gradient's sign; pgd, several from a random start."""
+    epsilon: float = Field(0.03, gt=0.0, le=1.0)
+    """Most that an intensity is changed by, where 1 is the whole range from dark to bright."""
+    steps: int = Field(7, ge=1, le=10_000)
+    """Steps of pgd."""
+    step_size: float | None = Field(None, gt=0.0, le=1.0)
+    """Length of a step of pgd, in intensities; unset takes 2.5 * epsilon / steps."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken; 0 where nothing is attacked."""
+        return {"none": 0, "fgsm": 1, "pgd": self.steps}[self.kind]
+
+    @property
+    def step(self) -> float:
+        """Length of a step, in intensities."""
+        if self.kind == "fgsm":
+            return self.epsilon
+        return 2.5 * self.epsilon / self.steps if self.step_size is None else self.step_size
+
+
+class AdversarialConfig(Perturbation):
+    """Training on adversarial examples made against the network as it is at each step."""
+
+    weight: float = Field(1.0, gt=0.0, le=1.0)
+    """Share of the loss on adversarial examples, the rest being that on clean ones."""
+
+
+class AttackConfig(Perturbation):
+    """The attack under which each round's robust accuracy is measured; none measures none."""
+
+    steps: int = Field(20, ge=1, le=10_000)
+    """Steps of pgd; more than any training of the job takes."""
+    restarts: int = Field(2, ge=1, le=1000)
+    """Random starts of pgd; an example counts as right if it is right after all of them."""
+    examples: int = Field(1000, ge=1, le=MOST_EXAMPLES)
+    """The first so many test examples are attacked."""
+
+
+def find_weaker_attack(
+    attack: AttackConfig, adversarial: AdversarialConfig, section: str
+) -> str | None:
+    """Words why an attack says little about a network trained so, or gives None where it does.
+
+    A network is robust against what it was trained on; only a stronger attack shows how robust.
+    """
+    if attack.kind == "none" or adversarial.kind == "none":
+        return None
+    if attack.num_steps <= adversarial.num_steps:
+        taken = f"attack.steps = {attack.steps}"
+        if attack.kind == "fgsm":
+            taken = "attack.kind = fgsm, of one step,"
+        return (
+            f"{taken} is no stronger than the {adversarial.num_steps} of {section}.adversarial; "
+            f"use pgd with more steps than that, such as {max(20, 3 * adversarial.num_steps)}"
+        )
+    if attack.epsilon < adversarial.epsilon:
+        return (
+            f"attack.epsilon = {attack.epsilon:g} is less than {section}.adversarial.epsilon = "
+            f"{adversarial.epsilon:g}; raise it to that or more"
+        )
+    return None

@@ -1,0 +1,346 @@
+"""The job: one TOML file, checked whole before anything starts.
+
+This module decides what a job may say and what a trial is called. It is read by every floor above
+and knows neither torch nor Ray. All faults of a job are reported at once, in one line, with dotted
+paths and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+from gbp_ray.config.address import S3Address
+from gbp_ray.config.attack import AttackConfig, find_weaker_attack
+from gbp_ray.config.cluster import ClusterConfig
+from gbp_ray.config.prune import PruneConfig
+from gbp_ray.config.schema import (
+    Section,
+    dotted,
+    explain_faults,
+)
+from gbp_ray.config.sweep import SweepConfig, TargetConfig, first_values, span
+from gbp_ray.config.training import FinetuneConfig, PretrainConfig, Recipe
+from gbp_ray.config.workload import WorkloadConfig
+from gbp_ray.errors import ConfigError
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "JobConfig",
+    "describe_fields",
+    "expand",
+    "load_job",
+    "takes_whole_numbers",
+    "trial_id",
+]
+
+SCHEMA_VERSION = 1
+"""Part of every trial id: raised when the meaning of a field changes, never for a new field."""
+
+_TRAINING_KEYS_OUTSIDE_IDENTITY = {"name", "storage", "cluster", "sweep"}
+
+
+class JobConfig(Section):
+    """One whole job."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Folder of the job inside storage: letters, digits, '.', '_' and '-'."""
+    storage: str = "gbp-results"
+    """Folder or s3://bucket/prefix that receives results; another server than AWS by
+    AWS_ENDPOINT_URL, or as s3://bucket/prefix?endpoint_override=host:port&scheme=http."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Decides initial weights, order of examples, augmentation and random scores."""
+    workload: WorkloadConfig
+    pretrain: PretrainConfig = PretrainConfig()
+    prune: PruneConfig
+    finetune: FinetuneConfig = FinetuneConfig()
+    attack: AttackConfig = AttackConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    sweep: SweepConfig = SweepConfig()
+
+    def __repr__(self) -> str:
+        prune = self.prune
+        return (
+            f"<JobConfig {self.name}: {self.workload.factory}, {prune.criterion} to sparsity "
+            f"{prune.sparsity:g} in {prune.rounds} rounds, seed {self.seed}>"
+        )
+
+    @field_validator("storage")
+    @classmethod
+    def _is_place(cls, value: str) -> str:
+        if not value.strip() or value.strip() == "file://":
+            raise ValueError('is empty; give a folder ("." is the working folder) or s3://bucket')
+        if value.startswith("s3://"):
+            return str(S3Address.parse(value))
+        if "://" in value and not value.startswith("file://"):
+            raise ValueError("must be a folder or s3://bucket/prefix")
+        if "\0" in value:
+            raise ValueError("must be a folder; no folder's name holds a NUL")
+        return value.removeprefix("file://")
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> JobConfig:
+        faults = []
+        for section in ("pretrain", "finetune"):
+            recipe: Recipe = getattr(self, section)
+            if recipe.epochs > 0 and recipe.microbatches < self.cluster.max_workers:
+                asked = json.dumps(self.cluster.num_workers)
+                faults.append(
+                    f"{section}.microbatches = {recipe.microbatches} cannot occupy "
+                    f"cluster.num_workers = {asked}; lower the workers, which "
+                    f"keeps the result, or raise {section}.microbatches, which changes it"
+                )
+            if recipe.epochs > 0 and (
+                fault := find_weaker_attack(self.attack, recipe.adversarial, section)
+            ):
+                faults.append(fault)
+        if self.prune.criterion == "movement" and self.finetune.patience:
+            faults.append(
+                f"finetune.patience = {self.finetune.patience} takes steps back that "
+                "prune.criterion = movement has counted; set it to 0"
+            )
+        if self.prune.criterion == "movement" and self.finetune.epochs == 0:
+            faults.append(
+                "prune.criterion = movement gathers its scores while fine-tuning; "
+                "set finetune.epochs above 0"
+            )
+        if self.prune.criterion == "synflow" and self.workload.encoding.kind == "one_hot":
+            faults.append(
+                "prune.criterion = synflow sends ones through the network, which light one level "
+                "of workload.encoding.kind = one_hot alone; use thermometer, or another criterion"
+            )
+        if faults:
+            raise ValueError(*faults)
+        return self
+
+
+def load_job(
+    source: JobConfig | str | Path | None = None,
+    overrides: Mapping[str, Any] | list[str] | None = None,
+) -> JobConfig:
+    """Reads a job file, applies overrides and checks the whole.
+
+    Args:
+        source: Path of a TOML file, a job to start from, or None for the embedded digits job.
+        overrides: Dotted keys to values, or strings "dotted.key=value" whose value is read as
+            TOML and, where it is not TOML, as plain text.
+
+    Raises:
+        ConfigError: The file is missing or not TOML, or the job breaks the schema; one line that
+            lists every fault.
+    """
+    try:
+        if isinstance(source, JobConfig):
+            tree = source.model_dump(mode="json", exclude_unset=True)
+        else:
+            tree = _read_toml(source)
+        if isinstance(overrides, list):
+            overrides = dict(_split_override(item) for item in overrides)
+        for key, value in (overrides or {}).items():
+            _set_dotted(tree, key, value)
+        _fill_in(tree)
+        return JobConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(explain_faults(error, JobConfig))) from None
+    except RecursionError:
+        raise ConfigError("the job is nested too deeply; use fewer lists in lists") from None
+
+
+def expand(job: JobConfig) -> list[JobConfig]:
+    """Lists the trials of a sweep, each a whole job of its own; equal ones once.
+
+    With a target each stands for a search, and has the highest sparsity of it.
+
+    Raises:
+        ConfigError: Some are refused by the schema; one line that lists every fault once.
+    """
+    target = job.sweep.target
+    sparsities: list[float | None] = [None]
+    if target.max_drop is not None:
+        sparsities = [max(target.lowest, target.tolerance), target.highest]
+    tree = job.model_dump(mode="json", exclude_unset=True, exclude={"sweep"})
+    trials: dict[str, JobConfig] = {}
+    faults: dict[str, None] = {}
+    num_refused = 0
+    try:
+        points = span(job.sweep, job.seed, takes_whole_numbers)
+    except ValueError as error:
+        raise ConfigError(f"sweep.space: {error}") from None
+    for point in points:
+        for sparsity in sparsities:
+            one = dict(tree)
+            extra = {} if sparsity is None else {"prune.sparsity": sparsity}
+            for key, value in {**point, **extra}.items():
+                _set_dotted(one, key, value, is_shared=True)
+            try:
+                trial = JobConfig.model_validate(one)
+            except ValidationError as error:
+                faults |= dict.fromkeys(explain_faults(error, JobConfig))
+                num_refused += 1
+                break
+        else:
+            trials[trial_id(trial)] = trial
+    if faults:
+        raise ConfigError(
+            f"sweep.space: {num_refused} of {len(points)} trials are refused: {'; '.join(faults)}"
+        )
+    return list(trials.values())
+
+
+def trial_id(job: JobConfig) -> str:
+    """Names a trial by what decides its result, like "taylor-s0.90-r5-3f9c1a2b".
+
+    The hash covers the non-default fields alone, so that a new field with a default keeps old
+    names; `name`, `storage`, `cluster` and `sweep` are left out: they do not change the result.
+    """
+    identity = job.model_dump(
+        mode="json", exclude_defaults=True, exclude=_TRAINING_KEYS_OUTSIDE_IDENTITY
+    )
+    # The masks and weights themselves, wherever they lie.
+    if job.prune.initial_masks_digest:
+        identity["prune"].pop("initial_masks", None)
+    if job.workload.transfer.checkpoint_digest:
+        identity["workload"]["transfer"].pop("checkpoint", None)
+    if job.finetune.distillation.teacher_digest:
+        identity["finetune"]["distillation"].pop("teacher", None)
+    identity["schema_version"] = SCHEMA_VERSION
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    criterion = job.prune.criterion.rpartition(":")[2]
+    sparsity = f"{job.prune.sparsity:.2f}"
+    if float(sparsity) != job.prune.sparsity:
+        sparsity = f"{job.prune.sparsity:g}"
+    return f"{criterion}-s{sparsity}-r{job.prune.rounds}-{digest}"
+
+
+def describe_fields() -> list[tuple[str, str, str]]:
+    """Lists every field as (dotted key, default, description), in the order of the file."""
+    rows: list[tuple[str, str, str]] = []
+
+    def walk(section: type[BaseModel], prefix: str) -> None:
+        for name, field in section.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                rows.append((f"[{prefix}{name}]", "", (inner.__doc__ or "").strip()))
+                walk(inner, f"{prefix}{name}.")
+            else:
+                default = "required" if field.is_required() else _as_toml(field.default)
+                text = " ".join((field.description or "").split())
+                rows.append((f"{prefix}{name}", default, text))
+
+    walk(JobConfig, "")
+    return rows
+
+
+def _field_at(key: str) -> FieldInfo | None:
+    """Finds the schema of a dotted field; None inside a table, such as the workload's options."""
+    section: type[BaseModel] = JobConfig
+    *parents, last = key.split(".")
+    for part in parents:
+        field = section.model_fields.get(part)
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return None
+        section = inner
+    return section.model_fields.get(last)
+
+
+def takes_whole_numbers(key: str) -> bool | None:
+    """Tells whether a dotted field is a whole number; None where the schema does not say."""
+    field = _field_at(key)
+    return None if field is None else field.annotation in (int, int | None)
+
+
+def _fill_in(tree: dict[str, Any]) -> None:
+    """Gives a job the required fields that it leaves to its sweep, so that they are said once."""
+    sweep = tree.get("sweep")
+    if not isinstance(sweep, dict):
+        return
+    missing = first_values(sweep.get("space"))
+    if isinstance(target := sweep.get("target"), dict) and "max_drop" in target:
+        missing["prune.sparsity"] = target.get("highest", TargetConfig().highest)
+    for key, value in missing.items():
+        if (field := _field_at(key)) is None or not field.is_required():
+            continue
+        node: Any = tree
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        if node is None:
+            _set_dotted(tree, key, value)
+
+
+def _as_toml(value: object) -> str:
+    if value is None:
+        return "unset"
+    if isinstance(value, tuple):
+        value = list(value)
+    return json.dumps(value)
+
+
+def _read_toml(source: str | Path | None) -> dict[str, Any]:
+    if source is None:
+        # By its path: as a module, the folder would bring torch along.
+        return tomllib.loads(
+            resources.files("gbp_ray").joinpath("workloads", "digits.toml").read_text("utf-8")
+        )
+    path = Path(source)
+    try:
+        data = path.read_bytes()
+        # Editors put a byte order mark first, and older ones end lines in other ways.
+        text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        return tomllib.loads(text)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"job file {str(path)!r} does not exist; give the path of a TOML file"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"job file {str(path)!r} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        number = data[: error.start].count(b"\n") + 1
+        what = f"byte 0x{data[error.start]:02x} is no UTF-8 (at line {number})"
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+            what = "it is UTF-16 (at line 1)"
+        raise ConfigError(f"job file {str(path)!r} is not TOML: {what}; save it as UTF-8") from None
+    except ValueError as error:
+        raise ConfigError(f"job file {str(path)!r} is not TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"job file {str(path)!r} is nested too deeply") from None
+
+
+def _split_override(text: str) -> tuple[str, Any]:
+    key, equals, raw = text.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ConfigError(f"--set {text!r}: must read dotted.key=value, like prune.sparsity=0.95")
+    try:
+        parsed = tomllib.loads(f"value = {raw}")
+    except (ValueError, RecursionError):
+        return key, raw
+    # Text of several lines may read as more keys than this one.
+    return key, parsed["value"] if len(parsed) == 1 else raw
+
+
+def _set_dotted(tree: dict[str, Any], key: str, value: Any, *, is_shared: bool = False) -> None:
+    """Sets a value by its dotted key.
+
+    Args:
+        is_shared: Whether tables in the tree belong to others, too: then they are copied first.
+    """
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if is_shared and isinstance(child, dict):
+            child = node[parent] = dict(child)
+        if not isinstance(child, dict):
+            raise ConfigError(f"{dotted(key.split('.'))}: {parent!r} is a value, not a section")
+        node = child
+    node[last] = value

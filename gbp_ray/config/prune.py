@@ -1,0 +1,191 @@
+"""The section of a job that says what is removed, and by which rule."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from gbp_ray.config.schema import MOST_EXAMPLES, PLUG_IN, Section, nearest_name
+from gbp_ray.errors import ConfigError
+
+__all__ = [
+    "CRITERIA",
+    "SCHEDULES",
+    "PruneConfig",
+    "sparsity_schedule",
+]
+
+CRITERIA = (
+    "magnitude",
+    "random",
+    "taylor",
+    "snip",
+    "taylor_squared",
+    "fisher",
+    "obd",
+    "grasp",
+    "synflow",
+    "movement",
+)
+"""Names of the built-in criteria; `gbp-ray criteria` tells what each is."""
+
+_PATTERN_N_M = re.compile(r"([0-9]{1,6}):([0-9]{1,6})")
+
+
+class PruneConfig(Section):
+    """What is removed, and by which rule."""
+
+    criterion: str
+    """A built-in criterion (see `gbp-ray criteria`) or your own as "module:attr"."""
+    sparsity: float = Field(ge=0.0, lt=1.0)
+    """Removed units / prunable units after the last round."""
+    rounds: int = Field(1, ge=1, le=999)
+    """How often score, select and fine-tune are repeated."""
+    schedule: Literal["one_shot", "linear", "cubic", "geometric"] = "geometric"
+    """Sparsity after each round; one_shot removes everything in round 1 and fine-tunes on."""
+    ramp_rounds: int | None = Field(None, ge=1, le=999)
+    """Rounds after which the sparsity is reached; those left only fine-tune. Unset takes all."""
+    scope: Literal["global", "layer"] = "global"
+    """Who competes: all weights together, or each layer on its own at the same sparsity."""
+    granularity: str = "weight"
+    """What is removed: "weight", or "n:m" such as "2:4", which keeps n of every m inputs."""
+    calibration_examples: int = Field(512, ge=1, le=MOST_EXAMPLES)
+    """Training examples the scores are computed on."""
+    calibration_batch_size: int = Field(64, ge=1, le=MOST_EXAMPLES)
+    """Examples per scoring batch; part of the definition of taylor_squared."""
+    calibration_augment: bool = True
+    """Whether scoring sees training examples augmented, as training does, or plain."""
+    hutchinson_probes: int = Field(4, ge=1, le=10_000)
+    """Random probes per batch for the Hessian diagonal of obd."""
+    batchnorm_examples: int = Field(2048, ge=0, le=MOST_EXAMPLES)
+    """Training examples that re-estimate BatchNorm statistics after each prune; 0 keeps them."""
+    rewind: Literal["none", "weights", "learning_rate"] = "none"
+    """After each prune: "weights" puts kept weights back to their dense values, "learning_rate"
+    starts the schedule anew, "none" runs one schedule through all rounds."""
+    initial_masks: str = ""
+    """Masks to start from: a mask file, a round's or a trial's folder. They hold from the first
+    weights on, in pretraining, too, and the schedule goes on from their sparsity."""
+    initial_masks_digest: str = ""
+    """Digest of those masks, by which the trial is known; filled in when the job is read."""
+    exclude: tuple[str, ...] = ()
+    """Name globs of parameters that are never pruned, such as "conv1.*"."""
+    layer_min_sparsity: float | dict[str, float] = 0.0
+    """Least sparsity of every layer, or of those matching a glob: { "layer3.*" = 0.5 }."""
+    layer_max_sparsity: float | dict[str, float] = 1.0
+    """Greatest sparsity of every layer, or of those matching a glob. One weight always stays."""
+
+    @field_validator("criterion")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if value not in CRITERIA and not PLUG_IN.fullmatch(value):
+            raise ValueError(
+                f"is not a criterion{nearest_name(value, CRITERIA)} (allowed: "
+                f'{", ".join(CRITERIA)}, or your own as "module:attr")'
+            )
+        return value
+
+    @field_validator("granularity")
+    @classmethod
+    def _is_granularity(cls, value: str) -> str:
+        match = _PATTERN_N_M.fullmatch(value)
+        if value != "weight" and not (match and 0 < int(match[1]) < int(match[2])):
+            raise ValueError('must be "weight" or "n:m" with 0 < n < m, such as "2:4"')
+        return value
+
+    @field_validator("layer_min_sparsity", "layer_max_sparsity")
+    @classmethod
+    def _are_fractions(cls, value: float | dict[str, float]) -> float | dict[str, float]:
+        for bound in value.values() if isinstance(value, dict) else [value]:
+            if not 0.0 <= bound <= 1.0:
+                raise ValueError(f"{bound} is outside [0, 1]")
+        return value
+
+    @model_validator(mode="after")
+    def _agree(self) -> PruneConfig:
+        faults = []
+        if self.pattern is not None:
+            n, m = self.pattern
+            if not math.isclose(self.sparsity, 1 - n / m, abs_tol=1e-9):
+                faults.append(
+                    f'granularity = "{self.granularity}" means sparsity = {1 - n / m:g}, not '
+                    f"{self.sparsity:g}; set prune.sparsity={1 - n / m:g}"
+                )
+        if self.initial_masks and self.pattern is not None:
+            faults.append(
+                f'initial_masks with granularity = "{self.granularity}": masks of single weights '
+                'leave no whole groups; set granularity to "weight"'
+            )
+        if self.ramp_rounds is not None and self.ramp_rounds > self.rounds:
+            faults.append(
+                f"ramp_rounds = {self.ramp_rounds} exceeds rounds = {self.rounds}; lower it"
+            )
+        low, high = self.layer_min_sparsity, self.layer_max_sparsity
+        if isinstance(low, float) and low > self.sparsity:
+            faults.append(
+                f"layer_min_sparsity = {low:g} exceeds sparsity = {self.sparsity:g}; lower it"
+            )
+        if isinstance(high, float) and high < self.sparsity:
+            faults.append(
+                f"layer_max_sparsity = {high:g} is below sparsity = {self.sparsity:g}; raise it"
+            )
+        if faults:
+            raise ValueError(*faults)
+        return self
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        """(n, m) of an n:m granularity, None for single weights."""
+        match = _PATTERN_N_M.fullmatch(self.granularity)
+        return (int(match[1]), int(match[2])) if match else None
+
+
+SCHEDULES = ("one_shot", "linear", "cubic", "geometric")
+
+
+def sparsity_schedule(
+    kind: str,
+    sparsity: float,
+    rounds: int,
+    ramp_rounds: int | None = None,
+    start: float = 0.0,
+) -> list[float]:
+    """Lists the sparsity after each of `rounds` rounds; the last is `sparsity` exactly.
+
+    With t = min(1, round / ramp_rounds), s = sparsity and s0 = start:
+        one_shot: s at once; later rounds only fine-tune.
+        linear: s0 + (s - s0) * t, the same number of units each round.
+        cubic: s0 + (s - s0) * (1 - (1 - t)^3), fast first and slow last (Zhu and Gupta 2017,
+            arXiv 1710.01878, eq. 1).
+        geometric: 1 - (1 - s0) * ((1 - s) / (1 - s0))^t, the same share of what is left each round
+            (Frankle and Carbin 2019, arXiv 1803.03635, section 2).
+
+    Args:
+        kind: One of `SCHEDULES`.
+        sparsity: Final sparsity in [0, 1).
+        rounds: At least 1.
+        ramp_rounds: After how many of them s is reached, and the rest only fine-tune; all by
+            default.
+        start: Sparsity before the first round, at most `sparsity`.
+
+    Raises:
+        ConfigError: The kind is unknown.
+    """
+    ramp = ramp_rounds or rounds
+    shares = [min(1.0, number / ramp) for number in range(1, rounds + 1)]
+    if kind == "one_shot":
+        steps = [sparsity for _ in shares]
+    elif kind == "linear":
+        steps = [start + (sparsity - start) * t for t in shares]
+    elif kind == "cubic":
+        steps = [start + (sparsity - start) * (1 - (1 - t) ** 3) for t in shares]
+    elif kind == "geometric":
+        left = (1 - sparsity) / (1 - start)
+        steps = [1 - (1 - start) * left**t for t in shares]
+    else:
+        raise ConfigError(
+            f"prune.schedule = '{kind}': not a schedule (allowed: {', '.join(SCHEDULES)})"
+        )
+    return [step if share < 1 else sparsity for step, share in zip(steps, shares, strict=True)]

@@ -1,0 +1,1 @@
+"""Ranks and what they agree on: ordered sums and shards, the same bits on any number of workers."""

@@ -1,0 +1,1 @@
+"""What leaves: programs, state dicts, folded layers, masks applied elsewhere, model cards."""

@@ -1,0 +1,233 @@
+"""The model card beside an exported network: what it is, from what, how measured, how to load.
+
+Markdown with the front matter that model hubs read. From records alone, without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tomli_w
+
+from gbp_ray.results.records import RoundRecord, TrialRecord, write_share
+
+__all__ = [
+    "ExportFacts",
+    "write_card",
+]
+
+_OUTSIDE: Any = {"storage": True, "sweep": True, "cluster": {"address"}}
+"""What a job to run again does without."""
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """What the records do not know of an export.
+
+    Attributes:
+        class_name: Of the network.
+        input_shape: Of one prepared example.
+        input_dtype: Likewise.
+        output_shape: Of one example's output.
+        num_test: Examples of the test split.
+        num_judged: Examples that rounds were judged by.
+        program_fault: Why there is no model.pt2, or "".
+        difference: Greatest difference of the program's outputs from the pruned network's.
+        has_tied_weights: Whether layers share a weight.
+        notes: What was changed on the way, a sentence each.
+    """
+
+    class_name: str
+    input_shape: Sequence[int]
+    input_dtype: str
+    output_shape: Sequence[int]
+    num_test: int
+    num_judged: int
+    program_fault: str = ""
+    difference: float = 0.0
+    has_tied_weights: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> str:
+    """Writes the card of one round of a trial."""
+    job, cost = trial.job, record.cost
+    accuracy = _accuracy(trial, record)
+    lines = [
+        "---",
+        "library_name: pytorch",
+        "tags:",
+        "- pruning",
+        "- sparse",
+        "- gbp-ray",
+        "metrics:",
+        "- accuracy",
+        "---",
+        "",
+        f"# {job.name}: {facts.class_name}, {record.sparsity:.1%} sparse",
+        "",
+        f"`{job.workload.factory}` pruned by `{job.prune.criterion}` in "
+        f"{job.prune.rounds} round{'' if job.prune.rounds == 1 else 's'} with gbp-ray. "
+        f"{cost.num_nonzero:,} of {cost.num_parameters:,} parameters are left "
+        f"({cost.compression:.1f}x fewer non-zero parameters); of the {cost.num_units:,} "
+        f"prunable weights {record.sparsity:.2%} are exactly zero.",
+        "",
+        "## What it reached",
+        "",
+        "| | dense | this network |",
+        "|---|---|---|",
+        *accuracy,
+        f"| parameters | {cost.num_parameters:,} | {cost.num_nonzero:,} |",
+        f"| multiply-adds | {cost.macs:,} | {cost.macs_nonzero:,} in theory |"
+        if cost.macs
+        else "| multiply-adds | not counted | not counted |",
+        "",
+        _how_measured(trial, record, facts),
+        "",
+        "## How to load it",
+        "",
+        *_how_to_load(facts),
+        "",
+        f"It takes prepared inputs: `{facts.input_dtype}` of shape "
+        f"`(examples, {', '.join(map(str, facts.input_shape))})`, and gives outputs of shape "
+        f"`(examples, {', '.join(map(str, facts.output_shape))})`. `example.safetensors` holds "
+        "`inputs` that were prepared as in the test, and the `outputs` that belong to them; "
+        "preparing (scaling, normalising) is the workload's own and not part of the network.",
+        "",
+        "## What it was made from",
+        "",
+        f"Trial `{trial.trial_id}`, round {record.round} of {trial.final.round}, seed {job.seed}. "
+        f"Masks (SHA-256): `{record.mask_digest}`.",
+        *(f"{note}" for note in facts.notes),
+        "",
+        "```toml",
+        tomli_w.dumps(
+            job.model_dump(mode="json", exclude_defaults=True, exclude=_OUTSIDE, exclude_none=True)
+        ).rstrip(),
+        "```",
+        "",
+        f"Made with {', '.join(f'{name} {value}' for name, value in trial.versions.items())}.",
+        "",
+        "## Layers",
+        "",
+        "| layer | shape | weights left | sparsity |",
+        "|---|---|---|---|",
+        *(
+            f"| {layer.name} | {'x'.join(map(str, layer.shape))} | {layer.num_nonzero:,} | "
+            f"{layer.sparsity:.2%} |"
+            for layer in cost.layers
+        ),
+        "",
+        *((f"{cost.unpruned_in_words}.", "") if cost.unpruned else ()),
+        "## Limits",
+        "",
+        "- Removed weights are stored as zeros. Files compress well, but a dense library computes "
+        "with the zeros: the multiply-adds above are no measured time.",
+        "- Accuracy is a mean. Pruning hurts some classes and rare examples first (Hooker et al. "
+        "2019, arXiv 1911.05248); `gbp-ray explain` measures which.",
+        "- Measured on one test split, for one seed of one job; other data were not looked at, nor "
+        f"{'' if record.robust_accuracy is not None else 'robustness, '}calibration or fairness.",
+        "- What the data and the dense network were licensed under holds for this one as well.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _accuracy(trial: TrialRecord, record: RoundRecord) -> list[str]:
+    rows = []
+    stored = " as stored" if trial.dense.reference.is_recalibrated else ""
+    if record.judged_on != "test":
+        rows.append(
+            f"| {record.judged_on} accuracy | {trial.dense.reference.text} | "
+            f"{write_share(record.accuracy)} |"
+        )
+        if trial.test is not None and record is trial.chosen:
+            rows.append(
+                f"| test accuracy | {trial.dense_reference.text} | "
+                f"{write_share(trial.test.accuracy)} |"
+            )
+    else:
+        rows.append(
+            f"| test accuracy | {trial.dense.reference.text} | {write_share(record.accuracy)} |"
+        )
+    if record.robust_accuracy is not None and trial.dense.robust_accuracy is not None:
+        attack = trial.job.attack
+        how = f"{attack.kind}, epsilon {attack.epsilon:g}"
+        if attack.kind == "pgd":
+            how += f", {attack.steps} steps, {attack.restarts} starts"
+        rows.append(
+            f"| accuracy under attack ({how}), {record.judged_on} examples | "
+            f"{write_share(trial.dense.robust_accuracy)}{stored} | "
+            f"{write_share(record.robust_accuracy)} |"
+        )
+    if record.train_accuracy is not None and trial.dense.train_accuracy is not None:
+        rows.append(
+            "| accuracy on training examples | "
+            f"{write_share(trial.dense.train_accuracy)}{stored} | "
+            f"{write_share(record.train_accuracy)} |"
+        )
+    return rows
+
+
+def _how_measured(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> str:
+    if record.judged_on == "test":
+        return (
+            f"Accuracy is the share of right answers on all {facts.num_test:,} examples of the "
+            "test split, which rounds were judged by as well."
+        )
+    text = (
+        f"Rounds were judged by {facts.num_judged:,} examples set aside from the training split, "
+        "which were never trained on. "
+    )
+    if trial.test is not None and record is trial.chosen:
+        return text + (
+            f"The test split, {facts.num_test:,} examples, was used once, for the round so chosen."
+        )
+    return text + "This round is not the one that was chosen, and was not tested."
+
+
+def _how_to_load(facts: ExportFacts) -> list[str]:
+    state = [
+        "```python",
+        "from safetensors.torch import load_file",
+        "",
+        f"model = {facts.class_name}(...)  # the class that it was made from",
+        'model.load_state_dict(load_file("model.safetensors"))',
+        "```",
+    ]
+    if facts.has_tied_weights:
+        state += [
+            "",
+            "Layers share weights; the file holds such a weight under each of its names, once for "
+            "each, and the loaded layers are equal rather than tied.",
+        ]
+    if facts.program_fault:
+        return [
+            *state,
+            "",
+            f"There is no `model.pt2`: torch.export cannot take this network "
+            f"({facts.program_fault}).",
+        ]
+    return [
+        "In plain PyTorch, without this package and without the network's class:",
+        "",
+        "```python",
+        "import torch",
+        "",
+        'model = torch.export.load("model.pt2").module()',
+        "outputs = model(inputs)",
+        "```",
+        "",
+        "Or its weights into the same class:",
+        "",
+        *state,
+        "",
+        "Before it was written, the loaded program gave the pruned network's outputs "
+        + (
+            "to the bit."
+            if facts.difference == 0
+            else f"to within {facts.difference:.1e} of each value."
+        ),
+    ]

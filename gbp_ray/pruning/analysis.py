@@ -1,0 +1,458 @@
+"""How a pruned network differs from the dense one that it was made of, on the test split.
+
+Which classes pay for the sparsity and which answers change (Hooker et al. 2019, arXiv 1911.05248,
+who call such examples pruning-identified exemplars); what in an input the right answer hangs on, by
+the gradient of its output (Simonyan et al. 2013, arXiv 1312.6034); and where the saliency lies.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, permutations
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gbp_ray.config.job import JobConfig
+from gbp_ray.distributed.ranks import Ranks, isolated
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.scoring import score, score_prefixes
+from gbp_ray.pruning.selection import select_masks
+from gbp_ray.pruning.units import prunable_parameters
+from gbp_ray.results.findings import ClassFinding, ExampleFinding, Findings, LayerSaliency
+from gbp_ray.training.batchnorm import recalibrate_as_asked
+from gbp_ray.training.evaluation import evaluate
+from gbp_ray.workloads.contract import Workload, num_examples
+from gbp_ray.workloads.data import cut_batches, derive_seed, shuffled_indices, take_batch
+
+__all__ = [
+    "Overlap",
+    "SizeStability",
+    "compare_networks",
+    "compare_samples",
+    "measure_overlap",
+]
+
+_NUM_CHANGED, _NUM_SAME = 9, 3
+"""Examples that pictures are made of."""
+
+_NUM_GRADIENTS = 256
+"""Examples of each kind that input gradients are compared on."""
+
+_UNSCORED = ("movement", "random")
+"""Criteria that say nothing about a network as it lies there."""
+
+Tell = Callable[[str, int, int], None]
+
+
+def compare_networks(
+    job: JobConfig,
+    workload: Workload,
+    dense: nn.Module,
+    pruned: nn.Module,
+    masks: MaskSet,
+    ranks: Ranks,
+    *,
+    trial_id: str,
+    round_number: int,
+    tell: Tell = lambda what, done, total: None,
+) -> Findings:
+    """Compares the two networks, on one rank.
+
+    Args:
+        masks: Of the pruned one.
+        tell: Called with (what is done, steps done, steps in all).
+
+    Raises:
+        PruneError: A score is not finite.
+    """
+    left_out: list[str] = []
+    criterion = job.prune.criterion
+    if criterion in _UNSCORED:
+        left_out.append(f"saliency by {criterion}, which needs a training; taylor_squared instead")
+        criterion = "taylor_squared"
+    layers = _compare_saliency(job, workload, dense, pruned, masks, ranks, criterion, tell)
+    found = Findings(
+        trial_id=trial_id,
+        round=round_number,
+        criterion=criterion,
+        num_examples=num_examples(workload.test),
+        layers=layers,
+    )
+    answers = _answer_all(job, workload, dense, pruned, ranks, tell)
+    if answers is None:
+        left_out.append("classes, answers and examples: the network is no plain classifier")
+        return replace(found, left_out=tuple(left_out))
+    right = answers.targets == answers.dense, answers.targets == answers.pruned
+    is_changed = answers.dense != answers.pruned
+    examples, order = _pick_examples(answers, is_changed, job.seed)
+    found = replace(
+        found,
+        classes=_count_classes(answers, *right),
+        num_changed=int(is_changed.sum()),
+        num_hurt=int((right[0] & ~right[1]).sum()),
+        num_helped=int((right[1] & ~right[0]).sum()),
+        examples=examples,
+        class_names=_name_classes(workload),
+        agreement=_measure_agreement(job, workload, dense, pruned, is_changed, ranks, tell),
+    )
+    images = _take_images(workload, order)
+    if images is None:
+        left_out.append("pictures of examples: the inputs are no images")
+    else:
+        maps = _maps_of(workload, dense, order, ranks), _maps_of(workload, pruned, order, ranks)
+        found = replace(found, images=images, maps_dense=maps[0], maps_pruned=maps[1])
+    return replace(found, left_out=tuple(left_out))
+
+
+# -- saliency --------------------------------------------------------------------------------------
+
+
+def _compare_saliency(
+    job: JobConfig,
+    workload: Workload,
+    dense: nn.Module,
+    pruned: nn.Module,
+    masks: MaskSet,
+    ranks: Ranks,
+    criterion: str,
+    tell: Tell,
+) -> tuple[LayerSaliency, ...]:
+    config = job.prune.model_copy(update={"criterion": criterion})
+    scores = [
+        score(
+            model,
+            prunable_parameters(model, config.exclude),
+            workload,
+            config,
+            ranks,
+            seed=job.seed,
+            tell=lambda done, total, name=name: tell(f"saliency, {name}", done, total),  # type: ignore[misc]
+        ).gather(ranks)
+        for name, model in (("dense", dense), ("pruned", pruned))
+    ]
+    order = [name for name, _ in dense.named_parameters() if name in masks]
+    layers = []
+    for name in order:
+        # Criteria with a sign say which way the loss moves; how far is what is compared.
+        before, after = (values[name].double().abs() for values in scores)
+        kept = masks[name].cpu()
+        layers.append(
+            LayerSaliency(
+                name=name,
+                num_weights=kept.numel(),
+                num_kept=int(kept.sum()),
+                dense_all=float(before.sum()),
+                dense_kept=float(before[kept].sum()),
+                pruned=float(after[kept].sum()),
+            )
+        )
+    return tuple(layers)
+
+
+# -- answers ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What both networks say to every test example; all (n,)."""
+
+    targets: Tensor
+    dense: Tensor
+    pruned: Tensor
+    confidence_dense: Tensor
+    confidence_pruned: Tensor
+
+
+@torch.no_grad()
+def _answer_all(
+    job: JobConfig,
+    workload: Workload,
+    dense: nn.Module,
+    pruned: nn.Module,
+    ranks: Ranks,
+    tell: Tell,
+) -> _Answers | None:
+    parts: list[list[Tensor]] = []
+    batches = cut_batches(num_examples(workload.test), job.workload.eval_batch_size)
+    for item, batch in enumerate(batches):
+        indices = torch.arange(batch.start, batch.stop)
+        inputs, targets = take_batch(workload, workload.test, indices, device=ranks.device)
+        columns = [targets]
+        for model in (dense, pruned):
+            with isolated(model, derive_seed("evaluate", item)):
+                outputs = model(inputs)
+            if not isinstance(outputs, Tensor) or outputs.ndim != 2 or targets.ndim != 1:
+                return None
+            if targets.is_floating_point() or outputs.shape[1] < 2:
+                return None
+            confidence, answer = functional.softmax(outputs.float(), dim=1).max(dim=1)
+            columns += [answer, confidence]
+        parts.append([column.cpu() for column in columns])
+        tell("answers of both networks", item + 1, len(batches))
+    targets, answer, confidence, answer_pruned, confidence_pruned = (
+        torch.cat(column) for column in zip(*parts, strict=True)
+    )
+    return _Answers(targets, answer, answer_pruned, confidence, confidence_pruned)
+
+
+def _count_classes(
+    answers: _Answers, right_dense: Tensor, right_pruned: Tensor
+) -> tuple[ClassFinding, ...]:
+    classes = []
+    for label in answers.targets.unique().tolist():
+        own = answers.targets == label
+        classes.append(
+            ClassFinding(
+                label=int(label),
+                num_examples=int(own.sum()),
+                num_right_dense=int(right_dense[own].sum()),
+                num_right_pruned=int(right_pruned[own].sum()),
+            )
+        )
+    return tuple(classes)
+
+
+def _name_classes(workload: Workload) -> tuple[str, ...]:
+    """Finds the names of classes: the workload's, or those of the data set or one inside it."""
+    found: Any = workload.classes
+    data = workload.test
+    while not found and data is not None:
+        found = getattr(data, "classes", ())
+        data = getattr(data, "dataset", None)
+    is_named = isinstance(found, (list, tuple)) and all(isinstance(name, str) for name in found)
+    return tuple(found) if is_named else ()
+
+
+def _pick_examples(
+    answers: _Answers, is_changed: Tensor, seed: int
+) -> tuple[tuple[ExampleFinding, ...], Tensor]:
+    """Picks the examples on which both are surest of different answers, and some by chance."""
+    sureness = answers.confidence_dense + answers.confidence_pruned
+    changed = is_changed.nonzero().flatten()
+    changed = changed[sureness[changed].argsort(descending=True, stable=True)][:_NUM_CHANGED]
+    same = (~is_changed).nonzero().flatten()
+    chance = shuffled_indices(len(same), derive_seed(seed, "explain"))
+    order = torch.cat([changed, same[chance[:_NUM_SAME]]])
+    examples = tuple(
+        ExampleFinding(
+            index=i,
+            label=int(answers.targets[i]),
+            answer_dense=int(answers.dense[i]),
+            answer_pruned=int(answers.pruned[i]),
+            confidence_dense=float(answers.confidence_dense[i]),
+            confidence_pruned=float(answers.confidence_pruned[i]),
+        )
+        for i in order.tolist()
+    )
+    return examples, order
+
+
+# -- input gradients -------------------------------------------------------------------------------
+
+
+def _input_gradients(
+    workload: Workload, model: nn.Module, indices: Tensor, ranks: Ranks
+) -> Tensor | None:
+    """Differentiates each example's output of its true class by its own prepared input."""
+    inputs, targets = take_batch(workload, workload.test, indices, device=ranks.device)
+    if not inputs.is_floating_point():
+        return None
+    inputs = inputs.detach().requires_grad_(True)
+    with torch.enable_grad(), isolated(model, 0):
+        outputs = model(inputs)
+        chosen = outputs.gather(1, targets.view(-1, 1)).sum()
+        (gradient,) = torch.autograd.grad(chosen, inputs)
+    return gradient.detach().cpu()
+
+
+def _measure_agreement(
+    job: JobConfig,
+    workload: Workload,
+    dense: nn.Module,
+    pruned: nn.Module,
+    is_changed: Tensor,
+    ranks: Ranks,
+    tell: Tell,
+) -> dict[str, float]:
+    agreement = {}
+    for name, wanted in (("same", ~is_changed), ("changed", is_changed)):
+        places = wanted.nonzero().flatten()
+        draws = derive_seed(job.seed, "explain", name)
+        places = places[shuffled_indices(len(places), draws)[:_NUM_GRADIENTS]]
+        cosines = []
+        for batch in cut_batches(len(places), min(64, job.workload.eval_batch_size)):
+            chosen = places[batch.start : batch.stop]
+            pair = [_input_gradients(workload, m, chosen, ranks) for m in (dense, pruned)]
+            if pair[0] is None or pair[1] is None:
+                return {}
+            one, other = (gradient.flatten(1).double() for gradient in (pair[0], pair[1]))
+            cosines.append(functional.cosine_similarity(one, other, dim=1))
+            tell(f"input gradients, {name} answers", batch.stop, len(places))
+        if cosines:
+            agreement[name] = float(torch.cat(cosines).mean())
+    return agreement
+
+
+def _maps_of(workload: Workload, model: nn.Module, indices: Tensor, ranks: Ranks) -> np.ndarray:
+    gradient = _input_gradients(workload, model, indices, ranks)
+    if gradient is None or gradient.ndim != 4:
+        return np.zeros((0, 1, 1), np.float32)
+    return gradient.abs().amax(dim=1).float().numpy()
+
+
+def _take_images(workload: Workload, indices: Tensor) -> np.ndarray | None:
+    """Takes inputs as they are stored, before they are prepared, as pictures; None if they are not.
+
+    Returns:
+        (n, height, width, 1 or 3) uint8.
+    """
+    raw, _ = take_batch(replace(workload, prepare=None), workload.test, indices)
+    if raw.ndim == 3:
+        raw = raw.unsqueeze(1)
+    if raw.ndim != 4 or raw.shape[1] not in (1, 3):
+        return None
+    values = raw.double()
+    low = 0.0 if raw.dtype is torch.uint8 else float(values.min())
+    high = float(values.max())
+    scaled = (values - low) / (high - low) if high > low else values * 0
+    return (255 * scaled).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How far several masks are the same.
+
+    Attributes:
+        pairs: The overlap of each pair.
+        chance: The mean expected of random masks with the same layers' sparsities.
+        by_layer: The mean over pairs of each layer.
+    """
+
+    pairs: tuple[float, ...]
+    chance: float
+    by_layer: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        """Over pairs."""
+        return statistics.fmean(self.pairs)
+
+
+@dataclass(frozen=True)
+class SizeStability:
+    """What a number of calibration examples gives.
+
+    Attributes:
+        examples: The number.
+        between: Masks of this size, one per sample, against each other.
+        to_largest: Each against the masks of the largest size of the other samples.
+        accuracies: Of the network under each mask, not fine-tuned; empty where not asked for.
+    """
+
+    examples: int
+    between: Overlap
+    to_largest: tuple[float, ...]
+    accuracies: tuple[float, ...]
+
+
+def compare_samples(
+    job: JobConfig,
+    workload: Workload,
+    model: nn.Module,
+    sizes: Sequence[int],
+    seeds: Sequence[int],
+    ranks: Ranks,
+    *,
+    is_evaluated: bool = False,
+    tell: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> list[SizeStability]:
+    """Scores a network on samples of growing size and compares the masks, on one rank.
+
+    Args:
+        job: Its criterion, sparsity and scope make the masks.
+        model: The dense network; left as it was.
+        sizes: Numbers of examples; those beyond what the data has are cut to it.
+        seeds: One sample each; at least two.
+        is_evaluated: Measures the accuracy under each mask, with BatchNorm as the job has it.
+        tell: Called with (what is done, steps done, steps in all).
+
+    Raises:
+        PruneError: A score is not finite, or a mask is impossible.
+    """
+    assert len(seeds) > 1, "one sample has nothing to be compared with"
+    units = prunable_parameters(model, job.prune.exclude)
+    input_dims = {unit.name: unit.input_dim for unit in units}
+    dense = MaskSet.dense(units)
+    masks: dict[int, list[MaskSet]] = {}
+    accuracies: dict[int, list[float]] = {}
+    for seed in seeds:
+
+        def tell_scoring(done: int, total: int, seed: int = seed) -> None:
+            tell(f"sample {seed}: scoring", done, total)
+
+        for size, scores in score_prefixes(
+            model, units, workload, job.prune, sizes, seed=seed, tell=tell_scoring
+        ):
+            chosen = select_masks(scores, dense, job.prune, job.prune.sparsity, input_dims, ranks)
+            masks.setdefault(size, []).append(chosen.masks)
+            if is_evaluated:
+                accuracy = _evaluate(job, workload, model, chosen.masks, ranks)
+                accuracies.setdefault(size, []).append(accuracy)
+                tell(f"sample {seed}: accuracy with {size} examples", 1, 1)
+    largest = masks[max(masks)]
+    return [
+        SizeStability(
+            examples=size,
+            between=measure_overlap(found),
+            to_largest=tuple(
+                found[one].overlap(largest[other])
+                for one, other in permutations(range(len(found)), 2)
+            ),
+            accuracies=tuple(accuracies.get(size, ())),
+        )
+        for size, found in sorted(masks.items())
+    ]
+
+
+def measure_overlap(masks: Sequence[MaskSet]) -> Overlap:
+    """Compares each pair of masks.
+
+    Raises:
+        PruneError: They are not of the same parameters.
+    """
+    pairs, chances = [], []
+    layers: dict[str, list[float]] = {}
+    for one, other in combinations(masks, 2):
+        pairs.append(one.overlap(other))
+        both = either = 0.0
+        for name, mask in one.items():
+            kept, kept_other = int(mask.sum()), int(other[name].sum())
+            shared = int((mask & other[name]).sum())
+            union = kept + kept_other - shared
+            layers.setdefault(name, []).append(shared / union if union else 1.0)
+            expected = kept * kept_other / mask.numel()
+            both += expected
+            either += kept + kept_other - expected
+        chances.append(both / either if either else 1.0)
+    return Overlap(
+        tuple(pairs),
+        statistics.fmean(chances),
+        {name: statistics.fmean(values) for name, values in layers.items()},
+    )
+
+
+def _evaluate(
+    job: JobConfig, workload: Workload, model: nn.Module, masks: MaskSet, ranks: Ranks
+) -> float:
+    twin = copy.deepcopy(model)
+    masks.apply_(twin)
+    recalibrate_as_asked(job, twin, workload, ranks)
+    accuracy, _ = evaluate(twin, workload, ranks, job.workload.eval_batch_size)
+    return accuracy

@@ -1,0 +1,306 @@
+"""What a batch adds to each criterion's sum over the calibration data.
+
+Shape suffixes: N = prunable weights of the model in the order of the global flat index,
+B = examples of a batch.
+Symbols: w weight, g gradient of the mean loss over a batch, g_i of one example, H Hessian, z random
+signs.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.overrides import TorchFunctionMode
+
+from gbp_ray.config.prune import PruneConfig
+from gbp_ray.distributed.ranks import buffer_slots
+from gbp_ray.errors import PruneError, in_one_line
+from gbp_ray.pruning.units import Prunable
+from gbp_ray.workloads.contract import Workload
+from gbp_ray.workloads.data import derive_seed, take_batch
+
+__all__ = [
+    "BatchStatistic",
+    "Probe",
+    "movement_statistic",
+    "synaptic_flow",
+]
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a batch statistic may look at.
+
+    Attributes:
+        model: The network, in eval mode, pruned weights zero.
+        units: Its prunable parameters, in flat order.
+        loss: `(outputs, targets) -> scalar`, the mean over the batch.
+        config: The `[prune]` section.
+        seed: Of the job.
+        batch_index: Position of the batch among all calibration batches.
+        previous_N: Sum of the pass before, over all batches, for criteria of several passes.
+        counts: (B,) over how many items the loss of each example is a mean; None where they count
+            alike.
+    """
+
+    model: nn.Module
+    units: list[Prunable]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    config: PruneConfig
+    seed: int
+    batch_index: int
+    previous_N: Tensor | None
+    counts: Tensor | None = None
+
+    def num_items(self, targets: Tensor) -> float:
+        """Counts what the loss of the batch is a mean over; most often its examples."""
+        return len(targets) if self.counts is None else self.counts.sum().item()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The prunable parameters themselves."""
+        return [unit.parameter for unit in self.units]
+
+    def gradients(
+        self, inputs: Tensor, targets: Tensor, *, create_graph: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Differentiates the mean loss of a batch by the prunable parameters."""
+        loss = self.loss(self.model(inputs), targets)
+        return torch.autograd.grad(
+            loss, self.parameters, create_graph=create_graph, materialize_grads=True
+        )
+
+
+BatchStatistic = Callable[[Probe, Tensor, Tensor], Tensor]
+"""(probe, inputs (B, ...), targets (B, ...)) -> the batch's additive vector, shape (N,)."""
+
+_PER_EXAMPLE_BYTES = 256 * 2**20
+"""Room for per-example gradients: bounds the chunk of `fisher`."""
+
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def movement_statistic(weight: Tensor, gradient: Tensor) -> Tensor:
+    """Computes what one training step adds to the movement score: -w * g, shaped like w."""
+    return -(weight.double() * gradient.double())
+
+
+# -- passes of their own ---------------------------------------------------------------------------
+
+
+def _flat(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def _zeros_like_flat(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    """Makes a running sum for tensors like these, in float32 or, where they are, in float64."""
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    total = sum(tensor.numel() for tensor in tensors)
+    return torch.zeros(total, dtype=dtype, device=tensors[0].device)
+
+
+def _summed_gradient(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
+    """n_b * g: a sum over examples, so that a short batch counts with its true size."""
+    return _flat(probe.gradients(inputs, targets)).mul_(probe.num_items(targets))
+
+
+def _squared_example_gradients(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
+    """sum_i n_i g_i^2 over the batch's examples, by vectorised per-example gradients in chunks."""
+    prunable = {unit.name: unit.parameter.detach() for unit in probe.units}
+
+    def example_loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        outputs = functional_call(probe.model, weights, (x.unsqueeze(0),))
+        return probe.loss(outputs, y.unsqueeze(0))
+
+    per_example = vmap(grad(example_loss), in_dims=(None, 0, 0))
+    num_weights = sum(weight.numel() for weight in prunable.values())
+    chunk = max(1, _PER_EXAMPLE_BYTES // (4 * num_weights))
+    total_N = _zeros_like_flat(list(prunable.values()))
+    slots = buffer_slots(probe.model)
+    for start in range(0, len(targets), chunk):
+        stop = start + chunk
+        try:
+            gradients = per_example(prunable, inputs[start:stop], targets[start:stop])
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            reason = _why_not_by_example(probe.model, slots, inputs[:1], error)
+            raise PruneError(
+                "prune.criterion = fisher: single examples of this model cannot be differentiated, "
+                f"{reason}, or choose taylor_squared"
+            ) from error
+        squares = [gradients[unit.name].square() for unit in probe.units]
+        if probe.counts is not None:
+            squares = [_weigh(square, probe.counts[start:stop]) for square in squares]
+        total_N += _flat([square.sum(dim=0) for square in squares])
+    return total_N
+
+
+def _weigh(square: Tensor, counts: Tensor) -> Tensor:
+    """Weighs examples by their items; one without any has no gradient, which torch calls NaN."""
+    counts = counts.to(square).view(-1, *[1] * (square.ndim - 1))
+    return torch.where(counts > 0, square * counts, 0)
+
+
+def _why_not_by_example(
+    model: nn.Module,
+    slots: list[tuple[dict[str, Tensor | None], str, Tensor]],
+    inputs: Tensor,
+    error: Exception,
+) -> str:
+    """Names the buffers that a forward pass writes in eval mode; else repeats what torch said."""
+    # The failed pass may have left a tensor of its own in a buffer's place.
+    for owner, name, buffer in slots:
+        owner[name] = buffer
+    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    with suppress(RuntimeError, ValueError), torch.no_grad():
+        model(inputs)
+    written = [
+        f"'{name}'"
+        for name, buffer in model.named_buffers()
+        if buffer is not before[name][0]
+        or not torch.allclose(buffer, before[name][1], rtol=0, atol=0, equal_nan=True)
+    ]
+    if written:
+        return (
+            f"it writes {'buffers' if len(written) > 1 else 'buffer'} {', '.join(written)} in eval "
+            "mode; write such only while self.training"
+        )
+    text = textwrap.shorten(in_one_line(error), 200, placeholder=" ...")
+    return f"torch says {text}; mend the model"
+
+
+def _hessian_diagonal(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
+    """n_b * mean over probes of z * (H z), an unbiased estimate of the batch's diag(H)."""
+    gradients = probe.gradients(inputs, targets, create_graph=True)
+    num_probes = probe.config.hutchinson_probes
+    generator = torch.Generator().manual_seed(
+        derive_seed(probe.seed, "hutchinson", probe.batch_index)
+    )
+    total_N = _zeros_like_flat(gradients)
+    for number in range(num_probes):
+        signs = [
+            torch.randint(0, 2, g.shape, generator=generator).mul_(2).sub_(1).to(g)
+            for g in gradients
+        ]
+        products = _hessian_product(
+            gradients, signs, probe.parameters, keep_graph=number + 1 < num_probes
+        )
+        total_N += _flat(products) * _flat(signs)
+    return total_N * (probe.num_items(targets) / num_probes)
+
+
+def _hessian_gradient(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
+    """n_b * H G, with G the sum of gradients over all batches from the pass before."""
+    assert probe.previous_N is not None
+    gradients = probe.gradients(inputs, targets, create_graph=True)
+    pieces = probe.previous_N.split([g.numel() for g in gradients])
+    directions = [piece.view_as(g).to(g) for piece, g in zip(pieces, gradients, strict=True)]
+    products = _hessian_product(gradients, directions, probe.parameters, keep_graph=False)
+    return _flat(products) * probe.num_items(targets)
+
+
+def _hessian_product(
+    gradients: tuple[Tensor, ...],
+    directions: list[Tensor],
+    parameters: list[nn.Parameter],
+    keep_graph: bool,
+) -> tuple[Tensor, ...]:
+    # A gradient that does not depend on any weight, as in a linear model under a linear loss, has
+    # no graph: its row of the Hessian is zero.
+    pairs = [(g, d) for g, d in zip(gradients, directions, strict=True) if g.requires_grad]
+    if not pairs:
+        return tuple(torch.zeros_like(parameter) for parameter in parameters)
+    return torch.autograd.grad(
+        [g for g, _ in pairs],
+        parameters,
+        grad_outputs=[d for _, d in pairs],
+        retain_graph=keep_graph,
+        materialize_grads=True,
+    )
+
+
+def synaptic_flow(model: nn.Module, units: list[Prunable], workload: Workload) -> Tensor:
+    """|w * dR/dw| for R = sum of the outputs of the linearised network on an all-one input."""
+    sample, _ = take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
+    if not sample.is_floating_point():
+        raise PruneError(
+            f"prune.criterion = synflow: needs inputs of floating point, not {sample.dtype}; "
+            "choose another criterion for this model"
+        )
+    try:
+        scores_N = _flow(model, units, sample)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        try:
+            with _in_double():
+                scores_N = _flow(model, units, sample)
+        except Exception as error:
+            raise PruneError(
+                "prune.criterion = synflow: passes through the network in float64, and that fails "
+                f"with {textwrap.shorten(in_one_line(error), 200, placeholder=' ...')}; take "
+                "dtypes from the tensors at hand (x.to(self.weight.dtype)), or choose another "
+                "criterion"
+            ) from error
+    # Order is all that counts, and a common factor brings the scores back into float32.
+    largest = scores_N.max()
+    return scores_N / largest if largest > 0 else scores_N
+
+
+def _flow(model: nn.Module, units: list[Prunable], sample: Tensor) -> Tensor:
+    state = {
+        name: _flow_value(name, value)
+        for name, value in (*model.named_parameters(), *model.named_buffers())
+    }
+    weights = [state[unit.name].requires_grad_() for unit in units]
+    # Products of many layers leave the range of float32.
+    ones = torch.ones_like(sample[:1], dtype=torch.float64, device=units[0].parameter.device)
+    outputs = functional_call(model, state, (ones,))
+    gradients = torch.autograd.grad(outputs.sum(), weights, materialize_grads=True)
+    return _flat([weight * g for weight, g in zip(weights, gradients, strict=True)]).abs()
+
+
+@contextmanager
+def _in_double() -> Iterator[None]:
+    """Makes float64 of what a forward pass casts to, or makes in, a narrower floating point."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Doubling():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+class _Doubling(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        def widened(value: Any) -> Any:
+            is_narrow = value in _NARROW if isinstance(value, torch.dtype) else False
+            return torch.float64 if is_narrow else value
+
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            func = Tensor.double
+        named = {key: widened(value) for key, value in (kwargs or {}).items()}
+        return func(*map(widened, args), **named)
+
+
+def _flow_value(name: str, value: Tensor) -> Tensor:
+    if not value.is_floating_point():
+        return value.clone()
+    # Biases and running means add flow from nowhere; without them flow is conserved.
+    if name.rpartition(".")[2] in ("bias", "running_mean"):
+        return torch.zeros_like(value, dtype=torch.float64)
+    return value.detach().double().abs()

@@ -1,0 +1,124 @@
+"""The figures of one workload in the report, each with what it shows and how to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gbp_ray.errors import name_some
+from gbp_ray.report import figures
+from gbp_ray.report.curves import WorkloadCurves, pick_targets, write_percent
+from gbp_ray.report.details import CloseUp
+from gbp_ray.report.drawing import Drawing, Sketch, style_curves
+
+__all__ = [
+    "sketch_workload",
+]
+
+
+def sketch_workload(
+    curves: WorkloadCurves, close_ups: Sequence[CloseUp], salt: str
+) -> list[Sketch]:
+    """Sketches every figure of a workload.
+
+    Args:
+        close_ups: The sparsities at which layers and masks are shown, as `look_closely` picks them.
+        salt: Keeps the figures' ids apart from those of other workloads.
+    """
+    styles = style_curves(curves.curves)
+    targets = [close_up.target for close_up in close_ups] or pick_targets(curves.curves, 3)
+    words = _word_figures(curves, targets)
+    sketches: list[Sketch] = []
+
+    def add(name: str, title: str, drawing: Drawing | None) -> None:
+        sketches.append(Sketch(name, title, drawing, *words[name]))
+
+    # One point has nothing to be seen against; the table has its numbers.
+    if sum(len(curve.points) for curve in curves.curves) > 1:
+        accuracy = figures.plot_accuracy(curves, styles, salt)
+        tradeoffs = figures.plot_tradeoffs(curves, styles, salt)
+        add("accuracy", "Accuracy against sparsity", accuracy)
+        add("tradeoffs", "Accuracy against size and arithmetic", tradeoffs)
+    add("rounds", "Training over the rounds", figures.plot_rounds(curves, targets, styles, salt))
+    if close_ups:
+        add("layers", "Sparsity by layer", figures.plot_layers(close_ups, styles, salt))
+    if overlapping := [close_up for close_up in close_ups if close_up.overlaps]:
+        add("overlaps", "Overlap of the masks", figures.plot_overlaps(overlapping, salt))
+    add("cost", "Cost of each point", figures.plot_cost(curves, targets, salt))
+    return sketches
+
+
+def _word_figures(curves: WorkloadCurves, targets: Sequence[float]) -> dict[str, tuple[str, str]]:
+    """Says of each figure what it shows (for those who cannot see it) and how to read it."""
+    judged = curves.judged_on.capitalize()
+    names = name_some([curve.label for curve in curves.curves], 8)
+    best = []
+    for target in targets:
+        points = [(c.label, p) for c in curves.curves if (p := c.at(target))]
+        if points:
+            label, point = max(points, key=lambda pair: pair[1].accuracy.mean)
+            best.append(
+                f"{label} with {write_percent(point.accuracy)} at sparsity {100 * target:.4g} %"
+            )
+    found = f"Best: {'; '.join(best)}. Dense: {write_percent(curves.dense)}."
+    is_spread = any(p.accuracy.num > 1 for c in curves.curves for p in c.points)
+    spread = (
+        "Bars are one sample standard deviation over seeds."
+        if is_spread
+        else "One seed: there are no deviations to show."
+    )
+    on_the_way = [curve for curve in curves.curves if curve.on_the_way]
+    way = ""
+    if on_the_way:
+        own = [curve.has_own_schedules for curve in on_the_way]
+        way = (
+            " Hollow marks are earlier rounds of the sparsest trials"
+            + (
+                ", each with a learning-rate schedule of its own: comparable, though pruned in "
+                "fewer rounds."
+                if all(own)
+                else ", measured before the learning rate had come down: lower bounds, not "
+                "comparable with last rounds."
+                if not any(own)
+                else "; comparable only where each round has a learning-rate schedule of its own."
+            )
+            + " They are no part of the front."
+        )
+    front = (
+        " Rings mark the Pareto front: no other point is as sparse and as accurate."
+        if len(curves.front) > 1
+        else ""
+    )
+    at = ", ".join(f"{100 * target:.4g} %" for target in targets)
+    return {
+        "accuracy": (
+            f"{judged} accuracy against sparsity of {names}. {found}",
+            f"{spread}{front}{way}",
+        ),
+        "tradeoffs": (
+            f"{judged} accuracy against compression and theoretical speed-up of {names}. {found}",
+            "Compression counts every parameter of the model; the speed-up counts multiply-adds "
+            f"and is theory, not a measured time. {spread}",
+        ),
+        "rounds": (
+            f"{judged} accuracy and loss after each round of {names}, for trials to sparsity {at}.",
+            "Lines are means over seeds, bands one sample standard deviation. Dotted: accuracy "
+            "before the round's fine-tuning; training loss of the fine-tuning.",
+        ),
+        "layers": (
+            f"Sparsity of each layer after the last round of {names}, at sparsity {at}; the "
+            "numbers are in the table below.",
+            "Layers from the input, top, to the output; means over seeds.",
+        ),
+        "overlaps": (
+            f"Matrix of the overlap of kept weights between {names}, at sparsity {at}; the numbers "
+            "are in the table below.",
+            "Kept weights in common over those that either keeps. Off the diagonal: two curves, "
+            "the same seed. On it: two seeds of one curve. The table gives the overlap of random "
+            "masks with the same layers' sparsities beside it.",
+        ),
+        "cost": (
+            f"Worker-seconds by phase of each point of {names}.",
+            "Seconds of each phase on record, over all rounds, times the workers; the mean over "
+            "seeds. Start-up and waiting are not in it.",
+        ),
+    }

@@ -1,0 +1,295 @@
+"""How much a set of trials can show: the checklist of Blalock et al. 2020, answered from records.
+
+After "What is the State of Neural Network Pruning?" (arXiv 2003.03033), paraphrased, with one rule
+of Wang et al. 2023 (arXiv 2301.05219): criteria are compared from the same dense network with the
+same fine-tuning. Every answer is computed from what was run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from gbp_ray.report.curves import Point, WorkloadCurves
+
+__all__ = [
+    "Check",
+    "answer_checklist",
+    "find_clear_winners",
+]
+
+State = Literal["yes", "partly", "no"]
+_ENOUGH_SEEDS = 3
+_ENOUGH_TARGETS = 5
+_ENOUGH_WORKLOADS = 3
+_CRITERION = "prune.criterion"
+_SCOPE = "prune.scope"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question with its answer."""
+
+    question: str
+    state: State
+    answer: str
+
+
+def answer_checklist(
+    curves: WorkloadCurves, *, num_workloads: int, versions: Sequence[str], num_unfinished: int
+) -> list[Check]:
+    """Answers the checklist for the trials of one workload.
+
+    Args:
+        num_workloads: Workloads that the same report shows.
+        versions: The distinct sets of package versions on record.
+        num_unfinished: Trials that started and did not finish, over all workloads.
+    """
+    return [
+        _check_workload(curves),
+        _check_num_workloads(num_workloads),
+        _check_dense(curves),
+        _check_baselines(curves),
+        _check_targets(curves),
+        _check_costs(curves),
+        _check_seeds(curves),
+        _check_sameness(curves),
+        _check_grid(curves, num_unfinished),
+        _check_versions(versions),
+        _check_claims(curves),
+    ]
+
+
+def find_clear_winners(curves: WorkloadCurves) -> tuple[list[float], list[float]]:
+    """Finds the sparsities at which the best curve leads by more than chance explains easily.
+
+    Returns:
+        Those where the best mean is ahead of the second best by more than both sample standard
+        deviations together; and all where two curves or more have deviations to compare.
+    """
+    clear, compared = [], []
+    for target in curves.targets:
+        points = [
+            p for c in curves.curves if (p := c.at(target)) and p.accuracy.deviation is not None
+        ]
+        if len(points) < 2:
+            continue
+        compared.append(target)
+        best, second = sorted(points, key=lambda p: p.accuracy.mean, reverse=True)[:2]
+        lead = best.accuracy.mean - second.accuracy.mean
+        if lead > (best.accuracy.deviation or 0.0) + (second.accuracy.deviation or 0.0):
+            clear.append(target)
+    return clear, compared
+
+
+def _check_workload(curves: WorkloadCurves) -> Check:
+    dense = curves.trials[0].dense
+    macs = _count(dense.macs, "multiply-add") if dense.macs else "multiply-adds not counted"
+    return Check(
+        "Architecture, data and metric are named",
+        "partly",
+        f"{curves.title}: {dense.num_parameters:,} parameters, {dense.num_units:,} of them "
+        f"prunable, {macs}. Accuracy is the share of the whole test split that is right after "
+        "the last epoch. How the data are prepared, the factory's own code says.",
+    )
+
+
+def _check_num_workloads(number: int) -> Check:
+    return Check(
+        f"At least {_ENOUGH_WORKLOADS} pairs of data and architecture",
+        "yes" if number >= _ENOUGH_WORKLOADS else "partly" if number > 1 else "no",
+        f"This report shows {_count(number, 'workload')}.",
+    )
+
+
+def _check_dense(curves: WorkloadCurves) -> Check:
+    by_seed: dict[int, set[str | None]] = {}
+    for trial in curves.trials:
+        by_seed.setdefault(trial.seed, set()).add(trial.dense.weights_sha256)
+    is_shared = all(len(found) == 1 and None not in found for found in by_seed.values())
+    number = _count(curves.dense.num, "seed")
+    if len(curves.trials) == len(by_seed):
+        return Check("The dense network is measured the same way", "yes", f"With {number}.")
+    return Check(
+        "All start from the same dense networks, measured the same way",
+        "yes" if is_shared else "no",
+        f"{number} of the dense network; "
+        + (
+            "all trials of a seed start from the same weights (same SHA-256)."
+            if is_shared
+            else "trials of one seed start from different weights, so the dense networks' own "
+            "spread is part of every difference."
+        ),
+    )
+
+
+def _check_baselines(curves: WorkloadCurves) -> Check:
+    found = {curve.criterion: curve for curve in curves.curves}
+    there = [name for name in ("random", "magnitude") if name in found]
+    missing = [name for name in ("random", "magnitude") if name not in found]
+    by_layer = sorted(
+        {
+            curve.criterion
+            for curve in curves.curves
+            if curve.criterion in there and curve.setting.get(_SCOPE) == "layer"
+        }
+    )
+    answer = f"There: {', '.join(['dense', *there])}."
+    if missing:
+        answer += f" Missing: {', '.join(missing)}."
+    if by_layer:
+        answer += f" By layer as well: {', '.join(by_layer)}."
+    elif there:
+        answer += " None of them with prune.scope = layer beside another scope."
+    state: State = "no" if not there else "partly" if missing or not by_layer else "yes"
+    return Check("Baselines: random and magnitude, whole and by layer", state, answer)
+
+
+def _check_targets(curves: WorkloadCurves) -> Check:
+    counts = [len(curve.points) for curve in curves.curves]
+    worst = min(point.drop.mean for curve in curves.curves for point in curve.points)
+    is_enough = min(counts) >= _ENOUGH_TARGETS
+    falls = worst < -0.01
+    answer = (
+        f"{_range(counts)} sparsities per curve"
+        f" ({curves.targets[0]:.4g} to {curves.targets[-1]:.4g}). "
+    )
+    answer += (
+        f"Accuracy falls by {-100 * worst:.1f} points at worst."
+        if falls
+        else "Accuracy falls by no more than a point anywhere: the sparsities do not reach the end "
+        "of what the network bears."
+    )
+    state: State = "yes" if is_enough and falls else "partly" if max(counts) > 1 else "no"
+    return Check(f"At least {_ENOUGH_TARGETS} sparsities, some where accuracy falls", state, answer)
+
+
+def _check_costs(curves: WorkloadCurves) -> Check:
+    has_macs = all(trial.dense.macs > 0 for trial in curves.trials)
+    return Check(
+        "Parameters and multiply-adds, both",
+        "yes" if has_macs else "partly",
+        "Compression is parameters before over parameters left, of the whole model; the speed-up "
+        + (
+            "is multiply-adds before over multiply-adds left: theory, not a measured time."
+            if has_macs
+            else "is unknown, because no multiply-adds are on record."
+        ),
+    )
+
+
+def _check_seeds(curves: WorkloadCurves) -> Check:
+    numbers = [len(point.trials) for point in _points(curves)]
+    state: State = (
+        "yes" if min(numbers) >= _ENOUGH_SEEDS else "partly" if max(numbers) > 1 else "no"
+    )
+    few = [
+        f"{curve.label} at {point.target:.4g}"
+        for curve in curves.curves
+        for point in curve.points
+        if len(point.trials) < _ENOUGH_SEEDS
+    ]
+    answer = f"{_range(numbers)} seed{'' if max(numbers) == 1 else 's'} per point."
+    if max(numbers) == 1:
+        answer += " One value has no deviation: a difference may be luck."
+    elif few:
+        answer += f" Fewer than {_ENOUGH_SEEDS}: {_some(few)}."
+    return Check(f"Mean and deviation over {_ENOUGH_SEEDS} seeds or more", state, answer)
+
+
+def _check_sameness(curves: WorkloadCurves) -> Check:
+    others = [name for name in curves.varying if name != _CRITERION]
+    criteria = {curve.criterion for curve in curves.curves}
+    if len(criteria) < 2:
+        answer = f"Only {next(iter(criteria))} was run: there is no criterion to compare it with."
+        return Check("Criteria compared under the same conditions", "no", answer)
+    if not others:
+        answer = "The curves differ in prune.criterion and in nothing else."
+        return Check("Criteria compared under the same conditions", "yes", answer)
+    return Check(
+        "Criteria compared under the same conditions",
+        "partly",
+        f"The curves differ in {', '.join(others)} as well; compare those that agree in it.",
+    )
+
+
+def _check_grid(curves: WorkloadCurves, num_unfinished: int) -> Check:
+    seeds, targets = curves.seeds, curves.targets
+    missing = [
+        f"{curve.label} at {target:.4g}, seed {seed}"
+        for curve in curves.curves
+        for target in targets
+        for seed in seeds
+        if (point := curve.at(target)) is None or seed not in point.seeds
+    ]
+    total = len(curves.curves) * len(targets) * len(seeds)
+    answer = (
+        f"{total - len(missing)} of {total} combinations of curve, sparsity and seed are there."
+    )
+    if missing:
+        answer += f" Missing: {_some(missing)}."
+    if num_unfinished:
+        answer += (
+            f" {_count(num_unfinished, 'trial')} of this storage never finished and "
+            f"{'is' if num_unfinished == 1 else 'are'} in no figure."
+        )
+    if curves.num_repeats:
+        answer += f" {_count(curves.num_repeats, 'trial')} repeated another one: counted once."
+    state: State = "yes" if not missing and not num_unfinished else "partly"
+    return Check("Nothing is missing from the comparison", state, answer)
+
+
+def _check_versions(versions: Sequence[str]) -> Check:
+    if not versions:
+        return Check("Software and hardware are on record", "no", "No versions are on record.")
+    if len(versions) == 1:
+        return Check(
+            "Software and hardware are on record",
+            "partly",
+            f"{versions[0]}. Of the hardware only this is known.",
+        )
+    return Check(
+        "Software and hardware are on record",
+        "partly",
+        f"{len(versions)} different sets of versions were at work: {_some(list(versions))}.",
+    )
+
+
+def _check_claims(curves: WorkloadCurves) -> Check:
+    clear, compared = find_clear_winners(curves)
+    if not compared:
+        return Check(
+            "Differences are larger than the spread",
+            "no",
+            "No sparsity has two curves with two seeds each, so no difference can be judged.",
+        )
+    where = f" ({_some([f'{target:.4g}' for target in clear])})" if clear else ""
+    return Check(
+        "Differences are larger than the spread",
+        "yes" if len(clear) == len(compared) else "partly" if clear else "no",
+        f"The best curve leads the next by more than both deviations together at {len(clear)} of "
+        f"{_count(len(compared), 'sparsity', 'sparsities')}{where}; elsewhere the order of the "
+        "best two means little.",
+    )
+
+
+# -- words -----------------------------------------------------------------------------------------
+
+
+def _points(curves: WorkloadCurves) -> list[Point]:
+    return [point for curve in curves.curves for point in curve.points]
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def _some(texts: list[str], num_most: int = 6) -> str:
+    more = f" and {len(texts) - num_most} more" if len(texts) > num_most else ""
+    return f"{'; '.join(texts[:num_most])}{more}"

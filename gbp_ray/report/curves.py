@@ -1,0 +1,510 @@
+"""What many trials say together: curves over sparsity, with the spread over seeds.
+
+Trials of one workload that differ in sparsity and seed alone form a curve; those of them that
+differ in the seed alone form one of its points, with a mean and a sample standard deviation. A
+configuration that was run twice, in two jobs say, is one seed and counts once. Means are of what
+was measured; differences to the dense network are taken seed by seed before they are averaged.
+
+A trial's rounds before the last are points *on the way*: shown, never part of the Pareto front.
+They can be compared with last rounds where each round ran a learning-rate schedule of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gbp_ray.config.prune import CRITERIA
+from gbp_ray.results.query import Results, name_values
+from gbp_ray.results.records import DenseReference, find_accuracy_fault, write_share
+
+__all__ = [
+    "Curve",
+    "Point",
+    "Round",
+    "Spread",
+    "Trial",
+    "WorkloadCurves",
+    "find_front",
+    "gather_curves",
+    "has_own_schedule",
+    "pick_targets",
+    "write_percent",
+    "write_spread",
+]
+
+_SPARSITY, _CRITERION = "prune.sparsity", "prune.criterion"
+_NO_SETTING = ("cluster.", "workload.eval_batch_size", "workload.train_sample")
+"""Fields that do not make a trial another one to compare with."""
+
+
+class Spread(NamedTuple):
+    """A mean with its sample standard deviation, which one value alone does not have."""
+
+    mean: float
+    deviation: float | None
+    num: int
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Spread | None:
+        """Averages the values that there are; None where there is none."""
+        known = [value for value in values if value is not None and math.isfinite(value)]
+        if not known:
+            return None
+        # Not in fractions, as statistics.stdev is: there are thousands of these to take.
+        deviation = float(np.std(known, ddof=1)) if len(known) > 1 else None
+        return cls(statistics.fmean(known), deviation, len(known))
+
+
+class Round(NamedTuple):
+    """One measured round; the first is the dense network."""
+
+    round: int
+    sparsity: float
+    accuracy: float
+    accuracy_pruned: float | None
+    loss: float
+    accuracy_recalibrated: float | None
+    loss_recalibrated: float | None
+    train_loss: float | None
+    train_accuracy: float | None
+    test_accuracy: float | None
+    judged_on: str
+    is_chosen: bool
+    num_parameters: int
+    num_nonzero: int
+    num_units: int
+    macs: int
+    macs_nonzero: int
+    weights_sha256: str | None
+
+    @property
+    def compression(self) -> float:
+        """Parameters before / parameters left, whole model."""
+        return self.num_parameters / max(1, self.num_nonzero)
+
+    @property
+    def reference(self) -> DenseReference:
+        """Of the dense network: what the other rounds are compared with."""
+        return DenseReference.of(
+            self.accuracy, self.loss, self.accuracy_recalibrated, self.loss_recalibrated
+        )
+
+    @property
+    def speedup(self) -> float:
+        """Multiply-adds before / left, saved in theory; 0 where they were not counted."""
+        return self.macs / max(1, self.macs_nonzero)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One finished trial, as far as the index tells.
+
+    Attributes:
+        target: The sparsity that was asked for.
+        setting: The fields of its job in which the trials of all curves differ.
+        worker_seconds: Seconds of each phase, over all rounds and workers.
+    """
+
+    job: str
+    trial_id: str
+    seed: int
+    target: float
+    setting: dict[str, Any]
+    rounds: tuple[Round, ...]
+    worker_seconds: dict[str, float]
+    trial_seconds: float
+
+    @property
+    def dense(self) -> Round:
+        """The network before the first prune."""
+        return self.rounds[0]
+
+    @property
+    def final(self) -> Round:
+        """The network after the last round."""
+        return self.rounds[-1]
+
+    @property
+    def test_accuracy(self) -> float | None:
+        """Of the round that was chosen; what a validation split judges is tested once."""
+        return next((item.test_accuracy for item in self.rounds if item.is_chosen), None)
+
+
+@dataclass(frozen=True)
+class Point:
+    """The same round of trials that differ in the seed alone.
+
+    Attributes:
+        target: The sparsity that was asked for.
+        round: The round; None for each trial's last.
+        test_accuracy: On the test split, of the rounds chosen; for a trial's last round alone.
+        gap: Accuracy on training examples minus accuracy: overfitting.
+        drop: Accuracy minus the dense network's of the same seed, see `records.DenseReference`.
+        worker_seconds: Of the whole trials.
+        phases: The mean of them by phase.
+    """
+
+    target: float
+    round: int | None
+    trials: tuple[Trial, ...]
+    sparsity: Spread
+    accuracy: Spread
+    accuracy_pruned: Spread | None
+    test_accuracy: Spread | None
+    gap: Spread | None
+    drop: Spread
+    loss: Spread | None
+    num_nonzero: Spread
+    compression: Spread
+    speedup: Spread
+    worker_seconds: Spread
+    phases: dict[str, float]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds that were run."""
+        return tuple(trial.seed for trial in self.trials)
+
+
+@dataclass
+class Curve:
+    """Trials that differ in sparsity and seed alone.
+
+    Attributes:
+        label: What tells it from the other curves of its workload.
+        setting: The fields in which the curves differ.
+        points: By sparsity.
+        on_the_way: The earlier rounds of the sparsest trials, where the sparsity then went on.
+        has_own_schedules: Whether those can be compared with last rounds.
+    """
+
+    label: str
+    criterion: str
+    setting: dict[str, Any]
+    points: list[Point]
+    on_the_way: list[Point]
+    has_own_schedules: bool
+
+    def at(self, target: float) -> Point | None:
+        """Finds the point of a sparsity."""
+        return next((point for point in self.points if point.target == target), None)
+
+
+@dataclass
+class WorkloadCurves:
+    """All finished trials of one workload.
+
+    Attributes:
+        title: The factory, with the options that tell it from the other workloads.
+        dense: Accuracy of the dense networks over seeds, see `records.DenseReference`.
+        dense_ways: The same with BatchNorm's statistics as stored and as re-estimated, where both
+            were measured.
+        front: The points that no other one beats in sparsity and accuracy, by sparsity.
+        judged_on: The split of all accuracies: "test", or "validation".
+        num_repeats: Trials left out because the same configuration was run before.
+        varying: The fields in which the curves differ.
+    """
+
+    title: str
+    curves: list[Curve]
+    dense: Spread
+    dense_loss: Spread | None
+    dense_ways: dict[str, Spread]
+    front: list[tuple[Curve, Point]]
+    trials: list[Trial]
+    num_repeats: int
+    judged_on: str = "test"
+    varying: list[str] = field(default_factory=list)
+
+    @property
+    def accuracy_fault(self) -> str:
+        """Why accuracy tells nothing of this workload; empty where it may."""
+        return find_accuracy_fault([self.dense.mean])
+
+    @property
+    def targets(self) -> list[float]:
+        """Every sparsity that was asked for."""
+        return sorted({point.target for curve in self.curves for point in curve.points})
+
+    @property
+    def seeds(self) -> list[int]:
+        """Every seed that was run."""
+        return sorted({trial.seed for trial in self.trials})
+
+
+def gather_curves(results: Results) -> list[WorkloadCurves]:
+    """Sorts finished trials into the curves of each workload."""
+    varying = [name for name in results.find_varying() if not name.startswith(_NO_SETTING)]
+    workload = [name for name in varying if name.startswith("workload.")]
+    groups: dict[tuple[Any, ...], list[Trial]] = {}
+    for trial in _read_trials(results, varying):
+        key = tuple(trial.setting[name] for name in workload)
+        groups.setdefault(key, []).append(trial)
+    factory = results.table["workload.factory"][0].as_py()
+    curves = []
+    for key, trials in groups.items():
+        named = dict(zip(workload, key, strict=True))
+        title = [str(named.pop("workload.factory", factory))]
+        title += name_values(named)
+        curves.append(_compare(", ".join(title), trials))
+    return curves
+
+
+def find_front(pairs: Sequence[tuple[float, float]]) -> list[int]:
+    """Finds the pairs that no other beats: none is as great in both and greater in one.
+
+    Returns:
+        Their places, by the first number; equal pairs are all there.
+    """
+    front: list[int] = []
+    best = -math.inf
+    order = sorted(range(len(pairs)), key=lambda i: pairs[i], reverse=True)
+    for place in order:
+        is_equal = bool(front) and pairs[place] == pairs[front[-1]]
+        if pairs[place][1] > best or is_equal:
+            front.append(place)
+            best = pairs[place][1]
+    return front[::-1]
+
+
+def pick_targets(curves: Sequence[Curve], num_most: int) -> list[float]:
+    """Picks the sparsities to look at closely: those that most curves have, evenly spread."""
+    counts: dict[float, int] = {}
+    for curve in curves:
+        for point in curve.points:
+            counts[point.target] = counts.get(point.target, 0) + 1
+    shared = sorted(t for t, count in counts.items() if count == max(counts.values()))
+    if len(shared) <= num_most:
+        return shared
+    if num_most == 1:
+        return shared[-1:]
+    last = len(shared) - 1
+    return [shared[round(i * last / (num_most - 1))] for i in range(num_most)]
+
+
+def has_own_schedule(epochs: float, lr_schedule: str, rewind: str) -> bool:
+    """Tells whether each round ends as the last one does, with its learning rate come down."""
+    return epochs == 0 or lr_schedule == "constant" or rewind == "learning_rate"
+
+
+# -- from rows to trials ---------------------------------------------------------------------------
+
+
+def _read_trials(results: Results, varying: list[str]) -> list[Trial]:
+    # Column by column: ten thousand trials are a few hundred thousand values.
+    table = results.table
+    schedule = ("finetune.epochs", "finetune.lr_schedule", "prune.rewind")
+    names = ("job", "trial_id", "seed", _SPARSITY, _CRITERION, "cluster.num_workers")
+    columns = {
+        name: table[name].to_pylist() for name in {*names, *varying, *schedule, "trial_seconds"}
+    }
+    rounds = list(
+        map(Round._make, zip(*(table[n].to_pylist() for n in Round._fields), strict=True))
+    )
+    phases = {
+        name.removeprefix("seconds."): table[name].to_pylist()
+        for name in table.column_names
+        if name.startswith("seconds.")
+    }
+    starts = [i for i, item in enumerate(rounds) if item.round == 0]
+    trials = []
+    for start, stop in zip(starts, [*starts[1:], len(rounds)], strict=True):
+        workers = _num_workers(columns["cluster.num_workers"][start])
+        spent = {
+            phase: workers * sum(second or 0.0 for second in seconds[start:stop])
+            for phase, seconds in phases.items()
+        }
+        trials.append(
+            Trial(
+                job=columns["job"][start],
+                trial_id=columns["trial_id"][start],
+                seed=columns["seed"][start],
+                target=columns[_SPARSITY][start],
+                setting={name: columns[name][start] for name in (*varying, _CRITERION, *schedule)},
+                rounds=tuple(rounds[start:stop]),
+                worker_seconds={phase: value for phase, value in spent.items() if value},
+                trial_seconds=columns["trial_seconds"][start],
+            )
+        )
+    return trials
+
+
+def _compare(title: str, trials: list[Trial]) -> WorkloadCurves:
+    varying = _find_varying(trials)
+    groups: dict[tuple[Any, ...], dict[float, dict[int, Trial]]] = {}
+    num_repeats = 0
+    for trial in trials:
+        key = tuple(trial.setting[name] for name in varying)
+        seeds = groups.setdefault(key, {}).setdefault(trial.target, {})
+        num_repeats += trial.seed in seeds
+        seeds.setdefault(trial.seed, trial)
+    curves = [_make_curve(points, varying) for points in groups.values()]
+    curves.sort(key=lambda curve: (_place(curve.criterion), curve.label))
+    _tell_apart(curves)
+    counted = [t for curve in curves for point in curve.points for t in point.trials]
+    pairs = [(curve, point) for curve in curves for point in curve.points]
+    front = find_front([(p.sparsity.mean, p.accuracy.mean) for _, p in pairs])
+    dense = _average_dense(counted, lambda dense: dense.reference.accuracy)
+    assert dense is not None
+    return WorkloadCurves(
+        title=title,
+        curves=curves,
+        dense=dense,
+        dense_loss=_average_dense(counted, lambda dense: dense.reference.loss),
+        dense_ways=_average_ways(counted),
+        front=[pairs[place] for place in front],
+        trials=counted,
+        num_repeats=num_repeats,
+        judged_on=trials[0].final.judged_on,
+        varying=varying,
+    )
+
+
+def _find_varying(trials: list[Trial]) -> list[str]:
+    names = [name for name in trials[0].setting if name not in ("seed", _SPARSITY)]
+    return [name for name in names if len({trial.setting[name] for trial in trials}) > 1]
+
+
+def _make_curve(points: dict[float, dict[int, Trial]], varying: list[str]) -> Curve:
+    by_target = {
+        target: tuple(seeds[seed] for seed in sorted(seeds))
+        for target, seeds in sorted(points.items())
+    }
+    sparsest = by_target[max(by_target)]
+    first = sparsest[0]
+    setting = {name: first.setting[name] for name in varying}
+    return Curve(
+        label=_label(setting, str(first.setting[_CRITERION])),
+        criterion=str(first.setting[_CRITERION]),
+        setting=setting,
+        points=[_make_point(target, trials, None) for target, trials in by_target.items()],
+        on_the_way=[
+            _make_point(sparsest[0].target, sparsest, number)
+            for number in range(1, min(len(trial.rounds) for trial in sparsest) - 1)
+            # A round that only fine-tunes on what the one before it removed is no other point.
+            if all(t.rounds[number].sparsity < t.rounds[number + 1].sparsity for t in sparsest)
+        ],
+        has_own_schedules=has_own_schedule(
+            first.setting["finetune.epochs"],
+            first.setting["finetune.lr_schedule"],
+            first.setting["prune.rewind"],
+        ),
+    )
+
+
+def _make_point(target: float, trials: tuple[Trial, ...], number: int | None) -> Point:
+    rounds = [trial.final if number is None else trial.rounds[number] for trial in trials]
+
+    def spread(values: Iterable[float | None]) -> Spread:
+        found = Spread.of(values)
+        # Counts, sparsities and accuracies are always there and always finite.
+        assert found is not None
+        return found
+
+    phases = {name: 0.0 for trial in trials for name in trial.worker_seconds}
+    for trial in trials:
+        for name, seconds in trial.worker_seconds.items():
+            phases[name] += seconds / len(trials)
+    return Point(
+        target=target,
+        round=number,
+        trials=trials,
+        sparsity=spread(item.sparsity for item in rounds),
+        accuracy=spread(item.accuracy for item in rounds),
+        accuracy_pruned=Spread.of(item.accuracy_pruned for item in rounds),
+        test_accuracy=None if number else Spread.of(trial.test_accuracy for trial in trials),
+        gap=Spread.of(
+            item.train_accuracy - item.accuracy
+            for item in rounds
+            if item.train_accuracy is not None
+        ),
+        drop=spread(
+            item.accuracy - trial.dense.reference.accuracy
+            for item, trial in zip(rounds, trials, strict=True)
+        ),
+        loss=Spread.of(item.loss for item in rounds),
+        num_nonzero=spread(item.num_nonzero for item in rounds),
+        compression=spread(item.compression for item in rounds),
+        speedup=spread(item.speedup for item in rounds),
+        worker_seconds=spread(sum(trial.worker_seconds.values()) for trial in trials),
+        phases=phases,
+    )
+
+
+def _average_dense(trials: list[Trial], measure: Callable[[Round], float | None]) -> Spread | None:
+    # Trials of a seed share their dense network, so a seed is one value however many there are.
+    by_seed: dict[int, list[float]] = {}
+    for trial in trials:
+        if (value := measure(trial.dense)) is not None:
+            by_seed.setdefault(trial.seed, []).append(value)
+    return Spread.of(statistics.fmean(values) for values in by_seed.values())
+
+
+def _average_ways(trials: list[Trial]) -> dict[str, Spread]:
+    stored = _average_dense(trials, lambda dense: dense.accuracy)
+    recalibrated = _average_dense(trials, lambda dense: dense.accuracy_recalibrated)
+    if stored is None or recalibrated is None:
+        return {}
+    return {"as stored": stored, "with BatchNorm re-estimated": recalibrated}
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+def _label(setting: dict[str, Any], criterion: str) -> str:
+    others = {name: value for name, value in setting.items() if name != _CRITERION}
+    words = name_values(others)
+    if _CRITERION in setting or not words:
+        words.insert(0, criterion)
+    return ", ".join(words)
+
+
+def _tell_apart(curves: Sequence[Curve]) -> None:
+    """Numbers curves whose labels would be the same, as of values that differ beyond six digits."""
+    counts: dict[str, int] = {}
+    for curve in curves:
+        counts[curve.label] = number = counts.get(curve.label, 0) + 1
+        if number > 1:
+            curve.label += f" ({number})"
+
+
+def _place(criterion: str) -> tuple[int, str]:
+    return (CRITERIA.index(criterion) if criterion in CRITERIA else len(CRITERIA), criterion)
+
+
+def _num_workers(value: int | str | None) -> int:
+    """Reads how many workers a trial had; of a range, which the index holds as text, the most."""
+    most = json.loads(value)[-1] if isinstance(value, str) else value
+    return max(1, most or 0)
+
+
+# -- in words --------------------------------------------------------------------------------------
+
+
+def write_percent(spread: Spread | None) -> str:
+    """Writes a share as a percentage with its deviation, and what cannot be one as a word."""
+    if spread is not None and not 0 <= spread.mean <= 1:
+        return write_share(spread.mean)
+    return write_spread(spread, lambda value: f"{100 * value:.2f}", 100) + (" %" if spread else "")
+
+
+def write_spread(
+    spread: Spread | None, write: Callable[[float], str], scale: float, *, is_quiet: bool = False
+) -> str:
+    """Writes a mean and its deviation; a quiet one is left out where it would read as zero."""
+    if spread is None:
+        return ""
+    if spread.deviation is None:
+        return write(spread.mean)
+    digits = len(write(spread.mean).rstrip("x").rpartition(".")[2])
+    deviation = f"{scale * spread.deviation:.{digits}f}"
+    if is_quiet and not float(deviation):
+        return write(spread.mean)
+    return f"{write(spread.mean)} ± {deviation}"

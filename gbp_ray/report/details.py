@@ -1,0 +1,246 @@
+"""What a few trials kept, layer by layer: sparsities, and how far their masks are the same.
+
+The index does not hold this; it is read from the rounds themselves, so it is bounded: a few
+sparsities that most curves have, a few curves, a few seeds, and no more masks at a time than fit
+the memory set aside for them. What was left out is said.
+
+Two masks overlap by the kept weights that they share over those that either keeps. Beside it stands
+the overlap to be expected of masks that keep as many weights of each layer, drawn at random: below
+that nothing is shared but the layers' sparsities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import numpy as np
+
+from gbp_ray.errors import StoreError
+from gbp_ray.report.curves import Curve, Spread, Trial, WorkloadCurves, pick_targets
+from gbp_ray.results.index import map_in_threads
+from gbp_ray.results.records import RoundRecord
+from gbp_ray.results.store import Store
+from gbp_ray.results.tensors import PackedMask, read_masks
+
+__all__ = [
+    "CloseUp",
+    "Overlap",
+    "look_closely",
+]
+
+_NUM_TARGETS = 3
+_NUM_CURVES = 8
+_NUM_SEEDS = 5
+_MASK_BYTES = 256_000_000
+_MASKS = "masks.safetensors"
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How far two curves keep the same weights, or the seeds of one.
+
+    Attributes:
+        one: A curve's label.
+        other: Another one's; the same for its own seeds.
+        overlap: Over pairs of masks: of two curves those of one seed, of one curve those of two
+            seeds. The pairs of one curve share masks, so their deviation is no error of the mean.
+        chance: The mean expected of random masks.
+    """
+
+    one: str
+    other: str
+    overlap: Spread
+    chance: float
+
+
+@dataclass
+class CloseUp:
+    """The trials of one sparsity.
+
+    Attributes:
+        target: The sparsity that was asked for.
+        layers: Layer to curve to its sparsity over seeds, in the network's order.
+        overlaps: Of all pairs that there are.
+        num_masks: Masks that were compared.
+    """
+
+    target: float
+    layers: dict[str, dict[str, Spread]]
+    overlaps: list[Overlap] = field(default_factory=list)
+    num_masks: int = 0
+
+
+def look_closely(
+    curves: WorkloadCurves, stores: Mapping[str, Store], *, mask_bytes: int = _MASK_BYTES
+) -> tuple[list[CloseUp], list[str]]:
+    """Reads the last rounds of a few trials of a workload, and their masks.
+
+    Args:
+        stores: The jobs by name.
+        mask_bytes: Memory that masks may take at a time.
+
+    Returns:
+        The close-ups by sparsity, and what was left out, a sentence each.
+
+    Raises:
+        TransientStoreError: The storage does not answer.
+    """
+    left_out = []
+    shown = curves.curves[:_NUM_CURVES]
+    if len(curves.curves) > len(shown):
+        left_out.append(
+            f"layers and masks: {len(curves.curves) - len(shown)} of {len(curves.curves)} curves"
+        )
+    targets = pick_targets(shown, _NUM_TARGETS)
+    if len(curves.targets) > len(targets):
+        words = ", ".join(f"{target:.4g}" for target in targets)
+        left_out.append(f"layers and masks: sparsities other than {words}")
+    found = [_look_at(target, shown, stores, mask_bytes, left_out) for target in targets]
+    return [item for item in found if item is not None], list(dict.fromkeys(left_out))
+
+
+def _look_at(
+    target: float,
+    curves: Sequence[Curve],
+    stores: Mapping[str, Store],
+    mask_bytes: int,
+    left_out: list[str],
+) -> CloseUp | None:
+    chosen = _choose(target, curves, left_out)
+    objects = next(iter(stores.values())).objects
+
+    def read(item: tuple[Curve, Trial]) -> RoundRecord | None:
+        trial = item[1]
+        number = trial.final.round
+        try:
+            record = stores[trial.job].read_round(trial.trial_id, number)
+        except StoreError as error:
+            _note(error, left_out)
+            return None
+        if record is None:
+            left_out.append(f"round {number} of {trial.trial_id}, which is missing")
+        return record
+
+    pairs = zip(chosen, map_in_threads(objects, read, chosen), strict=True)
+    records = [(curve, trial, record) for (curve, trial), record in pairs if record is not None]
+    if not records:
+        return None
+    values: dict[str, dict[str, list[float]]] = {}
+    for curve, _, record in records:
+        for layer in record.cost.layers:
+            values.setdefault(layer.name, {}).setdefault(curve.label, []).append(layer.sparsity)
+    close_up = CloseUp(
+        target,
+        {
+            name: {
+                label: spread for label, found in by_curve.items() if (spread := Spread.of(found))
+            }
+            for name, by_curve in values.items()
+        },
+    )
+    _compare_masks(close_up, records, stores, mask_bytes, left_out)
+    return close_up
+
+
+def _choose(
+    target: float, curves: Sequence[Curve], left_out: list[str]
+) -> list[tuple[Curve, Trial]]:
+    """Picks trials seed by seed, so that what has to be left out is the last seeds."""
+    points = [(curve, point) for curve in curves if (point := curve.at(target))]
+    # Seeds that most curves have come first: masks of different curves are compared within a seed.
+    counts: dict[int, int] = {}
+    for _, point in points:
+        for seed in point.seeds:
+            counts[seed] = counts.get(seed, 0) + 1
+    seeds = sorted(counts, key=lambda seed: (-counts[seed], seed))
+    if len(seeds) > _NUM_SEEDS:
+        left_out.append(f"layers and masks: seeds beyond {_NUM_SEEDS} of each curve")
+    by_seed = [(curve, {trial.seed: trial for trial in point.trials}) for curve, point in points]
+    return [
+        (curve, trials[seed])
+        for seed in seeds[:_NUM_SEEDS]
+        for curve, trials in by_seed
+        if seed in trials
+    ]
+
+
+# -- masks -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Mask:
+    label: str
+    seed: int
+    masks: dict[str, PackedMask]
+
+
+def _compare_masks(
+    close_up: CloseUp,
+    records: list[tuple[Curve, Trial, RoundRecord]],
+    stores: Mapping[str, Store],
+    mask_bytes: int,
+    left_out: list[str],
+) -> None:
+    stored = [item for item in records if _MASKS in item[2].files]
+    if len(stored) < 2:
+        return
+    # Reading a mask takes its size once more for a moment.
+    fitting = mask_bytes // max(item[2].files[_MASKS].num_bytes for item in stored) - 1
+    if fitting < len(stored):
+        left_out.append(
+            f"masks: {len(stored) - max(0, fitting)} of {len(stored)} at sparsity "
+            f"{close_up.target:.4g}, which do not fit into {mask_bytes / 1e6:.0f} MB"
+        )
+        stored = stored[: max(0, fitting)]
+    objects = next(iter(stores.values())).objects
+
+    def read(item: tuple[Curve, Trial, RoundRecord]) -> _Mask | None:
+        curve, trial, record = item
+        store = stores[trial.job]
+        try:
+            data = store.read_file(trial.trial_id, record, _MASKS)
+            masks = read_masks(data, store.round_uri(trial.trial_id, record.round))
+        except StoreError as error:
+            _note(error, left_out)
+            return None
+        return _Mask(curve.label, trial.seed, masks)
+
+    masks = [mask for mask in map_in_threads(objects, read, stored) if mask is not None]
+    close_up.num_masks = len(masks)
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for one, other in combinations(masks, 2):
+        is_same_curve = one.label == other.label
+        # Of two curves only masks of one seed tell the criteria apart from the seeds.
+        if is_same_curve != (one.seed == other.seed) and (both := _measure(one, other)):
+            found.setdefault((one.label, other.label), []).append(both)
+    for (one_label, other_label), measured in found.items():
+        overlap = Spread.of(value for value, _ in measured)
+        chance = Spread.of(value for _, value in measured)
+        if overlap and chance:
+            close_up.overlaps.append(Overlap(one_label, other_label, overlap, chance.mean))
+
+
+def _measure(one: _Mask, other: _Mask) -> tuple[float, float] | None:
+    """Computes the overlap of two masks, and that of random ones, over what both have."""
+    both = either = 0
+    expected_both = expected_either = 0.0
+    for name, mask in one.masks.items():
+        match = other.masks.get(name)
+        if match is None or match.shape != mask.shape:
+            continue
+        both += int(np.bitwise_count(mask.bits & match.bits).sum())
+        either += int(np.bitwise_count(mask.bits | match.bits).sum())
+        kept, kept_other = mask.num_kept, match.num_kept
+        expected = kept * kept_other / mask.num_weights
+        expected_both += expected
+        expected_either += kept + kept_other - expected
+    return (both / either, expected_both / expected_either) if either else None
+
+
+def _note(error: StoreError, left_out: list[str]) -> None:
+    if type(error) is not StoreError:
+        # A storage that does not answer is no fault of the results.
+        raise error
+    left_out.append(str(error))

@@ -1,0 +1,151 @@
+"""The figure of `gbp-ray stability`: overlap against examples, accuracy, layers, seeds.
+
+Drawn from plain values, as `Stability.to_dict` gives them and `stability.json` holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from gbp_ray.report.drawing import (
+    INK,
+    QUIET,
+    SERIES,
+    Drawing,
+    Style,
+    add_panels,
+    make_handle,
+    shorten_name,
+)
+
+__all__ = [
+    "plot_stability",
+]
+
+_MARKERS = ("o", "^", "D", "v", "P", "*")
+_MOST_LAYERS = 40
+
+
+def plot_stability(found: Mapping[str, Any]) -> Drawing:
+    """Plots how the masks agree over samples of each size, and by layer; then over seeds."""
+    samples: Mapping[str, Any] = found["samples"]
+    styles = {
+        name: Style(SERIES[i % len(SERIES)], _MARKERS[i % len(_MARKERS)], "-")
+        for i, name in enumerate(samples)
+    }
+    legend: list[tuple[Any, str]] = [(make_handle(styles[name]), name) for name in samples]
+    if samples:
+        chance = Line2D([], [], color=QUIET, linewidth=0.9, linestyle=(0, (1, 2)))
+        legend.append((chance, "at random"))
+    has_accuracy = any(size["accuracy"]["num"] for one in samples.values() for size in one["sizes"])
+    layered = _layer_series(found)
+    if found["seeds"]:
+        cross = Line2D([], [], color=INK, linestyle="", marker="x", markersize=4)
+        legend.append((cross, "trained, over seeds"))
+    panels = 1 + bool(samples) + has_accuracy
+
+    def draw(is_narrow: bool) -> Figure:
+        figure, axes = add_panels(
+            panels, is_narrow, legend, height_in=2.6, num_columns=2, left_in=0.6
+        )
+        places = iter(axes)
+        if samples:
+            ax = next(places)
+            _draw_overlaps(ax, samples, styles, found["stable"])
+            if has_accuracy:
+                _draw_accuracies(next(places), samples, styles)
+        _draw_layers(next(places), layered, is_narrow)
+        return figure
+
+    return Drawing(draw, "stability")
+
+
+def _draw_overlaps(
+    ax: Axes, samples: Mapping[str, Any], styles: Mapping[str, Style], stable: float
+) -> None:
+    for name, one in samples.items():
+        # All the data are the same in each sample, which says nothing about sampling.
+        sizes = [size for size in one["sizes"] if not size["is_whole"]]
+        x = [size["examples"] for size in sizes]
+        overlaps = [size["overlap"] for size in sizes]
+        style = styles[name]
+        ax.fill_between(
+            x,
+            [100 * o["least"] for o in overlaps],
+            [100 * o["greatest"] for o in overlaps],
+            color=style.colour,
+            alpha=0.18,
+            linewidth=0,
+        )
+        ax.plot(x, [100 * o["mean"] for o in overlaps], color=style.colour, marker=style.marker)
+        ax.plot(
+            x,
+            [100 * o["chance"] for o in overlaps],
+            color=style.colour,
+            linewidth=0.9,
+            linestyle=(0, (1, 2)),
+        )
+    ax.axhline(100 * stable, color=INK, linewidth=0.7, linestyle=(0, (6, 2)))
+    ax.set_ylim(0, 102)
+    _set_examples(ax, samples)
+    ax.set_ylabel("overlap of two samples, %")
+    ax.set_title("Masks of two samples")
+
+
+def _draw_accuracies(ax: Axes, samples: Mapping[str, Any], styles: Mapping[str, Style]) -> None:
+    for name, one in samples.items():
+        sizes = [size for size in one["sizes"] if size["accuracy"]["num"]]
+        mean = [100 * size["accuracy"]["mean"] for size in sizes]
+        ax.errorbar(
+            [size["examples"] for size in sizes],
+            mean,
+            yerr=[100 * (size["accuracy"]["deviation"] or 0.0) for size in sizes],
+            color=styles[name].colour,
+            marker=styles[name].marker,
+            capsize=2,
+            linewidth=1.2,
+        )
+    _set_examples(ax, samples)
+    ax.set_ylabel("accuracy, %")
+    ax.set_title("Accuracy under the mask, not fine-tuned")
+
+
+def _set_examples(ax: Axes, samples: Mapping[str, Any]) -> None:
+    ticks = sorted({size["examples"] for one in samples.values() for size in one["sizes"]})
+    ax.set_xscale("log", base=2)
+    ax.minorticks_off()
+    ax.set_xticks(ticks[:: max(1, len(ticks) // 6)])
+    ax.set_xticklabels([f"{tick:,}" for tick in ticks[:: max(1, len(ticks) // 6)]])
+    ax.set_xlabel("calibration examples")
+
+
+def _layer_series(found: Mapping[str, Any]) -> list[tuple[Mapping[str, float], str, str]]:
+    """Lists (overlap by layer, colour, marker) to draw side by side."""
+    series: list[tuple[Mapping[str, float], str, str]] = []
+    for number, one in enumerate(found["samples"].values()):
+        colour, marker = SERIES[number % len(SERIES)], _MARKERS[number % len(_MARKERS)]
+        series.append((one["sizes"][-1]["overlap"]["by_layer"], colour, marker))
+    if found["seeds"]:
+        series.append((found["seeds"]["overlap"]["by_layer"], INK, "x"))
+    return series
+
+
+def _draw_layers(
+    ax: Axes, series: Sequence[tuple[Mapping[str, float], str, str]], is_narrow: bool
+) -> None:
+    names = list(series[0][0])
+    for by_layer, colour, marker in series:
+        values = [100 * by_layer[name] for name in names]
+        ax.plot(range(len(names)), values, linestyle="", color=colour, marker=marker, markersize=4)
+    stride = max(1, -(-len(names) // (8 if is_narrow else 14)))
+    texts = [shorten_name(name.removesuffix(".weight"), 16) for name in names]
+    ax.set_xticks(range(0, len(names), stride))
+    ax.set_xticklabels(texts[::stride], rotation=90, fontsize=6)
+    ax.set_ylim(0, 102)
+    ax.set_ylabel("overlap, %")
+    ax.set_title("By layer, with most examples")

@@ -1,0 +1,553 @@
+"""The records: what is known of a job, a round and a trial, and how each is written.
+
+A record is one JSON object whose last line is its checksum:
+
+    {
+     "round": 1,
+     ...,
+     "sha256": "<SHA-256, in hex, of all bytes before the comma above this line>"
+    }
+
+so that a flipped byte anywhere in it is noticed without asking anyone else. What is in the other
+files of a round is the business of the floors above; a record holds their sizes and checksums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    computed_field,
+    field_serializer,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from gbp_ray.config.job import SCHEMA_VERSION, JobConfig
+from gbp_ray.errors import GbpError, StoreError, name_some, printable
+from gbp_ray.results.objects import Objects, is_key
+
+__all__ = [
+    "AnyRecord",
+    "CostRecord",
+    "DenseReference",
+    "FailureRecord",
+    "FileRecord",
+    "FinalTest",
+    "JobRecord",
+    "LayerRecord",
+    "RoundRecord",
+    "SharedRecord",
+    "StopRecord",
+    "TrialRecord",
+    "choose_round",
+    "find_accuracy_fault",
+    "parse_record",
+    "read_record",
+    "seal_record",
+    "write_share",
+    "write_value",
+]
+
+_STORED, _RECALIBRATED = "as stored", "with BatchNorm re-estimated"
+_SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n}\n\Z')
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def _check_name(name: str) -> str:
+    if not is_key(name):
+        raise ValueError("must be the name of something inside its folder")
+    return name
+
+
+def _check_part(name: str) -> str:
+    if "/" in name:
+        raise ValueError("must be the name of something directly inside its folder")
+    return _check_name(name)
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+"""Of a file: one relative path, see `check_key`."""
+
+Part = Annotated[str, AfterValidator(_check_part)]
+"""Of a trial: the same without "/"."""
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Record(BaseModel):
+    # "ignore": a reader of today opens the records of a later version that added fields.
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
+
+
+AnyRecord = TypeVar("AnyRecord", bound=_Record)
+
+
+class LayerRecord(_Record):
+    """One prunable parameter, measured from its weights."""
+
+    name: str
+    shape: tuple[Count, ...]
+    num_weights: Count
+    num_nonzero: Count
+    macs: Count
+    macs_nonzero: Count
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def sparsity(self) -> float:
+        """Zero weights / weights."""
+        return 1 - self.num_nonzero / max(1, self.num_weights)
+
+
+class CostRecord(_Record):
+    """What a network costs: the whole model, and its prunable layers.
+
+    Attributes:
+        macs_fault: Why multiply-adds were not counted, which then are 0 everywhere.
+        unpruned: Of each other parameter of two axes or more its weights, and why they were not
+            prunable: the kind of module that holds it, or "prune.exclude".
+    """
+
+    num_parameters: Count
+    num_nonzero: Count
+    macs: Count
+    macs_nonzero: Count
+    macs_fault: str = ""
+    num_bytes: Count
+    num_bytes_sparse: Count
+    layers: tuple[LayerRecord, ...]
+    unpruned: dict[str, tuple[int, str]] = {}
+
+    @property
+    def unpruned_in_words(self) -> str:
+        """Says which matrices pruning passes over, naming a few; "" where there are none."""
+        if not self.unpruned:
+            return ""
+        number = sum(num_weights for num_weights, _ in self.unpruned.values())
+        named = [f"{name} ({n:,}, {why})" for name, (n, why) in self.unpruned.items()]
+        return (
+            f"{number:,} of {number + self.num_units:,} weights in matrices are not prunable: "
+            f"{name_some(named)}"
+        )
+
+    @property
+    def num_units(self) -> int:
+        """Prunable weights."""
+        return sum(layer.num_weights for layer in self.layers)
+
+    @property
+    def num_kept(self) -> int:
+        """Prunable weights that are not zero."""
+        return sum(layer.num_nonzero for layer in self.layers)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def sparsity(self) -> float:
+        """Zero weights / prunable weights."""
+        return 1 - self.num_kept / max(1, self.num_units)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def compression(self) -> float:
+        """Parameters before / parameters left, whole model."""
+        return self.num_parameters / max(1, self.num_nonzero)
+
+
+class FileRecord(_Record):
+    """A file's size and checksum, as committed.
+
+    Attributes:
+        stored_as: The name that it has where its own was taken by other bytes, those of a driver
+            that was killed or came too late; else "".
+    """
+
+    num_bytes: Count
+    sha256: str
+    stored_as: Name | Literal[""] = ""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in write(self).items() if value != ""}
+
+
+def find_accuracy_fault(accuracies: Iterable[float]) -> str:
+    """Says why accuracies, the dense network's among them, tell nothing; empty where they may.
+
+    Since they are checked none is above 1, but older records may hold such.
+    """
+    values = list(accuracies)
+    if strange := [value for value in values if not 0 <= value <= 1]:
+        return f"accuracy {strange[0]:g} is no share of examples, so it tells nothing"
+    if values and not any(values):
+        return "accuracy is 0 throughout, so it tells nothing here: only the loss does"
+    return ""
+
+
+def write_share(share: float | None) -> str:
+    """Writes a share in percent, and what cannot be one as a word."""
+    if share is None:
+        return ""
+    return f"{share:.2%}" if 0 <= share <= 1 else "no share"
+
+
+def write_value(value: Any) -> str:
+    """Writes the value of a field for people to read; nothing for one that is not set."""
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+class DenseReference(NamedTuple):
+    """What the dense network is, where others are compared with it: the one rule for all of them.
+
+    After each prune BatchNorm's running statistics are re-estimated, but the dense network keeps
+    those that it was trained or loaded with, which may be stale. So it is measured with both, and
+    the better measurement counts: the more accurate one, of equals the one with the lesser loss, of
+    equals the stored one. Otherwise what re-estimation gives would be taken for a gain of pruning.
+    """
+
+    accuracy: float
+    loss: float
+    is_recalibrated: bool = False
+    other_accuracy: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        accuracy: float,
+        loss: float,
+        accuracy_recalibrated: float | None,
+        loss_recalibrated: float | None,
+    ) -> DenseReference:
+        """Chooses between what stored and re-estimated statistics gave, where both are known.
+
+        Older records, and networks without such statistics, have only the first.
+        """
+        if accuracy_recalibrated is None or loss_recalibrated is None:
+            return cls(accuracy, loss)
+        stored = cls(accuracy, loss, False, accuracy_recalibrated)
+        other = cls(accuracy_recalibrated, loss_recalibrated, True, accuracy)
+        return max(stored, other, key=lambda one: (one.accuracy, -one.loss))
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether the two measurements are more than half a point apart: both are then shown."""
+        return self.other_accuracy is not None and abs(self.accuracy - self.other_accuracy) > 0.005
+
+    @property
+    def text(self) -> str:
+        """Writes the accuracy, how it was measured, and the other one where that differs."""
+        how, other = (_RECALIBRATED, _STORED)[:: 1 if self.is_recalibrated else -1]
+        if self.has_gap:
+            return f"{write_share(self.accuracy)} {how}; {other} {write_share(self.other_accuracy)}"
+        return write_share(self.accuracy) + (f" {how}" if self.is_recalibrated else "")
+
+    @property
+    def name(self) -> str:
+        """Says which dense network it is."""
+        if self.has_gap:
+            return f"dense at {self.text}"
+        return f"dense {_RECALIBRATED}" if self.is_recalibrated else "dense"
+
+
+class RoundRecord(_Record):
+    """One whole round; round 0 is the dense network.
+
+    Accuracies are shares of the split in `judged_on`, losses means over it. `accuracy_pruned` is
+    measured after the prune and the BatchNorm re-estimation, before any fine-tuning;
+    `robust_accuracy` is the share of attacked examples that stay right, where the job has an
+    attack; `train_accuracy` on a fixed sample of the training split, not augmented. Where
+    fine-tuning may stop early, `kept_step` says after how many steps the weights are that were
+    kept. Round 0 has `accuracy_recalibrated` and `loss_recalibrated` as well where its network has
+    BatchNorm statistics and the job re-estimates them after pruning: with such statistics in place
+    of the stored ones. Its `fingerprints` say what network and data it was made with.
+    """
+
+    round: Count
+    sparsity_target: float
+    accuracy: float
+    loss: float
+    accuracy_pruned: float | None = None
+    loss_pruned: float | None = None
+    accuracy_recalibrated: float | None = None
+    loss_recalibrated: float | None = None
+    robust_accuracy: float | None = None
+    train_loss: float | None = None
+    train_accuracy: float | None = None
+    judged_on: str = "test"
+    kept_step: int | None = None
+    cost: CostRecord
+    mask_digest: str
+    held_back: tuple[str, ...] = ()
+    fingerprints: dict[str, str] = {}
+    seconds: dict[str, float] = {}
+    files: dict[Name, FileRecord] = {}
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def sparsity(self) -> float:
+        """As measured from the weights."""
+        return self.cost.sparsity
+
+    @property
+    def reference(self) -> DenseReference:
+        """Of round 0: what later rounds are compared with."""
+        return DenseReference.of(
+            self.accuracy, self.loss, self.accuracy_recalibrated, self.loss_recalibrated
+        )
+
+
+class FinalTest(_Record):
+    """The one use of the test split by a trial whose rounds were judged by other examples.
+
+    Attributes:
+        round: The one that was chosen, see `choose_round`.
+        dense_accuracy: Of round 0, measured at the same time.
+        dense_accuracy_recalibrated: Likewise, as `RoundRecord.accuracy_recalibrated`.
+    """
+
+    round: Count
+    accuracy: float
+    loss: float
+    dense_accuracy: float
+    dense_loss: float
+    dense_accuracy_recalibrated: float | None = None
+    dense_loss_recalibrated: float | None = None
+
+
+class TrialRecord(_Record):
+    """One finished trial, dense network first.
+
+    Attributes:
+        test: Where rounds were judged by a validation split.
+        sources: Of the user's own functions, by name, the SHA-256 of the file that each is in.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    trial_id: Part
+    job: JobConfig
+    rounds: tuple[RoundRecord, ...]
+    seconds: float
+    num_workers: int | tuple[int, int]
+    versions: dict[str, str] = {}
+    test: FinalTest | None = None
+    sources: dict[str, str] = {}
+
+    def __repr__(self) -> str:
+        return (
+            f"<TrialRecord {self.trial_id}: sparsity {self.chosen.sparsity:.2%}, "
+            f"accuracy {self.test_accuracy:.2%}>"
+        )
+
+    @field_validator("job", mode="before")
+    @classmethod
+    def _drop_later_fields(cls, value: object) -> object:
+        # A job file must not hold unknown keys, but a record of a later version may.
+        return _known_fields(JobConfig, value)
+
+    @model_validator(mode="after")
+    def _check_rounds(self) -> TrialRecord:
+        if [record.round for record in self.rounds] != list(range(len(self.rounds) or 1)):
+            raise ValueError("rounds must be numbered from 0")
+        _check_depth(self.job.workload.options)
+        if self.test is not None and self.test.round >= len(self.rounds):
+            raise ValueError("test must be of one of the rounds")
+        return self
+
+    @field_serializer("job")
+    def _without_sweep(self, job: JobConfig) -> dict[str, Any]:
+        # A trial is the same whichever sweep it was part of.
+        return job.model_dump(mode="json", exclude={"sweep"})
+
+    @property
+    def dense(self) -> RoundRecord:
+        """The network before the first prune."""
+        return self.rounds[0]
+
+    @property
+    def final(self) -> RoundRecord:
+        """The network after the last round."""
+        return self.rounds[-1]
+
+    @property
+    def chosen(self) -> RoundRecord:
+        """The network that the trial is for: that of the last round, or the one chosen."""
+        return self.final if self.test is None else self.rounds[self.test.round]
+
+    @property
+    def test_accuracy(self) -> float:
+        """Of the chosen round, on the test split."""
+        return self.final.accuracy if self.test is None else self.test.accuracy
+
+    @property
+    def accuracy_fault(self) -> str:
+        """Why accuracy tells nothing of this trial; empty where it may."""
+        tested = [] if self.test is None else [self.test.accuracy, self.test.dense_accuracy]
+        return find_accuracy_fault([*(record.accuracy for record in self.rounds), *tested])
+
+    @property
+    def dense_reference(self) -> DenseReference:
+        """The dense network that the chosen round is compared with, on the test split."""
+        if (test := self.test) is None:
+            return self.dense.reference
+        return DenseReference.of(
+            test.dense_accuracy,
+            test.dense_loss,
+            test.dense_accuracy_recalibrated,
+            test.dense_loss_recalibrated,
+        )
+
+
+def choose_round(rounds: Sequence[RoundRecord]) -> RoundRecord:
+    """Chooses among the rounds that are as sparse as the last: the most accurate one.
+
+    Of equals the one with the least loss, then the later. Rounds judged by the test split leave no
+    choice: it must not be made by what it is reported on.
+    """
+    last = rounds[-1]
+    if last.judged_on == "test":
+        return last
+    kept = last.cost.num_kept
+    finished = [record for record in rounds if record.cost.num_kept == kept]
+    return max(finished, key=lambda record: (record.accuracy, -record.loss, record.round))
+
+
+class FailureRecord(_Record):
+    """Why a trial of a sweep ended without a result; the next sweep tries it again."""
+
+    trial_id: Part
+    cause: Annotated[str, AfterValidator(printable)]
+    round: Count | None = None
+
+
+class StopRecord(_Record):
+    """Where a scheduler ended a trial that was weaker than others; only "fifo" goes on with it."""
+
+    trial_id: Part
+    round: Count
+    scheduler: Annotated[str, AfterValidator(printable)]
+
+
+class SharedRecord(_Record):
+    """Files that several trials use, and what they were made from."""
+
+    files: dict[Name, FileRecord]
+    origin: dict[str, Any]
+    round: RoundRecord | None = None
+
+    @field_validator("origin")
+    @classmethod
+    def _check_origin(cls, value: dict[str, Any]) -> dict[str, Any]:
+        _check_depth(value)
+        return value
+
+
+class JobRecord(_Record):
+    """Whose folder this is."""
+
+    schema_version: int = SCHEMA_VERSION
+    factory: str
+
+
+def seal_record(record: BaseModel) -> bytes:
+    """Writes a record with its checksum."""
+    body = record.model_dump_json(indent=1).removesuffix("\n}").encode()
+    seal = f',\n "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'
+    return body + seal.encode()
+
+
+def read_record(objects: Objects, key: str, kind: type[AnyRecord]) -> AnyRecord | None:
+    """Reads a stored record and checks it, or returns None where there is none.
+
+    Raises:
+        StoreError: It is damaged, also when it is read again.
+    """
+    for attempt in range(objects.num_reads):
+        data = objects.get(key)
+        if data is None:
+            return None
+        try:
+            return parse_record(data, kind, objects.uri_of(key))
+        except StoreError:
+            if attempt == objects.num_reads - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+def parse_record(data: bytes, kind: type[AnyRecord], source: str) -> AnyRecord:
+    """Reads a record and checks it.
+
+    Args:
+        source: What to call the record in an error.
+
+    Raises:
+        StoreError: It is cut short, altered, of another kind, or carries no checksum.
+    """
+    tree = _parse_sealed(data, source)
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise StoreError(f"'{source}': is damaged: {where}: {fault['msg']}") from None
+    except GbpError as error:
+        raise StoreError(f"'{source}': is damaged: {error}") from None
+
+
+def _parse_sealed(data: bytes, source: str) -> dict[str, Any]:
+    seal = _SEAL.search(data)
+    if seal is None:
+        raise StoreError(
+            f"'{source}': is damaged: it does not end with its checksum; restore it, or delete it "
+            "and run the job again"
+        )
+    if hashlib.sha256(data[: seal.start()]).hexdigest().encode() != seal[1]:
+        raise StoreError(
+            f"'{source}': is damaged: it does not match its checksum; restore it, or delete it and "
+            "run the job again"
+        )
+    try:
+        tree = json.loads(data.decode())
+        if _SURROGATE.search(data):
+            # Half a character, which JSON can spell and nothing can write again.
+            json.dumps(tree, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"'{source}': is damaged: {error}") from None
+    if not isinstance(tree, dict):
+        raise StoreError(f"'{source}': is damaged: not a JSON object")
+    return tree
+
+
+def _check_depth(value: object, most: int = 40) -> None:
+    """Makes sure that tables and lists are not nested deeper than they can be written."""
+    if most == 0:
+        raise ValueError("tables and lists must not be nested that deep")
+    if isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_depth(item, most - 1)
+
+
+def _known_fields(section: type[BaseModel], tree: object) -> object:
+    if not isinstance(tree, dict):
+        return tree
+    known = {}
+    for name, field in section.model_fields.items():
+        if name in tree:
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                known[name] = _known_fields(inner, tree[name])
+            else:
+                known[name] = tree[name]
+    return known

@@ -1,0 +1,588 @@
+"""The verbs: what the command line and a notebook call.
+
+import gbp_ray
+result = gbp_ray.prune("job.toml", {"prune.sparsity": 0.95})
+print(result.accuracy, result.sparsity, result.uri)
+model, masks = result.load_model(), result.load_masks()
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gbp_ray.config.idle import find_idle_options
+from gbp_ray.config.job import JobConfig, load_job, takes_whole_numbers, trial_id
+from gbp_ray.config.sweep import SweepConfig
+from gbp_ray.config.workload import TransferConfig
+from gbp_ray.distributed.ranks import Ranks, own_device
+from gbp_ray.errors import StoreError, TrialError
+from gbp_ray.pruning.checks import check_job
+from gbp_ray.pruning.masks import MaskSet, pin_files, pin_trials
+from gbp_ray.results.index import flatten
+from gbp_ray.results.query import Results, open_results, summarize
+from gbp_ray.results.records import JobRecord, RoundRecord, TrialRecord
+from gbp_ray.results.store import Store, locate_jobs, locate_trials
+from gbp_ray.runtime.cache import dense_origin
+from gbp_ray.runtime.estimate import (
+    PrunePlan,
+    SweepPlan,
+    find_misfits,
+    find_trials,
+    make_plan,
+    make_sweep_plan,
+    see_machines,
+    take_of_host,
+)
+from gbp_ray.runtime.on_ray.optuna import OptunaPlan, make_search
+from gbp_ray.runtime.progress import ProgressBoard, SweepBoard
+from gbp_ray.runtime.search import (
+    Answer,
+    Bisection,
+    Feeder,
+    Known,
+    Outcome,
+    Plan,
+    Sparsities,
+    TrialList,
+    check_extras,
+    spread,
+    warn_of_idle_metric,
+)
+from gbp_ray.runtime.submission import prepare_submission
+from gbp_ray.runtime.trial import finish_trial, work_trial
+from gbp_ray.training.network import rebuild_network
+from gbp_ray.workloads.contract import Workload
+from gbp_ray.workloads.loading import (
+    add_import_paths,
+    admit_code,
+    code_of,
+    find_shadowed_module,
+    load_workload,
+    warn_of_changed_code,
+)
+
+__all__ = [
+    "PruneResult",
+    "SweepResult",
+    "open_result",
+    "plan_prune",
+    "plan_sweep",
+    "prune",
+    "submit",
+    "sweep",
+]
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A finished trial.
+
+    Attributes:
+        record: Everything measured, dense network first.
+        uri: Where its rounds lie: the path of a folder, or `s3://...`.
+        trusted: Code that the user's own job names.
+    """
+
+    record: TrialRecord
+    uri: str
+    trusted: tuple[str, ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def accuracy(self) -> float:
+        """Test accuracy of the pruned network, in [0, 1]."""
+        return self.record.test_accuracy
+
+    @property
+    def sparsity(self) -> float:
+        """Zero weights / prunable weights of the pruned network."""
+        return self.record.chosen.sparsity
+
+    def round_uri(self, round_number: int | None = None) -> str:
+        """Says where a round is, by default the chosen one, which without a choice is the last."""
+        return self._store().round_uri(self.record.trial_id, self._round(round_number).round)
+
+    def load_masks(self, round_number: int | None = None) -> MaskSet:
+        """Reads the masks of a round; by default of the chosen one."""
+        name = "masks.safetensors"
+        return MaskSet.from_bytes(self._read(round_number, name), name)
+
+    def load_model(
+        self, round_number: int | None = None, *, trust_code: Sequence[str] = ()
+    ) -> nn.Module:
+        """Builds a round's network, by default the chosen one's; for `trust_code` see `trust`."""
+        job = self.record.job
+        admit_code(job, self.uri, [*self.trusted, *trust_code])
+        # The round has all weights, so the file that training began with may be gone.
+        start = {"transfer": TransferConfig()}
+        workload = load_workload(job.workload.model_copy(update=start), job.seed)
+        name, known = "weights.safetensors", self.record.dense.fingerprints
+        return rebuild_network(workload, job.seed, self._read(round_number, name), name, known)
+
+    def _read(self, round_number: int | None, name: str) -> bytes:
+        return self._store().read_file(self.record.trial_id, self._round(round_number), name)
+
+    def _round(self, round_number: int | None) -> RoundRecord:
+        if round_number is None:
+            return self.record.chosen
+        rounds = self.record.rounds
+        if not -len(rounds) <= round_number < len(rounds):
+            raise StoreError(
+                f"'{self.uri}': has no round {round_number} (allowed: 0 to {len(rounds) - 1}, "
+                "or -1 for the last)"
+            )
+        return rounds[round_number]
+
+    def _store(self) -> Store:
+        ((store,), _) = locate_jobs(self.uri)
+        return store
+
+
+def prune(
+    job: JobConfig | str | Path | None = None,
+    overrides: Mapping[str, Any] | list[str] | None = None,
+    *,
+    is_quiet: bool = False,
+    is_debug: bool = False,
+) -> PruneResult:
+    """Prunes a network as a job says; a finished job answers at once, a broken one goes on.
+
+    Args:
+        job: A checked job, the path of a TOML file, or None for the embedded digits job.
+        overrides: Dotted keys to values, applied before the check.
+        is_quiet: Shows no progress.
+        is_debug: Lets Ray's own output through.
+
+    Raises:
+        GbpError: One line that names the field, what is allowed and what to do.
+    """
+    job, import_paths = _load(job, overrides)
+    store, name = Store(job.storage, job.name), trial_id(job)
+    finished = store.read_trial(name)
+    if finished is not None:
+        if store.read_round(name, finished.chosen.round) is None:
+            raise StoreError(
+                f"'{store.round_uri(name, finished.chosen.round)}': is gone, but its trial has "
+                "finished; restore it, or delete trial.json beside it and run the job again"
+            )
+        warn_of_changed_code(finished.sources, finished.trial_id, job)
+        with ProgressBoard(is_quiet) as board:
+            board.note(f"{name}  finished earlier: nothing was run")
+        return PruneResult(finished, store.trial_uri(name), tuple(code_of(job).values()))
+    store.preflight()
+    started = time.monotonic()
+    with ProgressBoard(is_quiet) as board:
+        _load_checked(job, import_paths, store.read_round(name, 0))
+        store.claim(job)
+        with store.hold(name) as lease:
+            # Whoever held it before may have finished the trial.
+            record = store.read_trial(name)
+            if record is None:
+                _run_rounds(job, store, import_paths, board, is_debug=is_debug)
+                lease.check()
+                record = finish_trial(job, store, time.monotonic() - started)
+    return PruneResult(record, store.trial_uri(name), tuple(code_of(job).values()))
+
+
+def plan_prune(
+    job: JobConfig | str | Path | None = None,
+    overrides: Mapping[str, Any] | list[str] | None = None,
+) -> PrunePlan:
+    """Plans what `prune` would do; starts no workers and writes nothing.
+
+    Builds the network, checks the job as `prune` does and sends a few examples through. Whether the
+    storage can be written is left open.
+
+    Args:
+        job: As for `prune`.
+        overrides: Likewise.
+
+    Raises:
+        GbpError: As `prune`.
+    """
+    job, import_paths = _load(job, overrides)
+    store, name = Store(job.storage, job.name), trial_id(job)
+    uri, num_rounds = store.trial_uri(name), job.prune.rounds + 1
+    if store.read_trial(name) is not None:
+        return PrunePlan(name, uri, num_rounds, 0, None)
+    workload = _load_checked(job, import_paths, store.read_round(name, 0))
+    store.check_claim(JobRecord(factory=job.workload.factory))
+    if job.cluster.max_workers == 0 or job.cluster.address is None:
+        own_device(job)
+    num_done = len(store.read_rounds(name))
+    plan = make_plan(job, workload)
+    misfits: tuple[str, ...] = ()
+    if job.cluster.max_workers > 0:
+        most, held = job.cluster.max_workers, (plan.peak_bytes, take_of_host(job, plan))
+        misfits = find_misfits(job, see_machines(job), most, *held)
+    return PrunePlan(name, uri, num_done, num_rounds - num_done, plan, misfits)
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A sweep that has ended.
+
+    Attributes:
+        uri: Where the job's results lie.
+        outcomes: How each trial ended: finished, stopped by the scheduler, or failed and why.
+        answers: With a target, the largest sparsity for each combination.
+        seconds: What this run took.
+    """
+
+    uri: str
+    outcomes: tuple[Outcome, ...] = field(repr=False)
+    answers: tuple[Answer, ...] = field(repr=False)
+    seconds: float
+
+    @property
+    def finished(self) -> Results:
+        """The rounds of the finished trials, as `open_results` gives them."""
+        return open_results(self.uri).of_trials(o.trial_id for o in self.by_state("finished"))
+
+    @property
+    def num_new(self) -> int:
+        """How many trials this run has worked on."""
+        return sum(outcome.is_new for outcome in self.outcomes)
+
+    def describe(self) -> dict[str, Any]:
+        """Puts all of it into plain values: counts, means over seeds, answers, what failed."""
+        fields: list[str] = []
+        lines: list[dict[str, Any]] = []
+        if self.by_state("finished"):
+            results = self.finished.chosen()
+            fields = results.find_varying()
+            lines = summarize(results.to_rows(), fields)
+        states = {state: self.by_state(state) for state in ("finished", "stopped", "failed")}
+        return {
+            "uri": self.uri,
+            **{f"num_{state}": len(outcomes) for state, outcomes in states.items()},
+            "num_new": self.num_new,
+            "seconds": round(self.seconds, 1),
+            # What was found finished cost nothing this time.
+            "worker_seconds": round(sum(o.seconds for o in self.outcomes if o.is_new), 1),
+            "fields": fields,
+            "summary": lines,
+            "answers": [_describe_answer(answer, self.answers) for answer in self.answers],
+            "finished": [outcome.trial_id for outcome in states["finished"]],
+            **{
+                state: [
+                    {
+                        "trial_id": outcome.trial_id,
+                        "state": state,
+                        "round": outcome.round,
+                        "accuracy": outcome.accuracy,
+                        "cause": outcome.cause,
+                    }
+                    for outcome in states[state]
+                ]
+                for state in ("stopped", "failed")
+            },
+        }
+
+    def by_state(self, state: str) -> list[Outcome]:
+        """Lists the trials that ended so: finished, stopped or failed."""
+        return [outcome for outcome in self.outcomes if outcome.state == state]
+
+
+def sweep(
+    job: JobConfig | str | Path,
+    overrides: Mapping[str, Any] | list[str] | None = None,
+    *,
+    is_quiet: bool = False,
+    is_debug: bool = False,
+) -> SweepResult:
+    """Runs the trials that a job's [sweep] spans; those that have ended answer at once.
+
+    Args:
+        job: A checked job or the path of a TOML file.
+        overrides: Dotted keys to values, applied before the check.
+        is_quiet: Shows no progress.
+        is_debug: Lets Ray's own output through.
+
+    Raises:
+        GbpError: The job is wrong, the storage does not work, Ray does not start, or all trials
+            failed; one that fails among others is an outcome.
+    """
+    started = time.monotonic()
+    import_paths = _add_import_paths(job)
+    job = load_job(job, overrides)
+    job, trials = pin_trials(job)
+    _warn_of_idle_options(trials, stacklevel=3)
+    check_extras(job)
+    store = Store(job.storage, job.name)
+    known = Known(store, job.sweep)
+    plan = _plan(job, trials, known)
+    feeder = Feeder(plan, known)
+    with SweepBoard(is_quiet, job.sweep.metric) as board:
+        first = feeder.next()
+        values = ((o.trial_id, getattr(o, job.sweep.metric)) for o in feeder.outcomes.values())
+        board.begin(plan.total, values)
+        if first is not None:
+            feeder.put_back(first)
+            store.preflight()
+            if not feeder.outcomes:
+                # What ails all trials is better said once; the others are checked as they start.
+                check_job(first, load_workload(first.workload, first.seed))
+            _warn_of_shadowed_modules(first, import_paths, stacklevel=3)
+            store.claim(first)
+            # Ray takes seconds to import, and a sweep that has ended does not need it.
+            from gbp_ray.runtime.on_ray.tune import run_sweep
+
+            board.note(f"{job.name}  starting Ray")
+            run_sweep(job, feeder, import_paths, board, is_debug=is_debug)
+    order = {trial_id(trial): number for number, trial in enumerate(trials)}
+    outcomes = sorted(
+        feeder.outcomes.values(), key=lambda o: (order.get(o.trial_id, -1), o.trial_id)
+    )
+    _refuse_failure_of_all(outcomes)
+    warn_of_idle_metric(outcomes, job.sweep)
+    return SweepResult(
+        uri=store.uri,
+        outcomes=tuple(outcomes),
+        answers=tuple(plan.answers()) if isinstance(plan, Bisection) else (),
+        seconds=time.monotonic() - started,
+    )
+
+
+def plan_sweep(
+    job: JobConfig | str | Path, overrides: Mapping[str, Any] | list[str] | None = None
+) -> SweepPlan:
+    """Plans what `sweep` would do now; starts no workers and writes nothing.
+
+    Sends a few examples through each kind of network. A cluster that the job names is joined for a
+    moment, to see its machines.
+
+    Raises:
+        GbpError: As `sweep`.
+    """
+    import_paths = _add_import_paths(job)
+    job = load_job(job, overrides)
+    job, trials = pin_trials(job)
+    _warn_of_idle_options(trials, stacklevel=3)
+    check_extras(job)
+    store = Store(job.storage, job.name)
+    known = Known(store, job.sweep)
+    num_suggested = None
+    if job.sweep.search == "optuna":
+        # What it would choose it does not know itself before trials have ended.
+        earlier = known.find_in(job)[: job.sweep.num_samples]
+        plan: Plan = TrialList(earlier)
+        num_suggested = job.sweep.num_samples - len(earlier)
+    else:
+        plan = _plan(job, trials, known)
+    found = find_trials(job, Feeder(plan, known), num_suggested)
+    if found.left:
+        store.check_claim(JobRecord(factory=job.workload.factory))
+    machines = see_machines(job)
+    return make_sweep_plan(
+        job, found, store, machines, lambda trial: _load_checked(trial, import_paths)
+    )
+
+
+def _describe_answer(answer: Answer, others: Sequence[Answer]) -> dict[str, Any]:
+    """Names the combination by the fields in which it differs from the others."""
+    flat = [flatten(other.job.model_dump(mode="json")) for other in others]
+    own = flatten(answer.job.model_dump(mode="json"))
+    varying = [
+        name
+        for name in own
+        if name not in ("prune.sparsity", "storage")
+        and any(other.get(name) != own[name] for other in flat)
+    ]
+    label = ", ".join(f"{name}={own[name]}" for name in varying)
+    return {
+        "label": label or answer.job.name,
+        "fields": {name: own[name] for name in varying},
+        **{
+            name: getattr(answer, name)
+            for name in (
+                "sparsity",
+                "trial_id",
+                "accuracy",
+                "dense_accuracy",
+                "dense_is_recalibrated",
+                "is_highest",
+                "num_trials",
+                "seconds",
+                "cause",
+            )
+        },
+    }
+
+
+def _plan(job: JobConfig, trials: list[JobConfig], known: Known) -> Plan:
+    if job.sweep.target.max_drop is not None:
+        return Bisection(trials, Sparsities(job))
+    if job.sweep.search == "optuna":
+        return OptunaPlan(
+            job, known.find_in(job), lambda base: make_search(base, takes_whole_numbers)
+        )
+    groups = {trial_id(trial): _dense_group(trial) for trial in trials}
+    # What is known first, so that the board starts from there.
+    return TrialList(sorted(spread(trials, groups), key=lambda trial: known(trial) is None))
+
+
+def _dense_group(job: JobConfig) -> str | None:
+    origin = dense_origin(job)
+    return None if origin is None else str(origin)
+
+
+def _refuse_failure_of_all(outcomes: list[Outcome]) -> None:
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    if failed and len(failed) == len(outcomes):
+        cause = failed[0].cause
+        raise TrialError(
+            f"sweep: all {len(failed)} trials failed, {failed[0].trial_id} with: {cause}",
+            trial_id=failed[0].trial_id,
+            rank=None,
+            cause=cause,
+        )
+
+
+def submit(
+    job: JobConfig | str | Path | None = None,
+    overrides: Mapping[str, Any] | list[str] | None = None,
+    *,
+    address: str | None = None,
+    is_sweep: bool = False,
+    folder: str | Path | None = None,
+    env_names: Sequence[str] = (),
+    include: Sequence[str] = (),
+    is_installed: bool = False,
+) -> str:
+    """Sends a job to a cluster; returns its submission id there when its own checks have passed.
+
+    Args:
+        job: As for `prune`; its storage must be one that the cluster reaches.
+        overrides: Likewise.
+        address: http://HEAD:8265, or what RAY_API_SERVER_ADDRESS says.
+        is_sweep: Runs it as a sweep, which a job with a space is anyway.
+        folder: What goes with it; the job file's own by default.
+        env_names: Environment variables that go along; no secrets.
+        include: Files and folders that go although they would be left out, as secrets are.
+        is_installed: The nodes have this package; by default it goes along.
+
+    Raises:
+        GbpError: The job is wrong, the cluster does not take it, or it has failed there.
+    """
+    from gbp_ray.runtime.on_ray.head import Head, find_address
+
+    place = find_address(address)
+    submission = prepare_submission(
+        job,
+        overrides,
+        address=place,
+        is_sweep=is_sweep,
+        folder=folder,
+        env_names=env_names,
+        include=include,
+        is_installed=is_installed,
+    )
+    head = Head(place)
+    state, _ = head.send(submission)
+    state = head.await_checks(state.submission_id)
+    state.check()
+    return state.submission_id
+
+
+def open_result(uri: str | Path) -> PruneResult:
+    """Opens a finished trial by its folder, or by its job's folder where that holds one trial.
+
+    Raises:
+        StoreError: There is no such result, it has not finished, or there are several.
+    """
+    trials = locate_trials(uri)
+    if len(trials) > 1:
+        names = ", ".join(store.trial_uri(name) for store, name in trials)
+        raise StoreError(f"'{uri}': holds {len(trials)} trials; name one of {names}")
+    (store, name) = trials[0]
+    record = store.read_trial(name)
+    if record is None:
+        done = store.read_rounds(name)[-1].round
+        raise StoreError(
+            f"'{uri}': the trial has not finished (round {done} is the last whole one); run the "
+            "same job again to go on"
+        )
+    return PruneResult(record, store.trial_uri(name))
+
+
+def _load(
+    source: JobConfig | str | Path | None, overrides: Mapping[str, Any] | list[str] | None
+) -> tuple[JobConfig, list[str]]:
+    """Reads a job that runs once, and says what of it does nothing."""
+    import_paths = _add_import_paths(source)
+    job = pin_files(load_job(source, overrides))
+    if job.sweep != SweepConfig():
+        warnings.warn("sweep has no effect on a single prune; gbp-ray sweep runs it", stacklevel=3)
+        job = job.model_copy(update={"sweep": SweepConfig()})
+    _warn_of_idle_options([job], stacklevel=4)
+    return job, import_paths
+
+
+def _load_checked(
+    job: JobConfig, import_paths: list[str], dense: RoundRecord | None = None
+) -> Workload:
+    """Loads what is pruned and refuses what the job could only fail at later; see `check_job`."""
+    workload = load_workload(job.workload, job.seed)
+    check_job(job, workload, dense)
+    _warn_of_shadowed_modules(job, import_paths, stacklevel=4)
+    return workload
+
+
+def _run_rounds(
+    job: JobConfig, store: Store, import_paths: list[str], board: ProgressBoard, *, is_debug: bool
+) -> None:
+    name = trial_id(job)
+    earlier = store.read_rounds(name)
+    if earlier:
+        board.note(f"{name}  goes on after round {earlier[-1].round}")
+    if job.cluster.num_workers == 0:
+        device = own_device(job)
+        board.pass_checks()
+        work_trial(
+            job,
+            Ranks(device=device),
+            tell=board.show,
+            round_done=lambda record: board.show_round(name, record),
+        )
+    else:
+        # Ray takes seconds to import, and jobs without workers do not need it.
+        from gbp_ray.runtime.on_ray.train import run_trial
+
+        least, most = job.cluster.min_workers, job.cluster.max_workers
+        asked = f"{most}" if least == most else f"{least} to {most}"
+        board.note(f"{name}  starting {asked} worker{'s' if most > 1 else ''} on Ray")
+        run_trial(job, import_paths, board, is_debug=is_debug)
+
+
+def _add_import_paths(job: JobConfig | str | Path | None) -> list[str]:
+    """Makes the modules beside the job file and in the working folder importable."""
+    import_paths = [str(Path.cwd())]
+    if isinstance(job, (str, Path)):
+        import_paths.append(str(Path(job).resolve().parent))
+    add_import_paths(import_paths)
+    return import_paths
+
+
+def _warn_of_idle_options(jobs: Sequence[JobConfig], stacklevel: int) -> None:
+    """Warns of what does nothing in any of these jobs."""
+    idle = [dict(find_idle_options(job)) for job in jobs]
+    for key, reason in idle[0].items() if idle else ():
+        if all(key in other for other in idle):
+            warnings.warn(f"{key} has no effect with {reason}", stacklevel=stacklevel)
+
+
+def _warn_of_shadowed_modules(job: JobConfig, import_paths: list[str], stacklevel: int) -> None:
+    for key, plug_in in code_of(job).items():
+        if shadowed := find_shadowed_module(plug_in, import_paths[-1]):
+            warnings.warn(
+                f"{key} = {plug_in}: module {shadowed}; rename yours, or start a new process "
+                "if another job brought it in",
+                stacklevel=stacklevel,
+            )

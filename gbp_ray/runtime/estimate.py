@@ -1,0 +1,490 @@
+"""What a job would do now and would cost: what `--dry-run` of prune and of sweep shows.
+
+What a trial costs comes from `pruning.plan`. Trials that differ in nothing that memory depends
+on (seed, sparsity, rounds, learning rates and the like) are of one kind, and a kind is planned
+once. What is known to have ended is left out, what is shared is counted once.
+
+The cluster is looked at as it is: a private one would be this machine, another one is joined for a
+moment, and nothing is started there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from gbp_ray.config.job import JobConfig, trial_id
+from gbp_ray.pruning.criteria import criterion
+from gbp_ray.results.store import Store
+from gbp_ray.runtime.cache import dense_folder, scores_key
+from gbp_ray.runtime.passes import Passes
+from gbp_ray.runtime.phases import Phase, plan_phases
+from gbp_ray.runtime.placement import (
+    Machine,
+    count_trials,
+    find_misfit,
+    pretend_cpus,
+    worker_resources,
+)
+from gbp_ray.runtime.search import Bisection, Feeder, Outcome, Sparsities
+from gbp_ray.runtime.sizes import Sizes, bytes_of
+from gbp_ray.training.network import network_of_seed
+from gbp_ray.training.optimizer import num_steps
+from gbp_ray.workloads.contract import Portion, Workload
+
+__all__ = [
+    "Kind",
+    "Plan",
+    "PrunePlan",
+    "SweepPlan",
+    "Trials",
+    "find_misfits",
+    "find_trials",
+    "make_plan",
+    "make_sweep_plan",
+    "see_machines",
+    "take_of_host",
+]
+
+_MOST_KINDS = 20
+"""Kinds that are planned; each passes examples through its network."""
+
+_PROCESS_BYTES = 400_000_000
+"""The interpreter with its libraries, in each worker."""
+
+_OF_NO_WEIGHT = {
+    "prune": {
+        "sparsity",
+        "rounds",
+        "schedule",
+        "ramp_rounds",
+        "scope",
+        "layer_min_sparsity",
+        "layer_max_sparsity",
+    },
+    "pretrain": {"learning_rate", "weight_decay", "lr_schedule", "lr_milestones", "lr_gamma"},
+    "finetune": {"learning_rate", "weight_decay", "lr_schedule", "lr_milestones", "lr_gamma"},
+}
+"""Fields that change what a trial reaches, and nothing of what it holds."""
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What running a job would do now.
+
+    Attributes:
+        trial_id: Of the job.
+        uri: Where its rounds lie or will lie.
+        num_done: Whole rounds that are there already, the dense network among them.
+        num_left: Rounds that would be run, likewise; 0 for a finished trial.
+        plan: What the whole job costs; None for a finished trial, which answers at once.
+        misfits: What would not fit the cluster as it is, one line each.
+    """
+
+    trial_id: str
+    uri: str
+    num_done: int
+    num_left: int
+    plan: Plan | None
+    misfits: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Gives plain values, for JSON and for tables."""
+        return {
+            "trial_id": self.trial_id,
+            "uri": self.uri,
+            "finished": self.num_left == 0,
+            "rounds_done": self.num_done,
+            "rounds_left": self.num_left,
+            "plan": self.plan and self.plan.to_dict(),
+            "misfits": list(self.misfits),
+        }
+
+
+@dataclass(frozen=True)
+class Trials:
+    """The trials of a sweep, as far as they are known before it runs.
+
+    Attributes:
+        left: Those to run, each with how many it stands for.
+        known: How others ended before.
+        is_estimate: Whether what will be tried depends on what is found.
+    """
+
+    left: tuple[tuple[JobConfig, int], ...]
+    known: tuple[Outcome, ...]
+    is_estimate: bool
+
+    @property
+    def num_left(self) -> int:
+        """How many there are to run."""
+        return sum(number for _, number in self.left)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Trials that hold the same.
+
+    Attributes:
+        name: Criterion and workload.
+        plan: Of one of them.
+    """
+
+    name: str
+    num_trials: int
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What running a sweep would do now.
+
+    Attributes:
+        uri: Where its results lie or will lie.
+        num_trials: In all; an estimate where a search decides on the way.
+        num_finished: Found finished, and skipped.
+        num_stopped: Found stopped by a scheduler, and skipped.
+        num_begun: Of those to run, the ones that have left something to go on from.
+        num_left: Trials to run.
+        num_at_once: How many the cluster holds at a time, as it is.
+        num_workers: Of each trial.
+        num_dense: Dense networks to train; those that are there are not among them.
+        num_steps: Optimizer steps of all of it.
+        kinds: What the trials hold; empty where none is left.
+        num_unplanned: Trials of further kinds, which were not looked into.
+        worker_bytes: Most that a worker holds, on its device; data and libraries not included.
+        host_bytes: Most that a worker takes of its machine, these included.
+        stored_bytes: What the trials write.
+        seconds_left: At the pace of those finished, or None where none is.
+        machines: Of the cluster, as (name, resources).
+        misfits: What would not fit the cluster as it is, one line each.
+    """
+
+    uri: str
+    num_trials: int
+    is_estimate: bool
+    num_finished: int
+    num_stopped: int
+    num_begun: int
+    num_left: int
+    num_at_once: int
+    num_workers: int
+    num_dense: int
+    num_steps: int
+    kinds: tuple[Kind, ...]
+    num_unplanned: int
+    worker_bytes: int
+    host_bytes: int
+    stored_bytes: int
+    seconds_left: float | None
+    machines: tuple[tuple[str, dict[str, float]], ...]
+    misfits: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Gives plain values, for JSON and for tables."""
+        return asdict(self)
+
+
+# -- what is left to run ---------------------------------------------------------------------------
+
+
+def find_trials(job: JobConfig, feeder: Feeder, num_suggested: int | None) -> Trials:
+    """Finds what a sweep would run, starting nothing.
+
+    Args:
+        feeder: Of the sweep's plan, unless Optuna is the one to choose.
+        num_suggested: How many trials Optuna would still choose; None where it is not asked.
+    """
+    waiting = []
+    while (trial := feeder.next()) is not None:
+        waiting.append(trial)
+    known = tuple(feeder.outcomes.values())
+    if num_suggested is not None:
+        # They are like the job as it stands.
+        return Trials(((job, num_suggested),) if num_suggested else (), known, is_estimate=False)
+    if not isinstance(feeder.plan, Bisection):
+        return Trials(tuple((trial, 1) for trial in waiting), known, is_estimate=False)
+    # Each search halves what is left, and has made some of its steps.
+    steps = math.ceil(math.log2(Sparsities(job).num + 1))
+    made = len(known) // max(1, len(waiting))
+    left = tuple((trial, max(1, steps - made)) for trial in waiting)
+    return Trials(left, known, is_estimate=True)
+
+
+# -- what it costs ---------------------------------------------------------------------------------
+
+
+def make_sweep_plan(
+    job: JobConfig,
+    trials: Trials,
+    store: Store,
+    machines: Sequence[Machine],
+    load: Callable[[JobConfig], Workload],
+) -> SweepPlan:
+    """Plans a sweep.
+
+    Args:
+        load: Loads and checks what a trial prunes.
+    """
+    bill = _Bill(store, load)
+    for trial, number in trials.left:
+        bill.add(trial, number)
+    worker_bytes = max((kind.plan.peak_bytes for kind in bill.kinds), default=0)
+    host_bytes = max((take_of_host(job, kind.plan) for kind in bill.kinds), default=0)
+    num_slots = count_trials(job.cluster, machines)
+    num_at_once = min(num_slots, job.sweep.max_concurrent or num_slots, trials.num_left)
+    num_workers = (job.sweep.max_concurrent or math.inf) * max(1, job.cluster.max_workers)
+    ends = [outcome.state for outcome in trials.known]
+    return SweepPlan(
+        uri=store.uri,
+        num_trials=len(trials.known) + trials.num_left,
+        is_estimate=trials.is_estimate,
+        num_finished=ends.count("finished"),
+        num_stopped=ends.count("stopped"),
+        num_begun=bill.num_begun,
+        num_left=trials.num_left,
+        num_at_once=num_at_once,
+        num_workers=job.cluster.max_workers,
+        num_dense=bill.num_dense,
+        num_steps=bill.num_steps,
+        kinds=bill.kinds,
+        num_unplanned=bill.num_unplanned,
+        worker_bytes=worker_bytes,
+        host_bytes=host_bytes,
+        stored_bytes=bill.stored_bytes,
+        seconds_left=_estimate_seconds(job, trials, num_at_once),
+        machines=tuple((machine.name, dict(machine.resources)) for machine in machines),
+        misfits=find_misfits(job, machines, num_workers, worker_bytes, host_bytes),
+    )
+
+
+class _Bill:
+    """Adds up what trials cost, planning each kind once."""
+
+    def __init__(self, store: Store, load: Callable[[JobConfig], Workload]) -> None:
+        self._store, self._load = store, load
+        self._known = set(store.objects.list_folders("trials/"))
+        self._dense = {f"dense/{name}" for name in store.objects.list_folders("dense/")}
+        self._scores: set[str] = set()
+        self._planned: dict[str, tuple[Plan, Workload]] = {}
+        self._counts: dict[str, int] = {}
+        self.num_begun = self.num_dense = self.num_steps = self.num_unplanned = 0
+        self.stored_bytes = 0
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds that were planned."""
+        return tuple(
+            Kind(plan.criterion, self._counts[key], plan)
+            for key, (plan, _) in self._planned.items()
+        )
+
+    def add(self, trial: JobConfig, number: int) -> None:
+        """Adds so many trials that are like this one."""
+        self.num_begun += trial_id(trial) in self._known
+        key = _kind_of(trial)
+        if key not in self._planned:
+            if len(self._planned) >= _MOST_KINDS:
+                self.num_unplanned += number
+                return
+            workload = self._load(trial)
+            self._planned[key] = make_plan(trial, workload), workload
+            self._counts[key] = 0
+        self._counts[key] += number
+        plan, workload = self._planned[key]
+        self._add_shared(trial, number, plan, workload)
+        stretches = trial.prune.rounds + (trial.prune.criterion == "movement")
+        finetune = num_steps(trial.finetune, workload, trial.finetune.epochs)
+        self.num_steps += number * stretches * finetune
+        dense_bytes = plan.stored_bytes - plan.num_rounds * plan.round_bytes
+        self.stored_bytes += number * (dense_bytes + trial.prune.rounds * plan.round_bytes)
+
+    def _add_shared(self, trial: JobConfig, number: int, plan: Plan, workload: Workload) -> None:
+        folder = dense_folder(trial)
+        is_new = folder not in self._dense
+        if folder is None or is_new:
+            # One that cannot be shared is trained by each.
+            times = number if folder is None else 1
+            self.num_dense += times
+            steps = num_steps(trial.pretrain, workload, trial.pretrain.epochs)
+            self.num_steps += times * steps
+        if folder is not None:
+            if is_new:
+                self._dense.add(folder)
+                self.stored_bytes += plan.stored_bytes - plan.num_rounds * plan.round_bytes
+            key = scores_key(trial, folder)
+            if key is not None and trial.cluster.fits_one_process and key not in self._scores:
+                self._scores.add(key)
+                self.stored_bytes += 4 * plan.num_prunable
+
+
+def _kind_of(trial: JobConfig) -> str:
+    outside: dict[str, Any] = dict.fromkeys(("name", "storage", "seed", "sweep"), True)
+    tree = trial.model_dump(mode="json", exclude=outside | _OF_NO_WEIGHT)
+    for section in ("pretrain", "finetune"):
+        for name in ("epochs", "momentum", "warmup_epochs"):
+            tree[section][name] = tree[section][name] > 0
+    tree["finetune"]["distillation"] = trial.finetune.distillation.weight > 0
+    tree["prune"]["batchnorm_examples"] = trial.prune.batchnorm_examples > 0
+    return json.dumps(tree, sort_keys=True)
+
+
+def _estimate_seconds(job: JobConfig, trials: Trials, num_at_once: int) -> float | None:
+    spent = [outcome.seconds for outcome in trials.known if outcome.state == "finished"]
+    if not spent or num_at_once == 0:
+        return None
+    workers = num_at_once * max(1, job.cluster.max_workers)
+    return sum(spent) / len(spent) * trials.num_left / workers
+
+
+# -- what it would run on --------------------------------------------------------------------------
+
+
+def see_machines(job: JobConfig) -> list[Machine]:
+    """Lists the machines of the job's cluster as they are.
+
+    Raises:
+        ConfigError: The cluster does not answer.
+    """
+    if job.cluster.address is None:
+        # What a private cluster would have.
+        resources = {
+            "CPU": float(pretend_cpus(job.cluster, os.cpu_count() or 1)),
+            "GPU": float(torch.cuda.device_count()),
+            "memory": float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
+        }
+        return [Machine("this machine", resources)]
+    # Ray takes seconds to import, and a private cluster is foretold without it.
+    from gbp_ray.runtime.on_ray.machines import list_machines
+    from gbp_ray.runtime.on_ray.session import ray_session
+
+    with ray_session(job.cluster, is_debug=False):
+        return list_machines()
+
+
+def take_of_host(job: JobConfig, plan: Plan) -> int:
+    """Computes what a worker takes of its machine's memory."""
+    return (0 if job.cluster.use_gpu else plan.peak_bytes) + plan.data_bytes + _PROCESS_BYTES
+
+
+def find_misfits(
+    job: JobConfig,
+    machines: Sequence[Machine],
+    num_workers: float,
+    worker_bytes: int,
+    host_bytes: int,
+) -> tuple[str, ...]:
+    """Says what would not fit the cluster as it is, one line each.
+
+    Args:
+        num_workers: The most at a time.
+        worker_bytes: What each holds on its device.
+        host_bytes: What each takes of its machine.
+    """
+    found = []
+    if (fault := find_misfit(job.cluster, machines)) is not None:
+        found.append(fault)
+    claim = worker_resources(job.cluster, machines)
+    for machine in machines:
+        number = min(machine.count(claim), num_workers)
+        memory = machine.resources.get("memory", math.inf)
+        if number * host_bytes > memory:
+            found.append(
+                f"memory of {machine.name}: {number:g} workers at a time take "
+                f"{number * host_bytes / 1e9:.1f} GB of its {memory / 1e9:.1f}; raise "
+                "cluster.cpus_per_worker or have fewer at a time"
+            )
+    if job.cluster.use_gpu and torch.cuda.is_available() and job.cluster.address is None:
+        memory = torch.cuda.get_device_properties(0).total_memory
+        number = math.floor(1 / job.cluster.gpus_per_worker + 1e-9)
+        if number * worker_bytes > memory:
+            found.append(
+                f"memory of a GPU: {number} workers on it take {number * worker_bytes / 1e9:.1f} "
+                f"GB of its {memory / 1e9:.1f}; raise cluster.gpus_per_worker"
+            )
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job will cost.
+
+    Attributes:
+        data_bytes: Examples held in memory by tensors and arrays; data sets are not looked into.
+        num_passes: Over the calibration examples, each round.
+        num_steps: Optimizer steps, pretrain and all rounds.
+        round_bytes: What one round writes to storage.
+        stored_bytes: What all rounds write, the dense network's included.
+    """
+
+    strategy: str
+    num_workers: int
+    num_parameters: int
+    num_prunable: int
+    data_bytes: int
+    criterion: str
+    criterion_cost: str
+    num_passes: int
+    calibration_examples: int
+    num_rounds: int
+    pretrain_steps: int
+    finetune_steps: int
+    num_steps: int
+    phases: tuple[Phase, ...]
+    peak_bytes: int
+    sent_bytes_per_round: int
+    round_bytes: int
+    stored_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Gives plain values, for JSON and for tables."""
+        return asdict(self)
+
+
+def make_plan(job: JobConfig, workload: Workload) -> Plan:
+    """Plans a job whose network has been checked; a few examples pass through it."""
+    model, is_blank = network_of_seed(workload, job.seed)
+    sizes = Sizes(job, workload, model, is_blank=is_blank)
+    phases = plan_phases(sizes, Passes(job, workload, model))
+    rule = criterion(job.prune.criterion)
+    # movement fine-tunes before the first decision as well.
+    stretches = job.prune.rounds + (job.prune.criterion == "movement")
+    return Plan(
+        strategy=job.cluster.strategy,
+        num_workers=job.cluster.max_workers,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_prunable=sizes.num_prunable,
+        data_bytes=sum(bytes_of(column) for column in _columns(workload)),
+        criterion=rule.name,
+        criterion_cost=rule.cost,
+        num_passes=sizes.num_passes,
+        calibration_examples=sizes.calibration_examples if sizes.num_passes else 0,
+        num_rounds=job.prune.rounds,
+        pretrain_steps=sizes.pretrain_steps,
+        finetune_steps=sizes.finetune_steps,
+        num_steps=sizes.pretrain_steps + stretches * sizes.finetune_steps,
+        phases=tuple(phases),
+        peak_bytes=max(phase.num_bytes for phase in phases),
+        sent_bytes_per_round=sum(p.sent_bytes for p in phases if p.name != "pretrain"),
+        round_bytes=sizes.stored_bytes(has_optimizer=True),
+        stored_bytes=sizes.stored_bytes(has_optimizer=job.prune.criterion == "movement")
+        + job.prune.rounds * sizes.stored_bytes(has_optimizer=True),
+    )
+
+
+def _columns(workload: Workload) -> Iterator[Any]:
+    seen: set[int] = set()
+    for data in (workload.train, workload.validation, workload.test):
+        split = data
+        while isinstance(split, Portion):
+            split = split.data
+        for column in split if isinstance(split, tuple) else ():
+            if id(column) not in seen:
+                seen.add(id(column))
+                yield column

@@ -1,0 +1,96 @@
+"""`gbp-ray explain`: what a trial's pruned network does differently from its dense one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gbp_ray.distributed.agreement import check_data
+from gbp_ray.distributed.ranks import Ranks, fixed_kernels, own_device
+from gbp_ray.pruning.analysis import compare_networks
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.results.findings import Findings
+from gbp_ray.results.store import locate_finished
+from gbp_ray.training.batchnorm import recalibrate_as_asked
+from gbp_ray.training.network import load_weights, rebuild_network
+from gbp_ray.workloads.loading import admit_code, load_workload, warn_of_changed_code
+
+__all__ = [
+    "Explanation",
+    "explain_round",
+]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What was found, and where it is kept.
+
+    Attributes:
+        uri: Of the findings, beside the trial.
+        trial_uri: Of the trial.
+    """
+
+    findings: Findings
+    uri: str
+    trial_uri: str
+
+
+def explain_round(
+    uri: str | Path,
+    *,
+    code: str | Path = "",
+    trust_code: Sequence[str] = (),
+    tell: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Explanation:
+    """Compares a round of a finished trial with its dense network, and keeps what it finds.
+
+    Args:
+        uri: A round's folder, or a trial's: that gives the round which the trial is for.
+        code: A folder to look for the job's own modules in, beside the working folder.
+        trust_code: Code that may run though only the record names it; see `trust.admit_code`.
+        tell: Called with (what is done, steps done, steps in all).
+
+    Raises:
+        ConfigError: The record names code that is neither built in nor trusted.
+        StoreError: The trial has not finished, or something cannot be read or written.
+        WorkloadError: The data or the network cannot be had any more.
+    """
+    store, trial, record = locate_finished(uri)
+    name = trial.trial_id
+    admit_code(trial.job, store.trial_uri(name), trust_code, [code] if code else [])
+    warn_of_changed_code(trial.sources, trial.trial_id, trial.job)
+    job = trial.job
+    ranks = Ranks(device=own_device(job))
+    with fixed_kernels(job.cluster.threads_per_worker):
+        workload = load_workload(job.workload, job.seed)
+        check_data(workload, trial.dense.fingerprints, store.trial_uri(name))
+        weights = [
+            store.read_file(name, stored, "weights.safetensors") for stored in (trial.dense, record)
+        ]
+        source = "round_000/weights.safetensors"
+        dense = rebuild_network(workload, job.seed, weights[0], source, trial.dense.fingerprints)
+        # A copy: build_model may return one network whenever it is called.
+        pruned = copy.deepcopy(dense)
+        load_weights(pruned, weights[1], f"round_{record.round:03d}/weights.safetensors")
+        dense, pruned = dense.to(ranks.device), pruned.to(ranks.device)
+        reference = trial.dense.reference
+        if reference.is_recalibrated:
+            recalibrate_as_asked(job, dense, workload, ranks)
+        masks = MaskSet.from_bytes(store.read_file(name, record, "masks.safetensors"))
+        findings = compare_networks(
+            job,
+            workload,
+            dense,
+            pruned,
+            masks,
+            ranks,
+            trial_id=name,
+            round_number=record.round,
+            tell=tell,
+        )
+    if reference.is_recalibrated:
+        note = f"the dense network as stored; shown is {reference.name}"
+        findings = replace(findings, left_out=(*findings.left_out, note))
+    return Explanation(findings, findings.save(store), store.trial_uri(name))

@@ -1,0 +1,178 @@
+"""What workers and their driver tell each other: progress one way, leave to go on the other."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import Any, Protocol
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from gbp_ray.config.cluster import ClusterConfig
+from gbp_ray.errors import GbpError
+from gbp_ray.results.records import RoundRecord
+from gbp_ray.runtime.on_ray.failures import Failure
+from gbp_ray.runtime.on_ray.hang import Standstill
+from gbp_ray.runtime.progress import Tick
+
+__all__ = [
+    "Board",
+    "Mailbox",
+    "Relay",
+]
+
+_POLL_INTERVAL_S = 0.2
+
+
+class Board(Protocol):
+    """Where messages are shown."""
+
+    def show(self, tick: Tick) -> None:
+        """Shows progress."""
+
+    def show_round(self, trial: str, record: RoundRecord) -> None:
+        """Shows a round that has been committed."""
+
+    def note(self, text: str) -> None:
+        """Shows a line of its own."""
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """Holds what workers said until the driver fetches it, and what the driver has to say.
+
+    It also knows where those workers are that stand still.
+    """
+
+    def __init__(self) -> None:
+        self._messages: list[Any] = []
+        self._group = ""
+        self._standstills: dict[int, Standstill] = {}
+        self._last_allowed, self._is_ended = -1, False
+        self._last_word: GbpError | None = None
+
+    def put(self, message: Any) -> None:
+        """Takes a message."""
+        self._messages.append(message)
+
+    def take(self) -> list[Any]:
+        """Hands over what has come since the last time."""
+        messages, self._messages = self._messages, []
+        return messages
+
+    def allow(self, number: int) -> None:
+        """Lets workers go on after a round and those before it."""
+        self._last_allowed = number
+
+    def end(self) -> None:
+        """Lets workers go on after no other round."""
+        self._is_ended = True
+
+    def verdict(self, number: int) -> bool | None:
+        """Says whether to go on after a round; None while that is open."""
+        return True if number <= self._last_allowed else False if self._is_ended else None
+
+    def say_last_word(self, error: GbpError) -> None:
+        """Takes what a worker failed with that would make it fail again."""
+        self._last_word = error
+
+    def last_word(self) -> GbpError | None:
+        """Says what ended the trial before, if that would end it again."""
+        return self._last_word
+
+    def compare(self, group: str, own: Standstill) -> list[Standstill]:
+        """Takes where one worker of a group stands still, and says where all do."""
+        if group != self._group:
+            self._group, self._standstills = group, {}
+        self._standstills[own.rank] = own
+        return list(self._standstills.values())
+
+
+class Relay:
+    """Carries the workers' messages to the board while the block runs.
+
+    Args:
+        cluster: Says how many restarts are told of; None tells none of them.
+
+    Attributes:
+        mailbox: Where workers leave messages.
+    """
+
+    def __init__(self, board: Board, cluster: ClusterConfig | None = None) -> None:
+        # Beside the driver: machines that carry workers may come and go.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.mailbox = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        self._board, self._cluster = board, cluster
+        self._last_tick: Tick | None = None
+        self._accused: Standstill | None = None
+        self._num_failures = self._num_preemptions = 0
+        self._lock = threading.Lock()
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="gbp-ray-progress", daemon=True)
+
+    def __enter__(self) -> Relay:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._is_over.set()
+        self._thread.join(timeout=5)
+        if kind is None:
+            self.deliver()
+
+    def describe(self, failure: Failure) -> tuple[int, str]:
+        """Adds to a failure what the workers themselves said: (rank, words)."""
+        self.deliver()
+        return self._describe(failure)
+
+    def _describe(self, failure: Failure) -> tuple[int, str]:
+        if self._accused is not None:
+            return self._accused.rank, self._accused.in_words()
+        place = ""
+        if self._last_tick is not None:
+            place = f" in {self._last_tick.phase} of round {self._last_tick.round}"
+        return failure.rank, f"{failure.words}{place}"
+
+    def deliver(self) -> None:
+        """Shows what has arrived; losing progress must not lose the trial."""
+        with contextlib.suppress(ray.exceptions.RayError), self._lock:
+            for message in ray.get(self.mailbox.take.remote(), timeout=30):
+                self._show(message)
+
+    def _poll(self) -> None:
+        while not self._is_over.wait(_POLL_INTERVAL_S):
+            self.deliver()
+
+    def _show(self, message: Tick | Standstill | tuple[str, RoundRecord | Failure]) -> None:
+        if isinstance(message, Tick):
+            self._last_tick = message
+            self._board.show(message)
+        elif isinstance(message, Standstill):
+            self._accused = message
+        else:
+            name, content = message
+            if isinstance(content, RoundRecord):
+                self._board.show_round(name, content)
+            else:
+                self._note_restart(name, content)
+
+    def _note_restart(self, name: str, failure: Failure) -> None:
+        if self._cluster is None:
+            return
+        if failure.is_preemption:
+            self._num_preemptions += 1
+            number, most, field = (
+                self._num_preemptions,
+                self._cluster.max_preemptions,
+                "max_preemptions",
+            )
+        else:
+            self._num_failures += 1
+            number, most, field = self._num_failures, self._cluster.max_failures, "max_failures"
+        if most is not None and number > most:
+            return
+        rank, words = self._describe(failure)
+        count = f"{number} of cluster.{field} = {'any number' if most is None else most}"
+        self._board.note(f"{name}  worker {rank} {words}; starting the workers again ({count})")
+        self._accused = self._last_tick = None

@@ -1,0 +1,156 @@
+"""Trials that Optuna chooses from what earlier ones reached, by Ray Tune's own `OptunaSearch`.
+
+The finished trials of the job that lie in the space are its memory: run again, a search starts from
+them and makes only those that are missing to `num_samples`. A combination that the schema refuses,
+or that was tried already, is told to Optuna at once and costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from gbp_ray.config.job import JobConfig, trial_id
+from gbp_ray.config.sweep import Axis, IsWhole, parse_space
+from gbp_ray.errors import ConfigError
+from gbp_ray.runtime.search import Outcome, Plan, job_at
+
+__all__ = [
+    "OptunaPlan",
+    "make_search",
+]
+
+_MOST_ATTEMPTS = 100
+"""Combinations in a row that come to nothing before the space counts as exhausted."""
+
+
+class OptunaPlan(Plan):
+    """`num_samples` trials, those that are known included.
+
+    Args:
+        base: The job with its sweep.
+        earlier: Finished trials of this space.
+        make_search: Makes what `make_search` of this module makes; only called if trials are left.
+    """
+
+    def __init__(
+        self,
+        base: JobConfig,
+        earlier: Iterable[JobConfig],
+        make_search: Callable[[JobConfig], Any],
+    ) -> None:
+        self._base, self._make_search = base, make_search
+        self.total = base.sweep.num_samples
+        self._earlier = deque(list(earlier)[: self.total])
+        self._num_given = 0
+        self._search: Any = None
+        self._keys: dict[str, str] = {}
+        self._told: dict[str, Outcome] = {}
+        self._num_running = 0
+
+    def next(self) -> JobConfig | None:
+        """Gives the known ones, then what Optuna suggests."""
+        assert self.total is not None
+        if self._num_given >= self.total:
+            return None
+        job = self._earlier.popleft() if self._earlier else self._suggest()
+        if job is not None:
+            self._num_given += 1
+            self._num_running += 1
+        return job
+
+    def tell(self, outcome: Outcome) -> None:
+        """Tells Optuna, too."""
+        self._num_running -= 1
+        self._told[outcome.trial_id] = outcome
+        if (key := self._keys.get(outcome.trial_id)) is not None:
+            self._report(key, outcome)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all trials have ended."""
+        assert self.total is not None
+        return self._num_running == 0 and self._num_given >= self.total
+
+    def _suggest(self) -> JobConfig | None:
+        if self._search is None:
+            self._search = self._make_search(self._base)
+            for outcome in list(self._told.values()):
+                self._remember(outcome)
+        for attempt in range(_MOST_ATTEMPTS):
+            key = f"{self._num_given}-{attempt}"
+            values = self._search.suggest(key)
+            try:
+                job = job_at(self._base, values)
+            except ConfigError:
+                self._search.on_trial_complete(key, error=True)
+                continue
+            name = trial_id(job)
+            if name in self._told:
+                self._report(key, self._told[name])
+            elif name in self._keys:
+                self._search.on_trial_complete(key, error=True)
+            else:
+                self._keys[name] = key
+                return job
+        # Nothing new is to be had, so this is the end.
+        self.total = self._num_given
+        return None
+
+    def _report(self, key: str, outcome: Outcome) -> None:
+        value = getattr(outcome, self._base.sweep.metric)
+        if outcome.state == "finished" and value is not None:
+            self._search.on_trial_complete(key, {self._base.sweep.metric: value})
+        else:
+            self._search.on_trial_complete(key, error=True)
+
+    def _remember(self, outcome: Outcome) -> None:
+        value = getattr(outcome, self._base.sweep.metric)
+        if outcome.state == "finished" and value is not None:
+            fields = [
+                field for axis in parse_space(self._base.sweep.space) for field in axis.fields
+            ]
+            self._search.add_evaluated_point(_values_of(outcome.job, fields), value)
+
+
+def make_search(base: JobConfig, is_whole: IsWhole) -> Any:
+    """Makes Tune's Optuna search over the space of a sweep."""
+    # An extra, and with it Tune, is imported only where it is asked for.
+    import optuna
+
+    # isort: split
+    from ray import tune
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sweep = base.sweep
+    space = {axis.fields[0]: _domain(tune, axis, is_whole) for axis in parse_space(sweep.space)}
+    return OptunaSearch(
+        OptunaSearch.convert_search_space(space),
+        metric=sweep.metric,
+        mode="max" if sweep.metric == "accuracy" else "min",
+        seed=base.seed,
+    )
+
+
+def _domain(tune: Any, axis: Axis, is_whole: IsWhole) -> Any:
+    if not axis.is_drawn:
+        return tune.choice([value for (value,) in axis.points(is_whole)])
+    if axis.kind == "choice":
+        return tune.choice([value for (value,) in axis.given])
+    (low,), (high,) = axis.given
+    if axis.is_whole(is_whole):
+        # Tune's ends before the upper bound.
+        return (tune.lograndint if axis.kind == "loguniform" else tune.randint)(low, high + 1)
+    return (tune.loguniform if axis.kind == "loguniform" else tune.uniform)(low, high)
+
+
+def _values_of(job: JobConfig, fields: Iterable[str]) -> dict[str, Any]:
+    found = {}
+    for field in fields:
+        value: Any = job.model_dump(mode="json")
+        for part in field.split("."):
+            value = value[part]
+        found[field] = value
+    return found

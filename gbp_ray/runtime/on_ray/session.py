@@ -1,0 +1,169 @@
+"""Ray from its start to its end, and how a driver that waits for it stays interruptible."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from typing import Any
+
+import ray
+import torch
+from ray._private import auto_init_hook
+
+from gbp_ray.config.cluster import ClusterConfig
+from gbp_ray.distributed.ranks import check_cuda
+from gbp_ray.errors import ConfigError, TrialError
+from gbp_ray.runtime.on_ray.failures import first_line
+from gbp_ray.runtime.on_ray.privacy import LOOPBACK, keep_private
+from gbp_ray.runtime.placement import pretend_cpus
+from gbp_ray.runtime.signals import Terminated, descendants, is_watching, kill
+
+__all__ = [
+    "fit_interruptibly",
+    "ray_session",
+]
+
+_LOOK_INTERVAL_S = 1.0
+_END_S = 5.0
+"""How long Ray may take to end by itself where a command ends."""
+
+
+@contextlib.contextmanager
+def ray_session(cluster: ClusterConfig, is_debug: bool) -> Iterator[None]:
+    """Joins the cluster named by the job or starts a private one; ends what it started."""
+    if ray.is_initialized():
+        yield
+        return
+    if cluster.use_gpu and cluster.address is None:
+        check_cuda()
+        num_devices = torch.cuda.device_count()
+        if num_devices < cluster.min_workers:
+            raise ConfigError(
+                f"cluster.num_workers = {json.dumps(cluster.num_workers)}: each needs a CUDA "
+                f"device, and this machine has {num_devices}; lower it or give cluster.address"
+            )
+    options: dict[str, Any] = {"address": cluster.address or "local"}
+    with contextlib.ExitStack() as stack:
+        if cluster.address is None:
+            stack.enter_context(keep_private())
+            # Workers that wait for each other must all be placed, even on fewer cores.
+            num_cpus = pretend_cpus(cluster, os.cpu_count() or 1)
+            options |= {"num_cpus": num_cpus, "include_dashboard": False}
+            options["_node_ip_address"] = LOOPBACK
+        before, is_over = descendants(), threading.Event()
+        # Not in the main thread, which no signal reaches while it waits inside Ray. The kernel ends
+        # Ray's processes with the thread that has started them, so that one stays.
+        started = _run_beside(lambda: _start_ray(cluster, options, is_debug), is_over)
+        try:
+            while not started.done():
+                wait([started], timeout=_LOOK_INTERVAL_S)
+            started.result()
+            yield
+        finally:
+            is_stopped = isinstance(sys.exception(), (KeyboardInterrupt, Terminated))
+            _end_ray(started, before, is_stopped)
+            is_over.set()
+
+
+def fit_interruptibly(trainer: Any) -> Any:
+    """Runs fit() beside the main thread, which stays free to be interrupted.
+
+    In the main thread Ray would take over the SIGINT handler for good and end the process with its
+    own exit code; here Ctrl-C raises KeyboardInterrupt, and the session's end stops the workers.
+
+    Raises:
+        TrialError: The Ray that was started here has died.
+    """
+    outcome = _run_beside(trainer.fit)
+    try:
+        while not outcome.done():
+            wait([outcome], timeout=_LOOK_INTERVAL_S)
+            _check_alive()
+        return outcome.result()
+    except BaseException:
+        # The thread may still be at work when Ray has shut down, and Ray's functions would then
+        # join whatever other Ray there is.
+        if not outcome.done():
+            auto_init_hook.enable_auto_connect = False
+        raise
+
+
+def _run_beside(work: Callable[[], Any], is_over: threading.Event | None = None) -> Future[Any]:
+    """Runs something in a thread, which then waits until `is_over`."""
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - handed to the waiting thread
+            outcome.set_exception(error)
+        if is_over is not None:
+            is_over.wait()
+
+    threading.Thread(target=run, name="gbp-ray-beside", daemon=True).start()
+    return outcome
+
+
+def _end_ray(started: Future[Any], before: set[tuple[int, str]], is_stopped: bool) -> None:
+    """Ends Ray; of a command that is stopped, all that was started since `before`."""
+    if not is_watching():
+        # This process goes on, and a Ray that is half started could not be ended.
+        while not started.done():
+            with contextlib.suppress(KeyboardInterrupt):
+                wait([started])
+        ray.shutdown()
+        return
+    own = descendants() - before
+    if started.done():
+        _, unfinished = wait([_run_beside(ray.shutdown)], timeout=_END_S)
+        is_stopped = is_stopped or bool(unfinished)
+    if is_stopped:
+        # Those whose parents have ended are no longer below this process.
+        kill(own | descendants() - before)
+
+
+def _check_alive() -> None:
+    """Makes sure that the Ray that was started here still runs; without it fit() waits for ever.
+
+    Raises:
+        TrialError: Part of it has died.
+    """
+    # Of a cluster that was joined no process is ours, and its own head looks after it.
+    node = ray._private.worker._global_node
+    dead = {name for name, _ in node.dead_processes()} if node is not None else set()
+    if lost := dead & {"raylet", "gcs_server"}:
+        cause = f"Ray's {lost.pop()} on this machine has died; perhaps memory ran out"
+        raise TrialError(
+            f"{cause}; run the same command again to go on", trial_id="", rank=None, cause=cause
+        )
+
+
+def _start_ray(cluster: ClusterConfig, options: dict[str, Any], is_debug: bool) -> None:
+    # It warns that it does not see to SIGTERM outside the main thread.
+    logging.getLogger("ray._private.worker").setLevel("INFO" if is_debug else "ERROR")
+    try:
+        ray.init(
+            log_to_driver=is_debug,
+            logging_level="INFO" if is_debug else "ERROR",
+            configure_logging=is_debug,
+            **options,
+        )
+    except Exception as error:
+        # Ray raises ConnectionError, RuntimeError, ValueError and, on a busy machine, no subclass.
+        cause = first_line(error)
+        if cluster.address is None:
+            raise TrialError(
+                f"Ray did not start on this machine: {cause}; run the same command again to go on",
+                trial_id="",
+                rank=None,
+                cause=cause,
+            ) from error
+        raise ConfigError(
+            f"cluster.address = {cluster.address}: Ray did not start or answer: {cause}"
+        ) from error

@@ -1,0 +1,1 @@
+"""How a masked network is built, trained, judged and recalibrated; between two prunes."""

@@ -1,0 +1,334 @@
+"""Where the teacher of a fine-tuning comes from, and whether it answers once or each time.
+
+The teacher is the dense network of the trial, or a checkpoint of the same network. It answers each
+part of a batch anew, or, where that is the same and cheaper, once for every training example
+beforehand. That takes examples that always look alike (nothing augments or mixes them), outputs
+alone (features are too large to keep), a fine-tuning that meets each example at least once, and a
+table of at most 256 MB. All of it is decided by the job and the workload, never by a machine, since
+a network's outputs for an example may differ in the last bit with the batch it is part of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gbp_ray.config.job import JobConfig
+from gbp_ray.config.schema import nearest_name
+from gbp_ray.config.training import DistillationConfig, Recipe
+from gbp_ray.distributed.ranks import Ranks, isolated
+from gbp_ray.distributed.sharding import is_sharded
+from gbp_ray.errors import ConfigError
+from gbp_ray.training.network import load_rows
+from gbp_ray.training.optimizer import num_steps
+from gbp_ray.workloads.contract import Workload, num_examples
+from gbp_ray.workloads.data import cut_batches, derive_seed, take_batch
+from gbp_ray.workloads.weight_files import read_weights
+from gbp_ray.workloads.weights import TEACHER, find_misfits, fit_state, tensor_state
+
+__all__ = [
+    "Lesson",
+    "Teacher",
+    "answer_bytes",
+    "distillation_loss",
+    "feature_distance",
+    "is_taught_once",
+    "prepare_teacher",
+    "refuse_untappable",
+    "refuse_unteachable",
+    "tapped",
+]
+
+_SECTION = "finetune.distillation"
+_MOST_BYTES = 2**28
+_NUM_READ = 8
+
+
+def prepare_teacher(
+    teacher: Teacher,
+    job: JobConfig,
+    workload: Workload,
+    ranks: Ranks,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> Teacher:
+    """Makes the dense network the teacher that a job asks for. Communicates.
+
+    Args:
+        teacher: The dense network, which teaches where the job names no checkpoint.
+        tell: Called with (batches done, batches in all) where it answers beforehand.
+
+    Raises:
+        ConfigError: The checkpoint does not fit the network.
+        WorkloadError: It cannot be read.
+    """
+    config = job.finetune.distillation
+    if config.teacher:
+        ranks.together(lambda: load_rows(teacher.model, _read_fitting(config, teacher.model)))
+    if not is_taught_once(job, workload, teacher.model, ranks):
+        return teacher
+    known = _ask_once(teacher.model, workload, ranks, job.workload.eval_batch_size, tell)
+    return replace(teacher, known=known)
+
+
+def _read_fitting(config: DistillationConfig, model: nn.Module) -> dict[str, Tensor]:
+    file = read_weights(config.teacher, TEACHER, config.teacher_digest)
+    own = tensor_state(model)
+    state = fit_state(file, own)
+    if faults := find_misfits(state, own):
+        raise ConfigError(
+            f"{TEACHER} = '{config.teacher}': does not fit the network: {faults}; give a "
+            "checkpoint of this very network"
+        )
+    return state
+
+
+def is_taught_once(
+    job: JobConfig, workload: Workload, model: nn.Module, ranks: Ranks | None = None
+) -> bool:
+    """Decides whether a teacher's answers are computed once for all; see the module's docstring.
+
+    Communicates.
+    """
+    config, recipe = job.finetune.distillation, job.finetune
+    looks_alike = workload.augment is None and recipe.mixup == 0 and recipe.cutmix == 0
+    if config.weight == 0 or config.features or not looks_alike:
+        return False
+    total = num_examples(workload.train)
+    stretches = job.prune.rounds + (job.prune.criterion == "movement")
+    steps = stretches * num_steps(recipe, workload, recipe.epochs)
+    if steps * min(recipe.batch_size, total) < total:
+        return False
+    ranks = ranks or Ranks()
+    if not ranks.share_object(ranks.together(lambda: _are_drawn_alike(workload))):
+        return False
+    return answer_bytes(workload, model, ranks) <= _MOST_BYTES
+
+
+def _are_drawn_alike(workload: Workload) -> bool:
+    """Reads a few training examples under two seeds: a data set may augment its own items."""
+    if isinstance(workload.train, tuple) and workload.prepare is None:
+        return True
+    few = torch.arange(min(_NUM_READ, num_examples(workload.train)))
+    one, other = (take_batch(workload, workload.train, few, augment_seed=n)[0] for n in (0, 1))
+    return torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def answer_bytes(workload: Workload, model: nn.Module, ranks: Ranks | None = None) -> int:
+    """Computes what a teacher's answers to all training examples take.
+
+    Communicates where the network is sharded.
+    """
+    answer = _ask(model, workload, range(1), (ranks or Ranks()).device)
+    return num_examples(workload.train) * answer[0].numel() * answer.element_size()
+
+
+def _ask_once(
+    model: nn.Module,
+    workload: Workload,
+    ranks: Ranks,
+    batch_size: int,
+    tell: Callable[[int, int], None],
+) -> Tensor:
+    """Computes a teacher's outputs for every training example, (examples, ...). Communicates."""
+    total = num_examples(workload.train)
+    batches = cut_batches(total, batch_size)
+    table: list[Tensor] = []
+
+    def ask_own() -> None:
+        for turn, item in enumerate(ranks.deal(len(batches))):
+            # All ranks need to know what an answer looks like, and pass through a sharded network.
+            if item is not None or not table or is_sharded(model):
+                batch = batches[item or 0]
+                answers = _ask(model, workload, batch, ranks.device)
+                if not table:
+                    table.append(answers.new_zeros(total, *answers.shape[1:]))
+                if item is not None:
+                    table[0][batch.start : batch.stop] = answers
+            tell(min((turn + 1) * ranks.world_size, len(batches)), len(batches))
+
+    ranks.together(ask_own, communicates=is_sharded(model))
+    return ranks.fill_in(table[0])
+
+
+@torch.no_grad()
+def _ask(model: nn.Module, workload: Workload, batch: range, device: torch.device) -> Tensor:
+    indices = torch.arange(batch.start, batch.stop)
+    inputs, _ = take_batch(workload, workload.train, indices, device=device)
+    with isolated(model.eval(), derive_seed("teach", batch.start)):
+        answers: Tensor = model(inputs)
+    return answers
+
+
+def refuse_unteachable(job: JobConfig, workload: Workload, model: nn.Module) -> None:
+    """Refuses a distillation that this network cannot take part in.
+
+    Raises:
+        ConfigError: It gives no logits, lacks a module of `features`, or the teacher's weights do
+            not fit it.
+        WorkloadError: The teacher's file cannot be read.
+    """
+    config = job.finetune.distillation
+    if not config.is_on:
+        return
+    inputs, _ = take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
+    with torch.no_grad(), isolated(model.eval(), 0):
+        outputs = model(inputs)
+        refuse_untappable(model, config.features, inputs, f"{_SECTION}.features")
+    is_logits = isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.ndim >= 2
+    if config.weight > 0 and not is_logits:
+        raise ConfigError(
+            f"{_SECTION}.weight: needs a network that gives logits of shape (examples, classes); "
+            "set it to 0"
+        )
+    if config.teacher:
+        _read_fitting(config, model)
+
+
+@contextmanager
+def tapped(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collects the outputs of modules by name; of a module called several times, the last one."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
+            outputs[name] = output
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def feature_distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Tensor:
+    """Computes the mean over modules of the mean squared difference of their outputs.
+
+    Source:
+        Romero et al. 2015 (1412.6550), eq. 3, between networks of one shape, without a regressor.
+    """
+    return torch.stack(
+        [functional.mse_loss(found[name].float(), wanted[name].float()) for name in wanted]
+    ).mean()
+
+
+def refuse_untappable(model: nn.Module, names: Sequence[str], inputs: Tensor, key: str) -> None:
+    """Refuses names of modules that the network does not have, or whose outputs are no tensors.
+
+    Args:
+        inputs: A small batch.
+
+    Raises:
+        ConfigError: Naming the first one.
+    """
+    paths = [path for path, _ in model.named_modules() if path]
+    for name in names:
+        if name not in paths:
+            raise ConfigError(
+                f"{key} = '{name}': the network has no such module{nearest_name(name, paths)}"
+            )
+    with torch.no_grad(), tapped(model, names) as outputs:
+        model(inputs)
+    for name in names:
+        if not isinstance(outputs.get(name), Tensor):
+            raise ConfigError(
+                f"{key} = '{name}': this module is not called, or gives something else than one "
+                "tensor; name another"
+            )
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a teacher says of some examples.
+
+    Attributes:
+        outputs: Its outputs; None where only features count.
+        features: What its modules put out, by name.
+    """
+
+    outputs: Tensor | None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A network whose outputs the one in training learns to give; never trained itself.
+
+    Attributes:
+        known: What it says of every training example, (examples, ...), where that was computed once
+            for all; the network itself is not asked then.
+    """
+
+    model: nn.Module
+    config: DistillationConfig
+    known: Tensor | None = None
+
+    def teach(self, inputs: Tensor, indices: Tensor, draws: int, recipe: Recipe) -> Lesson:
+        """Says what it makes of some examples.
+
+        Args:
+            inputs: (B, ...) prepared.
+            indices: (B,) which training examples they are.
+        """
+        if self.known is not None:
+            return Lesson(self.known[indices.to(self.known.device)].to(inputs.device))
+        self.model.eval()
+        with (
+            torch.no_grad(),
+            isolated(self.model, derive_seed(draws, "teacher")),
+            tapped(self.model, self.config.features) as features,
+        ):
+            outputs = _run(self.model, inputs, recipe)
+        return Lesson(outputs if self.config.weight > 0 else None, features)
+
+    def mark(
+        self, loss: Tensor, outputs: Tensor, features: Mapping[str, Tensor], lesson: Lesson
+    ) -> Tensor:
+        """Adds to a loss how far outputs and features are from what was taught."""
+        if lesson.outputs is not None:
+            weight = self.config.weight
+            imitation = distillation_loss(outputs, lesson.outputs, self.config.temperature)
+            loss = (1 - weight) * loss + weight * imitation
+        if lesson.features:
+            distance = feature_distance(features, lesson.features)
+            loss = loss + self.config.features_weight * distance
+        return loss
+
+
+def _run(model: nn.Module, inputs: Tensor, recipe: Recipe) -> Any:
+    """Passes inputs through a network in the recipe's precision; a loss gets float32."""
+    if recipe.precision == "float32":
+        return model(inputs)
+    with torch.autocast(inputs.device.type, dtype=torch.bfloat16):
+        outputs = model(inputs)
+    is_narrow = isinstance(outputs, Tensor) and outputs.dtype is torch.bfloat16
+    return outputs.float() if is_narrow else outputs
+
+
+def distillation_loss(outputs: Tensor, taught: Tensor, temperature: float) -> Tensor:
+    """Computes T^2 * mean over examples of KL(softmax(taught / T) || softmax(outputs / T)).
+
+    T^2 keeps its gradient of the size of the labels' own, whatever the temperature.
+
+    Args:
+        outputs: (B, classes, ...) logits of the network in training.
+        taught: The teacher's, likewise.
+
+    Source:
+        Hinton, Vinyals and Dean 2015 (1503.02531), section 2.
+    """
+    divergence = functional.kl_div(
+        functional.log_softmax(outputs / temperature, dim=1),
+        functional.log_softmax(taught / temperature, dim=1),
+        reduction="none",
+        log_target=True,
+    )
+    return temperature**2 * divergence.sum(dim=1).mean()

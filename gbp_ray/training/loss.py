@@ -1,0 +1,280 @@
+"""What a part of a batch is trained towards: the workload's own loss, and a teacher's outputs.
+
+With `adversarial`, adversarial examples of the part take the place of `weight` of its loss; they
+are made against the network as it is, by the loss without the teacher. A teacher sees the clean
+examples alone: what it says of them is what is right for the changed ones, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gbp_ray.config.training import Recipe
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.errors import ConfigError
+from gbp_ray.training.adversarial import perturb
+from gbp_ray.training.distillation import Teacher, _run, tapped
+from gbp_ray.workloads.checks import blaming_labels, check_labels
+from gbp_ray.workloads.contract import Workload, num_examples
+from gbp_ray.workloads.data import derive_seed, seeded, take_batch
+from gbp_ray.workloads.metrics import count_items, cross_entropy_options, zero_loss
+
+__all__ = [
+    "Mix",
+    "counts_of",
+    "draw_mix",
+    "emphases_of",
+    "refuse_unlearnable",
+    "refuse_unmixable",
+    "training_loss",
+]
+
+
+def training_loss(
+    model: nn.Module,
+    workload: Workload,
+    recipe: Recipe,
+    teacher: Teacher | None,
+    indices: Tensor,
+    draws: int,
+    device: torch.device,
+    *,
+    emphasis: float = 1.0,
+) -> Tensor:
+    """Computes the mean loss of a part of a batch, as its recipe and its teacher shape it.
+
+    Args:
+        indices: (B,) the examples.
+        draws: Seeds all that is drawn for the part.
+        emphasis: Of its labels' loss, from `item_counts.emphases_of`; what a teacher says counts by
+            example.
+    """
+    inputs, targets = take_batch(
+        workload, workload.train, indices, device=device, augment_seed=draws
+    )
+    mix = draw_mix(recipe, inputs, draws)
+    if mix is not None:
+        inputs = mix.inputs
+    lesson = None if teacher is None else teacher.teach(inputs, indices, draws, recipe)
+
+    def label_loss(outputs: Tensor) -> Tensor:
+        def loss_of(targets: Tensor) -> Tensor:
+            smoothing = recipe.label_smoothing
+            if smoothing == 0:
+                return workload.loss(outputs, targets)
+            return functional.cross_entropy(outputs, targets, label_smoothing=smoothing)
+
+        if emphasis == 0:
+            return zero_loss(outputs)
+        loss = loss_of(targets) if mix is None else mix.loss(loss_of, targets)
+        return loss if emphasis == 1 else emphasis * loss
+
+    def lesson_loss(seen: Tensor) -> Tensor:
+        with tapped(model, teacher.config.features if teacher is not None else ()) as features:
+            outputs = _run(model, seen, recipe)
+        check_labels(workload, "train", indices, outputs, targets)
+        loss = label_loss(outputs)
+        if teacher is None or lesson is None:
+            return loss
+        return teacher.mark(loss, outputs, features, lesson)
+
+    adversarial = recipe.adversarial
+    with blaming_labels(workload, model, "train", indices):
+        attacked: Tensor | None = None
+        if adversarial.kind != "none":
+            attacked = perturb(
+                model,
+                lambda seen: label_loss(_run(model, seen, recipe)),
+                workload,
+                inputs,
+                adversarial,
+                derive_seed(draws, "attack"),
+                "adversarial",
+            )
+        with seeded(derive_seed(draws, "forward")):
+            if attacked is None:
+                return lesson_loss(inputs)
+            if adversarial.weight == 1:
+                return lesson_loss(attacked)
+            clean = (1 - adversarial.weight) * lesson_loss(inputs)
+            return clean + adversarial.weight * lesson_loss(attacked)
+
+
+def refuse_unlearnable(recipe: Recipe, section: str, workload: Workload) -> None:
+    """Refuses a recipe whose objective the workload does not allow.
+
+    Raises:
+        ConfigError: Smoothed labels of a loss that takes none, or inputs that cannot be mixed.
+    """
+    if recipe.epochs == 0:
+        return
+    if recipe.label_smoothing > 0 and workload.loss is not functional.cross_entropy:
+        raise ConfigError(
+            f"{section}.label_smoothing = {recipe.label_smoothing:g}: needs a workload whose loss "
+            "is torch.nn.functional.cross_entropy; set it to 0"
+        )
+    if recipe.mixup > 0 or recipe.cutmix > 0:
+        first = torch.zeros(1, dtype=torch.long)
+        inputs, _ = take_batch(workload, workload.train, first, augment_seed=0)
+        refuse_unmixable(recipe, section, inputs)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How the examples of a part are mixed.
+
+    Attributes:
+        inputs: (B, ...) the mixed examples.
+        share: What each example keeps of itself, in [0, 1].
+        partners: (B,) which example of the part each one is mixed with.
+    """
+
+    inputs: Tensor
+    share: float
+    partners: Tensor
+
+    def loss(self, loss_of: Callable[[Tensor], Tensor], targets: Tensor) -> Tensor:
+        """Computes share * loss under the own targets + (1 - share) * loss under the partners'."""
+        return self.share * loss_of(targets) + (1 - self.share) * loss_of(targets[self.partners])
+
+
+def draw_mix(recipe: Recipe, inputs: Tensor, draws: int) -> Mix | None:
+    """Mixes a part as its recipe says; None where the recipe mixes nothing.
+
+    Args:
+        inputs: (B, ...) prepared examples; (B, channels, H, W) for CutMix.
+        draws: Seed of the part.
+    """
+    if recipe.mixup == 0 and recipe.cutmix == 0:
+        return None
+    with seeded(derive_seed(draws, "mix")):
+        is_coin_up = bool(torch.rand(()) < 0.5)
+        is_mixup = recipe.mixup > 0 and (recipe.cutmix == 0 or is_coin_up)
+        alpha = torch.tensor(recipe.mixup if is_mixup else recipe.cutmix, dtype=torch.float64)
+        share = torch.distributions.Beta(alpha, alpha).sample().item()
+        partners = torch.randperm(len(inputs)).to(inputs.device)
+        if is_mixup:
+            return Mix(torch.lerp(inputs[partners], inputs, share), share, partners)
+        return _cut(inputs, share, partners)
+
+
+def _cut(images: Tensor, share: float, partners: Tensor) -> Mix:
+    """Pastes one rectangle, cut off at the border, whose whole would have 1 - share of the area."""
+    height, width = images.shape[-2:]
+    side = math.sqrt(1 - share)
+    centre_y, centre_x = (int(torch.randint(size, ())) for size in (height, width))
+    half_y, half_x = int(height * side / 2), int(width * side / 2)
+    top, bottom = max(centre_y - half_y, 0), min(centre_y + half_y, height)
+    left, right = max(centre_x - half_x, 0), min(centre_x + half_x, width)
+    mixed = images.clone()
+    mixed[..., top:bottom, left:right] = images[partners, ..., top:bottom, left:right]
+    pasted = (bottom - top) * (right - left) / (height * width)
+    return Mix(mixed, 1 - pasted, partners)
+
+
+def refuse_unmixable(recipe: Recipe, section: str, inputs: Tensor) -> None:
+    """Refuses to mix what cannot be mixed.
+
+    Args:
+        inputs: A batch, prepared for the network.
+
+    Raises:
+        ConfigError: Inputs are not numbers between which others lie, or no images.
+    """
+    if recipe.mixup > 0 and not inputs.is_floating_point():
+        raise ConfigError(
+            f"{section}.mixup = {recipe.mixup:g}: needs inputs of floating point, not "
+            f"{inputs.dtype}; set it to 0"
+        )
+    if recipe.cutmix > 0 and inputs.ndim != 4:
+        raise ConfigError(
+            f"{section}.cutmix = {recipe.cutmix:g}: needs images of shape (examples, channels, "
+            f"height, width), not {tuple(inputs.shape)}; set it to 0"
+        )
+
+
+def counts_of(workload: Workload, indices: Tensor, ranks: Ranks) -> Tensor | None:
+    """Counts the items of training examples. Communicates, the same on all ranks.
+
+    Args:
+        indices: (n,) positions in the training split.
+
+    Returns:
+        (n,) float64 on the CPU; None where each example counts alike, whatever it counts.
+
+    Raises:
+        WorkloadError: As `means.count_items`; on every rank.
+    """
+    # By the number of ranks: all of a group must have met the same examples.
+    if (known := workload.known_counts.get(ranks.world_size)) is None:
+        size = num_examples(workload.train) if ranks.together(lambda: _may_differ(workload)) else 0
+        known = torch.full((size,), torch.nan, dtype=torch.float64)
+        workload.known_counts[ranks.world_size] = known
+    if not len(known):
+        return None
+    new = indices[known[indices].isnan()]
+    if len(new):
+        found = torch.zeros(len(new), dtype=torch.float64)
+        own = slice(ranks.rank, None, ranks.world_size)
+        found[own] = ranks.together(lambda: _count(workload, new[own]))
+        known[new] = ranks.fill_in(found.to(ranks.device)).cpu()
+    counts = known[indices]
+    return None if counts[0] > 0 and bool((counts == counts[0]).all()) else counts
+
+
+def emphases_of(
+    workload: Workload, batch: Tensor, parts: list[Tensor] | tuple[Tensor, ...], ranks: Ranks
+) -> list[float]:
+    """Computes how much more each part weighs in a batch's loss than its examples do.
+
+    Communicates as `counts_of`.
+
+    Args:
+        batch: (B,) the examples of a step.
+        parts: The same, cut.
+
+    Returns:
+        For each part its share of the items over its share of the examples; 1 where all count
+        alike, 0 for a part without items.
+    """
+    counts = counts_of(workload, batch, ranks)
+    total = 0.0 if counts is None else counts.sum().item()
+    if counts is None or total == 0:
+        return [float(counts is None)] * len(parts)
+    own = counts.split([len(part) for part in parts])
+    return [
+        items.sum().item() / total * (len(batch) / len(part))
+        for items, part in zip(own, parts, strict=True)
+    ]
+
+
+def _may_differ(workload: Workload) -> bool:
+    if workload.count is not None:
+        return workload.count is not len
+    options = cross_entropy_options(workload.loss)
+    if options is None:
+        return False
+    if options.get("weight") is not None or options.get("ignore_index", -100) != -100:
+        return True
+    # Labels of positions, of which some may be ignored; an example's only one must not be.
+    return _targets(workload, torch.zeros(1, dtype=torch.long)).ndim > 1
+
+
+def _count(workload: Workload, indices: Tensor) -> Tensor:
+    counts = [torch.zeros(0, dtype=torch.float64)]
+    # One by one, as a data set's items may be large.
+    size = len(indices) if isinstance(workload.train, tuple) else 1
+    for part in indices.split(max(1, size)) if len(indices) else ():
+        found = count_items(workload, _targets(workload, part))
+        counts.append(torch.ones(len(part), dtype=torch.float64) if found is None else found.cpu())
+    return torch.cat(counts)
+
+
+def _targets(workload: Workload, indices: Tensor) -> Tensor:
+    return take_batch(replace(workload, prepare=None), workload.train, indices)[1]

@@ -1,0 +1,371 @@
+"""Refuses data, losses and metrics that no job can use, and names the example that is to blame."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gbp_ray.errors import GbpError, WorkloadError, in_one_line
+from gbp_ray.workloads.contract import Workload, count_top1, in_mode, num_examples
+from gbp_ray.workloads.data import kind_of, take_batch
+from gbp_ray.workloads.metrics import check_share, count_items, count_right, cross_entropy_options
+
+__all__ = [
+    "blaming_labels",
+    "check_finite",
+    "check_labels",
+    "check_workload",
+]
+
+# By chance a loss may be a mean over one draw.
+_NUM_MADE_UP = 3
+
+
+def check_workload(workload: Workload, model: nn.Module, batch_size: int) -> None:
+    """Refuses data that no job can use, before anything is trained.
+
+    One batch of each split goes through the model, so a wrong shape shows here and not an hour
+    later. Labels are checked as far as they can be seen without reading the data: all of a tuple's,
+    one batch of a data set's.
+
+    Raises:
+        WorkloadError: A split is empty, labels are out of range, or the model, the loss or the
+            metric does not accept a batch.
+    """
+    splits = ["train", "test"]
+    if workload.validation is not None:
+        splits.append("validation")
+    for split in splits:
+        _check_size(split, getattr(workload, split))
+    with in_mode(model, is_training=False):
+        for split in splits:
+            _check_split(workload, model, split, batch_size)
+
+
+def _check_size(split: str, data: Any) -> None:
+    if isinstance(data, tuple) and len(data) != 2:
+        raise WorkloadError(f"workload.{split}: a tuple must be (inputs, targets), not {len(data)}")
+    try:
+        sizes = [len(column) for column in data] if isinstance(data, tuple) else [len(data)]
+    except TypeError as error:
+        raise WorkloadError(
+            f"workload.{split}: its examples cannot be counted ({in_one_line(error)}); give "
+            "(inputs, targets) or a map-style dataset"
+        ) from error
+    if len(set(sizes)) > 1:
+        raise WorkloadError(f"workload.{split}: has {sizes[0]} inputs but {sizes[1]} targets")
+    if sizes[0] == 0:
+        raise WorkloadError(f"workload.{split}: holds no examples; give at least one")
+
+
+def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: int) -> None:
+    data = getattr(workload, split)
+    indices = torch.arange(min(batch_size, num_examples(data)))
+    # Only training examples are augmented.
+    seed = 0 if split == "train" else None
+    inputs: Any = None
+    outputs: Any = None
+    try:
+        with torch.no_grad():
+            inputs, targets = take_batch(workload, data, indices, augment_seed=seed)
+            outputs = model(inputs)
+            _check_labels(workload, split, outputs, targets)
+            loss = _checked_loss(workload, outputs, targets)
+            right, asked = count_right(workload, split, outputs, targets)
+            check_share(split, int(right), int(asked), _shapes(outputs, targets))
+            _check_perfect(workload, split, outputs, targets)
+            if split == "train":
+                _check_means(workload, model, batch_size)
+    except GbpError:
+        raise
+    except Exception as error:
+        raise WorkloadError(
+            f"workload.{split}: one batch of {len(indices)} examples failed with "
+            f"{in_one_line(error)}{_remedy(model, inputs, outputs)}"
+        ) from error
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
+        raise WorkloadError(
+            "workload.loss: must return the mean over the batch, a scalar tensor, not "
+            f"{kind_of(loss)}"
+        )
+
+
+def _shapes(outputs: Any, targets: Tensor) -> str:
+    return f"outputs {kind_of(outputs)}, targets {kind_of(targets)}"
+
+
+def _remedy(model: nn.Module, inputs: Any, outputs: Any) -> str:
+    weights = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if outputs is not None or weights is None or not isinstance(inputs, Tensor):
+        return ""
+    if not inputs.is_floating_point() or inputs.dtype is weights.dtype:
+        return ""
+    return (
+        f"; inputs are {inputs.dtype} and the network's weights {weights.dtype}: convert the "
+        "inputs in the data or in workload.prepare"
+    )
+
+
+def _checked_loss(workload: Workload, outputs: Any, targets: Tensor) -> Any:
+    try:
+        with warnings.catch_warnings():
+            # Torch warns only, and goes on with every output against every target.
+            warnings.filterwarnings("error", "Using a target size", UserWarning)
+            return workload.loss(outputs, targets)
+    except UserWarning as error:
+        raise WorkloadError(
+            "workload.loss: outputs and targets are spread over each other "
+            f"({_shapes(outputs, targets)}); give them one shape, as by targets.unsqueeze(1) in "
+            "the data or outputs.squeeze(1) in the network"
+        ) from error
+
+
+def _check_perfect(workload: Workload, split: str, outputs: Any, targets: Tensor) -> None:
+    """Refuses an own count that would count more than the examples, were all answers right."""
+    if (
+        workload.count_correct is count_top1
+        or not isinstance(outputs, Tensor)
+        or outputs.ndim < 2
+        or targets.is_floating_point()
+        or targets.shape != outputs.shape[:1] + outputs.shape[2:]
+    ):
+        return
+    labels = targets.long().clamp(0, outputs.shape[1] - 1).unsqueeze(1)
+    answers = torch.zeros_like(outputs).scatter_(1, labels, 1)
+    try:
+        right, asked = count_right(workload, split, answers, targets)
+    except Exception:  # noqa: BLE001 - it may want other outputs than these
+        return
+    check_share(split, int(right), int(asked), _shapes(outputs, targets))
+
+
+def _check_means(workload: Workload, model: nn.Module, batch_size: int) -> None:
+    """Refuses a loss that is no mean over its items, and an own count that is no sum.
+
+    Both are compared with those of two halves of a batch, of examples from all over the split and,
+    where they can be made up, once more with labels of all classes, and with outputs that differ
+    more than those of an untrained network do.
+    """
+    total = num_examples(workload.train)
+    size = min(max(batch_size, 2), total)
+    if size < 2:
+        return
+    indices = torch.linspace(0, total - 1, size).long()
+    inputs, targets = take_batch(workload, workload.train, indices)
+    outputs = model(inputs)
+    halves = (slice(0, size // 2), slice(size // 2, size))
+    if isinstance(outputs, Tensor):
+        parts = [outputs[half] for half in halves]
+    else:
+        parts = [model(inputs[half]) for half in halves]
+    _check_halves(workload, outputs, parts, targets, halves)
+    has_labels = targets.ndim == 1 and not targets.is_floating_point()
+    if has_labels and isinstance(outputs, Tensor) and outputs.ndim == 2:
+        made_up = (torch.arange(size) % outputs.shape[1]).to(targets)
+        _check_halves(workload, outputs, parts, made_up, halves)
+    if isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.ndim:
+        for number in range(_NUM_MADE_UP):
+            unlike = _made_up_outputs(outputs, number)
+            try:
+                _check_halves(workload, unlike, [unlike[half] for half in halves], targets, halves)
+            except GbpError:
+                raise
+            except Exception:  # noqa: BLE001 - it may want other outputs than these
+                return
+
+
+def _made_up_outputs(outputs: Tensor, seed: int) -> Tensor:
+    """Draws outputs of the kind of these: shares, logarithms of shares, or any numbers."""
+    own = torch.Generator().manual_seed(seed)
+    draws = torch.randn(outputs.shape, generator=own)
+    # Examples of many positions would be alike if each position were drawn by itself only.
+    draws += 2 * torch.randn(outputs.shape[:2] + (1,) * (outputs.ndim - 2), generator=own)
+    draws = draws.to(outputs)
+    axis = min(1, outputs.ndim - 1)
+    tolerance = torch.finfo(outputs.dtype).eps ** 0.5
+    if bool((outputs >= 0).all()):
+        are_shares = bool(((outputs.sum(dim=axis) - 1).abs() <= tolerance).all())
+        if are_shares:
+            return draws.softmax(dim=axis)
+        return draws.sigmoid() if bool((outputs <= 1).all()) else draws.abs()
+    if bool((outputs.logsumexp(dim=axis).abs() <= tolerance).all()):
+        return draws.log_softmax(dim=axis)
+    return draws
+
+
+def _check_halves(
+    workload: Workload,
+    outputs: Any,
+    parts: list[Any],
+    targets: Tensor,
+    halves: tuple[slice, slice],
+) -> None:
+    pairs = [(part, targets[half]) for part, half in zip(parts, halves, strict=True)]
+    shapes = _shapes(outputs, targets)
+    if workload.count_correct is not count_top1:
+        whole, *split = (
+            int(count_right(workload, "train", *pair)[0]) for pair in ((outputs, targets), *pairs)
+        )
+        if whole != sum(split):
+            raise WorkloadError(
+                f"workload.count_correct: is no sum over examples: {whole} over {len(targets)} of "
+                f"them, but {split[0]} and {split[1]} over their halves ({shapes}); it must return "
+                "how many of the examples are right"
+            )
+    is_known = workload.count is None and cross_entropy_options(workload.loss) is not None
+    if is_known or workload.count is len:
+        return
+    counts = count_items(workload, targets)
+    counts = torch.ones(len(targets)) if counts is None else counts.cpu()
+    if not all(counts[half].any() for half in halves):
+        return
+    found = workload.loss(outputs, targets)
+    if not isinstance(found, Tensor) or found.ndim:
+        return
+    loss, *own = (float(found), *(float(workload.loss(*pair)) for pair in pairs))
+    weights = [float(counts[half].sum() / counts.sum()) for half in halves]
+    mean = sum(weight * value for weight, value in zip(weights, own, strict=True))
+    tolerance = torch.finfo(found.dtype).eps ** 0.5 * max(abs(loss), *map(abs, own))
+    if math.isfinite(loss) and not abs(loss - mean) <= tolerance:
+        raise WorkloadError(
+            f"workload.{'loss' if workload.count is None else 'count'}: the loss is no mean over "
+            f"{'examples' if workload.count is None else 'what it counts'}: {loss:.6g} over "
+            f"{len(targets)} of them, but {mean:.6g} as the mean of their halves ({shapes}), so it "
+            "would depend on the batch size; give Workload a count, targets -> number of items "
+            "that their loss is a mean over, or count=len to let each example count alike"
+        )
+
+
+def _check_labels(workload: Workload, split: str, outputs: Any, targets: Tensor) -> None:
+    if not _is_classifier(workload, outputs, targets):
+        return
+    options = cross_entropy_options(workload.loss) or {}
+    if options.get("reduction", "mean") == "sum":
+        raise WorkloadError(
+            "workload.loss: is a sum over the batch; it must be a mean, so leave reduction out"
+        )
+    if targets.dtype not in (torch.int64, torch.uint8):
+        raise WorkloadError(
+            f"workload.{split}: labels are {targets.dtype}, and the loss takes torch.int64; "
+            "convert them in the data"
+        )
+    data = getattr(workload, split)
+    labels = data[1] if isinstance(data, tuple) else targets
+    if bool(_are_out_of_range(workload, labels, outputs).any()):
+        num_classes = outputs.shape[1]
+        raise WorkloadError(
+            f"workload.{split}: labels run from {int(labels.min())} to {int(labels.max())}, but "
+            f"the model has {num_classes} outputs (allowed: 0 to {num_classes - 1})"
+        )
+
+
+def _is_classifier(workload: Workload, outputs: Any, targets: Tensor) -> bool:
+    return (
+        cross_entropy_options(workload.loss) is not None
+        and isinstance(outputs, Tensor)
+        and outputs.ndim >= 2
+        and not targets.is_floating_point()
+    )
+
+
+def _are_out_of_range(workload: Workload, labels: Any, outputs: Tensor) -> Any:
+    options = cross_entropy_options(workload.loss) or {}
+    ignored = options.get("ignore_index", -100)
+    is_strange = (labels < 0) | (labels >= outputs.shape[1])
+    # Where each position has a label of its own, the loss leaves out those marked so; a whole
+    # example is left out only where the loss was made for that.
+    is_meant = outputs.ndim > 2 or ignored != -100 or options.get("weight") is not None
+    return is_strange & (labels != ignored) if is_meant else is_strange
+
+
+def check_labels(
+    workload: Workload, split: str, indices: Tensor, outputs: Tensor, targets: Tensor
+) -> None:
+    """Refuses labels of a batch that no output stands for.
+
+    Checks only data sets, whose labels nobody has seen as a whole; `check_workload` has seen those
+    of tuples. On a GPU the loss itself would say nothing and leave the device unusable.
+
+    Raises:
+        WorkloadError: Naming the split and the first such example.
+    """
+    is_tuple = isinstance(getattr(workload, split), tuple)
+    if is_tuple or not _is_classifier(workload, outputs, targets):
+        return
+    is_strange = _are_out_of_range(workload, targets, outputs)
+    if not bool(is_strange.any()):
+        return
+    row = int(is_strange.reshape(len(indices), -1).any(dim=1).nonzero()[0])
+    num_classes = outputs.shape[1]
+    raise WorkloadError(
+        f"workload.{split}: example {int(indices[row])} has label "
+        f"{int(targets[row][is_strange[row]].flatten()[0])}, but the model has {num_classes} "
+        f"outputs (allowed: 0 to {num_classes - 1})"
+    )
+
+
+def check_finite(workload: Workload, split: str, indices: Tensor) -> None:
+    """Looks for NaN and infinity in a batch whose loss is not finite.
+
+    Raises:
+        WorkloadError: Naming the split and the first example that holds one.
+    """
+    columns = take_batch(workload, getattr(workload, split), indices)
+    for what, column in zip(("input", "target"), columns, strict=True):
+        bad = (~torch.isfinite(column)).reshape(len(indices), -1).any(dim=1).nonzero()
+        if len(bad):
+            raise WorkloadError(
+                f"workload.{split}: the {what} of example {int(indices[int(bad[0])])}, as prepared "
+                "for the model, holds NaN or infinity, and so the loss is not finite; mend the "
+                "example or leave it out"
+            )
+
+
+@contextmanager
+def blaming_labels(
+    workload: Workload, model: nn.Module, split: str, indices: Tensor
+) -> Iterator[None]:
+    """Names the example whose target the loss refuses, when that is why the block fails.
+
+    Raises:
+        WorkloadError: Naming the split, the example and what the loss said.
+    """
+    try:
+        yield
+    except GbpError:
+        raise
+    except Exception as error:
+        if (fault := _find_refused_target(workload, model, split, indices)) is None:
+            raise
+        raise WorkloadError(fault) from error
+
+
+def _find_refused_target(
+    workload: Workload, model: nn.Module, split: str, indices: Tensor
+) -> str | None:
+    if next(model.parameters()).is_cuda:
+        # A failed kernel has left the device unusable, or memory is short.
+        return None
+    try:
+        with torch.no_grad(), in_mode(model, is_training=False):
+            inputs, targets = take_batch(workload, getattr(workload, split), indices)
+            outputs = model(inputs)
+    except Exception:  # noqa: BLE001 - it may want other outputs than these
+        return None
+    for row, index in enumerate(indices.tolist()):
+        try:
+            with torch.no_grad():
+                workload.loss(outputs[row : row + 1], targets[row : row + 1])
+        except Exception as error:  # noqa: BLE001 - told by name
+            target = f" = {targets[row].item()}" if targets[row].numel() == 1 else ""
+            return (
+                f"workload.{split}: the loss refuses the target{target} of example {index}: "
+                f"{in_one_line(error)}"
+            )
+    return None
