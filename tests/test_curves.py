@@ -18,7 +18,7 @@ from gbp_ray.report.curves import Spread, WorkloadCurves, find_front, gather_cur
 from gbp_ray.report.page import _find_within_a_point
 from gbp_ray.results.query import open_results
 from gbp_ray.results.store import Store
-from gbp_ray.runtime.search import Known
+from gbp_ray.runtime.search import TrialHistory
 
 numbers = st.integers(0, 6).map(float)
 
@@ -111,7 +111,7 @@ def test_points_are_compared_with_the_better_measurement_of_the_dense_network(
         "with BatchNorm re-estimated": pytest.approx(0.45),
     }
     assert point.drop.mean == pytest.approx((-0.2 - 0.3 + 0.3) / 3)
-    outcome = Known(store, SweepConfig())(sweep_job("stale", seed=0, rounds=1))
+    outcome = TrialHistory(store, SweepConfig())(sweep_job("stale", seed=0, rounds=1))
     assert outcome is not None
     assert (outcome.dense_accuracy, outcome.dense_is_recalibrated) == (0.6, True)
 

@@ -183,7 +183,7 @@ def check_same_start(ranks: Ranks, found: Mapping[str, str]) -> None:
     Raises:
         WorkloadError: On every rank, naming the first difference.
     """
-    everyone = ranks.gather_objects(dict(found))
+    everyone = ranks.all_gather_objects(dict(found))
     for rank, other in enumerate(everyone):
         name = _find_difference(everyone[0], other)
         if name is None:
@@ -206,9 +206,9 @@ def check_same_weights(ranks: Ranks, digests: Mapping[str, str]) -> None:
     Raises:
         WorkloadError: On every rank, naming the first tensor that differs.
     """
-    if len(set(ranks.gather_objects(fingerprint(dict(digests))))) == 1:
+    if len(set(ranks.all_gather_objects(fingerprint(dict(digests))))) == 1:
         return
-    everyone = ranks.gather_objects(dict(digests))
+    everyone = ranks.all_gather_objects(dict(digests))
     for rank, other in enumerate(everyone):
         if other != everyone[0]:
             names = [n for n in {**everyone[0], **other} if everyone[0].get(n) != other.get(n)]

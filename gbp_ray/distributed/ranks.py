@@ -8,7 +8,7 @@ So 1, 2, 3 or 4 ranks give the same bits, and each rank sends what a reduce-scat
 Shape suffixes: N = elements of a flat vector, W = ranks, S = elements of the longest share.
 
 Every method that communicates says so; all ranks must call those in the same order. What runs a
-user's code may fail on one rank alone, so it runs `together` or as an `OrderedSum.attempt`: both
+user's code may fail on one rank alone, so it runs as `run_collectively` or as an `OrderedSum.attempt`: both
 turn a failure on one rank into a failure on all, which keeps that order.
 """
 
@@ -72,7 +72,7 @@ class Ranks:
             item = start + self.rank
             yield item if item < num_items else None
 
-    def fill_in(self, values: Tensor) -> Tensor:
+    def all_reduce_disjoint(self, values: Tensor) -> Tensor:
         """Combines vectors in which each element was filled by one rank and is zero on the others.
 
         Exact: every sum has one non-zero term. Communicates.
@@ -81,11 +81,13 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def together(self, action: Callable[[], Result], *, communicates: bool = False) -> Result:
-        """Runs `action` on this rank; if it fails on any rank, all raise as `agree` says.
+    def run_collectively(
+        self, action: Callable[[], Result], *, communicates: bool = False
+    ) -> Result:
+        """Runs `action` on this rank; if it fails on any rank, all raise as `raise_on_all` says.
 
         Args:
-            communicates: The action itself does, so a failure leaves others inside it: see `leave`.
+            communicates: The action itself does, so a failure leaves others inside it: see `abort`.
 
         Communicates.
         """
@@ -95,18 +97,18 @@ class Ranks:
             result = action()
         except Exception as error:
             if communicates:
-                self.leave()
+                self.abort()
                 raise
             failure = error
-        self.agree(failure)
+        self.raise_on_all(failure)
         return result  # type: ignore[return-value]
 
     @property
     def has_left(self) -> bool:
-        """Whether this rank has hung up on the others; see `leave`."""
+        """Whether this rank has hung up on the others; see `abort`."""
         return self.world_size > 1 and not dist.is_initialized()
 
-    def leave(self) -> None:
+    def abort(self) -> None:
         """Hangs up on the other ranks, which then fail instead of waiting for this one.
 
         For a rank that cannot go on in the middle of what all do together, before it raises. Gloo
@@ -116,7 +118,7 @@ class Ranks:
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
-    def agree(self, failure: Exception | None) -> None:
+    def raise_on_all(self, failure: Exception | None) -> None:
         """Raises on every rank what any rank failed with, so that none waits for one that is gone.
 
         A rank that fails alone cannot simply raise. Between two gloo processes the other one is
@@ -172,7 +174,7 @@ class Ranks:
                 "the workers run different code, data or hardware"
             )
 
-    def add_up(self, counts: Tensor) -> Tensor:
+    def all_reduce_counts(self, counts: Tensor) -> Tensor:
         """Adds integer counts of all ranks, in place; exact in any order. Communicates."""
         assert counts.dtype is torch.int64
         if self.world_size > 1:
@@ -181,7 +183,7 @@ class Ranks:
             counts.copy_(on_device)
         return counts
 
-    def gather_objects(self, value: Result) -> list[Result]:
+    def all_gather_objects(self, value: Result) -> list[Result]:
         """Hands every rank's small object to all, in rank order. Communicates."""
         if self.world_size == 1:
             return [value]
@@ -207,7 +209,7 @@ class Ranks:
         rows = whole.view(self.world_size, -1).cpu()
         return [row[:size] for row, size in zip(rows, sizes, strict=True)]
 
-    def share_object(self, value: Result) -> Result:
+    def broadcast_object(self, value: Result) -> Result:
         """Hands rank 0's small object to all ranks. Communicates."""
         if self.world_size == 1:
             return value

@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 
 __all__ = [
     "PARTED",
-    "Slice",
+    "RankSlice",
     "add_over_ranks",
     "copy_sharded",
     "cut_rows",
@@ -47,12 +47,12 @@ __all__ = [
     "like_shard",
     "listen_to_groups",
     "local",
+    "local_slice",
     "only_requiring",
-    "owned",
     "route_of",
     "shard_network",
     "unpack_pieces",
-    "whole",
+    "unsharded",
 ]
 
 _LEAST_GROUP = 1024
@@ -332,7 +332,7 @@ def _find_leaves(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[nn.Module]:
+def unsharded(model: nn.Module) -> Iterator[nn.Module]:
     """Lends the network with all weights gathered and without FSDP2's hooks. Communicates.
 
     It shares its buffers with the sharded one. While the block runs each rank holds all weights.
@@ -367,7 +367,7 @@ def whole(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @dataclass(frozen=True)
-class Slice:
+class RankSlice:
     """Weights `start` to `stop` of one layer, flat in C order; empty where they are equal."""
 
     name: str
@@ -383,7 +383,7 @@ class Slice:
 
 def cut_rows(
     name: str, shape: Sequence[int], world_size: int, *, is_whole: bool = False
-) -> list[Slice]:
+) -> list[RankSlice]:
     """Cuts a layer into a slice for each rank, in rank order.
 
     Args:
@@ -394,10 +394,10 @@ def cut_rows(
     row = math.prod(shape) // max(num_rows, 1)
     chunk = -(-num_rows // world_size)
     ends = [min(rank * chunk, num_rows) * row for rank in range(world_size + 1)]
-    return [Slice(name, shape, start, stop) for start, stop in pairwise(ends)]
+    return [RankSlice(name, shape, start, stop) for start, stop in pairwise(ends)]
 
 
-def owned(tensor: Tensor, piece: Slice) -> Tensor:
+def local_slice(tensor: Tensor, piece: RankSlice) -> Tensor:
     """Looks at what a slice covers of a whole layer or of this rank's shard of it; flat, (L,)."""
     tensor = tensor.detach()
     if is_shard(tensor):

@@ -24,12 +24,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gbp_ray.distributed.ranks import Ranks, all_gather
-from gbp_ray.distributed.sharding import Slice, cut_rows, like_shard, local, owned
+from gbp_ray.distributed.sharding import RankSlice, cut_rows, like_shard, local, local_slice
 from gbp_ray.errors import PruneError
 
 __all__ = [
     "Fold",
-    "GradientSums",
+    "GradientReducer",
     "OrderedSum",
     "largest_exchange",
 ]
@@ -41,7 +41,7 @@ Fold = Callable[[Tensor, Tensor, float], Tensor]
 """(gradient_L, weight_L, factor of the item) -> what the item adds, (L,), element by element."""
 
 
-class GradientSums:
+class GradientReducer:
     """One sum per parameter, each rank keeping its slice of it.
 
     Args:
@@ -59,7 +59,7 @@ class GradientSums:
         ranks: Ranks,
         parameters: Mapping[str, nn.Parameter],
         leaves: Mapping[str, nn.Parameter],
-        pieces: Mapping[str, Sequence[Slice]],
+        pieces: Mapping[str, Sequence[RankSlice]],
         factors: Sequence[float],
         fold: Fold,
         dtype: torch.dtype | None = None,
@@ -70,7 +70,7 @@ class GradientSums:
         self._parameters, self._leaves, self._pieces = parameters, leaves, pieces
         self._is_sharded = is_sharded
         self._weights = {
-            name: owned(parameter, pieces[name][ranks.rank])
+            name: local_slice(parameter, pieces[name][ranks.rank])
             for name, parameter in parameters.items()
         }
         self._totals = {
@@ -90,7 +90,7 @@ class GradientSums:
         self._present = range(0)
 
     @contextmanager
-    def listening(self) -> Iterator[GradientSums]:
+    def listening(self) -> Iterator[GradientReducer]:
         """Takes the gradients of all backward passes in the block."""
         for leaf in self._leaves.values():
             leaf.grad = None
@@ -120,7 +120,7 @@ class GradientSums:
             yield
         except Exception as error:
             if self._is_sharded:
-                self._ranks.leave()
+                self._ranks.abort()
             if self._is_sharded or self._ranks.world_size == 1:
                 raise
             self._failure = self._failure or error
@@ -134,9 +134,9 @@ class GradientSums:
         """Returns this rank's slices of the sums, (L,) by name. Communicates.
 
         Raises:
-            Exception: What a turn failed with on any rank, as `Ranks.agree` says.
+            Exception: What a turn failed with on any rank, as `Ranks.raise_on_all` says.
         """
-        self._ranks.agree(self._failure)
+        self._ranks.raise_on_all(self._failure)
         assert self._next_item == len(self._factors), "fewer turns than items"
         return self._totals
 
@@ -344,7 +344,7 @@ class OrderedSum:
             yield
         except Exception as error:
             if communicates:
-                self._ranks.leave()
+                self._ranks.abort()
             if communicates or self._ranks.world_size == 1:
                 raise
             self._failure = self._failure or error
@@ -370,9 +370,9 @@ class OrderedSum:
         """Returns this rank's share of the sum, shape (S,). Communicates.
 
         Raises:
-            Exception: What an attempt failed with on any rank, as `Ranks.agree` says.
+            Exception: What an attempt failed with on any rank, as `Ranks.raise_on_all` says.
         """
-        self._ranks.agree(self._failure)
+        self._ranks.raise_on_all(self._failure)
         assert self._next_item == self.num_items, "fewer turns than items"
         start, stop = self._bounds[self._ranks.rank : self._ranks.rank + 2]
         return self._total_S[: stop - start]

@@ -28,11 +28,11 @@ from gbp_ray.pruning.scoring import check_criterion
 from gbp_ray.pruning.selection import check_reachable, check_selectable
 from gbp_ray.pruning.units import Prunable, prunable_parameters
 from gbp_ray.results.records import RoundRecord
-from gbp_ray.training.adversarial import refuse_unattackable
-from gbp_ray.training.distillation import refuse_unteachable
-from gbp_ray.training.loss import refuse_unlearnable
+from gbp_ray.training.adversarial import check_attack
+from gbp_ray.training.distillation import check_distillation
+from gbp_ray.training.loss import check_loss
 from gbp_ray.training.network import network_of_seed
-from gbp_ray.training.optimizer import refuse_unfreezable, trainable_parameters
+from gbp_ray.training.optimizer import check_freeze, trainable_parameters
 from gbp_ray.training.side_effects import (
     Watch,
     check_evaluated,
@@ -98,12 +98,12 @@ def check_job(job: JobConfig, workload: Workload, dense: RoundRecord | None = No
     for section in ("pretrain", "finetune"):
         recipe: Recipe = getattr(job, section)
         if recipe.epochs > 0:
-            refuse_unfreezable(model, recipe.freeze, section)
-            refuse_unattackable(workload, model, recipe.adversarial, f"{section}.adversarial")
-            refuse_unlearnable(recipe, section, workload)
-    refuse_unattackable(workload, model, job.attack, "attack")
+            check_freeze(model, recipe.freeze, section)
+            check_attack(workload, model, recipe.adversarial, f"{section}.adversarial")
+            check_loss(recipe, section, workload)
+    check_attack(workload, model, job.attack, "attack")
     if job.finetune.epochs > 0:
-        refuse_unteachable(job, workload, model)
+        check_distillation(job, workload, model)
     if job.finetune.patience and workload.validation is None:
         raise ConfigError(
             f"finetune.patience = {job.finetune.patience}: has no examples to judge by; set "

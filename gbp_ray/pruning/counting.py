@@ -24,10 +24,10 @@ from torch import Tensor
 
 __all__ = [
     "DIGIT_BITS",
-    "Contenders",
     "Scan",
+    "ScoreView",
+    "as_score_view",
     "from_key",
-    "put_up",
 ]
 
 DIGIT_BITS = 8
@@ -49,7 +49,7 @@ class Scan:
     inside: Any
 
 
-class Contenders(Protocol):
+class ScoreView(Protocol):
     """The scores of a layer's slice, float16, float32 or float64, compared as they are.
 
     Attributes:
@@ -87,7 +87,7 @@ class Contenders(Protocol):
     def count_equal(self, value: float) -> int:
         """Counts those equal to a value."""
 
-    def mark(self, threshold: float, num_equal: int | None, kept_L: Tensor) -> None:
+    def write_mask(self, threshold: float, num_equal: int | None, kept_L: Tensor) -> None:
         """Writes into `kept_L`, bool where the scores lie, who stays when the lowest go.
 
         Args:
@@ -95,7 +95,7 @@ class Contenders(Protocol):
             num_equal: So many of those equal to it go, the first ones; None for all.
         """
 
-    def exempt_best(self, n: int, m: int, shape: tuple[int, ...], dim: int) -> Contenders:
+    def protect_top_n(self, n: int, m: int, shape: tuple[int, ...], dim: int) -> ScoreView:
         """Exempts the n best of each m neighbours along an axis, but none that was pruned before.
 
         Args:
@@ -103,7 +103,7 @@ class Contenders(Protocol):
         """
 
 
-def put_up(scores_L: np.ndarray | Tensor, kept_L: Tensor | None = None) -> Contenders:
+def as_score_view(scores_L: np.ndarray | Tensor, kept_L: Tensor | None = None) -> ScoreView:
     """Lets a slice compete where it lies.
 
     Args:
@@ -188,7 +188,7 @@ class _OnHost:
     def count_equal(self, value: float) -> int:
         return sum(int(np.count_nonzero(chunk == value)) for _, chunk in self._chunks())
 
-    def mark(self, threshold: float, num_equal: int | None, kept_L: Tensor) -> None:
+    def write_mask(self, threshold: float, num_equal: int | None, kept_L: Tensor) -> None:
         into, left = kept_L.numpy(), num_equal
         for start, chunk in self._chunks():
             stays = into[start : start + chunk.size]
@@ -201,7 +201,7 @@ class _OnHost:
                 stays[equal[left:]] = True
                 left = max(left - equal.size, 0)
 
-    def exempt_best(self, n: int, m: int, shape: tuple[int, ...], dim: int) -> _OnHost:
+    def protect_top_n(self, n: int, m: int, shape: tuple[int, ...], dim: int) -> _OnHost:
         exempt_L = np.empty(self.size, dtype=bool)
         for stretch in _whole_rows(self.size, shape, dim, _CHUNK):
             grouped = np.moveaxis(self.draw(stretch).reshape(-1, *shape[1:]), dim, -1)
@@ -309,7 +309,7 @@ class _OnDevice:
     def count_equal(self, value: float) -> int:
         return self._count(lambda chunk: chunk == value)
 
-    def mark(self, threshold: float, num_equal: int | None, kept_L: Tensor) -> None:
+    def write_mask(self, threshold: float, num_equal: int | None, kept_L: Tensor) -> None:
         left = num_equal
         for start, chunk in self._chunks():
             stays = kept_L[start : start + chunk.numel()]
@@ -322,7 +322,7 @@ class _OnDevice:
                 stays[equal[left:]] = True
                 left = max(left - equal.numel(), 0)
 
-    def exempt_best(self, n: int, m: int, shape: tuple[int, ...], dim: int) -> _OnDevice:
+    def protect_top_n(self, n: int, m: int, shape: tuple[int, ...], dim: int) -> _OnDevice:
         exempt_L = torch.empty(self.size, dtype=torch.bool, device=self._scores_L.device)
         for stretch in _whole_rows(self.size, shape, dim, _DEVICE_CHUNK):
             grouped = self._look(stretch).view(-1, *shape[1:]).movedim(dim, -1)

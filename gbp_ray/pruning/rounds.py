@@ -119,7 +119,7 @@ def run_rounds(
         first = 1
     else:
         # A sharded network is restored by all ranks together, communicating.
-        ranks.together(partial(run.restore, resume), communicates=is_sharded(run.model))
+        ranks.run_collectively(partial(run.restore, resume), communicates=is_sharded(run.model))
         first = resume.round + 1
         resume = None  # It may be as large as the network, and nobody needs it any more.
     for number in range(first, job.prune.rounds + 1):
@@ -151,7 +151,7 @@ class _Run:
         self.units = prunable_parameters(self.model, job.prune.exclude)
         refuse_frozen_movement(job, self.model, self.units)
         self.masks = MaskSet.dense(self.units)
-        initial = ranks.together(lambda: starting_masks(job, self.units))
+        initial = ranks.run_collectively(lambda: starting_masks(job, self.units))
         self.is_thinned = initial is not None
         if initial is not None:
             self.masks = spread_masks(initial, self.model).to(ranks.device)
@@ -324,7 +324,7 @@ class _Run:
         )
         if scores is None:
             return None
-        return SlicedScores.whole({n: s.to(self.ranks.device) for n, s in scores.items()})
+        return SlicedScores.from_full({n: s.to(self.ranks.device) for n, s in scores.items()})
 
     def _rewind(self) -> None:
         if self.job.prune.rewind == "weights":
@@ -485,7 +485,9 @@ class _Run:
             self.teacher = Teacher(copy_frozen(self.model), distillation)
 
     def _finish_round(self, record: RoundRecord) -> RoundState:
-        routes = self.ranks.gather_objects(route_of(self.model)) if is_sharded(self.model) else []
+        routes = (
+            self.ranks.all_gather_objects(route_of(self.model)) if is_sharded(self.model) else []
+        )
         if len(set(routes)) > 1:
             raise PruneError(PARTED)
         record = record.model_copy(update={"seconds": self.seconds})

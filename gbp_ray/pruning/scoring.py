@@ -30,8 +30,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gbp_ray.config.prune import PruneConfig
 from gbp_ray.distributed.ranks import Ranks, isolated
-from gbp_ray.distributed.sharding import is_sharded, leaves, local, only_requiring, owned, whole
-from gbp_ray.distributed.sums import GradientSums, OrderedSum
+from gbp_ray.distributed.sharding import (
+    is_sharded,
+    leaves,
+    local,
+    local_slice,
+    only_requiring,
+    unsharded,
+)
+from gbp_ray.distributed.sums import GradientReducer, OrderedSum
 from gbp_ray.errors import PruneError, WorkloadError
 from gbp_ray.pruning.criteria import Criterion, criterion
 from gbp_ray.pruning.statistics import Probe, synaptic_flow
@@ -86,8 +93,8 @@ def score(
         statistic, total = _statistic(
             rule, model, units, workload, config, ranks, layout, seed, round_number, movement, tell
         )
-    scores = ranks.together(lambda: _finish(rule, units, layout, statistic, total))
-    ranks.together(lambda: _refuse_non_finite(scores, units, config.criterion, ranks))
+    scores = ranks.run_collectively(lambda: _finish(rule, units, layout, statistic, total))
+    ranks.run_collectively(lambda: _refuse_non_finite(scores, units, config.criterion, ranks))
     return scores
 
 
@@ -175,7 +182,7 @@ def _sum_in_one_pass(
     if rule.of_gradients is not None:
         _sum_gradients(rule, model, units, calibration, ranks, layout, tell, keep)
         return
-    with whole(model) as plain:
+    with unsharded(model) as plain:
         own = _units_of(plain, units)
         _sum_over_batches(rule, plain, own, calibration, ranks, layout, tell, keep)
 
@@ -201,11 +208,11 @@ def _statistic(
             raise PruneError(
                 "prune.criterion = movement: nothing was gathered; set finetune.epochs above 0"
             )
-        return {piece.name: owned(movement[piece.name], piece) for piece in layout.own}, 1
+        return {piece.name: local_slice(movement[piece.name], piece) for piece in layout.own}, 1
     if config.criterion == "synflow":
-        with whole(model) as plain:
+        with unsharded(model) as plain:
             own = _units_of(plain, units)
-            flow_N = ranks.together(lambda: synaptic_flow(plain, own, workload))
+            flow_N = ranks.run_collectively(lambda: synaptic_flow(plain, own, workload))
         start, stop = layout.bounds[ranks.rank : ranks.rank + 2]
         return layout.split_own(layout.by_owner(flow_N)[start:stop]), 1
     calibration = _Calibration(workload, config, seed, ranks)
@@ -213,7 +220,7 @@ def _statistic(
         return _sum_gradients(rule, model, units, calibration, ranks, layout, tell)
     if not rule.passes:
         return {piece.name: torch.zeros(()) for piece in layout.own}, 1
-    with whole(model) as plain:
+    with unsharded(model) as plain:
         vector_S = _sum_over_batches(
             rule, plain, _units_of(plain, units), calibration, ranks, layout, tell
         )
@@ -229,7 +236,7 @@ def _finish(
 ) -> SlicedScores:
     values = []
     for unit, piece in zip(units, layout.own, strict=True):
-        weights_L = owned(unit.parameter, piece)
+        weights_L = local_slice(unit.parameter, piece)
         if piece.size == 0:
             values.append(weights_L.float())
             continue
@@ -336,7 +343,7 @@ def _sum_gradients(
     # In the order of the network, which is roughly that of the passes, and not of the names.
     names = [name for name in differentiated if name in by_name]
     places = {unit.name: number for number, unit in enumerate(units)}
-    sums = GradientSums(
+    sums = GradientReducer(
         ranks,
         {name: by_name[name] for name in names},
         {name: differentiated[name] for name in names},

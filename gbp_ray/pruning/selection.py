@@ -33,9 +33,16 @@ from torch import Tensor
 from gbp_ray.config.prune import PruneConfig
 from gbp_ray.config.schema import is_matched, match_names, nearest_glob
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.distributed.sharding import Slice, is_shard, like_shard, local, owned, unpack_pieces
+from gbp_ray.distributed.sharding import (
+    RankSlice,
+    is_shard,
+    like_shard,
+    local,
+    local_slice,
+    unpack_pieces,
+)
 from gbp_ray.errors import ConfigError, PruneError, name_some
-from gbp_ray.pruning.counting import Contenders, put_up
+from gbp_ray.pruning.counting import ScoreView, as_score_view
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.thresholds import Cut, Pool, find_cuts
 from gbp_ray.pruning.units import SlicedScores, num_to_prune
@@ -65,8 +72,8 @@ class Selection:
 class _Layer:
     """One layer in the pool: this rank's scores as they compete, and numbers of the whole layer."""
 
-    piece: Slice
-    scores: Contenders
+    piece: RankSlice
+    scores: ScoreView
     num_pruned: int = 0
     num_exempt: int = 0
     floor: int = 0
@@ -106,7 +113,7 @@ def select_masks(
     ranks = ranks or Ranks()
     if not isinstance(scores, SlicedScores):
         _refuse_other_shapes(scores, masks)
-        scores = SlicedScores.whole({name: scores[name] for name in masks})
+        scores = SlicedScores.from_full({name: scores[name] for name in masks})
     check_selectable({name: tuple(mask.shape) for name, mask in masks.items()}, config, input_dims)
     layers = _make_layers(scores, masks, config, input_dims or {}, ranks)
     _set_bounds(layers, config)
@@ -234,15 +241,17 @@ def _make_layers(
     layers = []
     counts = torch.zeros(len(scores.slices), 3, dtype=torch.int64)
     for number, (piece, values) in enumerate(zip(scores.slices, scores.values, strict=True)):
-        kept_L = owned(masks[piece.name], piece).to(values.device)
-        rivals = put_up(values.detach().to(dtype), kept_L)
+        kept_L = local_slice(masks[piece.name], piece).to(values.device)
+        rivals = as_score_view(values.detach().to(dtype), kept_L)
         num_bad = piece.size - rivals.num_pruned - rivals.count_finite()
         if config.pattern is not None:
             # Slices end where rows end, or hold all of a layer, so groups are whole.
-            rivals = rivals.exempt_best(*config.pattern, piece.shape, input_dims.get(piece.name, 1))
+            rivals = rivals.protect_top_n(
+                *config.pattern, piece.shape, input_dims.get(piece.name, 1)
+            )
         counts[number] = torch.tensor([num_bad, rivals.num_exempt, rivals.num_pruned])
         layers.append(_Layer(piece, rivals))
-    ranks.add_up(counts)
+    ranks.all_reduce_counts(counts)
     for layer, (num_bad, num_exempt, num_pruned) in zip(layers, counts.tolist(), strict=True):
         if num_bad:
             raise PruneError(
@@ -443,7 +452,7 @@ def _mark_all(layers: list[_Layer], ends: list[_End], device: torch.device) -> l
     """Marks what is kept of this rank's slices."""
     kept = _allocate([layer.scores.size for layer in layers], device)
     for layer, end, kept_L in zip(layers, ends, kept, strict=True):
-        layer.scores.mark(end.threshold, end.num_equal, kept_L)
+        layer.scores.write_mask(end.threshold, end.num_equal, kept_L)
     return kept
 
 
@@ -453,7 +462,7 @@ def _pack_all(layers: list[_Layer], ends: list[_End], device: torch.device) -> n
     packed = []
     for layer, end in zip(layers, ends, strict=True):
         kept_L = scratch[: layer.scores.size]
-        layer.scores.mark(end.threshold, end.num_equal, kept_L)
+        layer.scores.write_mask(end.threshold, end.num_equal, kept_L)
         packed.append(np.packbits(kept_L.cpu().numpy()))
     return np.concatenate(packed)
 
@@ -469,7 +478,7 @@ def _count_before(counts: list[int], ranks: Ranks) -> list[int]:
     """Adds up, for each count, those of the ranks before this one. Communicates."""
     table = torch.zeros(ranks.world_size, len(counts), dtype=torch.int64)
     table[ranks.rank] = torch.tensor(counts)
-    return ranks.add_up(table)[: ranks.rank].sum(dim=0).tolist()
+    return ranks.all_reduce_counts(table)[: ranks.rank].sum(dim=0).tolist()
 
 
 def _spread_masks(kept: list[Tensor], masks: MaskSet) -> dict[str, Tensor]:
@@ -481,9 +490,9 @@ def _spread_masks(kept: list[Tensor], masks: MaskSet) -> dict[str, Tensor]:
     return found
 
 
-def _exchange_masks(pieces: list[Slice], packed: np.ndarray, ranks: Ranks) -> dict[str, Tensor]:
+def _exchange_masks(pieces: list[RankSlice], packed: np.ndarray, ranks: Ranks) -> dict[str, Tensor]:
     """Puts the ranks' slices together on all of them, one bit a weight. Communicates."""
-    by_rank = ranks.gather_objects([(piece.start, piece.stop) for piece in pieces])
+    by_rank = ranks.all_gather_objects([(piece.start, piece.stop) for piece in pieces])
     sizes = [[stop - start for start, stop in of_rank] for of_rank in by_rank]
     num_bytes = [sum(-(-size // 8) for size in of_rank) for of_rank in sizes]
     rows = [row.numpy() for row in ranks.gather_bytes(torch.from_numpy(packed), num_bytes)]

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.pruning.counting import DIGIT_BITS, Contenders, Scan, from_key, put_up
+from gbp_ray.pruning.counting import DIGIT_BITS, Scan, ScoreView, as_score_view, from_key
 
 __all__ = [
     "Cut",
@@ -101,11 +101,11 @@ def exact_threshold(
         The k-th lowest score, and how many scores equal to it belong to the k.
     """
     pool = Pool((0,), k, (0,), (2**62,))
-    (cut,) = find_cuts([put_up(scores_L)], [pool], ranks or Ranks())
+    (cut,) = find_cuts([as_score_view(scores_L)], [pool], ranks or Ranks())
     return cut.threshold, k - cut.below
 
 
-def find_cuts(values: Sequence[Contenders], pools: Sequence[Pool], ranks: Ranks) -> list[Cut]:
+def find_cuts(values: Sequence[ScoreView], pools: Sequence[Pool], ranks: Ranks) -> list[Cut]:
     """Finds the lowest value at which each pool reaches its target. Communicates.
 
     Args:
@@ -124,7 +124,7 @@ def find_cuts(values: Sequence[Contenders], pools: Sequence[Pool], ranks: Ranks)
 class _Search:
     """What is known of one pool: counts below, and the scores among which the value lies."""
 
-    def __init__(self, pool: Pool, values: list[Contenders]) -> None:
+    def __init__(self, pool: Pool, values: list[ScoreView]) -> None:
         self.pool, self.values = pool, values
         self.below = np.zeros(len(values), dtype=np.int64)
         self.equal = np.zeros(len(values), dtype=np.int64)
@@ -149,7 +149,7 @@ class _Search:
 
 def _bracket(searches: list[_Search], ranks: Ranks) -> None:
     """Narrows the searches of many scores to those inside a bracket, or settles them outright."""
-    sizes = ranks.add_up(
+    sizes = ranks.all_reduce_counts(
         torch.tensor([sum(v.size for v in s.values) for s in searches], dtype=torch.int64)
     )
     many = [
@@ -159,14 +159,14 @@ def _bracket(searches: list[_Search], ranks: Ranks) -> None:
     ]
     if not many:
         return
-    samples = ranks.gather_objects([_sample(search, size) for search, size in many])
+    samples = ranks.all_gather_objects([_sample(search, size) for search, size in many])
     found = []
     for number, (search, size) in enumerate(many):
         sample = np.sort(np.concatenate([of_rank[number] for of_rank in samples]))
         low, high = _bracket_ends(sample, search.pool.target / size)
         found.append((search, low, high, _scan_all(search.values, low, high)))
     counts = torch.tensor([scan.counts for *_, scans in found for scan in scans], dtype=torch.int64)
-    everywhere = ranks.add_up(counts).numpy()
+    everywhere = ranks.all_reduce_counts(counts).numpy()
     for search, low, high, scans in found:
         below_low, to_low, below_high, to_high = everywhere[: len(scans)].T
         everywhere = everywhere[len(scans) :]
@@ -205,7 +205,7 @@ def _bracket_ends(sample: np.ndarray, share: float) -> tuple[float, float]:
     return low, float(sample[last]) if last < sample.size else math.inf
 
 
-def _scan_all(values: list[Contenders], low: float, high: float) -> list[Scan]:
+def _scan_all(values: list[ScoreView], low: float, high: float) -> list[Scan]:
     room = int(_MOST_KEPT * sum(layer.size for layer in values))
     scans = []
     for layer in values:
@@ -218,13 +218,13 @@ def _scan_all(values: list[Contenders], low: float, high: float) -> list[Scan]:
 # -- counting digit by digit -----------------------------------------------------------------------
 
 
-def _count_digits(searches: list[_Search], values: Sequence[Contenders], ranks: Ranks) -> None:
+def _count_digits(searches: list[_Search], values: Sequence[ScoreView], ranks: Ranks) -> None:
     if not searches:
         return
     num_bits = values[0].dtype.itemsize * 8
     for shift in range(num_bits - DIGIT_BITS, -1, -DIGIT_BITS):
         mine = np.concatenate([_histograms(search, shift) for search in searches])
-        everywhere = ranks.add_up(torch.from_numpy(mine)).numpy()
+        everywhere = ranks.all_reduce_counts(torch.from_numpy(mine)).numpy()
         for search in searches:
             counts = everywhere[: len(search.values)]
             everywhere = everywhere[len(search.values) :]

@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from gbp_ray.config.schema import match_names, nearest_glob
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.distributed.sharding import (
-    Slice,
+    RankSlice,
     add_over_ranks,
     cut_rows,
     is_shard,
@@ -133,7 +133,7 @@ class Layout:
         self._sizes = [unit.parameter.numel() for unit in units]
 
     @property
-    def own(self) -> tuple[Slice, ...]:
+    def own(self) -> tuple[RankSlice, ...]:
         """This rank's slices."""
         return self.by_rank[self._rank]
 
@@ -190,21 +190,21 @@ class SlicedScores:
     Over all ranks the slices of a layer cover it once, in rank order.
     """
 
-    slices: tuple[Slice, ...]
+    slices: tuple[RankSlice, ...]
     values: tuple[Tensor, ...]
 
     @classmethod
-    def whole(cls, scores: Mapping[str, Tensor]) -> SlicedScores:
+    def from_full(cls, scores: Mapping[str, Tensor]) -> SlicedScores:
         """Takes scores of all layers, shaped like the weights, as one rank's share."""
         names = sorted(scores)
         slices = tuple(
-            Slice(name, tuple(scores[name].shape), 0, scores[name].numel()) for name in names
+            RankSlice(name, tuple(scores[name].shape), 0, scores[name].numel()) for name in names
         )
         return cls(slices, tuple(scores[name].reshape(-1) for name in names))
 
     def gather(self, ranks: Ranks) -> dict[str, Tensor]:
         """Puts all scores together on every rank, for looking at them. Communicates."""
-        parts = ranks.gather_objects([value.cpu() for value in self.values])
+        parts = ranks.all_gather_objects([value.cpu() for value in self.values])
         return {
             piece.name: torch.cat([part[number] for part in parts]).view(piece.shape)
             for number, piece in enumerate(self.slices)

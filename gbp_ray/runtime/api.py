@@ -45,14 +45,14 @@ from gbp_ray.runtime.progress import ProgressBoard, SweepBoard
 from gbp_ray.runtime.search import (
     Answer,
     Bisection,
-    Feeder,
-    Known,
     Outcome,
-    Plan,
+    SearchPlan,
     Sparsities,
+    TrialHistory,
     TrialList,
+    TrialQueue,
     check_extras,
-    spread,
+    first_of_each_group,
     warn_of_idle_metric,
 )
 from gbp_ray.runtime.submission import prepare_submission
@@ -316,9 +316,9 @@ def sweep(
     _warn_of_idle_options(trials, stacklevel=3)
     check_extras(job)
     store = Store(job.storage, job.name)
-    known = Known(store, job.sweep)
+    known = TrialHistory(store, job.sweep)
     plan = _plan(job, trials, known)
-    feeder = Feeder(plan, known)
+    feeder = TrialQueue(plan, known)
     with SweepBoard(is_quiet, job.sweep.metric) as board:
         first = feeder.next()
         values = ((o.trial_id, getattr(o, job.sweep.metric)) for o in feeder.outcomes.values())
@@ -367,16 +367,16 @@ def plan_sweep(
     _warn_of_idle_options(trials, stacklevel=3)
     check_extras(job)
     store = Store(job.storage, job.name)
-    known = Known(store, job.sweep)
+    known = TrialHistory(store, job.sweep)
     num_suggested = None
     if job.sweep.search == "optuna":
         # What it would choose it does not know itself before trials have ended.
         earlier = known.find_in(job)[: job.sweep.num_samples]
-        plan: Plan = TrialList(earlier)
+        plan: SearchPlan = TrialList(earlier)
         num_suggested = job.sweep.num_samples - len(earlier)
     else:
         plan = _plan(job, trials, known)
-    found = find_trials(job, Feeder(plan, known), num_suggested)
+    found = find_trials(job, TrialQueue(plan, known), num_suggested)
     if found.left:
         store.check_claim(JobRecord(factory=job.workload.factory))
     machines = see_machines(job)
@@ -416,7 +416,7 @@ def _describe_answer(answer: Answer, others: Sequence[Answer]) -> dict[str, Any]
     }
 
 
-def _plan(job: JobConfig, trials: list[JobConfig], known: Known) -> Plan:
+def _plan(job: JobConfig, trials: list[JobConfig], known: TrialHistory) -> SearchPlan:
     if job.sweep.target.max_drop is not None:
         return Bisection(trials, Sparsities(job))
     if job.sweep.search == "optuna":
@@ -425,7 +425,9 @@ def _plan(job: JobConfig, trials: list[JobConfig], known: Known) -> Plan:
         )
     groups = {trial_id(trial): _dense_group(trial) for trial in trials}
     # What is known first, so that the board starts from there.
-    return TrialList(sorted(spread(trials, groups), key=lambda trial: known(trial) is None))
+    return TrialList(
+        sorted(first_of_each_group(trials, groups), key=lambda trial: known(trial) is None)
+    )
 
 
 def _dense_group(job: JobConfig) -> str | None:

@@ -32,15 +32,15 @@ from gbp_ray.runtime.placement import (
     pretend_cpus,
     worker_resources,
 )
-from gbp_ray.runtime.search import Bisection, Feeder, Outcome, Sparsities
+from gbp_ray.runtime.search import Bisection, Outcome, Sparsities, TrialQueue
 from gbp_ray.runtime.sizes import Sizes, bytes_of
 from gbp_ray.training.network import network_of_seed
 from gbp_ray.training.optimizer import num_steps
 from gbp_ray.workloads.contract import Portion, Workload
 
 __all__ = [
+    "CostEstimate",
     "Kind",
-    "Plan",
     "PrunePlan",
     "SweepPlan",
     "Trials",
@@ -91,7 +91,7 @@ class PrunePlan:
     uri: str
     num_done: int
     num_left: int
-    plan: Plan | None
+    plan: CostEstimate | None
     misfits: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class Kind:
 
     name: str
     num_trials: int
-    plan: Plan
+    plan: CostEstimate
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class SweepPlan:
 # -- what is left to run ---------------------------------------------------------------------------
 
 
-def find_trials(job: JobConfig, feeder: Feeder, num_suggested: int | None) -> Trials:
+def find_trials(job: JobConfig, feeder: TrialQueue, num_suggested: int | None) -> Trials:
     """Finds what a sweep would run, starting nothing.
 
     Args:
@@ -272,7 +272,7 @@ class _Bill:
         self._known = set(store.objects.list_folders("trials/"))
         self._dense = {f"dense/{name}" for name in store.objects.list_folders("dense/")}
         self._scores: set[str] = set()
-        self._planned: dict[str, tuple[Plan, Workload]] = {}
+        self._planned: dict[str, tuple[CostEstimate, Workload]] = {}
         self._counts: dict[str, int] = {}
         self.num_begun = self.num_dense = self.num_steps = self.num_unplanned = 0
         self.stored_bytes = 0
@@ -305,7 +305,9 @@ class _Bill:
         dense_bytes = plan.stored_bytes - plan.num_rounds * plan.round_bytes
         self.stored_bytes += number * (dense_bytes + trial.prune.rounds * plan.round_bytes)
 
-    def _add_shared(self, trial: JobConfig, number: int, plan: Plan, workload: Workload) -> None:
+    def _add_shared(
+        self, trial: JobConfig, number: int, plan: CostEstimate, workload: Workload
+    ) -> None:
         folder = dense_folder(trial)
         is_new = folder not in self._dense
         if folder is None or is_new:
@@ -368,7 +370,7 @@ def see_machines(job: JobConfig) -> list[Machine]:
         return list_machines()
 
 
-def take_of_host(job: JobConfig, plan: Plan) -> int:
+def take_of_host(job: JobConfig, plan: CostEstimate) -> int:
     """Computes what a worker takes of its machine's memory."""
     return (0 if job.cluster.use_gpu else plan.peak_bytes) + plan.data_bytes + _PROCESS_BYTES
 
@@ -412,7 +414,7 @@ def find_misfits(
 
 
 @dataclass(frozen=True)
-class Plan:
+class CostEstimate:
     """What a job will cost.
 
     Attributes:
@@ -447,7 +449,7 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(job: JobConfig, workload: Workload) -> Plan:
+def make_plan(job: JobConfig, workload: Workload) -> CostEstimate:
     """Plans a job whose network has been checked; a few examples pass through it."""
     model, is_blank = network_of_seed(workload, job.seed)
     sizes = Sizes(job, workload, model, is_blank=is_blank)
@@ -455,7 +457,7 @@ def make_plan(job: JobConfig, workload: Workload) -> Plan:
     rule = criterion(job.prune.criterion)
     # movement fine-tunes before the first decision as well.
     stretches = job.prune.rounds + (job.prune.criterion == "movement")
-    return Plan(
+    return CostEstimate(
         strategy=job.cluster.strategy,
         num_workers=job.cluster.max_workers,
         num_parameters=sum(p.numel() for p in model.parameters()),

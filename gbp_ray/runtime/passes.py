@@ -13,7 +13,7 @@ from gbp_ray.config.job import JobConfig
 from gbp_ray.config.training import Recipe
 from gbp_ray.distributed.ranks import Ranks, isolated
 from gbp_ray.distributed.sharding import cut_rows
-from gbp_ray.distributed.sums import GradientSums
+from gbp_ray.distributed.sums import GradientReducer
 from gbp_ray.pruning.scoring import score
 from gbp_ray.pruning.units import prunable_parameters
 from gbp_ray.training.adversarial import perturb
@@ -82,7 +82,7 @@ class Passes:
     def _run_training(self, recipe: Recipe, size: int) -> object:
         trainable = trainable_parameters(self._model, recipe.freeze)
         pieces = {name: cut_rows(name, p.shape, 1) for name, p in trainable.items()}
-        sums = GradientSums(
+        sums = GradientReducer(
             Ranks(), trainable, trainable, pieces, [1.0], lambda gradient, weight, share: gradient
         )
         device = next(self._model.parameters()).device

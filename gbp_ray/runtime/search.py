@@ -25,15 +25,15 @@ from gbp_ray.results.store import Store
 __all__ = [
     "Answer",
     "Bisection",
-    "Feeder",
-    "Known",
     "Outcome",
-    "Plan",
+    "SearchPlan",
     "Sparsities",
+    "TrialHistory",
     "TrialList",
+    "TrialQueue",
     "check_extras",
+    "first_of_each_group",
     "job_at",
-    "spread",
     "warn_of_idle_metric",
 ]
 
@@ -68,7 +68,7 @@ class Outcome:
         return find_accuracy_fault(values)
 
 
-class Plan(ABC):
+class SearchPlan(ABC):
     """What is left to try."""
 
     total: int | None = None
@@ -90,7 +90,7 @@ class Plan(ABC):
         """Whether every trial has ended."""
 
 
-class TrialList(Plan):
+class TrialList(SearchPlan):
     """Trials known beforehand, in order."""
 
     def __init__(self, jobs: Iterable[JobConfig]) -> None:
@@ -164,7 +164,7 @@ class _Search:
         return (self.low + self.high) // 2
 
 
-class Bisection(Plan):
+class Bisection(SearchPlan):
     """Finds for each job the largest sparsity that loses no more accuracy than allowed.
 
     There is no answer where accuracy is no share of examples, 0 throughout, or the same at every
@@ -314,7 +314,9 @@ class Sparsities:
         return outcome.accuracy >= outcome.dense_accuracy - self._max_drop - 1e-9
 
 
-def spread(jobs: Iterable[JobConfig], groups: Mapping[str, str | None]) -> list[JobConfig]:
+def first_of_each_group(
+    jobs: Iterable[JobConfig], groups: Mapping[str, str | None]
+) -> list[JobConfig]:
     """Puts the first of each group before all others, so that these do not wait for it.
 
     Args:
@@ -331,14 +333,14 @@ def spread(jobs: Iterable[JobConfig], groups: Mapping[str, str | None]) -> list[
     return [*first, *rest]
 
 
-class Feeder:
+class TrialQueue:
     """Gives out the trials of a plan that are not known yet, and gathers how all of them ended.
 
     Args:
         known: Finds how a trial ended before this sweep, or None.
     """
 
-    def __init__(self, plan: Plan, known: Callable[[JobConfig], Outcome | None]) -> None:
+    def __init__(self, plan: SearchPlan, known: Callable[[JobConfig], Outcome | None]) -> None:
         self.plan, self._known = plan, known
         self.outcomes: dict[str, Outcome] = {}
         self._given: dict[str, JobConfig] = {}
@@ -401,7 +403,7 @@ class Feeder:
         self.plan.tell(outcome)
 
 
-class Known:
+class TrialHistory:
     """Finds how a job's trials ended before.
 
     Args:

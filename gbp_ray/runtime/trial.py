@@ -201,11 +201,11 @@ def iterate_trial(
     with fixed_kernels(job.cluster.threads_per_worker):
         name = trial_id(job)
         store = Store(job.storage, job.name)
-        workload = ranks.together(lambda: load_workload(job.workload, job.seed))
+        workload = ranks.run_collectively(lambda: load_workload(job.workload, job.seed))
         # All go by what rank 0 sees: a round may be committed between two looks.
-        records = ranks.share_object(ranks.together(lambda: store.read_rounds(name)))
+        records = ranks.broadcast_object(ranks.run_collectively(lambda: store.read_rounds(name)))
         # Whoever holds the trial now must hold it at each commit.
-        driver = ranks.together(lambda: store.read_driver(name))
+        driver = ranks.run_collectively(lambda: store.read_driver(name))
         teller = _Teller(job, workload, name, tell)
         model: nn.Module | None = None
         if len(records) <= job.prune.rounds:
@@ -214,7 +214,7 @@ def iterate_trial(
                 workload,
                 ranks,
                 # Handed on and not held here: it may be as large as the network.
-                resume=ranks.together(lambda: _read_checkpoint(store, name, records, job)),
+                resume=ranks.run_collectively(lambda: _read_checkpoint(store, name, records, job)),
                 tell=teller,
                 score_cache=score_cache,
             ):
@@ -236,9 +236,9 @@ def _use_test_split(
 ) -> None:
     """Measures the chosen round on the test split, once; without a network it builds one."""
     name = trial_id(job)
-    if ranks.share_object(ranks.together(lambda: store.read_test(name))) is not None:
+    if ranks.broadcast_object(ranks.run_collectively(lambda: store.read_test(name))) is not None:
         return
-    records = ranks.share_object(ranks.together(lambda: store.read_rounds(name)))
+    records = ranks.broadcast_object(ranks.run_collectively(lambda: store.read_rounds(name)))
 
     def read_weights(number: int) -> bytes:
         return store.read_file(name, records[number], "weights.safetensors")
@@ -257,7 +257,7 @@ def _use_test_split(
         read_weights,
         lambda number, done, total: tell("evaluate", number, done, total, None),
     )
-    ranks.together(lambda: store.write_test(name, found) if ranks.is_first else None)
+    ranks.run_collectively(lambda: store.write_test(name, found) if ranks.is_first else None)
 
 
 def _commit(store: Store, name: str, driver: str, state: RoundState, ranks: Ranks) -> RoundRecord:
@@ -271,10 +271,10 @@ def _commit(store: Store, name: str, driver: str, state: RoundState, ranks: Rank
     if is_sharded(state.model):
         files = state.to_files()
     else:
-        files = ranks.together(lambda: state.to_files() if ranks.is_first else {})
-    ranks.together(lambda: begin() if ranks.is_first else None)
-    written = ranks.together(lambda: store.put_files(name, number, files))
-    everything = {k: v for part in ranks.gather_objects(written) for k, v in part.items()}
+        files = ranks.run_collectively(lambda: state.to_files() if ranks.is_first else {})
+    ranks.run_collectively(lambda: begin() if ranks.is_first else None)
+    written = ranks.run_collectively(lambda: store.put_files(name, number, files))
+    everything = {k: v for part in ranks.all_gather_objects(written) for k, v in part.items()}
 
     def end() -> RoundRecord:
         if not ranks.is_first:
@@ -282,7 +282,7 @@ def _commit(store: Store, name: str, driver: str, state: RoundState, ranks: Rank
         store.check_driver(name, driver)
         return store.end_round(name, state.record, everything)
 
-    return ranks.together(end)
+    return ranks.run_collectively(end)
 
 
 class _Shards(Mapping[str, bytes]):

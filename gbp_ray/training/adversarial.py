@@ -43,9 +43,9 @@ from gbp_ray.workloads.data import cut_batches, derive_seed, take_batch
 from gbp_ray.workloads.metrics import check_share, count_right, loss_of, mark_right
 
 __all__ = [
+    "check_attack",
     "num_attacked",
     "perturb",
-    "refuse_unattackable",
     "robust_accuracy",
 ]
 
@@ -93,9 +93,7 @@ def perturb(
     return changed.detach()
 
 
-def refuse_unattackable(
-    workload: Workload, model: nn.Module, attack: Perturbation, key: str
-) -> None:
+def check_attack(workload: Workload, model: nn.Module, attack: Perturbation, key: str) -> None:
     """Refuses an attack that cannot be made; tries it on one example.
 
     Raises:
@@ -175,8 +173,8 @@ def robust_accuracy(
                 measure(0)
             tell(min((turn + 1) * ranks.world_size, len(batches)), len(batches))
 
-    ranks.together(measure_own, communicates=is_sharded(model))
-    right, asked = ranks.fill_in(right), ranks.fill_in(asked)
+    ranks.run_collectively(measure_own, communicates=is_sharded(model))
+    right, asked = ranks.all_reduce_disjoint(right), ranks.all_reduce_disjoint(asked)
     if asked.item() == 0:
         raise WorkloadError(
             f"attack.examples = {attack.examples}: none of the first {total} examples of "

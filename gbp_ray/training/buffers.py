@@ -167,7 +167,7 @@ class TrainedBuffers:
         growth = {part: grown.tolist() for part, grown in self._growth.items()}
         values: dict[int, Tensor] = {}
         by_part: dict[int, list[int]] = {}
-        for others_last, others_growth in ranks.gather_objects((last, growth)):
+        for others_last, others_growth in ranks.all_gather_objects((last, growth)):
             values |= others_last
             by_part |= others_growth
         for number in odd:

@@ -33,16 +33,16 @@ from gbp_ray.workloads.weight_files import read_weights
 from gbp_ray.workloads.weights import TEACHER, find_misfits, fit_state, tensor_state
 
 __all__ = [
-    "Lesson",
     "Teacher",
+    "TeacherOutputs",
     "answer_bytes",
+    "capture_outputs",
+    "check_distillation",
+    "check_features",
     "distillation_loss",
     "feature_distance",
     "is_taught_once",
     "prepare_teacher",
-    "refuse_untappable",
-    "refuse_unteachable",
-    "tapped",
 ]
 
 _SECTION = "finetune.distillation"
@@ -69,7 +69,9 @@ def prepare_teacher(
     """
     config = job.finetune.distillation
     if config.teacher:
-        ranks.together(lambda: load_rows(teacher.model, _read_fitting(config, teacher.model)))
+        ranks.run_collectively(
+            lambda: load_rows(teacher.model, _read_fitting(config, teacher.model))
+        )
     if not is_taught_once(job, workload, teacher.model, ranks):
         return teacher
     known = _ask_once(teacher.model, workload, ranks, job.workload.eval_batch_size, tell)
@@ -105,7 +107,7 @@ def is_taught_once(
     if steps * min(recipe.batch_size, total) < total:
         return False
     ranks = ranks or Ranks()
-    if not ranks.share_object(ranks.together(lambda: _are_drawn_alike(workload))):
+    if not ranks.broadcast_object(ranks.run_collectively(lambda: _are_drawn_alike(workload))):
         return False
     return answer_bytes(workload, model, ranks) <= _MOST_BYTES
 
@@ -152,8 +154,8 @@ def _ask_once(
                     table[0][batch.start : batch.stop] = answers
             tell(min((turn + 1) * ranks.world_size, len(batches)), len(batches))
 
-    ranks.together(ask_own, communicates=is_sharded(model))
-    return ranks.fill_in(table[0])
+    ranks.run_collectively(ask_own, communicates=is_sharded(model))
+    return ranks.all_reduce_disjoint(table[0])
 
 
 @torch.no_grad()
@@ -165,7 +167,7 @@ def _ask(model: nn.Module, workload: Workload, batch: range, device: torch.devic
     return answers
 
 
-def refuse_unteachable(job: JobConfig, workload: Workload, model: nn.Module) -> None:
+def check_distillation(job: JobConfig, workload: Workload, model: nn.Module) -> None:
     """Refuses a distillation that this network cannot take part in.
 
     Raises:
@@ -179,7 +181,7 @@ def refuse_unteachable(job: JobConfig, workload: Workload, model: nn.Module) -> 
     inputs, _ = take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
     with torch.no_grad(), isolated(model.eval(), 0):
         outputs = model(inputs)
-        refuse_untappable(model, config.features, inputs, f"{_SECTION}.features")
+        check_features(model, config.features, inputs, f"{_SECTION}.features")
     is_logits = isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.ndim >= 2
     if config.weight > 0 and not is_logits:
         raise ConfigError(
@@ -191,7 +193,7 @@ def refuse_unteachable(job: JobConfig, workload: Workload, model: nn.Module) -> 
 
 
 @contextmanager
-def tapped(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def capture_outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Collects the outputs of modules by name; of a module called several times, the last one."""
     outputs: dict[str, Tensor] = {}
 
@@ -220,7 +222,7 @@ def feature_distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) 
     ).mean()
 
 
-def refuse_untappable(model: nn.Module, names: Sequence[str], inputs: Tensor, key: str) -> None:
+def check_features(model: nn.Module, names: Sequence[str], inputs: Tensor, key: str) -> None:
     """Refuses names of modules that the network does not have, or whose outputs are no tensors.
 
     Args:
@@ -235,7 +237,7 @@ def refuse_untappable(model: nn.Module, names: Sequence[str], inputs: Tensor, ke
             raise ConfigError(
                 f"{key} = '{name}': the network has no such module{nearest_name(name, paths)}"
             )
-    with torch.no_grad(), tapped(model, names) as outputs:
+    with torch.no_grad(), capture_outputs(model, names) as outputs:
         model(inputs)
     for name in names:
         if not isinstance(outputs.get(name), Tensor):
@@ -246,7 +248,7 @@ def refuse_untappable(model: nn.Module, names: Sequence[str], inputs: Tensor, ke
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherOutputs:
     """What a teacher says of some examples.
 
     Attributes:
@@ -271,7 +273,9 @@ class Teacher:
     config: DistillationConfig
     known: Tensor | None = None
 
-    def teach(self, inputs: Tensor, indices: Tensor, draws: int, recipe: Recipe) -> Lesson:
+    def forward(
+        self, inputs: Tensor, indices: Tensor, draws: int, recipe: Recipe
+    ) -> TeacherOutputs:
         """Says what it makes of some examples.
 
         Args:
@@ -279,18 +283,18 @@ class Teacher:
             indices: (B,) which training examples they are.
         """
         if self.known is not None:
-            return Lesson(self.known[indices.to(self.known.device)].to(inputs.device))
+            return TeacherOutputs(self.known[indices.to(self.known.device)].to(inputs.device))
         self.model.eval()
         with (
             torch.no_grad(),
             isolated(self.model, derive_seed(draws, "teacher")),
-            tapped(self.model, self.config.features) as features,
+            capture_outputs(self.model, self.config.features) as features,
         ):
             outputs = _run(self.model, inputs, recipe)
-        return Lesson(outputs if self.config.weight > 0 else None, features)
+        return TeacherOutputs(outputs if self.config.weight > 0 else None, features)
 
-    def mark(
-        self, loss: Tensor, outputs: Tensor, features: Mapping[str, Tensor], lesson: Lesson
+    def distilled_loss(
+        self, loss: Tensor, outputs: Tensor, features: Mapping[str, Tensor], lesson: TeacherOutputs
     ) -> Tensor:
         """Adds to a loss how far outputs and features are from what was taught."""
         if lesson.outputs is not None:

@@ -92,8 +92,8 @@ def evaluate(
             check_share(split, *counted, f"in batch {item + 1} of {len(batches)}")
 
     # Nothing is exchanged before the end, so a rank that fails must not leave the others there.
-    ranks.together(measure_own, communicates=is_sharded(model))
-    losses, items, right, asked = map(ranks.fill_in, (losses, items, right, asked))
+    ranks.run_collectively(measure_own, communicates=is_sharded(model))
+    losses, items, right, asked = map(ranks.all_reduce_disjoint, (losses, items, right, asked))
     sizes = items.new_tensor([len(batch) for batch in batches])
     # Where every example has as many items, sizes give the same mean, and whole numbers.
     weights = sizes if torch.equal(items * sizes[0], sizes * items[0]) else items
@@ -131,7 +131,7 @@ def measure_final_test(
     measured = []
     for number in (chosen, 0):
         source = f"round_{number:03d}/weights.safetensors"
-        weights = ranks.together(lambda number=number: read_weights(number))  # type: ignore[misc]
+        weights = ranks.run_collectively(lambda number=number: read_weights(number))  # type: ignore[misc]
         load_weights(model, weights, source)
         accuracy, loss = evaluate(model, workload, ranks, batch_size, partial(tell, number))
         if not math.isfinite(loss):

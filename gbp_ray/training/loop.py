@@ -1,7 +1,7 @@
 """Training of masked networks, the same on any number of workers W.
 
 An optimizer step sees one batch, cut into `microbatches` parts. A part is computed whole on one
-rank, and the parts' gradients are added in part order (`folding.GradientSums`), so a step gives
+rank, and the parts' gradients are added in part order (`folding.GradientReducer`), so a step gives
 the same bits on any number of workers, and on replicated and sharded networks. BatchNorm normalises
 each part by itself; its running statistics move by the mean of what the parts would have done
 (`buffers` says what becomes of others).
@@ -36,7 +36,7 @@ from gbp_ray.distributed.sharding import (
     leaves,
     local,
 )
-from gbp_ray.distributed.sums import GradientSums, OrderedSum
+from gbp_ray.distributed.sums import GradientReducer, OrderedSum
 from gbp_ray.errors import PruneError
 from gbp_ray.training.buffers import TrainedBuffers
 from gbp_ray.training.causes import why_not_finite
@@ -124,7 +124,7 @@ def train_epochs(
         batch = _batch_of_step(recipe, workload, seed, span.phase, step)
         parts = batch.tensor_split(min(recipe.microbatches, len(batch)))
         emphases = emphases_of(workload, batch, parts, ranks)
-        sums = GradientSums(
+        sums = GradientReducer(
             ranks,
             trainable,
             {name: differentiated[name] for name in trainable},
@@ -213,7 +213,7 @@ def _refuse_non_finite(
     is_bad = torch.stack(are_finite).logical_not().tolist()
     if any(is_shard(gradient) for gradient in gradients.values()):
         # Each rank has seen its own rows alone.
-        is_bad = ranks.add_up(torch.tensor(is_bad, dtype=torch.int64)).bool().tolist()
+        is_bad = ranks.all_reduce_counts(torch.tensor(is_bad, dtype=torch.int64)).bool().tolist()
     if bool(torch.isfinite(loss_1).all()) and not any(is_bad):
         return
     check_finite(workload, "train", batch)

@@ -19,7 +19,7 @@ from gbp_ray.config.training import Recipe
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import ConfigError
 from gbp_ray.training.adversarial import perturb
-from gbp_ray.training.distillation import Teacher, _run, tapped
+from gbp_ray.training.distillation import Teacher, _run, capture_outputs
 from gbp_ray.workloads.checks import blaming_labels, check_labels
 from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import derive_seed, seeded, take_batch
@@ -27,11 +27,11 @@ from gbp_ray.workloads.metrics import count_items, cross_entropy_options, zero_l
 
 __all__ = [
     "Mix",
+    "check_loss",
+    "check_mixing",
     "counts_of",
     "draw_mix",
     "emphases_of",
-    "refuse_unlearnable",
-    "refuse_unmixable",
     "training_loss",
 ]
 
@@ -61,7 +61,7 @@ def training_loss(
     mix = draw_mix(recipe, inputs, draws)
     if mix is not None:
         inputs = mix.inputs
-    lesson = None if teacher is None else teacher.teach(inputs, indices, draws, recipe)
+    lesson = None if teacher is None else teacher.forward(inputs, indices, draws, recipe)
 
     def label_loss(outputs: Tensor) -> Tensor:
         def loss_of(targets: Tensor) -> Tensor:
@@ -75,14 +75,16 @@ def training_loss(
         loss = loss_of(targets) if mix is None else mix.loss(loss_of, targets)
         return loss if emphasis == 1 else emphasis * loss
 
-    def lesson_loss(seen: Tensor) -> Tensor:
-        with tapped(model, teacher.config.features if teacher is not None else ()) as features:
+    def distilled_loss(seen: Tensor) -> Tensor:
+        with capture_outputs(
+            model, teacher.config.features if teacher is not None else ()
+        ) as features:
             outputs = _run(model, seen, recipe)
         check_labels(workload, "train", indices, outputs, targets)
         loss = label_loss(outputs)
         if teacher is None or lesson is None:
             return loss
-        return teacher.mark(loss, outputs, features, lesson)
+        return teacher.distilled_loss(loss, outputs, features, lesson)
 
     adversarial = recipe.adversarial
     with blaming_labels(workload, model, "train", indices):
@@ -99,14 +101,14 @@ def training_loss(
             )
         with seeded(derive_seed(draws, "forward")):
             if attacked is None:
-                return lesson_loss(inputs)
+                return distilled_loss(inputs)
             if adversarial.weight == 1:
-                return lesson_loss(attacked)
-            clean = (1 - adversarial.weight) * lesson_loss(inputs)
-            return clean + adversarial.weight * lesson_loss(attacked)
+                return distilled_loss(attacked)
+            clean = (1 - adversarial.weight) * distilled_loss(inputs)
+            return clean + adversarial.weight * distilled_loss(attacked)
 
 
-def refuse_unlearnable(recipe: Recipe, section: str, workload: Workload) -> None:
+def check_loss(recipe: Recipe, section: str, workload: Workload) -> None:
     """Refuses a recipe whose objective the workload does not allow.
 
     Raises:
@@ -122,7 +124,7 @@ def refuse_unlearnable(recipe: Recipe, section: str, workload: Workload) -> None
     if recipe.mixup > 0 or recipe.cutmix > 0:
         first = torch.zeros(1, dtype=torch.long)
         inputs, _ = take_batch(workload, workload.train, first, augment_seed=0)
-        refuse_unmixable(recipe, section, inputs)
+        check_mixing(recipe, section, inputs)
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def _cut(images: Tensor, share: float, partners: Tensor) -> Mix:
     return Mix(mixed, 1 - pasted, partners)
 
 
-def refuse_unmixable(recipe: Recipe, section: str, inputs: Tensor) -> None:
+def check_mixing(recipe: Recipe, section: str, inputs: Tensor) -> None:
     """Refuses to mix what cannot be mixed.
 
     Args:
@@ -213,7 +215,11 @@ def counts_of(workload: Workload, indices: Tensor, ranks: Ranks) -> Tensor | Non
     """
     # By the number of ranks: all of a group must have met the same examples.
     if (known := workload.known_counts.get(ranks.world_size)) is None:
-        size = num_examples(workload.train) if ranks.together(lambda: _may_differ(workload)) else 0
+        size = (
+            num_examples(workload.train)
+            if ranks.run_collectively(lambda: _may_differ(workload))
+            else 0
+        )
         known = torch.full((size,), torch.nan, dtype=torch.float64)
         workload.known_counts[ranks.world_size] = known
     if not len(known):
@@ -222,8 +228,8 @@ def counts_of(workload: Workload, indices: Tensor, ranks: Ranks) -> Tensor | Non
     if len(new):
         found = torch.zeros(len(new), dtype=torch.float64)
         own = slice(ranks.rank, None, ranks.world_size)
-        found[own] = ranks.together(lambda: _count(workload, new[own]))
-        known[new] = ranks.fill_in(found.to(ranks.device)).cpu()
+        found[own] = ranks.run_collectively(lambda: _count(workload, new[own]))
+        known[new] = ranks.all_reduce_disjoint(found.to(ranks.device)).cpu()
     counts = known[indices]
     return None if counts[0] > 0 and bool((counts == counts[0]).all()) else counts
 

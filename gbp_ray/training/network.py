@@ -51,7 +51,7 @@ from gbp_ray.distributed.sharding import (
     is_sharded,
     like_shard,
     local,
-    owned,
+    local_slice,
     shard_network,
 )
 from gbp_ray.errors import StoreError, WorkloadError, in_one_line
@@ -132,9 +132,9 @@ def build_start(
         WorkloadError: It cannot be built, has no way to get its first weights, or ranks differ in
             it or in their data, or these differ from what is on record.
     """
-    model, macs, digests, found = ranks.together(lambda: _build_here(workload, seed))
+    model, macs, digests, found = ranks.run_collectively(lambda: _build_here(workload, seed))
     check_same_start(ranks, found)
-    ranks.together(lambda: check_on_record(found, stored or {}, source))
+    ranks.run_collectively(lambda: check_on_record(found, stored or {}, source))
     blank = copy.deepcopy(model) if _is_blank(model) else None
     if blank is None:
         check_same_weights(ranks, digests)
@@ -145,7 +145,7 @@ def build_start(
         shard_network(model, ranks.device, ranks.world_size)
     if blank is not None:
         layers = blank
-        digests = ranks.together(lambda: _fill(model, layers, seed, ranks))
+        digests = ranks.run_collectively(lambda: _fill(model, layers, seed, ranks))
         check_same_weights(ranks, digests)
     return Start(model, macs, found)
 
@@ -230,7 +230,7 @@ def _fill(model: nn.Module, blank: nn.Module, seed: int, ranks: Ranks) -> dict[s
             digests[f"{path}.{name}"] = digest_tensor(values)
             target = module.get_buffer(name) if tensor is None else tensor.detach()
             piece = cut_rows(name, target.shape, ranks.world_size)[ranks.rank]
-            rows = owned(values, piece) if is_shard(target) else values
+            rows = local_slice(values, piece) if is_shard(target) else values
             local(target).copy_(rows.view(local(target).shape))
     return digests
 
@@ -548,5 +548,5 @@ def _rows_like(tensor: Tensor, pattern: Tensor) -> Tensor:
         return tensor
     ranks = Ranks.current()
     piece = cut_rows("", pattern.shape, ranks.world_size)[ranks.rank]
-    rows = owned(tensor, piece).clone().view(local(pattern.detach()).shape)
+    rows = local_slice(tensor, piece).clone().view(local(pattern.detach()).shape)
     return like_shard(rows.to(pattern.device), pattern)

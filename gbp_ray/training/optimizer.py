@@ -39,12 +39,12 @@ from gbp_ray.workloads.contract import Workload, num_examples
 
 __all__ = [
     "MovingAverage",
+    "check_freeze",
     "clip_gradients",
     "gradient_norm",
     "learning_rate",
     "make_optimizer",
     "num_steps",
-    "refuse_unfreezable",
     "trainable_parameters",
     "training_mode",
 ]
@@ -130,7 +130,7 @@ def _sums_of_rows(gradient: Tensor, ranks: Ranks) -> Tensor:
     everywhere = own.new_zeros(gradient.shape[0])
     first = piece.start // max(1, math.prod(gradient.shape[1:]))
     everywhere[first : first + len(own)] = own
-    return ranks.fill_in(everywhere)
+    return ranks.all_reduce_disjoint(everywhere)
 
 
 def _halve(values: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def trainable_parameters(model: nn.Module, freeze: Sequence[str]) -> dict[str, n
     }
 
 
-def refuse_unfreezable(model: nn.Module, freeze: Sequence[str], section: str) -> None:
+def check_freeze(model: nn.Module, freeze: Sequence[str], section: str) -> None:
     """Refuses globs that match nothing, or leave nothing to train.
 
     Raises:

@@ -32,6 +32,6 @@ def where_scores_lie(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def _as_on_a_gpu(scores_L: np.ndarray, kept_L: np.ndarray | None) -> counting.Contenders:
+def _as_on_a_gpu(scores_L: np.ndarray, kept_L: np.ndarray | None) -> counting.ScoreView:
     kept = None if kept_L is None else torch.from_numpy(kept_L)
     return counting._OnDevice(torch.from_numpy(scores_L), kept)

@@ -111,7 +111,7 @@ def report_of(ranks: Ranks) -> dict[str, Any]:
         **{case: rounds_of(case, ranks) for case in CASES},
         "held out": _held_out(ranks),
         "filled in": _filled_in(ranks).tolist(),
-        "shared": ranks.share_object({"from": ranks.rank}),
+        "shared": ranks.broadcast_object({"from": ranks.rank}),
         "together": _together(ranks),
         "failures": _failures(ranks, trained),
         "disagreement": _disagreement(ranks),
@@ -371,7 +371,7 @@ def _held_out(ranks: Ranks, strategy: str = "replicated") -> list[Any]:
         found.append((record, digest(_gathered(state.model.state_dict()))))
         # Of a sharded network rank 0 alone has the whole file.
         weights = state.to_files().get("weights.safetensors", b"")
-        stored[state.record.round] = ranks.share_object(bytes(weights))
+        stored[state.record.round] = ranks.broadcast_object(bytes(weights))
     model, *_ = build_start(workload, job.seed, ranks, strategy)
     tested = measure_final_test(job, workload, model, ranks, 1, lambda number: stored[number])
     return [*found, tested.model_dump()]
@@ -398,7 +398,7 @@ def _filled_in(ranks: Ranks) -> Tensor:
     for item in ranks.deal(7):
         if item is not None:
             values[item] = 0.1 * item
-    return ranks.fill_in(values)
+    return ranks.all_reduce_disjoint(values)
 
 
 def _together(ranks: Ranks) -> list[str]:
@@ -412,7 +412,7 @@ def _together(ranks: Ranks) -> list[str]:
     told = []
     for first in (0, 1, ranks.world_size):
         try:
-            told.append(f"fine on {ranks.together(lambda first=first: fail_from(first))}")
+            told.append(f"fine on {ranks.run_collectively(lambda first=first: fail_from(first))}")
         except ConfigError as error:
             told.append(f"{error} ({error.rank_of_fault})")
     return told
@@ -453,7 +453,7 @@ def _fail_in(step: str, ranks: Ranks, model: nn.Module, error: Exception) -> Non
     elif step == "evaluation":
         evaluate(model, workload, ranks, 4)
     else:
-        ranks.together(fail_on_the_last)
+        ranks.run_collectively(fail_on_the_last)
 
 
 def _disagreement(ranks: Ranks) -> list[str]:

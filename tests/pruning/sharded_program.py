@@ -192,7 +192,7 @@ def trial(
     reports = []
     for state in run_rounds(job, images(build), ranks, resume=resume):
         weights = {n: gather_whole(t) for n, t in state.model.state_dict().items()}
-        parts = ranks.gather_objects({n: bytes(d) for n, d in state.to_files().items()})
+        parts = ranks.all_gather_objects({n: bytes(d) for n, d in state.to_files().items()})
         reports.append(
             {
                 "record": state.record.model_dump(exclude={"seconds"}),

@@ -16,7 +16,7 @@ from torch.nn import functional
 from gbp_ray.config.attack import AdversarialConfig, AttackConfig, Perturbation
 from gbp_ray.errors import ConfigError, WorkloadError
 from gbp_ray.pruning.checks import check_job
-from gbp_ray.training.adversarial import perturb, refuse_unattackable, robust_accuracy
+from gbp_ray.training.adversarial import check_attack, perturb, robust_accuracy
 from gbp_ray.training.loss import training_loss
 from gbp_ray.workloads import digits_convnet
 from gbp_ray.workloads.contract import Workload
@@ -284,10 +284,10 @@ def test_a_workload_must_say_what_range_its_inputs_have() -> None:
 def test_a_range_that_the_inputs_leave_is_refused() -> None:
     workload = dataclasses.replace(bright_images(), input_range=(0.0, 1.0))
     with pytest.raises(WorkloadError, match=r"input_range: inputs run from -.* and leave it"):
-        refuse_unattackable(workload, built(ConvNet), pgd(), "attack")
+        check_attack(workload, built(ConvNet), pgd(), "attack")
     odd = dataclasses.replace(bright_images(), input_range=([0.0, 0.0, 0.0], 1.0))
     with pytest.raises(WorkloadError, match="has 3 values for inputs of shape"):
-        refuse_unattackable(odd, built(ConvNet), pgd(), "attack")
+        check_attack(odd, built(ConvNet), pgd(), "attack")
 
 
 def test_a_loss_without_a_gradient_in_the_inputs_is_refused() -> None:
@@ -300,4 +300,4 @@ def test_a_loss_without_a_gradient_in_the_inputs_is_refused() -> None:
             return self.linear(inputs.detach().mean(dim=(2, 3)))
 
     with pytest.raises(ConfigError, match=r"attack\.kind = pgd: the loss has no gradient"):
-        refuse_unattackable(bright_images(), Deaf(), pgd(), "attack")
+        check_attack(bright_images(), Deaf(), pgd(), "attack")

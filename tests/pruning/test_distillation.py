@@ -20,11 +20,11 @@ from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.training.distillation import (
     Teacher,
+    capture_outputs,
     distillation_loss,
     feature_distance,
     is_taught_once,
     prepare_teacher,
-    tapped,
 )
 from gbp_ray.training.loss import training_loss
 
@@ -81,7 +81,11 @@ def test_matched_features_come_to_be_those_of_the_teacher() -> None:
     inputs = workload.train[0]
 
     def distance(name: str) -> float:
-        with torch.no_grad(), tapped(model, [name]) as found, tapped(teacher, [name]) as wanted:
+        with (
+            torch.no_grad(),
+            capture_outputs(model, [name]) as found,
+            capture_outputs(teacher, [name]) as wanted,
+        ):
             model.eval()(inputs)
             teacher.eval()(inputs)
         return feature_distance(found, wanted).item()
@@ -191,6 +195,6 @@ def test_answers_known_beforehand_are_those_given_each_time() -> None:
     indices = torch.tensor([7, 0, 45])
     inputs = workload.train[0][indices]
     recipe = recipe_of()
-    expected = asked.teach(inputs, indices, 1, recipe).outputs
-    found = known.teach(inputs, indices, 1, recipe).outputs
+    expected = asked.forward(inputs, indices, 1, recipe).outputs
+    found = known.forward(inputs, indices, 1, recipe).outputs
     torch.testing.assert_close(found, expected)

@@ -14,7 +14,7 @@ from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import ConfigError
 from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.training.optimizer import make_optimizer, refuse_unfreezable, trainable_parameters
+from gbp_ray.training.optimizer import check_freeze, make_optimizer, trainable_parameters
 
 
 def changed(before: dict[str, Any], model: torch.nn.Module) -> set[str]:
@@ -98,9 +98,9 @@ def test_frozen_layers_are_scored_and_pruned_and_never_trained() -> None:
 def test_globs_that_freeze_nothing_or_everything_are_refused() -> None:
     model = built(ConvNet)
     with pytest.raises(ConfigError, match=r"finetune\.freeze = 'conv9\.\*': matches no .*conv"):
-        refuse_unfreezable(model, ("conv9.*",), "finetune")
+        check_freeze(model, ("conv9.*",), "finetune")
     with pytest.raises(ConfigError, match=r"pretrain\.freeze: leaves nothing to train"):
-        refuse_unfreezable(model, ("*",), "pretrain")
+        check_freeze(model, ("*",), "pretrain")
     job = job_config(finetune={"epochs": 1, "freeze": ["nothing"]})
     with pytest.raises(ConfigError, match=r"finetune\.freeze = 'nothing'"):
         check_job(job, images())

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from gbp_ray.errors import ConfigError
-from gbp_ray.training.loss import draw_mix, refuse_unlearnable
+from gbp_ray.training.loss import check_loss, draw_mix
 from gbp_ray.workloads.data import derive_seed, seeded
 
 PICTURES = draw(9, 3, 8, 12, seed=3)
@@ -120,16 +120,16 @@ def test_any_loss_is_mixed_as_its_own() -> None:
 
 def test_what_cannot_be_mixed_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"^finetune\.cutmix = 1: needs images .*\(1, 3\)"):
-        refuse_unlearnable(recipe_of(epochs=1, cutmix=1.0), "finetune", tanh_workload())
+        check_loss(recipe_of(epochs=1, cutmix=1.0), "finetune", tanh_workload())
     tokens = torch.arange(6).view(2, 3)
     workload = tanh_workload()
     integers = type(workload)(workload.build_model, (tokens, tokens), (tokens, tokens))
     with pytest.raises(ConfigError, match=r"^pretrain\.mixup = 1: needs inputs of floating point"):
-        refuse_unlearnable(recipe_of(epochs=1, mixup=1.0), "pretrain", integers)
+        check_loss(recipe_of(epochs=1, mixup=1.0), "pretrain", integers)
     with pytest.raises(ConfigError, match=r"^finetune\.label_smoothing = 0\.1: .*cross_entropy"):
-        refuse_unlearnable(recipe_of(epochs=1, label_smoothing=0.1), "finetune", workload)
-    refuse_unlearnable(recipe_of(epochs=1, mixup=1.0), "finetune", workload)
-    refuse_unlearnable(recipe_of(epochs=0, label_smoothing=0.1), "finetune", workload)
-    refuse_unlearnable(
+        check_loss(recipe_of(epochs=1, label_smoothing=0.1), "finetune", workload)
+    check_loss(recipe_of(epochs=1, mixup=1.0), "finetune", workload)
+    check_loss(recipe_of(epochs=0, label_smoothing=0.1), "finetune", workload)
+    check_loss(
         recipe_of(epochs=1, cutmix=1.0, mixup=1.0, label_smoothing=0.1), "finetune", images()
     )

@@ -17,13 +17,13 @@ from gbp_ray.config.training import DistillationConfig, FinetuneConfig, Pretrain
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.pruning import rounds
 from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.runtime.estimate import Plan, make_plan
+from gbp_ray.runtime.estimate import CostEstimate, make_plan
 from gbp_ray.runtime.phases import Phase
 from gbp_ray.training.footprint import count_live_bytes
 from gbp_ray.workloads.contract import Workload
 
 
-def phase_of(plan: Plan, name: str) -> Phase:
+def phase_of(plan: CostEstimate, name: str) -> Phase:
     (phase,) = [phase for phase in plan.phases if phase.name == name]
     return phase
 
@@ -259,7 +259,7 @@ def test_a_sharded_network_takes_less_of_each_rank_and_more_of_the_wire(criterio
     """What the ranks really hold is compared in tests/benchmarks/sharded_memory.py."""
     workload = images(WideNet)
 
-    def plan_of(strategy: str, num_workers: int) -> Plan:
+    def plan_of(strategy: str, num_workers: int) -> CostEstimate:
         cluster = {"strategy": strategy, "num_workers": num_workers}
         return make_plan(whole_job(criterion, cluster=cluster), workload)
 

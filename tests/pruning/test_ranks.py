@@ -47,8 +47,8 @@ def test_the_first_rank_alone_speaks() -> None:
 def test_one_rank_communicates_nothing() -> None:
     ranks = Ranks.current()
     assert (ranks.rank, ranks.world_size) == (0, 1)
-    assert ranks.share_object("x") == "x"
-    assert ranks.together(lambda: 7) == 7
+    assert ranks.broadcast_object("x") == "x"
+    assert ranks.run_collectively(lambda: 7) == 7
     ranks.check_agreement("anything", "a mask")
 
 

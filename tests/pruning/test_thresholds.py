@@ -21,9 +21,9 @@ from thread_ranks import on_threads
 from torch import Tensor, nn
 
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.distributed.sharding import owned
+from gbp_ray.distributed.sharding import local_slice
 from gbp_ray.pruning import counting, thresholds
-from gbp_ray.pruning.counting import put_up
+from gbp_ray.pruning.counting import as_score_view
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.selection import _share_out, select_masks
 from gbp_ray.pruning.thresholds import Pool, exact_threshold, find_cuts
@@ -111,7 +111,7 @@ def test_layers_that_share_a_pool_are_cut_at_one_value_within_their_bounds(
         return
     for path in (contextlib.nullcontext(), brackets_for_few(), brackets_for_few(5.0, 0.0)):
         with path:
-            cuts = find_cuts([put_up(layer) for layer in layers], [pool], Ranks())
+            cuts = find_cuts([as_score_view(layer) for layer in layers], [pool], Ranks())
         (threshold,) = {cut.threshold for cut in cuts}
         for layer, cut in zip(layers, cuts, strict=True):
             assert cut.below == np.count_nonzero(layer < threshold)
@@ -143,7 +143,9 @@ def decide(scores: dict[str, Tensor], world_size: int, shares: list[float], **fi
 
     def program(ranks: Ranks) -> str:
         own = Layout(units, ranks).own
-        values = [owned(unit.parameter, piece) for unit, piece in zip(units, own, strict=True)]
+        values = [
+            local_slice(unit.parameter, piece) for unit, piece in zip(units, own, strict=True)
+        ]
         sliced = SlicedScores(own, tuple(values))
         masks, digests = MaskSet.dense(units), ""
         for share in shares:
@@ -264,7 +266,7 @@ def test_a_rank_that_holds_all_that_is_in_question_keeps_none_of_it() -> None:
     def program(ranks: Ranks) -> tuple[float, int]:
         own = values[ranks.rank]
         scans = thresholds._scan_all(
-            [put_up(own)], values_N[middle.start], values_N[middle.stop - 1]
+            [as_score_view(own)], values_N[middle.start], values_N[middle.stop - 1]
         )
         kept.append(scans[0].inside)
         return exact_threshold(own, NUM_MANY // 2, ranks)
@@ -282,7 +284,7 @@ CROWD = 2**33
 class Crowd(Ranks):
     """Stands for 2^33 ranks that all hold what this one holds."""
 
-    def add_up(self, counts: Tensor) -> Tensor:
+    def all_reduce_counts(self, counts: Tensor) -> Tensor:
         return counts.mul_(CROWD)
 
 

@@ -39,13 +39,13 @@ class ThreadRanks(Ranks):
     meeting: Meeting = field(default_factory=lambda: Meeting(1))
     calls: list[tuple[str, int]] = field(default_factory=list)
 
-    def add_up(self, counts: Tensor) -> Tensor:
-        self.calls.append(("add_up", counts.numel()))
+    def all_reduce_counts(self, counts: Tensor) -> Tensor:
+        self.calls.append(("all_reduce_counts", counts.numel()))
         total = torch.stack(self.meeting.swap(self.rank, counts.clone())).sum(dim=0)
         return counts.copy_(total)
 
-    def gather_objects(self, value: Result) -> list[Result]:
-        self.calls.append(("gather_objects", 0))
+    def all_gather_objects(self, value: Result) -> list[Result]:
+        self.calls.append(("all_gather_objects", 0))
         return self.meeting.swap(self.rank, value)
 
     def gather_bytes(self, part: Tensor, sizes: Sequence[int]) -> list[Tensor]:

@@ -11,7 +11,13 @@ from gbp_ray.config.cluster import ClusterConfig
 from gbp_ray.config.job import load_job
 from gbp_ray.errors import ConfigError, StoreError
 from gbp_ray.runtime.on_ray import machines as machines_module
-from gbp_ray.runtime.on_ray.machines import Sight, check_folder, is_autoscaling, judge, look
+from gbp_ray.runtime.on_ray.machines import (
+    NodeReport,
+    check_folder,
+    find_fault,
+    is_autoscaling,
+    probe_node,
+)
 from gbp_ray.runtime.placement import (
     Machine,
     check_placeable,
@@ -189,17 +195,17 @@ def test_a_machine_is_asked_for_package_modules_and_folder(tmp_path, monkeypatch
     job = load_job(
         None, {"workload.factory": "module_of_a_test:make", "storage": str(tmp_path / "results")}
     )
-    whole = look(modules, folder, str(tmp_path / "probe"))
-    assert judge(job, SMALL, whole) is None
-    assert judge(job, SMALL, look(modules, folder, None)) is None
+    whole = probe_node(modules, folder, str(tmp_path / "probe"))
+    assert find_fault(job, SMALL, whole) is None
+    assert find_fault(job, SMALL, probe_node(modules, folder, None)) is None
 
-    without = judge(job, SMALL, look(modules, [], None))
+    without = find_fault(job, SMALL, probe_node(modules, [], None))
     assert isinstance(without, ConfigError)
     assert "machine small has no module 'module_of_a_test'; gbp-ray submit takes" in str(without)
-    blind = judge(job, SMALL, look(modules, folder, str(tmp_path / "nothing")))
+    blind = find_fault(job, SMALL, probe_node(modules, folder, str(tmp_path / "nothing")))
     assert isinstance(blind, StoreError)
     assert "machine small does not see this folder; give s3://bucket/prefix" in str(blind)
-    other = judge(job, SMALL, Sight({**whole.versions, "torch": "1.0"}, (), True))
+    other = find_fault(job, SMALL, NodeReport({**whole.versions, "torch": "1.0"}, (), True))
     assert isinstance(other, ConfigError)
     assert "machine small has torch 1.0, this one " in str(other)
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from gbp_ray.config.job import JobConfig, expand, load_job, trial_id
 from gbp_ray.runtime.search import (
     Bisection,
-    Feeder,
     Outcome,
     Sparsities,
     TrialList,
-    spread,
+    TrialQueue,
+    first_of_each_group,
     warn_of_idle_metric,
 )
 
@@ -68,7 +68,7 @@ def test_a_list_is_given_out_in_order_and_over_when_all_have_ended() -> None:
 
 def test_known_trials_are_never_given_out() -> None:
     jobs = expand(job_with(**{"sweep.space": {"seed": [0, 1, 2, 3]}}))
-    feeder = Feeder(TrialList(jobs), lambda job: outcome_of(job) if job.seed % 2 else None)
+    feeder = TrialQueue(TrialList(jobs), lambda job: outcome_of(job) if job.seed % 2 else None)
     first = feeder.next()
     assert first is not None
     feeder.put_back(first)
@@ -84,7 +84,7 @@ def test_known_trials_are_never_given_out() -> None:
 
 def test_a_trial_that_others_have_comes_again_when_no_other_is_left() -> None:
     jobs = [job_with(seed=seed) for seed in range(4)]
-    feeder = Feeder(TrialList(jobs), lambda job: None)
+    feeder = TrialQueue(TrialList(jobs), lambda job: None)
     first, second = feeder.next(), feeder.next()
     assert (first, second) == (jobs[0], jobs[1])
     assert not feeder.is_deferred(jobs[0])
@@ -106,12 +106,12 @@ def test_a_trial_that_others_have_comes_again_when_no_other_is_left() -> None:
 def test_one_of_each_group_comes_first() -> None:
     jobs = expand(job_with(**{"sweep.space": {"prune.sparsity": [0.5, 0.9], "seed": [0, 1]}}))
     groups = {trial_id(job): str(job.seed) for job in jobs}
-    order = [(job.prune.sparsity, job.seed) for job in spread(jobs, groups)]
+    order = [(job.prune.sparsity, job.seed) for job in first_of_each_group(jobs, groups)]
     assert order == [(0.5, 0), (0.5, 1), (0.9, 0), (0.9, 1)]
     alone = dict.fromkeys(groups)
-    assert spread(jobs, alone) == jobs
+    assert first_of_each_group(jobs, alone) == jobs
     jobs = expand(job_with(**{"sweep.space": {"seed": [0, 1], "prune.sparsity": [0.5, 0.9]}}))
-    order = [(job.prune.sparsity, job.seed) for job in spread(jobs, groups)]
+    order = [(job.prune.sparsity, job.seed) for job in first_of_each_group(jobs, groups)]
     assert order == [(0.5, 0), (0.5, 1), (0.9, 0), (0.9, 1)]
 
 

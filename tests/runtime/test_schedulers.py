@@ -10,7 +10,7 @@ import pytest
 
 from gbp_ray.config.job import JobConfig, load_job
 from gbp_ray.config.sweep import SweepConfig
-from gbp_ray.runtime.on_ray.schedulers import GuardedScheduler, is_judged, walk_of
+from gbp_ray.runtime.on_ray.schedulers import GuardedScheduler, is_judged, sparsity_path
 
 
 def job_with(**changed: Any) -> JobConfig:
@@ -103,7 +103,7 @@ def test_the_weak_are_stopped_and_the_best_never(scheduler: str) -> None:
 def test_trials_of_other_sparsities_are_no_company(scheduler: str) -> None:
     # Each is far worse than the ones before, and each walks sparsities of its own.
     jobs = [job_with(seed=seed, **{"prune.sparsity": 0.5 + 0.04 * seed}) for seed in range(12)]
-    assert len({walk_of(job) for job in jobs}) == 12
+    assert len({sparsity_path(job) for job in jobs}) == 12
     race = Race(scheduler=scheduler)
     race.run({seed: [0.95 - 0.05 * seed] * 10 for seed in range(12)}, jobs)
     assert race.stopped == []

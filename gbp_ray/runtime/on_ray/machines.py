@@ -100,7 +100,7 @@ def is_autoscaling(cluster: ClusterConfig) -> bool:
 
 
 @dataclass(frozen=True)
-class Sight:
+class NodeReport:
     """What a machine sees.
 
     Attributes:
@@ -114,7 +114,9 @@ class Sight:
     sees_folder: bool | None
 
 
-def look(modules: Sequence[str], import_paths: Sequence[str], probe: str | None) -> Sight:
+def probe_node(
+    modules: Sequence[str], import_paths: Sequence[str], probe: str | None
+) -> NodeReport:
     """Looks around on this machine, as a worker would."""
     # Without torch, whose import would take longer than all else.
     before = list(sys.path)
@@ -123,7 +125,7 @@ def look(modules: Sequence[str], import_paths: Sequence[str], probe: str | None)
         missing = tuple(name for name in modules if importlib.util.find_spec(name) is None)
     finally:
         sys.path[:] = before
-    return Sight(
+    return NodeReport(
         {name: _version_of(name) for name in _PACKAGES},
         missing,
         None if probe is None else Path(probe).is_file(),
@@ -140,7 +142,7 @@ def _version_of(package: str) -> str:
     return ""
 
 
-_look = ray.remote(num_cpus=0, max_retries=0)(look)
+_probe_node = ray.remote(num_cpus=0, max_retries=0)(probe_node)
 
 
 def check_machines(
@@ -157,7 +159,7 @@ def check_machines(
     modules = sorted({name.partition(":")[0].partition(".")[0] for name in plug_ins})
     with _probe(Store(job.storage, job.name)) as probe:
         asked = {
-            _look.options(
+            _probe_node.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(machine.id, soft=False)
             ).remote(modules, import_paths, probe): machine
             for machine in machines
@@ -176,11 +178,11 @@ def check_machines(
                     f"cluster.address = {job.cluster.address}: machine {machine.name} cannot load "
                     f"gbp_ray: {_last_line(error)}; install the same version there"
                 ) from error
-            if (fault := judge(job, machine, sight)) is not None:
+            if (fault := find_fault(job, machine, sight)) is not None:
                 raise fault
 
 
-def judge(job: JobConfig, machine: Machine, sight: Sight) -> GbpError | None:
+def find_fault(job: JobConfig, machine: Machine, sight: NodeReport) -> GbpError | None:
     """Says what a machine lacks, the first thing of all."""
     for name in _PACKAGES:
         here, there = _version_of(name), sight.versions[name]

@@ -14,7 +14,7 @@ from typing import Any
 from gbp_ray.config.job import JobConfig, trial_id
 from gbp_ray.config.sweep import Axis, IsWhole, parse_space
 from gbp_ray.errors import ConfigError
-from gbp_ray.runtime.search import Outcome, Plan, job_at
+from gbp_ray.runtime.search import Outcome, SearchPlan, job_at
 
 __all__ = [
     "OptunaPlan",
@@ -25,7 +25,7 @@ _MOST_ATTEMPTS = 100
 """Combinations in a row that come to nothing before the space counts as exhausted."""
 
 
-class OptunaPlan(Plan):
+class OptunaPlan(SearchPlan):
     """`num_samples` trials, those that are known included.
 
     Args:

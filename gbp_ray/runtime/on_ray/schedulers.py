@@ -33,14 +33,14 @@ __all__ = [
     "GuardedScheduler",
     "MedianRule",
     "is_judged",
-    "walk_of",
+    "sparsity_path",
 ]
 
 _LEAST_COMPANY = 3
 """Others that the median needs."""
 
 
-def walk_of(job: JobConfig) -> tuple[float, ...]:
+def sparsity_path(job: JobConfig) -> tuple[float, ...]:
     """Lists the sparsities after each round: trials with the same ones can be compared."""
     prune = job.prune
     return tuple(sparsity_schedule(prune.schedule, prune.sparsity, prune.rounds, prune.ramp_rounds))
@@ -53,7 +53,7 @@ def is_judged(sweep: SweepConfig, job: JobConfig, number: int) -> bool:
         return False
     if job.finetune.epochs == 0:
         return True
-    before = (0.0, *walk_of(job))
+    before = (0.0, *sparsity_path(job))
     last_prune = max((n for n in range(1, number + 1) if before[n] > before[n - 1]), default=0)
     return number - last_prune + 1 >= sweep.recovery_rounds
 
@@ -128,7 +128,7 @@ class GuardedScheduler(FIFOScheduler):  # type: ignore[misc]
 
     def _rule(self, job: JobConfig) -> Any:
         # Where masks are given, they decide where the walk begins.
-        walk = (walk_of(job), job.prune.initial_masks_digest)
+        walk = (sparsity_path(job), job.prune.initial_masks_digest)
         if walk not in self._rules:
             self._rules[walk] = self._make_rule(job)
         return self._rules[walk]

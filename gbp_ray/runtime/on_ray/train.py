@@ -230,13 +230,13 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
     device = ray.train.torch.get_device() if job.cluster.use_gpu else torch.device("cpu")
     ranks = Ranks.current(device)
     try:
-        ranks.together(lambda: check_folder(job))
+        ranks.run_collectively(lambda: check_folder(job))
     except StoreError as error:
         return error
     watch = Watch(
         ranks,
         job.cluster.hang_timeout_s,
-        compare=partial(_compare, meeting, ranks.share_object(uuid.uuid4().hex)),
+        compare=partial(_compare, meeting, ranks.broadcast_object(uuid.uuid4().hex)),
         accuse=partial(_say, mailbox),
     )
     last_sent, last_phase = 0.0, ""

@@ -54,7 +54,7 @@ from gbp_ray.runtime.on_ray.session import fit_interruptibly, ray_session
 from gbp_ray.runtime.on_ray.train import StoppedError, fit_trial
 from gbp_ray.runtime.placement import count_trials, worker_resources
 from gbp_ray.runtime.progress import SweepBoard, Tick
-from gbp_ray.runtime.search import Feeder, Outcome
+from gbp_ray.runtime.search import Outcome, TrialQueue
 from gbp_ray.runtime.trial import Step, run_solo, run_whole
 from gbp_ray.workloads.loading import add_import_paths
 
@@ -75,7 +75,7 @@ _LOOK_INTERVAL_S = 5.0
 
 def run_sweep(
     base: JobConfig,
-    feeder: Feeder,
+    feeder: TrialQueue,
     import_paths: list[str],
     board: SweepBoard,
     *,
@@ -162,7 +162,7 @@ def _tidied(store: Store) -> Iterator[None]:
 class _Slots:
     """How many trials run at a time: as many as the cluster holds, which may change meanwhile."""
 
-    def __init__(self, base: JobConfig, feeder: Feeder) -> None:
+    def __init__(self, base: JobConfig, feeder: TrialQueue) -> None:
         self._base, self._feeder = base, feeder
         self._is_autoscaling = is_autoscaling(base.cluster)
         self._looked = -math.inf
@@ -206,7 +206,7 @@ class _Unsaved:
 class _FeederSearch(_Unsaved, Searcher):  # type: ignore[misc]
     """Lets Tune take its trials from a feeder."""
 
-    def __init__(self, base: JobConfig, feeder: Feeder, slots: _Slots) -> None:
+    def __init__(self, base: JobConfig, feeder: TrialQueue, slots: _Slots) -> None:
         super().__init__()
         self._feeder, self._slots = feeder, slots
         # One more that waits for a process saves the process from waiting for it, as Tune starts no
@@ -259,7 +259,9 @@ def _name_of(trial: Any) -> str:
 class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
     """Takes note of how each trial ended."""
 
-    def __init__(self, base: JobConfig, feeder: Feeder, store: Store, board: SweepBoard) -> None:
+    def __init__(
+        self, base: JobConfig, feeder: TrialQueue, store: Store, board: SweepBoard
+    ) -> None:
         self._base, self._feeder, self._store, self._board = base, feeder, store, board
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
@@ -325,7 +327,7 @@ def _cause_of(trial: Any) -> str:
     return f"{type(cause).__name__}: {first_line(cause)}"
 
 
-def _make_scheduler(base: JobConfig, feeder: Feeder, store: Store) -> GuardedScheduler:
+def _make_scheduler(base: JobConfig, feeder: TrialQueue, store: Store) -> GuardedScheduler:
     def stopped(job: JobConfig, number: int) -> None:
         store.write_stop(
             StopRecord(trial_id=trial_id(job), round=number, scheduler=base.sweep.scheduler)
