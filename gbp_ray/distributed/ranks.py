@@ -1,20 +1,12 @@
-"""One rank among W: who takes which item, and sums whose bits do not depend on W.
+"""One rank among W: deals items, exchanges small values, turns one failure into a failure of all.
 
-A floating-point sum depends on its order, and an all-reduce adds in an order of its own. Here an
-item (a calibration batch, a part of a training batch) is computed whole on one rank, and the items'
-vectors are added one after another in item order, each rank adding for its own slice of the vector.
-So 1, 2, 3 or 4 ranks give the same bits, and each rank sends what a reduce-scatter would send.
-
-Shape suffixes: N = elements of a flat vector, W = ranks, S = elements of the longest share.
-
-Every method that communicates says so; all ranks must call those in the same order. What runs a
-user's code may fail on one rank alone, so it runs as `run_collectively` or as an `OrderedSum.attempt`: both
-turn a failure on one rank into a failure on all, which keeps that order.
+Every method that communicates says so; all ranks must call those in the same order. A user's code
+may fail on one rank only, so it runs under `run_collectively` or `OrderedSum.attempt`: both turn a
+failure on one rank into a failure on all, which keeps that order.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,9 +23,10 @@ from gbp_ray.workloads.data import seeded
 
 __all__ = [
     "Ranks",
-    "all_gather",
     "buffer_slots",
+    "check_cuda",
     "checksum",
+    "empty_vector",
     "fixed_kernels",
     "isolated",
     "own_device",
@@ -44,7 +37,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among the workers of a trial; with one rank nothing is communicated."""
+    """The rank of this process among the workers of a trial; one rank communicates nothing."""
 
     rank: int = 0
     world_size: int = 1
@@ -52,7 +45,7 @@ class Ranks:
 
     @classmethod
     def current(cls, device: torch.device | None = None) -> Ranks:
-        """Reads rank and world size from torch.distributed, or stands alone without it."""
+        """Reads rank and world size from torch.distributed; without it the world is one rank."""
         device = device or torch.device("cpu")
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size(), device)
@@ -60,13 +53,13 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank speaks and writes for all."""
+        """Returns True on rank 0, which writes for all."""
         return self.rank == 0
 
     def deal(self, num_items: int) -> Iterator[int | None]:
-        """Deals items 0..num_items-1: rank r takes r, r+W, ...; None where a rank runs out.
+        """Deals items 0..num_items-1: rank r takes r, r+W, ...; None where it has none left.
 
-        Every rank gets the same number of turns, so a collective after each turn lines up.
+        All ranks get equally many turns, so they can communicate after each.
         """
         for start in range(0, num_items, self.world_size):
             item = start + self.rank
@@ -87,7 +80,7 @@ class Ranks:
         """Runs `action` on this rank; if it fails on any rank, all raise as `raise_on_all` says.
 
         Args:
-            communicates: The action itself does, so a failure leaves others inside it: see `abort`.
+            communicates: The action itself does, so others wait inside it: aborts and raises.
 
         Communicates.
         """
@@ -105,15 +98,15 @@ class Ranks:
 
     @property
     def has_left(self) -> bool:
-        """Whether this rank has hung up on the others; see `abort`."""
+        """Returns True once this rank has called `abort`."""
         return self.world_size > 1 and not dist.is_initialized()
 
     def abort(self) -> None:
-        """Hangs up on the other ranks, which then fail instead of waiting for this one.
+        """Closes the connection to the other ranks, which then fail instead of waiting.
 
-        For a rank that cannot go on in the middle of what all do together, before it raises. Gloo
-        does not tell everybody always: of four processes one or two went on waiting after about one
-        kill in a hundred (torch 2.13), until their time limit.
+        For a rank that fails between collectives, before it raises. Gloo does not always notify all
+        others: of four processes one or two went on waiting after about one kill in a hundred
+        (torch 2.13), until their timeout.
         """
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
@@ -121,16 +114,14 @@ class Ranks:
     def raise_on_all(self, failure: Exception | None) -> None:
         """Raises on every rank what any rank failed with, so that none waits for one that is gone.
 
-        A rank that fails alone cannot simply raise. Between two gloo processes the other one is
-        told within 0.3 s of an exit, but where the process stays, it waits for the whole timeout.
-        Ray Train keeps the process of a worker that returned its `GbpError`, and sets half an hour.
-        Agreeing costs one all-reduce of an integer, 0.4 ms between two processes of one busy
-        machine. Communicates.
+        If only the failing rank raised, the others would wait for the whole timeout, half an hour,
+        as Ray Train keeps the process of a worker that returned a `GbpError`. The all-reduce of an
+        integer takes 0.4 ms between two processes of one busy machine. Communicates.
 
         Raises:
             GbpError: The first one, by rank, on every rank.
-            TrialError: Without one, the first other failure in words; the rank itself raises what
-                it met, which Ray may answer by starting the workers again.
+            TrialError: Without one, the first other failure as text; the failing rank raises the
+                original, and Ray may then restart the workers.
         """
         if self.world_size == 1:
             if failure is not None:
@@ -140,16 +131,14 @@ class Ranks:
         dist.all_reduce(has_failed)
         if not has_failed.item():
             return
-        told: list[GbpError | None] = [None] * self.world_size
-        dist.all_gather_object(told, self.in_words(failure))
-        known = [error for error in told if error is not None]
+        known = [e for e in self.all_gather_objects(self.in_words(failure)) if e is not None]
         first = next((e for e in known if not isinstance(e, TrialError)), known[0])
         if isinstance(first, TrialError) and failure is not None:
             raise failure
         raise first
 
     def in_words(self, failure: Exception | None) -> GbpError | None:
-        """Turns what may not survive pickling into an error that does."""
+        """Turns a failure that may not survive pickling into one that does."""
         if failure is None or isinstance(failure, GbpError):
             return failure
         cause = in_one_line(failure)
@@ -158,15 +147,12 @@ class Ranks:
         )
 
     def check_agreement(self, digest: str, what: str) -> None:
-        """Makes sure that all ranks hold the same `what`. Communicates.
+        """Checks that all ranks hold the same `what`. Communicates.
 
         Raises:
             PruneError: On every rank, naming the ranks that differ from rank 0.
         """
-        if self.world_size == 1:
-            return
-        digests: list[str] = [""] * self.world_size
-        dist.all_gather_object(digests, digest)
+        digests = self.all_gather_objects(digest)
         strays = [rank for rank, other in enumerate(digests) if other != digests[0]]
         if strays:
             raise PruneError(
@@ -184,33 +170,35 @@ class Ranks:
         return counts
 
     def all_gather_objects(self, value: Result) -> list[Result]:
-        """Hands every rank's small object to all, in rank order. Communicates."""
+        """Gathers a small object from every rank, in rank order. Communicates."""
         if self.world_size == 1:
             return [value]
         values: list[Result | None] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]
 
-    def gather_bytes(self, part: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        """Hands every rank's uint8 vector to all, in rank order, as it is. Communicates.
+    def all_gather_vectors(self, vector: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Gathers a flat vector from every rank, in rank order. Communicates.
 
         Args:
             sizes: Of the vectors of all ranks.
         """
         if self.world_size == 1:
-            return [part]
-        longest = max(sizes)
-        padded = part.to(self.device)
-        if part.numel() < longest:
-            padded = torch.cat([padded, padded.new_zeros(longest - part.numel())])
-        # NumPy asks for large pages, which are sooner there than many small ones.
-        whole = torch.from_numpy(np.empty(self.world_size * longest, np.uint8)).to(self.device)
-        all_gather(whole, padded)
-        rows = whole.view(self.world_size, -1).cpu()
+            return [vector]
+        padded = vector.to(self.device)
+        if len(padded) < max(sizes):
+            padded = torch.cat([padded, padded.new_zeros(max(sizes) - len(padded))])
+        whole = empty_vector(self.world_size * len(padded), padded.dtype, self.device)
+        # torch 2.13 renamed the function and warns about the old name.
+        if hasattr(dist, "all_gather_single"):
+            dist.all_gather_single(whole, padded)
+        else:
+            dist.all_gather_into_tensor(whole, padded)
+        rows = whole.view(self.world_size, -1)
         return [row[:size] for row, size in zip(rows, sizes, strict=True)]
 
     def broadcast_object(self, value: Result) -> Result:
-        """Hands rank 0's small object to all ranks. Communicates."""
+        """Broadcasts a small object from rank 0. Communicates."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -220,10 +208,9 @@ class Ranks:
 
 @contextmanager
 def isolated(model: nn.Module, seed: int) -> Iterator[None]:
-    """Makes what a model does in the block depend on nothing that ran before it on this rank.
+    """Draws random numbers from `seed` in the block, and restores the model's buffers after it.
 
-    Random numbers are drawn from `seed`, and buffers that a forward pass changes (running
-    statistics, counters) are put back. Without this an item would depend on the rank's other items.
+    Otherwise the results for one item would depend on the items that this rank computed before.
     """
     slots = buffer_slots(model)
     before = [buffer.clone() for _, _, buffer in slots]
@@ -240,9 +227,9 @@ def isolated(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 def buffer_slots(model: nn.Module) -> list[tuple[dict[str, Tensor | None], str, Tensor]]:
-    """Lists (where it is kept, its name there, the buffer): a forward pass may bind a new tensor.
+    """Lists (owning dict, name, buffer), as a forward pass may bind a new tensor to the name.
 
-    A tied buffer is listed at each of its places.
+    A tied buffer is listed for each of its owners.
     """
     return [
         (module._buffers, name, buffer)
@@ -253,7 +240,7 @@ def buffer_slots(model: nn.Module) -> list[tuple[dict[str, Tensor | None], str, 
 
 
 def checksum(values: Tensor) -> int:
-    """Adds up the bits of a tensor, to see whether it was written to."""
+    """Sums the bits of a tensor, to detect writes."""
     values = values.detach()
     if values.is_complex():
         values = torch.view_as_real(values)
@@ -261,25 +248,15 @@ def checksum(values: Tensor) -> int:
     return int(values.contiguous().view(kinds[values.element_size()]).sum())
 
 
-@functools.cache
-def _all_gather_function() -> Callable[[Tensor, Tensor], object]:
-    # torch 2.13 renamed the call and warns about the old name.
-    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    function: Callable[[Tensor, Tensor], object] = getattr(dist, name)
-    return function
-
-
-def all_gather(whole: Tensor, part: Tensor) -> None:
-    """Fills `whole`, (W * S,), with every rank's `part`, (S,), in rank order. Communicates."""
-    _all_gather_function()(whole, part)
+def empty_vector(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocates a flat tensor; on the host through NumPy, which asks for large pages."""
+    if device.type != "cpu":
+        return torch.empty(size, dtype=dtype, device=device)
+    return torch.from_numpy(np.empty(size * dtype.itemsize, np.uint8)).view(dtype)
 
 
 def check_cuda() -> None:
-    """Refuses a GPU that this machine does not have.
-
-    Raises:
-        ConfigError: There is no CUDA device.
-    """
+    """Raises ConfigError if this machine has no CUDA device."""
     if not torch.cuda.is_available():
         raise ConfigError(
             "cluster.use_gpu = true: this machine has no CUDA device; set it to false or give "
@@ -288,25 +265,21 @@ def check_cuda() -> None:
 
 
 def own_device(job: JobConfig) -> torch.device:
-    """Finds where this process computes.
-
-    Raises:
-        ConfigError: The job wants a GPU, and there is none.
-    """
+    """Returns the device that this process computes on; raises as `check_cuda`."""
     if not job.cluster.use_gpu:
         return torch.device("cpu")
     check_cuda()
-    # Started now: weights that a workload draws on it before would know nothing of the seed.
+    # Weights that a workload draws on the GPU follow the seed only once CUDA is initialised.
     torch.cuda.init()
     return torch.device("cuda")
 
 
 @contextmanager
 def fixed_kernels(num_threads: int) -> Iterator[None]:
-    """Pins what changes the order of additions inside a kernel, and puts it back.
+    """Fixes the number of threads and the kernels of cuDNN, which decide the order of additions.
 
-    On a GPU the kernels of cuDNN; some others of torch's, such as the backward passes of fused
-    attention and of adaptive pooling to sizes that do not divide, add in any order there.
+    Some other kernels on a GPU, such as the backward passes of fused attention and of adaptive
+    pooling to sizes that do not divide, still add in any order.
     """
     cudnn, threads = torch.backends.cudnn, torch.get_num_threads()
     before = cudnn.deterministic, cudnn.benchmark

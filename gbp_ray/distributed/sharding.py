@@ -1,13 +1,13 @@
-"""Networks whose weights are spread over the ranks by FSDP2 (`fully_shard`).
+"""Networks whose weights FSDP2 (`fully_shard`) spreads over the ranks.
 
-What the rest of the core must know of it is here: which tensor of this rank holds its shard
-(`local`), which tensors autograd differentiates by (`leaves`), and how to see a network with all of
-its weights for the few criteria that differentiate twice or example by example (`whole`). All of it
-works on replicated networks, too, where the answers are the parameters and the network themselves.
+The rest of the package sees of it: which tensor of this rank holds its shard (`local`), which
+tensors autograd differentiates by (`leaves`), and the network with all of its weights, for the few
+criteria that differentiate twice or example by example (`unsharded`). For replicated networks these
+are the parameters and the network themselves.
 
 FSDP2 gathers the weights of one group at a time, in the forward pass and again in the backward
-pass. Its own reduction of gradients, an average in an order of its own, never runs: the gradients
-are taken from the leaves as they arrive (`folding`), before FSDP2 sees them.
+pass. Its gradient reduction, which averages in an order of its own, never runs: `GradientReducer`
+takes the gradients from the leaves before FSDP2 sees them.
 
 Every pass through a sharded network communicates, so all ranks must make the same passes.
 """
@@ -17,7 +17,8 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -26,11 +27,12 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+
+from gbp_ray.distributed.ranks import Ranks
 
 __all__ = [
     "PARTED",
@@ -39,6 +41,7 @@ __all__ = [
     "copy_sharded",
     "cut_rows",
     "gather_bits",
+    "gather_packed",
     "gather_whole",
     "group_parameters",
     "is_shard",
@@ -50,27 +53,27 @@ __all__ = [
     "local_slice",
     "only_requiring",
     "route_of",
+    "shard_like",
     "shard_network",
-    "unpack_pieces",
     "unsharded",
 ]
 
 _LEAST_GROUP = 1024
-"""Weights that are worth a gathering of their own; smaller modules join the group around them."""
+"""Weights that a module needs to be a group; smaller ones join the group around them."""
 
 _PORTION = 2**27
-"""Elements of masks after which they are gathered, 16 MiB: an exchange for each layer would cost
-more in waiting, and one for all of them more in memory."""
+"""Elements of masks gathered at a time, 16 MiB: one exchange per layer would cost more latency, one
+for all layers more memory."""
 
 
 @dataclass(frozen=True)
 class _Sharding:
-    """What is known of a sharded network beside itself.
+    """What `fully_shard`, which changes a module in place, does not keep with it.
 
     Attributes:
-        leaves: Parameter name to the tensor that holds the gathered weights while they are there.
+        leaves: Parameter name to the tensor that FSDP2 gathers its weights into.
         template: The network before it was sharded, on the meta device.
-        route: Checksum of the names of the groups that passes went through, in their order.
+        route: Checksum of the names of the groups that passes went through, in order.
     """
 
     leaves: dict[str, nn.Parameter]
@@ -87,26 +90,23 @@ PARTED = (
 _SHARDINGS: WeakKeyDictionary[nn.Module, _Sharding] = WeakKeyDictionary()
 
 
-# fully_shard changes a module in place, so what goes with it is kept beside it.
-
-
 def is_shard(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over the ranks."""
+    """Returns True for a tensor that is spread over the ranks."""
     return isinstance(tensor, DTensor)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a network's weights are spread over the ranks."""
+    """Returns True for a network that `shard_network` spread over the ranks."""
     return model in _SHARDINGS
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Returns this rank's rows of a tensor, sharing its memory; a replicated tensor is its own."""
+    """Returns this rank's rows of a tensor, sharing its memory; all rows of a replicated one."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def like_shard(rows: Tensor, pattern: Tensor) -> Tensor:
-    """Makes this rank's rows a tensor spread as `pattern` is; the rows themselves if it is not."""
+    """Makes this rank's rows a tensor sharded like `pattern`; returns them if it is replicated."""
     if not isinstance(pattern, DTensor):
         return rows
     return DTensor.from_local(
@@ -119,26 +119,34 @@ def like_shard(rows: Tensor, pattern: Tensor) -> Tensor:
     )
 
 
+def shard_like(tensor: Tensor, pattern: Tensor) -> Tensor:
+    """Shards a whole tensor like `pattern`, each rank keeping its rows."""
+    if not is_shard(pattern) or is_shard(tensor):
+        return tensor
+    ranks = Ranks.current()
+    rank_slice = cut_rows("", pattern.shape, ranks.world_size)[ranks.rank]
+    rows = local_slice(tensor, rank_slice).clone().view(local(pattern.detach()).shape)
+    return like_shard(rows.to(pattern.device), pattern)
+
+
 def gather_whole(tensor: Tensor) -> Tensor:
-    """Puts a tensor together on every rank, to export it. Communicates where it is sharded."""
+    """Gathers a tensor on every rank. Communicates where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def add_over_ranks(counts: Sequence[int], spread: Iterable[Tensor]) -> list[int]:
-    """Adds up what each rank counted in its rows, if the counted tensors are spread over ranks."""
+    """Sums counts over the ranks if the counted tensors are sharded. Then communicates."""
     shard = next((tensor for tensor in spread if isinstance(tensor, DTensor)), None)
     if shard is None:
         return list(counts)
-    total = torch.tensor(counts, dtype=torch.int64, device=shard.device)
-    dist.all_reduce(total, group=shard.device_mesh.get_group())
-    found: list[int] = total.tolist()
-    return found
+    ranks = Ranks.current(shard.device)
+    return ranks.all_reduce_counts(torch.tensor(counts, dtype=torch.int64)).tolist()
 
 
 def gather_bits(masks: Iterable[Tensor]) -> Iterator[np.ndarray]:
-    """Puts bool tensors together on every rank, each flat; one bit an element on the wire.
+    """Gathers bool tensors on every rank, each flat; one bit an element on the wire.
 
-    Communicates where they are sharded, small ones together. All are sharded, or none.
+    Communicates where they are sharded, several tensors at a time. All are sharded, or none.
     """
     portion: list[DTensor] = []
     num_elements = 0
@@ -157,50 +165,41 @@ def gather_bits(masks: Iterable[Tensor]) -> Iterator[np.ndarray]:
 
 
 def _gather_portion(masks: list[DTensor]) -> Iterator[np.ndarray]:
-    group = masks[0].device_mesh.get_group()
-    # Each rank's rows of each mask begin with a byte of their own.
-    sizes = [[_num_elements_of(rank, mask) for mask in masks] for rank in range(group.size())]
-    packed = np.concatenate(
-        [np.packbits(local(mask.detach()).reshape(-1).cpu().numpy()) for mask in masks]
-    )
-    longest = max(sum(-(-size // 8) for size in of_rank) for of_rank in sizes)
-    padded = torch.zeros(longest, dtype=torch.uint8, device=masks[0].device)
-    padded[: packed.size] = torch.from_numpy(packed).to(padded.device)
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=group)
-    pieces = unpack_pieces([part.cpu().numpy() for part in parts], sizes)
+    ranks = Ranks.current(masks[0].device)
+    by_mask = [cut_rows("", mask.shape, ranks.world_size) for mask in masks]
+    sizes = [[cut[rank].size for cut in by_mask] for rank in range(ranks.world_size)]
+    packed = [np.packbits(local(mask.detach()).reshape(-1).cpu().numpy()) for mask in masks]
+    slices = gather_packed(np.concatenate(packed), sizes, ranks)
     for _ in masks:
-        yield np.concatenate([next(pieces) for _ in sizes]).view(bool)
+        yield np.concatenate([next(slices) for _ in sizes]).view(bool)
 
 
-def unpack_pieces(
-    packed: Sequence[np.ndarray], sizes: Sequence[Sequence[int]]
+def gather_packed(
+    packed: np.ndarray, sizes: Sequence[Sequence[int]], ranks: Ranks
 ) -> Iterator[np.ndarray]:
-    """Unpacks the bits that each rank has packed, each tensor's from a byte of its own on.
+    """Gathers bits that each rank has packed, each tensor's from a byte of its own on.
+
+    Communicates when the first is asked for.
 
     Args:
-        packed: Of each rank its bytes, as `numpy.packbits` makes them.
-        sizes: Of each rank its elements of each tensor.
+        packed: This rank's bytes, as `numpy.packbits` makes them.
+        sizes: Each rank's elements of each tensor.
 
     Yields:
-        The first tensor's pieces by rank, then those of the next.
+        The first tensor's slices by rank, then those of the next.
     """
-    taken = [0] * len(packed)
+    num_bytes = [sum(-(-size // 8) for size in of_rank) for of_rank in sizes]
+    gathered = ranks.all_gather_vectors(torch.from_numpy(packed), num_bytes)
+    by_rank = [row.cpu().numpy() for row in gathered]
+    taken = [0] * len(by_rank)
     for of_tensor in zip(*sizes, strict=True):
         for rank, size in enumerate(of_tensor):
-            yield np.unpackbits(packed[rank][taken[rank] :], count=size)
+            yield np.unpackbits(by_rank[rank][taken[rank] :], count=size)
             taken[rank] += -(-size // 8)
 
 
-def _num_elements_of(rank: int, tensor: DTensor) -> int:
-    """Counts what a rank holds: FSDP2 deals rows in equal runs, of which the last may be short."""
-    num_rows = tensor.shape[0]
-    run = -(-num_rows // tensor.device_mesh.size())
-    return max(min((rank + 1) * run, num_rows) - rank * run, 0) * math.prod(tensor.shape[1:])
-
-
 def leaves(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Lists what autograd differentiates by, under each parameter's first name."""
+    """Returns the tensors that autograd differentiates by, by first parameter name."""
     if model in _SHARDINGS:
         return _SHARDINGS[model].leaves
     return dict(model.named_parameters())
@@ -208,8 +207,8 @@ def leaves(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def only_requiring(model: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Has the named parameters alone take a gradient in the block."""
-    # FSDP2 sets a leaf as its parameter is set, whenever it gathers into it.
+    """Restricts gradients in the block to the named parameters."""
+    # FSDP2 copies requires_grad from a parameter to its leaf whenever it gathers.
     tensors = [*model.named_parameters(), *leaves(model).items()]
     required = [tensor.requires_grad for _, tensor in tensors]
     for name, tensor in tensors:
@@ -224,16 +223,16 @@ def only_requiring(model: nn.Module, names: Collection[str]) -> Iterator[None]:
 def shard_network(model: nn.Module, device: torch.device, world_size: int) -> None:
     """Spreads a network's weights over the ranks, in place. Communicates.
 
-    A group that FSDP2 gathers at once is a member of an `nn.Sequential` or `nn.ModuleList`, as
-    blocks usually are, with at least `_LEAST_GROUP` weights of its own; the rest is one group. A
-    module that shares a weight with another joins the group around both.
+    Each member of an `nn.Sequential` or `nn.ModuleList` with at least `_LEAST_GROUP` weights is a
+    group that FSDP2 gathers at once; the rest is one group. A module that shares a weight with
+    another joins the group around both.
 
     Args:
-        model: On the meta device it gets memory for this rank's rows alone, still to be filled.
+        model: On the meta device it gets memory for this rank's rows only, still to be filled.
     """
     template = _blank_copy(model)
     mesh = init_device_mesh(device.type, (world_size,))
-    # The outermost group, too, gives its weights back after the forward pass.
+    # By default FSDP2 keeps the outermost group gathered after the forward pass.
     for module in (*_groups(model), model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -245,7 +244,7 @@ def shard_network(model: nn.Module, device: torch.device, world_size: int) -> No
 
 
 def listen_to_groups(model: nn.Module, tell: Callable[[str], object]) -> None:
-    """Has the name of each group told whenever a pass comes to it."""
+    """Calls `tell` with the name of each group whenever a pass comes to it."""
     for path, module in model.named_modules():
         if isinstance(module, FSDPModule):
             group = model.get_submodule(path)
@@ -253,7 +252,7 @@ def listen_to_groups(model: nn.Module, tell: Callable[[str], object]) -> None:
 
 
 def route_of(model: nn.Module) -> int:
-    """Sums up which groups passes went through, and when; ranks that differ have mixed them up."""
+    """Returns a checksum of the groups that passes went through; it must agree on all ranks."""
     return _SHARDINGS[model].route[0] if is_sharded(model) else 0
 
 
@@ -270,7 +269,7 @@ def _blank_copy(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def copy_sharded(model: nn.Module) -> nn.Module:
-    """Copies a sharded network, each rank its rows. Communicates."""
+    """Copies a sharded network. Communicates."""
     sharding = _SHARDINGS[model]
     twin = copy.deepcopy(sharding.template)
     some = next(model.parameters())
@@ -297,9 +296,7 @@ def group_parameters(model: nn.Module) -> list[list[nn.Parameter]]:
 
 def _groups(model: nn.Module) -> list[nn.Module]:
     """Lists the modules that become groups, inner ones first."""
-    uses: dict[nn.Parameter, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        uses[parameter] = uses.get(parameter, 0) + 1
+    uses = _count_uses(model)
     found: list[nn.Module] = []
     for container in model.modules():
         if not isinstance(container, (nn.Sequential, nn.ModuleList)):
@@ -307,14 +304,16 @@ def _groups(model: nn.Module) -> list[nn.Module]:
         for member in container.children():
             if isinstance(member, (nn.ModuleList, nn.ModuleDict)) or member in found:
                 continue
-            within: dict[nn.Parameter, int] = {}
-            for _, parameter in member.named_parameters(remove_duplicate=False):
-                within[parameter] = within.get(parameter, 0) + 1
+            within = _count_uses(member)
             is_worth_it = sum(p.numel() for p in within) >= _LEAST_GROUP
             if is_worth_it and all(uses[p] == count for p, count in within.items()):
                 found.append(member)
-    # modules() lists outer ones first, and FSDP2 wants to meet the inner ones before.
+    # modules() lists outer ones first; FSDP2 must get the inner ones first.
     return found[::-1]
+
+
+def _count_uses(module: nn.Module) -> Counter[nn.Parameter]:
+    return Counter(p for _, p in module.named_parameters(remove_duplicate=False))
 
 
 def _find_leaves(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -333,9 +332,9 @@ def _find_leaves(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[nn.Module]:
-    """Lends the network with all weights gathered and without FSDP2's hooks. Communicates.
+    """Yields the network with all weights gathered and without FSDP2's hooks. Communicates.
 
-    It shares its buffers with the sharded one. While the block runs each rank holds all weights.
+    It shares its buffers with the sharded one. In the block each rank holds all weights.
     """
     sharding = _SHARDINGS.get(model)
     if sharding is None:
@@ -350,12 +349,9 @@ def unsharded(model: nn.Module) -> Iterator[nn.Module]:
         for path, module in model.named_modules():
             twin = plain.get_submodule(path)
             twin.training = module.training
-            lent: list[tuple[dict[str, Any], Mapping[str, Any]]] = [
-                (twin._parameters, module._parameters),
-                (twin._buffers, module._buffers),
-            ]
-            for own, theirs in lent:
-                for name, value in theirs.items():
+            for key in ("_parameters", "_buffers"):
+                own = getattr(twin, key)
+                for name, value in getattr(module, key).items():
                     kept.append((own, name, own[name]))
                     own[name] = value
         yield plain
@@ -368,7 +364,7 @@ def unsharded(model: nn.Module) -> Iterator[nn.Module]:
 
 @dataclass(frozen=True)
 class RankSlice:
-    """Weights `start` to `stop` of one layer, flat in C order; empty where they are equal."""
+    """One rank's weights of a layer: `start` up to `stop`, flat in C order; possibly none."""
 
     name: str
     shape: tuple[int, ...]
@@ -377,17 +373,17 @@ class RankSlice:
 
     @property
     def size(self) -> int:
-        """How many weights it holds."""
+        """Counts its weights."""
         return self.stop - self.start
 
 
 def cut_rows(
     name: str, shape: Sequence[int], world_size: int, *, is_whole: bool = False
 ) -> list[RankSlice]:
-    """Cuts a layer into a slice for each rank, in rank order.
+    """Cuts a layer where rows end into a slice for each rank, as FSDP2 does.
 
     Args:
-        is_whole: Leaves it to rank 0.
+        is_whole: Gives all of it to rank 0.
     """
     shape = tuple(shape)
     num_rows = 1 if is_whole or not shape else shape[0]
@@ -397,9 +393,9 @@ def cut_rows(
     return [RankSlice(name, shape, start, stop) for start, stop in pairwise(ends)]
 
 
-def local_slice(tensor: Tensor, piece: RankSlice) -> Tensor:
-    """Looks at what a slice covers of a whole layer or of this rank's shard of it; flat, (L,)."""
+def local_slice(tensor: Tensor, rank_slice: RankSlice) -> Tensor:
+    """Returns this rank's slice of a whole layer, or its shard of one, flat: a view, (L,)."""
     tensor = tensor.detach()
     if is_shard(tensor):
         return local(tensor).reshape(-1)
-    return tensor.reshape(-1)[piece.start : piece.stop]
+    return tensor.reshape(-1)[rank_slice.start : rank_slice.stop]

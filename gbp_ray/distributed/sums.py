@@ -1,16 +1,17 @@
-"""Sums over items of what is made of each item's gradients, folded in as the gradients arrive.
+"""Sums over items, added in item order: the same bits on any number of ranks.
 
-An item (a calibration batch, a part of a training batch) is computed whole on one rank. In its
-backward pass each gradient is taken the moment it is complete, sent to the ranks that own its rows,
-and freed, so that no rank holds the gradients of a whole network beside the sum. The owner folds
-the rows of the turn's items one after another, in item order: the same bits on any number of ranks,
-and on replicated and sharded networks (`slices` says who owns what).
+An item (a calibration batch, a microbatch) is computed whole on one rank. `OrderedSum` adds one
+flat vector per item. `GradientReducer` takes each gradient of a backward pass the moment it is
+complete, sends it to the ranks that own its rows and frees it, so that no rank holds the gradients
+of a whole network in addition to the sum. The owner adds the rows of each turn's items one after
+another, in item order, for replicated and sharded networks alike.
 
-Gradients travel in buckets of a fixed order (that of the parameters, turned round, since the last
-layers' come first), never in the order of their arrival: which collectives come when is the same on
-every rank, whatever a network does with an example.
+Gradients travel in buckets of a fixed order (parameters from last to first, as the last layers'
+gradients come first), never in the order of their arrival. So every rank calls the same
+collectives, whatever a network does with an example.
 
-Shape suffixes: L = weights of one slice, flat.
+Shape suffixes: N = elements of a flat vector, W = ranks, S = elements of the longest slice of one,
+L = weights of one layer in one rank's slice, flat.
 """
 
 from __future__ import annotations
@@ -23,16 +24,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gbp_ray.distributed.ranks import Ranks, all_gather
+from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.distributed.sharding import RankSlice, cut_rows, like_shard, local, local_slice
 from gbp_ray.errors import PruneError
 
-__all__ = [
-    "Fold",
-    "GradientReducer",
-    "OrderedSum",
-    "largest_exchange",
-]
+__all__ = ["Fold", "GradientReducer", "OrderedSum", "largest_exchange"]
 
 _BUCKET_BYTES = 2**22
 """Gradients below this travel together; above it, in blocks of as much."""
@@ -41,17 +37,52 @@ Fold = Callable[[Tensor, Tensor, float], Tensor]
 """(gradient_L, weight_L, factor of the item) -> what the item adds, (L,), element by element."""
 
 
-class GradientReducer:
+class _Turns:
+    """The turns of a sum, in each of which every rank takes one item; holds back failures."""
+
+    def __init__(self, ranks: Ranks, num_items: int) -> None:
+        self._ranks, self._num_items = ranks, num_items
+        self._next_item = 0
+        self._failure: Exception | None = None
+
+    @contextmanager
+    def attempt(self, *, communicates: bool = False) -> Iterator[None]:
+        """Holds back a failure in the block until the sum is taken, which all ranks reach.
+
+        Args:
+            communicates: The block itself does, so others wait inside it: aborts and raises.
+        """
+        try:
+            yield
+        except Exception as error:
+            if communicates:
+                self._ranks.abort()
+            if communicates or self._ranks.world_size == 1:
+                raise
+            self._failure = self._failure or error
+
+    def _take_items(self) -> range:
+        """Starts a turn; returns its items, rank 0's first."""
+        first = self._next_item
+        self._next_item = min(first + self._ranks.world_size, self._num_items)
+        assert first < self._next_item, "more turns than items"
+        return range(first, self._next_item)
+
+    def _finish(self) -> None:
+        self._ranks.raise_on_all(self._failure)
+        assert self._next_item == self._num_items, "fewer turns than items"
+
+
+class GradientReducer(_Turns):
     """One sum per parameter, each rank keeping its slice of it.
 
     Args:
-        parameters: What is summed over, by name.
-        leaves: What autograd differentiates by, for each of the parameters (`sharding.leaves`).
-        pieces: For each parameter its slices, in rank order.
+        leaves: Tensors that autograd differentiates by, by parameter name (`sharding.leaves`).
+        slices: For each parameter its slices, in rank order.
         factors: One for each item, handed to `fold`.
-        fold: What an item adds.
+        fold: Computes what an item adds.
         dtype: Of the sums; None takes each parameter's own.
-        is_sharded: A rank that fails then cannot go on alone, since others wait for its weights.
+        is_sharded: Others wait for the weights of a rank that fails, so it raises at once.
     """
 
     def __init__(
@@ -59,18 +90,19 @@ class GradientReducer:
         ranks: Ranks,
         parameters: Mapping[str, nn.Parameter],
         leaves: Mapping[str, nn.Parameter],
-        pieces: Mapping[str, Sequence[RankSlice]],
+        slices: Mapping[str, Sequence[RankSlice]],
         factors: Sequence[float],
         fold: Fold,
         dtype: torch.dtype | None = None,
         *,
         is_sharded: bool = False,
     ) -> None:
-        self._ranks, self._fold, self._factors = ranks, fold, factors
-        self._parameters, self._leaves, self._pieces = parameters, leaves, pieces
+        super().__init__(ranks, len(factors))
+        self._fold, self._factors = fold, factors
+        self._parameters, self._leaves, self._slices = parameters, leaves, slices
         self._is_sharded = is_sharded
         self._weights = {
-            name: local_slice(parameter, pieces[name][ranks.rank])
+            name: local_slice(parameter, slices[name][ranks.rank])
             for name, parameter in parameters.items()
         }
         self._totals = {
@@ -79,15 +111,14 @@ class GradientReducer:
         }
         self._buckets = _make_buckets(parameters)
         self._bucket_of = {n: number for number, names in enumerate(self._buckets) for n in names}
-        self._next_item = 0
-        self._failure: Exception | None = None
+        # How many items had a gradient, by bucket and parameter.
         self._counts = [
             self._weights[names[0]].new_zeros(len(names), dtype=torch.float32)
             for names in self._buckets
         ]
         self._arrived: dict[str, Tensor] = {}
         self._next_bucket = 0
-        self._present = range(0)
+        self._items = range(0)
 
     @contextmanager
     def listening(self) -> Iterator[GradientReducer]:
@@ -95,7 +126,7 @@ class GradientReducer:
         for leaf in self._leaves.values():
             leaf.grad = None
         hooks = [
-            self._leaves[name].register_post_accumulate_grad_hook(self._taker(name))
+            self._leaves[name].register_post_accumulate_grad_hook(self._make_hook(name))
             for name in self._parameters
         ]
         try:
@@ -108,26 +139,16 @@ class GradientReducer:
     def turn(self) -> Iterator[None]:
         """Adds one item of each rank; one without an item does nothing in the block. Communicates.
 
-        A failure in the block is held back until the sum is taken, which all ranks reach; where the
-        network is sharded, this rank hangs up and raises at once, as others wait inside the block.
+        A failure in the block is handled as by `attempt`.
         """
-        num_present = min(self._ranks.world_size, len(self._factors) - self._next_item)
-        assert num_present > 0, "more turns than items"
-        self._present = range(self._next_item, self._next_item + num_present)
-        self._next_item += num_present
+        self._items = self._take_items()
         self._next_bucket, self._arrived = 0, {}
-        try:
+        with self.attempt(communicates=self._is_sharded):
             yield
-        except Exception as error:
-            if self._is_sharded:
-                self._ranks.abort()
-            if self._is_sharded or self._ranks.world_size == 1:
-                raise
-            self._failure = self._failure or error
         self._send_ready(is_last=True)
 
     def so_far(self) -> dict[str, Tensor]:
-        """Copies this rank's slices of the sums over the items whose turn has been."""
+        """Copies this rank's slices of the sums over the items of all turns so far."""
         return {name: total_L.clone() for name, total_L in self._totals.items()}
 
     def owned(self) -> dict[str, Tensor]:
@@ -136,12 +157,11 @@ class GradientReducer:
         Raises:
             Exception: What a turn failed with on any rank, as `Ranks.raise_on_all` says.
         """
-        self._ranks.raise_on_all(self._failure)
-        assert self._next_item == len(self._factors), "fewer turns than items"
+        self._finish()
         return self._totals
 
     def totals(self) -> dict[str, Tensor]:
-        """Returns the sums shaped and spread like the parameters; fails as `owned`. Communicates.
+        """Returns the sums shaped and sharded like the parameters; fails as `owned`. Communicates.
 
         Of a replicated network every rank gets all of every sum.
         """
@@ -162,9 +182,7 @@ class GradientReducer:
         names = [name for bucket in self._buckets for name in bucket]
         return {name for name, count in zip(names, counts, strict=True) if count > 0}
 
-    # -- one turn --------------------------------------------------------------------------------
-
-    def _taker(self, name: str) -> Callable[[Tensor], None]:
+    def _make_hook(self, name: str) -> Callable[[Tensor], None]:
         def take(leaf: Tensor) -> None:
             gradient, leaf.grad = leaf.grad, None
             assert gradient is not None
@@ -196,10 +214,9 @@ class GradientReducer:
     @torch.no_grad()
     def _add_own(self, gradients: dict[str, Tensor | None]) -> None:
         for name, gradient in gradients.items():
-            gradient_L = (
-                torch.zeros_like(self._weights[name]) if gradient is None else gradient.reshape(-1)
-            )
-            self._add(name, 0, gradient_L, self._factors[self._present.start])
+            if gradient is None:
+                gradient = torch.zeros_like(self._weights[name])
+            self._add(name, 0, gradient.reshape(-1), self._factors[self._items.start])
 
     def _add(self, name: str, start: int, gradient_L: Tensor, factor: float) -> None:
         stop = start + gradient_L.numel()
@@ -210,66 +227,58 @@ class GradientReducer:
     def _exchange(self, gradients: dict[str, Tensor | None], arrived: Tensor) -> None:
         """Sends each owner its rows, block by block, and folds what the others send.
 
-        With the first block go marks of the gradients that are there, added to `arrived`.
+        The first block carries marks of the gradients that exist, which are added to `arrived`.
         """
         world, rank = self._ranks.world_size, self._ranks.rank
-        pieces = {name: self._pieces[name] for name in gradients}
         some = self._weights[next(iter(gradients))]
         block = max(1, _BUCKET_BYTES // (some.element_size() * world))
-        longest = {name: max(piece.size for piece in pieces[name]) for name in gradients}
+        longest = {name: max(s.size for s in self._slices[name]) for name in gradients}
         marks = some.new_tensor([gradient is not None for gradient in gradients.values()])
         for start in range(0, max(longest.values()), block):
-            widths = {name: min(max(n - start, 0), block) for name, n in longest.items()}
             # All send and receive alike, padded to the longest slice.
+            widths = {name: min(max(n - start, 0), block) for name, n in longest.items()}
             size = sum(widths.values())
             outgoing = some.new_zeros(world, size + (len(marks) if start == 0 else 0))
             outgoing[:, size:] = marks[: outgoing.shape[1] - size]
-            for row, owner in zip(outgoing, range(world), strict=True):
-                for (name, gradient), place in zip(
-                    gradients.items(), row[:size].split(list(widths.values())), strict=True
-                ):
-                    piece = pieces[name][owner]
-                    count = min(max(piece.size - start, 0), block)
-                    if gradient is not None and count:
-                        first = piece.start + start
-                        place[:count] = gradient.reshape(-1)[first : first + count]
+            for owner, row in enumerate(outgoing):
+                for name, first, place_L in self._places(row[:size], widths, owner, start):
+                    gradient = gradients[name]
+                    if gradient is not None:
+                        place_L[:] = gradient.reshape(-1)[first : first + place_L.numel()]
             incoming = torch.empty_like(outgoing)
             dist.all_to_all_single(incoming, outgoing)
             del outgoing
-            for item, row in zip(self._present, incoming, strict=False):
+            for item, row in zip(self._items, incoming, strict=False):
                 if start == 0:
                     arrived += row[size:].abs()
-                for name, place in zip(
-                    gradients, row[:size].split(list(widths.values())), strict=True
-                ):
-                    count = min(max(pieces[name][rank].size - start, 0), block)
-                    if count:
-                        self._add(name, start, place[:count], self._factors[item])
+                for name, _, place_L in self._places(row[:size], widths, rank, start):
+                    self._add(name, start, place_L, self._factors[item])
+
+    def _places(
+        self, row: Tensor, widths: Mapping[str, int], owner: int, start: int
+    ) -> Iterator[tuple[str, int, Tensor]]:
+        """Yields, of one rank's row of a block: name, position of its first weight, its values."""
+        for name, place in zip(widths, row.split(list(widths.values())), strict=True):
+            rank_slice = self._slices[name][owner]
+            count = min(max(rank_slice.size - start, 0), widths[name])
+            if count:
+                yield name, rank_slice.start + start, place[:count]
 
     @torch.no_grad()
     def _gather(self, bucket: Sequence[str]) -> None:
         """Replaces this rank's slices of a bucket's sums by the whole sums."""
-        widths = [max(piece.size for piece in self._pieces[name]) for name in bucket]
-        padded = self._totals[bucket[0]].new_zeros(sum(widths))
-        for name, place in zip(bucket, padded.split(widths), strict=True):
-            place[: self._totals[name].numel()] = self._totals[name]
-        everywhere = padded.new_empty(self._ranks.world_size * padded.numel())
-        all_gather(everywhere, padded)
-        rows = [row.split(widths) for row in everywhere.view(self._ranks.world_size, -1)]
+        sizes = [
+            [self._slices[n][rank].size for n in bucket] for rank in range(self._ranks.world_size)
+        ]
+        own = torch.cat([self._totals[name] for name in bucket])
+        gathered = self._ranks.all_gather_vectors(own, [sum(of_rank) for of_rank in sizes])
+        rows = [row.split(of_rank) for row, of_rank in zip(gathered, sizes, strict=True)]
         for number, name in enumerate(bucket):
-            self._totals[name] = torch.cat(
-                [
-                    row[number][: piece.size]
-                    for row, piece in zip(rows, self._pieces[name], strict=True)
-                ]
-            )
+            self._totals[name] = torch.cat([row[number] for row in rows])
 
 
 def largest_exchange(parameters: Mapping[str, nn.Parameter], world_size: int) -> tuple[int, int]:
-    """Computes, in bytes, what the largest bucket holds and what of it is on its way at a time.
-
-    The latter is sent and received: twice a block, padded to the longest rows.
-    """
+    """Computes the bytes of the largest bucket, and of the largest exchange, sent and received."""
     largest = sent = 0
     for bucket in _make_buckets(parameters):
         size = parameters[bucket[0]].element_size()
@@ -281,7 +290,7 @@ def largest_exchange(parameters: Mapping[str, nn.Parameter], world_size: int) ->
 
 
 def _make_buckets(parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
-    """Joins neighbours of one dtype into buckets, last parameters first."""
+    """Groups neighbours of one dtype into buckets, last parameters first."""
     buckets: list[list[str]] = []
     num_bytes, dtype = 0, None
     for name, parameter in reversed(list(parameters.items())):
@@ -294,18 +303,15 @@ def _make_buckets(parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
     return buckets
 
 
-class OrderedSum:
+class OrderedSum(_Turns):
     """Adds one vector per item, in item order, each rank keeping the slice it owns.
-
-    Attributes:
-        num_items: How many items will be added over all ranks.
 
     Args:
         num_elements: N.
         dtype: Of the running sum.
         wire_dtype: Of the vectors as they are added and sent.
         bounds: W + 1 ascending positions; rank r owns those from the r-th up to the next. Equal
-            shares by default.
+            slices by default.
     """
 
     def __init__(
@@ -317,86 +323,48 @@ class OrderedSum:
         wire_dtype: torch.dtype = torch.float32,
         bounds: list[int] | None = None,
     ) -> None:
-        self._ranks = ranks
+        super().__init__(ranks, num_items)
         self._wire_dtype = wire_dtype
-        share = -(-num_elements // ranks.world_size)
+        size = -(-num_elements // ranks.world_size)
         self._bounds = bounds or [
-            min(rank * share, num_elements) for rank in range(ranks.world_size + 1)
+            min(rank * size, num_elements) for rank in range(ranks.world_size + 1)
         ]
         assert self._bounds[-1] == num_elements
-        # All send and receive alike, padded to the longest share.
-        self._slice_size = max(stop - start for start, stop in pairwise(self._bounds))
-        self.num_items = num_items
-        self._next_item = 0
-        self._failure: Exception | None = None
-        self._total_S = torch.zeros(self._slice_size, dtype=dtype, device=ranks.device)
-
-    @contextmanager
-    def attempt(self, *, communicates: bool = False) -> Iterator[None]:
-        """Holds back a failure of this turn's work until the sum is taken, which all ranks reach.
-
-        The rank adds nothing in its place: `add(None)`.
-
-        Args:
-            communicates: The work itself does, so a failure leaves others inside it.
-        """
-        try:
-            yield
-        except Exception as error:
-            if communicates:
-                self._ranks.abort()
-            if communicates or self._ranks.world_size == 1:
-                raise
-            self._failure = self._failure or error
+        self._sizes = [stop - start for start, stop in pairwise(self._bounds)]
+        self._total = torch.zeros(self._sizes[ranks.rank], dtype=dtype, device=ranks.device)
 
     def add(self, vector_N: Tensor | None) -> None:
-        """Adds this turn's items; a rank without an item passes None. Communicates."""
-        num_present = min(self._ranks.world_size, self.num_items - self._next_item)
-        assert num_present > 0, "more turns than items"
-        self._next_item += num_present
+        """Adds this turn's items; a rank that has none, or failed, passes None. Communicates."""
+        items = self._take_items()
         if self._ranks.world_size == 1:
             assert vector_N is not None
-            self._total_S += vector_N.to(self._wire_dtype)
+            self._total += vector_N.to(self._wire_dtype)
             return
-        for row_S in self._exchange(vector_N)[:num_present]:
-            self._total_S += row_S
+        # All send and receive alike, padded to the longest slice: row r goes to rank r.
+        shape = self._ranks.world_size, max(self._sizes)
+        outgoing = torch.zeros(shape, dtype=self._wire_dtype, device=self._ranks.device)
+        if vector_N is not None:
+            for row_S, (start, stop) in zip(outgoing, pairwise(self._bounds), strict=True):
+                row_S[: stop - start] = vector_N[start:stop]
+        incoming = torch.empty_like(outgoing)
+        dist.all_to_all_single(incoming, outgoing)
+        for row_S in incoming[: len(items)]:
+            self._total += row_S[: self._total.numel()]
 
     def so_far(self) -> Tensor:
-        """Copies this rank's share of the sum over the items that were added, shape (S,)."""
-        start, stop = self._bounds[self._ranks.rank : self._ranks.rank + 2]
-        return self._total_S[: stop - start].clone()
+        """Copies this rank's slice of the sum over the items that were added."""
+        return self._total.clone()
 
     def owned(self) -> Tensor:
-        """Returns this rank's share of the sum, shape (S,). Communicates.
+        """Returns this rank's slice of the sum. Communicates.
 
         Raises:
             Exception: What an attempt failed with on any rank, as `Ranks.raise_on_all` says.
         """
-        self._ranks.raise_on_all(self._failure)
-        assert self._next_item == self.num_items, "fewer turns than items"
-        start, stop = self._bounds[self._ranks.rank : self._ranks.rank + 2]
-        return self._total_S[: stop - start]
+        self._finish()
+        return self._total
 
     def result(self) -> Tensor:
         """Returns the whole sum, shape (N,), on every rank; fails as `owned`. Communicates."""
-        own = self.owned()
-        if self._ranks.world_size == 1:
-            return own
-        whole = self._total_S.new_empty(self._slice_size * self._ranks.world_size)
-        all_gather(whole, self._total_S)
-        rows = whole.view(self._ranks.world_size, -1)
-        sizes = [stop - start for start, stop in pairwise(self._bounds)]
-        return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
-
-    def _exchange(self, vector_N: Tensor | None) -> Tensor:
-        """Sends slice s of this rank's vector to rank s; returns (W, S), row r from rank r."""
-        world = self._ranks.world_size
-        outgoing = torch.zeros(
-            world, self._slice_size, dtype=self._wire_dtype, device=self._ranks.device
-        )
-        if vector_N is not None:
-            for row, (start, stop) in zip(outgoing, pairwise(self._bounds), strict=True):
-                row[: stop - start] = vector_N[start:stop]
-        incoming = torch.empty_like(outgoing)
-        dist.all_to_all_single(incoming, outgoing)
-        return incoming
+        slices = self._ranks.all_gather_vectors(self.owned(), self._sizes)
+        return torch.cat(slices) if len(slices) > 1 else slices[0]

@@ -35,14 +35,11 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.optim import Optimizer
 
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.distributed.sharding import (
-    gather_whole,
-    is_sharded,
-)
+from gbp_ray.distributed.sharding import gather_whole, is_sharded, shard_like
 from gbp_ray.errors import StoreError
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.results.store import REMEDY
-from gbp_ray.training.network import _distinct, _rows_like, load_weights
+from gbp_ray.training.network import _distinct, load_weights
 from gbp_ray.workloads.weights import save_state
 
 __all__ = [
@@ -150,14 +147,14 @@ def restore_state(
         if optimizer is not None:
             _keep_rows_of_state(optimizer)
         if movement is not None:
-            movement = {name: _rows_like(value, by_name[name]) for name, value in movement.items()}
+            movement = {name: shard_like(value, by_name[name]) for name, value in movement.items()}
     return optimizer, movement
 
 
 def spread_masks(masks: MaskSet, model: nn.Module) -> MaskSet:
     """Spreads masks as the weights of a network are, each rank keeping its rows."""
     by_name = dict(model.named_parameters(remove_duplicate=False))
-    spread = {name: _rows_like(mask, by_name[name]) for name, mask in masks.items()}
+    spread = {name: shard_like(mask, by_name[name]) for name, mask in masks.items()}
     return MaskSet(spread, masks.round, masks.criterion, masks.parent)
 
 
@@ -301,4 +298,4 @@ def _keep_rows_of_state(optimizer: Optimizer) -> None:
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[key] = _rows_like(value, parameter)
+                state[key] = shard_like(value, parameter)

@@ -35,11 +35,11 @@ from gbp_ray.config.schema import is_matched, match_names, nearest_glob
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.distributed.sharding import (
     RankSlice,
+    gather_packed,
     is_shard,
     like_shard,
     local,
     local_slice,
-    unpack_pieces,
 )
 from gbp_ray.errors import ConfigError, PruneError, name_some
 from gbp_ray.pruning.counting import ScoreView, as_score_view
@@ -494,9 +494,7 @@ def _exchange_masks(pieces: list[RankSlice], packed: np.ndarray, ranks: Ranks) -
     """Puts the ranks' slices together on all of them, one bit a weight. Communicates."""
     by_rank = ranks.all_gather_objects([(piece.start, piece.stop) for piece in pieces])
     sizes = [[stop - start for start, stop in of_rank] for of_rank in by_rank]
-    num_bytes = [sum(-(-size // 8) for size in of_rank) for of_rank in sizes]
-    rows = [row.numpy() for row in ranks.gather_bytes(torch.from_numpy(packed), num_bytes)]
-    bits = unpack_pieces(rows, sizes)
+    bits = gather_packed(packed, sizes, ranks)
     masks = {}
     wholes = _allocate([math.prod(piece.shape) for piece in pieces], torch.device("cpu"))
     for piece, whole, stretches in zip(pieces, wholes, zip(*by_rank, strict=True), strict=True):

@@ -46,12 +46,10 @@ from gbp_ray.distributed.agreement import (
 from gbp_ray.distributed.ranks import Ranks, isolated
 from gbp_ray.distributed.sharding import (
     copy_sharded,
-    cut_rows,
     is_shard,
     is_sharded,
-    like_shard,
     local,
-    local_slice,
+    shard_like,
     shard_network,
 )
 from gbp_ray.errors import StoreError, WorkloadError, in_one_line
@@ -109,7 +107,7 @@ def network_of_seed(
         return model, False
     blank = copy.deepcopy(model)
     _give_memory(model, torch.device("cpu"))
-    _fill(model, blank, seed, Ranks())
+    _fill(model, blank, seed)
     return model, True
 
 
@@ -145,7 +143,7 @@ def build_start(
         shard_network(model, ranks.device, ranks.world_size)
     if blank is not None:
         layers = blank
-        digests = ranks.run_collectively(lambda: _fill(model, layers, seed, ranks))
+        digests = ranks.run_collectively(lambda: _fill(model, layers, seed))
         check_same_weights(ranks, digests)
     return Start(model, macs, found)
 
@@ -210,7 +208,7 @@ def _give_memory(model: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, blank: nn.Module, seed: int, ranks: Ranks) -> dict[str, str]:
+def _fill(model: nn.Module, blank: nn.Module, seed: int) -> dict[str, str]:
     """Draws the first weights of one layer after the other, each rank keeping its rows.
 
     A tied weight is the first layer's. Returns digests of what was drawn.
@@ -229,9 +227,7 @@ def _fill(model: nn.Module, blank: nn.Module, seed: int, ranks: Ranks) -> dict[s
             filled.update(() if tensor is None else (tensor,))
             digests[f"{path}.{name}"] = digest_tensor(values)
             target = module.get_buffer(name) if tensor is None else tensor.detach()
-            piece = cut_rows(name, target.shape, ranks.world_size)[ranks.rank]
-            rows = local_slice(values, piece) if is_shard(target) else values
-            local(target).copy_(rows.view(local(target).shape))
+            local(target).copy_(local(shard_like(values, target)))
     return digests
 
 
@@ -497,7 +493,7 @@ def load_weights(model: nn.Module, data: bytes, source: str) -> None:
 
     missing, _ = model.load_state_dict(
         {
-            name: _rows_like(tensor, own[name])
+            name: shard_like(tensor, own[name])
             for name, tensor in tensors.items()
             if fits(name, tensor)
         },
@@ -514,7 +510,7 @@ def load_weights(model: nn.Module, data: bytes, source: str) -> None:
 def load_rows(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Loads whole tensors that fit into a network, in place; a sharded one takes its rows."""
     own = tensor_state(model)
-    rows = {name: _rows_like(t.to(own[name].dtype), own[name]) for name, t in tensors.items()}
+    rows = {name: shard_like(t.to(own[name].dtype), own[name]) for name, t in tensors.items()}
     model.load_state_dict(rows, strict=False)
 
 
@@ -540,13 +536,3 @@ def _identity(tensor: Tensor) -> tuple[int, ...]:
         # The rows of this rank may be none, and then lie nowhere.
         return (id(tensor),)
     return (tensor.data_ptr(), *tensor.shape)
-
-
-def _rows_like(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """Spreads a whole tensor as `pattern` is, each rank keeping its rows."""
-    if not is_shard(pattern) or is_shard(tensor):
-        return tensor
-    ranks = Ranks.current()
-    piece = cut_rows("", pattern.shape, ranks.world_size)[ranks.rank]
-    rows = local_slice(tensor, piece).clone().view(local(pattern.detach()).shape)
-    return like_shard(rows.to(pattern.device), pattern)

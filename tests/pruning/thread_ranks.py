@@ -48,11 +48,11 @@ class ThreadRanks(Ranks):
         self.calls.append(("all_gather_objects", 0))
         return self.meeting.swap(self.rank, value)
 
-    def gather_bytes(self, part: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        self.calls.append(("gather_bytes", max(sizes)))
-        parts = self.meeting.swap(self.rank, part)
-        assert [len(other) for other in parts] == list(sizes)
-        return parts
+    def all_gather_vectors(self, vector: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        self.calls.append(("all_gather_vectors", max(sizes)))
+        vectors = self.meeting.swap(self.rank, vector)
+        assert [len(other) for other in vectors] == list(sizes)
+        return vectors
 
 
 def on_threads(world_size: int, program: Callable[[ThreadRanks], Result]) -> list[Result]:
