@@ -1,4 +1,4 @@
-"""The house rules that a machine can hold: imports, layout, jobs, and the README's own words."""
+"""The house rules that a machine can hold: imports, layout and jobs."""
 
 import ast
 import json
@@ -15,7 +15,6 @@ from gbp_ray.config.prune import CRITERIA
 from gbp_ray.pruning.criteria import CRITERIA as RULES
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
 
 
 def test_a_job_may_name_every_criterion_and_no_other() -> None:
@@ -77,56 +76,6 @@ def test_a_module_says_what_it_is_for_and_stays_short(path: Path) -> None:
     assert path.name not in {"utils.py", "common.py", "helpers.py", "base.py"}
     if text:
         assert text.startswith('"""')
-
-
-def test_the_readme_names_only_verbs_that_exist() -> None:
-    shown = subprocess.run(
-        [sys.executable, "-m", "gbp_ray", "--help"], capture_output=True, text=True, check=True
-    )
-    verbs = set(re.findall(r"gbp-ray ([a-z]+)", README))
-    assert verbs
-    for verb in verbs:
-        assert verb in shown.stdout
-
-
-def test_the_readme_job_validates(tmp_path: Path) -> None:
-    # The second block is the sweep of the first.
-    blocks = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "job.toml").write_text("\n".join(blocks))
-    job = load_job(tmp_path / "job.toml")
-    assert job.name == "my-job"
-    assert len(expand(job)) == 3 * 5 * 2 * 3
-
-
-def test_the_readme_python_runs(tmp_path: Path) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    # As written, but for the embedded job's epochs: a minute of training proves nothing more.
-    shorten = (
-        "import gbp_ray\n"
-        "whole = gbp_ray.prune\n"
-        "def prune(job=None, overrides=None, **options):\n"
-        "    assert job is None\n"
-        "    quick = {'pretrain.epochs': 1, 'finetune.epochs': 0.2}\n"
-        "    return whole(job, {**overrides, **quick}, **options)\n"
-        "gbp_ray.prune = prune\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", shorten + block],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.rglob("trial.json"))) == 1
-    assert re.match(r"95\.00% sparse, \d\d\.\d\d% accurate, in ", done.stdout)
-
-
-def test_the_checks_run_the_test_command_of_the_readme() -> None:
-    script = (ROOT / ".ci" / "run").read_text()
-    assert "<!-- the test command -->" in script
-    (command,) = re.findall(r"<!-- the test command -->\n```sh\n(.*?)\n```", README, re.DOTALL)
-    assert ".venv/bin/python -m pytest" in command
 
 
 def test_the_digits_asset_travels_with_the_package() -> None:

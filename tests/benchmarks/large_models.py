@@ -8,9 +8,9 @@ examples. FSDP2, taylor, 32 calibration batches, AdamW, a part of
 each batch for each GPU. Of the GPUs as many as
 keep the peak within the given share of their memory, a power of two.
 
-Times are made of three numbers: the measured pace of a decision (README, "Cost of a decision"), and
+Times are made of three numbers: the measured pace of a decision (README.md, "Decision"), and
 an assumed link and an assumed pace of arithmetic, both named in the output; the cost of scoring
-against forward and backward is the measured one (README, "Cost of scoring").
+against forward and backward is the measured one (README.md, "Scoring").
 """
 
 from __future__ import annotations
