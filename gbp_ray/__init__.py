@@ -5,7 +5,9 @@ Names load on first use, so that `import gbp_ray` costs neither torch nor Ray.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -45,8 +47,6 @@ __all__ = sorted([*_HOMES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
-    if name == "zoo":  # what job files call the built-in workloads, as part of every trial id
-        return import_module("gbp_ray.workloads")
     if name not in _HOMES:
         raise AttributeError(f"module 'gbp_ray' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)
@@ -56,3 +56,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def _offer_zoo() -> None:
+    """Let `gbp_ray.zoo`, the name of built-in workloads in trial ids, stand."""
+    zoo = ModuleType("gbp_ray.zoo", "The built-in workloads.")
+    vars(zoo)["__getattr__"] = lambda name: getattr(import_module("gbp_ray.workloads"), name)
+    vars(zoo)["__dir__"] = lambda: dir(import_module("gbp_ray.workloads"))
+    sys.modules[zoo.__name__] = globals()["zoo"] = zoo
+
+
+_offer_zoo()

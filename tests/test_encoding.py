@@ -165,7 +165,7 @@ def test_networks_without_a_first_layer_to_widen_are_refused() -> None:
 
 
 def test_a_workload_must_say_its_range_before_it_is_encoded(monkeypatch: Any) -> None:
-    from gbp_ray import workloads as zoo
+    import gbp_ray.zoo as zoo
 
     def silent() -> Workload:
         return Workload(convnet, (intensities(), torch.zeros(6)), (intensities(), torch.zeros(6)))

@@ -61,9 +61,6 @@ __all__ = [
     "warn_of_changed_code",
 ]
 
-_MOVED = {"gbp_ray.zoo": "gbp_ray.workloads"}
-"""Where modules are that job files, and so trial ids, know by an older name."""
-
 
 def load_workload(config: WorkloadConfig, seed: int | None = None) -> Workload:
     """Calls the factory that a job names, and sets examples aside where the job asks for it.
@@ -232,7 +229,7 @@ def import_attribute(path: str, key: str) -> Any:
     try:
         # Once in a process, whatever the job's seed.
         with seeded(0), _staying(f"{key} = '{path}'"):
-            module = importlib.import_module(_MOVED.get(module_name, module_name))
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         looked_in = "the working folder and the job file's folder"
         raise ConfigError(

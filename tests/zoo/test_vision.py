@@ -18,7 +18,7 @@ def run_python(code):
 
 def test_torchvision_is_imported_only_when_needed():
     run_python(
-        "import sys, torch, gbp_ray.workloads as zoo\n"
+        "import sys, torch, gbp_ray.zoo as zoo\n"
         "from gbp_ray.workloads.loading import take_batch\n"
         "w = zoo.digits_convnet()\n"
         "take_batch(w, w.train, torch.arange(4), augment_seed=1)\n"
