@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+# Kernels then add in one order, and two cores serve two processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray's workers give way to everything else, and its tests, which take longest, would wait.
 os.environ.setdefault("RAY_worker_niceness", "0")
 logging.getLogger("werkzeug").setLevel(logging.ERROR)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent.parent
+TESTS = Path(__file__).resolve().parent.parent / "support"
 sys.path.insert(0, str(TESTS))
 
 from sample_sweep import make_sweep_round, make_sweep_trial  # noqa: E402

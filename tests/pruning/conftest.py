@@ -1,4 +1,4 @@
-"""One thread per process: kernels then add in one order, and two cores serve two processes."""
+"""Trials of two ranks that several files read, and both ways in which scores are counted."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import pytest
 import torch
 
 from gbp_ray.pruning import counting
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,8 @@ import pytest
 import torch
 from oracles import assert_scores, config_of
 from safetensors.torch import load
-from sharded_program import checkpoint_of, trial
+from sharded_program import checkpoint_of, trial, without_files
 from small_networks import draw, in_float64, job_config, prune_config, regression, scores_of
-from test_sharding import without_files
 from tied_program import recurrent, tied_blank
 from torch import Tensor, nn
 from torch.nn import functional

@@ -1,279 +1,331 @@
-"""One trial on Ray Train against the same trial in one process, and what happens when it breaks."""
+"""One trial in this very process: committed round by round, interrupted, and gone on with."""
 
-import contextlib
-import json
-import logging
+from __future__ import annotations
+
+import itertools
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from commands import session_of, start, stop_by
+import torch
 from shell import Shell
 
-from gbp_ray.config.cluster import ClusterConfig
-from gbp_ray.config.job import load_job
-from gbp_ray.errors import PruneError, WorkloadError
-from gbp_ray.runtime.api import prune
-
-pytestmark = pytest.mark.ray
-logger = logging.getLogger(__name__)
+from gbp_ray.config.job import JobConfig, load_job, trial_id
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.errors import GbpError, PruneError, StoreError
+from gbp_ray.results.records import RoundRecord
+from gbp_ray.results.store import Store
+from gbp_ray.runtime.progress import Tick
+from gbp_ray.runtime.trial import work_trial
+from gbp_ray.workloads.loading import load_workload
 
 QUICK = {
-    "pretrain.epochs": 2,
-    "finetune.epochs": 1,
+    "cluster.num_workers": 0,
+    "workload.options.width": 8,
+    "pretrain.epochs": 0.5,
+    "finetune.epochs": 0.2,
     "prune.rounds": 2,
-    "prune.calibration_examples": 192,
+    "prune.calibration_examples": 64,
+    "prune.batchnorm_examples": 128,
 }
-
-FAULTY_WORKLOAD = '''
-"""The digits workload, with a fault in the augmentation of its training batches."""
-import os, signal
-from pathlib import Path
-
-import torch
-from dataclasses import replace
-from gbp_ray.workloads import digits_convnet
+FILES = ("weights.safetensors", "masks.safetensors", "state.pt")
 
 
-def _faulty(flag, call, action):
-    workload = digits_convnet(augment=False)
-    calls = [0]
-
-    def augment(inputs):
-        # The checks before there are ranks do not count.
-        if torch.distributed.is_initialized():
-            calls[0] += 1
-            if calls[0] == call and torch.distributed.get_rank() == 1 and not Path(flag).exists():
-                action(Path(flag))
-        return inputs
-
-    return replace(workload, augment=augment)
+def quick_job(storage: Path, **changed: Any) -> JobConfig:
+    return load_job(None, QUICK | {"storage": str(storage)} | changed)
 
 
-def dies_once(flag):
-    def die(flag):
-        flag.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    return _faulty(flag, 90, die)
+def store_of(job: JobConfig) -> Store:
+    return Store(job.storage, job.name)
 
 
-def always_raises(flag):
-    def fail(flag):
-        raise ZeroDivisionError("the data ran out of luck")
-
-    return _faulty(flag, 3, fail)
-
-
-def sound(flag):
-    return replace(digits_convnet(augment=False), augment=lambda inputs: inputs)
-'''
-
-
-@pytest.fixture(scope="module")
-def ray_session():
-    from gbp_ray.runtime.on_ray.session import ray_session
-
-    with ray_session(ClusterConfig(num_workers=4), is_debug=False):
-        yield
-
-
-@pytest.fixture
-def faulty(tmp_path, monkeypatch):
-    (tmp_path / "faulty_workload.py").write_text(FAULTY_WORKLOAD)
-    monkeypatch.delitem(sys.modules, "faulty_workload", raising=False)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.chdir(tmp_path)
-
-    def run(factory: str, num_workers: int, max_failures: int):
-        job = load_job(
-            None,
-            QUICK
-            | {
-                "name": f"{factory}-{num_workers}",
-                "storage": str(tmp_path / "results"),
-                "workload.factory": f"faulty_workload:{factory}",
-                "workload.options": {"flag": str(tmp_path / "flag")},
-                "cluster.num_workers": num_workers,
-                "cluster.max_failures": max_failures,
-            },
-        )
-        return prune(job, is_quiet=True)
-
-    return run
-
-
-def outcome(result) -> list[tuple[str, str, float]]:
+def results_of(job: JobConfig) -> list[tuple[Any, ...]]:
+    """Everything of a trial that an interruption must not change."""
+    store, name = store_of(job), trial_id(job)
+    records = store.read_rounds(name)
     return [
-        (r.mask_digest, r.files["weights.safetensors"].sha256, r.accuracy)
-        for r in result.record.rounds
+        (
+            record.model_dump(exclude={"seconds", "files"}),
+            # state.pt is a zip archive, whose bytes are the writer's business.
+            *(store.read_file(name, record, file) for file in FILES[:2]),
+        )
+        for record in records
     ]
 
 
-def test_a_killed_worker_costs_no_more_than_its_round_and_workers_change_nothing(
-    ray_session, faulty
-):
-    survived = faulty("dies_once", 2, max_failures=1)
-    assert (Path(survived.uri).parents[3] / "flag").exists(), "the worker never died"
-    assert outcome(survived) == outcome(faulty("sound", 0, max_failures=0))
-    assert survived.sparsity == pytest.approx(0.9, abs=1e-4)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> JobConfig:
+    job = quick_job(tmp_path_factory.mktemp("whole"))
+    work_trial(job, Ranks())
+    return job
 
 
-def test_a_failing_worker_ends_the_trial_with_its_own_error(ray_session, faulty, capfd):
-    with pytest.raises(
-        WorkloadError, match="ZeroDivisionError: the data ran out of luck"
-    ) as caught:
-        faulty("always_raises", 2, max_failures=2)
-    assert "starting the workers again" not in capfd.readouterr().err
+def test_every_round_is_committed_with_its_files(whole: JobConfig) -> None:
+    store, name = store_of(whole), trial_id(whole)
+    records = store.read_rounds(name)
+    assert [record.round for record in records] == [0, 1, 2]
+    for record in records:
+        assert set(record.files) == set(FILES)
+        for file in FILES:
+            assert store.read_file(name, record, file)
+    digests = {record.mask_digest for record in records}
+    assert len(digests) == 3, "every round has masks of its own"
+    assert records[0].sparsity == 0.0
+    assert records[-1].sparsity == pytest.approx(0.9, abs=1e-3)
+    assert records[0].sparsity_target == 0.0
+    assert records[0].accuracy_pruned is None
+    assert records[1].accuracy_pruned is not None
+
+
+def test_rounds_are_told_when_they_are_on_disk(tmp_path: Path) -> None:
+    job = quick_job(tmp_path)
+    seen = []
+
+    def round_done(record: RoundRecord) -> None:
+        on_disk = store_of(job).read_rounds(trial_id(job))
+        assert on_disk[-1] == record
+        seen.append(record.round)
+
+    work_trial(job, Ranks(), round_done=round_done)
+    assert seen == [0, 1, 2]
+    work_trial(job, Ranks(), round_done=round_done)
+    assert seen == [0, 1, 2], "a whole trial is not worked on again"
+
+
+class BrokenOffError(Exception):
+    """Ends a trial between two rounds."""
+
+
+def interrupt_after(number: int) -> Callable[[RoundRecord], None]:
+    def round_done(record: RoundRecord) -> None:
+        if record.round == number:
+            raise BrokenOffError
+
+    return round_done
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"prune.criterion": "movement"},
+        {"prune.rewind": "weights", "prune.criterion": "magnitude"},
+        {"prune.rewind": "learning_rate", "finetune.optimizer": "adam"},
+        {"prune.schedule": "one_shot", "prune.criterion": "random"},
+    ],
+    ids=["plain", "movement", "rewind weights", "rewind rate, adam", "one shot"],
+)
+def test_a_trial_interrupted_after_each_round_ends_as_an_uninterrupted_one(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    straight = quick_job(tmp_path / "straight", **changed)
+    work_trial(straight, Ranks())
+    broken = quick_job(tmp_path / "broken", **changed)
+    for number in (0, 1, 2):
+        torch.manual_seed(number)
+        with pytest.raises(BrokenOffError):
+            work_trial(broken, Ranks(), round_done=interrupt_after(number))
+        assert len(store_of(broken).read_rounds(trial_id(broken))) == number + 1
+    work_trial(broken, Ranks())
+    assert results_of(broken) == results_of(straight)
+
+
+def test_a_round_lost_from_the_end_is_made_again(whole: JobConfig, tmp_path: Path) -> None:
+    job = quick_job(tmp_path)
+    with pytest.raises(BrokenOffError):
+        work_trial(job, Ranks(), round_done=interrupt_after(1))
+    (Path(store_of(job).round_uri(trial_id(job), 1)) / "round.json").unlink()
+    work_trial(job, Ranks())
+    assert results_of(job) == results_of(whole)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_damaged_file_is_named_and_nothing_is_written_over_it(
+    tmp_path: Path, file: str, number: int
+) -> None:
+    job = quick_job(tmp_path, **{"pretrain.epochs": 0.05, "finetune.epochs": 0.05})
+    with pytest.raises(BrokenOffError):
+        work_trial(job, Ranks(), round_done=interrupt_after(number))
+    path = Path(store_of(job).round_uri(trial_id(job), number)) / file
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    for content in (bytes(damaged), bytes(damaged[:-7])):
+        path.write_bytes(content)
+        with pytest.raises(StoreError) as caught:
+            work_trial(job, Ranks())
+        assert str(path) in str(caught.value)
+        assert path.read_bytes() == content
+        assert len(store_of(job).read_rounds(trial_id(job))) == number + 1
+
+
+def test_damaged_dense_weights_are_noticed_in_a_later_round(tmp_path: Path) -> None:
+    job = quick_job(tmp_path, **{"pretrain.epochs": 0.05, "finetune.epochs": 0.05})
+    with pytest.raises(BrokenOffError):
+        work_trial(job, Ranks(), round_done=interrupt_after(1))
+    path = Path(store_of(job).round_uri(trial_id(job), 0)) / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(StoreError, match="round_000"):
+        work_trial(job, Ranks())
+
+
+def test_a_diverging_trial_keeps_the_rounds_before(tmp_path: Path) -> None:
+    job = quick_job(tmp_path, **{"finetune.learning_rate": 1e30})
+    with pytest.raises(PruneError, match=r"lower finetune\.learning_rate") as caught:
+        work_trial(job, Ranks())
     assert "\n" not in str(caught.value)
+    assert [r.round for r in store_of(job).read_rounds(trial_id(job))] == [0]
+    assert not (Path(store_of(job).round_uri(trial_id(job), 1)) / "weights.safetensors").exists()
 
 
-def test_what_the_package_refuses_in_a_worker_arrives_as_raised(ray_session, tmp_path, capfd):
-    job = load_job(
-        None,
-        QUICK
-        | {"storage": str(tmp_path), "pretrain.learning_rate": 1e30, "cluster.num_workers": 1},
-    )
-    with pytest.raises(PruneError, match=r"pretrain: .*pretrain\.learning_rate"):
-        prune(job)
-    told = capfd.readouterr().err
-    assert "starting 1 worker" in told
-    assert "starting the workers again" not in told, "a bad input was retried"
+# -- what is left behind ---------------------------------------------------------------------------
 
 
-ON_RAY, ALONE = "--set=cluster.num_workers=1", "--set=cluster.num_workers=0"
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_settings_of_the_process_are_put_back(tmp_path: Path, is_broken: bool) -> None:
+    job = quick_job(tmp_path, **{"pretrain.epochs": 0.05, "finetune.epochs": 0.05})
+    seen = set()
+
+    def tell(tick: Tick) -> None:
+        seen.add((torch.get_num_threads(), torch.backends.cudnn.deterministic))
+        if is_broken:
+            raise BrokenOffError
+
+    torch.set_num_threads(2)
+    # An earlier test may have left two trials of one process to end in any order.
+    torch.backends.cudnn.deterministic = False
+    try:
+        if is_broken:
+            with pytest.raises(BrokenOffError):
+                work_trial(job, Ranks(), tell=tell)
+        else:
+            work_trial(job, Ranks(), tell=tell)
+        after = (torch.get_num_threads(), torch.backends.cudnn.deterministic)
+    finally:
+        torch.set_num_threads(1)
+    assert seen == {(1, True)}
+    assert after == (2, False)
 
 
-def words(storage: Path, name: str) -> list[str]:
-    settings = QUICK | {"storage": storage, "name": name}
-    return ["prune", "--json", *(f"--set={key}={value}" for key, value in settings.items())]
+def test_the_random_state_of_the_process_is_put_back(tmp_path: Path) -> None:
+    job = quick_job(tmp_path, **{"pretrain.epochs": 0.05, "finetune.epochs": 0.05})
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    work_trial(job, Ranks())
+    assert torch.equal(torch.get_rng_state(), state)
 
 
-def command(storage: Path, name: str) -> list[str]:
-    return [sys.executable, "-m", "gbp_ray", *words(storage, name), ON_RAY]
+# -- progress --------------------------------------------------------------------------------------
 
 
-def undisturbed(shell: Shell, storage: Path) -> tuple[str, str]:
-    return final_round(*shell(*words(storage, "whole"), ALONE))
-
-
-def final_round(code: int, out: str, errors: str) -> tuple[str, str]:
-    assert code == 0, errors
-    record = json.loads(out)["rounds"][-1]
-    return record["mask_digest"], record["files"]["weights.safetensors"]["sha256"]
-
-
-@pytest.mark.skipif(
-    "GBP_RAY_KILLS" not in os.environ,
-    reason="test_sweep kills Ray and its driver, test_worker a trial; set GBP_RAY_KILLS to try it",
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"prune.criterion": "movement"},
+        {"prune.criterion": "magnitude", "finetune.epochs": 0, "pretrain.epochs": 0},
+        {"finetune.epochs": 0, "pretrain.epochs": 0},
+        {"prune.rounds": 1, "prune.criterion": "synflow"},
+    ],
+    ids=["plain", "movement", "nothing to train", "scoring alone", "one round"],
 )
-def test_a_killed_job_ends_with_the_same_mask_when_run_again(shell, tmp_path):
-    """SIGKILL of every process at GBP_RAY_KILLS random moments."""
-    moments = random.Random(os.environ.get("GBP_RAY_KILL_SEED", "3"))
-    wanted = undisturbed(shell, tmp_path)
-    for number in range(int(os.environ["GBP_RAY_KILLS"])):
-        job, folder = command(tmp_path, f"killed{number}"), tmp_path / f"killed{number}"
-        num_whole, extra_s = moments.randrange(QUICK["prune.rounds"] + 1), moments.uniform(0.0, 1.0)
-        # Before the first round most of the time goes into starting Ray and training.
-        delay_s = extra_s * 15 if num_whole == 0 else extra_s * 3
-        while not kill_after(num_whole, delay_s, job, folder):
-            delay_s /= 2
-            shutil.rmtree(folder)
-        logger.info("killed %.1f s after round %d of the first", delay_s, num_whole)
-        assert not list(folder.glob("trials/*/trial.json"))
-        again = subprocess.run(job, capture_output=True, text=True)
-        assert final_round(again.returncode, again.stdout, again.stderr) == wanted
+def test_progress_never_goes_back_and_ends_at_the_end(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    job = quick_job(tmp_path, **changed)
+    ticks: list[Tick] = []
+    work_trial(job, Ranks(), tell=ticks.append)
+    shares = [tick.share for tick in ticks]
+    assert all(0.0 <= share <= 1.0 for share in shares)
+    assert all(before <= after for before, after in itertools.pairwise(shares))
+    assert shares[-1] == pytest.approx(1.0)
+    assert shares[0] < 0.6
+    for tick in ticks:
+        assert 1 <= tick.done <= tick.total
+        assert 0 <= tick.round <= tick.num_rounds == job.prune.rounds
+        assert tick.trial == trial_id(job)
+        assert (tick.loss is None) == (tick.phase in ("score", "evaluate"))
+    assert sorted({tick.round for tick in ticks}) == list(range(job.prune.rounds + 1))
 
 
-def kill_after(num_whole: int, delay_s: float, job: list[str], folder: Path) -> bool:
-    """Kills a job with all its processes after so many rounds; False where it had ended."""
-    process = subprocess.Popen(
-        job, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    while process.poll() is None and len(whole_rounds(folder)) < num_whole:
-        time.sleep(0.05)
-    time.sleep(delay_s)
-    if process.poll() is not None:
-        return False
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    return not list(folder.glob("trials/*/trial.json"))
+def test_progress_of_a_continued_trial_starts_where_it_stood(tmp_path: Path) -> None:
+    job = quick_job(tmp_path)
+    ticks: list[Tick] = []
+    with pytest.raises(BrokenOffError):
+        work_trial(job, Ranks(), tell=ticks.append, round_done=interrupt_after(1))
+    stood = ticks[-1].share
+    ticks.clear()
+    work_trial(job, Ranks(), tell=ticks.append)
+    assert {tick.round for tick in ticks} == {2}
+    assert ticks[0].share >= stood
 
 
-def whole_rounds(folder: Path) -> list[Path]:
-    return list(folder.glob("trials/*/*/round.json"))
+def test_steps_told_are_the_steps_taken(tmp_path: Path) -> None:
+    job = quick_job(tmp_path)
+    ticks: list[Tick] = []
+    work_trial(job, Ranks(), tell=ticks.append)
+    num_examples = len(load_workload(job.workload).train[0])
+    for phase, recipe in (("pretrain", job.pretrain), ("finetune", job.finetune)):
+        expected = round(recipe.epochs * (num_examples // recipe.batch_size))
+        for number in {tick.round for tick in ticks if tick.phase == phase}:
+            told = [t for t in ticks if (t.phase, t.round) == (phase, number)]
+            assert [tick.done for tick in told] == list(range(1, expected + 1))
+            assert {tick.total for tick in told} == {expected}
 
 
-def addresses_of(processes: set[int]) -> dict[str, str]:
-    """Finds where processes listen: the address in hex, as Linux gives it, to a command."""
-    sockets = {}
-    for table in ("tcp", "tcp6"):
-        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A":
-                sockets[f"socket:[{fields[9]}]"] = fields[1]
-    found = {}
-    for pid in processes:
-        with contextlib.suppress(OSError):
-            for handle in Path(f"/proc/{pid}/fd").iterdir():
-                with contextlib.suppress(OSError, KeyError):
-                    address = sockets[str(handle.readlink())]
-                    found[address] = Path(f"/proc/{pid}/cmdline").read_text()[:200]
-    return found
+# -- killed ----------------------------------------------------------------------------------------
 
 
-LOOPBACK = ("0100007F:", "0000000000000000FFFF00000100007F:", "00000000000000000000000001000000:")
-
-
-def test_ctrl_c_ends_everything_that_was_started_and_the_job_goes_on_when_run_again(
-    shell, tmp_path
-):
-    token_file = Path.home() / ".ray" / "auth_token"
-    had_token = token_file.exists()
-    process = start(tmp_path, *words(tmp_path, "stopped"), "--set=cluster.num_workers=2")
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "dense  accuracy" in line:
-            break
-    started = session_of(process.pid)
-    # Ray, its agents, the workers and their rendezvous are there for this machine alone.
-    listening = addresses_of(started)
-    assert any("ray::" in name for name in listening.values())
-    assert any("raylet" in name for name in listening.values())
-    assert {a: c for a, c in listening.items() if not a.startswith(LOOPBACK)} == {}
-    environment = Path(f"/proc/{min(started - {process.pid})}/environ").read_bytes()
-    assert b"RAY_AUTH_MODE=token" in environment
-    assert b"RAY_AUTH_TOKEN=" in environment
-    assert token_file.exists() == had_token
-    stop_by(process, signal.SIGINT, tmp_path)
-    assert 1 <= len(whole_rounds(tmp_path / "stopped")) <= QUICK["prune.rounds"]
-    # Any number of workers may go on; without any, Ray need not start again.
-    again = shell(*words(tmp_path, "stopped"), ALONE)
-    assert "goes on after round" in again.err
-    assert final_round(*again) == undisturbed(shell, tmp_path)
-
-
-@pytest.mark.skipif(
-    "GBP_RAY_KILLS" not in os.environ,
-    reason="test_signals does so without Ray; set GBP_RAY_KILLS to a number of signals to try it",
-)
-def test_signals_end_a_command_while_ray_starts(tmp_path):
-    moments = random.Random(os.environ.get("GBP_RAY_KILL_SEED", "5"))
-    for count in range(int(os.environ["GBP_RAY_KILLS"])):
-        number = (signal.SIGINT, signal.SIGTERM)[count % 2]
-        process = start(tmp_path, *words(tmp_path, f"signal{count}"), ON_RAY)
+@pytest.mark.slow
+def test_a_trial_killed_at_any_moment_ends_with_the_same_mask(
+    whole: JobConfig, tmp_path: Path, shell: Shell
+) -> None:
+    settings = [f"--set={key}={value}" for key, value in QUICK.items()]
+    arguments = ["prune", *settings, f"--set=storage={tmp_path}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    job = quick_job(tmp_path)
+    moments = random.Random(20240229)
+    deaths = []
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gbp_ray", *arguments],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         assert process.stderr is not None
-        for line in process.stderr:
-            if "starting 1 worker" in line:
-                break
-        delay_s = moments.random() * 20
-        time.sleep(delay_s)
-        took_s, _ = stop_by(process, number, tmp_path)
-        logger.info("%s %.1f s after Ray began to start took %.1f s", number.name, delay_s, took_s)
-        assert not list(tmp_path.rglob("driver.lock"))
+        # Some lines of progress, and a little more.
+        for _ in range(moments.randint(2, 6)):
+            process.stderr.readline()
+        time.sleep(moments.uniform(0.0, 0.05))
+        process.kill()
+        deaths.append(process.wait())
+        process.stderr.close()
+        read_all(job)
+    assert deaths[0] == -signal.SIGKILL, "killed too late to tell anything"
+    has_begun = bool(store_of(job).read_rounds(trial_id(job)))
+    done = shell(*arguments)
+    assert done.code == 0, done.err
+    assert "goes on after round" in done.err or not has_begun or 0 in deaths
+    assert (Path(store_of(job).trial_uri(trial_id(job))) / "trial.json").exists()
+    assert results_of(job) == results_of(whole)
+    assert not [path for path in store_of(job).folder.rglob(".*") if path.is_file()]
+
+
+def read_all(job: JobConfig) -> None:
+    """Makes sure that what a reader finds of a broken trial is whole."""
+    store, name = store_of(job), trial_id(job)
+    try:
+        for record in store.read_rounds(name):
+            for file in FILES:
+                store.read_file(name, record, file)
+    except GbpError as error:
+        pytest.fail(f"a kill left a broken round: {error}")

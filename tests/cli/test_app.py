@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-import torch
 from shell import Outcome, Shell
 from user_files import USER_JOB, USER_MODULE
 
@@ -22,8 +21,6 @@ from gbp_ray.config.job import describe_fields
 from gbp_ray.config.prune import CRITERIA
 from gbp_ray.results.records import RoundRecord, TrialRecord
 from gbp_ray.results.store import Store, locate_trials
-
-torch.set_num_threads(1)
 
 QUICK_DIGITS = [
     "--set=cluster.num_workers=0",

@@ -18,8 +18,6 @@ from user_files import USER_JOB, USER_MODULE
 from gbp_ray.errors import GbpError
 from gbp_ray.runtime.api import plan_prune, prune
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:

@@ -33,8 +33,6 @@ from gbp_ray.workloads.loading import (
     load_workload,
 )
 
-torch.set_num_threads(1)
-
 INPUTS = torch.arange(40, dtype=torch.float32).view(10, 4)
 TARGETS = torch.arange(10) % 3
 

@@ -32,8 +32,6 @@ from gbp_ray.training.batchnorm import recalibrate_as_asked
 from gbp_ray.workloads import digits_recurrent
 from gbp_ray.workloads.loading import load_workload
 
-torch.set_num_threads(1)
-
 WITHOUT_PACKAGE = """
 import sys
 sys.modules["gbp_ray"] = None

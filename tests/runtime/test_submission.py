@@ -19,7 +19,7 @@ from gbp_ray.config.job import JobConfig, load_job, trial_id
 from gbp_ray.errors import ConfigError
 from gbp_ray.runtime.submission import PYTHONS, Submission, prepare_submission
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STORAGE = {"storage": "s3://bucket/prefix"}
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from gbp_ray.config.job import JobConfig, load_job, trial_id
 from gbp_ray.distributed.ranks import Ranks
@@ -16,8 +15,6 @@ from gbp_ray.pruning import rounds
 from gbp_ray.results.store import Store
 from gbp_ray.runtime.cache import dense_origin
 from gbp_ray.runtime.trial import run_solo, work_trial
-
-torch.set_num_threads(1)
 
 QUICK = {
     "cluster.num_workers": 1,

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import tomli_w
-import torch
 from shell import Shell
 from small_sweeps import run_alone, start_sweep
 
@@ -23,8 +22,6 @@ from gbp_ray.results.store import Store
 from gbp_ray.runtime.api import sweep
 from gbp_ray.runtime.trial import finish_trial, work_trial
 from gbp_ray.workloads.loading import add_import_paths
-
-torch.set_num_threads(1)
 
 WORKLOAD = '''
 """The digits, and what may go wrong with them."""

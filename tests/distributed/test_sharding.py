@@ -21,6 +21,7 @@ from sharded_program import (
     resnet_masks,
     resnet_program,
     trial,
+    without_files,
 )
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -136,10 +137,6 @@ def test_trials_in_blocks_end_as_replicated_ones(
     expected = without_files(trial(Ranks(), "replicated", **options))
     for report in blocks:
         assert without_files(report[case]) == expected
-
-
-def without_files(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in report.items() if k != "files"} for report in rounds]
 
 
 @pytest.fixture(scope="module")

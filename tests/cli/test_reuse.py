@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from small_digits import FIELDS, prune_digits
 from typer.testing import CliRunner
 
@@ -17,8 +16,6 @@ from gbp_ray.errors import ConfigError
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.results.store import Store
 from gbp_ray.runtime.stability import measure_stability
-
-torch.set_num_threads(1)
 
 
 def run(*arguments: str) -> str:

@@ -62,7 +62,7 @@ while True:
 
 
 def program(work: str, **options: Any) -> subprocess.Popen[str]:
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(paths=[root], work=work)],
         stderr=subprocess.PIPE,

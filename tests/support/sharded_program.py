@@ -273,3 +273,7 @@ def failing_program(ranks: Ranks) -> dict[str, Any]:
     except (GbpError, RuntimeError, ZeroDivisionError) as error:
         return {"failed with": f"{type(error).__name__}: {error}"}
     return {"failed with": "nothing"}
+
+
+def without_files(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in report.items() if k != "files"} for report in rounds]

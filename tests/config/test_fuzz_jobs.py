@@ -29,7 +29,7 @@ from gbp_ray.workloads.weights import start_from
 NUM_INPUTS = int(os.environ.get("GBP_RAY_FUZZ", "200"))
 MOST_SECONDS = 20.0  # far more than any takes, on a machine that does much else
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 JOBS = [path.read_bytes() for path in sorted(ROOT.glob("jobs/**/*.toml"))]
 JOBS.append((ROOT / "gbp_ray" / "workloads" / "digits.toml").read_bytes())
 

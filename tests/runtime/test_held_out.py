@@ -6,7 +6,6 @@ import io
 from pathlib import Path
 
 import pytest
-import torch
 from small_digits import FIELDS, prune_digits
 
 from gbp_ray import open_results
@@ -23,8 +22,6 @@ from gbp_ray.runtime.progress import Screen
 from gbp_ray.runtime.trial import finish_trial, work_trial
 from gbp_ray.training.evaluation import evaluate
 from gbp_ray.workloads.loading import load_workload
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,6 @@ from gbp_ray.results.store import Store
 from gbp_ray.runtime import api, search
 from gbp_ray.runtime.trial import run_solo
 
-torch.set_num_threads(1)
-
 JOB = """
 name = "tiny"
 workload = { factory = "gbp_ray.zoo:digits_convnet", options = { width = 4 } }

@@ -25,8 +25,6 @@ from gbp_ray.results.store import Store
 from gbp_ray.runtime import api
 from gbp_ray.runtime.api import PruneResult, open_result, prune
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture
 def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:

@@ -1,1 +1,0 @@
-"""Ray reads its environment when it is imported, which some tests here do by themselves."""
