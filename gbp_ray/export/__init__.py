@@ -1,1 +1,7 @@
-"""What leaves: programs, state dicts, folded layers, masks applied elsewhere, model cards."""
+"""Networks for use elsewhere: programs, state dicts, folded layers, applied masks, model cards.
+
+A program of torch.export loads without this package and without the network's class. Program and
+state dict are loaded again and compared with the pruned network before anything is written. A
+network that torch.export cannot take leaves as a state dict, and its card says why. A record is
+data: code that it names runs only if it is built in or the caller trusts it by name.
+"""

@@ -1,6 +1,9 @@
-"""What is pruned: networks, data and metrics, the user's or built in, checked and read alike.
+"""Networks, data and metrics that are pruned: the user's or built in, checked and read alike.
 
-A job names a built-in workload as "gbp_ray.zoo:digits_convnet", which is part of its trial's id.
+A workload from elsewhere and a built-in one enter by the same contract. Every worker calls the
+factory, so what it builds is compared between workers and with round 0, and a difference is refused
+by name. A job names a built-in workload as "gbp_ray.zoo:digits_convnet", which is part of the id of
+its trial.
 """
 
 from importlib import import_module
