@@ -64,8 +64,7 @@ def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spares the time of drawing where a test is of all else in a report."""
-    monkeypatch.setattr("gbp_ray.report.drawing.render_wide", lambda drawing: ("<svg></svg>", b""))
-    monkeypatch.setattr("gbp_ray.report.drawing.render_narrow", lambda drawing: "<svg></svg>")
+    monkeypatch.setattr("gbp_ray.report.drawing.render", lambda draw, salt: ("<svg></svg>", b""))
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,8 +88,8 @@ def show_stability(
     """
     sizes = _read_sizes(examples)
     # torch and matplotlib take seconds to import; --help and a mistyped option should not.
-    from gbp_ray.report.drawing import render_png
-    from gbp_ray.report.stability_figure import plot_stability
+    from gbp_ray.report.drawing import render
+    from gbp_ray.report.stability_figure import draw_stability
     from gbp_ray.runtime.stability import measure_stability
 
     if not (with_samples or with_seeds):
@@ -109,10 +110,10 @@ def show_stability(
             is_sweep=is_sweep,
             tell=step_teller(is_quiet),
         ).to_dict()
-    _write(Path(to), {
-        "stability.json": json.dumps(found, indent=1).encode() + b"\n",
-        "stability.png": render_png(plot_stability(found)),
-    })  # fmt: skip
+    files = {"stability.json": json.dumps(found, indent=1).encode() + b"\n"}
+    if drawn := render(partial(draw_stability, found), "stability"):
+        files["stability.png"] = drawn[1]
+    _write(Path(to), files)
     if as_json:
         print_json({**found, "folder": to})
         return

@@ -3,47 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from gbp_ray.errors import name_some
 from gbp_ray.report import figures
 from gbp_ray.report.curves import WorkloadCurves, pick_targets, write_percent
 from gbp_ray.report.details import CloseUp
-from gbp_ray.report.drawing import Drawing, Sketch, style_curves
+from gbp_ray.report.drawing import Draw, Sketch, style_curves
 
 __all__ = [
     "sketch_workload",
 ]
 
 
-def sketch_workload(
-    curves: WorkloadCurves, close_ups: Sequence[CloseUp], salt: str
-) -> list[Sketch]:
-    """Sketches every figure of a workload.
+def sketch_workload(curves: WorkloadCurves, close_ups: Sequence[CloseUp]) -> list[Sketch]:
+    """Sketch every figure of a workload.
 
     Args:
         close_ups: The sparsities at which layers and masks are shown, as `look_closely` picks them.
-        salt: Keeps the figures' ids apart from those of other workloads.
     """
     styles = style_curves(curves.curves)
     targets = [close_up.target for close_up in close_ups] or pick_targets(curves.curves, 3)
     words = _word_figures(curves, targets)
     sketches: list[Sketch] = []
 
-    def add(name: str, title: str, drawing: Drawing | None) -> None:
-        sketches.append(Sketch(name, title, drawing, *words[name]))
+    def add(name: str, title: str, draw: Draw) -> None:
+        sketches.append(Sketch(name, title, draw, *words[name]))
 
     # One point has nothing to be seen against; the table has its numbers.
     if sum(len(curve.points) for curve in curves.curves) > 1:
-        accuracy = figures.plot_accuracy(curves, styles, salt)
-        tradeoffs = figures.plot_tradeoffs(curves, styles, salt)
+        accuracy = partial(figures.draw_accuracy, curves, styles)
+        tradeoffs = partial(figures.draw_tradeoffs, curves, styles)
         add("accuracy", "Accuracy against sparsity", accuracy)
         add("tradeoffs", "Accuracy against size and arithmetic", tradeoffs)
-    add("rounds", "Training over the rounds", figures.plot_rounds(curves, targets, styles, salt))
+    rounds = partial(figures.draw_rounds, curves, targets, styles)
+    add("rounds", "Training over the rounds", rounds)
     if close_ups:
-        add("layers", "Sparsity by layer", figures.plot_layers(close_ups, styles, salt))
+        add("layers", "Sparsity by layer", partial(figures.draw_layers, close_ups, styles))
     if overlapping := [close_up for close_up in close_ups if close_up.overlaps]:
-        add("overlaps", "Overlap of the masks", figures.plot_overlaps(overlapping, salt))
-    add("cost", "Cost of each point", figures.plot_cost(curves, targets, salt))
+        add("overlaps", "Overlap of the masks", partial(figures.draw_overlaps, overlapping))
+    add("cost", "Cost of each point", partial(figures.draw_cost, curves, targets))
     return sketches
 
 

@@ -1,14 +1,14 @@
 """How the report draws: styles that colour-blind readers can tell apart, panels in inches, SVG.
 
-In the page a figure is inline SVG whose ink, grid and line colours are the page's own variables, so
-that it follows light, dark and print. Curves are told apart by colour, marker and dash at once; the
-colours are those of Okabe and Ito, and the baselines are black and grey. Text is never read as
+A figure is a list of panels of one size, small enough for a phone; the page puts as many side by
+side as fit. There each is inline SVG whose ink, grid and line colours are the page's own variables,
+so that it follows light, dark and print. Curves are told apart by colour, marker and dash at once;
+the colours are those of Okabe and Ito, and the baselines are black and grey. Text is never read as
 mathematics: names are users' own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
 import multiprocessing
@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -43,21 +43,24 @@ __all__ = [
     "PAPER",
     "QUIET",
     "SERIES",
-    "Drawing",
+    "Draw",
     "PageFigure",
     "Sketch",
     "Style",
-    "add_panels",
+    "add_panel",
     "count_spare_processes",
     "draw_figures",
-    "draw_fitted",
+    "list_names",
     "make_handle",
-    "render_narrow",
-    "render_png",
-    "render_wide",
+    "measure_names",
+    "render",
+    "set_names",
     "shorten_name",
     "style_curves",
 ]
+
+Draw = Callable[[], list[Axes]]
+"""Draws the panels of a figure; none where there is nothing to draw."""
 
 INK = "#1b1f24"
 PAPER = "#fefefe"
@@ -75,12 +78,13 @@ _VARIABLES = {
     **{colour: f"var(--series-{i})" for i, colour in enumerate(SERIES)},
 }
 
-_DOTS_PER_INCH = 200
-_LEFT_IN = 0.55
+_PANEL_IN, _PAGE_IN = 3.5, 7.0
+_PIXELS_PER_INCH = 104
+"""In the page, where two panels side by side fill its width, and one the width of a phone."""
+_PNG_PIXELS = 1440
+_LEFT_IN, _FOOT_IN, _RIGHT_IN, _TITLE_IN = 0.55, 0.48, 0.12, 0.24
 NUM_STYLED = 8
 """Curves that get a style of their own each."""
-
-_WIDTHS_IN = {False: 7.2, True: 3.5}
 
 _SETTINGS: Any = {
     "font.size": 8.5,
@@ -88,7 +92,6 @@ _SETTINGS: Any = {
     "text.color": INK,
     "axes.edgecolor": QUIET,
     "axes.labelcolor": INK,
-    "axes.titlesize": 8.5,
     "axes.titlelocation": "left",
     # Without a place of its own each title is moved off the ticks of a top axis, which none has.
     "axes.titley": 1.0,
@@ -123,19 +126,6 @@ class Style(NamedTuple):
     dash: Any
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A figure that is yet to be drawn.
-
-    Attributes:
-        draw: Draws it, narrow where it is told so.
-        salt: Keeps its ids apart from those of the other figures of a page.
-    """
-
-    draw: Callable[[bool], Figure]
-    salt: str
-
-
 def style_curves(curves: Sequence[Curve]) -> dict[str, Style]:
     """Gives each curve a style by its label; of many curves those of a criterion share one."""
     is_own = len(curves) <= NUM_STYLED
@@ -162,45 +152,36 @@ def style_curves(curves: Sequence[Curve]) -> dict[str, Style]:
     return {c.label: styles[c.label if is_own else c.criterion] for c in curves}
 
 
-def add_panels(
-    number: int,
-    is_narrow: bool,
-    legend: Sequence[tuple[Any, str]],
-    *,
+def add_panel(
     height_in: float,
-    num_columns: int,
+    *,
+    title: str = "",
+    title_size: float = 8.5,
+    legend: Sequence[tuple[Any, str]] = (),
+    width_in: float = _PANEL_IN,
     left_in: float = _LEFT_IN,
-    is_shared_left: bool = False,
-    has_titles: bool = True,
-) -> tuple[Figure, list[Axes]]:
-    """Lays panels of one size out, in inches, with the legend above them."""
-    width = _WIDTHS_IN[is_narrow]
-    columns = 1 if is_narrow else min(num_columns, number)
-    rows = math.ceil(number / columns)
-    gap, foot, right = 0.28 if is_shared_left else left_in, 0.48, 0.12
-    title = 0.24 if has_titles else 0.08
-    texts = [shorten_name(text, 46 if is_narrow else 60) for _, text in legend]
-    legend_columns = 1
+    foot_in: float = _FOOT_IN,
+) -> Axes:
+    """Add a panel, measured in inches, with its title and the figure's legend above it."""
+    texts = [shorten_name(text, 46) for _, text in legend]
+    columns = 1
     if texts:
-        longest = max(map(len, texts))
-        room = (width - 0.2) / (0.55 + 0.066 * longest)
-        legend_columns = max(1, min(len(texts), int(room)))
-    legend_height = 0.2 * math.ceil(len(texts) / legend_columns) + 0.08 if texts else 0.0
-    height = legend_height + rows * (title + height_in + foot)
-    figure = Figure(figsize=(width, height))
-    panel = (width - left_in - right - (columns - 1) * (gap + right)) / columns
-    axes = []
-    for place in range(number):
-        row, column = divmod(place, columns)
-        x = left_in + column * (panel + gap + right)
-        y = height - legend_height - (row + 1) * (title + height_in + foot) + foot
-        ax = figure.add_axes((x / width, y / height, panel / width, height_in / height))
-        # Where it is told to be: to find a place below the numbers takes a second layout.
-        ax.xaxis.set_label_coords(0.5, -0.23 / height_in)
-        # As many as can be told apart; each costs its text, its line and their layout.
-        ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-        ax.yaxis.set_major_formatter(_ShortNumbers())
-        axes.append(ax)
+        room = (width_in - 0.2) / (0.55 + 0.066 * max(map(len, texts)))
+        columns = max(1, min(len(texts), int(room)))
+    top = 0.2 * math.ceil(len(texts) / columns) + 0.08 if texts else 0.0
+    top += _TITLE_IN * (1 + title.count("\n")) if title else 0.08
+    height = top + height_in + foot_in
+    figure = Figure(figsize=(width_in, height))
+    panel = width_in - left_in - _RIGHT_IN
+    ax = figure.add_axes(
+        (left_in / width_in, foot_in / height, panel / width_in, height_in / height)
+    )
+    ax.set_title(title, fontsize=title_size)
+    # Where it is told to be: to find a place below the numbers takes a second layout.
+    ax.xaxis.set_label_coords(0.5, -0.23 / height_in)
+    # As many as can be told apart; each costs its text, its line and their layout.
+    ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    ax.yaxis.set_major_formatter(_ShortNumbers())
     if texts:
         figure.legend(
             [handle for handle, _ in legend],
@@ -208,14 +189,14 @@ def add_panels(
             [f"\u200b{text}" if text.startswith("_") else text for text in texts],
             loc="upper left",
             bbox_to_anchor=(0.0, 1.0),
-            ncols=legend_columns,
+            ncols=columns,
             fontsize=8,
             handlelength=2.4,
             borderaxespad=0.1,
             columnspacing=1.2,
             labelspacing=0.35,
         )
-    return figure, axes
+    return ax
 
 
 class _ShortNumbers(Formatter):
@@ -242,24 +223,24 @@ class _ShortNumbers(Formatter):
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def _make_room(figure: Figure) -> None:
-    """Puts each vertical label beside its numbers, and narrows panels whose numbers need room."""
-    width = figure.get_figwidth()
-    shifts: dict[float, float] = {}
-    labelled = [ax for ax in figure.axes if ax.get_ylabel()]
-    for ax in labelled:
-        low, high = sorted(ax.get_ylim())
-        ticks = [tick for tick in ax.get_yticks() if low <= tick <= high]
-        longest = max(map(len, ax.yaxis.get_major_formatter().format_ticks(ticks)), default=1)
-        x = ax.get_position().x0
-        # The mark, the numbers, the label and the edge; panels above each other stay aligned.
-        shifts[x] = max(shifts.get(x, 0.0), 0.26 + 0.068 * longest - _LEFT_IN)
-    for ax in labelled:
-        box = ax.get_position()
-        shift = shifts[box.x0]
-        panel = box.width - shift / width
-        ax.set_position((box.x0 + shift / width, box.y0, panel, box.height))
-        ax.yaxis.set_label_coords(-(_LEFT_IN + shift - 0.15) / (width * panel), 0.5)
+def _make_room(ax: Axes) -> None:
+    """Put the vertical label beside its numbers, and narrow a panel whose numbers need room."""
+    if not ax.get_ylabel():
+        return
+    low, high = sorted(ax.get_ylim())
+    ticks = [tick for tick in ax.get_yticks() if low <= tick <= high]
+    longest = max(map(len, ax.yaxis.get_major_formatter().format_ticks(ticks)), default=1)
+    width, box = _figure_of(ax).get_figwidth(), ax.get_position()
+    # The mark, the numbers, the label and the edge.
+    shift = 0.26 + 0.068 * longest - _LEFT_IN
+    panel = box.width - shift / width
+    ax.set_position((box.x0 + shift / width, box.y0, panel, box.height))
+    ax.yaxis.set_label_coords(-(_LEFT_IN + shift - 0.15) / (width * panel), 0.5)
+
+
+def _figure_of(ax: Axes) -> Figure:
+    assert isinstance(ax.figure, Figure)
+    return ax.figure
 
 
 def make_handle(style: Style) -> Line2D:
@@ -275,51 +256,63 @@ def shorten_name(text: str, width: int) -> str:
     return f"{text[:head]}…{text[head + 1 - width :]}"
 
 
+def list_names(names: Sequence[str], width: int) -> list[str]:
+    """Shorten the names of parameters, without the ".weight" that all end with."""
+    ends_alike = all(name.endswith(".weight") for name in names)
+    return [
+        shorten_name(name.removesuffix(".weight") if ends_alike else name, width) for name in names
+    ]
+
+
+def measure_names(texts: Sequence[str]) -> float:
+    """Return the inches that names take to the left of a panel."""
+    return 0.25 + 0.068 * max(map(len, texts))
+
+
+def set_names(ax: Axes, texts: Sequence[str], stride: int = 1) -> None:
+    """Write a name for each row of a panel, the first on top, or every so many rows."""
+    ax.set_ylim(len(texts) - 0.4, -0.6)
+    ax.set_yticks(range(0, len(texts), stride), texts[::stride])
+
+
 # -- from a figure to the page ---------------------------------------------------------------------
 
 
-def render_wide(drawing: Drawing) -> tuple[str, bytes]:
-    """Draws a figure for screens and paper: inline SVG, and a PNG of 200 dots per inch."""
-    with _styled():
-        figure = draw_fitted(drawing, is_narrow=False)
-        return _as_svg(figure, drawing.salt), _as_png(figure)
-
-
-def render_narrow(drawing: Drawing) -> str:
-    """Draws a figure for phones: inline SVG."""
-    with _styled():
-        return _as_svg(draw_fitted(drawing, is_narrow=True), f"{drawing.salt}-narrow")
-
-
-def render_png(drawing: Drawing) -> bytes:
-    """Draws a figure for a file alone."""
-    with _styled():
-        return _as_png(draw_fitted(drawing, is_narrow=False))
-
-
-def draw_fitted(drawing: Drawing, *, is_narrow: bool) -> Figure:
-    """Draws a figure with room for the numbers of its axes."""
-    figure = drawing.draw(is_narrow)
-    _make_room(figure)
-    return figure
-
-
-@contextlib.contextmanager
-def _styled() -> Iterator[None]:
+def render(draw: Draw, salt: str) -> tuple[str, bytes] | None:
+    """Render a figure as inline SVG, one a panel, and as one PNG; None where nothing is drawn."""
     with mpl.rc_context(_SETTINGS), warnings.catch_warnings():
         # A name in a script that the font lacks shows as boxes in the PNG, not in the page.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        yield
+        panels = draw()
+        for ax in panels:
+            _make_room(ax)
+        figures = [_figure_of(ax) for ax in panels]
+        if not figures:
+            return None
+        svgs = [_as_svg(figure, f"{salt}-{number}") for number, figure in enumerate(figures)]
+        return "".join(svgs), _as_png(figures)
 
 
-def _as_png(figure: Figure) -> bytes:
-    figure.set(dpi=_DOTS_PER_INCH, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    # Without transparency, and less well packed, it is as small and takes half the time.
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[:, :, :3])
+def _as_png(figures: Sequence[Figure]) -> bytes:
+    width = max(figure.get_figwidth() for figure in figures)
+    columns = min(len(figures), int(_PAGE_IN / width))
+    dots = _PNG_PIXELS / (columns * width)
+    pictures = []
+    for figure in figures:
+        figure.set(dpi=dots, facecolor="white")
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        # Without transparency, and less well packed, it is as small and takes half the time.
+        pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[:, :, :3]))
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    bottoms = np.cumsum([max(picture.height for picture in row) for row in rows]).tolist()
+    sheet = Image.new("RGB", (_PNG_PIXELS, bottoms[-1]), "white")
+    for row, bottom in zip(rows, bottoms, strict=True):
+        for column, picture in enumerate(row):
+            place = column * _PNG_PIXELS // columns, bottom - picture.height
+            sheet.paste(picture, place)
     buffer = io.BytesIO()
-    picture.save(buffer, "png", dpi=(_DOTS_PER_INCH,) * 2, compress_level=3)
+    sheet.save(buffer, "png", dpi=(dots, dots), compress_level=3)
     return buffer.getvalue()
 
 
@@ -331,7 +324,9 @@ def _as_svg(figure: Figure, salt: str) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"^<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", r'<svg \1 aria-hidden="true">', svg)
+    width = round(_PIXELS_PER_INCH * figure.get_figwidth())
+    opening = rf'<svg \1 width="{width}" aria-hidden="true">'
+    svg = re.sub(r"^<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", opening, svg)
     used = set(re.findall(r"url\(#([^)]+)\)|href=\"#([^\"]+)\"", svg))
     ids = {name for pair in used for name in pair}
     svg = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in ids else "", svg)
@@ -358,14 +353,14 @@ class Sketch:
     Attributes:
         name: What it is called among the figures of its page.
         title: Its heading.
-        drawing: Draws it; None where there is nothing to draw.
+        draw: Draws its panels.
         alt: What it shows, for those who cannot see it.
         caption: How to read it.
     """
 
     name: str
     title: str
-    drawing: Drawing | None
+    draw: Draw
     alt: str
     caption: str
 
@@ -382,49 +377,41 @@ class PageFigure:
     title: str
     alt: str
     caption: str
-    wide: Markup
-    narrow: Markup
+    svg: Markup
     png: bytes
 
 
 def count_spare_processes() -> int:
-    """Counts the processes that a command, which nothing else runs in, may draw with."""
+    """Count the processes that a command, which nothing else runs in, may draw with."""
     # Elsewhere a process with threads must not be forked, and starting one anew takes longer.
     return min(len(os.sched_getaffinity(0)), _MOST_PROCESSES) if sys.platform == "linux" else 1
 
 
 def draw_figures(
-    sketches: Sequence[Sketch], file_of: Callable[[str], str], num_processes: int
+    sketches: Sequence[Sketch], file_of: Callable[[str], str], salt: str, num_processes: int
 ) -> list[PageFigure]:
-    """Draws the sketches that have something to draw, in their order.
+    """Draw the sketches that have something to draw, in their order.
 
     Args:
         sketches: The figures.
         file_of: From a sketch's name to the file of its PNG.
+        salt: Keeps the ids of these figures apart from those of others in the page.
         num_processes: As many are forked, if more than one: only for a program without threads
             that hold locks.
     """
-    shown = [(sketch, sketch.drawing) for sketch in sketches if sketch.drawing is not None]
-    drawings = [drawing for _, drawing in shown]
-    # Wide ones first: they take longest, and a process that is done early finds others to draw.
-    tasks = [partial(render_wide, d) for d in drawings] + [
-        partial(render_narrow, d) for d in drawings
-    ]
-    rendered = _call_all(tasks, num_processes)
+    tasks = [partial(render, sketch.draw, f"{salt}-{sketch.name}") for sketch in sketches]
     return [
+        # The SVG is made by this package, with every name in it escaped.
         PageFigure(
-            name=file_of(sketch.name),
-            title=sketch.title,
-            alt=sketch.alt,
-            caption=sketch.caption,
-            # Made by this package, with every name in it escaped.
-            wide=Markup(wide),
-            narrow=Markup(narrow),
-            png=png,
+            file_of(sketch.name),
+            sketch.title,
+            sketch.alt,
+            sketch.caption,
+            Markup(drawn[0]),
+            drawn[1],
         )
-        for (sketch, _), (wide, png), narrow in zip(
-            shown, rendered[: len(shown)], rendered[len(shown) :], strict=True
-        )
+        for sketch, drawn in zip(sketches, _call_all(tasks, num_processes), strict=True)
+        if drawn is not None
     ]
 
 

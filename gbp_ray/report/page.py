@@ -280,9 +280,11 @@ def _fill_section(
     curves = section.curves
     section.close_ups, omitted = look_closely(curves, stores)
     left_out += omitted
-    sketches = sketch_workload(curves, section.close_ups, f"w{section.number}")
+    sketches = sketch_workload(curves, section.close_ups)
     suffix = "" if section.number == 1 else f"-{section.number}"
-    section.figures = draw_figures(sketches, lambda name: f"{name}{suffix}.png", num_processes)
+    section.figures = draw_figures(
+        sketches, lambda name: f"{name}{suffix}.png", f"w{section.number}", num_processes
+    )
     files |= {figure.name: figure.png for figure in section.figures}
 
     pairs = [(curve, point) for curve in curves.curves for point in curve.points]

@@ -9,30 +9,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from gbp_ray.report.drawing import (
     INK,
     QUIET,
     SERIES,
-    Drawing,
     Style,
-    add_panels,
+    add_panel,
+    list_names,
     make_handle,
-    shorten_name,
 )
 
 __all__ = [
-    "plot_stability",
+    "draw_stability",
 ]
 
 _MARKERS = ("o", "^", "D", "v", "P", "*")
-_MOST_LAYERS = 40
+_MOST_NAMES = 14
 
 
-def plot_stability(found: Mapping[str, Any]) -> Drawing:
-    """Plots how the masks agree over samples of each size, and by layer; then over seeds."""
+def draw_stability(found: Mapping[str, Any]) -> list[Axes]:
+    """Draw how the masks agree over samples of each size, and by layer; then over seeds."""
     samples: Mapping[str, Any] = found["samples"]
     styles = {
         name: Style(SERIES[i % len(SERIES)], _MARKERS[i % len(_MARKERS)], "-")
@@ -42,27 +40,26 @@ def plot_stability(found: Mapping[str, Any]) -> Drawing:
     if samples:
         chance = Line2D([], [], color=QUIET, linewidth=0.9, linestyle=(0, (1, 2)))
         legend.append((chance, "at random"))
-    has_accuracy = any(size["accuracy"]["num"] for one in samples.values() for size in one["sizes"])
-    layered = _layer_series(found)
     if found["seeds"]:
         cross = Line2D([], [], color=INK, linestyle="", marker="x", markersize=4)
         legend.append((cross, "trained, over seeds"))
-    panels = 1 + bool(samples) + has_accuracy
-
-    def draw(is_narrow: bool) -> Figure:
-        figure, axes = add_panels(
-            panels, is_narrow, legend, height_in=2.6, num_columns=2, left_in=0.6
+    panels = []
+    if samples:
+        panels.append(add_panel(2.4, title="Masks of two samples", legend=legend))
+        _draw_overlaps(panels[0], samples, styles, found["stable"])
+        if any(size["accuracy"]["num"] for one in samples.values() for size in one["sizes"]):
+            panels.append(add_panel(2.4, title="Accuracy under the mask, not fine-tuned"))
+            _draw_accuracies(panels[1], samples, styles)
+    panels.append(
+        add_panel(
+            2.4,
+            title="By layer, with most examples",
+            legend=() if panels else legend,
+            foot_in=1.3,
         )
-        places = iter(axes)
-        if samples:
-            ax = next(places)
-            _draw_overlaps(ax, samples, styles, found["stable"])
-            if has_accuracy:
-                _draw_accuracies(next(places), samples, styles)
-        _draw_layers(next(places), layered, is_narrow)
-        return figure
-
-    return Drawing(draw, "stability")
+    )
+    _draw_layers(panels[-1], _layer_series(found))
+    return panels
 
 
 def _draw_overlaps(
@@ -94,7 +91,6 @@ def _draw_overlaps(
     ax.set_ylim(0, 102)
     _set_examples(ax, samples)
     ax.set_ylabel("overlap of two samples, %")
-    ax.set_title("Masks of two samples")
 
 
 def _draw_accuracies(ax: Axes, samples: Mapping[str, Any], styles: Mapping[str, Style]) -> None:
@@ -112,7 +108,6 @@ def _draw_accuracies(ax: Axes, samples: Mapping[str, Any], styles: Mapping[str, 
         )
     _set_examples(ax, samples)
     ax.set_ylabel("accuracy, %")
-    ax.set_title("Accuracy under the mask, not fine-tuned")
 
 
 def _set_examples(ax: Axes, samples: Mapping[str, Any]) -> None:
@@ -135,17 +130,13 @@ def _layer_series(found: Mapping[str, Any]) -> list[tuple[Mapping[str, float], s
     return series
 
 
-def _draw_layers(
-    ax: Axes, series: Sequence[tuple[Mapping[str, float], str, str]], is_narrow: bool
-) -> None:
+def _draw_layers(ax: Axes, series: Sequence[tuple[Mapping[str, float], str, str]]) -> None:
     names = list(series[0][0])
     for by_layer, colour, marker in series:
         values = [100 * by_layer[name] for name in names]
         ax.plot(range(len(names)), values, linestyle="", color=colour, marker=marker, markersize=4)
-    stride = max(1, -(-len(names) // (8 if is_narrow else 14)))
-    texts = [shorten_name(name.removesuffix(".weight"), 16) for name in names]
-    ax.set_xticks(range(0, len(names), stride))
-    ax.set_xticklabels(texts[::stride], rotation=90, fontsize=6)
+    stride = -(-len(names) // _MOST_NAMES) or 1
+    ax.set_xticks(range(0, len(names), stride), list_names(names, 16)[::stride])
+    ax.tick_params("x", rotation=90, labelsize=7)
     ax.set_ylim(0, 102)
     ax.set_ylabel("overlap, %")
-    ax.set_title("By layer, with most examples")

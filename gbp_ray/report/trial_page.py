@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import jinja2
 import numpy as np
@@ -68,16 +69,15 @@ def make_trial_page(
     # The findings may be of another round than the one that the trial is for.
     record = trial.chosen if found is None else trial.rounds[found.round]
     masks = _read_masks(store, trial_id, record)
-    salt = f"t{len(stem)}"
     sketches: list[Sketch] = []
     if found is not None:
         left_out += found.left_out
-        sketches += _sketch_differences(found, salt)
-    sketches += _sketch_living(masks, salt)
+        sketches += _sketch_differences(found)
+    sketches += _sketch_living(masks)
     if found is not None and found.layers:
-        sketches.append(_sketch_saliency(found, salt))
-    sketches += _sketch_filters(store, trial, record, masks, salt)
-    figures = draw_figures(sketches, lambda name: f"{stem}-{name}.png", num_processes)
+        sketches.append(_sketch_saliency(found))
+    sketches += _sketch_filters(store, trial, record, masks)
+    figures = draw_figures(sketches, lambda name: f"{stem}-{name}.png", "trial", num_processes)
     page = template.render(
         write_share=write_share,
         version=__version__,
@@ -103,8 +103,7 @@ def _read_masks(store: Store, trial_id: str, record: RoundRecord) -> dict[str, n
 
 
 def _describe_layer(name: str, mask: np.ndarray) -> _LayerRow:
-    num_inputs = mask.shape[1] if mask.ndim > 1 else 1
-    links = np.any(mask.reshape(mask.shape[0], num_inputs, -1), axis=2)
+    links = trial_figures.look_at_links(mask)
     filters, inputs = np.any(links, axis=1), np.any(links, axis=0)
     return _LayerRow(
         name=name,
@@ -119,7 +118,7 @@ def _describe_layer(name: str, mask: np.ndarray) -> _LayerRow:
 # -- figures ---------------------------------------------------------------------------------------
 
 
-def _sketch_differences(found: Findings, salt: str) -> Iterator[Sketch]:
+def _sketch_differences(found: Findings) -> Iterator[Sketch]:
     if found.classes:
         worst = min(
             found.classes, key=lambda c: (c.num_right_pruned - c.num_right_dense) / c.num_examples
@@ -128,7 +127,7 @@ def _sketch_differences(found: Findings, salt: str) -> Iterator[Sketch]:
         yield Sketch(
             "classes",
             "Accuracy by class, dense and pruned",
-            trial_figures.plot_classes(found, salt),
+            partial(trial_figures.draw_classes, found),
             "Accuracy of each class in the dense and the pruned network; "
             f"{found.name_class(worst.label)} changes most for the worse, by {points:+.2f} points.",
             "The most hurt first. A mean that hardly moves may hide a class that pays (Hooker et "
@@ -144,7 +143,7 @@ def _sketch_differences(found: Findings, salt: str) -> Iterator[Sketch]:
         yield Sketch(
             "examples",
             "Examples that the pruned network sees differently",
-            trial_figures.plot_examples(found, salt),
+            partial(trial_figures.draw_examples, found),
             f"{changed} test examples whose answer changed and "
             f"{len(found.examples) - changed} whose answer stayed: the input, and what the output "
             "of the true class hangs on in the dense and in the pruned network.",
@@ -155,7 +154,7 @@ def _sketch_differences(found: Findings, salt: str) -> Iterator[Sketch]:
         )
 
 
-def _sketch_living(masks: Mapping[str, np.ndarray], salt: str) -> Iterator[Sketch]:
+def _sketch_living(masks: Mapping[str, np.ndarray]) -> Iterator[Sketch]:
     dead = 0
     for mask in masks.values():
         living = np.any(mask.reshape(mask.shape[0], -1), axis=1)
@@ -163,7 +162,7 @@ def _sketch_living(masks: Mapping[str, np.ndarray], salt: str) -> Iterator[Sketc
     yield Sketch(
         "living",
         "What lives in each layer",
-        trial_figures.plot_living(masks, salt),
+        partial(trial_figures.draw_living, masks),
         "Share of each layer's weights, filters and input channels that are not all removed; the "
         "numbers are in the table below.",
         "A filter lives while any of its weights does, an input channel while any filter reads "
@@ -172,7 +171,7 @@ def _sketch_living(masks: Mapping[str, np.ndarray], salt: str) -> Iterator[Sketc
     yield Sketch(
         "links",
         "Which filter reads which input channel",
-        trial_figures.plot_kept_links(masks, salt),
+        partial(trial_figures.draw_kept_links, masks),
         "For some layers a matrix of filters and input channels, the brighter the more weights "
         "between them are kept.",
         "Dark: nothing is left between the two. A dark row is a dead filter, a dark column an "
@@ -181,11 +180,11 @@ def _sketch_living(masks: Mapping[str, np.ndarray], salt: str) -> Iterator[Sketc
     )
 
 
-def _sketch_saliency(found: Findings, salt: str) -> Sketch:
+def _sketch_saliency(found: Findings) -> Sketch:
     return Sketch(
         "saliency",
         "Saliency by layer, before and after",
-        trial_figures.plot_saliency(found, salt),
+        partial(trial_figures.draw_saliency, found),
         f"Mean {found.criterion} saliency of a weight by layer: in the dense network, of those "
         "kept there, and of those kept in the pruned network.",
         "On a logarithmic axis, by the examples that the job was calibrated on. A layer whose "
@@ -198,7 +197,6 @@ def _sketch_filters(
     trial: TrialRecord,
     record: RoundRecord,
     masks: Mapping[str, np.ndarray],
-    salt: str,
 ) -> Iterator[Sketch]:
     first = next(iter(masks), None)
     if first is None or masks[first].ndim != 4:
@@ -214,7 +212,7 @@ def _sketch_filters(
     yield Sketch(
         "filters",
         "The first layer's filters",
-        trial_figures.plot_first_filters(dense, pruned, masks[first], salt),
+        partial(trial_figures.draw_first_filters, dense, pruned, masks[first]),
         f"The filters of {first}, dense and pruned.",
         f"{first}. Three input channels are shown as colour around grey; one as orange to purple, "
         "negative to positive. Both on one scale.",

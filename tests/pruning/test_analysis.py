@@ -12,8 +12,8 @@ from gbp_ray.pruning.analysis import Overlap, SizeStability, compare_samples, me
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.scoring import score_prefixes
 from gbp_ray.pruning.units import prunable_parameters
-from gbp_ray.report.drawing import render_png
-from gbp_ray.report.stability_figure import plot_stability
+from gbp_ray.report.drawing import render
+from gbp_ray.report.stability_figure import draw_stability
 from gbp_ray.runtime.stability import Stability
 
 SIZES = (8, 12, 16, 32, 46)
@@ -112,4 +112,4 @@ def test_the_whole_of_the_data_is_no_sample(
     one = found.to_dict()["samples"]["taylor"]
     assert words in _answer("taylor", one, 0.9, 0.8, 46)
     assert len(repr(found)) < 80
-    render_png(plot_stability(found.to_dict()))
+    assert render(lambda: draw_stability(found.to_dict()), "stability")
