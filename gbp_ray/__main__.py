@@ -1,4 +1,4 @@
-"""`python -m gbp_ray` and `gbp-ray`: the command line, under the watch of `stopping`."""
+"""Entry point of `gbp-ray` and `python -m gbp_ray`; handles signals from the first import on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gbp_ray.runtime.signals import WORDS, settle, watch
 
 
 def main() -> None:
-    """Runs the command line in this process, and ends the process where it was stopped."""
+    """Runs the command line; ends the process at once after a stop."""
     watch()
     from gbp_ray.cli.app import main as run
 
@@ -18,7 +18,7 @@ def main() -> None:
         run()
     except SystemExit as ending:
         if ending.code in WORDS:
-            # What else is tidied up at an exit waits for threads that work on.
+            # A normal exit would wait for threads that are still at work.
             with contextlib.suppress(OSError):
                 sys.stdout.flush()
                 sys.stderr.flush()

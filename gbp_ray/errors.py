@@ -1,11 +1,10 @@
-"""The errors a caller may meet: one small tree, decided here for every other module.
+"""The errors that this package raises, and the cleaning of their messages.
 
-Each error carries one line that names the field, says what is allowed and what to do, and plain
-attributes beside it. Only strings and numbers go in, so an error crosses process borders by pickle
-exactly as it was raised.
+A message is one line that names the field, what is allowed and what to do. Attributes are strings
+and numbers, so an error survives pickling between processes.
 
-What people, files and other libraries put into a message may hold anything. Here it becomes one
-line that does nothing to a terminal, repeats no credentials, and ends.
+Text from users, files and other libraries may hold anything. `clean_message` makes it one line of
+limited length without control characters or credentials.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ _MOST_CHARACTERS = 1500
 _MOST_AT_THE_END = 400
 _LINE_BREAKS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
 
-
-# Control characters, what turns the direction of writing, what has no width, halves of characters.
+# Control and bidirectional characters, characters without width, halves of surrogate pairs.
 _UNPRINTABLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
     r"\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
@@ -46,12 +44,12 @@ _SECRET_OPTION = re.compile(r"((?:access_key|secret_key|session_token)=)[^\s'\"&
 
 
 def printable(text: str) -> str:
-    """Writes characters that a terminal would obey, or not show, as their escapes."""
+    """Escapes characters that a terminal would obey or not show."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def clean_message(text: str) -> str:
-    """Makes a message one printable line without credentials, with its middle left out if long."""
+    """Makes a message one printable line without credentials; cuts the middle of a long one."""
     line = printable(_LINE_BREAKS.sub(" ", text.strip()))
     line = _SECRET_OPTION.sub(r"\1***", _USER_IN_ADDRESS.sub(r"\1***@", line))
     if len(line) <= _MOST_CHARACTERS:
@@ -63,17 +61,17 @@ def clean_message(text: str) -> str:
 
 
 class GbpError(Exception):
-    """Any failure this package raises on purpose.
+    """Any failure that this package raises on purpose.
 
     Attributes:
-        exit_code: What the command line exits with: 2 where the user can mend the input, else 1.
+        exit_code: Of the command line: 2 if the input must change, else 1.
     """
 
     exit_code = 1
 
     def __init__(self, message: str, **attributes: object) -> None:
         super().__init__(clean_message(message))
-        # Exception pickling restores __dict__, so attributes kept there survive the trip.
+        # Pickle restores an exception's __dict__.
         self.__dict__.update(attributes)
 
 
@@ -90,61 +88,61 @@ class WorkloadError(GbpError):
 
 
 class PruneError(GbpError):
-    """Scores, a selection, a mask or a loss is not usable."""
+    """Scores, a selection, a mask or a loss cannot be used."""
 
     exit_code = 2
 
 
 class StoreError(GbpError):
-    """The storage of results is missing, full, damaged, forbidden or another job's."""
+    """The storage is missing, full, damaged, forbidden or belongs to another job."""
 
     exit_code = 2
 
 
 class TransientStoreError(StoreError):
-    """A storage fault that may pass, but did not while it was retried; run the command again."""
+    """A storage fault that may pass but outlasted the retries; run the command again."""
 
     exit_code = 1
 
 
 class BusyError(StoreError):
-    """Another driver is at work on the trial."""
+    """Another driver holds the trial."""
 
 
 class TrialError(GbpError):
-    """A trial failed for a reason that is not the user's input.
+    """A trial failed for another reason than the user's input.
 
     Attributes:
-        trial_id: The trial.
-        rank: The worker that failed first, or None where no worker is to blame.
-        cause: The worker's own error, one line.
+        trial_id: Empty if all trials failed together.
+        rank: The worker that failed first; None if it was no worker.
+        cause: The underlying error, one line.
         is_lasting: Whether it would fail again for the same reason.
     """
 
-    trial_id: str
-    rank: int | None
-    cause: str
+    trial_id: str = ""
+    rank: int | None = None
+    cause: str = ""
     is_lasting: bool = False
 
 
 class ClusterError(GbpError):
-    """A cluster elsewhere did not do as asked, or a job there did not succeed.
+    """A remote cluster refused a request, or a job there did not succeed.
 
     Attributes:
-        exit_code: Of the job where it is a job's.
+        exit_code: The job's, if a job failed.
     """
 
 
 class ExportError(GbpError):
-    """The exported network does not compute what the pruned one does."""
+    """The exported network computes something else than the pruned one."""
 
 
 def in_one_line(error: BaseException) -> str:
-    """Describes an exception for a message, without line breaks."""
+    """Describes an exception by type and message in one line."""
     return clean_message(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def name_some(items: Sequence[str], most: int = 5) -> str:
-    """Lists items for a message, of many only the first."""
+    """Lists the first items for a message, and the number of the rest."""
     rest = len(items) - most
     return ", ".join(items[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -37,6 +37,7 @@ __all__ = [
     "JobConfig",
     "describe_fields",
     "expand",
+    "list_code",
     "load_job",
     "takes_whole_numbers",
     "trial_id",
@@ -219,6 +220,12 @@ def trial_id(job: JobConfig) -> str:
     if float(sparsity) != job.prune.sparsity:
         sparsity = f"{job.prune.sparsity:g}"
     return f"{criterion}-s{sparsity}-r{job.prune.rounds}-{digest}"
+
+
+def list_code(job: JobConfig) -> dict[str, str]:
+    """Lists the functions that a job names as "module:attr", by field."""
+    named = {"workload.factory": job.workload.factory, "prune.criterion": job.prune.criterion}
+    return {key: name for key, name in named.items() if ":" in name}
 
 
 def describe_fields() -> list[tuple[str, str, str]]:

@@ -1,16 +1,15 @@
-"""What of a user's folder travels to a cluster: chosen by ignore rules and kind, in one archive.
+"""The archive of a user's files that goes to a cluster with a job.
 
-`choose_files` sends what a job needs: code, what lies beside the modules of a package, TOML, data
-by their suffix, and what git tracks. It leaves out hidden files, links out of the folder, what is
-none of these, and what looks like a secret by its name or its contents (see `secrecy`). Each of
-them goes if it is included by name.
+`find_files` lists a folder under the ignore rules: `.gitignore` and `.rayignore` in it, below it
+and, inside a git repository, above it, read as git reads them. Version control, virtual
+environments, caches, results and common credential files (`.env`, `.ssh`) are always left out.
+Links are followed. A file that vanishes meanwhile is not sent.
 
-`find_files` knows only the ignore rules. It leaves out what `.gitignore` and `.rayignore` files
-say, in the folder, below it and, inside a git repository, above it, read as git reads them; and
-always what nobody means to send: version control, virtual environments, caches, results, and files
-that hold credentials by custom (`.env`, `.netrc`, `.aws`, `.ssh`). Links are followed. A folder may
-change while it is read: what vanishes is not sent. The archive has the same bytes for the same
-files, so that a cluster that has it already is not sent it again.
+`choose_files` picks from these: code, TOML, data by suffix, files beside the modules of a package
+and files that git tracks. It leaves out hidden files, links out of the folder, other kinds, and
+files that look like secrets by name or contents, unless they are included by name.
+
+Equal files make equal bytes, so a cluster that already has an archive is not sent it again.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import stat
 import subprocess
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath, PurePosixPath
@@ -62,7 +62,7 @@ _ALWAYS_OUT = GitIgnoreSpec.from_lines(
 
 SECRET = "that look like secrets"
 _HIDDEN, _LINK, _OTHER = "hidden", "linked from elsewhere", "neither code nor data"
-"""Why a file is left out."""
+"""Reasons to leave a file out."""
 
 _CODE = (".py", ".pyi", ".toml")
 
@@ -76,8 +76,7 @@ _SUFFIXES = {
 }
 
 
-# Before 1980 the format knows no time.
-_NO_TIME = (1980, 1, 1, 0, 0, 0)
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time of a zip file
 _NUM_SHOWN = 3
 _LEAVE_OUT = "it would go to the cluster; leave it out by a line in .rayignore"
 _VANISHED = (FileNotFoundError, NotADirectoryError)
@@ -86,30 +85,29 @@ _CHUNK_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Package:
-    """An archive that is ready to go.
+    """A zip archive.
 
     Attributes:
-        data: Its bytes, a zip file.
-        sizes: Bytes of each file in it, by name, before compression.
+        sizes: Uncompressed bytes of each file in it.
     """
 
     data: bytes
     sizes: dict[str, int]
 
     def largest(self) -> str:
-        """Names its largest files with their sizes."""
+        """Names the largest files with their sizes."""
         return _name_largest(self.sizes)
 
 
 def find_files(folder: Path) -> dict[str, Path]:
-    """Lists the files of a folder that travel, by their names relative to it.
+    """Lists the files of a folder that no rule ignores, by their relative names.
 
     Raises:
         ConfigError: The folder cannot be read.
     """
     rules = _rules_above(folder)
     if rules and _is_ignored(folder, rules, is_folder=True):
-        # Whoever sends a folder that git ignores means it.
+        # A folder that git ignores was given on purpose.
         rules = []
     found = {}
     try:
@@ -125,20 +123,19 @@ def find_files(folder: Path) -> dict[str, Path]:
 def choose_files(
     folder: Path, include: Iterable[str] = ()
 ) -> tuple[dict[str, Path], dict[str, str]]:
-    """Chooses the files of a folder that travel with a job.
+    """Chooses the files of a folder that go with a job.
 
     Args:
-        folder: The job's.
-        include: Names below it. A file goes whatever it is; of a folder all goes but what looks
-            like a secret.
+        include: Names below the folder. An included file always goes; an included folder goes
+            without the files that look like secrets.
 
     Returns:
-        The files by their names, and of those left out why. What the ignore rules leave out is not
-        among them.
+        The chosen files by name, and the reason for each one left out. Ignored files are in
+        neither.
 
     Raises:
-        ConfigError: The folder cannot be read, holds nothing of such a name, or holds code with a
-            secret in it.
+        ConfigError: The folder cannot be read, lacks an included name, or holds code with a secret
+            in it.
     """
     files, folders = find_files(folder), []
     named: set[str] = set()
@@ -168,7 +165,7 @@ def choose_files(
 
 
 def _why_not(folder: Path, name: str, path: Path, is_included: bool, is_known: bool) -> str | None:
-    """Says why a file does not travel; None if it does."""
+    """Returns the reason to leave a file out, or None."""
     place, own = folder.resolve(), path.resolve()
     names: list[PurePath] = [PurePosixPath(name)]
     is_inside = own.is_relative_to(place)
@@ -179,21 +176,20 @@ def _why_not(folder: Path, name: str, path: Path, is_included: bool, is_known: b
         return _LINK
     if any(part.startswith(".") for part in names[0].parts) and not is_included:
         return _HIDDEN
-    is_beside_code = (path.parent / "__init__.py").is_file()
-    if path.suffix.lower() not in _SUFFIXES and not is_beside_code and not is_known:
+    suffix, is_beside_code = path.suffix.lower(), (path.parent / "__init__.py").is_file()
+    if suffix not in _SUFFIXES and not is_beside_code and not is_known:
         return _OTHER
     try:
         with path.open("rb") as file:
-            # What is no text holds tensors or images, and what is too large does not travel.
+            # Binary files hold tensors or images.
             start = file.read(_CHUNK_BYTES)
             is_text = b"\0" not in start or start[:2] in (b"\xff\xfe", b"\xfe\xff")
             content = start + file.read(MOST_BYTES) if is_text else b""
     except OSError:
-        # Whoever packs it says so.
-        return None
+        return None  # `pack_files` reports it
     if (found := find_secret(content)) is None:
         return None
-    if path.suffix.lower() in _CODE:
+    if suffix in _CODE:
         line, kind = found
         raise ConfigError(
             f"'{path}': line {line} holds what looks like {kind}, and would go to the cluster; "
@@ -203,10 +199,10 @@ def _why_not(folder: Path, name: str, path: Path, is_included: bool, is_known: b
 
 
 def _tracked_by_git(folder: Path) -> set[str]:
-    """Lists what git tracks below a folder; nothing where there is no git or no repository."""
+    """Lists the files that git tracks below a folder; none without git or a repository."""
     try:
         done = subprocess.run(
-            # Not what a repository's own configuration would have git start.
+            # A repository's configuration must not make git start programs.
             ["git", "-c", "core.fsmonitor=false", "ls-files", "-z"],
             cwd=folder,
             capture_output=True,
@@ -220,12 +216,11 @@ def _tracked_by_git(folder: Path) -> set[str]:
 def pack_files(
     files: Mapping[str, Path], extra: Mapping[str, bytes], most_bytes: int = MOST_BYTES
 ) -> Package:
-    """Puts files into one archive.
+    """Packs files into one archive.
 
     Args:
-        files: Those on disk, by the name they get.
-        extra: Others, which win over those of the same name.
-        most_bytes: What the cluster takes.
+        files: Paths by name in the archive.
+        extra: Contents by name; they replace files of the same name.
 
     Raises:
         ConfigError: A file cannot be read, or the archive is too large.
@@ -236,18 +231,19 @@ def pack_files(
         for name in sorted({*files, *extra}):
             source = extra[name] if name in extra else files[name]
             size = _add(archive, name, source, lambda: buffer.tell() > most_bytes)
-            if size is None:
-                continue
-            sizes[name] = size
+            if size is not None:
+                sizes[name] = size
             if buffer.tell() > most_bytes:
                 break
-    # What the archive ends with counts as well.
+    # The archive's directory counts as well.
     if len(buffer.getvalue()) > most_bytes:
-        left = {name: _size_of(path) for name, path in files.items() if name not in sizes}
+        for name in files.keys() - sizes:
+            with suppress(OSError):
+                sizes[name] = files[name].stat().st_size
         raise ConfigError(
             f"the folder of the job holds more than a Ray cluster takes, {most_bytes / 1e6:.0f} MB "
-            f"({_name_largest(sizes | left)}); leave out by .rayignore what the code does not "
-            "need, and give data by s3://, or in a folder that all nodes have"
+            f"({_name_largest(sizes)}); list in .rayignore what the code does not need, and put "
+            "data on s3:// or in a folder that all nodes have"
         )
     return Package(buffer.getvalue(), sizes)
 
@@ -255,12 +251,8 @@ def pack_files(
 def _add(
     archive: zipfile.ZipFile, name: str, source: bytes | Path, is_full: Callable[[], bool]
 ) -> int | None:
-    """Adds a file, of one that is too large the beginning alone.
-
-    Returns:
-        Its size; None if it has vanished.
-    """
-    entry = zipfile.ZipInfo(name, _NO_TIME)
+    """Adds a file, until the archive is full; returns the file's size, or None if it vanished."""
+    entry = zipfile.ZipInfo(name, _EPOCH)
     entry.compress_type = zipfile.ZIP_DEFLATED
     if isinstance(source, bytes):
         entry.external_attr = (stat.S_IFREG | 0o644) << 16
@@ -282,7 +274,7 @@ def _add(
 
 
 def describe_left_out(left: Mapping[str, str]) -> str:
-    """Puts into one line what does not travel, by reason; "" where all does."""
+    """Lists the files left out in one line, by reason; "" if there are none."""
     groups: dict[str, list[str]] = {}
     for name, why in left.items():
         groups.setdefault(why, []).append(name)
@@ -298,15 +290,8 @@ def _name_largest(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in largest)
 
 
-def _size_of(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
-
-
 Rule = tuple[Path, GitIgnoreSpec]
-"""A folder, and what is left out below it."""
+"""A folder and the patterns ignored below it."""
 
 
 def _walk(top: Path, folder: Path, rules: list[Rule], above: tuple[object, ...]) -> Iterator[Path]:
@@ -318,8 +303,8 @@ def _walk(top: Path, folder: Path, rules: list[Rule], above: tuple[object, ...])
             raise
         return
     identity = state.st_dev, state.st_ino
-    # A link to a folder that this one is in would go round for ever.
-    if identity in above or (folder != top and _means_no_code(folder)):
+    # A link to a folder above would never end.
+    if identity in above or (folder != top and _holds_no_code(folder)):
         return
     rules = rules + _rules_in(folder)
     for path in entries:
@@ -333,13 +318,10 @@ def _walk(top: Path, folder: Path, rules: list[Rule], above: tuple[object, ...])
             yield path
 
 
-def _means_no_code(folder: Path) -> bool:
-    """Tells a virtual environment, and a job's results, whatever their folders are called."""
-    return (folder / "pyvenv.cfg").exists() or _is_claimed(folder)
-
-
-def _is_claimed(folder: Path) -> bool:
-    """Looks for the claim that `store` begins a job's results with."""
+def _holds_no_code(folder: Path) -> bool:
+    """Recognizes a virtual environment, or a job's results by the claim in them."""
+    if (folder / "pyvenv.cfg").exists():
+        return True
     try:
         claim = json.loads((folder / "job.json").read_bytes())
     except (OSError, ValueError):
@@ -348,7 +330,7 @@ def _is_claimed(folder: Path) -> bool:
 
 
 def _is_ignored(path: Path, rules: list[Rule], is_folder: bool) -> bool:
-    # The rule nearest to a file decides.
+    # The nearest rule decides.
     for base, spec in reversed(rules):
         name = path.relative_to(base).as_posix() + "/" * is_folder
         if (verdict := spec.check_file(name).include) is not None:
@@ -368,7 +350,7 @@ def _rules_in(folder: Path) -> list[Rule]:
 
 
 def _rules_above(folder: Path) -> list[Rule]:
-    """Reads the rules of the git repository that a folder is in."""
+    """Reads the rules above a folder inside its git repository."""
     rules: list[Rule] = []
     for parent in folder.parents if not (folder / ".git").exists() else ():
         rules = _rules_in(parent) + rules
@@ -436,16 +418,16 @@ _PLACES = {"PWD", "OLDPWD"}
 
 
 def is_secret_name(name: PurePath) -> bool:
-    """Tells by the name of a file, and of the folders above it, whether it holds a secret."""
+    """Recognizes a secret by the name of its file or of a folder above it."""
     if _FOLDERS & {part.lower() for part in name.parts[:-1]}:
         return True
-    # A module that deals with secrets is none; what it says in its lines is looked at.
+    # A module about secrets is not one; its contents are searched instead.
     own = name.name.lower()
     return not own.endswith(_CODE_SUFFIXES) and any(fnmatchcase(own, pattern) for pattern in _NAMES)
 
 
 def find_secret(content: bytes) -> tuple[int, str] | None:
-    """Finds what looks like a secret: (its line, its kind), or None."""
+    """Returns (line, kind) of the first text that looks like a secret, or None."""
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         content = content.decode("utf-16", errors="replace").encode()
     found = _CONTENT.search(content)
@@ -456,12 +438,12 @@ def find_secret(content: bytes) -> tuple[int, str] | None:
 
 
 def holds_credentials(value: str) -> bool:
-    """Tells whether a value, such as an address, holds credentials of a known form."""
+    """Recognizes credentials of a known form in a value, such as an address."""
     return bool(_CREDENTIALS.search(value)) or find_secret(value.encode()) is not None
 
 
 def is_secret_variable(name: str, value: str) -> bool:
-    """Tells by name and value whether a variable of the environment holds a secret."""
+    """Recognizes a secret by the name or the value of an environment variable."""
     parts = name.upper().split("_")
     if name not in _PLACES and (
         _PARTS & set(parts)
@@ -473,6 +455,6 @@ def is_secret_variable(name: str, value: str) -> bool:
 
 
 def _is_random(run: str) -> bool:
-    """Tells a token from words: many letters among many digits."""
+    """Recognizes a token by its mixture of many letters and digits."""
     num_digits = sum(character.isdigit() for character in run)
     return num_digits >= 3 and len(run) - num_digits >= 3 and len(set(run)) >= 10

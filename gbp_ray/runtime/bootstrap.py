@@ -1,8 +1,7 @@
-"""The first program of a submitted job on the head: looks whether the job can run there, runs it.
+"""The start program of a submitted job: checks on the head that the job can run there, and runs it.
 
-It travels with the job and needs nothing but Python, so that a head without our dependencies, or
-with another version of us, answers in one line that says so. Whatever it finds is bad input: exit
-code 2.
+It goes with the job and needs only Python, so a head without the dependencies or with another
+version of this package reports that in one line, with exit code 2.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 FACTS = ".gbp-ray-facts.json"
-"""What the submitting side says, in a file beside this one."""
+"""File beside this one, written by the submitting side."""
 
 SUBMITTED = "GBP_RAY_SUBMITTED"
-"""Environment variable that a submitted job's driver knows itself by: the version that sent it."""
+"""Environment variable that marks the driver of a submitted job: the version that sent it."""
 
 
 def find_fault(facts: dict[str, Any]) -> str | None:
-    """Says what keeps the job from running with this Python; None if nothing does."""
+    """Returns the reason why the job cannot run with this Python, or None."""
     python = ".".join(str(part) for part in sys.version_info[:2])
     whose = f"the head's python ({sys.executable})"
     if python not in facts["pythons"]:
@@ -56,10 +55,7 @@ def find_fault(facts: dict[str, Any]) -> str | None:
 
 
 def refuse_storage(job: str) -> None:
-    """Ends the process where the results could not be kept, before torch has been imported.
-
-    The driver asks again and more; that takes it a while, and whoever has submitted waits.
-    """
+    """Ends the process if the job cannot use its storage, seconds before the driver finds out."""
     from gbp_ray.config.job import load_job
     from gbp_ray.errors import GbpError
     from gbp_ray.results.records import JobRecord

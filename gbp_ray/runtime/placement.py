@@ -1,8 +1,7 @@
-"""What a job claims of a cluster's machines, and whether they can ever give it.
+"""Resources of workers, and the number of workers and trials that a cluster's machines hold.
 
-Arithmetic alone, without Ray: what a worker claims, how many workers and trials the machines hold,
-and what is to be said where they hold too few. Claims are of what a machine has in all, not of what
-is free: other jobs end, machines do not grow.
+Counts use the total of each machine, not what is free: other jobs end, machines do not grow. Ray is
+not needed here.
 """
 
 from __future__ import annotations
@@ -26,9 +25,7 @@ __all__ = [
 
 _ACCELERATOR = "accelerator_type:"
 _LEAST_SHARE = 0.001
-"""What Ray has of a kind of GPU is 1 on each machine that has one; so many may ask for it."""
-
-_ROUNDING = 1e-9
+"""Claim of each worker on a GPU type: Ray gives a machine 1 of its type for all its workers."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +34,8 @@ class Machine:
 
     Attributes:
         name: Its address.
-        resources: What it has in all, by Ray's names: CPU, GPU, memory (bytes), and others.
-        id: Ray's own, or nothing.
+        resources: Totals by Ray's names: CPU, GPU, memory (bytes) and others.
+        id: Ray's node id, if known.
     """
 
     name: str
@@ -50,25 +47,22 @@ class Machine:
         shares = [
             self.resources.get(name, 0.0) / amount for name, amount in claim.items() if amount > 0
         ]
-        return math.floor(min(shares) + _ROUNDING)
+        return math.floor(min(shares) + 1e-9)
 
 
 def worker_resources(cluster: ClusterConfig, machines: Sequence[Machine]) -> dict[str, float]:
-    """Says what one worker claims."""
-    claim = {"CPU": _cpus_of(cluster, machines)}
+    """Returns the resources that one worker claims."""
+    num_cpus = cluster.cpus_per_worker
+    if num_cpus is None:
+        # By default workers make do with the CPUs there are.
+        most = max((machine.resources.get("CPU", 0.0) for machine in machines), default=0.0)
+        num_cpus = max(1.0, min(float(cluster.threads_per_worker), most))
+    claim = {"CPU": num_cpus}
     if cluster.use_gpu:
         claim["GPU"] = cluster.gpus_per_worker
         if cluster.accelerator_type is not None:
             claim[f"{_ACCELERATOR}{cluster.accelerator_type}"] = _LEAST_SHARE
     return claim
-
-
-def _cpus_of(cluster: ClusterConfig, machines: Sequence[Machine]) -> float:
-    if cluster.cpus_per_worker is not None:
-        return cluster.cpus_per_worker
-    # Threads that nobody set apart for a cluster run on what there is.
-    most = max((machine.resources.get("CPU", 0.0) for machine in machines), default=0.0)
-    return max(1.0, min(float(cluster.threads_per_worker), most))
 
 
 def count_workers(cluster: ClusterConfig, machines: Sequence[Machine]) -> int:
@@ -80,25 +74,21 @@ def count_workers(cluster: ClusterConfig, machines: Sequence[Machine]) -> int:
 def count_trials(cluster: ClusterConfig, machines: Sequence[Machine]) -> int:
     """Counts the trials that the machines hold at a time."""
     num_workers = count_workers(cluster, machines)
-    # A trial in a process of its own is as large as one of one worker. A range is given its most.
+    # A trial without workers takes the room of one worker.
     if num_workers < max(1, cluster.min_workers):
         return 0
     return max(1, num_workers // max(1, cluster.max_workers))
 
 
 def pretend_cpus(cluster: ClusterConfig, num_cores: int) -> int:
-    """Says how many CPUs a private cluster has to claim for its workers to be placed together."""
+    """Returns the number of CPUs a private cluster must claim to place all workers at once."""
     cpus = cluster.cpus_per_worker or min(cluster.threads_per_worker, num_cores)
-    # One more: Ray's own actors need some, too.
+    # One more for Ray's own actors.
     return max(num_cores, math.ceil(cluster.max_workers * max(1.0, cpus)) + 1)
 
 
 def find_misfit(cluster: ClusterConfig, machines: Sequence[Machine]) -> str | None:
-    """Says in one line why the machines can never run the job: field, what there is, remedy.
-
-    Returns:
-        None where they can.
-    """
+    """Explains in one line why the machines can never run the job; None if they can."""
     if (fault := _find_worker_misfit(cluster, machines)) is not None:
         return fault
     num_workers, needed = count_workers(cluster, machines), max(1, cluster.min_workers)
@@ -114,7 +104,7 @@ def find_misfit(cluster: ClusterConfig, machines: Sequence[Machine]) -> str | No
 
 
 def _find_worker_misfit(cluster: ClusterConfig, machines: Sequence[Machine]) -> str | None:
-    """Finds what no machine has enough of for one worker."""
+    """Explains which resource of one worker no machine has enough of."""
     claim = worker_resources(cluster, machines)
     kind = cluster.accelerator_type
     if any(machine.count(claim) > 0 for machine in machines):
@@ -153,17 +143,12 @@ def _find_worker_misfit(cluster: ClusterConfig, machines: Sequence[Machine]) -> 
 def check_placeable(
     cluster: ClusterConfig, machines: Sequence[Machine], is_autoscaling: bool
 ) -> None:
-    """Refuses a job that would wait for ever.
-
-    Args:
-        is_autoscaling: Whether machines may come that are not there yet.
+    """Refuses a job that the machines can never run, unless more may join.
 
     Raises:
-        ConfigError: No machine has what a worker claims, or all together have too little.
+        ConfigError: No machine is large enough for a worker, or there are too few.
     """
-    if is_autoscaling:
-        return
-    if (fault := find_misfit(cluster, machines)) is not None:
+    if not is_autoscaling and (fault := find_misfit(cluster, machines)) is not None:
         raise ConfigError(f"{fault} (cluster.autoscale = true waits for machines that come)")
 
 

@@ -1,8 +1,8 @@
-"""Which trial comes next: a list to its end, or bisections towards a sparsity.
+"""The choice of a sweep's next trial: from a list, or by bisection for the largest sparsity.
 
-A plan is asked for a trial when there is room for one, and told how each ended. It knows neither
-Ray nor the storage. The same outcomes lead to the same answers whatever the order in which they
-arrive and however many trials ran at a time.
+A plan returns a trial when there is room for one and receives the outcome of each, without Ray or
+the storage. Equal outcomes lead to equal answers, whatever their order and however many trials ran
+at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import getitem
 from typing import Any, Literal
 
 from gbp_ray.config.job import JobConfig, load_job, trial_id
@@ -34,19 +37,24 @@ __all__ = [
     "check_extras",
     "first_of_each_group",
     "job_at",
+    "space_fields",
+    "values_at",
     "warn_of_idle_metric",
 ]
 
 
+_MEASURED = ("accuracy", "loss", "accuracy_recalibrated", "loss_recalibrated")
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial of a sweep ended.
+    """The end of a trial in a sweep.
 
     Attributes:
-        round: Its last whole round, or None where there is none.
-        cause: Why it failed, one line.
-        seconds: What its workers spent on it, all phases together.
-        is_new: Whether this sweep ran it, rather than finding it.
+        round: Its last whole round, if any.
+        cause: The reason of a failure, one line.
+        seconds: Worker time over all phases.
+        is_new: True if this sweep ran it, False if an earlier one did.
     """
 
     trial_id: str
@@ -63,68 +71,67 @@ class Outcome:
 
     @property
     def accuracy_fault(self) -> str:
-        """Why accuracy tells nothing of this trial; empty where it may."""
+        """The reason why accuracy is meaningless for this trial, or ""."""
         values = [v for v in (self.accuracy, self.dense_accuracy) if v is not None]
         return find_accuracy_fault(values)
 
 
 class SearchPlan(ABC):
-    """What is left to try."""
+    """Decides which trials a sweep runs."""
 
     total: int | None = None
-    """How many trials there are in all, where that is known."""
+    """Number of all trials, if known."""
     num_slots: int = 1
-    """How many run at a time."""
+    """Number of trials that run at a time."""
 
     @abstractmethod
     def next(self) -> JobConfig | None:
-        """Gives the next trial; None where there is nothing to start before others end."""
+        """Returns the next trial; None if there is none before others end."""
 
     @abstractmethod
     def tell(self, outcome: Outcome) -> None:
-        """Takes note of how a trial ended that `next` gave."""
+        """Receives the outcome of a trial that `next` returned."""
 
     @property
     @abstractmethod
     def is_over(self) -> bool:
-        """Whether every trial has ended."""
+        """True when all trials have ended."""
 
 
 class TrialList(SearchPlan):
-    """Trials known beforehand, in order."""
+    """A fixed list of trials, in order."""
 
     def __init__(self, jobs: Iterable[JobConfig]) -> None:
         self._jobs = deque(jobs)
         self.total = self._num_open = len(self._jobs)
 
     def next(self) -> JobConfig | None:
-        """Gives them one after another."""
+        """Returns the first trial left."""
         return self._jobs.popleft() if self._jobs else None
 
     def tell(self, outcome: Outcome) -> None:
-        """Counts."""
+        """Counts the trials that have ended."""
         self._num_open -= 1
 
     @property
     def is_over(self) -> bool:
-        """Whether all have ended."""
+        """True when all trials have ended."""
         return self._num_open == 0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The largest sparsity within the target, for one combination of everything else.
+    """The largest sparsity within the target, for one combination of the other fields.
 
     Attributes:
-        job: The combination; its sparsity is the answer's, or the lowest where there is none.
-        sparsity: None where the lowest already loses too much, or a trial failed.
-        trial_id: The trial at that sparsity; None at 0, which is the dense network.
-        dense_accuracy: Of the dense network that trials were compared with: see
-            `records.DenseReference`, also for `dense_is_recalibrated`.
-        is_highest: Whether the search ended at its upper end.
-        num_trials: How many it took, those found finished included.
-        seconds: What the workers spent on these.
-        cause: Why there is no answer, one line.
+        job: The combination, at the answer's sparsity or, without an answer, at the lowest.
+        sparsity: None if the lowest loses too much or a trial failed.
+        trial_id: None at sparsity 0, which is the dense network.
+        dense_accuracy: Of the dense network compared with; see `records.DenseReference`.
+        is_highest: True at the upper end of the search.
+        num_trials: Including those that an earlier sweep finished.
+        seconds: Worker time of these trials.
+        cause: The reason for no answer, one line.
     """
 
     job: JobConfig
@@ -144,9 +151,9 @@ class _Search:
     """One bisection over the numbers of the sparsities lowest, lowest + tolerance, ...
 
     Attributes:
-        low: The largest number known to be within the target, or taken to be.
-        high: The least known not to be.
-        asked: Numbers whose trial was given out; their outcome, once told.
+        low: The largest number within the target, as far as is known.
+        high: The smallest number outside.
+        asked: Outcomes by number of the trials that were started; None before their end.
     """
 
     job: JobConfig
@@ -167,17 +174,10 @@ class _Search:
 class Bisection(SearchPlan):
     """Finds for each job the largest sparsity that loses no more accuracy than allowed.
 
-    There is no answer where accuracy is no share of examples, 0 throughout, or the same at every
-    sparsity that was tried: it then says nothing about sparsity.
-
-    Accuracy is taken to fall with sparsity. Where noise makes it rise again, the answer is still a
-    sparsity that is within the target, next to one that is not.
-
-    With room left, the trials that may come next are run before it is known which does; that
-    changes what is spent and not what is found.
-
-    Args:
-        jobs: From `expand`.
+    There is no answer if accuracy is not a fraction of the examples, always 0, or equal at all
+    sparsities tried. Accuracy is assumed to fall with sparsity. If noise makes it rise again, the
+    answer is still a sparsity within the target next to one outside. With room left, both trials
+    that may come next are run; this changes the cost and not the answer.
     """
 
     def __init__(self, jobs: Iterable[JobConfig], sparsities: Sparsities) -> None:
@@ -187,7 +187,7 @@ class Bisection(SearchPlan):
         self._num_running = 0
 
     def next(self) -> JobConfig | None:
-        """Gives the middle of a search that has none running, else one that may become it."""
+        """Returns the middle of an interval, or with room left the middle of one of its halves."""
         searches = [search for search in self._searches if not search.is_over]
         for search in searches:
             if search.middle not in search.asked:
@@ -201,7 +201,7 @@ class Bisection(SearchPlan):
         return None
 
     def tell(self, outcome: Outcome) -> None:
-        """Moves the search on as far as is known."""
+        """Narrows the trial's search as far as outcomes are known."""
         self._num_running -= 1
         search, number = self._places[outcome.trial_id]
         search.asked[number] = outcome
@@ -217,11 +217,11 @@ class Bisection(SearchPlan):
 
     @property
     def is_over(self) -> bool:
-        """Whether every search has ended, and every trial that it started."""
+        """True when all searches, and all trials that they started, have ended."""
         return self._num_running == 0 and all(search.is_over for search in self._searches)
 
     def answers(self) -> list[Answer]:
-        """Says what was found, in the order of the jobs."""
+        """Lists the answers in the order of the jobs."""
         return [self._answer(search) for search in self._searches]
 
     def _ask(self, search: _Search, number: int) -> JobConfig:
@@ -254,19 +254,19 @@ class Bisection(SearchPlan):
 
 
 def _constant(told: Sequence[Outcome]) -> str:
-    """Says so where several trials and their dense network have the very same accuracy."""
+    """Explains that all trials and their dense network have equal accuracy; else returns ""."""
     found = {outcome.accuracy for outcome in told} | {outcome.dense_accuracy for outcome in told}
     if len(told) < 2 or len(found) > 1 or None in found:
         return ""
     return (
         f"accuracy is {write_share(found.pop())} at all {len(told)} sparsities that were tried and "
-        "of the dense network, so it tells none of them apart; raise sweep.target.highest or give "
+        "of the dense network, so it cannot tell them apart; raise sweep.target.highest or give "
         "another count_correct"
     )
 
 
 def warn_of_idle_metric(outcomes: Iterable[Outcome], sweep: SweepConfig) -> None:
-    """Warns where the metric that a sweep goes by says nothing about its trials."""
+    """Warns if a sweep's metric cannot tell its trials apart."""
     ended = [outcome for outcome in outcomes if outcome.state != "failed"]
     values = {getattr(outcome, sweep.metric) for outcome in ended}
     is_chosen_by = sweep.search == "optuna" or sweep.scheduler != "fifo"
@@ -282,13 +282,10 @@ def warn_of_idle_metric(outcomes: Iterable[Outcome], sweep: SweepConfig) -> None
 
 
 class Sparsities:
-    """The sparsities of a search by number, and which outcomes are within its target.
+    """The sparsities of a search by number, and its target.
 
-    Number 0 is the lowest. A search begins at `first`: at 0 where the lowest is the dense network,
-    which is within any target, else one below it, so that the lowest itself is tried.
-
-    Attributes:
-        num: How many there are; the first number that is beyond the highest.
+    Number 0 is the lowest, `num` the first beyond the highest. A search begins at `first`: 0 if the
+    lowest is the dense network, which meets any target, else -1, so that the lowest is tried.
     """
 
     def __init__(self, job: JobConfig) -> None:
@@ -308,7 +305,7 @@ class Sparsities:
         return JobConfig.model_validate(tree)
 
     def is_within(self, outcome: Outcome) -> bool:
-        """Tells whether a trial lost no more than allowed; a rounding error is no loss."""
+        """Decides if a trial lost no more accuracy than allowed, up to a rounding error."""
         assert outcome.accuracy is not None
         assert outcome.dense_accuracy is not None
         return outcome.accuracy >= outcome.dense_accuracy - self._max_drop - 1e-9
@@ -317,27 +314,25 @@ class Sparsities:
 def first_of_each_group(
     jobs: Iterable[JobConfig], groups: Mapping[str, str | None]
 ) -> list[JobConfig]:
-    """Puts the first of each group before all others, so that these do not wait for it.
+    """Moves the first trial of each group to the front, so that the others do not wait for it.
 
     Args:
-        groups: What a trial shares with others, by its id; None for nothing.
+        groups: By trial id; None for a trial that shares nothing.
     """
-    first, rest, seen = [], [], set()
+    first: dict[str, JobConfig] = {}
+    rest = []
     for job in jobs:
         group = groups[trial_id(job)]
-        if group is not None and group not in seen:
-            first.append(job)
-            seen.add(group)
-        else:
+        if group is None or first.setdefault(group, job) is not job:
             rest.append(job)
-    return [*first, *rest]
+    return [*first.values(), *rest]
 
 
 class TrialQueue:
-    """Gives out the trials of a plan that are not known yet, and gathers how all of them ended.
+    """Hands out the trials of a plan that have not ended before, and collects all outcomes.
 
     Args:
-        known: Finds how a trial ended before this sweep, or None.
+        known: Returns the outcome of a trial that ended before this sweep, or None.
     """
 
     def __init__(self, plan: SearchPlan, known: Callable[[JobConfig], Outcome | None]) -> None:
@@ -350,18 +345,15 @@ class TrialQueue:
 
     @property
     def num_running(self) -> int:
-        """How many were given out and have not ended."""
+        """Number of trials handed out that have not ended."""
         return len(self._given)
 
     def job_of(self, name: str) -> JobConfig:
-        """Finds a trial that was given out, by its id: the very object, of which there is one."""
+        """Returns the running trial of this id, always the same object."""
         return self._given[name]
 
     def next(self) -> JobConfig | None:
-        """Gives the next trial that needs work; None where there is none at the moment.
-
-        Trials that others are at work on come when no other is left.
-        """
+        """Returns the next trial to run, deferred ones last; None if there is none now."""
         job, self._kept = self._kept, None
         while job is None and (candidate := self.plan.next()) is not None:
             if (outcome := self._known(candidate)) is None:
@@ -375,27 +367,27 @@ class TrialQueue:
         return job
 
     def put_back(self, job: JobConfig) -> None:
-        """Takes a trial back, to give it out again."""
+        """Takes a trial back; it comes next."""
         assert self._kept is None
         self._kept = self._given.pop(trial_id(job))
 
     def defer(self, job: JobConfig) -> None:
-        """Takes a trial back that another driver is at work on, to give it out when it must be."""
+        """Takes a trial back that another driver holds; it comes last."""
         self._deferred.append(self._given.pop(trial_id(job)))
         self._met.add(trial_id(job))
 
     def is_deferred(self, job: JobConfig) -> bool:
-        """Tells whether a trial was taken back before, so that it is to be waited for."""
+        """True if a trial was deferred before, so that its driver must be waited for."""
         return trial_id(job) in self._met
 
     def tell(self, outcome: Outcome) -> None:
-        """Takes note of how a trial ended that was given out."""
+        """Receives the outcome of a trial that `next` returned."""
         del self._given[outcome.trial_id]
         self._note(outcome)
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is left to do."""
+        """True when nothing is left to do."""
         return self._kept is None and not self._deferred and self.plan.is_over
 
     def _note(self, outcome: Outcome) -> None:
@@ -404,88 +396,79 @@ class TrialQueue:
 
 
 class TrialHistory:
-    """Finds how a job's trials ended before.
+    """Finds the outcomes of a job's trials that ended before, as `TrialQueue` needs them.
 
     Args:
-        sweep: Without a scheduler nothing is weak, and what one has stopped goes on.
+        sweep: Without a scheduler, trials that one has stopped go on.
     """
 
     def __init__(self, store: Store, sweep: SweepConfig) -> None:
-        table, _ = read_index(store.objects)
-        phases = [name for name in table.column_names if name.startswith("seconds.")]
-        measured = ["accuracy", "loss", "accuracy_recalibrated", "loss_recalibrated"]
-        columns = ["trial_id", "round", "is_final", *measured, *phases]
-        self._table = table
-        # Folders are listed, too, since results may have been removed by hand.
+        self._store = store
+        self._table, _ = read_index(store.objects)
+        # Results may have been removed by hand.
         self._there = set(store.objects.list_folders("trials/"))
+        phases = [name for name in self._table.column_names if name.startswith("seconds.")]
         self._rounds: dict[str, list[dict[str, Any]]] = {}
-        for row in table.select(columns).to_pylist():
+        for row in self._table.select(["trial_id", "round", *_MEASURED, *phases]).to_pylist():
+            row["spent_s"] = sum(row[phase] or 0 for phase in phases)
             self._rounds.setdefault(row["trial_id"], []).append(row)
         stops = [] if sweep.scheduler == "fifo" else store.list_unfinished("stopped.json")
         self._stops = {name: store.read_stop(name) for name in stops}
-        self._store = store
 
     def __call__(self, job: JobConfig) -> Outcome | None:
-        """Says how a trial ended; None where it did not, or failed."""
+        """Returns the outcome of a trial; None if it has not ended, or failed."""
         name = trial_id(job)
         if name not in self._there:
             return None
-        if (rows := self._rounds.get(name)) is not None:
-            spent_s = sum(
-                v or 0 for row in rows for k, v in row.items() if k.startswith("seconds.")
-            )
-            return self._outcome(job, "finished", rows[0], rows[-1], spent_s)
-        if (stop := self._stops.get(name)) is not None:
+        state: Literal["finished", "stopped"] = "finished"
+        rows = self._rounds.get(name)
+        last = -1
+        if rows is None:
+            if (stop := self._stops.get(name)) is None:
+                return None
             records = self._store.read_rounds(name)
-            rows = [record.model_dump() for record in records[: stop.round + 1]]
-            spent_s = sum(sum(record.seconds.values()) for record in records)
-            return self._outcome(job, "stopped", rows[0], rows[-1], spent_s)
-        return None
+            state, last = "stopped", min(stop.round, len(records) - 1)
+            rows = [r.model_dump() | {"spent_s": sum(r.seconds.values())} for r in records]
+        reference = DenseReference.of(*(rows[0][field] for field in _MEASURED))
+        return Outcome(
+            trial_id=name,
+            job=job,
+            state=state,
+            round=rows[last]["round"],
+            accuracy=rows[last]["accuracy"],
+            loss=rows[last]["loss"],
+            dense_accuracy=reference.accuracy,
+            dense_is_recalibrated=reference.is_recalibrated,
+            seconds=sum(row["spent_s"] for row in rows) * max(1, job.cluster.max_workers),
+            is_new=False,
+        )
 
     def find_in(self, base: JobConfig) -> list[JobConfig]:
-        """Lists the finished trials that lie in the space of a sweep."""
-        fields = [field for axis in parse_space(base.sweep.space) for field in axis.fields]
+        """Lists the finished trials in the space of a sweep."""
+        fields = space_fields(base)
         if not set(fields) <= set(self._table.column_names):
             return []
         found = []
         columns = list(dict.fromkeys(["trial_id", "is_final", *fields]))
         for row in self._table.select(columns).to_pylist():
             if row["is_final"]:
-                try:
+                with suppress(ConfigError):
                     job = job_at(base, {field: row[field] for field in fields})
-                except ConfigError:
-                    continue
-                # The id covers all that is not in the space.
-                if trial_id(job) == row["trial_id"]:
-                    found.append(job)
+                    # The id covers all fields outside the space.
+                    if trial_id(job) == row["trial_id"]:
+                        found.append(job)
         return found
 
-    def _outcome(
-        self,
-        job: JobConfig,
-        state: Any,
-        dense: dict[str, Any],
-        last: dict[str, Any],
-        spent_s: float,
-    ) -> Outcome:
-        reference = DenseReference.of(
-            dense["accuracy"],
-            dense["loss"],
-            dense["accuracy_recalibrated"],
-            dense["loss_recalibrated"],
-        )
-        return Outcome(
-            trial_id=trial_id(job),
-            job=job,
-            state=state,
-            round=last["round"],
-            accuracy=last["accuracy"],
-            loss=last["loss"],
-            dense_accuracy=reference.accuracy,
-            dense_is_recalibrated=reference.is_recalibrated,
-            seconds=spent_s * max(1, job.cluster.max_workers),
-            is_new=False,
-        )
+
+def space_fields(base: JobConfig) -> list[str]:
+    """Lists the fields that vary in a sweep's space."""
+    return [field for axis in parse_space(base.sweep.space) for field in axis.fields]
+
+
+def values_at(job: JobConfig, fields: Iterable[str]) -> dict[str, Any]:
+    """Returns a job's values of some fields, by dotted path."""
+    tree = job.model_dump(mode="json")
+    return {field: reduce(getitem, field.split("."), tree) for field in fields}
 
 
 def job_at(base: JobConfig, values: dict[str, Any]) -> JobConfig:
@@ -494,25 +477,16 @@ def job_at(base: JobConfig, values: dict[str, Any]) -> JobConfig:
     Raises:
         ConfigError: The schema refuses it.
     """
-    # Six digits, so that a trial's record reads like its job.
+    # Six digits, so that records and job files read alike.
     plain = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
     return load_job(base, {**plain, "sweep": {}})
 
 
-_EXTRAS = {"optuna": "search", "mlflow": "loggers", "wandb": "loggers", "tensorboardX": "loggers"}
-
-
 def check_extras(job: JobConfig) -> None:
-    """Makes sure that what a sweep asks for is installed.
-
-    Raises:
-        ConfigError: It is not; says what to install.
-    """
-    asked = [name.replace("tensorboard", "tensorboardX") for name in job.sweep.loggers]
-    asked += ["optuna"] if job.sweep.search == "optuna" else []
-    for name in asked:
+    """Raises a ConfigError if a library that the sweep asks for is not installed."""
+    asked = [("loggers", name.replace("tensorboard", "tensorboardX")) for name in job.sweep.loggers]
+    asked += [("search", "optuna")] if job.sweep.search == "optuna" else []
+    for key, name in asked:
         if importlib.util.find_spec(name) is None:
             what = name if name == "tensorboardX" else f"'gbp-ray[{name}]'"
-            raise ConfigError(
-                f"sweep.{_EXTRAS[name]} = {name}: is not installed; pip install {what}"
-            )
+            raise ConfigError(f"sweep.{key} = {name}: is not installed; pip install {what}")

@@ -1,11 +1,10 @@
 """Ctrl-C and termination of a command, from its first instruction to its last.
 
-Python's own handling is not enough: an exception that is raised while something is imported may be
-swallowed there or shows a traceback, and none is raised while the main thread waits inside a
-library. So a thread hears of each signal first. A command whose work has not begun, as it imports
-what it will run, ends at once. Any other is interrupted by KeyboardInterrupt or `Terminated` in its
-main thread as soon as that imports nothing, and has `_PATIENCE_S` to put its things in order. A
-second signal, or the end of the patience, ends the process and all that it has started.
+Python's own handling is not enough: an import may swallow the exception or show a traceback, and a
+main thread that waits inside a library gets none. So a thread receives each signal first. A command
+whose work has not begun ends at once. Otherwise KeyboardInterrupt or `Terminated` is raised in the
+main thread as soon as it imports nothing, and the command has `_PATIENCE_S` to clean up. A second
+signal, or the end of that time, kills the process and all that it has started.
 """
 
 from __future__ import annotations
@@ -38,27 +37,23 @@ WORDS = {
     128 + signal.SIGTERM: "terminated; run the same command again to go on",
     128 + signal.SIGHUP: "the terminal was closed; run the same command again to go on",
 }
-"""What is said, by exit code."""
+"""The messages by exit code."""
 
 _PATIENCE_S = 12.0
 _DEATH_S = 2.0
 _POLL_S = 0.02
 _ONE_S = 0.5
-"""Signals that come closer together are one: a terminal and a supervisor may both send it."""
+"""Signals closer together count as one: a terminal and a supervisor may both send it."""
 
 _BY_HANDLER = 0x80
 _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
 _IMPORT = "<frozen importlib._bootstrap>"
 _BEFORE_WORK = ("__init__", "__main__", "cli/", "runtime/__init__", "runtime/signals")
-"""Modules that hold nothing which would have to be put in order."""
+"""Modules that leave nothing to clean up."""
 
 
 class Terminated(BaseException):
-    """A termination signal arrived.
-
-    Attributes:
-        exit_code: To end with.
-    """
+    """A termination signal arrived; `exit_code` is the one to end with."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(exit_code)
@@ -75,19 +70,19 @@ class _State:
 
 
 def is_watching() -> bool:
-    """Says whether this process is a command, and not a notebook that calls the package."""
+    """True in a command, False in a notebook that calls the package."""
     return _State.is_watching
 
 
 def watch() -> None:
-    """Takes over these signals for the rest of the process; call it in the main thread."""
+    """Handles these signals for the rest of the process; call it in the main thread."""
     if _State.is_watching:
         return
     _State.is_watching = True
     reading, writing = _State.pipe = os.pipe()
     os.set_blocking(writing, False)
     for number in (code - 128 for code in WORDS):
-        # What a shell starts in the background ignores Ctrl-C, and so does nohup.
+        # Background processes of a shell ignore Ctrl-C, and those of nohup a closed terminal.
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _handle)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -96,27 +91,24 @@ def watch() -> None:
 
 
 def settle() -> None:
-    """Notes that the command has ended: what comes now ends the process at once."""
+    """Marks the command as over: a later signal ends the process at once."""
     _State.is_over = True
 
 
 def end(number: int) -> None:
-    """Ends this process and all that it has started."""
+    """Kills this process and all that it has started."""
     if not _State.ending.acquire(blocking=False):
         return
     kill(descendants())
     with contextlib.suppress(OSError):
-        # A display that is broken off has hidden the cursor.
+        # A progress display hides the cursor.
         show_cursor = "\x1b[?25h\n" if os.isatty(2) else ""
         os.write(2, f"{show_cursor}error: {WORDS[128 + number]}\n".encode())
     os._exit(128 + number)
 
 
 def descendants() -> set[tuple[int, str]]:
-    """Lists what this process has started, and what that has: (process id, when it started).
-
-    Empty where there is no /proc.
-    """
+    """Lists all descendants of this process as (process id, start time); none without /proc."""
     starts: dict[int, str] = {}
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
@@ -134,13 +126,13 @@ def descendants() -> set[tuple[int, str]]:
 
 
 def _read_stat(pid: int | str) -> list[str]:
-    """Reads what the kernel says of a process, from its state on."""
-    # The name before the last bracket may hold anything.
+    """Reads the fields of /proc/PID/stat from the state on."""
+    # The process name before the last bracket may hold any character.
     return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
 
 
 def kill(processes: set[tuple[int, str]]) -> None:
-    """Kills those processes that are still the same, and waits a moment for their end."""
+    """Kills those of the processes that still run, and waits a moment for their end."""
     deadline_s = time.monotonic() + _DEATH_S
     while time.monotonic() < deadline_s:
         num_alive = 0
@@ -159,7 +151,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if _State.is_over:
         end(number)
     if not _State.is_delivering:
-        # Again, since a library may have taken the pipe away.
+        # Repeated here, since a library may have replaced the wakeup pipe.
         with contextlib.suppress(OSError):
             os.write(_State.pipe[1], bytes([number | _BY_HANDLER]))
         return
@@ -168,7 +160,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def _forget() -> None:
-    """Leaves a forked child with the signals as Python has them."""
+    """Restores Python's own handlers in a forked child."""
     _State.is_watching = False
     signal.set_wakeup_fd(-1)
     for number in (code - 128 for code in WORDS):
@@ -215,7 +207,7 @@ def _interrupt(number: int) -> None:
 
 
 def _look_at(frame: FrameType | None) -> tuple[bool, bool]:
-    """Says of the main thread whether it imports something, and whether its work has begun."""
+    """Returns (the main thread imports something, its work has begun)."""
     files = []
     while frame is not None:
         files.append(frame.f_code.co_filename)

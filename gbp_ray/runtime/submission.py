@@ -1,25 +1,19 @@
-"""A job made ready to go to a cluster: what it is called there, and what goes with it.
+"""Preparation of a job for a cluster, without any request to it.
 
-What goes is one archive: the user's folder, this very package (so that the cluster runs the version
-that submitted, and needs no other), the resolved job, and the program that starts it. The driver is
-`prune` or `sweep` on the head, as on a laptop.
+One archive holds the user's folder, this package (so the cluster runs the version that submitted),
+the resolved job and a start program. The driver is `prune` or `sweep` on the head. The submission's
+name comes from the job, so submitting twice is noticed: `<name>-<trial id>` or
+`<name>-sweep-<hash>`.
 
-The name of a submission comes from the job, so that submitting twice is found out:
-`<name>-<trial id>`, or `<name>-sweep-<hash>`.
-
-No secret goes. What the Jobs API takes beside the archive (environment variables, metadata, the
-command) is stored by the head and shown to whoever may list jobs, so a variable whose name or value
-looks like a secret is refused. Nodes get their credentials from where they are: an instance
-profile, a Kubernetes Secret, or the environment that Ray was started in.
-
-All of this is decided without asking the cluster anything.
+Secrets are refused: the head stores environment variables, metadata and the command, and shows them
+to everyone who may list jobs. Nodes get credentials from an instance profile, a Kubernetes Secret
+or the environment that Ray was started in.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.resources
 import ipaddress
 import json
 import os
@@ -36,7 +30,7 @@ import tomli_w
 
 from gbp_ray import __version__
 from gbp_ray.config.address import S3Address
-from gbp_ray.config.job import JobConfig, expand, load_job, trial_id
+from gbp_ray.config.job import JobConfig, expand, list_code, load_job, trial_id
 from gbp_ray.errors import ConfigError
 from gbp_ray.runtime.archive import (
     SECRET,
@@ -57,13 +51,14 @@ __all__ = [
 ]
 
 PYTHONS = ("3.11", "3.12")
-"""What this package runs on."""
+"""Supported versions of Python."""
 
 _MODULES = (
     *("ray", "torch", "torchvision", "numpy", "pyarrow", "boto3", "pydantic", "safetensors"),
     *("typer", "rich", "PIL", "matplotlib", "jinja2", "tomli_w", "pathspec", "gbp_ray"),
 )
 
+_OWN = Path(__file__).resolve().parents[1]
 _JOB, _START, _FACTS = ".gbp-ray-job.toml", ".gbp-ray-start.py", ".gbp-ray-facts.json"
 
 _STORAGE_VARIABLES = (
@@ -75,7 +70,7 @@ _STORAGE_VARIABLES = (
 )
 
 _STOP_WAIT_S = 30
-"""Ray kills a driver that takes longer to stop; it gives back its lease and its workers first."""
+"""Time for a stopped driver to release its lease and workers before Ray kills it."""
 
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
 Kind = Literal["prune", "sweep"]
@@ -83,17 +78,16 @@ Kind = Literal["prune", "sweep"]
 
 @dataclass(frozen=True)
 class Submission:
-    """What goes to the cluster.
+    """A job ready to submit.
 
     Attributes:
-        job: The job as it will run there.
-        kind: Which verb runs it.
-        base_id: Its name on the cluster, before the number that tells a job's runs apart.
-        uri: Where its results will be.
-        package: The archive.
-        num_user_files: How many of its files are the user's.
-        left_out: Files of the folder that do not go, and why.
-        env_vars: What the driver and the workers find in their environment.
+        job: The job as it will run on the cluster.
+        kind: The verb that runs it.
+        base_id: Its name on the cluster, without the number of the run.
+        uri: The address of its results.
+        num_user_files: Number of the user's files in the package.
+        left_out: The reason for each file of the folder that does not go.
+        env_vars: Environment of the driver and the workers.
         entrypoint: The command that the head runs.
     """
 
@@ -109,7 +103,7 @@ class Submission:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the head keeps, and `gbp-ray jobs` shows."""
+        """The metadata that the head keeps and `gbp-ray jobs` shows."""
         return {
             "gbp_ray.version": __version__,
             "gbp_ray.kind": self.kind,
@@ -118,7 +112,7 @@ class Submission:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Puts it into plain values."""
+        """Returns plain values, for JSON."""
         return {
             "job": self.base_id,
             "kind": self.kind,
@@ -142,30 +136,36 @@ def prepare_submission(
     is_installed: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> Submission:
-    """Makes a job ready to go.
+    """Prepares a job for submission.
 
     Args:
         job: A checked job, the path of a TOML file, or None for the embedded digits job.
         overrides: Dotted keys to values, applied before the check.
-        address: The head's, to find out what only this machine could reach.
-        is_sweep: Runs it as a sweep, also without a space.
-        folder: What goes; the job file's own by default, nothing without a file.
-        env_names: Environment variables that go along, besides those of the storage.
-        include: Files and folders of the folder that go although they would be left out.
-        is_installed: Leaves this package out; the nodes have it.
-        environment: Where the variables are found; this process's by default.
+        address: The head's; addresses that only this machine reaches are refused for it.
+        is_sweep: Runs a sweep even without a space.
+        folder: The user's folder; the job file's own by default, none without a file.
+        env_names: Environment variables to send, besides those of the storage.
+        include: Files and folders to send although the rules leave them out.
+        is_installed: Leaves this package out because the nodes have it.
+        environment: Source of the variables; this process's by default.
 
     Raises:
-        ConfigError: The job is wrong or cannot run elsewhere, or what goes with it must not.
+        ConfigError: The job is wrong or cannot run elsewhere, or something must not be sent.
     """
     environment = os.environ if environment is None else environment
     path = Path(job) if isinstance(job, (str, Path)) else None
     resolved = load_job(job, overrides)
-    kind: Kind = "sweep" if is_sweep or _spans_trials(resolved) else "prune"
-    if kind == "sweep" and resolved.sweep.search == "grid":
-        # Refuses here what its trials could only be refused for there.
+    spec = resolved.sweep
+    spans_trials = bool(spec.space) or spec.target.max_drop is not None or spec.search != "grid"
+    kind: Kind = "sweep" if is_sweep or spans_trials else "prune"
+    if kind == "sweep" and spec.search == "grid":
+        # Faults of single trials are found here rather than on the cluster.
         expand(resolved)
-    _check_storage(resolved)
+    if not resolved.storage.startswith("s3://") and not Path(resolved.storage).is_absolute():
+        raise ConfigError(
+            f"storage = '{resolved.storage}': is a folder of this machine; give "
+            "s3://bucket/prefix, or the full name of a folder that all nodes share"
+        )
     env_vars = _pick_variables(env_names, environment)
     _check_reach(resolved, env_vars, address)
     if folder is None:
@@ -189,11 +189,12 @@ def prepare_submission(
     }
     extra = {
         _JOB: _check_for_secrets(_as_toml(remote)),
-        _START: _read_start(),
+        _START: (_OWN / "runtime" / "bootstrap.py").read_bytes(),
         _FACTS: json.dumps(facts, indent=1).encode(),
     }
     if not is_installed:
-        extra |= _own_files()
+        own = find_files(_OWN)
+        extra |= {f"{_OWN.name}/{name}": path.read_bytes() for name, path in own.items()}
     package = pack_files(files, extra)
     return Submission(
         job=remote,
@@ -206,11 +207,6 @@ def prepare_submission(
         env_vars={**env_vars, "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)},
         entrypoint=f"exec python {_START}",
     )
-
-
-def _spans_trials(job: JobConfig) -> bool:
-    sweep = job.sweep
-    return bool(sweep.space) or sweep.target.max_drop is not None or sweep.search != "grid"
 
 
 def _base_id(job: JobConfig, kind: Kind) -> str:
@@ -231,7 +227,7 @@ def _uri(job: JobConfig) -> str:
 
 def _as_toml(job: JobConfig) -> bytes:
     tree = job.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-    # A copy does not count what it was given as set.
+    # `model_copy` does not mark the field as set.
     tree.setdefault("cluster", {})["address"] = job.cluster.address
     try:
         text = tomli_w.dumps(tree)
@@ -239,57 +235,31 @@ def _as_toml(job: JobConfig) -> bytes:
     except (TypeError, ValueError):
         is_whole = False
     if not is_whole:
-        # Options that came from Python may hold what no job file can say.
+        # Options given in Python may hold values that TOML has not.
         raise ConfigError(
             "workload.options: cannot be written as TOML, perhaps for a null; leave it out"
         )
     return text.encode()
 
 
-def _read_start() -> bytes:
-    return importlib.resources.files("gbp_ray").joinpath("runtime", "bootstrap.py").read_bytes()
-
-
-def _own_files() -> dict[str, bytes]:
-    """Reads this package's own files, by the names that they get."""
-    root = Path(__file__).resolve().parents[1]
-    return {f"gbp_ray/{name}": path.read_bytes() for name, path in find_files(root).items()}
-
-
-# -- what is refused before anything goes ----------------------------------------------------------
-
-
-def _check_storage(job: JobConfig) -> None:
-    if not job.storage.startswith("s3://") and not Path(job.storage).is_absolute():
-        raise ConfigError(
-            f"storage = '{job.storage}': is a folder of this machine; give s3://bucket/prefix, or "
-            "the full name of a folder that all nodes share"
-        )
-
-
 def _pick_variables(names: Iterable[str], environment: Mapping[str, str]) -> dict[str, str]:
     picked = {}
+    shown = "which the cluster would show to everyone who lists jobs"
     for name in _STORAGE_VARIABLES:
         if value := environment.get(name):
             if holds_credentials(value):
-                raise ConfigError(
-                    f"{name}: holds credentials, which the cluster would show to whoever lists "
-                    f"jobs; {_NO_SECRETS}"
-                )
+                raise ConfigError(f"{name}: holds credentials, {shown}; {_NO_SECRETS}")
             picked[name] = value
     for name in names:
         if not _VARIABLE.fullmatch(name):
             raise ConfigError(
-                f"--env '{name.partition('=')[0]}': give the name of a variable alone; its value "
+                f"--env '{name.partition('=')[0]}': give only the name of a variable; its value "
                 "is taken from this environment"
             )
         if name not in environment:
             raise ConfigError(f"--env {name}: is not set here; set it, or leave it out")
         if is_secret_variable(name, environment[name]):
-            raise ConfigError(
-                f"--env {name}: looks like a secret, which the cluster would show to whoever lists "
-                f"jobs; {_NO_SECRETS}"
-            )
+            raise ConfigError(f"--env {name}: looks like a secret, {shown}; {_NO_SECRETS}")
         picked[name] = environment[name]
     return picked
 
@@ -301,7 +271,7 @@ _NO_SECRETS = (
 
 
 def _check_for_secrets(job: bytes) -> bytes:
-    """Refuses a job that holds a secret: it lies on the head for whoever may read there."""
+    """Returns a job's text, or raises if it holds a secret, which the head would store."""
     if (found := find_secret(job)) is not None:
         line, kind = found
         key = job.splitlines()[line - 1].decode(errors="replace").partition("=")[0].strip()
@@ -310,7 +280,7 @@ def _check_for_secrets(job: bytes) -> bytes:
 
 
 def _check_reach(job: JobConfig, env_vars: Mapping[str, str], address: str | None) -> None:
-    """Refuses a storage server that only this machine can mean, for a head that is elsewhere."""
+    """Refuses a storage server on this machine's loopback address for a head elsewhere."""
     if address is None or _is_loopback(urlsplit(address).hostname):
         return
     if not job.storage.startswith("s3://"):
@@ -321,8 +291,8 @@ def _check_reach(job: JobConfig, env_vars: Mapping[str, str], address: str | Non
             key, endpoint = name, env_vars[name]
     if endpoint is not None and _is_loopback(urlsplit(endpoint).hostname):
         raise ConfigError(
-            f"{key} = {endpoint}: is this machine here, and another one on each node of "
-            f"{address}; give the server's address as the nodes reach it"
+            f"{key} = {endpoint}: means this machine here, but on each node of {address} that "
+            "node; give the address by which the nodes reach the server"
         )
 
 
@@ -336,11 +306,10 @@ def _is_loopback(host: str | None) -> bool:
 def _check_code(
     job: JobConfig, files: Mapping[str, Path], folder: Path | None, left: Mapping[str, str]
 ) -> None:
-    """Refuses code of the user that is not there, or is no Python; the head finds out the rest."""
-    plug_ins = {"workload.factory": job.workload.factory, "prune.criterion": job.prune.criterion}
-    for key, plug_in in plug_ins.items():
-        module, colon, _ = plug_in.partition(":")
-        if not colon or module.partition(".")[0] == "gbp_ray":
+    """Refuses code of the user that is not sent or is no Python; the head checks the rest."""
+    for key, plug_in in list_code(job).items():
+        module = plug_in.partition(":")[0]
+        if module.partition(".")[0] == "gbp_ray":
             continue
         stem = module.replace(".", "/")
         names = (f"{stem}.py", f"{stem}/__init__.py")
@@ -350,19 +319,19 @@ def _check_code(
                 break
             if name in left:
                 raise ConfigError(
-                    f"{key} = '{plug_in}': '{folder}/{name}' does not go to the cluster, as it is "
-                    f"among files {left[name]}; give --include '{name}'"
+                    f"{key} = '{plug_in}': '{folder}/{name}' would not be sent, as it is among the "
+                    f"files {left[name]}; give --include '{name}'"
                 )
             if folder is not None and (folder / name).is_file():
                 raise ConfigError(
-                    f"{key} = '{plug_in}': '{folder / name}' does not go to the cluster: a line in "
-                    ".gitignore or .rayignore leaves it out, or its folder is an environment or "
-                    "holds results; mend that line, or move the file"
+                    f"{key} = '{plug_in}': '{folder / name}' would not be sent: a line in "
+                    ".gitignore or .rayignore excludes it, or its folder is a virtual environment "
+                    "or holds results; change that line, or move the file"
                 )
             if (Path.cwd() / name).is_file():
                 raise ConfigError(
-                    f"{key} = '{plug_in}': '{name}' lies here and not in the folder that goes to "
-                    f"the cluster, '{folder}'; give --folder '{Path.cwd()}'"
+                    f"{key} = '{plug_in}': '{name}' is here and not in the folder that is sent, "
+                    f"'{folder}'; give --folder '{Path.cwd()}'"
                 )
 
 

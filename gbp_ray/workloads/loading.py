@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gbp_ray import workloads
-from gbp_ray.config.job import JobConfig, load_job
+from gbp_ray.config.job import JobConfig, list_code, load_job
 from gbp_ray.config.schema import nearest_name
 from gbp_ray.config.workload import EncodingConfig, WorkloadConfig
 from gbp_ray.errors import ConfigError, GbpError, WorkloadError, in_one_line
@@ -294,9 +294,8 @@ def find_shadowed_module(path: str, folder: str) -> str | None:
 
 def code_of(job: JobConfig) -> dict[str, str]:
     """Lists the code that a job names as "module:attr" and that is not built in, by field."""
-    named = {"workload.factory": job.workload.factory, "prune.criterion": job.prune.criterion}
     built_in = {f"gbp_ray.zoo:{name}" for name in workloads.__all__}
-    return {key: name for key, name in named.items() if ":" in name and name not in built_in}
+    return {key: name for key, name in list_code(job).items() if name not in built_in}
 
 
 def admit_code(
@@ -337,8 +336,8 @@ def admit_code(
 
 def own_sources(job: JobConfig) -> dict[str, str]:
     """Hashes the files that the user's own functions of a job are written in, by name."""
-    names = [job.workload.factory, job.prune.criterion]
-    return {n: digest_source(n) for n in names if ":" in n and not n.startswith("gbp_ray.")}
+    names = list_code(job).values()
+    return {name: digest_source(name) for name in names if not name.startswith("gbp_ray.")}
 
 
 def warn_of_changed_code(sources: Mapping[str, str], trial_id: str, job: JobConfig) -> None:

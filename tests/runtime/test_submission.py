@@ -199,19 +199,19 @@ def test_an_endpoint_with_credentials_is_refused_and_not_repeated() -> None:
 REFUSED = [
     ({"storage": "gbp-results"}, {}, r"storage = 'gbp-results': is a folder of this machine"),
     ({}, {"env_names": ["NOWHERE"]}, r"--env NOWHERE: is not set here"),
-    ({}, {"env_names": ["A=secret"]}, r"--env 'A': give the name of a variable alone"),
+    ({}, {"env_names": ["A=secret"]}, r"--env 'A': give only the name of a variable"),
     ({}, {"folder": "nowhere"}, r"--folder = 'nowhere': is not a folder"),
     ({"prune.sparsity": 2}, {}, r"prune.sparsity"),
     ({"workload.options": {"a": None}}, {}, r"cannot be written as TOML"),
     (
         {"storage": "s3://bucket/x?endpoint_override=localhost:9000&scheme=http"},
         {"address": "http://head:8265"},
-        r"storage = http://localhost:9000: is this machine here",
+        r"storage = http://localhost:9000: means this machine here",
     ),
     (
         {},
         {"address": "http://head:8265", "environment": {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}},
-        r"AWS_ENDPOINT_URL = http://127.0.0.1:9: is this machine here",
+        r"AWS_ENDPOINT_URL = http://127.0.0.1:9: means this machine here",
     ),
 ]
 
@@ -258,7 +258,7 @@ def test_code_that_does_not_go_or_is_no_python_is_refused(
 ) -> None:
     job, module = folder / "job.toml", folder / "rings_of_a_user.py"
     (folder / ".rayignore").write_text("rings_*\n")
-    with pytest.raises(ConfigError, match=r"rings_of_a_user.py' does not go to the cluster"):
+    with pytest.raises(ConfigError, match=r"rings_of_a_user.py' would not be sent"):
         prepare(job)
     (folder / ".rayignore").unlink()
     module.write_text("def rings(:\n")
@@ -268,7 +268,7 @@ def test_code_that_does_not_go_or_is_no_python_is_refused(
     job.rename(folder / "sub" / "job.toml")
     module.write_text(USER_MODULE)
     monkeypatch.chdir(folder)
-    with pytest.raises(ConfigError, match=r"lies here and not in the folder .*give --folder"):
+    with pytest.raises(ConfigError, match=r"is here and not in the folder .*give --folder"):
         prepare("sub/job.toml")
     assert prepare("sub/job.toml", folder=".").num_user_files == 2
     # What is neither here nor there may be installed on the cluster.

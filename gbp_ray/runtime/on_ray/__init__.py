@@ -1,19 +1,18 @@
-"""Trials and sweeps on Ray; the only package that imports it.
+"""Trials and sweeps on Ray; the only package that imports Ray.
 
-What Ray reads from the environment when it is imported, and hands to the processes it starts, is
-set here, before any module of this package can import it. A value that is set already stays.
+Ray reads its environment variables on import, so their defaults are set here first.
 """
 
 import os
 
 START_TIMEOUT_S = 10
-"""How long Ray tries to place the workers before it looks anew at what the cluster has."""
+"""Time in which Ray must place the workers before it counts the cluster's resources again."""
 
 for _name, _value in {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    # After a loss Ray may ask for more than is left, and must give up soon to ask for less.
+    # After a loss Ray may request more than is left; it must soon give up to request less.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_TIMEOUT_S),
-    # Waited out before each restart where a worker hangs.
+    # Delays each restart after a hang.
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",

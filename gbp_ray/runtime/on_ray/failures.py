@@ -1,7 +1,7 @@
-"""What ended a group of workers, in words: whose fault it was, and what happened to that worker.
+"""The failure that ended a group of workers, and its description.
 
-A worker that dies takes the others' connections with it, and Ray reports what it hears first. Here
-a failure that explains the others is told from those that follow from it.
+A worker that dies breaks the others' connections, and Ray reports the error that it receives first.
+`find_failure` picks the one that explains the others.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Failure:
     """The failure that explains a group's end.
 
     Attributes:
-        words: What happened, to be read after "worker N".
-        cause: The error itself where the worker raised it on purpose.
-        is_preemption: Whether a machine was taken away with notice, which Ray counts apart.
+        words: A description that continues "worker N".
+        cause: The error, if the worker raised it on purpose.
+        is_preemption: A machine was taken away with notice; Ray counts these separately.
     """
 
     rank: int
@@ -67,15 +67,15 @@ def find_failure(failures: Mapping[int, BaseException]) -> Failure:
         rank,
         _in_words(error),
         error if isinstance(error, GbpError) else None,
-        # Ray counts a group's end so if any of its workers did.
+        # Ray counts a preemption if any worker of the group had one.
         any(map(_is_preemption, unwrapped.values())),
     )
 
 
 def unwrap(error: BaseException) -> BaseException:
-    """Finds the error inside those that Ray wraps around it."""
+    """Returns the error inside Ray's wrappers."""
     while True:
-        # Not __cause__: what a user raises from another error says more than that one.
+        # Not __cause__: an error that a user raises from another one says more than that.
         inner = (
             getattr(error, "health_check_failure", None)
             or getattr(error, "controller_failure", None)
@@ -87,16 +87,16 @@ def unwrap(error: BaseException) -> BaseException:
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether an error only says that another worker is gone."""
-    # torch's distributed errors are all of this kind; a user's own ConnectionError is not.
+    """Recognizes an error that only reports the loss of another worker."""
+    # These are torch's distributed errors; a user's own ConnectionError is none.
     return isinstance(error, RuntimeError) and bool(_LOST_CONNECTION.search(str(error)))
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether what a worker raised may come of its machine, and go well when it is tried again.
+    """Recognizes an error that may not occur again.
 
-    Code that fails for its own reasons fails again: only a lost worker, a connection, a file system
-    that does not answer, a device or memory that another process took are worth the time.
+    These are a lost worker or connection, a file system that does not answer, a faulty device and
+    memory that another process took. Other errors come from the code and would occur again.
     """
     if isinstance(error, TrialError):
         return not error.is_lasting
@@ -105,7 +105,7 @@ def may_pass(error: BaseException) -> bool:
     if isinstance(error, GbpError):
         return isinstance(error, TransientStoreError)
     if isinstance(error, OSError):
-        # Libraries raise it without a number for files whose content they cannot use.
+        # Libraries raise it without a number for unusable contents.
         return isinstance(error, (ConnectionError, TimeoutError)) or (
             error.errno is not None and error.errno not in _LASTING
         )
@@ -117,9 +117,8 @@ def may_pass(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line that says anything."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    """Returns the first line of an error's message, or the name of its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
 
 
 def _is_preemption(error: BaseException) -> bool:
@@ -137,14 +136,14 @@ def _in_words(error: BaseException) -> str:
     if silent := _SILENT.search(text):
         return (
             f"did not answer for {float(silent[1]):.0f} s (its process was stopped, or is in "
-            "native code that holds the interpreter)"
+            "native code that holds the interpreter lock)"
         )
     if isinstance(error, ray.exceptions.OutOfMemoryError) or "low on memory" in text:
         return "was killed by Ray, because its machine ran out of memory"
     if _is_preemption(error):
         return "was lost together with its machine, which was taken away with notice"
     if isinstance(error, ray.exceptions.ActorUnavailableError):
-        # Ray itself does not know yet, and no longer waits to learn.
+        # Ray does not know the reason yet and no longer waits for it.
         return "is out of reach, perhaps lost together with its machine"
     if isinstance(error, (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)):
         is_node = "node" in text.lower() and re.search(r"node (has )?(died|was terminated)", text)

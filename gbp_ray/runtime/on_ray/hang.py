@@ -1,14 +1,13 @@
-"""Notices that a worker stands still, and which of them is to blame: one thread beside the work.
+"""Detection of a worker that hangs, by a thread beside the work of each.
 
-Progress is a finished step or batch (a tick) or an exchange entered with the other workers. Ranks
-work in lock step, so that one that hangs makes all stand still: each that does tells the others how
-many exchanges it has entered, and whoever entered the fewest is the one the others wait for. It
-ends its own process, which Ray answers by starting the workers again.
+Progress is a finished step or an entered collective. Ranks work in lock step, so one that hangs
+stops all: each compares its number of collectives with the others, and the rank with the fewest is
+the one that they wait for. It ends its own process, and Ray restarts the workers.
 
-Building the workload and reading or writing storage are excused, however long they take: the first
-may download data, the second has deadlines of its own. A frozen process (stopped, or in native code
-that holds the interpreter) cannot run this thread; it tells nothing, which clears the others, and
-Ray's health check ends it.
+Building the workload, which may download data, and accessing the storage, which has deadlines of
+its own, may take any time. A frozen process (stopped, or in native code that holds the interpreter
+lock) cannot run this thread and reports nothing, so no other rank is blamed; Ray's health check
+ends it.
 """
 
 from __future__ import annotations
@@ -40,17 +39,17 @@ _EXCUSED = {
     ("gbp_ray.workloads.loading", "build_network"),
     ("gbp_ray.results.store", None),
 }
-"""(module, function or None for all) under which a worker may be silent."""
+"""Callers, as (module, function or None for all), under which a worker may stand still."""
 
 
 @dataclass(frozen=True)
 class Standstill:
-    """What a worker that stands still says of itself.
+    """The report of a worker that stands still.
 
     Attributes:
-        num_exchanges: With the other workers, entered so far.
-        tick: The last thing it finished, if anything.
-        where: The line of code it is at.
+        num_exchanges: Number of collectives entered so far.
+        tick: Its last progress, if any.
+        where: The line of code that it is at.
     """
 
     rank: int
@@ -60,7 +59,7 @@ class Standstill:
     where: str
 
     def in_words(self) -> str:
-        """Says what, for how long, in which phase and where, without the rank."""
+        """Describes it by duration, phase and line of code, without the rank."""
         after = "before its first step"
         if self.tick is not None:
             tick = self.tick
@@ -69,7 +68,7 @@ class Standstill:
 
 
 def is_to_blame(own: Standstill, told: list[Standstill], world_size: int) -> bool:
-    """Decides whether the others wait for this worker; not before all have said where they are."""
+    """Decides if the others wait for this worker; False until all ranks have reported."""
     if len({other.rank for other in told}) < world_size:
         return False
     return own.num_exchanges == min(other.num_exchanges for other in told)
@@ -79,9 +78,9 @@ class Watch:
     """Watches the thread that enters the block.
 
     Args:
-        limit_s: Longest time without progress; 0 watches nothing.
-        compare: Tells the other workers, and returns what each, this one too, told last.
-        accuse: Given the standstill before the process ends.
+        limit_s: Longest time without progress; 0 for no watch.
+        compare: Reports to the other workers and returns the last report of every one.
+        accuse: Called with the standstill before the process ends.
         leave: Ends the process.
     """
 
@@ -102,7 +101,7 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="gbp-ray-watch", daemon=True)
 
     def note(self, tick: Tick) -> None:
-        """Takes note of a finished step."""
+        """Notes progress."""
         self._last_tick = tick
         self._num_ticks += 1
 
@@ -126,7 +125,7 @@ class Watch:
         while not self._is_over.wait(self._interval_s):
             now, found = time.monotonic(), (self._num_ticks, _num_exchanges())
             frame = sys._current_frames().get(self._watched)
-            # Whoever was stopped and goes on starts counting anew.
+            # A process that was stopped and goes on counts from zero.
             has_slept = now - looked > self._interval_s + self._limit_s / 2
             looked = now
             if found != seen or has_slept or _is_excused(frame):
@@ -159,7 +158,7 @@ def _is_excused(frame: FrameType | None) -> bool:
 
 
 def _where(frame: FrameType | None) -> str:
-    """Names the innermost line outside of libraries: theirs say little."""
+    """Names the innermost line of code outside libraries."""
     libraries = tuple(
         {str(Path(os.__file__).parent), "<frozen", str(Path(dist.__file__).parents[2])}
     )

@@ -1,11 +1,10 @@
-"""Jobs on a cluster elsewhere, by the Jobs API of its head: sent, found, followed, stopped.
+"""A client for the Jobs API of a remote cluster's head: submit, find, follow and stop jobs.
 
-The head is asked over HTTP, with Ray's token, and every question has a time limit. A job is known
-there by its submission id; of a job that was submitted before, one run at a time is alive, and the
-next one gets the next number. What the head refuses or does not answer is said in one line.
+Requests go over HTTP with Ray's token and a time limit. The head knows a job by its submission id.
+Only one run of a job is alive at a time; the next one gets the next number.
 
-Exit codes tell the truth, which those of Ray's own client do not: 0 for a job that succeeded, the
-driver's own code for one that failed, 130 for one that was stopped.
+Exit codes are the driver's own, which those of Ray's client are not: 0 for a job that succeeded,
+130 for one that was stopped.
 """
 
 from __future__ import annotations
@@ -41,54 +40,45 @@ __all__ = [
 ]
 
 _TIMEOUTS_S = (5.0, 60.0)
-"""For a connection, and for an answer: an archive is taken in at one go."""
+"""For a connection and for an answer: the head receives a whole archive before it answers."""
 
 _POLL_S = 0.5
 _CHECKS_S = 90.0
-"""How long a job may take to start before a submission is left alone: a node may have to come."""
+"""Longest wait for a job to pass its checks; the cluster may have to add a node first."""
 
 _AGENT_S = 60.0
-"""How long a head that does not take jobs yet is asked again: half a minute is not always enough
-for one that has just started."""
+"""Longest wait for a head that has just started; half a minute is not always enough."""
 
 _NO_AGENT = "No available agent"
-"""What Ray 2.60 says where no node's agent answers the head."""
+"""Message of Ray 2.60 when no node's agent answers the head."""
 
 _RETRY_S = 1.0
 _SILENCE_S = 20.0
-"""How long a followed job may say nothing before the head is asked whether it still lives."""
+"""Longest silence of a followed job before the head is asked for a sign of life."""
 
 _ABSENCE_S = 300.0
-"""How long the head may be out of reach before a job is no longer followed."""
+"""Longest time out of reach before a job is no longer followed."""
 
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
-
-# What they have to say, this module says in its own words.
-for _name in (
-    "ray.dashboard.modules.dashboard_sdk",
-    "ray.dashboard.modules.job.sdk",
-):
+# This module reports the same in its own words.
+for _name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
     logging.getLogger(_name).setLevel(logging.ERROR)
-
 
 State = Literal["pending", "running", "succeeded", "failed", "stopped"]
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What a head knows of a job.
+    """The state of a job as its head reports it.
 
     Attributes:
-        submission_id: Its name there.
-        base_id: The same without the number of the run.
-        state: How far it is.
-        exit_code: 0, the driver's own, or 130 for one that was stopped; None before the end.
-        message: What the head says of it; for a failed one with the end of its log.
+        base_id: The submission id without the number of the run.
+        exit_code: 0, the driver's own, or 130 after a stop; None before the end.
+        message: The head's description; for a failed job it ends with the end of the log.
         kind: prune or sweep.
-        uri: Where its results are.
-        started_s: When it was submitted, in seconds since 1970.
-        ended_s: When it ended, or None.
+        uri: The address of its results.
+        started_s: In seconds since 1970, like `ended_s`.
     """
 
     submission_id: str
@@ -103,26 +93,22 @@ class JobState:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended."""
+        """True after the job's end."""
         return self.exit_code is not None
 
     @property
     def reason(self) -> str:
-        """Says in one line why it failed: the driver's error, or the last that was heard of it."""
-        lines = [line.strip() for line in self.message.splitlines() if line.strip()]
+        """The cause of a failure in one line: the driver's error, or the last line of its log."""
+        lines = _lines_of(self.message)
         errors = [line for line in lines if line.startswith("error: ")]
-        return (errors or lines or ["it left no word"])[-1].removeprefix("error: ")
+        return (errors or lines or ["its log is empty"])[-1].removeprefix("error: ")
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives plain values, for JSON and for tables."""
+        """Returns plain values, for JSON and for tables."""
         return dataclasses.asdict(self)
 
     def check(self) -> None:
-        """Raises what a job that did not succeed ended with.
-
-        Raises:
-            ClusterError: With the exit code of the job.
-        """
+        """Raises a ClusterError with the job's exit code if the job failed or was stopped."""
         if self.state == "stopped":
             raise ClusterError(
                 f"job {self.submission_id} was stopped; submit it again to go on", exit_code=130
@@ -135,10 +121,10 @@ class JobState:
 
 
 def find_address(address: str | None) -> str:
-    """Finds where the head is: what was given, or the environment.
+    """Returns the head's address, as given or from the environment.
 
     Raises:
-        ConfigError: Nowhere, or it is no HTTP address.
+        ConfigError: None was found, or it is no HTTP address.
     """
     source = "--address"
     if address is None:
@@ -167,12 +153,9 @@ class Head:
     Args:
         address: http://HEAD:8265.
 
-    Attributes:
-        python: Version of Python there.
-
     Raises:
-        ConfigError: It is not there, refuses the token, or runs another Ray than this package
-            works with.
+        ClusterError: No Ray cluster answers.
+        ConfigError: The head refuses the token, or runs a Ray or Python that does not fit.
     """
 
     def __init__(self, address: str) -> None:
@@ -180,33 +163,41 @@ class Head:
         token, self._token_source = _find_token()
         with self._explained():
             self._client = _connect(address, token)
-            metadata = self._client.ask("/api/v0/cluster_metadata")
-        self.python = str(metadata.get("data", {}).get("pythonVersion", "unknown"))
-        self._check_versions(str(metadata.get("data", {}).get("rayVersion", "unknown")))
+            versions = self._client.ask("/api/v0/cluster_metadata").get("data", {})
+        ray_version = str(versions.get("rayVersion", "unknown"))
+        if _minor(ray_version) != _minor(ray.__version__):
+            raise ConfigError(
+                f"--address = {address}: the cluster runs Ray {ray_version}, and this gbp-ray "
+                f"works with {_minor(ray.__version__)}; start the cluster with "
+                f"ray=={ray.__version__}, or use the gbp-ray that goes with its Ray"
+            )
+        python = versions.get("pythonVersion")
+        if python is not None and _minor(python) not in PYTHONS:
+            raise ConfigError(
+                f"--address = {address}: the cluster runs Python {python}, and gbp-ray "
+                f"needs {' or '.join(PYTHONS)}; start the cluster with one of those"
+            )
 
     def send(
         self, submission: Submission, before: Callable[[], None] = lambda: None
     ) -> tuple[JobState, bool]:
-        """Sends a job, unless it is there and has not ended.
+        """Submits a job unless a run of it is alive; returns (the run, True if submitted now).
 
         Args:
-            before: Called when it is known that something will be sent.
-
-        Returns:
-            The job, and whether it was sent now.
+            before: Called just before the archive is sent.
 
         Raises:
-            ClusterError: The head did not take it.
+            ClusterError: The head refused it.
         """
-        deadline, was_told = time.monotonic() + _AGENT_S, False
+        deadline, was_called = time.monotonic() + _AGENT_S, False
         while True:
             runs = self._runs_of(submission.base_id)
             # The same trial for another storage is another job.
             same = [run for run in runs.values() if run.uri == submission.uri]
             if live := [run for run in same if not run.is_over]:
                 return live[-1], False
-            if not was_told:
-                was_told = True
+            if not was_called:
+                was_called = True
                 before()
             number = max(runs, default=0) + 1
             name = submission.base_id if number == 1 else f"{submission.base_id}-{number}"
@@ -224,10 +215,9 @@ class Head:
                         metadata=submission.metadata,
                     )
                 except RuntimeError as error:
-                    # Another submission was faster, and is what the next look finds.
+                    # Another submission was faster; the next turn finds it.
                     if "already exists" in str(error):
                         continue
-                    # A head that has just started takes a while to take jobs.
                     if _NO_AGENT in str(error) and time.monotonic() < deadline:
                         time.sleep(_RETRY_S)
                         continue
@@ -239,10 +229,10 @@ class Head:
         return [job for job in self._list() if job.base_id]
 
     def find(self, name: str) -> JobState:
-        """Finds a job by its submission id, or by the beginning of it where that is clear.
+        """Finds a job by its submission id or an unambiguous beginning of it.
 
         Raises:
-            ConfigError: There is none, or several.
+            ConfigError: No job matches, or several do.
         """
         jobs = self._list()
         for job in jobs:
@@ -251,53 +241,51 @@ class Head:
         matches = [job for job in jobs if job.base_id and job.submission_id.startswith(name)]
         if not matches:
             raise ConfigError(
-                f"job '{name}': {self.address} knows no such one; 'gbp-ray jobs' lists what it "
-                "knows"
+                f"job '{name}': {self.address} has no such job; 'gbp-ray jobs' lists those it has"
             )
         if len({job.base_id for job in matches}) > 1:
             names = ", ".join(dict.fromkeys(job.submission_id for job in matches))
-            raise ConfigError(f"job '{name}': may be {names}; give more of it")
+            raise ConfigError(f"job '{name}': may be {names}; give more of the name")
         return matches[-1]
 
     def state(self, submission_id: str) -> JobState:
-        """Asks how far a job is."""
+        """Asks the head for the state of a job."""
         with self._explained():
             return _state_of(self._client.get_job_info(submission_id))
 
     def read_log(self, submission_id: str) -> str:
-        """Reads all that a job has said."""
+        """Reads the log of a job."""
         with self._explained():
             return str(self._client.get_job_logs(submission_id))
 
     def await_checks(self, submission_id: str) -> JobState:
-        """Waits until a job has passed its own checks and works, or has ended.
+        """Waits until a job has passed its checks, has ended, or `_CHECKS_S` are over.
 
-        The head answers what only it can know: whether the code imports there, the storage can be
-        written and the workers placed. A job that has to wait for the cluster is left to itself.
+        Only the driver on the head can find out if the code imports there, the storage can be
+        written and the workers placed.
         """
         deadline = time.monotonic() + _CHECKS_S
-        while True:
-            state = self.state(submission_id)
-            if state.is_over or time.monotonic() > deadline:
-                return state
+        while not (state := self.state(submission_id)).is_over and time.monotonic() < deadline:
             if state.state == "running" and CHECKED in self.read_log(submission_id):
-                return state
+                break
             time.sleep(_POLL_S)
+        return state
 
     def follow(self, submission_id: str, write: Callable[[str], None]) -> JobState:
-        """Streams what a job says until it ends, also over a connection that breaks.
-
-        Args:
-            write: Takes pieces of the log.
+        """Passes a job's log to `write`, piece by piece, until the job ends.
 
         Raises:
             ClusterError: The head stayed out of reach.
         """
         asyncio.run(self._stream(submission_id, write))
-        return self._await_end(submission_id, 30.0)
+        # The head needs a moment to note that the job has ended.
+        deadline = time.monotonic() + 30.0
+        while not (state := self.state(submission_id)).is_over and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        return state
 
     def stop(self, submission_id: str, timeout_s: float) -> JobState:
-        """Stops a job and waits until it has ended; one that has not started yet ends, too."""
+        """Stops a job, started or not, and waits until it has ended."""
         deadline = time.monotonic() + timeout_s
         while not (state := self.state(submission_id)).is_over:
             if time.monotonic() > deadline:
@@ -305,16 +293,9 @@ class Head:
                     f"job {submission_id} is still {state.state} {timeout_s:.0f} s after it was "
                     "told to stop; run the same command again to go on waiting"
                 )
-            # Again and again: what has not started yet does not hear it.
+            # Repeated, since a job that has not started yet ignores it.
             with self._explained():
                 self._client.stop_job(submission_id)
-            time.sleep(_POLL_S)
-        return state
-
-    def _await_end(self, submission_id: str, timeout_s: float) -> JobState:
-        """Gives the head the moment it needs to note that a job has ended."""
-        deadline = time.monotonic() + timeout_s
-        while not (state := self.state(submission_id)).is_over and time.monotonic() < deadline:
             time.sleep(_POLL_S)
         return state
 
@@ -345,12 +326,12 @@ class Head:
             try:
                 await asyncio.to_thread(self.state, submission_id)
             except ClusterError as error:
-                # A head that has been started anew does not know the job, and never will.
+                # A restarted head does not know the job, and never will.
                 if not getattr(error, "is_out_of_reach", False):
                     raise
 
     async def _pieces(self, submission_id: str) -> AsyncIterator[str]:
-        """Yields the log of a job from its start; raises when nobody is there to send it."""
+        """Yields the log of a job from its start; raises when the head is out of reach."""
         source = self._client.tail_job_logs(submission_id)
         waiting: asyncio.Task[str] | None = None
         try:
@@ -365,7 +346,7 @@ class Head:
                         return
                     yield piece
                 else:
-                    # A connection that was cut somewhere on the way says nothing for ever.
+                    # A connection that was cut on the way stays silent for ever.
                     await asyncio.to_thread(self._client.get_job_info, submission_id)
         finally:
             if waiting is not None:
@@ -381,25 +362,12 @@ class Head:
         return sorted(jobs, key=lambda job: job.started_s or 0.0)
 
     def _runs_of(self, base_id: str) -> dict[int, JobState]:
-        """Lists the runs of a job by their numbers."""
+        """Maps run numbers to the runs of a job."""
         runs = {}
         for job in self._list():
             if match := re.fullmatch(re.escape(base_id) + r"(?:-(\d+))?", job.submission_id):
                 runs[int(match[1] or 1)] = job
         return runs
-
-    def _check_versions(self, ray_version: str) -> None:
-        if _minor(ray_version) != _minor(ray.__version__):
-            raise ConfigError(
-                f"--address = {self.address}: the cluster runs Ray {ray_version}, and this gbp-ray "
-                f"works with {_minor(ray.__version__)}; start the cluster with "
-                f"ray=={ray.__version__}, or use the gbp-ray that goes with its Ray"
-            )
-        if self.python != "unknown" and _minor(self.python) not in PYTHONS:
-            raise ConfigError(
-                f"--address = {self.address}: the cluster runs Python {self.python}, and gbp-ray "
-                f"needs {' or '.join(PYTHONS)}; start the cluster with one of those"
-            )
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -407,7 +375,15 @@ class Head:
         try:
             yield
         except AuthenticationError:
-            raise ConfigError(f"{place}: {_explain_refusal(self._token_source)}") from None
+            get_one = "'ray get-auth-token' on the head shows it"
+            fault = (
+                f"the cluster refuses the token of {self._token_source}; give this cluster's own "
+                f"({get_one})"
+                if self._token_source
+                else "the cluster wants a token, and none was found; set RAY_AUTH_TOKEN or "
+                f"RAY_AUTH_TOKEN_PATH, or write it to ~/.ray/auth_token ({get_one})"
+            )
+            raise ConfigError(f"{place}: {fault}") from None
         except (ConnectionError, requests.ConnectionError, requests.Timeout) as error:
             if isinstance(error.__context__ or error, requests.exceptions.SSLError):
                 raise ConfigError(
@@ -431,13 +407,13 @@ class Head:
 
 
 class _Client(JobSubmissionClient):  # type: ignore[misc]
-    """Ray's client, with a limit to how long it waits."""
+    """Ray's client with a time limit for each request."""
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
         return super()._do_request(method, endpoint, timeout=_TIMEOUTS_S, **options)
 
     def ask(self, endpoint: str) -> dict[str, Any]:
-        """Gets what is no part of the Jobs API."""
+        """Reads an endpoint outside the Jobs API."""
         answer = self._do_request("GET", endpoint)
         if answer.status_code == 404:
             return {}
@@ -446,11 +422,11 @@ class _Client(JobSubmissionClient):  # type: ignore[misc]
 
 
 def _connect(address: str, token: str) -> _Client:
-    # Ray would rather take the address of the environment than the one it is given.
+    # Ray prefers an address in the environment to its argument.
     hidden = {name: os.environ.pop(name) for name in _ADDRESS_VARIABLES if name in os.environ}
     try:
-        # Without this header Ray looks for a token by itself, and fails where there is none, also
-        # if the cluster wants none.
+        # Without this header Ray looks for a token itself and fails where there is none, even if
+        # the cluster needs none.
         return _Client(address, headers={"Authorization": f"Bearer {token}" if token else ""})
     finally:
         os.environ.update(hidden)
@@ -462,7 +438,7 @@ def _state_of(details: Any) -> JobState:
     code = details.driver_exit_code
     exit_codes: dict[str, int] = {
         "succeeded": 0,
-        # A signal's number comes back negative, and none from a driver that never started.
+        # A signal's number is negative; a driver that never started has no code.
         "failed": 1 if not code else code if code > 0 else 128 - code,
         "stopped": 130,
     }
@@ -484,7 +460,7 @@ def _minor(version: str) -> str:
 
 
 def _find_token() -> tuple[str, str]:
-    """Finds the token where Ray looks for one, with where that is; "" for none."""
+    """Returns the token from where Ray looks for it, and that place; ("", "") for none."""
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
         return "", ""
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
@@ -508,26 +484,19 @@ def _find_token() -> tuple[str, str]:
     return token, "RAY_AUTH_TOKEN_PATH" if name else str(path)
 
 
-def _explain_refusal(source: str) -> str:
-    get_one = "'ray get-auth-token' on the head shows it"
-    if not source:
-        return (
-            "the cluster wants a token, and none was found; set RAY_AUTH_TOKEN or "
-            f"RAY_AUTH_TOKEN_PATH, or write it to ~/.ray/auth_token ({get_one})"
-        )
-    return f"the cluster refuses the token of {source}; give this cluster's own ({get_one})"
+def _lines_of(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _explain_answer(text: str) -> str:
-    """Puts what the head answers into a line; it answers faults of its own with a traceback."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    last = lines[-1].rstrip(".") if lines else "no word"
+    """Shortens the head's answer, which may be a traceback, to one line."""
+    last = (_lines_of(text) or ["no reason given"])[-1].rstrip(".")
     if "404" in text and "version" in text.lower():
         return "what answers there is not the head of a Ray cluster; give its dashboard's address"
     if _NO_AGENT in text:
         return (
             "the head takes no jobs, as no node's agent answers it; try again if it has just "
-            "started; another Ray on its machine may have taken the agent's port 52365: end that, "
+            "started; another Ray on its machine may use the agent's port 52365: stop that Ray, "
             "or start the head with --dashboard-agent-listen-port"
         )
     if "does not exist" in text:

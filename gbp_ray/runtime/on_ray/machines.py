@@ -1,10 +1,9 @@
-"""The machines of the cluster that this process has joined: which there are, and what they lack.
+"""Checks of the machines in the cluster that this process has joined, before workers start.
 
-Each machine that workers may run on is asked, before any starts, whether it has this version of the
-package, the modules that the job names, and, where the storage is a folder, that very folder: the
-driver leaves a file there that the machine must see. What a machine lacks is said at once and with
-advice; found out by a worker, it would be an odd error minutes later, or results on two disks.
-A cluster of one machine, where the driver runs too, is not asked.
+Each machine must have this version of the package, the modules that the job names and, if the
+storage is a folder, the same folder: the driver leaves a file there that the machine must see. A
+worker would fail for these minutes later with an obscure error, or write results on two disks. The
+driver's own machine needs no check.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import re
 import socket
 import sys
 import time
@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gbp_ray import __version__
 from gbp_ray.config.cluster import ClusterConfig
-from gbp_ray.config.job import JobConfig
+from gbp_ray.config.job import JobConfig, list_code
 from gbp_ray.errors import ConfigError, GbpError, StoreError
 from gbp_ray.results.store import Store
 from gbp_ray.runtime.placement import Machine, check_placeable, find_misfit, worker_resources
@@ -43,10 +43,10 @@ __all__ = [
 _PACKAGES = ("gbp-ray", "torch")
 _ANSWER_TIMEOUT_S = 60.0
 _AUTOSCALER_TIMEOUT_S = 10.0
-"""How long Ray's autoscaler, just started, is given to say that it is there."""
+"""Longest wait for the first report of an autoscaler that has just started."""
 
 _ANONYMOUS = "node_"
-"""Begins the made-up types of machines where nothing adds any."""
+"""Prefix of the machine types that Ray makes up where no autoscaler adds any."""
 
 
 def list_machines() -> list[Machine]:
@@ -59,16 +59,16 @@ def list_machines() -> list[Machine]:
 
 
 def check_cluster(job: JobConfig, import_paths: Sequence[str]) -> None:
-    """Refuses what the cluster can never run, or what a machine of it cannot.
+    """Refuses a job that the cluster, or a machine of it, can never run.
 
     Raises:
-        ConfigError: There is no room for the workers and none will come, or a machine lacks the
-            package or the user's modules.
+        ConfigError: There will never be room for the workers, or a machine lacks the package or
+            the user's modules.
         StoreError: The storage is a folder that not all machines see.
     """
     machines = list_machines()
     if find_misfit(job.cluster, machines) is not None:
-        # Only now, since the autoscaler may take its time to answer.
+        # Asked only if needed, since the autoscaler may take seconds to answer.
         check_placeable(job.cluster, machines, is_autoscaling(job.cluster))
     claim = worker_resources(job.cluster, machines)
     able = [machine for machine in machines if machine.count(claim) > 0]
@@ -77,13 +77,13 @@ def check_cluster(job: JobConfig, import_paths: Sequence[str]) -> None:
 
 
 def is_autoscaling(cluster: ClusterConfig) -> bool:
-    """Tells whether machines are added to the cluster when they are asked for."""
+    """Finds out if the cluster adds machines on demand."""
     if cluster.autoscale is not None:
         return cluster.autoscale
     if cluster.address is None:
         return False
     if internal_kv._internal_kv_get("__autoscaler_v2_enabled") == b"1":
-        # It does not say whether it may add machines, and refusing would be worse than waiting.
+        # It does not report if it may add machines; waiting is better than refusing.
         return True
     deadline = time.monotonic() + _AUTOSCALER_TIMEOUT_S
     while True:
@@ -96,17 +96,14 @@ def is_autoscaling(cluster: ClusterConfig) -> bool:
         time.sleep(0.2)
 
 
-# -- what each machine is asked --------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class NodeReport:
-    """What a machine sees.
+    """The answer of a machine.
 
     Attributes:
-        versions: Of the packages that decide results; empty text where one is not installed.
-        modules: Those of the job's that cannot be found.
-        sees_folder: Whether the storage's folder is the driver's; None where it is none.
+        versions: By package; "" if it is not installed.
+        missing: Modules of the job that cannot be found.
+        sees_folder: Whether it sees the storage's folder; None if the storage is not one.
     """
 
     versions: dict[str, str]
@@ -117,8 +114,7 @@ class NodeReport:
 def probe_node(
     modules: Sequence[str], import_paths: Sequence[str], probe: str | None
 ) -> NodeReport:
-    """Looks around on this machine, as a worker would."""
-    # Without torch, whose import would take longer than all else.
+    """Answers on one machine; imports no torch, which would take longest."""
     before = list(sys.path)
     sys.path.extend(import_paths)
     try:
@@ -134,7 +130,7 @@ def probe_node(
 
 def _version_of(package: str) -> str:
     if package == "gbp-ray":
-        # Not what is installed: a submitted job brings its own along.
+        # A submitted job brings its own, which is not installed.
         return __version__
     with contextlib.suppress(PackageNotFoundError):
         # A head without a GPU may have another build of the same release.
@@ -148,15 +144,9 @@ _probe_node = ray.remote(num_cpus=0, max_retries=0)(probe_node)
 def check_machines(
     job: JobConfig, machines: Sequence[Machine], import_paths: Sequence[str]
 ) -> None:
-    """Asks each machine what it sees; one that does not answer has perhaps left, and is let be.
-
-    Raises:
-        ConfigError: A machine lacks the package or the user's modules.
-        StoreError: The storage is a folder that not all machines see.
-    """
-    plug_ins = [name for name in (job.workload.factory, job.prune.criterion) if ":" in name]
-    # The folder of a dotted module would be imported to look into it.
-    modules = sorted({name.partition(":")[0].partition(".")[0] for name in plug_ins})
+    """Checks each machine as in `check_cluster`; one that does not answer may have left."""
+    # Only the first part: looking for a submodule would import its package.
+    modules = sorted({re.split("[.:]", name)[0] for name in list_code(job).values()})
     with _probe(Store(job.storage, job.name)) as probe:
         asked = {
             _probe_node.options(
@@ -174,16 +164,17 @@ def check_machines(
             except (ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError):
                 continue
             except ray.exceptions.RayError as error:
+                last_line = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
                 raise ConfigError(
                     f"cluster.address = {job.cluster.address}: machine {machine.name} cannot load "
-                    f"gbp_ray: {_last_line(error)}; install the same version there"
+                    f"gbp_ray: {last_line}; install the same version there"
                 ) from error
             if (fault := find_fault(job, machine, sight)) is not None:
                 raise fault
 
 
 def find_fault(job: JobConfig, machine: Machine, sight: NodeReport) -> GbpError | None:
-    """Says what a machine lacks, the first thing of all."""
+    """Returns the error for the first thing that a machine lacks, or None."""
     for name in _PACKAGES:
         here, there = _version_of(name), sight.versions[name]
         if here != there:
@@ -201,12 +192,10 @@ def find_fault(job: JobConfig, machine: Machine, sight: NodeReport) -> GbpError 
 
 
 def check_folder(job: JobConfig) -> None:
-    """Makes sure, on a worker's machine, that its storage is the driver's, which has claimed it.
-
-    Machines that join a cluster later have not been asked.
+    """Checks on a worker's machine, which may have joined late, that it sees the driver's folder.
 
     Raises:
-        StoreError: The storage is a folder of this machine's own.
+        StoreError: It does not: the claim that the driver wrote there is missing.
     """
     store = Store(job.storage, job.name)
     if store.folder is not None and store.read_claim() is None:
@@ -222,11 +211,11 @@ def _foreign_folder(job: JobConfig, machine: str) -> StoreError:
 
 @contextlib.contextmanager
 def _probe(store: Store) -> Iterator[str | None]:
-    """Leaves a file in the storage's folder while the block runs; gives its path."""
+    """Keeps a file in the storage's folder while the block runs; yields its path, if any."""
     if store.folder is None:
         yield None
         return
-    # Called like a file that is being written, which is no part of the results.
+    # Named like a file in writing, which readers ignore.
     path = store.folder.absolute() / f".seen.{uuid.uuid4().hex}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -240,8 +229,3 @@ def _probe(store: Store) -> Iterator[str | None]:
         yield str(path)
     finally:
         path.unlink(missing_ok=True)
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

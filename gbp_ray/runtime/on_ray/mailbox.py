@@ -1,9 +1,10 @@
-"""What workers and their driver tell each other: progress one way, leave to go on the other."""
+"""Messages between workers and their driver: progress, and permission for the next round."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
+from collections import Counter
 from typing import Any, Protocol
 
 import ray
@@ -26,24 +27,21 @@ _POLL_INTERVAL_S = 0.2
 
 
 class Board(Protocol):
-    """Where messages are shown."""
+    """Shows messages."""
 
     def show(self, tick: Tick) -> None:
         """Shows progress."""
 
     def show_round(self, trial: str, record: RoundRecord) -> None:
-        """Shows a round that has been committed."""
+        """Shows a committed round."""
 
     def note(self, text: str) -> None:
-        """Shows a line of its own."""
+        """Shows a line of text."""
 
 
 @ray.remote(num_cpus=0)
 class Mailbox:
-    """Holds what workers said until the driver fetches it, and what the driver has to say.
-
-    It also knows where those workers are that stand still.
-    """
+    """Holds the workers' messages and standstills, and the driver's verdicts on rounds."""
 
     def __init__(self) -> None:
         self._messages: list[Any] = []
@@ -53,36 +51,36 @@ class Mailbox:
         self._last_word: GbpError | None = None
 
     def put(self, message: Any) -> None:
-        """Takes a message."""
+        """Adds a message."""
         self._messages.append(message)
 
     def take(self) -> list[Any]:
-        """Hands over what has come since the last time."""
+        """Returns the messages since the last call."""
         messages, self._messages = self._messages, []
         return messages
 
     def allow(self, number: int) -> None:
-        """Lets workers go on after a round and those before it."""
+        """Lets workers go on after all rounds up to this one."""
         self._last_allowed = number
 
     def end(self) -> None:
-        """Lets workers go on after no other round."""
+        """Stops workers after their next round."""
         self._is_ended = True
 
     def verdict(self, number: int) -> bool | None:
-        """Says whether to go on after a round; None while that is open."""
+        """Returns True to go on after a round, False to stop, None while undecided."""
         return True if number <= self._last_allowed else False if self._is_ended else None
 
     def say_last_word(self, error: GbpError) -> None:
-        """Takes what a worker failed with that would make it fail again."""
+        """Stores an error that a worker would meet again."""
         self._last_word = error
 
     def last_word(self) -> GbpError | None:
-        """Says what ended the trial before, if that would end it again."""
+        """Returns that error, if any."""
         return self._last_word
 
     def compare(self, group: str, own: Standstill) -> list[Standstill]:
-        """Takes where one worker of a group stands still, and says where all do."""
+        """Stores one worker's standstill and returns those of its whole group."""
         if group != self._group:
             self._group, self._standstills = group, {}
         self._standstills[own.rank] = own
@@ -90,23 +88,23 @@ class Mailbox:
 
 
 class Relay:
-    """Carries the workers' messages to the board while the block runs.
+    """Passes the workers' messages to the board while the block runs.
 
     Args:
-        cluster: Says how many restarts are told of; None tells none of them.
+        cluster: Holds the limits of restarts; None shows no restarts.
 
     Attributes:
-        mailbox: Where workers leave messages.
+        mailbox: Receives the workers' messages.
     """
 
     def __init__(self, board: Board, cluster: ClusterConfig | None = None) -> None:
-        # Beside the driver: machines that carry workers may come and go.
+        # Beside the driver, since machines of workers may come and go.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.mailbox = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         self._board, self._cluster = board, cluster
         self._last_tick: Tick | None = None
         self._accused: Standstill | None = None
-        self._num_failures = self._num_preemptions = 0
+        self._num_restarts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="gbp-ray-progress", daemon=True)
@@ -122,7 +120,7 @@ class Relay:
             self.deliver()
 
     def describe(self, failure: Failure) -> tuple[int, str]:
-        """Adds to a failure what the workers themselves said: (rank, words)."""
+        """Describes a failure with the workers' last messages: (rank, words)."""
         self.deliver()
         return self._describe(failure)
 
@@ -135,7 +133,7 @@ class Relay:
         return failure.rank, f"{failure.words}{place}"
 
     def deliver(self) -> None:
-        """Shows what has arrived; losing progress must not lose the trial."""
+        """Shows new messages; lost progress must not end the trial."""
         with contextlib.suppress(ray.exceptions.RayError), self._lock:
             for message in ray.get(self.mailbox.take.remote(), timeout=30):
                 self._show(message)
@@ -160,16 +158,9 @@ class Relay:
     def _note_restart(self, name: str, failure: Failure) -> None:
         if self._cluster is None:
             return
-        if failure.is_preemption:
-            self._num_preemptions += 1
-            number, most, field = (
-                self._num_preemptions,
-                self._cluster.max_preemptions,
-                "max_preemptions",
-            )
-        else:
-            self._num_failures += 1
-            number, most, field = self._num_failures, self._cluster.max_failures, "max_failures"
+        field = "max_preemptions" if failure.is_preemption else "max_failures"
+        self._num_restarts[field] += 1
+        number, most = self._num_restarts[field], getattr(self._cluster, field)
         if most is not None and number > most:
             return
         rank, words = self._describe(failure)

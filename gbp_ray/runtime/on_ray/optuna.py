@@ -1,8 +1,8 @@
-"""Trials that Optuna chooses from what earlier ones reached, by Ray Tune's own `OptunaSearch`.
+"""Trials that Optuna suggests from earlier results, by Ray Tune's `OptunaSearch`.
 
-The finished trials of the job that lie in the space are its memory: run again, a search starts from
-them and makes only those that are missing to `num_samples`. A combination that the schema refuses,
-or that was tried already, is told to Optuna at once and costs nothing.
+Finished trials of the job inside the space are its memory: a repeated search starts from them and
+adds those missing to `num_samples`. A combination that the schema refuses, or that was tried
+before, is reported to Optuna at once and costs nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from gbp_ray.config.job import JobConfig, trial_id
 from gbp_ray.config.sweep import Axis, IsWhole, parse_space
 from gbp_ray.errors import ConfigError
-from gbp_ray.runtime.search import Outcome, SearchPlan, job_at
+from gbp_ray.runtime.search import Outcome, SearchPlan, job_at, space_fields, values_at
 
 __all__ = [
     "OptunaPlan",
@@ -22,16 +22,16 @@ __all__ = [
 ]
 
 _MOST_ATTEMPTS = 100
-"""Combinations in a row that come to nothing before the space counts as exhausted."""
+"""Useless combinations in a row before the space counts as exhausted."""
 
 
 class OptunaPlan(SearchPlan):
-    """`num_samples` trials, those that are known included.
+    """Plans `num_samples` trials, earlier ones included.
 
     Args:
         base: The job with its sweep.
         earlier: Finished trials of this space.
-        make_search: Makes what `make_search` of this module makes; only called if trials are left.
+        make_search: As in this module; called only if trials are left.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class OptunaPlan(SearchPlan):
         self._num_running = 0
 
     def next(self) -> JobConfig | None:
-        """Gives the known ones, then what Optuna suggests."""
+        """Returns the earlier trials, then Optuna's suggestions."""
         assert self.total is not None
         if self._num_given >= self.total:
             return None
@@ -61,7 +61,7 @@ class OptunaPlan(SearchPlan):
         return job
 
     def tell(self, outcome: Outcome) -> None:
-        """Tells Optuna, too."""
+        """Reports a trial's end to Optuna."""
         self._num_running -= 1
         self._told[outcome.trial_id] = outcome
         if (key := self._keys.get(outcome.trial_id)) is not None:
@@ -69,15 +69,17 @@ class OptunaPlan(SearchPlan):
 
     @property
     def is_over(self) -> bool:
-        """Whether all trials have ended."""
+        """True when all trials have ended."""
         assert self.total is not None
         return self._num_running == 0 and self._num_given >= self.total
 
     def _suggest(self) -> JobConfig | None:
         if self._search is None:
             self._search = self._make_search(self._base)
-            for outcome in list(self._told.values()):
-                self._remember(outcome)
+            fields = space_fields(self._base)
+            for outcome in self._told.values():
+                if (value := self._value_of(outcome)) is not None:
+                    self._search.add_evaluated_point(values_at(outcome.job, fields), value)
         for attempt in range(_MOST_ATTEMPTS):
             key = f"{self._num_given}-{attempt}"
             values = self._search.suggest(key)
@@ -94,29 +96,23 @@ class OptunaPlan(SearchPlan):
             else:
                 self._keys[name] = key
                 return job
-        # Nothing new is to be had, so this is the end.
         self.total = self._num_given
         return None
 
     def _report(self, key: str, outcome: Outcome) -> None:
-        value = getattr(outcome, self._base.sweep.metric)
-        if outcome.state == "finished" and value is not None:
+        if (value := self._value_of(outcome)) is not None:
             self._search.on_trial_complete(key, {self._base.sweep.metric: value})
         else:
             self._search.on_trial_complete(key, error=True)
 
-    def _remember(self, outcome: Outcome) -> None:
-        value = getattr(outcome, self._base.sweep.metric)
-        if outcome.state == "finished" and value is not None:
-            fields = [
-                field for axis in parse_space(self._base.sweep.space) for field in axis.fields
-            ]
-            self._search.add_evaluated_point(_values_of(outcome.job, fields), value)
+    def _value_of(self, outcome: Outcome) -> float | None:
+        is_finished = outcome.state == "finished"
+        return getattr(outcome, self._base.sweep.metric) if is_finished else None
 
 
 def make_search(base: JobConfig, is_whole: IsWhole) -> Any:
     """Makes Tune's Optuna search over the space of a sweep."""
-    # An extra, and with it Tune, is imported only where it is asked for.
+    # Optuna is an extra.
     import optuna
 
     # isort: split
@@ -141,16 +137,6 @@ def _domain(tune: Any, axis: Axis, is_whole: IsWhole) -> Any:
         return tune.choice([value for (value,) in axis.given])
     (low,), (high,) = axis.given
     if axis.is_whole(is_whole):
-        # Tune's ends before the upper bound.
+        # Tune excludes the upper bound.
         return (tune.lograndint if axis.kind == "loguniform" else tune.randint)(low, high + 1)
     return (tune.loguniform if axis.kind == "loguniform" else tune.uniform)(low, high)
-
-
-def _values_of(job: JobConfig, fields: Iterable[str]) -> dict[str, Any]:
-    found = {}
-    for field in fields:
-        value: Any = job.model_dump(mode="json")
-        for part in field.split("."):
-            value = value[part]
-        found[field] = value
-    return found

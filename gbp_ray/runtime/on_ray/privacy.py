@@ -1,8 +1,8 @@
-"""Keeps a Ray of one machine to it and to its user: only loopback, and a token of its own.
+"""Restriction of a private Ray to its machine and user: loopback only, and a token of its own.
 
-Ray listens on all interfaces unless its node has a loopback address, which it gives a node only
-where it takes clusters to be impossible. Torch's rendezvous listens on all of them and asks for no
-token, so the ranks meet in a file of a folder that is the user's own.
+Ray listens on all interfaces unless its node has a loopback address, which it uses only where it
+takes clusters to be impossible. Torch's rendezvous listens on all of them and needs no token, so
+the ranks meet in a file of a folder that belongs to the user.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ _MARK = "GBP_RAY_IS_PRIVATE"
 
 
 def is_private() -> bool:
-    """Says whether the Ray that this process belongs to was started here for one job."""
+    """True if this process belongs to a Ray that was started for one job."""
     return _MARK in os.environ
 
 
 @contextlib.contextmanager
 def keep_private() -> Iterator[None]:
-    """Keeps a Ray that is started in the block to this machine and this user.
+    """Restricts a Ray that is started in the block to this machine and this user.
 
-    The token goes from process to process by the environment, which no other user can read, and is
-    in no file.
+    Processes inherit the token by their environment, which no other user can read.
     """
     settings = {
         _MARK: "1",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        # Nobody reads the metrics, which are served without the token.
+        # The metrics are served without the token.
         "RAY_enable_metrics_collection": "0",
     }
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        settings[name] = os.environ.get(name) or _loopback_interface()
+        settings[name] = os.environ.get(name) or loopback
     before = {name: os.environ.get(name) for name in settings}
     takes_clusters = ray_constants.ENABLE_RAY_CLUSTER
     os.environ.update(settings)
@@ -75,31 +75,24 @@ def keep_private() -> Iterator[None]:
         AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _loopback_interface() -> str:
-    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
-
-
 @dataclass
 class PrivateTorchConfig(ray.train.torch.TorchConfig):  # type: ignore[misc]
-    """Lets the ranks of one machine meet in a file.
-
-    Attributes:
-        folder: Holds it; no other user may enter.
-    """
+    """Lets the ranks of one machine meet in a file of `folder`, which no other user may enter."""
 
     folder: str = ""
 
     @property
     def backend_cls(self) -> type[_FileBackend]:
-        """What starts the process group."""
+        """The class that starts the process group."""
         return _FileBackend
 
 
 class _FileBackend(_TorchBackend):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: PrivateTorchConfig) -> None:
-        """Starts the process group, of each new group of workers in a file of its own."""
+        """Starts the process group of a group of workers, in a file of its own."""
         resources = worker_group.get_resources_per_worker()
         worker_group.execute(_set_torch_distributed_env_vars)
+        meeting = f"file://{backend_config.folder}/{uuid.uuid4().hex}"
         started = [
             worker_group.execute_single_async(
                 rank,
@@ -107,10 +100,9 @@ class _FileBackend(_TorchBackend):  # type: ignore[misc]
                 backend="nccl" if resources.get("GPU", 0) > 0 else "gloo",
                 world_rank=rank,
                 world_size=len(worker_group),
-                init_method=f"file://{backend_config.folder}/{meeting}",
+                init_method=meeting,
                 timeout_s=backend_config.timeout_s,
             )
-            for meeting in [uuid.uuid4().hex]
             for rank in range(len(worker_group))
         ]
         ray.get(started)

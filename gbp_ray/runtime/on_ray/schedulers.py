@@ -1,18 +1,18 @@
-"""Which trials of a sweep are stopped early, and the guard that keeps this fair to pruning.
+"""Early stopping of a sweep's trials, guarded to be fair to pruning.
 
-Accuracy falls at each prune and comes back with fine-tuning, and it falls for good where more is
-removed. So a round is judged only
+Accuracy falls at each prune and recovers with fine-tuning, and it falls with sparsity. So a round
+is judged only
 
-- on its accuracy after fine-tuning,
+- by its accuracy after fine-tuning,
 - after `grace_rounds` pruned rounds,
-- once `recovery_rounds` fine-tunings have followed the last prune, the round's own included
-  (without fine-tuning nothing recovers, and nothing is waited for),
-- against trials that walk the very same sparsities, at the same round.
+- after `recovery_rounds` fine-tunings since the last prune, the round's own included (without
+  fine-tuning there is nothing to wait for),
+- against the same round of trials with the same sparsities after each round.
 
-A round that an earlier run has left is taken into account and never a reason to stop.
+Rounds of an earlier run count for the comparison and never stop a trial.
 
-Successive halving is Ray Tune's. The median rule is our own: Tune's compares the best of all rounds
-so far, which here is the one that has lost the fewest weights.
+Successive halving is Ray Tune's. The median rule is not: Tune's compares the best round so far,
+which here is the one that has lost the fewest weights.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
@@ -37,18 +38,17 @@ __all__ = [
 ]
 
 _LEAST_COMPANY = 3
-"""Others that the median needs."""
+"""Number of other trials that a median needs."""
 
 
 def sparsity_path(job: JobConfig) -> tuple[float, ...]:
-    """Lists the sparsities after each round: trials with the same ones can be compared."""
+    """Lists the sparsities after each round; trials with equal ones can be compared."""
     prune = job.prune
     return tuple(sparsity_schedule(prune.schedule, prune.sparsity, prune.rounds, prune.ramp_rounds))
 
 
 def is_judged(sweep: SweepConfig, job: JobConfig, number: int) -> bool:
-    """Tells whether a trial may be stopped after a round."""
-    # The last round needs no stopping.
+    """Decides if a trial may be stopped after a round, which is not its last."""
     if not sweep.grace_rounds <= number < job.prune.rounds:
         return False
     if job.finetune.epochs == 0:
@@ -59,12 +59,11 @@ def is_judged(sweep: SweepConfig, job: JobConfig, number: int) -> bool:
 
 
 class GuardedScheduler(FIFOScheduler):  # type: ignore[misc]
-    """Lets a rule of stopping judge the rounds that may be judged, one rule per walk.
+    """Applies a stopping rule to the rounds that may be judged, one rule per list of sparsities.
 
     Args:
-        sweep: Names the rule and sets the guard.
-        job_of: Finds the job of a Tune trial.
-        stopped: Told of each stop, with the trial's job and the round.
+        job_of: Returns the job of a Tune trial.
+        stopped: Called with the job and the round of each stop.
     """
 
     def __init__(
@@ -79,19 +78,19 @@ class GuardedScheduler(FIFOScheduler):  # type: ignore[misc]
         self._is_over: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune saves itself, but it is the store that a sweep is resumed from.
+        # Tune saves itself, but a sweep is resumed from its store.
         return {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        """Takes nothing over: the sweep says what counts."""
+        """Ignores them: the sweep sets the metric."""
         return True
 
     def remember(self, job: JobConfig, records: Iterable[RoundRecord]) -> None:
-        """Takes a trial that ended before into account."""
-        standing = _Standing(job)
-        self._rule(job).on_trial_add(None, standing)
+        """Enters the rounds of a trial that ended before."""
+        earlier = SimpleNamespace(trial_id=f"earlier {job.model_dump_json()}")
+        self._rule(job).on_trial_add(None, earlier)
         for record in records:
-            self._judge(None, standing, job, record.round, getattr(record, self._sweep.metric))
+            self._judge(None, earlier, job, record.round, getattr(record, self._sweep.metric))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Enters a trial."""
@@ -109,15 +108,6 @@ class GuardedScheduler(FIFOScheduler):  # type: ignore[misc]
         self._stopped(job, number)
         return str(TrialScheduler.STOP)
 
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Does nothing: the rounds have been told one by one."""
-
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Does nothing: what a broken trial reached before still counts."""
-
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """Does nothing."""
-
     def _judge(
         self, tune_controller: Any, trial: Any, job: JobConfig, number: int, value: float
     ) -> str:
@@ -127,48 +117,37 @@ class GuardedScheduler(FIFOScheduler):  # type: ignore[misc]
         return str(self._rule(job).on_trial_result(tune_controller, trial, result))
 
     def _rule(self, job: JobConfig) -> Any:
-        # Where masks are given, they decide where the walk begins.
-        walk = (sparsity_path(job), job.prune.initial_masks_digest)
-        if walk not in self._rules:
-            self._rules[walk] = self._make_rule(job)
-        return self._rules[walk]
-
-    def _make_rule(self, job: JobConfig) -> Any:
-        mode = "max" if self._sweep.metric == "accuracy" else "min"
-        if self._sweep.scheduler == "median":
-            return MedianRule(self._sweep.metric, mode)
-        return ASHAScheduler(
-            time_attr="round",
-            metric=self._sweep.metric,
-            mode=mode,
-            # The best trial is not to be stopped for having come to its end.
-            max_t=max(job.prune.rounds, self._sweep.grace_rounds) + 1,
-            grace_period=self._sweep.grace_rounds,
-            reduction_factor=self._sweep.reduction_factor,
-        )
+        # Initial masks decide where the sparsities begin.
+        path = (sparsity_path(job), job.prune.initial_masks_digest)
+        if path not in self._rules:
+            sweep, mode = self._sweep, "max" if self._sweep.metric == "accuracy" else "min"
+            if sweep.scheduler == "median":
+                self._rules[path] = MedianRule(sweep.metric, mode)
+            else:
+                self._rules[path] = ASHAScheduler(
+                    time_attr="round",
+                    metric=sweep.metric,
+                    mode=mode,
+                    # Beyond the last round, since ASHA stops every trial there.
+                    max_t=max(job.prune.rounds, sweep.grace_rounds) + 1,
+                    grace_period=sweep.grace_rounds,
+                    reduction_factor=sweep.reduction_factor,
+                )
+        return self._rules[path]
 
 
-class MedianRule:
+class MedianRule(FIFOScheduler):  # type: ignore[misc]
     """Stops a trial that is worse than the median of the others at the same round."""
 
     def __init__(self, metric: str, mode: str) -> None:
+        super().__init__()
         self._metric, self._sign = metric, 1 if mode == "max" else -1
         self._values: dict[int, dict[str, float]] = defaultdict(dict)
 
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Does nothing: a trial counts from its first judged round on."""
-
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Compares a round with what the others have reached in it so far."""
+        """Compares a round with the same round of the others."""
         values, value = self._values[result["round"]], self._sign * result[self._metric]
         others = [other for name, other in values.items() if name != trial.trial_id]
         values[trial.trial_id] = value
         is_weak = len(others) >= _LEAST_COMPANY and value < statistics.median(others)
         return str(TrialScheduler.STOP if is_weak else TrialScheduler.CONTINUE)
-
-
-class _Standing:
-    """What a rule needs of a trial that no longer runs."""
-
-    def __init__(self, job: JobConfig) -> None:
-        self.trial_id = f"earlier {job.model_dump_json()}"

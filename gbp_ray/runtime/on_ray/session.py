@@ -1,4 +1,4 @@
-"""Ray from its start to its end, and how a driver that waits for it stays interruptible."""
+"""Start and end of Ray, with a driver that stays interruptible while it waits."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ __all__ = [
 
 _LOOK_INTERVAL_S = 1.0
 _END_S = 5.0
-"""How long Ray may take to end by itself where a command ends."""
+"""Longest wait for Ray to shut down at the end of a command."""
 
 
 @contextlib.contextmanager
 def ray_session(cluster: ClusterConfig, is_debug: bool) -> Iterator[None]:
-    """Joins the cluster named by the job or starts a private one; ends what it started."""
+    """Joins the job's cluster or starts a private one, and ends what it started."""
     if ray.is_initialized():
         yield
         return
@@ -52,13 +52,13 @@ def ray_session(cluster: ClusterConfig, is_debug: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if cluster.address is None:
             stack.enter_context(keep_private())
-            # Workers that wait for each other must all be placed, even on fewer cores.
+            # Workers that wait for each other must all be placed, even on too few cores.
             num_cpus = pretend_cpus(cluster, os.cpu_count() or 1)
             options |= {"num_cpus": num_cpus, "include_dashboard": False}
             options["_node_ip_address"] = LOOPBACK
         before, is_over = descendants(), threading.Event()
-        # Not in the main thread, which no signal reaches while it waits inside Ray. The kernel ends
-        # Ray's processes with the thread that has started them, so that one stays.
+        # Beside the main thread, which no signal reaches while it waits inside Ray. The thread
+        # stays, since the kernel ends Ray's processes with the thread that started them.
         started = _run_beside(lambda: _start_ray(cluster, options, is_debug), is_over)
         try:
             while not started.done():
@@ -72,13 +72,12 @@ def ray_session(cluster: ClusterConfig, is_debug: bool) -> Iterator[None]:
 
 
 def fit_interruptibly(trainer: Any) -> Any:
-    """Runs fit() beside the main thread, which stays free to be interrupted.
+    """Runs fit() beside the main thread, in which Ctrl-C then raises KeyboardInterrupt.
 
-    In the main thread Ray would take over the SIGINT handler for good and end the process with its
-    own exit code; here Ctrl-C raises KeyboardInterrupt, and the session's end stops the workers.
+    In the main thread Ray would replace the SIGINT handler and end the process with its own code.
 
     Raises:
-        TrialError: The Ray that was started here has died.
+        TrialError: The private Ray has died.
     """
     outcome = _run_beside(trainer.fit)
     try:
@@ -87,15 +86,15 @@ def fit_interruptibly(trainer: Any) -> Any:
             _check_alive()
         return outcome.result()
     except BaseException:
-        # The thread may still be at work when Ray has shut down, and Ray's functions would then
-        # join whatever other Ray there is.
+        # If the thread still works when Ray has shut down, Ray's functions would join any other
+        # Ray they find.
         if not outcome.done():
             auto_init_hook.enable_auto_connect = False
         raise
 
 
 def _run_beside(work: Callable[[], Any], is_over: threading.Event | None = None) -> Future[Any]:
-    """Runs something in a thread, which then waits until `is_over`."""
+    """Runs a function in a thread, which then stays until `is_over` is set."""
     outcome: Future[Any] = Future()
 
     def run() -> None:
@@ -111,9 +110,9 @@ def _run_beside(work: Callable[[], Any], is_over: threading.Event | None = None)
 
 
 def _end_ray(started: Future[Any], before: set[tuple[int, str]], is_stopped: bool) -> None:
-    """Ends Ray; of a command that is stopped, all that was started since `before`."""
+    """Ends Ray; for a stopped command kills all processes started since `before`."""
     if not is_watching():
-        # This process goes on, and a Ray that is half started could not be ended.
+        # A notebook goes on, and a Ray that is still starting cannot be ended.
         while not started.done():
             with contextlib.suppress(KeyboardInterrupt):
                 wait([started])
@@ -124,28 +123,22 @@ def _end_ray(started: Future[Any], before: set[tuple[int, str]], is_stopped: boo
         _, unfinished = wait([_run_beside(ray.shutdown)], timeout=_END_S)
         is_stopped = is_stopped or bool(unfinished)
     if is_stopped:
-        # Those whose parents have ended are no longer below this process.
+        # Processes whose parents have ended are no longer descendants.
         kill(own | descendants() - before)
 
 
 def _check_alive() -> None:
-    """Makes sure that the Ray that was started here still runs; without it fit() waits for ever.
-
-    Raises:
-        TrialError: Part of it has died.
-    """
-    # Of a cluster that was joined no process is ours, and its own head looks after it.
+    """Raises a TrialError if part of the private Ray has died: fit() would wait for ever."""
+    # A cluster that was joined has none of these processes here.
     node = ray._private.worker._global_node
     dead = {name for name, _ in node.dead_processes()} if node is not None else set()
     if lost := dead & {"raylet", "gcs_server"}:
         cause = f"Ray's {lost.pop()} on this machine has died; perhaps memory ran out"
-        raise TrialError(
-            f"{cause}; run the same command again to go on", trial_id="", rank=None, cause=cause
-        )
+        raise TrialError(f"{cause}; run the same command again to go on", cause=cause)
 
 
 def _start_ray(cluster: ClusterConfig, options: dict[str, Any], is_debug: bool) -> None:
-    # It warns that it does not see to SIGTERM outside the main thread.
+    # It warns that it handles no SIGTERM outside the main thread.
     logging.getLogger("ray._private.worker").setLevel("INFO" if is_debug else "ERROR")
     try:
         ray.init(
@@ -155,13 +148,11 @@ def _start_ray(cluster: ClusterConfig, options: dict[str, Any], is_debug: bool) 
             **options,
         )
     except Exception as error:
-        # Ray raises ConnectionError, RuntimeError, ValueError and, on a busy machine, no subclass.
+        # Ray raises ConnectionError, RuntimeError, ValueError or, on a busy machine, Exception.
         cause = first_line(error)
         if cluster.address is None:
             raise TrialError(
                 f"Ray did not start on this machine: {cause}; run the same command again to go on",
-                trial_id="",
-                rank=None,
                 cause=cause,
             ) from error
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""One trial on Ray: a TorchTrainer over 1 to N workers, with Ray's noise and errors unwrapped.
+"""One trial on Ray Train: a TorchTrainer over 1 to N workers, and the translation of its errors.
 
-The store, not Ray, holds the state of a trial: a restarted worker group, of the same size or
-another, goes on after the last committed round, and so does a new driver.
+The store holds the state of a trial, not Ray: a restarted worker group of any size, or a new
+driver, resumes after the last committed round.
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ __all__ = [
 _POLL_INTERVAL_S = 0.2
 _TICK_INTERVAL_S = 0.2
 _GRACE_S = 5.0
-"""How long a worker holds back that it lost the others: Ray then sees which one died."""
+"""Delay before a worker reports that it lost the others: Ray first sees which one died."""
 
 _EXCHANGE_TIMEOUT_S = 4 * 3600
-"""How long workers wait for one that builds the workload; hung ones are noticed by `watch`."""
+"""Longest wait for a worker that builds the workload; `hang` notices a hung one."""
 
 _MAILBOX_TIMEOUT_S = 10.0
+_AGAIN = "run the job again to go on after its last whole round"
 
 
 def run_trial(
@@ -70,11 +71,10 @@ def run_trial(
 
     Args:
         import_paths: Folders where workers find the user's modules.
-        board: Shows the workers' progress.
-        is_debug: Lets Ray's own output through.
+        is_debug: Shows Ray's own output.
 
     Raises:
-        GbpError: What a worker raised on purpose, as it raised it.
+        GbpError: As a worker raised it.
         TrialError: The workers failed for another reason; names trial, rank and root cause.
     """
     with ray_session(job.cluster, is_debug):
@@ -93,23 +93,90 @@ def fit_trial(
     gate: Any = None,
     describe: Callable[[Failure], tuple[int, str]] = lambda failure: (failure.rank, failure.words),
 ) -> GbpError | None:
-    """Runs the workers to their end; returns what they all agreed to fail with.
+    """Runs the workers to their end; returns the error that all of them agreed on, if any.
 
     Args:
-        mailbox: Takes their progress.
-        gate: A mailbox of this trial's own that takes each round and says when to go on.
-        describe: Says of a failure which worker it was and what happened to it.
+        mailbox: Receives their progress.
+        gate: This trial's own mailbox, at which workers wait after each round.
+        describe: Returns (rank, words) of a failure.
     """
+    cluster, name = job.cluster, trial_id(job)
+    # A worker that no longer answers Ray is frozen.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cluster.hang_timeout_s or "inf")
     with _scratch(job) as scratch, tempfile.TemporaryDirectory(prefix="gbp-ray-") as meeting:
         torch_config = ray.train.torch.TorchConfig(timeout_s=_EXCHANGE_TIMEOUT_S)
         if is_private():
             torch_config = PrivateTorchConfig(timeout_s=_EXCHANGE_TIMEOUT_S, folder=meeting)
-        return _fit(scratch, torch_config, job, import_paths, mailbox, gate, describe)
+        trainer = ray.train.torch.TorchTrainer(
+            _train_worker,
+            train_loop_config={
+                "job": job.model_dump(mode="json"),
+                "import_paths": import_paths,
+                "working_folder": os.getcwd(),  # noqa: PTH109
+                "mailbox": mailbox,
+                "gate": gate,
+            },
+            torch_config=torch_config,
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=cluster.num_workers,
+                use_gpu=cluster.use_gpu,
+                resources_per_worker=worker_resources(cluster, list_machines()),
+                placement_strategy=cluster.placement.upper(),
+            ),
+            run_config=ray.train.RunConfig(
+                name=name,
+                storage_path=scratch,
+                failure_config=ray.train.FailureConfig(
+                    max_failures=cluster.max_failures,
+                    max_preemption_failures=(
+                        -1 if cluster.max_preemptions is None else cluster.max_preemptions
+                    ),
+                    controller_failure_limit=max(
+                        0, math.ceil(cluster.room_timeout_s / START_TIMEOUT_S) - 1
+                    ),
+                ),
+                callbacks=[_Listener(mailbox, name)],
+            ),
+        )
+        try:
+            told: GbpError | None = fit_interruptibly(trainer).return_value
+        except ray.train.WorkerGroupError as error:
+            failure = find_failure(error.worker_failures)
+            if failure.cause is not None:
+                raise failure.cause from error
+            rank, words = describe(failure)
+            limit = f"max_failures = {cluster.max_failures}"
+            if failure.is_preemption:
+                limit = f"max_preemptions = {cluster.max_preemptions}"
+            text = f"worker {rank} {words}; cluster.{limit} allows no more restarts; {_AGAIN}"
+            raise TrialError(
+                f"trial {name}: {text}", trial_id=name, rank=rank, cause=words
+            ) from error
+        except ray.train.ControllerError as error:
+            cause = first_line(unwrap(error))
+            if "startup timed out" in cause:
+                cause = (
+                    f"the cluster had no room for cluster.num_workers = {cluster.max_workers} "
+                    f"within cluster.room_timeout_s = {cluster.room_timeout_s:g}; ask for fewer or "
+                    "wait longer"
+                )
+            text = f"Ray could not run the workers: {cause}; {_AGAIN}"
+            raise TrialError(f"trial {name}: {text}", trial_id=name, cause=cause) from error
+    if isinstance(told, TrialError):
+        return TrialError(
+            f"trial {name}: worker {told.rank} failed with {told.cause}; it would fail again, so "
+            f"the workers were not started again; correct the cause and {_AGAIN}",
+            trial_id=name,
+            rank=told.rank,
+            cause=told.cause,
+            is_lasting=True,
+        )
+    return told
 
 
 @contextlib.contextmanager
 def _scratch(job: JobConfig) -> Iterator[str]:
-    """Gives Ray a place for its own files, which say nothing that the records do not."""
+    """Yields a place for Ray's own files, which nobody reads later."""
     store = Store(job.storage, job.name)
     if store.folder is not None:
         folder = store.folder / "ray"
@@ -127,95 +194,18 @@ def _scratch(job: JobConfig) -> Iterator[str]:
         try:
             yield store.objects.uri_of("ray")
         finally:
-            # What ended the trial matters more than what it leaves here.
+            # The trial's own error matters more than these leftovers.
             with contextlib.suppress(StoreError):
                 leftovers = store.objects.entries(f"ray/{trial_id(job)}/")
                 store.objects.delete([entry.key for entry in leftovers])
 
 
-def _fit(
-    scratch: str,
-    torch_config: ray.train.torch.TorchConfig,
-    job: JobConfig,
-    import_paths: list[str],
-    mailbox: Any,
-    gate: Any,
-    describe: Callable[[Failure], tuple[int, str]],
-) -> GbpError | None:
-    cluster, name = job.cluster, trial_id(job)
-    # A worker that answers Ray no more is frozen.
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cluster.hang_timeout_s or "inf")
-    trainer = ray.train.torch.TorchTrainer(
-        _train_worker,
-        train_loop_config={
-            "job": job.model_dump(mode="json"),
-            "import_paths": import_paths,
-            "working_folder": os.getcwd(),  # noqa: PTH109
-            "mailbox": mailbox,
-            "gate": gate,
-        },
-        torch_config=torch_config,
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.num_workers,
-            use_gpu=cluster.use_gpu,
-            resources_per_worker=worker_resources(cluster, list_machines()),
-            placement_strategy=cluster.placement.upper(),
-        ),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=scratch,
-            failure_config=ray.train.FailureConfig(
-                max_failures=cluster.max_failures,
-                max_preemption_failures=(
-                    -1 if cluster.max_preemptions is None else cluster.max_preemptions
-                ),
-                controller_failure_limit=max(
-                    0, math.ceil(cluster.room_timeout_s / START_TIMEOUT_S) - 1
-                ),
-            ),
-            callbacks=[_Listener(mailbox, name)],
-        ),
-    )
-    try:
-        result = fit_interruptibly(trainer)
-    except ray.train.WorkerGroupError as error:
-        failure = find_failure(error.worker_failures)
-        raise _final_error(failure, describe, job, name) from error
-    except ray.train.ControllerError as error:
-        cause = unwrap(error)
-        text = first_line(cause)
-        if "startup timed out" in text:
-            text = (
-                f"the cluster had no room for cluster.num_workers = {cluster.max_workers} within "
-                f"cluster.room_timeout_s = {cluster.room_timeout_s:g}; ask for fewer or wait longer"
-            )
-        raise TrialError(
-            f"trial {name}: Ray could not run the workers: {text}; run the job again to go on "
-            "after its last whole round",
-            trial_id=name,
-            rank=None,
-            cause=text,
-        ) from error
-    told: GbpError | None = result.return_value
-    if isinstance(told, TrialError):
-        return TrialError(
-            f"trial {name}: worker {told.rank} failed with {told.cause}; it would again, so the "
-            "workers were not started again; mend it and run the job again to go on after its "
-            "last whole round",
-            trial_id=name,
-            rank=told.rank,
-            cause=told.cause,
-            is_lasting=True,
-        )
-    return told
-
-
 def _train_worker(config: dict[str, Any]) -> GbpError | None:
-    """Runs on each Ray Train worker; returns rather than raises what all ranks agree on.
+    """Runs a trial on one Ray Train worker; returns an error that all ranks agree on.
 
-    A bad input stays bad: returning it spares the restarts that a raised error would trigger.
+    Raising such an error, which would occur again, would make Ray restart the workers.
     """
-    # Here, since Ray's controller of the workers loads this module, too: it saves a second there.
+    # Imported here, since Ray's controller loads this module, too: it saves a second there.
     from gbp_ray.runtime.trial import work_trial
 
     with contextlib.suppress(OSError):
@@ -223,7 +213,7 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
     add_import_paths(config["import_paths"])
     job = JobConfig.model_validate(config["job"])
     mailbox, gate = config["mailbox"], config["gate"]
-    # Several trials of a sweep may share the other one.
+    # Trials of a sweep share the mailbox but not the gate.
     meeting = gate if gate is not None else mailbox
     if (told := ray.get(meeting.last_word.remote())) is not None:
         return told
@@ -257,7 +247,7 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
         if gate is not None:
             if ranks.is_first:
                 gate.put.remote(record)
-            # All ranks hear the same, so none is left behind in a collective.
+            # All ranks receive the same verdict, so none waits in a collective.
             while (verdict := ray.get(gate.verdict.remote(record.round))) is None:
                 time.sleep(_POLL_INTERVAL_S)
             if not verdict:
@@ -269,19 +259,18 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
     except Exception as error:
         if isinstance(error, GbpError) and not ranks.has_left:
             if isinstance(error, WorkloadError) and may_pass(error):
-                # Raised from a connection that was lost, say.
-                raise
+                raise  # such as one caused by a lost connection
             return error
         if is_consequence(error):
             time.sleep(_GRACE_S)
         if may_pass(error):
             raise
-        # Where it was raised is seen with --debug.
+        # Shown with --debug.
         traceback.print_exception(error)
         told = ranks.in_words(error)
         if not ranks.has_left:
             return told
-        # The others know nothing of it; started again, all of them end at once.
+        # The others do not know of it; after the restart all of them end at once.
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(meeting.say_last_word.remote(told), timeout=_MAILBOX_TIMEOUT_S)
         raise
@@ -296,7 +285,7 @@ def _compare(mailbox: Any, group: str, own: Standstill) -> list[Standstill]:
 
 
 def _say(mailbox: Any, message: Standstill) -> None:
-    """Makes sure that a last word has arrived."""
+    """Sends a message and waits for its arrival."""
     with contextlib.suppress(ray.exceptions.RayError):
         ray.get(mailbox.put.remote(message), timeout=_MAILBOX_TIMEOUT_S)
 
@@ -306,7 +295,7 @@ class StoppedError(GbpError):
 
 
 class _Listener(ray.train.UserCallback):  # type: ignore[misc]
-    """Tells the driver of failures that Ray answers by starting the workers again."""
+    """Reports failures to the driver after which Ray restarts the workers."""
 
     def __init__(self, mailbox: Any, name: str) -> None:
         self._mailbox, self._name = mailbox, name
@@ -315,24 +304,3 @@ class _Listener(ray.train.UserCallback):  # type: ignore[misc]
         self, run_context: object, worker_exceptions: Mapping[int, BaseException]
     ) -> None:
         self._mailbox.put.remote((self._name, find_failure(worker_exceptions)))
-
-
-def _final_error(
-    failure: Failure,
-    describe: Callable[[Failure], tuple[int, str]],
-    job: JobConfig,
-    name: str,
-) -> GbpError:
-    if failure.cause is not None:
-        return failure.cause
-    rank, words = describe(failure)
-    limit = f"max_failures = {job.cluster.max_failures}"
-    if failure.is_preemption:
-        limit = f"max_preemptions = {job.cluster.max_preemptions}"
-    return TrialError(
-        f"trial {name}: worker {rank} {words}; cluster.{limit} "
-        "allows no more restarts; run the job again to go on after its last whole round",
-        trial_id=name,
-        rank=rank,
-        cause=words,
-    )

@@ -1,19 +1,16 @@
 """A sweep on Ray Tune: one Tune trial per trial, as many at a time as the cluster holds.
 
-The store, not Tune, holds the state. What has ended is known from its records and never started;
-what was broken off goes on after its last whole round, because that is what running it again does.
-So resuming a sweep is running it again, and Tune's own files are scratch. A trial that another
-driver is at work on is put off until nothing else is left.
+The store holds the state, not Tune, whose files are scratch: a finished trial is never started, an
+interrupted one resumes after its last whole round. A trial that another driver holds is deferred
+until no other is left.
 
-A trial of 0 or 1 workers runs in the process of its Tune trial, which is used again for the next
-one, so that torch is imported once per process. More workers are a TorchTrainer inside the Tune
-trial. The Tune trial itself then asks for no CPU, and no more of them run at a time than the
-cluster has CPUs for their workers, so none waits for another one's. Workers pause after each round
-until the scheduler has judged it; a stopped trial ends by itself, and Ray frees what it held.
+A trial of 0 or 1 workers runs in the process of its Tune trial, which is reused for the next one,
+so torch is imported once per process. More workers are a TorchTrainer inside the Tune trial, which
+then claims no CPU itself; no more of them run than the cluster has CPUs for their workers. Workers
+pause after each round until the scheduler has judged it; a stopped trial ends by itself.
 
-A fault of the job or of the user's code ends a trial at once. What may pass (a killed process, a
-storage that does not answer) is tried again `sweep.max_failures` times, and then is a row with its
-cause.
+An error of the job or the user's code ends a trial at once. One that may not occur again (a killed
+process, a storage that does not answer) is retried `sweep.max_failures` times, then recorded.
 """
 
 from __future__ import annotations
@@ -36,7 +33,6 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from gbp_ray.config.job import JobConfig, trial_id
-from gbp_ray.config.sweep import parse_space
 from gbp_ray.errors import BusyError, GbpError, TrialError, in_one_line
 from gbp_ray.results.lease import hold_lease
 from gbp_ray.results.records import FailureRecord, RoundRecord, StopRecord, write_share
@@ -54,7 +50,7 @@ from gbp_ray.runtime.on_ray.session import fit_interruptibly, ray_session
 from gbp_ray.runtime.on_ray.train import StoppedError, fit_trial
 from gbp_ray.runtime.placement import count_trials, worker_resources
 from gbp_ray.runtime.progress import SweepBoard, Tick
-from gbp_ray.runtime.search import Outcome, TrialQueue
+from gbp_ray.runtime.search import Outcome, TrialQueue, space_fields, values_at
 from gbp_ray.runtime.trial import Step, run_solo, run_whole
 from gbp_ray.workloads.loading import add_import_paths
 
@@ -65,12 +61,11 @@ __all__ = [
 ]
 
 RunTrial = Callable[[JobConfig, Callable[[Tick], None], bool], Iterator[Step]]
-"""Runs a trial of at most one worker in this process, a round at a time, and commits it; says
-whether to wait where another driver is at work on it."""
+"""Signature of `run_solo`."""
 
 _TICK_INTERVAL_S = 0.5
 _LOOK_INTERVAL_S = 5.0
-"""Between two looks at how many machines there are."""
+"""Between two counts of the cluster's machines."""
 
 
 def run_sweep(
@@ -82,28 +77,29 @@ def run_sweep(
     is_debug: bool = False,
     run: RunTrial = run_solo,
 ) -> None:
-    """Runs what the feeder gives until it is over; the feeder then has all outcomes.
+    """Runs the trials of the queue, which then has all outcomes.
 
     Args:
         base: The job with its sweep.
         import_paths: Folders where workers find the user's modules.
-        is_debug: Lets Ray's own output through.
-        run: What a trial of at most one worker does.
+        is_debug: Shows Ray's own output.
+        run: Runs a trial of at most one worker.
 
     Raises:
         GbpError: Ray did not start, or stopped working.
     """
     store = Store(base.storage, base.name)
     if not is_debug:
-        # It repeats at the end what the board has said when it happened.
+        # It would repeat at the end what the board has shown.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     with _tidied(store), ray_session(base.cluster, is_debug), Relay(board) as relay:
         check_cluster(base, import_paths)
         board.pass_checks()
         slots = _Slots(base, feeder)
-        scheduler = None
-        if base.sweep.scheduler != "fifo":
-            scheduler = _make_scheduler(base, feeder, store)
+        # Tune takes no request without any resource, and a byte of memory is always there.
+        resources: dict[str, float] = {"CPU": 0, "memory": 1}
+        if base.cluster.fits_one_process:
+            resources = worker_resources(base.cluster, list_machines())
         trainable = tune.with_parameters(
             _TuneTrial,
             import_paths=import_paths,
@@ -113,11 +109,11 @@ def run_sweep(
         )
         with tempfile.TemporaryDirectory(prefix="gbp-ray-") as scratch:
             tuner = tune.Tuner(
-                tune.with_resources(trainable, _resources(base)),
+                tune.with_resources(trainable, resources),
                 tune_config=tune.TuneConfig(
                     num_samples=-1,
-                    search_alg=_FeederSearch(base, feeder, slots),
-                    scheduler=scheduler,
+                    search_alg=_QueueSearch(base, feeder, slots),
+                    scheduler=_make_scheduler(base, feeder, store),
                     reuse_actors=True,
                     trial_name_creator=_name_of,
                     trial_dirname_creator=_name_of,
@@ -137,30 +133,26 @@ def run_sweep(
             try:
                 fit_interruptibly(tuner)
             except (tune.TuneError, ray.exceptions.RayError) as error:
-                raise TrialError(
-                    f"sweep: Ray Tune stopped: {first_line(unwrap(error))}; run the same command "
-                    "again to go on",
-                    trial_id="",
-                    rank=None,
-                    cause=first_line(unwrap(error)),
-                ) from error
+                cause = first_line(unwrap(error))
+                text = f"Ray Tune stopped: {cause}; run the same command again to go on"
+                raise TrialError(f"sweep: {text}", cause=cause) from error
 
 
 @contextlib.contextmanager
 def _tidied(store: Store) -> Iterator[None]:
-    """Removes in the end the locks of trials whose processes were ended with Ray."""
+    """Removes at the end the locks of trials whose processes ended with Ray."""
     try:
         yield
     finally:
         for lock in store.folder.glob("*/*/driver.lock") if store.folder is not None else ():
             place = lock.parent.relative_to(store.folder or "").as_posix()
-            # Others may be at work there.
+            # Another driver may hold it.
             with contextlib.suppress(GbpError), hold_lease(store.objects, place):
                 pass
 
 
 class _Slots:
-    """How many trials run at a time: as many as the cluster holds, which may change meanwhile."""
+    """The number of trials at a time, which follows the size of the cluster."""
 
     def __init__(self, base: JobConfig, feeder: TrialQueue) -> None:
         self._base, self._feeder = base, feeder
@@ -169,51 +161,37 @@ class _Slots:
         self.count()
 
     def count(self) -> int:
-        """Counts them, and lets the plan know."""
+        """Returns the number, for the plan, too; counts the machines every few seconds."""
         if (now := time.monotonic()) - self._looked > _LOOK_INTERVAL_S:
             self._looked = now
             most = self._base.sweep.max_concurrent
-            # A machine that is lost or has yet to come leaves room for one to wait.
+            # At least one trial waits for a machine that is lost or has yet to join.
             number = max(1, count_trials(self._base.cluster, list_machines()))
             if most is not None:
-                # What has no room yet is what makes a cluster grow.
+                # A cluster grows for trials that wait for room.
                 number = most if self._is_autoscaling else min(number, most)
             self._feeder.plan.num_slots = number
         return self._feeder.plan.num_slots
 
 
-def _is_nested(base: JobConfig) -> bool:
-    return not base.cluster.fits_one_process
-
-
-def _resources(base: JobConfig) -> dict[str, float]:
-    if _is_nested(base):
-        # Tune takes no request without any resource, and a byte of memory is always there.
-        return {"CPU": 0, "memory": 1}
-    return worker_resources(base.cluster, list_machines())
-
-
-# -- what Tune asks the driver ---------------------------------------------------------------------
-
-
 class _Unsaved:
-    """Stays out of what Tune saves of itself: a sweep is resumed from its store."""
+    """Keeps an object out of the files of Tune: a sweep is resumed from its store."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-class _FeederSearch(_Unsaved, Searcher):  # type: ignore[misc]
-    """Lets Tune take its trials from a feeder."""
+class _QueueSearch(_Unsaved, Searcher):  # type: ignore[misc]
+    """Makes Tune take its trials from a queue."""
 
     def __init__(self, base: JobConfig, feeder: TrialQueue, slots: _Slots) -> None:
         super().__init__()
         self._feeder, self._slots = feeder, slots
-        # One more that waits for a process saves the process from waiting for it, as Tune starts no
-        # more than it has resources for. Of the CPUs of nested workers it knows nothing.
-        is_bounded = _is_nested(base) or base.sweep.max_concurrent is not None
+        # One trial in waiting keeps processes busy. Tune itself starts no more than it has
+        # resources for, but it does not count the CPUs of nested workers.
+        is_bounded = not base.cluster.fits_one_process or base.sweep.max_concurrent is not None
         self._num_waiting = int(not is_bounded)
-        self._fields = [field for axis in parse_space(base.sweep.space) for field in axis.fields]
+        self._fields = space_fields(base)
         if base.sweep.target.max_drop is not None:
             self._fields.append("prune.sparsity")
 
@@ -229,8 +207,7 @@ class _FeederSearch(_Unsaved, Searcher):  # type: ignore[misc]
         return Searcher.FINISHED if self._feeder.is_over else None
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        # The bookkeeper, which knows the causes, tells the feeder.
-        pass
+        pass  # the bookkeeper, which knows the causes, tells the queue
 
     def save(self, checkpoint_path: str) -> None:
         Path(checkpoint_path).write_bytes(b"")
@@ -240,14 +217,10 @@ class _FeederSearch(_Unsaved, Searcher):  # type: ignore[misc]
 
 
 def _describe(job: JobConfig, fields: Iterable[str]) -> dict[str, Any]:
-    """Makes what Tune knows of a trial: the whole, its name, and by itself what varies."""
+    """Makes Tune's config of a trial: the job, its id, and for loggers the fields that vary."""
     found: dict[str, Any] = {"job": job.model_dump_json(), "trial": trial_id(job)}
-    tree = job.model_dump(mode="json")
-    for field in fields:
-        value: Any = tree
-        for part in field.split("."):
-            value = value[part]
-        # For loggers; as text where it is a list or a table, which Tune would take apart.
+    for field, value in values_at(job, fields).items():
+        # Tune would flatten a list or a table.
         found[field] = value if isinstance(value, str | int | float | None) else json.dumps(value)
     return found
 
@@ -257,7 +230,7 @@ def _name_of(trial: Any) -> str:
 
 
 class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
-    """Takes note of how each trial ended."""
+    """Passes the end of each trial to the queue, the store and the board."""
 
     def __init__(
         self, base: JobConfig, feeder: TrialQueue, store: Store, board: SweepBoard
@@ -297,8 +270,7 @@ class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
             is_new=state != "finished" or not result.get("is_old", False),
         )
         self._feeder.tell(outcome)
-        # Of every number that a trial has reported Tune keeps the last ten, for good: thirty
-        # kilobytes for each trial, and nobody asks again.
+        # Tune would keep the last ten values of every metric for good, 30 kB a trial.
         trial.run_metadata.metric_analysis.clear()
         trial.run_metadata.metric_n_steps.clear()
         detail, value = cause, None
@@ -315,7 +287,7 @@ class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
 
 
 def _cause_of(trial: Any) -> str:
-    """Says in one line what a trial that broke too often met the last time."""
+    """Returns the last error of a trial that failed too often, in one line."""
     path = trial.pickled_error_file
     if path is None or not Path(path).exists():
         return "Ray Tune gave up on it"
@@ -327,7 +299,10 @@ def _cause_of(trial: Any) -> str:
     return f"{type(cause).__name__}: {first_line(cause)}"
 
 
-def _make_scheduler(base: JobConfig, feeder: TrialQueue, store: Store) -> GuardedScheduler:
+def _make_scheduler(base: JobConfig, feeder: TrialQueue, store: Store) -> GuardedScheduler | None:
+    if base.sweep.scheduler == "fifo":
+        return None
+
     def stopped(job: JobConfig, number: int) -> None:
         store.write_stop(
             StopRecord(trial_id=trial_id(job), round=number, scheduler=base.sweep.scheduler)
@@ -339,11 +314,8 @@ def _make_scheduler(base: JobConfig, feeder: TrialQueue, store: Store) -> Guarde
     return scheduler
 
 
-# -- what a Tune trial does ------------------------------------------------------------------------
-
-
 class _TuneTrial(tune.Trainable):  # type: ignore[misc]
-    """One trial after another in one process, a round per step."""
+    """Runs trials one after another in one process, a round per step."""
 
     def setup(
         self,
@@ -365,7 +337,7 @@ class _TuneTrial(tune.Trainable):  # type: ignore[misc]
         return True
 
     def cleanup(self) -> None:
-        # Gives the lease back where the trial was stopped between two rounds.
+        # Releases the lease of a trial that was stopped between two rounds.
         if self._steps is not None:
             self._steps.close()  # type: ignore[attr-defined]
 
@@ -380,18 +352,14 @@ class _TuneTrial(tune.Trainable):  # type: ignore[misc]
                 next(self._steps, None)
                 self._last |= {"state": "finished", "done": True}
         except BusyError:
-            # Others come first; it is given out again when none is left, to be waited for.
-            self._last |= {"state": "busy", "done": True}
+            self._last |= {"state": "busy", "done": True}  # deferred
         except Exception as error:
             if may_pass(error):
                 raise
             own = isinstance(error, GbpError)
             cause = " ".join(str(error).split()) if own else in_one_line(error)
-            self._store.write_failure(
-                FailureRecord(
-                    trial_id=trial_id(self._job), cause=cause, round=self._last.get("round")
-                )
-            )
+            name, number = trial_id(self._job), self._last.get("round")
+            self._store.write_failure(FailureRecord(trial_id=name, cause=cause, round=number))
             self._last |= {"state": "failed", "cause": cause, "done": True}
         return dict(self._last)
 
@@ -401,30 +369,25 @@ class _TuneTrial(tune.Trainable):  # type: ignore[misc]
         self._job = JobConfig.model_validate_json(config["job"])
         self._store = Store(self._job.storage, self._job.name)
         self._last: dict[str, Any] = {}
-        is_patient = config["is_patient"]
-        if _is_nested(self._job):
-            steps = run_whole(
-                self._job,
-                self._store,
-                lambda: _run_nested(self._job, self._import_paths, self._mailbox),
-                is_patient=is_patient,
-            )
-        else:
-            steps = self._run(self._job, _throttle(self._mailbox), is_patient)
-        self._steps = _run_checked(self._job, steps)
+        self._steps = self._run_rounds(config["is_patient"])
 
-
-def _run_checked(job: JobConfig, steps: Iterator[Step]) -> Iterator[Step]:
-    # On a machine that has joined since the others were asked.
-    check_folder(job)
-    yield from steps
+    def _run_rounds(self, is_patient: bool) -> Iterator[Step]:
+        # The machine may have joined after the others were checked.
+        check_folder(self._job)
+        if self._job.cluster.fits_one_process:
+            return (yield from self._run(self._job, _throttle(self._mailbox), is_patient))
+        yield from run_whole(
+            self._job,
+            self._store,
+            lambda: _run_nested(self._job, self._import_paths, self._mailbox),
+            is_patient=is_patient,
+        )
 
 
 def _as_result(job: JobConfig, step: Step, before: dict[str, Any]) -> dict[str, Any]:
     record = step.record
     spent_s = sum(record.seconds.values()) * max(1, job.cluster.max_workers)
-    # The dense network's is the first result of a trial.
-    dense = record.reference
+    dense = record.reference  # of round 0, which comes first
     return {
         "round": record.round,
         "sparsity": record.sparsity,
@@ -473,21 +436,20 @@ def _run_nested(job: JobConfig, import_paths: list[str], mailbox: Any) -> Iterat
         if failure is not None and not isinstance(failure, StoppedError):
             raise failure
     finally:
-        # Stopped between two rounds: the workers hear it and leave.
+        # After a stop between two rounds the workers end themselves.
         ray.get(gate.end.remote())
         thread.join()
 
 
 def make_loggers(job: JobConfig, store: Store) -> list[Any]:
-    """Makes the callbacks that Tune is to tell."""
-    # Each is imported where it is asked for: the last two are extras.
+    """Makes the callbacks of the sweep's loggers; mlflow and wandb are extras."""
     callbacks: list[Any] = []
     if "tensorboard" in job.sweep.loggers:
         from ray.tune import Callback
         from ray.tune.logger import TBXLoggerCallback
 
         class KeepEvents(Callback):  # type: ignore[misc]
-            """Puts TensorBoard's files where the results are; comes after the one that closes."""
+            """Stores TensorBoard's files with the results, after their writer has closed them."""
 
             def __getstate__(self) -> dict[str, Any]:
                 return {}
@@ -497,7 +459,7 @@ def make_loggers(job: JobConfig, store: Store) -> list[Any]:
             ) -> None:
                 name = trial_id(JobConfig.model_validate_json(trial.config["job"]))
                 files = list(Path(trial.local_path).glob("events.out.tfevents.*"))
-                # An earlier attempt was told from the start again.
+                # The new files repeat the rounds of an earlier attempt.
                 old = [entry.key for entry in store.objects.entries(f"tune/{name}/")]
                 for file in files:
                     store.objects.put(f"tune/{name}/{file.name}", file.read_bytes())

@@ -140,7 +140,7 @@ def test_a_head_that_has_just_started_is_asked_again(
 def test_a_head_that_takes_no_jobs_says_so(head: FakeHead, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_module, "_AGENT_S", 0.1)
     head.num_without_agent = 10**9
-    with pytest.raises(ClusterError, match=r"takes no jobs, as no node's agent.* end that"):
+    with pytest.raises(ClusterError, match=r"takes no jobs, as no node's agent.* stop that"):
         Head(head.address).send(submission())
 
 
@@ -327,9 +327,9 @@ def test_a_job_is_found_by_the_beginning_of_its_name(head: FakeHead) -> None:
     assert client.find(first.submission_id) == client.state(first.submission_id)
     assert client.find("digits").submission_id == second.submission_id
     client.send(submission(seed=1))
-    with pytest.raises(ConfigError, match=r"job 'digits': may be .*; give more of it"):
+    with pytest.raises(ConfigError, match=r"job 'digits': may be .*; give more of the name"):
         client.find("digits")
-    with pytest.raises(ConfigError, match=r"job 'other': .* knows no such one"):
+    with pytest.raises(ConfigError, match=r"job 'other': .* has no such job"):
         client.find("other")
 
 
