@@ -238,6 +238,9 @@ def test_the_jobs_validate(recipes: Path) -> None:
         "finetune.distillation",
     }
     assert len(expand(load_job(recipes / "sweep.toml"))) == 3 * 5 * 2 * 3
+    (recipes / "target.toml").write_text(re.sub('"prune.sparsity".*', "", QUADRANTS + SWEEP))
+    (override,) = re.findall(r"`--set (sweep\.target\S+)`", README)
+    assert load_job(recipes / "target.toml", [override]).sweep.target.max_drop == 0.01
 
 
 def test_the_printed_trial_is_that_of_the_embedded_job(
