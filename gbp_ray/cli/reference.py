@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from gbp_ray.cli.terminal import AsJson, console, print_json, say
+from gbp_ray.config.criteria import CRITERIA
 from gbp_ray.config.job import describe_fields
 from gbp_ray.errors import ConfigError
 
@@ -32,8 +33,6 @@ def list_criteria(as_json: AsJson = False) -> None:
 
       gbp-ray prune --set prune.criterion=fisher
     """
-    from gbp_ray.pruning.criteria import CRITERIA
-
     fields = ("name", "formula", "summed", "cost", "is_signed", "source")
     rows = [{field: getattr(rule, field) for field in fields} for rule in CRITERIA.values()]
     if as_json:

@@ -6,11 +6,11 @@ a workload makes of them before they enter the network (`Workload.input_range`).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from gbp_ray.config.schema import MOST_EXAMPLES, Section
+from gbp_ray.config.schema import MOST_EXAMPLES, Idle, Section, Switch
 
 __all__ = [
     "AdversarialConfig",
@@ -20,16 +20,19 @@ __all__ = [
 ]
 
 
+_ONE_STEP = Idle("kind = fgsm", lambda perturbation: perturbation.kind == "fgsm")
+
+
 class Perturbation(Section):
     """How an adversarial example is made."""
 
-    kind: Literal["none", "fgsm", "pgd"] = "none"
+    kind: Annotated[Literal["none", "fgsm", "pgd"], Switch("none")] = "none"
     """none; fgsm, one step along the gradient's sign; pgd, several from a random start."""
     epsilon: float = Field(0.03, gt=0.0, le=1.0)
     """Most that an intensity is changed by, where 1 is the whole range from dark to bright."""
-    steps: int = Field(7, ge=1, le=10_000)
+    steps: Annotated[int, _ONE_STEP] = Field(7, ge=1, le=10_000)
     """Steps of pgd."""
-    step_size: float | None = Field(None, gt=0.0, le=1.0)
+    step_size: Annotated[float | None, _ONE_STEP] = Field(None, gt=0.0, le=1.0)
     """Length of a step of pgd, in intensities; unset takes 2.5 * epsilon / steps."""
 
     @property
@@ -55,9 +58,9 @@ class AdversarialConfig(Perturbation):
 class AttackConfig(Perturbation):
     """The attack under which each round's robust accuracy is measured; none measures none."""
 
-    steps: int = Field(20, ge=1, le=10_000)
+    steps: Annotated[int, _ONE_STEP] = Field(20, ge=1, le=10_000)
     """Steps of pgd; more than any training of the job takes."""
-    restarts: int = Field(2, ge=1, le=1000)
+    restarts: Annotated[int, _ONE_STEP] = Field(2, ge=1, le=1000)
     """Random starts of pgd; an example counts as right if it is right after all of them."""
     examples: int = Field(1000, ge=1, le=MOST_EXAMPLES)
     """The first so many test examples are attacked."""

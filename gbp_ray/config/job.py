@@ -15,8 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from gbp_ray.config.address import S3Address
 from gbp_ray.config.attack import AttackConfig, find_weaker_attack
@@ -26,6 +25,8 @@ from gbp_ray.config.schema import (
     Section,
     dotted,
     explain_faults,
+    find_field,
+    section_of,
 )
 from gbp_ray.config.sweep import SweepConfig, TargetConfig, first_values, span
 from gbp_ray.config.training import FinetuneConfig, PretrainConfig, Recipe
@@ -103,19 +104,19 @@ class JobConfig(Section):
                 fault := find_weaker_attack(self.attack, recipe.adversarial, section)
             ):
                 faults.append(fault)
-        if self.prune.criterion == "movement" and self.finetune.patience:
+        criterion = f"prune.criterion = {self.prune.criterion}"
+        if self.prune.spec.needs_history and self.finetune.patience:
             faults.append(
                 f"finetune.patience = {self.finetune.patience} takes steps back that "
-                "prune.criterion = movement has counted; set it to 0"
+                f"{criterion} has counted; set it to 0"
             )
-        if self.prune.criterion == "movement" and self.finetune.epochs == 0:
+        if self.prune.spec.needs_history and self.finetune.epochs == 0:
             faults.append(
-                "prune.criterion = movement gathers its scores while fine-tuning; "
-                "set finetune.epochs above 0"
+                f"{criterion} gathers its scores while fine-tuning; set finetune.epochs above 0"
             )
-        if self.prune.criterion == "synflow" and self.workload.encoding.kind == "one_hot":
+        if self.prune.spec.feeds_ones and self.workload.encoding.kind == "one_hot":
             faults.append(
-                "prune.criterion = synflow sends ones through the network, which light one level "
+                f"{criterion} sends ones through the network, which light one level "
                 "of workload.encoding.kind = one_hot alone; use thermometer, or another criterion"
             )
         if faults:
@@ -232,10 +233,9 @@ def describe_fields() -> list[tuple[str, str, str]]:
     """Lists every field as (dotted key, default, description), in the order of the file."""
     rows: list[tuple[str, str, str]] = []
 
-    def walk(section: type[BaseModel], prefix: str) -> None:
+    def walk(section: type[Section], prefix: str) -> None:
         for name, field in section.model_fields.items():
-            inner = field.annotation
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
+            if inner := section_of(field):
                 rows.append((f"[{prefix}{name}]", "", (inner.__doc__ or "").strip()))
                 walk(inner, f"{prefix}{name}.")
             else:
@@ -247,22 +247,9 @@ def describe_fields() -> list[tuple[str, str, str]]:
     return rows
 
 
-def _field_at(key: str) -> FieldInfo | None:
-    """Finds the schema of a dotted field; None inside a table, such as the workload's options."""
-    section: type[BaseModel] = JobConfig
-    *parents, last = key.split(".")
-    for part in parents:
-        field = section.model_fields.get(part)
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return None
-        section = inner
-    return section.model_fields.get(last)
-
-
 def takes_whole_numbers(key: str) -> bool | None:
     """Tells whether a dotted field is a whole number; None where the schema does not say."""
-    field = _field_at(key)
+    field = find_field(key.split("."), JobConfig)
     return None if field is None else field.annotation in (int, int | None)
 
 
@@ -275,7 +262,7 @@ def _fill_in(tree: dict[str, Any]) -> None:
     if isinstance(target := sweep.get("target"), dict) and "max_drop" in target:
         missing["prune.sparsity"] = target.get("highest", TargetConfig().highest)
     for key, value in missing.items():
-        if (field := _field_at(key)) is None or not field.is_required():
+        if (field := find_field(key.split("."), JobConfig)) is None or not field.is_required():
             continue
         node: Any = tree
         for part in key.split("."):

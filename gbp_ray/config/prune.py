@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from gbp_ray.config.schema import MOST_EXAMPLES, PLUG_IN, Section, nearest_name
+from gbp_ray.config.criteria import CRITERIA, CriterionSpec, describe_criterion
+from gbp_ray.config.schema import MOST_EXAMPLES, PLUG_IN, Idle, Section, Worded, nearest_name
 from gbp_ray.errors import ConfigError
 
 __all__ = [
-    "CRITERIA",
     "SCHEDULES",
     "PruneConfig",
     "sparsity_schedule",
 ]
 
-CRITERIA = (
-    "magnitude",
-    "random",
-    "taylor",
-    "snip",
-    "taylor_squared",
-    "fisher",
-    "obd",
-    "grasp",
-    "synflow",
-    "movement",
-)
-"""Names of the built-in criteria; `gbp-ray criteria` tells what each is."""
-
 _PATTERN_N_M = re.compile(r"([0-9]{1,6}):([0-9]{1,6})")
+
+
+_NO_DATA = Idle("criterion = {criterion}", lambda prune: not prune.spec.needs_data)
+_ONE_ROUND = Idle("rounds = 1", lambda prune: prune.rounds == 1)
+_BOUNDS = Worded("must be a number, or a table of name globs with a number each")
 
 
 class PruneConfig(Section):
@@ -44,37 +35,58 @@ class PruneConfig(Section):
     """Removed units / prunable units after the last round."""
     rounds: int = Field(1, ge=1, le=999)
     """How often score, select and fine-tune are repeated."""
-    schedule: Literal["one_shot", "linear", "cubic", "geometric"] = "geometric"
+    schedule: Annotated[
+        Literal["one_shot", "linear", "cubic", "geometric"],
+        _ONE_ROUND,
+    ] = "geometric"
     """Sparsity after each round; one_shot removes everything in round 1 and fine-tunes on."""
-    ramp_rounds: int | None = Field(None, ge=1, le=999)
+    ramp_rounds: Annotated[
+        int | None,
+        _ONE_ROUND,
+        Idle("schedule = one_shot", lambda prune: prune.schedule == "one_shot"),
+    ] = Field(None, ge=1, le=999)
     """Rounds after which the sparsity is reached; those left only fine-tune. Unset takes all."""
     scope: Literal["global", "layer"] = "global"
     """Who competes: all weights together, or each layer on its own at the same sparsity."""
     granularity: str = "weight"
     """What is removed: "weight", or "n:m" such as "2:4", which keeps n of every m inputs."""
-    calibration_examples: int = Field(512, ge=1, le=MOST_EXAMPLES)
+    calibration_examples: Annotated[int, _NO_DATA] = Field(512, ge=1, le=MOST_EXAMPLES)
     """Training examples the scores are computed on."""
     calibration_batch_size: int = Field(64, ge=1, le=MOST_EXAMPLES)
     """Examples per scoring batch; part of the definition of taylor_squared."""
-    calibration_augment: bool = True
+    calibration_augment: Annotated[bool, _NO_DATA] = True
     """Whether scoring sees training examples augmented, as training does, or plain."""
-    hutchinson_probes: int = Field(4, ge=1, le=10_000)
+    hutchinson_probes: Annotated[
+        int,
+        Idle(
+            "criterion = {criterion}", lambda prune: "hutchinson_probes" not in prune.spec.options
+        ),
+    ] = Field(4, ge=1, le=10_000)
     """Random probes per batch for the Hessian diagonal of obd."""
     batchnorm_examples: int = Field(2048, ge=0, le=MOST_EXAMPLES)
     """Training examples that re-estimate BatchNorm statistics after each prune; 0 keeps them."""
-    rewind: Literal["none", "weights", "learning_rate"] = "none"
+    rewind: Annotated[
+        Literal["none", "weights", "learning_rate"],
+        Idle(
+            "finetune.epochs = 0",
+            lambda job: job.prune.rewind == "learning_rate" and job.finetune.epochs == 0,
+            of_job=True,
+        ),
+    ] = "none"
     """After each prune: "weights" puts kept weights back to their dense values, "learning_rate"
     starts the schedule anew, "none" runs one schedule through all rounds."""
     initial_masks: str = ""
     """Masks to start from: a mask file, a round's or a trial's folder. They hold from the first
     weights on, in pretraining, too, and the schedule goes on from their sparsity."""
-    initial_masks_digest: str = ""
+    initial_masks_digest: Annotated[
+        str, Idle("initial_masks unset", lambda prune: not prune.initial_masks)
+    ] = ""
     """Digest of those masks, by which the trial is known; filled in when the job is read."""
     exclude: tuple[str, ...] = ()
     """Name globs of parameters that are never pruned, such as "conv1.*"."""
-    layer_min_sparsity: float | dict[str, float] = 0.0
+    layer_min_sparsity: Annotated[float | dict[str, float], _BOUNDS] = 0.0
     """Least sparsity of every layer, or of those matching a glob: { "layer3.*" = 0.5 }."""
-    layer_max_sparsity: float | dict[str, float] = 1.0
+    layer_max_sparsity: Annotated[float | dict[str, float], _BOUNDS] = 1.0
     """Greatest sparsity of every layer, or of those matching a glob. One weight always stays."""
 
     @field_validator("criterion")
@@ -134,6 +146,16 @@ class PruneConfig(Section):
         if faults:
             raise ValueError(*faults)
         return self
+
+    @property
+    def spec(self) -> CriterionSpec:
+        """Return the description of the criterion."""
+        return describe_criterion(self.criterion)
+
+    @property
+    def num_finetunings(self) -> int:
+        """Count the fine-tunings; movement needs one before the first prune to look back on."""
+        return self.rounds + self.spec.needs_history
 
     @property
     def pattern(self) -> tuple[int, int] | None:

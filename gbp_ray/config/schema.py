@@ -10,23 +10,31 @@ import fnmatch
 import glob
 import json
 import re
-from collections.abc import Iterable
-from typing import Annotated, Any, Self
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 __all__ = [
     "MOST_EXAMPLES",
     "PLUG_IN",
     "Fraction",
+    "Idle",
     "Section",
+    "Switch",
+    "Worded",
     "dotted",
     "explain_faults",
+    "find_field",
+    "find_idle_options",
     "is_matched",
     "match_names",
     "nearest_glob",
     "nearest_name",
     "plain",
+    "section_of",
 ]
 
 PLUG_IN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -41,7 +49,37 @@ _MOST_SHOWN = 300  # characters of a value
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 """A share of a whole."""
 
-_LAYER_BOUNDS = ("layer_min_sparsity", "layer_max_sparsity")
+
+@dataclass(frozen=True)
+class Idle:
+    """Mark a field that has no effect under a condition.
+
+    Attributes:
+        reason: What makes it so, behind the section's name and a dot; {name} is a field's value.
+        when: Takes the section.
+        of_job: The condition takes the whole job, and the reason names another section.
+    """
+
+    reason: str
+    when: Callable[[Any], bool]
+    of_job: bool = False
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Mark a field of which one value turns off all others of its section."""
+
+    off: object
+
+
+@dataclass(frozen=True)
+class Worded:
+    """Mark a field all of whose faults are worded in one way."""
+
+    fault: str
+
+
+Mark = TypeVar("Mark", Idle, Switch, Worded)
 
 
 class Section(BaseModel):
@@ -87,7 +125,7 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
 
 
-def nearest_name(name: str, allowed: tuple[str, ...] | list[str]) -> str:
+def nearest_name(name: str, allowed: Iterable[str]) -> str:
     """Words a suggestion: ", did you mean 'taylor'?", or nothing where none is near."""
     near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
     return f", did you mean '{near[0]}'?" if near else ""
@@ -121,7 +159,7 @@ def dotted(path: Iterable[int | str]) -> str:
     )
 
 
-def explain_faults(error: ValidationError, whole: type[BaseModel]) -> list[str]:
+def explain_faults(error: ValidationError, whole: type[Section]) -> list[str]:
     """Words what is wrong with a job, each fault once.
 
     Args:
@@ -135,14 +173,13 @@ def explain_faults(error: ValidationError, whole: type[BaseModel]) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def _explain_fault(fault: dict[str, Any], whole: type[BaseModel]) -> str:
+def _explain_fault(fault: dict[str, Any], whole: type[Section]) -> str:
     where = dotted(fault["loc"])
     given, kind, context = fault["input"], fault["type"], fault.get("ctx", {})
-    if (bound := next((n for n in fault["loc"] if n in _LAYER_BOUNDS), None)) and (
-        fault["loc"][-1] != bound
-    ):
-        where = f"prune.{bound}"
-        return f"{where}: must be a number, or a table of name globs with a number each"
+    for depth in range(1, len(fault["loc"])):
+        field = find_field(fault["loc"][:depth], whole)
+        if field and (marks := _marks(field, Worded)):
+            return f"{dotted(fault['loc'][:depth])}: {marks[0].fault}"
     if kind == "extra_forbidden":
         section = _section_at(fault["loc"][:-1], whole)
         assert section is not None
@@ -177,13 +214,56 @@ def _show(value: Any) -> str:
     return f"{text[: _MOST_SHOWN - 20]}[... {len(text) - _MOST_SHOWN + 20:,} more]"
 
 
-def _section_at(path: tuple[int | str, ...], whole: type[BaseModel]) -> type[BaseModel] | None:
-    """Finds the section that a path leads to, or None where it leads to a value."""
-    section = whole
+def section_of(field: FieldInfo | None) -> type[Section] | None:
+    """Return the section that a field holds; None where it holds a value."""
+    inner = field.annotation if field else None
+    return inner if isinstance(inner, type) and issubclass(inner, Section) else None
+
+
+def _section_at(path: tuple[int | str, ...], whole: type[Section]) -> type[Section] | None:
+    return section_of(find_field(path, whole)) if path else whole
+
+
+def find_field(path: Iterable[int | str], whole: type[Section]) -> FieldInfo | None:
+    """Find the field at a path; None where there is none, as inside a table of options."""
+    section: type[Section] | None = whole
+    field: FieldInfo | None = None
     for part in path:
-        field = section.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return None
-        section = inner
-    return section
+        field = section.model_fields.get(str(part)) if section else None
+        section = section_of(field)
+    return field
+
+
+def find_idle_options(job: Section) -> list[tuple[str, str]]:
+    """Find options that are set and have no effect, as (dotted key, what makes it idle).
+
+    A value that equals the default asks for nothing; a record's job has all of them set.
+    """
+    return list(_find_idle(job, job, ""))
+
+
+def _find_idle(job: Section, section: Section, prefix: str) -> Iterator[tuple[str, str]]:
+    fields = type(section).model_fields
+    switched_off = [
+        f"{prefix}{name} = {mark.off}"
+        for name, field in fields.items()
+        for mark in _marks(field, Switch)
+        if getattr(section, name) == mark.off
+    ]
+    for name, field in fields.items():
+        value = getattr(section, name)
+        if name not in section.model_fields_set or value == field.default:
+            continue
+        reasons = switched_off + [
+            mark.reason if mark.of_job else prefix + mark.reason.format_map(dict(section))
+            for mark in _marks(field, Idle)
+            if mark.when(job if mark.of_job else section)
+        ]
+        if reasons:
+            yield f"{prefix}{name}", reasons[0]
+        elif isinstance(value, Section):
+            yield from _find_idle(job, value, f"{prefix}{name}.")
+
+
+def _marks(field: FieldInfo, kind: type[Mark]) -> list[Mark]:
+    return [mark for mark in field.metadata if isinstance(mark, kind)]

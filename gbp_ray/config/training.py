@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from gbp_ray.config.attack import AdversarialConfig
-from gbp_ray.config.schema import MOST_EXAMPLES, Fraction, Section
+from gbp_ray.config.schema import MOST_EXAMPLES, Fraction, Idle, Section, Switch
 
 __all__ = [
     "DistillationConfig",
@@ -17,24 +17,39 @@ __all__ = [
 ]
 
 
+_NOT_STEP = Idle("lr_schedule = {lr_schedule}", lambda recipe: recipe.lr_schedule != "step")
+_NOTHING_TO_MIX = Idle(
+    "microbatches = {microbatches}", lambda recipe: recipe.microbatches == recipe.batch_size
+)
+
+
+def _has_no_labels(recipe: Any) -> bool:
+    return isinstance(recipe, FinetuneConfig) and recipe.distillation.weight == 1
+
+
+_TAUGHT_ONLY = Idle("distillation.weight = 1", _has_no_labels)
+
+
 class Recipe(Section):
     """How weights are trained; pretrain and finetune each have one."""
 
-    epochs: float = Field(0.0, ge=0.0, le=1e6)
+    epochs: Annotated[float, Switch(0)] = Field(0.0, ge=0.0, le=1e6)
     """Passes over the training data, fractions allowed; finetune: after each round."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """Update rule; sgd uses momentum, adamw decouples weight decay."""
     learning_rate: float = Field(0.05, gt=0.0, le=1e30)
     """Peak learning rate, reached after the warm-up."""
-    momentum: float = Field(0.9, ge=0.0, lt=1.0)
+    momentum: Annotated[
+        float, Idle("optimizer = {optimizer}", lambda recipe: recipe.optimizer != "sgd")
+    ] = Field(0.9, ge=0.0, lt=1.0)
     """Momentum of sgd; the others ignore it."""
     weight_decay: float = Field(5e-4, ge=0.0, le=1e6)
     """L2 penalty (sgd, adam) or decoupled decay (adamw); never applied to pruned weights."""
     lr_schedule: Literal["constant", "cosine", "step"] = "cosine"
     """Shape of the learning rate after the warm-up."""
-    lr_milestones: tuple[Fraction, ...] = (0.5, 0.75)
+    lr_milestones: Annotated[tuple[Fraction, ...], _NOT_STEP] = (0.5, 0.75)
     """For lr_schedule = "step": the shares of the training at which the rate drops."""
-    lr_gamma: float = Field(0.1, gt=0.0, le=1.0)
+    lr_gamma: Annotated[float, _NOT_STEP] = Field(0.1, gt=0.0, le=1.0)
     """For lr_schedule = "step": the factor of each drop."""
     warmup_epochs: float = Field(0.0, ge=0.0, le=1e6)
     """Epochs of linear warm-up from zero to learning_rate."""
@@ -43,12 +58,12 @@ class Recipe(Section):
     microbatches: int = Field(4, ge=1, le=100_000)
     """Equal parts each batch is cut into and dealt to the workers; at most this many share a step.
     BatchNorm sees one part at a time, so the result depends on this and never on num_workers."""
-    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    label_smoothing: Annotated[float, _TAUGHT_ONLY] = Field(0.0, ge=0.0, lt=1.0)
     """Share of each label that is spread evenly over all classes; needs cross_entropy as loss."""
-    mixup: float = Field(0.0, ge=0.0, le=100.0)
+    mixup: Annotated[float, _NOTHING_TO_MIX] = Field(0.0, ge=0.0, le=100.0)
     """Mixup: alpha of the Beta distribution that shares are drawn from, such as 0.2; 0 turns it
     off. Each part of a batch is mixed with itself in another order, the loss in the same shares."""
-    cutmix: float = Field(0.0, ge=0.0, le=100.0)
+    cutmix: Annotated[float, _NOTHING_TO_MIX] = Field(0.0, ge=0.0, le=100.0)
     """CutMix: likewise, such as 1.0, with a rectangle of another image pasted in. Where mixup is on
     as well, a coin decides for each part."""
     max_gradient_norm: float | None = Field(None, gt=0.0, le=1e30)
@@ -87,16 +102,20 @@ class DistillationConfig(Section):
 
     weight: Fraction = 0.0
     """Share of the distillation loss, the rest being the workload's own; 0 turns it off."""
-    temperature: float = Field(4.0, gt=0.0, le=1e6)
+    temperature: Annotated[float, Idle("weight = 0", lambda teaching: teaching.weight == 0)] = (
+        Field(4.0, gt=0.0, le=1e6)
+    )
     """What both networks' outputs are divided by before the softmax; higher is softer."""
-    teacher: str = ""
+    teacher: Annotated[str, Idle("weight = 0", lambda teaching: not teaching.is_on)] = ""
     """File of the teacher's weights, as for workload.transfer.checkpoint and of the same network;
     empty takes the dense network of this trial."""
     teacher_digest: str = ""
     """SHA-256 of that file, by which the trial is known; filled in when the job is read."""
     features: tuple[str, ...] = ()
     """Names of modules, such as "layer3", whose outputs are to match the teacher's as well."""
-    features_weight: float = Field(1.0, gt=0.0, le=1e12)
+    features_weight: Annotated[
+        float, Idle("features = []", lambda teaching: not teaching.features)
+    ] = Field(1.0, gt=0.0, le=1e12)
     """What the mean squared distance of those outputs is multiplied by before it joins the loss."""
 
     @property
@@ -113,6 +132,8 @@ class FinetuneConfig(Recipe):
     patience: int = Field(0, ge=0, le=1_000_000)
     """Evaluations on the validation split without a better one after which a round's fine-tuning
     stops; its best weights are kept. 0 trains to the end. Needs workload.validation."""
-    validate_every: float = Field(1.0, gt=0.0, le=1e6)
+    validate_every: Annotated[float, Idle("patience = 0", lambda recipe: recipe.patience == 0)] = (
+        Field(1.0, gt=0.0, le=1e6)
+    )
     """Epochs from one such evaluation to the next."""
     distillation: DistillationConfig = DistillationConfig()

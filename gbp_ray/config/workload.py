@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from gbp_ray.config.schema import (
     MOST_EXAMPLES,
     PLUG_IN,
+    Idle,
     Section,
     plain,
 )
@@ -20,6 +21,11 @@ __all__ = [
 ]
 
 
+_NO_CHECKPOINT = Idle('checkpoint = ""', lambda transfer: not transfer.checkpoint)
+_NOT_NORMALISED = Idle("kind = {kind}", lambda encoding: encoding.kind != "normalise")
+_NO_LEVELS = Idle("kind = {kind}", lambda encoding: encoding.kind in ("none", "normalise"))
+
+
 class TransferConfig(Section):
     """Starting from the weights of another training, with a new head where the classes differ."""
 
@@ -27,9 +33,9 @@ class TransferConfig(Section):
     """File of weights of this network, by path or s3:// address: .safetensors or an index of them,
     or what torch.save wrote (.pt, .pth, .ckpt, .bin): a state dict, or a dictionary that holds one.
     Empty starts from the network as built."""
-    checkpoint_digest: str = ""
+    checkpoint_digest: Annotated[str, _NO_CHECKPOINT] = ""
     """SHA-256 of that file, by which the trial is known; filled in when the job is read."""
-    new_head: tuple[str, ...] = ()
+    new_head: Annotated[tuple[str, ...], _NO_CHECKPOINT] = ()
     """Globs of weights that are not taken from the checkpoint but drawn anew, such as "linear.*";
     the file may lack them or have them in another shape."""
 
@@ -42,12 +48,12 @@ class EncodingConfig(Section):
     the channel of its level and 0 in the others. thermometer: 1 in those of lower levels, too. The
     layer is saved with the network, so what is exported takes intensities in [0, 1] as well. Names
     of weights then begin with "network."."""
-    levels: int = Field(8, ge=2, le=1024)
+    levels: Annotated[int, _NO_LEVELS] = Field(8, ge=2, le=1024)
     """Channels that one_hot and thermometer make of each input channel."""
-    mean: tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...] = ()
+    mean: Annotated[tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...], _NOT_NORMALISED] = ()
     """Of the intensities of each channel, for normalise; where neither this nor deviation is given,
     the workload's own are taken."""
-    deviation: tuple[Annotated[float, Field(le=1e6)], ...] = ()
+    deviation: Annotated[tuple[Annotated[float, Field(le=1e6)], ...], _NOT_NORMALISED] = ()
     """Likewise; 1 where the mean alone is given."""
 
     @model_validator(mode="after")

@@ -45,9 +45,6 @@ _NUM_CHANGED, _NUM_SAME = 9, 3
 _NUM_GRADIENTS = 256
 """Examples of each kind that input gradients are compared on."""
 
-_UNSCORED = ("movement", "random")
-"""Criteria that say nothing about a network as it lies there."""
-
 Tell = Callable[[str, int, int], None]
 
 
@@ -74,7 +71,7 @@ def compare_networks(
     """
     left_out: list[str] = []
     criterion = job.prune.criterion
-    if criterion in _UNSCORED:
+    if job.prune.spec.reads in ("nothing", "history"):
         left_out.append(f"saliency by {criterion}, which needs a training; taylor_squared instead")
         criterion = "taylor_squared"
     layers = _compare_saliency(job, workload, dense, pruned, masks, ranks, criterion, tell)

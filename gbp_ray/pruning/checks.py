@@ -195,7 +195,7 @@ def refuse_frozen_movement(job: JobConfig, model: nn.Module, units: list[Prunabl
     """
     trainable = trainable_parameters(model, job.finetune.freeze)
     frozen = [unit for unit in units if unit.name not in trainable]
-    if job.prune.criterion == "movement" and frozen:
+    if job.prune.spec.needs_history and frozen:
         why = "finetune.freeze" if frozen[0].parameter.requires_grad else "requires_grad = False"
         raise ConfigError(
             f"prune.criterion = movement: '{frozen[0].name}' is frozen ({why}) and never moves; "

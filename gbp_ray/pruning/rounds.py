@@ -160,7 +160,7 @@ class _Run:
         self.schedule = sparsity_schedule(
             prune.schedule, prune.sparsity, prune.rounds, prune.ramp_rounds, self.start
         )
-        self.gathers_movement = job.prune.criterion == "movement"
+        self.gathers_movement = job.prune.spec.needs_history
         self.movement: dict[str, Tensor] | None = None
         self.optimizer: Optimizer | None = None
         self.dense_state: dict[str, Tensor] = {}
@@ -344,10 +344,10 @@ class _Run:
         if length == 0:
             return math.nan
         # With movement a stretch comes before the first prune as well.
-        stretches = self.job.prune.rounds + self.gathers_movement
         stretch = number - 1 + self.gathers_movement
         steps = range(stretch * length, (stretch + 1) * length)
-        planned = range(stretches * length) if self.job.prune.rewind == "none" else steps
+        prune = self.job.prune
+        planned = range(prune.num_finetunings * length) if prune.rewind == "none" else steps
         if self.optimizer is None:
             self.optimizer = make_optimizer(self.model, recipe)
         if self.teacher is not None and not self.is_teacher_ready:

@@ -41,7 +41,7 @@ from gbp_ray.distributed.sharding import (
 from gbp_ray.distributed.sums import GradientReducer, OrderedSum
 from gbp_ray.errors import PruneError, WorkloadError
 from gbp_ray.pruning.criteria import Criterion, criterion
-from gbp_ray.pruning.statistics import Probe, synaptic_flow
+from gbp_ray.pruning.statistics import Probe
 from gbp_ray.pruning.units import Layout, Prunable, SlicedScores
 from gbp_ray.training.causes import why_not_finite
 from gbp_ray.training.loss import counts_of
@@ -201,18 +201,19 @@ def _statistic(
     tell: Callable[[int, int], None],
 ) -> tuple[Mapping[str, Tensor], float]:
     """Gives what a rule finishes, by layer this rank's slice (L,), and the number of items."""
-    if config.criterion == "random":
+    if rule.spec.reads == "nothing":
         return _draw_scores(layout, derive_seed(seed, "random", round_number)), 1
-    if config.criterion == "movement":
+    if rule.spec.needs_history:
         if movement is None:
             raise PruneError(
                 "prune.criterion = movement: nothing was gathered; set finetune.epochs above 0"
             )
         return {piece.name: local_slice(movement[piece.name], piece) for piece in layout.own}, 1
-    if config.criterion == "synflow":
+    if rule.of_network is not None:
+        of_network = rule.of_network
         with unsharded(model) as plain:
             own = _units_of(plain, units)
-            flow_N = ranks.run_collectively(lambda: synaptic_flow(plain, own, workload))
+            flow_N = ranks.run_collectively(lambda: of_network(plain, own, workload))
         start, stop = layout.bounds[ranks.rank : ranks.rank + 2]
         return layout.split_own(layout.by_owner(flow_N)[start:stop]), 1
     calibration = _Calibration(workload, config, seed, ranks)
@@ -266,7 +267,7 @@ def check_criterion(
     # What one probe can do, all can.
     few = {"calibration_examples": size, "calibration_batch_size": size, "hutchinson_probes": 1}
     small = config.model_copy(update=few)
-    if config.criterion == "movement":
+    if rule.spec.needs_history:
         return
     alone = Ranks(device=units[0].parameter.device)
     layout = Layout(units, alone)

@@ -30,7 +30,12 @@ from gbp_ray.workloads.data import derive_seed, take_batch
 __all__ = [
     "BatchStatistic",
     "Probe",
+    "Result",
+    "hessian_diagonal",
+    "hessian_gradient",
     "movement_statistic",
+    "squared_example_gradients",
+    "summed_gradient",
     "synaptic_flow",
 ]
 
@@ -109,12 +114,12 @@ def _zeros_like_flat(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
     return torch.zeros(total, dtype=dtype, device=tensors[0].device)
 
 
-def _summed_gradient(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
+def summed_gradient(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
     """n_b * g: a sum over examples, so that a short batch counts with its true size."""
     return _flat(probe.gradients(inputs, targets)).mul_(probe.num_items(targets))
 
 
-def _squared_example_gradients(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
+def squared_example_gradients(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
     """sum_i n_i g_i^2 over the batch's examples, by vectorised per-example gradients in chunks."""
     prunable = {unit.name: unit.parameter.detach() for unit in probe.units}
 
@@ -180,7 +185,7 @@ def _why_not_by_example(
     return f"torch says {text}; mend the model"
 
 
-def _hessian_diagonal(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
+def hessian_diagonal(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
     """n_b * mean over probes of z * (H z), an unbiased estimate of the batch's diag(H)."""
     gradients = probe.gradients(inputs, targets, create_graph=True)
     num_probes = probe.config.hutchinson_probes
@@ -200,7 +205,7 @@ def _hessian_diagonal(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
     return total_N * (probe.num_items(targets) / num_probes)
 
 
-def _hessian_gradient(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
+def hessian_gradient(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
     """n_b * H G, with G the sum of gradients over all batches from the pass before."""
     assert probe.previous_N is not None
     gradients = probe.gradients(inputs, targets, create_graph=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from gbp_ray.config.criteria import BASELINES
 from gbp_ray.report.curves import Point, WorkloadCurves
 
 __all__ = [
@@ -126,8 +127,8 @@ def _check_dense(curves: WorkloadCurves) -> Check:
 
 def _check_baselines(curves: WorkloadCurves) -> Check:
     found = {curve.criterion: curve for curve in curves.curves}
-    there = [name for name in ("random", "magnitude") if name in found]
-    missing = [name for name in ("random", "magnitude") if name not in found]
+    there = [name for name in BASELINES if name in found]
+    missing = [name for name in BASELINES if name not in found]
     by_layer = sorted(
         {
             curve.criterion

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gbp_ray.config.prune import CRITERIA
+from gbp_ray.config.criteria import CRITERIA
 from gbp_ray.results.query import Results, name_values
 from gbp_ray.results.records import DenseReference, find_accuracy_fault, write_share
 
@@ -476,7 +476,8 @@ def _tell_apart(curves: Sequence[Curve]) -> None:
 
 
 def _place(criterion: str) -> tuple[int, str]:
-    return (CRITERIA.index(criterion) if criterion in CRITERIA else len(CRITERIA), criterion)
+    names = list(CRITERIA)
+    return (names.index(criterion) if criterion in names else len(names), criterion)
 
 
 def _num_workers(value: int | str | None) -> int:

@@ -34,6 +34,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import Formatter, MaxNLocator
 from PIL import Image
 
+from gbp_ray.config.criteria import BASELINES
 from gbp_ray.report.curves import Curve
 
 __all__ = [
@@ -131,10 +132,8 @@ def style_curves(curves: Sequence[Curve]) -> dict[str, Style]:
     is_own = len(curves) <= NUM_STYLED
     names = dict.fromkeys(curve.label if is_own else curve.criterion for curve in curves)
     is_alone = len({curve.criterion for curve in curves}) == len(names)
-    grey = {
-        "random": Style(QUIET, "X", (0, (3, 1, 1, 1, 1, 1))),
-        "magnitude": Style(INK, "s", (0, (4, 2))),
-    }
+    greys = Style(QUIET, "X", (0, (3, 1, 1, 1, 1, 1))), Style(INK, "s", (0, (4, 2)))
+    grey = dict(zip(BASELINES, greys, strict=True))
     criterion = {curve.label if is_own else curve.criterion: curve.criterion for curve in curves}
     styles: dict[str, Style] = {}
     number = 0

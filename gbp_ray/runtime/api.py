@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from gbp_ray.config.idle import find_idle_options
 from gbp_ray.config.job import JobConfig, load_job, takes_whole_numbers, trial_id
+from gbp_ray.config.schema import find_idle_options
 from gbp_ray.config.sweep import SweepConfig
 from gbp_ray.config.workload import TransferConfig
 from gbp_ray.distributed.ranks import Ranks, own_device

@@ -44,13 +44,11 @@ __all__ = [
 ]
 
 _SCORES = "scores.safetensors"
-_CHEAP = ("magnitude", "random", "synflow", "movement")
-"""Criteria that do not pass over the data."""
 
 
 def dense_origin(job: JobConfig) -> dict[str, Any] | None:
     """Says what decides the dense network of a job, or None where nobody else can have the same."""
-    if job.prune.criterion == "movement":
+    if job.prune.spec.needs_history:
         return None
     attack = job.attack.model_dump(mode="json", exclude_defaults=True)
     examples = job.prune.batchnorm_examples
@@ -75,7 +73,7 @@ def dense_folder(job: JobConfig) -> str | None:
 
 def scores_key(job: JobConfig, dense: str) -> str | None:
     """Tells the shared scores of a dense network from others; None where none are kept."""
-    if job.prune.criterion in _CHEAP:
+    if not job.prune.spec.needs_data:
         return None
     fields = _fields_of_scores(job)
     return f"{dense} {job.prune.model_dump_json(include=fields, exclude_defaults=True)}"
@@ -142,7 +140,7 @@ class SharedScores:
 
 def _scores_origin(job: JobConfig, model: nn.Module) -> dict[str, Any] | None:
     prune = job.prune
-    if prune.criterion in _CHEAP:
+    if not prune.spec.needs_data:
         return None
     plug_ins = [job.workload.factory]
     if ":" in prune.criterion:
@@ -170,14 +168,14 @@ def _fields_of_scores(job: JobConfig) -> set[str]:
     ):
         # Its statistics are shown the whole section; a plain function sees nothing of it.
         return set(type(prune).model_fields)
-    fields = {
+    return {
         "criterion",
         "calibration_examples",
         "calibration_batch_size",
         "calibration_augment",
         "exclude",
+        *prune.spec.options,
     }
-    return fields | ({"hutchinson_probes"} if prune.criterion == "obd" else set())
 
 
 def _surroundings(job: JobConfig, *plug_ins: str) -> dict[str, Any]:

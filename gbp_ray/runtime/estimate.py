@@ -299,7 +299,7 @@ class _Bill:
         self._counts[key] += number
         plan, workload = self._planned[key]
         self._add_shared(trial, number, plan, workload)
-        stretches = trial.prune.rounds + (trial.prune.criterion == "movement")
+        stretches = trial.prune.num_finetunings
         finetune = num_steps(trial.finetune, workload, trial.finetune.epochs)
         self.num_steps += number * stretches * finetune
         dense_bytes = plan.stored_bytes - plan.num_rounds * plan.round_bytes
@@ -454,17 +454,16 @@ def make_plan(job: JobConfig, workload: Workload) -> CostEstimate:
     model, is_blank = network_of_seed(workload, job.seed)
     sizes = Sizes(job, workload, model, is_blank=is_blank)
     phases = plan_phases(sizes, Passes(job, workload, model))
-    rule = criterion(job.prune.criterion)
     # movement fine-tunes before the first decision as well.
-    stretches = job.prune.rounds + (job.prune.criterion == "movement")
+    stretches = job.prune.num_finetunings
     return CostEstimate(
         strategy=job.cluster.strategy,
         num_workers=job.cluster.max_workers,
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_prunable=sizes.num_prunable,
         data_bytes=sum(bytes_of(column) for column in _columns(workload)),
-        criterion=rule.name,
-        criterion_cost=rule.cost,
+        criterion=job.prune.criterion,
+        criterion_cost=criterion(job.prune.criterion).spec.cost,
         num_passes=sizes.num_passes,
         calibration_examples=sizes.calibration_examples if sizes.num_passes else 0,
         num_rounds=job.prune.rounds,
@@ -475,7 +474,7 @@ def make_plan(job: JobConfig, workload: Workload) -> CostEstimate:
         peak_bytes=max(phase.num_bytes for phase in phases),
         sent_bytes_per_round=sum(p.sent_bytes for p in phases if p.name != "pretrain"),
         round_bytes=sizes.stored_bytes(has_optimizer=True),
-        stored_bytes=sizes.stored_bytes(has_optimizer=job.prune.criterion == "movement")
+        stored_bytes=sizes.stored_bytes(has_optimizer=job.prune.spec.needs_history)
         + job.prune.rounds * sizes.stored_bytes(has_optimizer=True),
     )
 

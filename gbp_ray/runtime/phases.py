@@ -270,7 +270,7 @@ def _best_so_far(job: JobConfig, num_bytes: int) -> dict[str, int]:
 
 def _sharded_scoring(sizes: Sizes, passes: Passes, kept: dict[str, int]) -> Phase:
     prune, shards = sizes.job.prune, sizes.shards
-    if not sizes.num_passes and prune.criterion != "synflow":
+    if not sizes.num_passes and not prune.spec.feeds_ones:
         return _phase(
             "score", kept, {"scores": 4 * sizes.stretch, "widened": 24 * sizes.largest_rows}
         )

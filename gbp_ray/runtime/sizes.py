@@ -63,8 +63,7 @@ class Sizes:
         # A change of each buffer, of each counter one, and the loss.
         changes = sum(b.numel() if b.is_floating_point() else 1 for b in model.buffers())
         self.beside_bytes = 4 * (changes + 1)
-        rule = criterion(job.prune.criterion)
-        self.num_passes = 1 if rule.of_gradients is not None else len(rule.passes)
+        self.num_passes = criterion(job.prune.criterion).spec.num_passes
         self.statistic_elements = sum(
             statistic.numel()
             for module in model.modules()
@@ -112,7 +111,7 @@ class Sizes:
     @property
     def movement_bytes(self) -> int:
         """What movement has gathered, of the whole network."""
-        return 8 * self.num_prunable if self.job.prune.criterion == "movement" else 0
+        return 8 * self.num_prunable if self.job.prune.spec.needs_history else 0
 
     @property
     def attacked(self) -> int:

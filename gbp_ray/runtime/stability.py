@@ -178,9 +178,9 @@ def _run_samples(
         for name in criteria or (job.prune.criterion,)
     }
     for name, one in jobs.items():
-        if name == "movement":
+        if one.prune.spec.needs_history:
             raise ConfigError(
-                "prune.criterion = movement: scores while training and has no calibration sample; "
+                f"prune.criterion = {name}: scores while training and has no calibration sample; "
                 "leave it to --no-samples or choose another"
             )
         check_job(one, load_workload(one.workload, one.seed))

@@ -342,7 +342,7 @@ class _Teller:
         finetune = num_steps(job.finetune, workload, job.finetune.epochs)
         self._pretrain = num_steps(job.pretrain, workload, job.pretrain.epochs)
         # Movement looks back on a stretch of fine-tuning before the first prune.
-        self._dense = self._pretrain + (finetune if job.prune.criterion == "movement" else 0)
+        self._dense = self._pretrain + (finetune if job.prune.spec.needs_history else 0)
         # Scoring counts as one step, so that a trial without training moves on, too.
         self._per_round = 1 + finetune
         self._share = 0.0

@@ -29,9 +29,9 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional
 
-from gbp_ray.config.prune import CRITERIA, PruneConfig
+from gbp_ray.config.criteria import CRITERIA
+from gbp_ray.config.prune import PruneConfig
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.pruning.criteria import CRITERIA as RULES
 from gbp_ray.pruning.scoring import score
 from gbp_ray.pruning.units import prunable_parameters
 from gbp_ray.training.footprint import count_live_bytes
@@ -111,7 +111,7 @@ def compare(
             f"{min(ratios):.2f} to {max(ratios):.2f}",
             f"{statistics.median(seconds):.2f}",
             f"{num_bytes / plain_bytes:.2f}",
-            RULES[name].cost,
+            CRITERIA[name].cost,
         )
     where = f"{platform.machine()}, 1 thread"
     if device.type == "cuda":

@@ -17,8 +17,8 @@ import pytest
 from shell import Outcome, Shell
 from user_files import USER_JOB, USER_MODULE
 
+from gbp_ray.config.criteria import CRITERIA
 from gbp_ray.config.job import describe_fields
-from gbp_ray.config.prune import CRITERIA
 from gbp_ray.results.records import RoundRecord, TrialRecord
 from gbp_ray.results.store import Store, locate_trials
 

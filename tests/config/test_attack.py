@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from gbp_ray.config.attack import Perturbation
-from gbp_ray.config.idle import find_idle_options
 from gbp_ray.config.job import JobConfig
+from gbp_ray.config.schema import find_idle_options
 from gbp_ray.errors import ConfigError
 
 

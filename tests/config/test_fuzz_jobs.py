@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from gbp_ray.config.idle import find_idle_options
 from gbp_ray.config.job import describe_fields, expand, load_job, trial_id
+from gbp_ray.config.schema import find_idle_options
 from gbp_ray.config.workload import TransferConfig
 from gbp_ray.errors import GbpError, printable
 from gbp_ray.workloads.weights import start_from

@@ -15,10 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gbp_ray.config.idle import find_idle_options
+from gbp_ray.config.criteria import CRITERIA
 from gbp_ray.config.job import JobConfig, describe_fields, load_job, trial_id
-from gbp_ray.config.prune import CRITERIA
-from gbp_ray.config.schema import nearest_glob, nearest_name
+from gbp_ray.config.schema import find_idle_options, nearest_glob, nearest_name
 from gbp_ray.config.training import Recipe
 from gbp_ray.errors import ConfigError
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rank_program import FAILING_STEPS, MASK_CASES, SUM_CASES, addends, report_of, reports_of_world
 
-from gbp_ray.config.prune import CRITERIA
+from gbp_ray.config.criteria import CRITERIA
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.distributed.sums import OrderedSum
 

@@ -13,7 +13,7 @@ from small_networks import TanhNet, built, in_float64, job_config, scores_of
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gbp_ray.config.prune import CRITERIA
+from gbp_ray.config.criteria import CRITERIA
 from gbp_ray.errors import ConfigError, PruneError, WorkloadError
 from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.criteria import Criterion, criterion
@@ -74,18 +74,11 @@ def count_again(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 OWN_RULE = Criterion(
-    name="own",
-    formula="w n^2",
-    summed="the number of examples, then n times that",
-    cost="0",
-    source="here",
     passes=(count_examples, count_again),
     finish=lambda weights_N, statistic_N, total: weights_N * statistic_N / total**2 * 8,
-    is_signed=True,
 )
 OWN_DATA_FREE_RULE = dataclasses.replace(
     OWN_RULE,
-    name="own-data-free",
     passes=(),
     finish=lambda weights_N, statistic_N, total: weights_N + statistic_N,
 )

@@ -19,8 +19,8 @@ from technique_program import EVERYTHING
 from test_thresholds import decide, misleading_scores
 from torch import Tensor
 
+from gbp_ray.config.criteria import CRITERIA
 from gbp_ray.config.job import JobConfig, load_job
-from gbp_ray.config.prune import CRITERIA
 from gbp_ray.config.training import FinetuneConfig, PretrainConfig
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.distributed.sharding import gather_whole, shard_network

@@ -63,7 +63,7 @@ def test_excluded_parameters_get_no_score(name: str) -> None:
     assert list(scores_of(model, tiny(), config_of(name, exclude=("0.*",)))) == ["2.weight"]
 
 
-@pytest.mark.parametrize("name", [n for n in CRITERIA if not criterion(n).is_signed])
+@pytest.mark.parametrize("name", [n for n in CRITERIA if not criterion(n).spec.is_signed])
 def test_criteria_that_are_not_signed_give_no_score_below_zero(name: str) -> None:
     scores = scores_of(in_float64(TanhNet), tiny(), config_of(name))
     assert flat(scores).min() >= 0

@@ -15,7 +15,7 @@ from tied_program import recurrent, tied_blank
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gbp_ray.config.prune import CRITERIA
+from gbp_ray.config.criteria import CRITERIA
 from gbp_ray.config.training import FinetuneConfig
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.pruning.masks import MaskSet

@@ -27,8 +27,8 @@ from small_networks import (
 from small_trainings import recipe_of, steps, tanh_regression, train
 from torch import Tensor, nn
 
+from gbp_ray.config.criteria import CRITERIA
 from gbp_ray.config.job import JobConfig
-from gbp_ray.config.prune import CRITERIA
 from gbp_ray.config.training import FinetuneConfig, PretrainConfig
 from gbp_ray.errors import ConfigError, PruneError, StoreError
 from gbp_ray.pruning.checkpoint import Checkpoint
@@ -149,7 +149,7 @@ def test_the_weight_that_spoils_all_gradients_is_the_one_named(rule: str) -> Non
         scores_of(model, tanh_regression(TanhNet), prune_config(rule))
 
 
-@pytest.mark.parametrize("rule", [name for name in SCORED if criterion(name).is_signed])
+@pytest.mark.parametrize("rule", [name for name in SCORED if CRITERIA[name].is_signed])
 def test_signed_criteria_give_scores_of_both_signs(rule: str) -> None:
     scores = scores_of(built(TanhNet), tanh_regression(TanhNet), prune_config(rule))
     values = torch.cat([s.flatten() for s in scores.values()])
@@ -157,7 +157,7 @@ def test_signed_criteria_give_scores_of_both_signs(rule: str) -> None:
 
 
 # An own rule may bear any name, that of a built-in one, too.
-NAMESAKE = dataclasses.replace(criterion("magnitude"), name="random")
+NAMESAKE = dataclasses.replace(criterion("magnitude"), spec=CRITERIA["random"])
 
 
 def test_an_own_rule_is_not_mistaken_for_a_built_in_of_its_name() -> None:

@@ -11,8 +11,8 @@ import torch
 from small_networks import ConvNet, TanhNet, draw, images, job_config, regression
 from torch import nn
 
+from gbp_ray.config.criteria import CRITERIA
 from gbp_ray.config.job import JobConfig
-from gbp_ray.config.prune import CRITERIA
 from gbp_ray.config.training import DistillationConfig, FinetuneConfig, PretrainConfig
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.pruning import rounds

@@ -36,8 +36,8 @@ from small_networks import (
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from gbp_ray.config.criteria import CRITERIA
 from gbp_ray.config.job import JobConfig
-from gbp_ray.config.prune import CRITERIA
 from gbp_ray.config.training import DistillationConfig, FinetuneConfig, PretrainConfig
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.distributed.sharding import gather_whole, local, shard_network
