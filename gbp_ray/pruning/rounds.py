@@ -300,7 +300,7 @@ class _Run:
             )
         self.ranks.check_agreement(selection.masks.digest, f"the mask of round {number}")
         self.masks = selection.masks
-        return selection.held_back
+        return selection.capped_layers
 
     def _score(self, number: int) -> SlicedScores:
         return score(

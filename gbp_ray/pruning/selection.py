@@ -1,17 +1,17 @@
-"""Which units go: exactly k of them, the lowest scores first, whatever the ties and the bounds.
+"""Which units to remove: exactly k of them, the lowest scores first, whatever the ties and bounds.
 
 Removing the lowest scores is a choice among laminar bounds: groups of an n:m pattern lie inside
-layers, layers inside the whole. For such bounds the greedy choice is the best one, and it has a
-closed form used here: within each group the highest n are exempt, and the whole has one threshold,
-up to which every layer gives what it has, but no less than its floor and no more than its ceiling.
+layers, layers inside the whole. For such bounds the greedy choice is optimal and has a closed form:
+within each group the highest n are exempt, and the whole has one threshold, up to which every layer
+gives what it has, but no less than its floor and no more than its ceiling.
 
-Each rank decides over its own slices (`slices`), and the decision is one: thresholds come from
-counts added over all ranks (`thresholds`), and so do the shares of equal scores. What ranks tell
-each other beyond that is their slice of the masks, one bit a weight. Which collectives come in
-which order depends on those counts alone, which all ranks know.
+Each rank decides over its own slices, and the decision is one: thresholds come from counts summed
+over all ranks (`thresholds`), and so do the shares of equal scores. Beyond that, ranks exchange
+only their slices of the masks, one bit a weight. The order of collectives depends only on those
+counts, which all ranks know.
 
 Equal scores are taken by global flat index (parameter name order, then C order), so the choice is a
-function of the scores alone. Zeros of both signs are equal. Weights pruned before stay pruned and
+function of the scores only. Zeros of both signs are equal. Weights pruned before stay pruned and
 count towards k.
 
 Scores are compared in float32, or in float64 where any of them is; narrower floats are widened,
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from gbp_ray.config.prune import PruneConfig
 from gbp_ray.config.schema import is_matched, match_names, nearest_glob
-from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.distributed.ranks import Ranks, empty_vector
 from gbp_ray.distributed.sharding import (
     RankSlice,
     gather_packed,
@@ -47,45 +47,55 @@ from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.thresholds import Cut, Pool, find_cuts
 from gbp_ray.pruning.units import SlicedScores, num_to_prune
 
-__all__ = [
-    "Selection",
-    "check_reachable",
-    "check_selectable",
-    "select_masks",
-]
+__all__ = ["Selection", "check_reachable", "check_selectable", "select_masks"]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The outcome of one decision.
-
-    Attributes:
-        masks: The new masks.
-        held_back: Layers that would have lost more weights, but for their ceiling.
-    """
+    """The new masks, and the layers that only their ceiling kept from losing more weights."""
 
     masks: MaskSet
-    held_back: tuple[str, ...]
+    capped_layers: tuple[str, ...]
+
+
+_NOTHING = Cut(-math.inf, 0, 0)
 
 
 @dataclass
 class _Layer:
-    """One layer in the pool: this rank's scores as they compete, and numbers of the whole layer."""
+    """One layer in the pool: this rank's scores as they compete, and numbers of the whole layer.
 
-    piece: RankSlice
+    Attributes:
+        quota: How many weights it loses, those pruned before included.
+        cut: Where its losses end.
+        num_equal: How many of this rank's scores equal to the cut's go; None for all.
+    """
+
+    rank_slice: RankSlice
     scores: ScoreView
     num_pruned: int = 0
     num_exempt: int = 0
     floor: int = 0
     ceiling: int = 0
+    quota: int = 0
+    cut: Cut = _NOTHING
+    num_equal: int | None = None
 
     @property
     def name(self) -> str:
-        return self.piece.name
+        return self.rank_slice.name
 
     @property
     def size(self) -> int:
-        return math.prod(self.piece.shape)
+        return math.prod(self.rank_slice.shape)
+
+    @property
+    def is_split(self) -> bool:
+        """Returns True where some, but not all, of the scores equal to the cut's go."""
+        return self.cut.below < self.quota < self.cut.below + self.cut.equal
+
+    def write_mask(self, kept_L: Tensor) -> None:
+        self.scores.write_mask(self.cut.threshold, self.num_equal, kept_L)
 
 
 def select_masks(
@@ -112,35 +122,36 @@ def select_masks(
     """
     ranks = ranks or Ranks()
     if not isinstance(scores, SlicedScores):
-        _refuse_other_shapes(scores, masks)
+        for name, mask in masks.items():
+            if scores[name].shape != mask.shape:
+                raise PruneError(
+                    f"scores of '{name}': shape {tuple(scores[name].shape)} differs from the "
+                    f"weights' {tuple(mask.shape)}"
+                )
         scores = SlicedScores.from_full({name: scores[name] for name in masks})
     check_selectable({name: tuple(mask.shape) for name, mask in masks.items()}, config, input_dims)
     layers = _make_layers(scores, masks, config, input_dims or {}, ranks)
-    _set_bounds(layers, config)
     k = num_to_prune(sparsity, masks.num_units)
-    _refuse_impossible(layers, k, sparsity, config)
-    if config.scope == "layer":
-        quotas, held_back = _share_by_layer(layers, k)
-        cuts: list[Cut | None] = [None] * len(layers)
-    else:
-        quotas, cuts, held_back = _share_globally(layers, k, ranks)
-    num_pruned = sum(layer.num_pruned for layer in layers)
-    pieces = [layer.piece for layer in layers]
-    ends = _find_ends(layers, quotas, cuts, ranks)
+    _check_possible(layers, k, sparsity, config)
+    share = _share_by_layer if config.scope == "layer" else _share_globally
+    capped_layers = share(layers, k, ranks)
+    _find_ends(layers, ranks)
     place = scores.values[0].device
-    if any(is_shard(mask) for mask in masks.values()):
-        found = _spread_masks(_mark_all(layers, ends, place), masks)
-    elif ranks.world_size == 1:
-        found = {
-            piece.name: kept_L.view(piece.shape)
-            for piece, kept_L in zip(pieces, _mark_all(layers, ends, place), strict=True)
-        }
+    is_replicated = not any(is_shard(mask) for mask in masks.values())
+    if is_replicated and ranks.world_size > 1:
+        found = _exchange_masks(layers, place, ranks)
     else:
-        found = _exchange_masks(pieces, _pack_all(layers, ends, place), ranks)
+        kept = _allocate([layer.scores.size for layer in layers], place)
+        for layer, kept_L in zip(layers, kept, strict=True):
+            layer.write_mask(kept_L)
+        found = {
+            name: like_shard(kept_L.view(local(before).shape).to(before.device), before)
+            for (name, before), kept_L in zip(masks.items(), kept, strict=True)
+        }
     device = next(iter(masks.values())).device
     chosen = MaskSet(found, masks.round + 1, config.criterion, masks.digest).to(device)
-    assert chosen.num_pruned == max(k, num_pruned)
-    return Selection(chosen, tuple(held_back))
+    assert chosen.num_pruned == max(k, sum(layer.num_pruned for layer in layers))
+    return Selection(chosen, tuple(capped_layers))
 
 
 def check_selectable(
@@ -149,7 +160,7 @@ def check_selectable(
     input_dims: Mapping[str, int] | None = None,
     num_groups: Mapping[str, int] | None = None,
 ) -> None:
-    """Refuses what no scores could make possible, so that it shows before any training.
+    """Checks before any training what no scores could make possible.
 
     Args:
         input_dims: Axis of the n:m groups by parameter name; 1 where not given.
@@ -183,7 +194,7 @@ def check_selectable(
 
 
 def check_reachable(shapes: Mapping[str, tuple[int, ...]], config: PruneConfig) -> None:
-    """Refuses a final sparsity that the bounds of the layers leave no room for.
+    """Checks that the bounds of the layers allow the final sparsity.
 
     Raises:
         ConfigError: Naming prune.sparsity and the layers whose bounds are in the way.
@@ -220,15 +231,6 @@ def check_reachable(shapes: Mapping[str, tuple[int, ...]], config: PruneConfig) 
         )
 
 
-def _refuse_other_shapes(scores: Mapping[str, Tensor], masks: MaskSet) -> None:
-    for name, mask in masks.items():
-        if scores[name].shape != mask.shape:
-            raise PruneError(
-                f"scores of '{name}': shape {tuple(scores[name].shape)} differs from the weights' "
-                f"{tuple(mask.shape)}"
-            )
-
-
 def _make_layers(
     scores: SlicedScores,
     masks: MaskSet,
@@ -240,17 +242,16 @@ def _make_layers(
     dtype = torch.float64 if is_wide else torch.float32
     layers = []
     counts = torch.zeros(len(scores.slices), 3, dtype=torch.int64)
-    for number, (piece, values) in enumerate(zip(scores.slices, scores.values, strict=True)):
-        kept_L = local_slice(masks[piece.name], piece).to(values.device)
-        rivals = as_score_view(values.detach().to(dtype), kept_L)
-        num_bad = piece.size - rivals.num_pruned - rivals.count_finite()
+    for number, (rank_slice, values) in enumerate(zip(scores.slices, scores.values, strict=True)):
+        name, shape = rank_slice.name, rank_slice.shape
+        kept_L = local_slice(masks[name], rank_slice).to(values.device)
+        view = as_score_view(values.detach().to(dtype), kept_L)
+        num_bad = view.size - view.num_pruned - view.count_finite()
         if config.pattern is not None:
             # Slices end where rows end, or hold all of a layer, so groups are whole.
-            rivals = rivals.protect_top_n(
-                *config.pattern, piece.shape, input_dims.get(piece.name, 1)
-            )
-        counts[number] = torch.tensor([num_bad, rivals.num_exempt, rivals.num_pruned])
-        layers.append(_Layer(piece, rivals))
+            view = view.protect_top_n(*config.pattern, shape, input_dims.get(name, 1))
+        counts[number] = torch.tensor([num_bad, view.num_exempt, view.num_pruned])
+        layers.append(_Layer(rank_slice, view))
     ranks.all_reduce_counts(counts)
     for layer, (num_bad, num_exempt, num_pruned) in zip(layers, counts.tolist(), strict=True):
         if num_bad:
@@ -259,16 +260,12 @@ def _make_layers(
                 f"'{config.criterion}' overflowed or the weights diverged"
             )
         layer.num_exempt, layer.num_pruned = num_exempt, num_pruned
-    return layers
-
-
-def _set_bounds(layers: list[_Layer], config: PruneConfig) -> None:
-    for layer in layers:
         size = layer.size
         floor = num_to_prune(_bound_of(layer.name, config.layer_min_sparsity, 0.0), size)
-        ceiling = min(_ceiling_of(layer.name, size, config), size - layer.num_exempt)
-        layer.ceiling = max(ceiling, layer.num_pruned)
-        layer.floor = max(min(floor, layer.ceiling), layer.num_pruned)
+        ceiling = min(_ceiling_of(layer.name, size, config), size - num_exempt)
+        layer.ceiling = max(ceiling, num_pruned)
+        layer.floor = max(min(floor, layer.ceiling), num_pruned)
+    return layers
 
 
 def _ceiling_of(name: str, size: int, config: PruneConfig) -> int:
@@ -281,7 +278,7 @@ def _ceiling_of(name: str, size: int, config: PruneConfig) -> int:
 def _least_of(name: str, size: int, config: PruneConfig) -> int:
     """Counts how many weights of a layer its floor asks for.
 
-    Counted downwards: rounding alone may take all floors together past k by a weight or two.
+    Rounded down: otherwise rounding could take the sum of all floors past k by a weight or two.
     """
     return math.floor(_bound_of(name, config.layer_min_sparsity, 0.0) * size + 1e-9)
 
@@ -293,7 +290,7 @@ def _bound_of(name: str, bound: float | dict[str, float], default: float) -> flo
     return matching[-1] if matching else default
 
 
-def _refuse_impossible(layers: list[_Layer], k: int, sparsity: float, config: PruneConfig) -> None:
+def _check_possible(layers: list[_Layer], k: int, sparsity: float, config: PruneConfig) -> None:
     total = sum(layer.size for layer in layers)
     most = sum(layer.ceiling for layer in layers)
     if k > most:
@@ -303,7 +300,7 @@ def _refuse_impossible(layers: list[_Layer], k: int, sparsity: float, config: Pr
             "prune.layer_max_sparsity"
         )
     if sparsity < config.sparsity:
-        return  # Earlier rounds are still on their way to the floors.
+        return  # Earlier rounds may stay below the floors.
     least = 0
     for layer in layers:
         floor = _least_of(layer.name, layer.size, config)
@@ -316,53 +313,47 @@ def _refuse_impossible(layers: list[_Layer], k: int, sparsity: float, config: Pr
         )
 
 
-def _share_globally(
-    layers: list[_Layer], k: int, ranks: Ranks
-) -> tuple[list[int], list[Cut | None], list[str]]:
-    """Lets all weights compete; returns the number each layer loses, the cuts, who is held back."""
-    pruned = [layer.num_pruned for layer in layers]
+def _share_globally(layers: list[_Layer], k: int, ranks: Ranks) -> list[str]:
+    """Sets quotas and cuts as all weights compete; returns the layers capped by their ceiling."""
+    num_pruned = sum(layer.num_pruned for layer in layers)
     forced = [max(layer.floor - layer.num_pruned, 0) for layer in layers]
-    budget = max(k - sum(pruned), 0)
+    budget = max(k - num_pruned, 0)
     # An early round may ask for less than all floors together: floors then share it by size.
     if sum(forced) > budget:
-        sizes = [layer.size for layer in layers]
-        forced = _share_out(budget, sizes, [0] * len(layers), forced)
-    low = [before + extra for before, extra in zip(pruned, forced, strict=True)]
-    high = [layer.ceiling for layer in layers]
-    pool = Pool(tuple(range(len(layers))), max(k, sum(pruned)), tuple(low), tuple(high))
+        forced = _share_out(budget, [layer.size for layer in layers], [0] * len(layers), forced)
+    low = tuple(layer.num_pruned + n for layer, n in zip(layers, forced, strict=True))
+    high = tuple(layer.ceiling for layer in layers)
+    pool = Pool(tuple(range(len(layers))), max(k, num_pruned), low, high)
     cuts = find_cuts([layer.scores for layer in layers], [pool], ranks)
-    quotas = [min(max(cut.below, lo), hi) for cut, lo, hi in zip(cuts, low, high, strict=True)]
-    left = pool.target - sum(quotas)
-    held_back = []
-    for number, (layer, cut) in enumerate(zip(layers, cuts, strict=True)):
-        wanted = min(cut.below + cut.equal, max(quotas[number], cut.below) + left)
+    for layer, cut, least in zip(layers, cuts, low, strict=True):
+        layer.quota = min(max(cut.below, least), layer.ceiling)
+    left = pool.target - sum(layer.quota for layer in layers)
+    capped = []
+    for layer, cut in zip(layers, cuts, strict=True):
+        wanted = min(cut.below + cut.equal, max(layer.quota, cut.below) + left)
         if wanted > layer.ceiling:
-            held_back.append(layer.name)
-        taken = min(max(wanted, quotas[number]), layer.ceiling)
-        left -= taken - quotas[number]
-        quotas[number] = taken
-    # A layer held by a bound ends elsewhere than the pool does.
-    own_cuts: list[Cut | None] = [
-        cut if cut.below <= quota <= cut.below + cut.equal else None
-        for cut, quota in zip(cuts, quotas, strict=True)
-    ]
-    return quotas, own_cuts, held_back
+            capped.append(layer.name)
+        taken = min(max(wanted, layer.quota), layer.ceiling)
+        left -= taken - layer.quota
+        layer.quota = taken
+        # A layer at one of its bounds ends elsewhere than the pool does.
+        if taken and cut.below <= taken <= cut.below + cut.equal:
+            layer.cut = cut
+    return capped
 
 
-def _share_by_layer(layers: list[_Layer], k: int) -> tuple[list[int], list[str]]:
-    """Gives each layer the same sparsity, to the unit; returns the numbers and who is held back."""
+def _share_by_layer(layers: list[_Layer], k: int, ranks: Ranks) -> list[str]:
+    """Sets quotas of the same sparsity, to the unit; returns the layers capped by their ceiling."""
     sizes = [layer.size for layer in layers]
     low = [layer.num_pruned for layer in layers]
-    wanted = _share_out(k, sizes, low, sizes)
     floors = [layer.floor for layer in layers]
     ceilings = [layer.ceiling for layer in layers]
-    # An early round may ask for less than all floors together, and takes nothing beside them.
+    # An early round may ask for less than all floors together, and then no layer exceeds its own.
     within = (low, floors) if sum(floors) > k else (floors, ceilings)
-    quotas = _share_out(k, sizes, *within)
-    held_back = [
-        layer.name for layer, want in zip(layers, wanted, strict=True) if want > layer.ceiling
-    ]
-    return quotas, held_back
+    for layer, quota in zip(layers, _share_out(k, sizes, *within), strict=True):
+        layer.quota = quota
+    wanted = _share_out(k, sizes, low, sizes)
+    return [layer.name for layer, n in zip(layers, wanted, strict=True) if n > layer.ceiling]
 
 
 def _share_out(total: int, sizes: list[int], low: list[int], high: list[int]) -> list[int]:
@@ -372,10 +363,8 @@ def _share_out(total: int, sizes: list[int], low: list[int], high: list[int]) ->
     rounding remainder to the largest fractions, the first of equal ones.
     """
     total = min(max(total, sum(low)), sum(high))
-    lower, upper = (
-        0.0,
-        1.0 + max((bound / size for bound, size in zip(high, sizes, strict=True)), default=0.0),
-    )
+    lower = 0.0
+    upper = 1.0 + max((most / size for most, size in zip(high, sizes, strict=True)), default=0.0)
     for _ in range(200):
         share = (lower + upper) / 2
         if not lower < share < upper:
@@ -399,106 +388,49 @@ def _share_out(total: int, sizes: list[int], low: list[int], high: list[int]) ->
     return counts
 
 
-@dataclass(frozen=True)
-class _End:
-    """Where a layer's losses end on this rank.
-
-    Attributes:
-        threshold: All scores below it go.
-        num_equal: So many of those equal to it go, the first ones; None for all.
-    """
-
-    threshold: float
-    num_equal: int | None
-
-
-def _find_ends(
-    layers: list[_Layer], quotas: list[int], cuts: list[Cut | None], ranks: Ranks
-) -> list[_End]:
+def _find_ends(layers: list[_Layer], ranks: Ranks) -> None:
     """Finds where each layer ends when it loses its quota of lowest scores. Communicates."""
-    pools = [
-        Pool((number,), quota, (0,), (layer.size,))
-        for number, (layer, quota, cut) in enumerate(zip(layers, quotas, cuts, strict=True))
-        if cut is None and quota > 0
-    ]
-    found = iter(find_cuts([layer.scores for layer in layers], pools, ranks) if pools else ())
-    nothing = Cut(-math.inf, 0, 0)
-    known = [
-        nothing if quota == 0 else cut or next(found)
-        for cut, quota in zip(cuts, quotas, strict=True)
-    ]
-    # Where all equal scores go, or none, which is nearly everywhere, nobody needs to count them.
-    is_split = [
-        cut.below < quota < cut.below + cut.equal for cut, quota in zip(known, quotas, strict=True)
-    ]
-    before = _count_before(
-        [
-            layer.scores.count_equal(cut.threshold) if split else 0
-            for layer, cut, split in zip(layers, known, is_split, strict=True)
-        ],
-        ranks,
-    )
-    ends = []
-    for cut, quota, split, earlier in zip(known, quotas, is_split, before, strict=True):
-        if split:
+    unknown = [layer for layer in layers if layer.quota and layer.cut is _NOTHING]
+    pools = [Pool((i,), layer.quota, (0,), (layer.size,)) for i, layer in enumerate(unknown)]
+    if pools:
+        cuts = find_cuts([layer.scores for layer in unknown], pools, ranks)
+        for layer, cut in zip(unknown, cuts, strict=True):
+            layer.cut = cut
+    table = torch.zeros(ranks.world_size, len(layers), dtype=torch.int64)
+    for number, layer in enumerate(layers):
+        # Where all equal scores go, or none, which is nearly everywhere, nobody counts them.
+        if layer.is_split:
+            table[ranks.rank, number] = layer.scores.count_equal(layer.cut.threshold)
+    before = ranks.all_reduce_counts(table)[: ranks.rank].sum(dim=0).tolist()
+    for layer, earlier in zip(layers, before, strict=True):
+        if layer.is_split:
             # Equal scores go in flat order: those of earlier ranks first.
-            ends.append(_End(cut.threshold, max(quota - cut.below - earlier, 0)))
+            layer.num_equal = max(layer.quota - layer.cut.below - earlier, 0)
         else:
-            ends.append(_End(cut.threshold, None if quota > cut.below else 0))
-    return ends
-
-
-def _mark_all(layers: list[_Layer], ends: list[_End], device: torch.device) -> list[Tensor]:
-    """Marks what is kept of this rank's slices."""
-    kept = _allocate([layer.scores.size for layer in layers], device)
-    for layer, end, kept_L in zip(layers, ends, kept, strict=True):
-        layer.scores.write_mask(end.threshold, end.num_equal, kept_L)
-    return kept
-
-
-def _pack_all(layers: list[_Layer], ends: list[_End], device: torch.device) -> np.ndarray:
-    """Marks the same with a bit a weight, each layer from a byte of its own on."""
-    (scratch,) = _allocate([max(layer.scores.size for layer in layers)], device)
-    packed = []
-    for layer, end in zip(layers, ends, strict=True):
-        kept_L = scratch[: layer.scores.size]
-        layer.scores.write_mask(end.threshold, end.num_equal, kept_L)
-        packed.append(np.packbits(kept_L.cpu().numpy()))
-    return np.concatenate(packed)
+            layer.num_equal = None if layer.quota > layer.cut.below else 0
 
 
 def _allocate(sizes: list[int], device: torch.device) -> list[Tensor]:
-    if device.type != "cpu":
-        return list(torch.empty(sum(sizes), dtype=torch.bool, device=device).split(sizes))
-    # One block for all: a system gives large ones in large pages, which it has sooner ready.
-    return list(torch.from_numpy(np.empty(sum(sizes), dtype=bool)).split(sizes))
+    return list(empty_vector(sum(sizes), torch.bool, device).split(sizes))
 
 
-def _count_before(counts: list[int], ranks: Ranks) -> list[int]:
-    """Adds up, for each count, those of the ranks before this one. Communicates."""
-    table = torch.zeros(ranks.world_size, len(counts), dtype=torch.int64)
-    table[ranks.rank] = torch.tensor(counts)
-    return ranks.all_reduce_counts(table)[: ranks.rank].sum(dim=0).tolist()
-
-
-def _spread_masks(kept: list[Tensor], masks: MaskSet) -> dict[str, Tensor]:
-    """Leaves each rank's rows where they are."""
-    found = {}
-    for (name, before), kept_L in zip(masks.items(), kept, strict=True):
-        rows = kept_L.view(local(before).shape).to(before.device)
-        found[name] = like_shard(rows, before)
-    return found
-
-
-def _exchange_masks(pieces: list[RankSlice], packed: np.ndarray, ranks: Ranks) -> dict[str, Tensor]:
-    """Puts the ranks' slices together on all of them, one bit a weight. Communicates."""
-    by_rank = ranks.all_gather_objects([(piece.start, piece.stop) for piece in pieces])
+def _exchange_masks(layers: list[_Layer], device: torch.device, ranks: Ranks) -> dict[str, Tensor]:
+    """Gathers the masks on all ranks, one bit a weight, each layer's from a byte of its own on."""
+    (scratch,) = _allocate([max(layer.scores.size for layer in layers)], device)
+    packed = []
+    for layer in layers:
+        kept_L = scratch[: layer.scores.size]
+        layer.write_mask(kept_L)
+        packed.append(np.packbits(kept_L.cpu().numpy()))
+    by_rank = ranks.all_gather_objects(
+        [(s.start, s.stop) for s in (layer.rank_slice for layer in layers)]
+    )
     sizes = [[stop - start for start, stop in of_rank] for of_rank in by_rank]
-    bits = gather_packed(packed, sizes, ranks)
+    bits = gather_packed(np.concatenate(packed), sizes, ranks)
     masks = {}
-    wholes = _allocate([math.prod(piece.shape) for piece in pieces], torch.device("cpu"))
-    for piece, whole, stretches in zip(pieces, wholes, zip(*by_rank, strict=True), strict=True):
-        for start, stop in stretches:
+    wholes = _allocate([layer.size for layer in layers], torch.device("cpu"))
+    for layer, whole, bounds in zip(layers, wholes, zip(*by_rank, strict=True), strict=True):
+        for start, stop in bounds:
             whole.numpy()[start:stop] = next(bits)
-        masks[piece.name] = whole.view(piece.shape)
+        masks[layer.name] = whole.view(layer.rank_slice.shape)
     return masks

@@ -79,7 +79,7 @@ def test_global_scope_removes_the_k_lowest_with_ties_by_flat_index(
     assert chosen.masks.num_pruned == k
     if not empties:
         assert set(pruned_N(chosen.masks)) == expected
-        assert chosen.held_back == ()
+        assert chosen.capped_layers == ()
 
 
 @given(scores=layered_scores(max_size=12), data=st.data())
@@ -366,7 +366,7 @@ def test_a_layer_that_would_be_emptied_keeps_its_best_weight_and_is_reported() -
     scores = {"a": torch.tensor([0.1, 0.3, 0.2]), "b": torch.arange(10.0) + 1}
     chosen = select(scores, 4 / 13)
     assert removed_by_layer(chosen.masks) == {"a": {0, 2}, "b": {0, 1}}
-    assert chosen.held_back == ("a",)
+    assert chosen.capped_layers == ("a",)
 
 
 def test_a_layer_that_only_the_surplus_of_another_would_empty_is_reported_too() -> None:
@@ -378,21 +378,21 @@ def test_a_layer_that_only_the_surplus_of_another_would_empty_is_reported_too() 
     chosen = select(scores, 4 / 15)
     # Of the lowest four, 1 2 3 4, the 3 must stay; the next, 5, would empty b.
     assert removed_by_layer(chosen.masks) == {"a": {0, 1}, "b": {0}, "c": {0}}
-    assert chosen.held_back == ("a", "b")
+    assert chosen.capped_layers == ("a", "b")
 
 
 def test_no_layer_is_reported_that_lost_all_it_would_have_lost() -> None:
     scores = {"a": torch.tensor([1.0, 2.0, 30.0]), "b": torch.arange(10.0) + 10}
     chosen = select(scores, 3 / 13)
     assert removed_by_layer(chosen.masks) == {"a": {0, 1}, "b": {0}}
-    assert chosen.held_back == ()
+    assert chosen.capped_layers == ()
 
 
 def test_layer_scope_reports_what_its_ceiling_held_back() -> None:
     scores = {"a": draw(10, seed=1), "b": draw(10, seed=2)}
     chosen = select(scores, 0.6, scope="layer", layer_max_sparsity={"a": 0.4})
     assert [len(gone) for gone in removed_by_layer(chosen.masks).values()] == [4, 8]
-    assert chosen.held_back == ("a",)
+    assert chosen.capped_layers == ("a",)
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
