@@ -1,4 +1,4 @@
-"""What a whole round leaves behind, written and read: network, masks, the next round's state.
+"""Writes and reads the files of a round: weights, masks, and the state that training goes on from.
 
     weights.safetensors   the state dict; what anyone loads
     masks.safetensors     see `masks`
@@ -6,8 +6,8 @@
     shards/               of a sharded one: weights and state as torch.distributed.checkpoint writes
                           them to safetensors, each rank its own file
 
-Shards are read back onto any number of ranks, onto a replicated network, too; and a sharded network
-takes its rows from the files of a replicated one. So a trial goes on whatever its cluster became.
+Shards can be read back by any number of ranks and by a replicated network, and a sharded network
+takes its rows from the files of a replicated one. So a trial can resume on any cluster.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import io
 import mmap
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from gbp_ray.distributed.sharding import gather_whole, is_sharded, shard_like
 from gbp_ray.errors import StoreError
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.results.store import REMEDY
-from gbp_ray.training.network import _distinct, load_weights
+from gbp_ray.training.network import distinct_state, load_weights
 from gbp_ray.workloads.weights import save_state
 
 __all__ = [
@@ -53,22 +52,21 @@ __all__ = [
 
 SHARDS = "shards/"
 _SCALARS = ("step",)
-"""What Adam and AdamW keep of a parameter that is not shaped like it."""
+"""State of Adam and AdamW that is not shaped like its parameter."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a whole round left behind, as the bytes of its files.
+    """The files of a round, as bytes.
 
     Attributes:
         round: Its number.
         masks: masks.safetensors.
         weights: weights.safetensors; not needed where there are shards.
         state: state.pt, of a replicated network.
-        shards: Files below shards/ by name, of a sharded network; looked at one after another.
-        dense_weights: weights.safetensors of round 0, for rewinding to them and for teaching;
-            not needed where a job does neither.
-        fingerprints: What network and data round 0 was made with; see `RoundRecord`.
+        shards: Files below shards/ by name, of a sharded network; read one after another.
+        dense_weights: weights.safetensors of round 0; needed only for rewinding and distillation.
+        fingerprints: Of the network and the data of round 0; see `RoundRecord`.
     """
 
     round: int
@@ -86,16 +84,16 @@ def save_round(
     optimizer: Optimizer | None,
     movement: dict[str, Tensor] | None,
 ) -> dict[str, bytes]:
-    """Writes a round; returns this rank's files by name. Communicates where it is sharded.
+    """Returns this rank's files of a round by name. Communicates where the network is sharded.
 
-    Of a sharded network each rank returns its shards, and rank 0 the rest as well.
+    Then each rank returns its shards, and rank 0 the other files as well.
     """
     if not is_sharded(model):
         buffer = io.BytesIO()
         state = optimizer.state_dict() if optimizer else None
         torch.save({"optimizer": state, "movement": movement}, buffer)
         return {
-            "weights.safetensors": save_state(_distinct(model)),
+            "weights.safetensors": save_state(distinct_state(model)),
             "masks.safetensors": masks.to_bytes(),
             "state.pt": buffer.getvalue(),
         }
@@ -117,7 +115,7 @@ def restore_state(
     make_optimizer: Callable[[], Optimizer],
     device: torch.device,
 ) -> tuple[Optimizer | None, dict[str, Tensor] | None]:
-    """Puts the weights back in place; returns the optimizer and the movement statistic.
+    """Restores the weights in place; returns the optimizer and the movement statistic.
 
     Args:
         make_optimizer: () -> a fresh optimizer over the network.
@@ -130,7 +128,7 @@ def restore_state(
         return _load_shards(saved, model, make_optimizer)
     load_weights(model, saved.weights, f"{folder}/weights.safetensors")
     try:
-        # The optimizer moves its own: a step count on a GPU would have each step wait for it.
+        # The optimizer moves its tensors itself; a step count on a GPU would stall each step.
         state = torch.load(io.BytesIO(saved.state), map_location="cpu", weights_only=True)
         movement = state["movement"]
         if movement is not None:
@@ -140,26 +138,27 @@ def restore_state(
             optimizer = make_optimizer()
             optimizer.load_state_dict(state["optimizer"])
     except Exception as error:
-        # torch raises half a dozen kinds for bytes that it did not write.
+        # torch raises half a dozen types for bytes that it did not write.
         raise damaged(f"{folder}/state.pt", error) from error
     if is_sharded(model):
         by_name = dict(model.named_parameters())
-        if optimizer is not None:
-            _keep_rows_of_state(optimizer)
+        for parameter, own in optimizer.state.items() if optimizer else ():
+            for key, value in own.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    own[key] = shard_like(value, parameter)
         if movement is not None:
             movement = {name: shard_like(value, by_name[name]) for name, value in movement.items()}
     return optimizer, movement
 
 
 def spread_masks(masks: MaskSet, model: nn.Module) -> MaskSet:
-    """Spreads masks as the weights of a network are, each rank keeping its rows."""
+    """Shards masks like the weights of a network, each rank keeping its rows."""
     by_name = dict(model.named_parameters(remove_duplicate=False))
-    spread = {name: shard_like(mask, by_name[name]) for name, mask in masks.items()}
-    return MaskSet(spread, masks.round, masks.criterion, masks.parent)
+    return replace(masks, masks={n: shard_like(mask, by_name[n]) for n, mask in masks.items()})
 
 
 def damaged(what: str, error: BaseException) -> StoreError:
-    """Words what is wrong with a file that cannot be used."""
+    """Returns the error for a file that cannot be used."""
     return StoreError(f"{what}: is damaged ({type(error).__name__}); {REMEDY}")
 
 
@@ -167,14 +166,14 @@ def damaged(what: str, error: BaseException) -> StoreError:
 
 
 def _stream_weights(model: nn.Module, *, is_kept: bool) -> bytes:
-    """Puts weights.safetensors together on disk, tensor by tensor, so that no rank holds it all.
+    """Assembles weights.safetensors on disk, tensor by tensor, so that no rank holds all of it.
 
     Returns:
-        A view of the file, which has no name any more; nothing where it is not kept.
+        A memory map of the file, which is deleted already; b"" where it is not kept.
     """
     with tempfile.TemporaryDirectory(prefix="gbp-ray-weights-") as folder:
         on_disk: dict[str, Tensor] = {}
-        for number, (name, tensor) in enumerate(_distinct(model).items()):
+        for number, (name, tensor) in enumerate(distinct_state(model).items()):
             gathered = gather_whole(tensor)
             if is_kept:
                 place = Path(folder) / str(number)
@@ -195,18 +194,10 @@ def _tensor_on_disk(place: Path, like: Tensor) -> Tensor:
     return flat.view(like.shape)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    # Advice to the authors of torch's own callers.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def _save_shards(state: dict[str, Tensor]) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory(prefix="gbp-ray-shards-") as folder:
         # Ranks share no folder, so each writes into one of its own.
-        with _quiet():
+        with warnings.catch_warnings(action="ignore"):  # advice to the authors of torch's callers
             writer = HuggingFaceStorageWriter(folder, save_distributed=True)
             save_shards(state, storage_writer=writer)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
@@ -225,18 +216,18 @@ def _load_shards(
             movement = _blank_movement(model, known)
             state = _state_by_name(model, optimizer, movement)
             _check_fit(state, known, f"round_{saved.round:03d}/shards")
-            with _quiet():
+            with warnings.catch_warnings(action="ignore"):
                 load_shards(state, storage_reader=reader)
     except StoreError:
         raise
     except (Exception, CheckpointException) as error:
-        # CheckpointException is no Exception.
+        # CheckpointException does not derive from Exception.
         raise damaged(f"round_{saved.round:03d}/shards", error) from error
     return optimizer, movement
 
 
 def _check_fit(state: Mapping[str, Tensor], known: Mapping[str, Any], source: str) -> None:
-    """Compares names and shapes first: torch only says that something went wrong on some rank."""
+    """Checks names and shapes: torch would only say that something went wrong on some rank."""
     for name in (*known, *state):
         shapes = {
             tuple(state[name].shape) if name in state else None,
@@ -252,24 +243,24 @@ def _check_fit(state: Mapping[str, Tensor], known: Mapping[str, Any], source: st
 def _state_by_name(
     model: nn.Module, optimizer: Optimizer | None, movement: dict[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """Names everything that a round goes on from; filling these tensors fills what they are of."""
-    state = {f"model.{name}": tensor for name, tensor in _distinct(model).items()}
+    """Returns the tensors of the weights, the optimizer and the movement statistic, by name."""
+    state = {f"model.{name}": tensor for name, tensor in distinct_state(model).items()}
     if optimizer is not None:
         for name, parameter in model.named_parameters():
             for key, value in optimizer.state.get(parameter, {}).items():
                 state[f"optimizer.{name}.{key}"] = value
     state |= {f"movement.{name}": value for name, value in (movement or {}).items()}
-    # The format of the shards knows no tensors without an axis.
+    # The format of the shards has no 0-dimensional tensors.
     return {name: value.view(1) if value.ndim == 0 else value for name, value in state.items()}
 
 
 def _blank_optimizer(
     model: nn.Module, make_optimizer: Callable[[], Optimizer], known: Mapping[str, Any]
 ) -> Optimizer | None:
-    """Makes an optimizer with the state that the shards have, still to be filled."""
+    """Makes an optimizer with zeros for the state that the shards hold."""
     if not any(name.startswith("optimizer.") for name in known):
         return None
-    optimizer: Optimizer = make_optimizer()
+    optimizer = make_optimizer()
     for name, parameter in model.named_parameters():
         prefix = f"optimizer.{name}."
         for full, metadata in known.items():
@@ -292,10 +283,3 @@ def _blank_movement(model: nn.Module, known: Mapping[str, Any]) -> dict[str, Ten
         if f"movement.{name}" in known
     }
     return movement or None
-
-
-def _keep_rows_of_state(optimizer: Optimizer) -> None:
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[key] = shard_like(value, parameter)

@@ -23,7 +23,7 @@ from gbp_ray.distributed.ranks import isolated
 from gbp_ray.distributed.sharding import PARTED, leaves, listen_to_groups, shard_network
 from gbp_ray.errors import ConfigError, WorkloadError, in_one_line, name_some
 from gbp_ray.pruning.criteria import criterion
-from gbp_ray.pruning.masks import starting_masks
+from gbp_ray.pruning.masks import read_initial_masks
 from gbp_ray.pruning.scoring import check_criterion
 from gbp_ray.pruning.selection import check_reachable, check_selectable
 from gbp_ray.pruning.units import Prunable, prunable_parameters
@@ -87,7 +87,7 @@ def check_job(job: JobConfig, workload: Workload, dense: RoundRecord | None = No
         {unit.name: unit.num_groups for unit in units},
     )
     check_reachable(shapes, job.prune)
-    starting_masks(job, units)
+    read_initial_masks(job, units)
     _refuse_split_patterns(job, units)
     _refuse_empty_shards(job, model)
     watch = Watch(model)

@@ -1,4 +1,4 @@
-"""Which weights are prunable, the masks over them, and the file a mask travels in.
+"""Masks over the prunable weights, their file format, and the masks that a job starts from.
 
 File format, version 1 (a safetensors file):
     - One uint8 tensor per masked parameter, under the parameter's name, of ceil(n / 8) bytes for n
@@ -8,10 +8,10 @@ File format, version 1 (a safetensors file):
       parameter name to shape; `digest`, below; `parent`, the digest of the masks of the round
       before, or ""; `round`, a decimal number; `criterion`; `sparsity`, as measured.
     - Digest: SHA-256, in hex, over the parameters in name order, of name, NUL, shape in decimal
-      joined by "x", NUL, packed bytes. It depends on the masks alone, not on the metadata.
+      joined by "x", NUL, packed bytes. It depends only on the masks, not on the metadata.
     Checked on reading: the safetensors structure, format and version, byte counts against shapes,
-    padding bits, and the digest. Not checked: that a parent is known, that the masks belong to some
-    set of weights (`MaskSet.apply_` checks names and shapes), that the criterion exists.
+    padding bits, and the digest. Not checked: the parent, the criterion, and the weights that the
+    masks belong to (`MaskSet.apply_` checks names and shapes).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -34,11 +34,7 @@ from torch.optim import Optimizer
 
 from gbp_ray.config.job import JobConfig, expand
 from gbp_ray.config.schema import is_matched, nearest_name
-from gbp_ray.distributed.sharding import (
-    add_over_ranks,
-    gather_bits,
-    local,
-)
+from gbp_ray.distributed.sharding import add_over_ranks, gather_bits, local
 from gbp_ray.errors import ConfigError, GbpError, PruneError, StoreError
 from gbp_ray.pruning.units import Prunable, num_to_prune
 from gbp_ray.results.store import locate_round, open_objects
@@ -51,8 +47,8 @@ __all__ = [
     "forget_pruned",
     "pin_files",
     "pin_trials",
+    "read_initial_masks",
     "read_masks_at",
-    "starting_masks",
 ]
 
 _FORMAT = "gbp_ray.masks"
@@ -62,13 +58,13 @@ _FORMAT = "gbp_ray.masks"
 class MaskSet(Mapping[str, Tensor]):
     """Masks by parameter name, in name order: bool tensors shaped like the weights, True = kept.
 
-    Those of a sharded network lie on the ranks as its weights do. Counting, hashing and writing
-    them then communicates.
+    Those of a sharded network are sharded like its weights; counting, hashing and writing them then
+    communicates.
 
     Attributes:
         masks: Parameter name to mask.
         round: The round that made them.
-        criterion: The rule that scored the weights.
+        criterion: Name of the criterion that scored the weights.
         parent: Digest of the masks of the round before, "" for none.
     """
 
@@ -106,23 +102,23 @@ class MaskSet(Mapping[str, Tensor]):
 
     @property
     def num_units(self) -> int:
-        """Prunable weights."""
+        """Counts the prunable weights."""
         return sum(mask.numel() for mask in self.values())
 
     @property
     def num_pruned(self) -> int:
-        """Removed weights."""
+        """Counts the removed weights."""
         kept = [_count(local(mask)) for mask in self.values()]
         return self.num_units - sum(add_over_ranks(kept, self.values()))
 
     @property
     def sparsity(self) -> float:
-        """Removed weights / prunable weights."""
+        """Returns removed / prunable weights."""
         return self.num_pruned / self.num_units
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the masks alone, as the format specifies; in hex."""
+        """Returns the SHA-256 of the masks in hex, as the format specifies."""
         packed = zip(self.items(), self._packed(), strict=True)
         return _digest_of((name, tuple(mask.shape), data) for (name, mask), data in packed)
 
@@ -132,9 +128,7 @@ class MaskSet(Mapping[str, Tensor]):
 
     def to(self, device: torch.device) -> MaskSet:
         """Copies the masks to a device."""
-        return self._with({name: mask.to(device) for name, mask in self.items()})
-
-    # -- algebra ---------------------------------------------------------------------------------
+        return replace(self, masks={name: mask.to(device) for name, mask in self.items()})
 
     def union(self, other: MaskSet) -> MaskSet:
         """Keeps what either keeps."""
@@ -154,16 +148,10 @@ class MaskSet(Mapping[str, Tensor]):
         kept_by_both = sum(map(_count, self.intersection(other).values()))
         return kept_by_both / kept_by_either if kept_by_either else 1.0
 
-    def _combine(self, other: MaskSet, operation: object) -> MaskSet:
+    def _combine(self, other: MaskSet, operation: Callable[[Tensor, Tensor], Tensor]) -> MaskSet:
         _require_same_shapes(_shapes(other), _shapes(self), "the other masks")
         _require_same_shapes(_shapes(self), _shapes(other), "these masks")
-        assert callable(operation)
         return MaskSet({name: operation(mask, other[name]) for name, mask in self.items()})
-
-    def _with(self, masks: Mapping[str, Tensor]) -> MaskSet:
-        return MaskSet(masks, self.round, self.criterion, self.parent)
-
-    # -- applying --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def apply_(self, target: nn.Module | dict[str, Tensor]) -> None:
@@ -181,7 +169,7 @@ class MaskSet(Mapping[str, Tensor]):
             weight.masked_fill_(~local(mask).to(weight.device), 0)
 
     def find_revived(self, target: nn.Module | dict[str, Tensor]) -> str | None:
-        """Names the first parameter that has a pruned weight other than zero, or None."""
+        """Returns the name of the first parameter with a pruned weight other than 0, or None."""
         weights = _weights_of(target)
         revived = []
         for name, mask in self.items():
@@ -191,10 +179,10 @@ class MaskSet(Mapping[str, Tensor]):
         return next((name for name, n in zip(self, everywhere, strict=True) if n), None)
 
     def to_torch_prune(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Rewrites a state dict in the form of `torch.nn.utils.prune`.
+        """Converts a state dict to the form of `torch.nn.utils.prune`.
 
-        Each masked `weight` becomes `weight_orig` (the weight as given) and `weight_mask` (float, 1
-        = kept), which a model that was reparametrised by that library loads.
+        Each masked `weight` becomes `weight_orig` (the weight as given) and `weight_mask` (float,
+        1 = kept), as a model that this library reparametrized loads it.
         """
         _require_same_shapes({n: tuple(w.shape) for n, w in state.items()}, _shapes(self), "state")
         rewritten: dict[str, Tensor] = {}
@@ -208,7 +196,7 @@ class MaskSet(Mapping[str, Tensor]):
 
     @classmethod
     def from_torch_prune(cls, state: Mapping[str, Tensor]) -> tuple[MaskSet, dict[str, Tensor]]:
-        """Reads the form of `torch.nn.utils.prune`; returns the masks and a plain, masked state.
+        """Converts a state dict from that form; returns the masks and a plain, masked state dict.
 
         Raises:
             PruneError: There is no `*_orig` with its `*_mask`, or a mask is not 0 and 1.
@@ -220,7 +208,7 @@ class MaskSet(Mapping[str, Tensor]):
             if base != name and f"{base}_mask" in state:
                 mask = state[f"{base}_mask"]
                 if not bool(((mask == 0) | (mask == 1)).all()):
-                    raise PruneError(f"'{base}_mask': must hold 0 and 1 alone")
+                    raise PruneError(f"'{base}_mask': must hold only 0 and 1")
                 masks[base] = mask.bool()
                 plain[base] = value.masked_fill(~masks[base], 0)
             elif not (name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in state):
@@ -288,7 +276,7 @@ class MaskSet(Mapping[str, Tensor]):
 
 
 def _count(mask: Tensor) -> int:
-    # On the host torch adds bools up one by one, in ten times as long.
+    # On the host torch takes ten times as long, as it adds the bools one by one.
     if mask.device.type == "cpu":
         return int(np.count_nonzero(mask.detach().numpy()))
     return int(mask.count_nonzero())
@@ -346,7 +334,6 @@ def _read_metadata(data: bytes) -> dict[str, str]:
     return {str(key): str(value) for key, value in metadata.items()}
 
 
-_FILE = "masks.safetensors"
 _KEY = "prune.initial_masks"
 
 
@@ -354,8 +341,8 @@ def read_masks_at(source: str) -> MaskSet:
     """Reads masks from a file, or from the round or trial at an address.
 
     Args:
-        source: Path or s3:// address of a mask file, or of a round's or a trial's folder; a trial
-            gives those of the round that it is for.
+        source: Path or s3:// address of a mask file, of a round's folder, or of a trial's, which
+            stands for its chosen round.
 
     Raises:
         StoreError: There is no such thing, or it is damaged.
@@ -375,14 +362,14 @@ def read_masks_at(source: str) -> MaskSet:
         except OSError as error:
             raise StoreError(f"'{source}': cannot be read: {error.strerror}") from None
     store, trial, record = locate_round(source)
-    return MaskSet.from_bytes(store.read_file(trial, record, _FILE), source)
+    return MaskSet.from_bytes(store.read_file(trial, record, "masks.safetensors"), source)
 
 
 def pin_files(job: JobConfig, known: dict[str, str] | None = None) -> JobConfig:
-    """Notes the digests of masks and weights that a job names, which then are part of its id.
+    """Adds the digests of the masks and weights that a job names, which are part of its id.
 
     Args:
-        known: Digests by address, which grow; jobs of one sweep share them.
+        known: Digests by address, shared by the jobs of a sweep; new ones are added.
 
     Raises:
         ConfigError: The masks cannot be read.
@@ -400,7 +387,7 @@ def pin_files(job: JobConfig, known: dict[str, str] | None = None) -> JobConfig:
 
 
 def pin_trials(job: JobConfig) -> tuple[JobConfig, list[JobConfig]]:
-    """Pins what a sweep starts from; returns it with the trials of its grid, if it is one.
+    """Pins the files of a job or of a sweep; returns it with the trials of its grid, if it has one.
 
     Raises:
         GbpError: As `pin_files` and `expand`.
@@ -411,12 +398,12 @@ def pin_trials(job: JobConfig) -> tuple[JobConfig, list[JobConfig]]:
     return job, [pin_files(trial, digests) for trial in expand(job)]
 
 
-def starting_masks(job: JobConfig, units: Iterable[Prunable]) -> MaskSet | None:
-    """Reads the masks that a job starts from, fitted to its network; None where it has none.
+def read_initial_masks(job: JobConfig, units: Iterable[Prunable]) -> MaskSet | None:
+    """Reads the masks that a job starts from and fits them to its network; None without any.
 
     Raises:
-        ConfigError: They cannot be read, are not those that the job was made with, do not fit, or
-            have removed more than the job asks for.
+        ConfigError: They cannot be read, have another digest than the job names, do not fit, or
+            remove more than the job asks for.
     """
     if not job.prune.initial_masks:
         return None
@@ -449,7 +436,6 @@ def _fit(
 ) -> MaskSet:
     for name, mask in found.items():
         if name not in shapes:
-            # Only the name of an excluded parameter is known here by its glob.
             if is_matched(name, exclude):
                 continue
             raise ConfigError(
@@ -463,8 +449,7 @@ def _fit(
                 f"{shapes[name]}; give masks of the same network, or name it in prune.exclude"
             )
     own = {
-        name: found[name] if name in found else torch.ones(shape, dtype=torch.bool)
-        for name, shape in shapes.items()
+        name: found.get(name, torch.ones(shape, dtype=torch.bool)) for name, shape in shapes.items()
     }
     return MaskSet(own, 0, found.criterion, found.digest)
 
@@ -479,7 +464,7 @@ def forget_pruned(model: nn.Module, optimizer: Optimizer, masks: MaskSet) -> Non
 
 
 def check_pruned_zero(model: nn.Module, optimizer: Optimizer | None, masks: MaskSet) -> None:
-    """Makes sure that pruned weights, and the optimizer's state for them, are exactly zero.
+    """Checks that pruned weights, and the optimizer's state for them, are exactly zero.
 
     Raises:
         PruneError: Naming the first parameter that is not.
@@ -489,14 +474,14 @@ def check_pruned_zero(model: nn.Module, optimizer: Optimizer | None, masks: Mask
         raise PruneError(f"'{revived}': a pruned weight came back to life during training")
     if optimizer is None:
         return
-    found: list[tuple[str, str, int]] = []
-    for name, parameter in model.named_parameters():
-        if name in masks:
-            for key, value in _state_like(optimizer, parameter).items():
-                pruned = ~local(masks[name])
-                found.append((name, key, int(torch.any(local(value)[pruned] != 0))))
-    everywhere = add_over_ranks([number for *_, number in found], masks.values())
-    for (name, key, _), number in zip(found, everywhere, strict=True):
+    found = {
+        (name, key): int(torch.any(local(value)[~local(masks[name])] != 0))
+        for name, parameter in model.named_parameters()
+        if name in masks
+        for key, value in _state_like(optimizer, parameter).items()
+    }
+    everywhere = add_over_ranks(list(found.values()), masks.values())
+    for (name, key), number in zip(found, everywhere, strict=True):
         if number:
             raise PruneError(f"'{name}': optimizer state '{key}' of a pruned weight is not 0")
 

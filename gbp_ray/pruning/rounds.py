@@ -26,7 +26,7 @@ from gbp_ray.distributed.sharding import PARTED, is_sharded, local, route_of
 from gbp_ray.errors import PruneError, StoreError
 from gbp_ray.pruning.checkpoint import Checkpoint, damaged, restore_state, save_round, spread_masks
 from gbp_ray.pruning.checks import refuse_frozen_movement
-from gbp_ray.pruning.masks import MaskSet, check_pruned_zero, forget_pruned, starting_masks
+from gbp_ray.pruning.masks import MaskSet, check_pruned_zero, forget_pruned, read_initial_masks
 from gbp_ray.pruning.scoring import score
 from gbp_ray.pruning.selection import select_masks
 from gbp_ray.pruning.statistics import movement_statistic
@@ -151,7 +151,7 @@ class _Run:
         self.units = prunable_parameters(self.model, job.prune.exclude)
         refuse_frozen_movement(job, self.model, self.units)
         self.masks = MaskSet.dense(self.units)
-        initial = ranks.run_collectively(lambda: starting_masks(job, self.units))
+        initial = ranks.run_collectively(lambda: read_initial_masks(job, self.units))
         self.is_thinned = initial is not None
         if initial is not None:
             self.masks = spread_masks(initial, self.model).to(ranks.device)

@@ -1,20 +1,20 @@
-"""Where the lowest scores end, found by counting, while every rank keeps its own.
+"""Where the lowest scores end, found by counting, while every rank keeps its own scores.
 
 Scores become integers of the same order, their keys, and the wanted value is found digit by digit:
-each rank counts its keys by the next 8 bits, the counts of all ranks are added (int64, so exact in
-any order), and the digit is the first at which enough are counted. Four such rounds settle float32,
-eight float64; what travels is 2 KB per layer and round, whatever the number of weights. What is
-counted where the scores lie, on the host or on a GPU, is up to `contenders`.
+each rank counts its keys by the next 8 bits, the counts are all-reduced (int64, so exact in any
+order), and the digit is the first at which enough are counted. Four such rounds suffice for
+float32, eight for float64, at 2 KB per layer and round, whatever the number of weights. `counting`
+counts where the scores lie, on the host or on a GPU.
 
-Before that, where scores are many, a sample brackets the value, and one pass over the scores counts
-what lies outside the bracket and keeps the percent or two inside. The sample decides how much is
-kept, never the result: a bracket that misses is noticed by its counts, and all scores are counted.
-One score is drawn from each stretch of equal length, so no period in the scores misleads it. A rank
-that would have to keep more than a sixteenth of its scores keeps none, and reads them again.
+Where scores are many, a sample first brackets the value, and one pass over the scores counts what
+lies outside the bracket and keeps the percent or two inside. The sample decides how much is kept,
+never the result: a bracket that misses shows in its counts, and all scores are counted. One score
+is drawn from each interval of equal length, so no period in the scores misleads it. A rank that
+would have to keep more than a sixteenth of its scores keeps none, and reads them again.
 
-Scores are float16, float32 or float64, the same on all ranks, and compared as they are: nothing is
-rounded. bfloat16, which NumPy does not have, is widened to float32 by the caller, which keeps its
-order. Counts are int64 throughout: 2^31 weights are no limit.
+Scores are float16, float32 or float64, the same on all ranks, and compared as they are. bfloat16,
+which NumPy does not have, is widened to float32 by the caller, which keeps its order. Counts are
+int64 throughout: 2^31 weights are no limit.
 
 Shape suffixes: L = a rank's scores of one layer, flat.
 """
@@ -35,31 +35,19 @@ from torch import Tensor
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.pruning.counting import DIGIT_BITS, Scan, ScoreView, as_score_view, from_key
 
-__all__ = [
-    "Cut",
-    "Pool",
-    "exact_threshold",
-    "find_cuts",
-]
+__all__ = ["Cut", "Pool", "exact_threshold", "find_cuts"]
 
 _SAMPLE = 2**17
 _LEAST_STRIDE = 64
-_MANY = 2**18  # below this many scores in a pool, counting all of them takes milliseconds
+_MANY = 2**18  # counting fewer scores than this takes milliseconds, without a bracket
 _DEVIATIONS = 5.0
-_MOST_KEPT = 1 / 16  # of a rank's scores: what lies inside the bracket, if it is no more than this
+_MOST_KEPT = 1 / 16  # of a rank's scores, inside the bracket
 _NUM_DIGITS = 2**DIGIT_BITS
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Layers that share a number of removals; what one of them may give is bounded.
-
-    Attributes:
-        layers: Positions of the layers.
-        target: How many weights they lose together.
-        low: Least number by layer, in the order of `layers`.
-        high: Greatest number, likewise.
-    """
+    """Layers, by position, that lose `target` weights together, each from `low` to `high`."""
 
     layers: tuple[int, ...]
     target: int
@@ -67,20 +55,14 @@ class Pool:
     high: tuple[int, ...]
 
     def reaches(self, counts: Sequence[int]) -> bool:
-        """Whether removing so many of each layer, within its bounds, makes the target."""
+        """Returns True if removing so many of each layer, within its bounds, makes the target."""
         bounded = zip(counts, self.low, self.high, strict=True)
         return sum(min(max(int(n), lo), hi) for n, lo, hi in bounded) >= self.target
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a pool's removals end, seen from one of its layers.
-
-    Attributes:
-        threshold: The value.
-        below: Scores of the layer below it, over all ranks.
-        equal: Scores of the layer equal to it, over all ranks.
-    """
+    """Where a pool's removals end: a layer's scores below and equal to it, over all ranks."""
 
     threshold: float
     below: int
@@ -93,8 +75,7 @@ def exact_threshold(
     """Finds where the k lowest scores end. Communicates.
 
     Args:
-        scores_L: This rank's scores, of a dtype named above, without NaN, on the host or on a GPU;
-            with one rank, all.
+        scores_L: This rank's scores, without NaN.
         k: 1 <= k <= number of scores over all ranks.
 
     Returns:
@@ -122,23 +103,21 @@ def find_cuts(values: Sequence[ScoreView], pools: Sequence[Pool], ranks: Ranks) 
 
 
 class _Search:
-    """What is known of one pool: counts below, and the scores among which the value lies."""
+    """The state of one pool: counts below, and the scores among which the value lies."""
 
     def __init__(self, pool: Pool, values: list[ScoreView]) -> None:
         self.pool, self.values = pool, values
         self.below = np.zeros(len(values), dtype=np.int64)
         self.equal = np.zeros(len(values), dtype=np.int64)
         self.ends: tuple[float, float] | None = None  # the bracket, where one was found
-        self.inside: list[Any] = [None] * len(values)  # keys; None: read the values
+        self.inside: list[Any] = [None] * len(values)  # keys; None: read the scores again
         self.threshold = math.nan
         self.prefix = 0
         self.is_done = False
 
     def cuts(self) -> list[Cut]:
-        return [
-            Cut(self.threshold, int(below), int(equal))
-            for below, equal in zip(self.below, self.equal, strict=True)
-        ]
+        counts = zip(self.below.tolist(), self.equal.tolist(), strict=True)
+        return [Cut(self.threshold, below, equal) for below, equal in counts]
 
     def settle(self, threshold: float, below: np.ndarray, equal: np.ndarray) -> None:
         self.threshold, self.below, self.equal, self.is_done = threshold, below, equal, True
@@ -183,21 +162,21 @@ def _bracket(searches: list[_Search], ranks: Ranks) -> None:
 
 
 def _sample(search: _Search, size: int) -> np.ndarray:
-    """Draws a score from each stretch; the draws are the same in every run."""
+    """Draws a score from each interval of equal length, the same ones in every run."""
     stride = max(_LEAST_STRIDE, size // _SAMPLE)
     random = np.random.default_rng(stride)
     drawn = []
     for values in search.values:
         places = np.arange(0, values.size, stride)
         places += random.integers(stride, size=places.size)
-        # The last stretch may be short; what falls behind it is not drawn, which keeps shares fair.
+        # The last interval may be short; a draw past its end is dropped, which keeps it fair.
         is_behind = places.size > 0 and places[-1] >= values.size
         drawn.append(values.draw(places[:-1] if is_behind else places))
     return np.concatenate(drawn)
 
 
 def _bracket_ends(sample: np.ndarray, share: float) -> tuple[float, float]:
-    """Picks two values between which, very likely, the given share of all scores ends."""
+    """Picks two values between which the given share of all scores very likely ends."""
     middle = share * sample.size
     slack = _DEVIATIONS * math.sqrt(sample.size * share * max(0.0, 1 - share)) + 2
     first, last = math.floor(middle - slack), math.ceil(middle + slack)
@@ -223,13 +202,19 @@ def _count_digits(searches: list[_Search], values: Sequence[ScoreView], ranks: R
         return
     num_bits = values[0].dtype.itemsize * 8
     for shift in range(num_bits - DIGIT_BITS, -1, -DIGIT_BITS):
-        mine = np.concatenate([_histograms(search, shift) for search in searches])
+        mine = np.stack(
+            [
+                values.count_digits(search.prefix, shift, inside, search.ends)
+                for search in searches
+                for values, inside in zip(search.values, search.inside, strict=True)
+            ]
+        )
         everywhere = ranks.all_reduce_counts(torch.from_numpy(mine)).numpy()
         for search in searches:
             counts = everywhere[: len(search.values)]
             everywhere = everywhere[len(search.values) :]
             up_to = search.below[:, None] + np.cumsum(counts, axis=1)
-            # More digits reach more, so the first that reaches it is found by halving.
+            # Counts grow with the digit, so bisection finds the first that reaches the target.
             digit = bisect_left(range(_NUM_DIGITS), True, key=partial(_reaches, search.pool, up_to))
             search.prefix = search.prefix << DIGIT_BITS | digit
             search.equal = counts[:, digit].copy()
@@ -241,13 +226,3 @@ def _count_digits(searches: list[_Search], values: Sequence[ScoreView], ranks: R
 
 def _reaches(pool: Pool, up_to: np.ndarray, digit: int) -> bool:
     return pool.reaches(up_to[:, digit].tolist())
-
-
-def _histograms(search: _Search, shift: int) -> np.ndarray:
-    """Counts this rank's keys that begin like the prefix by their next digit, layer by layer."""
-    return np.stack(
-        [
-            values.count_digits(search.prefix, shift, inside, search.ends)
-            for values, inside in zip(search.values, search.inside, strict=True)
-        ]
-    )

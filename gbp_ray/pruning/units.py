@@ -1,9 +1,9 @@
-"""What a network costs, measured from its weights as they are.
+"""Prunable parameters, their slices by rank, their scores, and what a network costs.
 
-Multiply-adds are those of convolutions and matrix products. They are counted operation by
-operation, and each is put down to the parameter that takes part in it, whichever module calls it.
-Where an operation hides its products, or the pass fails, nothing is counted, and the record says
-why: a part of the sum would look like a saving.
+Multiply-adds are those of convolutions and matrix products, counted operation by operation and
+attributed to the parameter that takes part, whichever module calls it. Where an operation hides its
+products, or the pass fails, nothing is counted and the record says why: a partial sum would look
+like a saving.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from gbp_ray.config.schema import match_names, nearest_glob
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.distributed.sharding import (
-    RankSlice,
-    add_over_ranks,
-    cut_rows,
-    is_shard,
-    local,
-)
+from gbp_ray.distributed.sharding import RankSlice, add_over_ranks, cut_rows, is_shard, local
 from gbp_ray.errors import ConfigError, PruneError, name_some
 from gbp_ray.results.records import CostRecord, LayerRecord
 from gbp_ray.training.network import Macs
@@ -49,23 +44,18 @@ def measure(model: nn.Module, units: list[Prunable], macs: Macs) -> CostRecord:
         macs: From `count_macs`, which pruning does not change.
 
     Returns:
-        Counts over the whole model and by prunable layer. Multiply-adds of the pruned network leave
-        out those with a zero weight; each weight of a parameter is taken to take part equally
-        often. Bytes are those of the dense tensors; `num_bytes_sparse` is what non-zero weights and
-        one bit per prunable weight would take.
+        Counts over the whole model and by prunable layer. `macs_nonzero` leaves out multiply-adds
+        with a zero weight, as if each weight of a parameter took part equally often.
+        `num_bytes_sparse` is what non-zero weights and one bit per prunable weight would take.
     """
     # parameters() yields a tied parameter once.
     parameters = list(model.parameters())
     counted = [int(torch.count_nonzero(local(p))) for p in parameters]
     nonzero = dict(zip(parameters, add_over_ranks(counted, parameters), strict=True))
     layers = []
-    spared = 0
     for unit in units:
-        num_weights = unit.parameter.numel()
-        num_nonzero = nonzero[unit.parameter]
+        num_weights, num_nonzero = unit.parameter.numel(), nonzero[unit.parameter]
         layer_macs = macs.by_parameter.get(unit.name, 0)
-        macs_nonzero = layer_macs * num_nonzero // num_weights
-        spared += layer_macs - macs_nonzero
         layers.append(
             LayerRecord(
                 name=unit.name,
@@ -73,7 +63,7 @@ def measure(model: nn.Module, units: list[Prunable], macs: Macs) -> CostRecord:
                 num_weights=num_weights,
                 num_nonzero=num_nonzero,
                 macs=layer_macs,
-                macs_nonzero=macs_nonzero,
+                macs_nonzero=layer_macs * num_nonzero // num_weights,
             )
         )
     state = [*parameters, *model.buffers()]
@@ -87,7 +77,7 @@ def measure(model: nn.Module, units: list[Prunable], macs: Macs) -> CostRecord:
         num_parameters=sum(p.numel() for p in parameters),
         num_nonzero=sum(nonzero.values()),
         macs=macs.total,
-        macs_nonzero=macs.total - spared,
+        macs_nonzero=macs.total - sum(layer.macs - layer.macs_nonzero for layer in layers),
         macs_fault=macs.fault,
         num_bytes=num_bytes,
         num_bytes_sparse=num_bytes - spared_bytes + mask_bytes,
@@ -109,7 +99,7 @@ def _find_unpruned(model: nn.Module, units: list[Prunable]) -> dict[str, tuple[i
 
 
 class Layout:
-    """Who owns what of all prunable weights.
+    """The assignment of all prunable weights to ranks.
 
     Args:
         units: In flat order.
@@ -134,32 +124,30 @@ class Layout:
 
     @property
     def own(self) -> tuple[RankSlice, ...]:
-        """This rank's slices."""
+        """Returns this rank's slices."""
         return self.by_rank[self._rank]
 
     @property
     def num_weights(self) -> int:
-        """N, over all ranks."""
+        """Returns N, over all ranks."""
         return sum(self._sizes)
 
     @property
     def bounds(self) -> list[int]:
-        """W + 1 positions: where each rank's weights begin in a vector that goes rank by rank."""
-        ends = [0]
-        for pieces in self.by_rank:
-            ends.append(ends[-1] + sum(piece.size for piece in pieces))
-        return ends
+        """Returns W + 1 positions: where each rank's weights begin in a vector in rank order."""
+        sizes = (sum(rank_slice.size for rank_slice in own) for own in self.by_rank)
+        return list(accumulate(sizes, initial=0))
 
     def by_owner(self, vector_N: Tensor) -> Tensor:
-        """Puts a flat vector into rank order: all that rank 0 owns, then rank 1, and so on."""
+        """Reorders a flat vector by rank: all that rank 0 owns, then rank 1, and so on."""
         if len(self.by_rank) == 1:
             return vector_N
         layers = vector_N.split(self._sizes)
         return torch.cat(
             [
-                layer[piece.start : piece.stop]
-                for pieces in self.by_rank
-                for layer, piece in zip(layers, pieces, strict=True)
+                layer[rank_slice.start : rank_slice.stop]
+                for own in self.by_rank
+                for layer, rank_slice in zip(layers, own, strict=True)
             ]
         )
 
@@ -167,27 +155,21 @@ class Layout:
         """Undoes `by_owner`."""
         if len(self.by_rank) == 1:
             return vector_N
-        parts = [
-            stretch.split([piece.size for piece in pieces])
-            for stretch, pieces in zip(
-                vector_N.split([sum(p.size for p in pieces) for pieces in self.by_rank]),
-                self.by_rank,
-                strict=True,
-            )
-        ]
-        return torch.cat([part[layer] for layer in range(len(self._sizes)) for part in parts])
+        slices = vector_N.split([rank_slice.size for own in self.by_rank for rank_slice in own])
+        num_layers = len(self._sizes)
+        return torch.cat([s for layer in range(num_layers) for s in slices[layer::num_layers]])
 
     def split_own(self, vector_S: Tensor) -> dict[str, Tensor]:
-        """Cuts what this rank owns into layers, by name."""
-        pieces = vector_S.split([piece.size for piece in self.own])
-        return {piece.name: values for piece, values in zip(self.own, pieces, strict=True)}
+        """Splits the values of this rank's weights by layer name."""
+        values = vector_S.split([rank_slice.size for rank_slice in self.own])
+        return {s.name: values_L for s, values_L in zip(self.own, values, strict=True)}
 
 
 @dataclass(frozen=True)
 class SlicedScores:
-    """This rank's share of the scores: for each layer a slice, possibly empty, and its values (L,).
+    """This rank's scores: for each layer a slice, possibly empty, and its values (L,).
 
-    Over all ranks the slices of a layer cover it once, in rank order.
+    The slices of all ranks cover each layer once, in rank order.
     """
 
     slices: tuple[RankSlice, ...]
@@ -195,7 +177,7 @@ class SlicedScores:
 
     @classmethod
     def from_full(cls, scores: Mapping[str, Tensor]) -> SlicedScores:
-        """Takes scores of all layers, shaped like the weights, as one rank's share."""
+        """Makes them of whole layers, shaped like the weights, on one rank."""
         names = sorted(scores)
         slices = tuple(
             RankSlice(name, tuple(scores[name].shape), 0, scores[name].numel()) for name in names
@@ -203,11 +185,11 @@ class SlicedScores:
         return cls(slices, tuple(scores[name].reshape(-1) for name in names))
 
     def gather(self, ranks: Ranks) -> dict[str, Tensor]:
-        """Puts all scores together on every rank, for looking at them. Communicates."""
-        parts = ranks.all_gather_objects([value.cpu() for value in self.values])
+        """Gathers all scores on every rank, for inspection. Communicates."""
+        by_rank = ranks.all_gather_objects([value.cpu() for value in self.values])
         return {
-            piece.name: torch.cat([part[number] for part in parts]).view(piece.shape)
-            for number, piece in enumerate(self.slices)
+            own.name: torch.cat([of_rank[number] for of_rank in by_rank]).view(own.shape)
+            for number, own in enumerate(self.slices)
         }
 
 
@@ -224,7 +206,7 @@ class Prunable:
         name: Its first name in the model; a tied parameter has others.
         parameter: The weights.
         input_dim: The axis along which n:m groups run.
-        num_groups: How many groups of a convolution lie along it one after another.
+        num_groups: How many groups of a convolution lie along it.
     """
 
     name: str
@@ -236,14 +218,13 @@ class Prunable:
 def prunable_parameters(model: nn.Module, exclude: Iterable[str] = ()) -> list[Prunable]:
     """Lists the prunable parameters in name order, which is the order of the global flat index.
 
-    Prunable are the weights of convolutions and linear layers; biases, norms, embeddings, and what
-    other modules hold are not, nor is a weight without elements. A parameter tied under several
-    names counts once, under the first; a glob that matches any of its names excludes it.
+    Prunable are the non-empty weights of convolutions and linear layers; biases, norms, embeddings
+    and the parameters of other modules are not. A parameter tied under several names counts once,
+    under the first; a glob that matches any of its names excludes it.
 
     Raises:
         ConfigError: A glob of `exclude` matches no parameter, or nothing is left to prune.
-        PruneError: A weight is not a parameter but computed from others, or no tensor of real
-            numbers that each have their place.
+        PruneError: A weight is computed from other tensors, or is not a plain tensor of floats.
     """
     names_of: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -253,18 +234,18 @@ def prunable_parameters(model: nn.Module, exclude: Iterable[str] = ()) -> list[P
     for path, module in model.named_modules():
         if not isinstance(module, PRUNABLE_LAYERS):
             continue
-        # To read what a parametrization computes may move its buffers, and fails in shards.
+        # Reading a parametrized weight may change buffers, and fails when sharded.
         is_computed = is_parametrized(module, "weight")
         weight = None if is_computed else getattr(module, "weight", None)
         if is_computed or (isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter)):
             computed.append(f"{path}.weight".lstrip("."))
         elif weight in names_of and weight.numel():
-            is_turned = isinstance(module, _TRANSPOSED)
-            num_groups = int(module.groups) if is_turned else 1  # type: ignore[arg-type]
+            is_transposed = isinstance(module, _TRANSPOSED)
+            num_groups = int(module.groups) if is_transposed else 1  # type: ignore[arg-type]
             if weight in found:
                 num_groups = math.lcm(num_groups, found[weight].num_groups)
             name = names_of[weight][0]
-            found[weight] = Prunable(name, weight, 0 if is_turned else 1, num_groups)
+            found[weight] = Prunable(name, weight, 0 if is_transposed else 1, num_groups)
     every_name = [name for names in names_of.values() for name in names]
     excluded: set[str] = set()
     for pattern in exclude:
@@ -310,7 +291,7 @@ def _check_rankable(unit: Prunable) -> None:
 
 
 def _describe_unprunable(model: nn.Module) -> str:
-    """Words what a network has in place of prunable weights."""
+    """Describes a network without prunable weights."""
     owners = [
         f"'{f'{path}.{name}'.lstrip('.')}' of {type(module).__name__}"
         for path, module in model.named_modules()
@@ -323,5 +304,5 @@ def _describe_unprunable(model: nn.Module) -> str:
 
 
 def num_to_prune(sparsity: float, num_units: int) -> int:
-    """Rounds sparsity * units half up: the exact number of removed units."""
+    """Returns the exact number of removed units: sparsity * units, rounded half up."""
     return math.floor(sparsity * num_units + 0.5)

@@ -517,7 +517,7 @@ def load_rows(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 # -- replicated networks ---------------------------------------------------------------------------
 
 
-def _distinct(model: nn.Module) -> dict[str, Tensor]:
+def distinct_state(model: nn.Module) -> dict[str, Tensor]:
     """Lists the state dict; of tied tensors, which the format refuses, the first name alone."""
     seen: set[tuple[int, ...]] = set()
     distinct: dict[str, Tensor] = {}

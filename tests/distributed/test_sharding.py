@@ -28,7 +28,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.distributed.sharding import shard_network
-from gbp_ray.training.network import _distinct
+from gbp_ray.training.network import distinct_state
 
 World = list[dict[str, Any]]
 
@@ -222,7 +222,7 @@ def test_all_ranks_see_the_same_ties_whatever_rows_they_hold() -> None:
         try:
             model = TiedNet()
             shard_network(model, torch.device("cpu"), 4)
-            listed.append(list(_distinct(model)))
+            listed.append(list(distinct_state(model)))
         finally:
             dist.destroy_process_group()
     assert all(names == listed[0] for names in listed)

@@ -18,7 +18,7 @@ from gbp_ray.config.training import PretrainConfig
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import ConfigError, StoreError, WorkloadError
 from gbp_ray.pruning.checks import check_job
-from gbp_ray.pruning.masks import MaskSet, pin_files, read_masks_at, starting_masks
+from gbp_ray.pruning.masks import MaskSet, pin_files, read_initial_masks, read_masks_at
 from gbp_ray.pruning.rounds import RoundState, run_rounds
 from gbp_ray.pruning.units import prunable_parameters
 from gbp_ray.workloads.weights import start_from
@@ -116,7 +116,7 @@ def test_excluded_parameters_stay_whole_and_others_without_a_mask_start_whole(
     partial = MaskSet({name: masks[name] for name in ("conv1.weight", "head.weight")})
     job = job_from(file_of(partial, tmp_path), sparsity=0.9, exclude=["head.*"])
     units = prunable_parameters(built(ConvNet), ["head.*"])
-    found = starting_masks(job, units)
+    found = read_initial_masks(job, units)
     assert found is not None
     assert list(found) == ["conv1.weight", "conv2.weight"]
     assert torch.equal(found["conv1.weight"], masks["conv1.weight"])
