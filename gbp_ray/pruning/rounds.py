@@ -400,7 +400,7 @@ class _Run:
             every=num_steps(recipe, self.workload, recipe.validate_every),
             patience=recipe.patience,
             train=train,
-            judge=lambda: self._evaluate(number),
+            validate=lambda: self._evaluate(number),
             start=(accuracy, loss) if known else self._evaluate(number),  # type: ignore[arg-type]
         )
         self.kept_step = stretch_kept.kept_step

@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics, estimated anew after pruning; the same on any W."""
+"""BatchNorm's running statistics, re-estimated after pruning, the same on any number of ranks."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ __all__ = [
 
 
 def norm_batch_size(prune: PruneConfig) -> int:
-    """Chooses examples per batch: those of scoring, but enough for statistics worth the name."""
+    """Returns the examples per batch: as many as in scoring, but at least 32."""
     return max(prune.calibration_batch_size, 32)
 
 
 def recalibrate_as_asked(job: JobConfig, model: nn.Module, workload: Workload, ranks: Ranks) -> int:
-    """Re-estimates running statistics as a job wants it after each prune. Communicates.
+    """Re-estimates running statistics as a job configures it. Communicates.
 
     Returns:
-        Examples used; 0 where the job wants none, or the model has no running statistics.
+        Examples used; 0 where the job asks for none, or the model has no running statistics.
     """
     if not job.prune.batchnorm_examples:
         return 0
@@ -50,7 +50,7 @@ def recalibrate_as_asked(job: JobConfig, model: nn.Module, workload: Workload, r
 
 @contextmanager
 def keeping_statistics(model: nn.Module) -> Iterator[None]:
-    """Puts running statistics back after the block, bit for bit."""
+    """Restores running statistics after the block, bit for bit."""
     before = [(statistic, statistic.clone()) for statistic in _statistics(_find_norms(model))]
     try:
         yield
@@ -71,11 +71,10 @@ def recalibrate_batchnorm(
 ) -> int:
     """Re-estimates BatchNorm's running statistics on training examples, augmented as in training.
 
-    Pruning shifts what each layer receives; stale statistics alone can cost most of the accuracy.
-    So can statistics of clean images: the weights were trained beside those of augmented ones, and
-    a CIFAR-10 ResNet-20 loses 2.5 points at once when only its statistics change to clean ones.
-    Running mean and variance become the mean over batches of the batch statistics, and where a
-    module is called several times in a forward pass, of each of its calls. Communicates.
+    Pruning shifts the inputs of each layer, and stale statistics by themselves can cost most of the
+    accuracy. Statistics of clean images cost some as well: 2.5 points for a CIFAR-10 ResNet-20,
+    whose weights were trained with those of augmented ones. Running mean and variance become the
+    means of the batch statistics over batches and over a module's calls. Communicates.
 
     Returns:
         Examples used; 0 where the model has no running statistics.
@@ -97,7 +96,7 @@ def recalibrate_batchnorm(
     model.eval()
     for norm in norms:
         norm.train()
-        norm.momentum = 1.0
+        norm.momentum = 1.0  # the statistics of the last batch only
     for item in ranks.deal(len(batches)):
         vector: Tensor | None = None
         number = 0 if item is None and is_sharded(model) else item
@@ -133,9 +132,9 @@ def _statistics(norms: Iterable[_BatchNorm]) -> list[Tensor]:
 
 @contextmanager
 def _averaged_over_calls(norms: Iterable[_BatchNorm]) -> Iterator[None]:
-    """Makes the running statistics the mean over a module's calls in the block.
+    """Averages the running statistics over a module's calls in the block.
 
-    With a momentum of 1 they are those of the last call alone. A single call keeps its bits.
+    With a momentum of 1 they would be those of the last call. A single call keeps its bits.
     """
     means: dict[_BatchNorm, tuple[int, list[Tensor]]] = {}
 

@@ -21,10 +21,7 @@ from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import cut_batches, derive_seed, take_batch
 from gbp_ray.workloads.metrics import check_share, count_items, count_right
 
-__all__ = [
-    "evaluate",
-    "measure_final_test",
-]
+__all__ = ["evaluate", "measure_final_test"]
 
 
 @torch.no_grad()
@@ -40,19 +37,15 @@ def evaluate(
 ) -> tuple[float, float]:
     """Measures accuracy and mean loss on a split, each example once. Communicates.
 
-    The loss is the mean over all items of the split (`means.count_items`), whatever the batch size.
+    The loss is the mean over all items of the split (`count_items`), whatever the batch size.
 
     Args:
         split: "test", "validation" or "train"; never augmented.
         sample: (n,) positions of the examples to take; None takes all.
 
-    Returns:
-        (accuracy in [0, 1], mean loss).
-
     Raises:
-        WorkloadError: An input or a target is NaN or infinite and the loss with it, or a label is
-            out of range; on every rank, naming the example. Or right answers are more than were
-            asked for.
+        WorkloadError: The loss is not finite because of an example, a label is out of range, or
+            more answers are right than were asked for; on every rank.
     """
     data = getattr(workload, split)
     chosen = torch.arange(num_examples(data)) if sample is None else sample
@@ -74,7 +67,7 @@ def evaluate(
                 counts = count_items(workload, targets)
                 items[item] = len(indices) if counts is None else counts.sum()
                 loss = workload.loss(outputs, targets).double()
-                # A mean over nothing is NaN, and adds nothing.
+                # A mean over no items is NaN, and must add nothing.
                 losses[item] = loss if counts is None else loss.where(items[item] > 0, 0)
             right[item], asked[item] = count_right(workload, split, outputs, targets)
 
@@ -83,7 +76,7 @@ def evaluate(
             if item is not None:
                 measure(item, is_counted=True)
             elif is_sharded(model):
-                # All ranks pass through a sharded network; one without a batch for nothing.
+                # All ranks pass through a sharded network.
                 measure(0, is_counted=False)
             tell(min((turn + 1) * ranks.world_size, len(batches)), len(batches))
         for item in (~torch.isfinite(losses)).nonzero().flatten().tolist():
@@ -91,11 +84,10 @@ def evaluate(
         for item, counted in enumerate(zip(right.tolist(), asked.tolist(), strict=True)):
             check_share(split, *counted, f"in batch {item + 1} of {len(batches)}")
 
-    # Nothing is exchanged before the end, so a rank that fails must not leave the others there.
     ranks.run_collectively(measure_own, communicates=is_sharded(model))
     losses, items, right, asked = map(ranks.all_reduce_disjoint, (losses, items, right, asked))
     sizes = items.new_tensor([len(batch) for batch in batches])
-    # Where every example has as many items, sizes give the same mean, and whole numbers.
+    # Where every example has equally many items, sizes give the same mean in whole numbers.
     weights = sizes if torch.equal(items * sizes[0], sizes * items[0]) else items
     num_asked, num_items = asked.sum().item(), weights.sum().item()
     if items.sum().item() == 0 or num_asked == 0:
@@ -115,10 +107,10 @@ def measure_final_test(
     read_weights: Callable[[int], bytes],
     tell: Callable[[int, int, int], None] = lambda number, done, total: None,
 ) -> FinalTest:
-    """Measures the chosen round on the test split, and the dense network beside it. Communicates.
+    """Measures the chosen round and the dense network on the test split. Communicates.
 
     Args:
-        model: Of the trial; it gets the weights of both rounds.
+        model: Loads the weights of both rounds.
         chosen: Number of the round, from `records.choose_round`.
         read_weights: Number of a round -> its weights.safetensors.
         tell: Called with (number of the round, batches done, batches in all).

@@ -1,16 +1,12 @@
-"""Training of masked networks, the same on any number of workers W.
+"""Training of masked networks, the same on any number of ranks.
 
-An optimizer step sees one batch, cut into `microbatches` parts. A part is computed whole on one
-rank, and the parts' gradients are added in part order (`folding.GradientReducer`), so a step gives
-the same bits on any number of workers, and on replicated and sharded networks. BatchNorm normalises
-each part by itself; its running statistics move by the mean of what the parts would have done
-(`buffers` says what becomes of others).
-
-What shapes a step beside the loss (`objective`): its gradient may be clipped (`clipping`), and the
-weights averaged over the steps of a training (`averaging`).
+An optimizer step sees one batch, cut into microbatches. Each is computed whole on one rank, and
+their gradients are added in order (`GradientReducer`), so a step gives the same bits on any number
+of ranks, for replicated and sharded networks. BatchNorm normalises each microbatch by itself; its
+running statistics move by the mean of their changes (`buffers` defines it for other buffers).
 
 Pruned weights stay exactly zero without being reset: their gradients and the optimizer's state for
-them are zero, so momentum has nothing to carry, and decay of a zero is a zero.
+them are zero, so momentum adds nothing, and decay of a zero is a zero.
 
 Shape suffixes: L = weights of one slice, flat; B = as in `buffers`.
 """
@@ -21,7 +17,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +24,7 @@ from torch.optim import Optimizer
 
 from gbp_ray.config.training import Recipe
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.distributed.sharding import (
-    cut_rows,
-    is_shard,
-    is_sharded,
-    leaves,
-    local,
-)
+from gbp_ray.distributed.sharding import cut_rows, is_shard, is_sharded, leaves, local
 from gbp_ray.distributed.sums import GradientReducer, OrderedSum
 from gbp_ray.errors import PruneError
 from gbp_ray.training.buffers import TrainedBuffers
@@ -44,9 +33,9 @@ from gbp_ray.training.distillation import Teacher
 from gbp_ray.training.loss import emphases_of, training_loss
 from gbp_ray.training.optimizer import (
     MovingAverage,
-    _steps_per_epoch,
     clip_gradients,
     learning_rate,
+    steps_per_epoch,
     trainable_parameters,
     training_mode,
 )
@@ -55,22 +44,17 @@ from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import derive_seed, shuffled_indices
 from gbp_ray.workloads.weights import tensor_state
 
-__all__ = [
-    "Span",
-    "Stretch",
-    "train_epochs",
-    "train_until_stale",
-]
+__all__ = ["Outcome", "Span", "train_epochs", "train_until_stale"]
 
 
 @dataclass(frozen=True)
 class Span:
-    """Which optimizer steps to take, and which stretch the learning rate is planned over.
+    """The optimizer steps to take, and those that the learning rate's schedule covers.
 
     Attributes:
         phase: Name of the training ("pretrain", "finetune"); part of every random draw.
-        steps: Numbers of the steps to take; examples go on where an earlier span ended.
-        planned: All steps of the learning rate's schedule; contains `steps`.
+        steps: Numbers of the steps to take; the order of examples continues from earlier spans.
+        planned: All steps of the schedule; contains `steps`.
     """
 
     phase: str
@@ -96,69 +80,71 @@ def train_epochs(
     """Trains over a span of steps, keeping pruned weights at zero. Communicates.
 
     Args:
-        masks: Pruned weights; None trains all.
-        teacher: Adds its outputs to what is learnt; it sees the same augmented examples.
-        movement: Given the gradients of each step by parameter name, before the weights move.
-        average: Goes on with this one, and leaves the weights in place. None makes one where the
-            recipe asks for it, which takes their place at the end.
+        masks: None trains all weights.
+        teacher: Adds the loss of distillation; it sees the same augmented examples.
+        movement: Called with the gradients of each step by name, before the weights change.
+        average: Updated, without replacing the weights. None makes one where the recipe asks for
+            it, which replaces the weights at the end.
         tell: Called after each step with (steps done, steps in all, loss).
 
     Returns:
         Mean training loss over the last tenth of the span, NaN for an empty span.
 
     Raises:
-        PruneError: The loss or a gradient is not finite; on every rank, before weights move.
-        WorkloadError: It is not, and an example of the batch holds NaN or infinity.
+        PruneError: The loss or a gradient is not finite; on every rank, before weights change.
+        WorkloadError: So is an example of the batch.
     """
     trainable = trainable_parameters(model, recipe.freeze)
     differentiated = leaves(model)
-    pieces = {n: cut_rows(n, p.shape, ranks.world_size) for n, p in trainable.items()}
+    slices = {n: cut_rows(n, p.shape, ranks.world_size) for n, p in trainable.items()}
     buffers = TrainedBuffers(model, ranks.device)
     kept = [(trainable[n], mask) for n, mask in (masks or {}).items() if n in trainable]
-    warmup = round(recipe.warmup_epochs * _steps_per_epoch(recipe, workload))
+    warmup = round(recipe.warmup_epochs * steps_per_epoch(recipe, workload))
     own: MovingAverage | None = None
     if average is None and recipe.ema_decay > 0:
         average = own = MovingAverage(model, recipe.ema_decay)
     recent: list[float] = []
     for done, step in enumerate(span.steps, start=1):
         batch = _batch_of_step(recipe, workload, seed, span.phase, step)
-        parts = batch.tensor_split(min(recipe.microbatches, len(batch)))
-        emphases = emphases_of(workload, batch, parts, ranks)
+        microbatches = batch.tensor_split(min(recipe.microbatches, len(batch)))
+        emphases = emphases_of(workload, batch, microbatches, ranks)
         sums = GradientReducer(
             ranks,
             trainable,
             {name: differentiated[name] for name in trainable},
-            pieces,
-            [len(part) / len(batch) for part in parts],
+            slices,
+            [len(microbatch) / len(batch) for microbatch in microbatches],
             lambda gradient_L, weight_L, share: gradient_L * share,
             is_sharded=is_sharded(model),
         )
-        besides = OrderedSum(ranks, buffers.size + 1, len(parts), buffers.dtype, buffers.dtype)
-        buffers.remember(len(parts))
+        num_extras = buffers.size + 1
+        extras_sum = OrderedSum(ranks, num_extras, len(microbatches), buffers.dtype, buffers.dtype)
+        buffers.remember(len(microbatches))
         with training_mode(model, recipe.freeze), sums.listening():
-            for item in ranks.deal(len(parts)):
-                beside: Tensor | None = None
+            for item in ranks.deal(len(microbatches)):
+                extras: Tensor | None = None
                 with sums.turn():
-                    # All ranks pass through a sharded network; one without a part for nothing.
+                    # All ranks pass through a sharded network; one without an item uses item 0.
                     number = 0 if item is None and is_sharded(model) else item
                     if number is not None:
-                        part, draws = parts[number], derive_seed(seed, span.phase, step, number)
+                        microbatch = microbatches[number]
+                        draws = derive_seed(seed, span.phase, step, number)
                         loss = training_loss(
-                            *(model, workload, recipe, teacher, part, draws, ranks.device),
+                            *(model, workload, recipe, teacher, microbatch, draws, ranks.device),
                             emphasis=emphases[number],
                         )
                         loss.backward()
-                        beside = torch.cat([buffers.collect(number), loss.detach().view(1)])
-                        beside *= len(part) / len(batch)
-                besides.add(None if item is None else beside)
+                        extras = torch.cat([buffers.collect(number), loss.detach().view(1)])
+                        extras *= len(microbatch) / len(batch)
+                extras_sum.add(None if item is None else extras)
         gradients = sums.totals()
-        joined_B, loss_1 = besides.result().split([buffers.size, 1])
-        _refuse_non_finite(
+        buffer_delta_B, loss_1 = extras_sum.result().split([buffers.size, 1])
+        _check_finite_step(
             loss_1, gradients, span, step, recipe, ranks, masks or {}, workload, batch
         )
         reached = sums.reached()
         for name, parameter in trainable.items():
-            # As torch does, what no part of the batch uses is left alone: no decay, no momentum.
+            # As in torch, a parameter that no microbatch uses gets no decay and no momentum.
             parameter.grad = gradients[name] if name in reached else None
         if movement is not None:
             movement(gradients)
@@ -172,7 +158,7 @@ def train_epochs(
                 recipe, step - span.planned.start, len(span.planned), warmup
             )
         optimizer.step()
-        buffers.settle(joined_B, ranks)
+        buffers.settle(buffer_delta_B, ranks)
         if average is not None:
             average.update()
         # A batch without any label has no loss.
@@ -187,7 +173,7 @@ def train_epochs(
 
 
 def _batch_of_step(recipe: Recipe, workload: Workload, seed: int, phase: str, step: int) -> Tensor:
-    epoch, position = divmod(step, _steps_per_epoch(recipe, workload))
+    epoch, position = divmod(step, steps_per_epoch(recipe, workload))
     order = _epoch_order(num_examples(workload.train), derive_seed(seed, phase, "epoch", epoch))
     return order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
 
@@ -197,7 +183,7 @@ def _epoch_order(total: int, seed: int) -> Tensor:
     return shuffled_indices(total, seed)
 
 
-def _refuse_non_finite(
+def _check_finite_step(
     loss_1: Tensor,
     gradients: Mapping[str, Tensor],
     span: Span,
@@ -208,11 +194,11 @@ def _refuse_non_finite(
     workload: Workload,
     batch: Tensor,
 ) -> None:
-    # Read at once: on a GPU every look waits for it.
+    # Read together: on a GPU each read waits for it.
     are_finite = [torch.isfinite(local(gradient)).all() for gradient in gradients.values()]
     is_bad = torch.stack(are_finite).logical_not().tolist()
     if any(is_shard(gradient) for gradient in gradients.values()):
-        # Each rank has seen its own rows alone.
+        # Each rank has checked only its own rows.
         is_bad = ranks.all_reduce_counts(torch.tensor(is_bad, dtype=torch.int64)).bool().tolist()
     if bool(torch.isfinite(loss_1).all()) and not any(is_bad):
         return
@@ -221,32 +207,33 @@ def _refuse_non_finite(
     if bool(torch.isfinite(loss_1).all()):
         culprit = next(name for name, bad in zip(gradients, is_bad, strict=True) if bad)
         what = f"gradient of '{culprit}' is not finite"
-    section = span.phase
-    remedy = f"lower {section}.learning_rate = {recipe.learning_rate:g} or check the data for NaN"
+    remedy = (
+        f"lower {span.phase}.learning_rate = {recipe.learning_rate:g} or check the data for NaN"
+    )
     if why := why_not_finite(masks):
-        # After the first step the rate may be to blame as well.
+        # After the first step the learning rate may be the cause as well.
         remedy = why if step == span.steps.start else f"{why}; or {remedy}"
     raise PruneError(
-        f"{section}: {what} at step {step - span.steps.start + 1} of {len(span.steps)}; {remedy}"
+        f"{span.phase}: {what} at step {step - span.steps.start + 1} of {len(span.steps)}; {remedy}"
     )
 
 
-Judgement = tuple[float, float]
+Validation = tuple[float, float]
 """(accuracy, loss) on examples that are not trained on."""
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """What became of a stretch of training.
+class Outcome:
+    """The end of a training that may have stopped early.
 
     Attributes:
-        kept_step: Steps after which the network is that was kept; 0 is the start.
-        judgement: Of that network.
-        train_loss: Of the last part that was trained; NaN where none was.
+        kept_step: Steps after which the network was kept; 0 is the start.
+        validation: Of that network.
+        train_loss: Of the last steps trained; NaN without any.
     """
 
     kept_step: int
-    judgement: Judgement
+    validation: Validation
     train_loss: float
 
 
@@ -258,27 +245,26 @@ def train_until_stale(
     every: int,
     patience: int,
     train: Callable[[range], float],
-    judge: Callable[[], Judgement],
-    start: Judgement,
-) -> Stretch:
-    """Trains until `patience` judgements in a row brought nothing better, or to the end.
+    validate: Callable[[], Validation],
+    start: Validation,
+) -> Outcome:
+    """Trains until `patience` validations in a row were no better, or to the end; keeps the best.
 
     Better is more accurate, and of equals with less loss.
 
     Args:
-        steps: Of the whole stretch.
-        every: Steps from one judgement to the next; the end of the stretch is judged, too.
+        steps: All that may be taken.
+        every: Steps between validations; the last step is validated, too.
         train: Takes some steps, and returns their training loss.
-        judge: Measures the network as it is.
-        start: The judgement before the first step.
+        start: The validation before the first step.
     """
     best, kept_step, kept = start, 0, _Snapshot(model, optimizer)
     stale, done, train_loss = 0, 0, math.nan
     while done < len(steps) and stale < patience:
-        part = steps[done : done + every]
-        train_loss = train(part)
-        done += len(part)
-        found = judge()
+        next_steps = steps[done : done + every]
+        train_loss = train(next_steps)
+        done += len(next_steps)
+        found = validate()
         if (found[0], -found[1]) > (best[0], -best[1]):
             best, kept_step, stale = found, done, 0
             kept = _Snapshot(model, optimizer)
@@ -286,17 +272,20 @@ def train_until_stale(
             stale += 1
     if kept_step < done:
         kept.restore()
-    return Stretch(kept_step, best, train_loss)
+    return Outcome(kept_step, best, train_loss)
 
 
 class _Snapshot:
-    """A network and its optimizer's state, to go back to; of a sharded one this rank's rows."""
+    """A copy of a network and its optimizer's state; of a sharded one this rank's rows."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self._model, self._optimizer = model, optimizer
         self._tensors = {name: t.detach().clone() for name, t in tensor_state(model).items()}
         self._state = {
-            parameter: {key: _copy(value) for key, value in state.items()}
+            parameter: {
+                key: value.detach().clone() if isinstance(value, Tensor) else value
+                for key, value in state.items()
+            }
             for parameter, state in optimizer.state.items()
         }
 
@@ -305,9 +294,4 @@ class _Snapshot:
         for name, tensor in tensor_state(self._model).items():
             tensor.copy_(self._tensors[name])
         self._optimizer.state.clear()
-        for parameter, state in self._state.items():
-            self._optimizer.state[parameter] = state
-
-
-def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+        self._optimizer.state.update(self._state)

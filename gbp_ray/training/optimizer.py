@@ -1,17 +1,15 @@
-"""An exponential moving average of the weights, which becomes the network when a training ends.
+"""Optimizers, learning rates, gradient clipping, frozen parameters, and the average of the weights.
 
-The average begins anew with each training (pretrain, or the fine-tuning of a round), at the weights
-that it begins with. After the last step it takes the place of the weights, and before that wherever
-the training is judged (early stopping), to go on from the weights themselves. So one network is
-evaluated, stored, scored for the next decision and trained on: a mask decided on weights that
-nobody keeps would be another network's. So a round's files say all that the next one needs, and a
-resumed trial has nothing more to read. Pruned weights are zero in every term, and so are they in
-the average.
+The exponential moving average starts anew with each training (pretrain, or the fine-tuning of a
+round), from the weights at its start. After the last step it replaces the weights; where early
+stopping validates the network before that, only for the validation. So one network is evaluated,
+stored, scored and trained on: masks are never decided on weights that nobody keeps. A round's files
+hold all that the next one needs. Pruned weights are zero in every term, hence in the average.
 
 A short training would hardly leave its start behind, so the decay of step t is at most
 (1 + t) / (10 + t). Running statistics are averaged alike, counters are those of the last step.
 
-Each rank averages what it holds, element by element: the same bits in shards and in one piece.
+Each rank averages what it holds, element by element: the same bits for sharded networks.
 """
 
 from __future__ import annotations
@@ -28,12 +26,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from gbp_ray.config.schema import is_matched, match_names, nearest_glob
 from gbp_ray.config.training import Recipe
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.distributed.sharding import (
-    cut_rows,
-    is_shard,
-    local,
-    only_requiring,
-)
+from gbp_ray.distributed.sharding import cut_rows, is_shard, local, only_requiring
 from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.workloads.contract import Workload, num_examples
 
@@ -45,6 +38,7 @@ __all__ = [
     "learning_rate",
     "make_optimizer",
     "num_steps",
+    "steps_per_epoch",
     "trainable_parameters",
     "training_mode",
 ]
@@ -54,7 +48,7 @@ class MovingAverage:
     """The average of a model's trainable parameters and of its floating-point buffers.
 
     Args:
-        decay: What a step keeps of the average, at most.
+        decay: Weight of the old average in a step, at most.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -66,20 +60,20 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the weights after a step into the average."""
+        """Adds the weights after a step to the average."""
         self._num_steps += 1
         decay = min(self._decay, (1 + self._num_steps) / (10 + self._num_steps))
         for now, average in self._pairs:
-            # Each operation rounds by itself: a fused one would depend on where a shard ends.
+            # Separate operations round the same way everywhere; a fused one, not at a shard's end.
             moved = average + (now - average) * (1 - decay)
-            # Infinities, as masks of attention hold them, differ from themselves by NaN, and what
-            # was infinite before the first step has no mean with what came after it.
+            # Infinity minus itself is NaN, and attention masks hold infinities. A value that was
+            # infinite before the first step starts its average after it.
             moved = torch.where(now == average, average, moved)
             average.copy_(torch.where(torch.isfinite(average), moved, now))
 
     @torch.no_grad()
     def trade_places(self) -> None:
-        """Puts the average in the place of the weights, or these back in theirs."""
+        """Swaps the average and the weights."""
         for now, average in self._pairs:
             kept = now.clone()
             now.copy_(average)
@@ -87,7 +81,7 @@ class MovingAverage:
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
-        """Has the weights in their place for the block, and the average outside it."""
+        """Swaps the weights in for the block, and the average after it."""
         self.trade_places()
         try:
             yield
@@ -126,15 +120,15 @@ def _sums_of_rows(gradient: Tensor, ranks: Ranks) -> Tensor:
     own = _halve(squares.view(num_rows, -1)) if rows.numel() else squares.new_zeros(num_rows)
     if not is_shard(gradient):
         return own
-    piece = cut_rows("", gradient.shape, ranks.world_size)[ranks.rank]
+    rank_slice = cut_rows("", gradient.shape, ranks.world_size)[ranks.rank]
     everywhere = own.new_zeros(gradient.shape[0])
-    first = piece.start // max(1, math.prod(gradient.shape[1:]))
+    first = rank_slice.start // max(1, math.prod(gradient.shape[1:]))
     everywhere[first : first + len(own)] = own
     return ranks.all_reduce_disjoint(everywhere)
 
 
 def _halve(values: Tensor) -> Tensor:
-    """Adds up along the second axis, in place: (R, C) -> (R,)."""
+    """Sums along the second axis pairwise, in place: (R, C) -> (R,)."""
     while (width := values.shape[1]) > 1:
         half = (width + 1) // 2
         values[:, : width - half] += values[:, half:]
@@ -143,7 +137,7 @@ def _halve(values: Tensor) -> Tensor:
 
 
 def trainable_parameters(model: nn.Module, freeze: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Lists what a training moves, by first name; a glob may match any name of a tied one."""
+    """Returns the parameters to train by first name; a glob may match any name of a tied one."""
     frozen = {
         parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -157,11 +151,7 @@ def trainable_parameters(model: nn.Module, freeze: Sequence[str]) -> dict[str, n
 
 
 def check_freeze(model: nn.Module, freeze: Sequence[str], section: str) -> None:
-    """Refuses globs that match nothing, or leave nothing to train.
-
-    Raises:
-        ConfigError: Naming the glob.
-    """
+    """Raises ConfigError for globs that match nothing, or leave nothing to train."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     names += [name for name, _ in model.named_buffers(remove_duplicate=False)]
     for pattern in freeze:
@@ -178,9 +168,9 @@ def check_freeze(model: nn.Module, freeze: Sequence[str], section: str) -> None:
 
 @contextmanager
 def training_mode(model: nn.Module, freeze: Sequence[str]) -> Iterator[None]:
-    """Puts a model into training mode but for what is frozen, which takes no gradient in the block.
+    """Sets training mode, except for frozen norms; frozen parameters get no gradient in the block.
 
-    Afterwards it is left in training mode.
+    Leaves the model in training mode.
     """
     model.train()
     if not freeze:
@@ -207,12 +197,12 @@ def num_steps(recipe: Recipe, workload: Workload, epochs: float) -> int:
     """Converts epochs to optimizer steps; any epochs above zero make at least one step."""
     if epochs == 0:
         return 0
-    return max(1, round(epochs * _steps_per_epoch(recipe, workload)))
+    return max(1, round(epochs * steps_per_epoch(recipe, workload)))
 
 
-def _steps_per_epoch(recipe: Recipe, workload: Workload) -> int:
-    # The examples left over from whole batches wait for the next epoch's order: a lone example
-    # would break BatchNorm.
+def steps_per_epoch(recipe: Recipe, workload: Workload) -> int:
+    """Counts the whole batches of an epoch."""
+    # Examples beyond the last whole batch are dropped: a single one would break BatchNorm.
     return max(1, num_examples(workload.train) // recipe.batch_size)
 
 

@@ -28,22 +28,22 @@ from gbp_ray.workloads.loading import hold_out
 HELD_OUT = hold_out(images(num_train=60), 0.25, seed=3)
 
 
-class Judge:
-    """Gives prepared judgements, and remembers the network at each."""
+class Validate:
+    """Returns prepared validations, and remembers the network at each one."""
 
-    def __init__(self, model: nn.Module, judgements: list[tuple[float, float]]) -> None:
-        self.model, self.judgements = model, list(judgements)
+    def __init__(self, model: nn.Module, validations: list[tuple[float, float]]) -> None:
+        self.model, self.validations = model, list(validations)
         self.seen: list[dict[str, Tensor]] = []
 
     def __call__(self) -> tuple[float, float]:
         self.seen.append(copy.deepcopy(self.model.state_dict()))
-        return self.judgements[len(self.seen) - 1]
+        return self.validations[len(self.seen) - 1]
 
 
-def stretch_of(judgements: list[tuple[float, float]], patience: int, every: int = 2) -> Any:
+def train_with(validations: list[tuple[float, float]], patience: int, every: int = 2) -> Any:
     model = built(ConvNet)
     optimizer = make_optimizer(model, FinetuneConfig())
-    judge, steps_taken = Judge(model, judgements), []
+    validate, steps_taken = Validate(model, validations), []
 
     def train(part: range) -> float:
         steps_taken.extend(part)
@@ -54,17 +54,17 @@ def stretch_of(judgements: list[tuple[float, float]], patience: int, every: int 
         return float(part.start)
 
     first = copy.deepcopy(model.state_dict())
-    stretch = train_until_stale(
+    outcome = train_until_stale(
         model,
         optimizer,
         range(10, 19),
         every=every,
         patience=patience,
         train=train,
-        judge=judge,
+        validate=validate,
         start=(0.5, 1.0),
     )
-    return stretch, model, optimizer, [first, *judge.seen], steps_taken
+    return outcome, model, optimizer, [first, *validate.seen], steps_taken
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -73,32 +73,32 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def test_training_stops_when_nothing_better_came_for_a_while() -> None:
     found = [(0.6, 1.0), (0.7, 1.0), (0.7, 1.0), (0.6, 0.1), (0.9, 1.0)]
-    stretch, model, _, states, steps = stretch_of(found, patience=2)
-    assert steps == list(range(10, 18)), "two judgements after the second brought nothing"
-    assert (stretch.kept_step, stretch.judgement) == (4, (0.7, 1.0))
+    outcome, model, _, states, steps = train_with(found, patience=2)
+    assert steps == list(range(10, 18)), "two validations after the second brought nothing"
+    assert (outcome.kept_step, outcome.validation) == (4, (0.7, 1.0))
     assert same(model.state_dict(), states[2])
     assert not same(states[2], states[4])
-    assert stretch.train_loss == 16.0
+    assert outcome.train_loss == 16.0
 
 
 def test_of_equally_accurate_networks_the_one_with_less_loss_is_better() -> None:
     found = [(0.5, 0.9), (0.5, 0.8), (0.5, 0.8), (0.5, 0.85), (0.5, 0.8)]
-    stretch, model, _, states, steps = stretch_of(found, patience=9)
-    assert steps == list(range(10, 19)), "the last part is short and judged, too"
-    assert stretch.kept_step == 4
+    outcome, model, _, states, steps = train_with(found, patience=9)
+    assert steps == list(range(10, 19)), "the last part is short and validated, too"
+    assert outcome.kept_step == 4
     assert same(model.state_dict(), states[2])
 
 
 def test_the_start_is_kept_where_training_only_hurts() -> None:
-    stretch, model, optimizer, states, _ = stretch_of([(0.4, 1.0), (0.5, 1.0)], patience=2)
-    assert (stretch.kept_step, stretch.judgement) == (0, (0.5, 1.0))
+    outcome, model, optimizer, states, _ = train_with([(0.4, 1.0), (0.5, 1.0)], patience=2)
+    assert (outcome.kept_step, outcome.validation) == (0, (0.5, 1.0))
     assert same(model.state_dict(), states[0])
     assert not optimizer.state, "momentum of steps that were taken back is gone with them"
 
 
 def test_the_optimizer_goes_back_with_the_network() -> None:
     found = [(0.6, 1.0), (0.5, 1.0), (0.5, 1.0)]
-    _, model, optimizer, _, _ = stretch_of(found, patience=2)
+    _, model, optimizer, _, _ = train_with(found, patience=2)
     momentum = optimizer.state[next(model.parameters())]["momentum_buffer"]
     # One step of gradient 1 and weight decay; three would have made 2.7 of it.
     assert float(momentum.mean()) == pytest.approx(1.0, abs=0.01)
