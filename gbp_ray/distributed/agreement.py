@@ -1,8 +1,8 @@
-"""What all ranks of a trial must have in common, and all its rounds: the network's start, the data.
+"""Checks that all ranks of a trial, and all its runs, have the same network and the same data.
 
-Ranks compare the bits of what they start from. What is put on record, to be compared when the trial
-goes on or is looked at, perhaps on another machine, are fingerprints: a digest of whole numbers,
-names and shapes, and for floating-point numbers one projection, which rounding hardly moves.
+Ranks compare the bits of what they start from. Records hold fingerprints, to be compared when the
+trial is resumed or explained, perhaps on another machine: a digest of integers, names and shapes,
+and one projection of each floating-point tensor, which rounding hardly changes.
 
 A split is compared by its size, a few fixed examples and, of a tuple, all labels, so that large
 data cost no more than small data.
@@ -39,11 +39,11 @@ __all__ = [
 
 _NUM_ITEMS = 8
 _WHOLE_BYTES = 2**20
-"""Tensors up to this size are hashed whole, larger ones in a sample, with a sum of all."""
+"""Tensors up to this size are hashed whole; of larger ones a sample, and the sum of all."""
 
 _LABEL_BYTES = 2**24
 _TOLERANCE = 5e-3
-"""Between projections; other draws differ by about one, other hardware by rounding errors."""
+"""Between projections: those of other draws differ by about one, of other hardware by rounding."""
 
 _REMEDY_DATA = (
     "sets, folders and unseeded generators give another order in each process: sort them, or seed "
@@ -62,22 +62,22 @@ def digest_weights(model: nn.Module) -> dict[str, str]:
 
 
 def digest_tensor(tensor: Tensor) -> str:
-    """Hashes type, shape and values; of a large tensor a sample, and a sum of all."""
+    """Hashes type, shape and values; of a large tensor a sample, and the sum of all."""
     digest = hashlib.sha256(f"{tensor.dtype}\0{tuple(tensor.shape)}".encode())
     if not tensor.is_meta and tensor.layout is torch.strided:
         bits = tensor.detach().cpu().resolve_conj().contiguous().reshape(-1).view(torch.uint8)
         if len(bits) > _WHOLE_BYTES:
             whole = len(bits) // 4 * 4
             digest.update(str(int(bits[:whole].view(torch.int32).sum())).encode())
-            # An odd step, so that each byte of a number has its turn.
+            # An odd step, so that every byte of a number is sampled.
             bits = bits[:: len(bits) // _WHOLE_BYTES * 2 + 1].contiguous()
-        # NumPy's view of a tensor forbids it to grow, as buffers of observers do.
+        # A NumPy view would keep buffers of observers from growing.
         digest.update(bits.clone().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def fingerprint(*values: Any) -> str:
-    """Condenses nests of tensors, arrays, numbers and text; alike ones come from alike values."""
+    """Fingerprints nests of tensors, arrays, numbers and text."""
     digest, projections = hashlib.sha256(), []
 
     def visit(value: Any) -> None:
@@ -111,12 +111,12 @@ def fingerprint(*values: Any) -> str:
 
 
 def _project(values: Tensor) -> float:
-    """Adds up numbers with signs of their own, (...) -> about one, whatever their size."""
+    """Sums numbers with fixed random signs, scaled to about one whatever their number."""
     if values.is_meta or values.numel() == 0:
         return 0.0
     flat = torch.view_as_real(values.detach()) if values.is_complex() else values.detach()
     flat = flat.cpu().reshape(-1)
-    # The logarithm keeps both small and huge ones in sight.
+    # asinh lets both small and huge numbers count.
     flat = flat[:: -(-len(flat) // 2**16)].double().asinh().nan_to_num(0.5, 100, -100)
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, flat.shape, generator=generator).mul_(2).sub_(1)
@@ -133,10 +133,10 @@ def _is_alike(one: str, other: str) -> bool:
 
 
 def fingerprints_of_network(model: nn.Module, *, is_blank: bool) -> dict[str, str]:
-    """Condenses what stored weights do not hold: the structure, and buffers outside of them.
+    """Fingerprints what stored weights do not hold: the structure, and non-persistent buffers.
 
     Args:
-        is_blank: Whether it was built without weights, and its layers set such buffers by seed.
+        is_blank: True if it was built without weights, so that the seed decides such buffers.
     """
     lines, constants = [], []
     for path, module in model.named_modules():
@@ -150,7 +150,7 @@ def fingerprints_of_network(model: nn.Module, *, is_blank: bool) -> dict[str, st
 
 
 def fingerprints_of_data(workload: Workload) -> dict[str, str]:
-    """Condenses the size and a few fixed examples of each split, neither augmented nor prepared."""
+    """Fingerprints size, targets and a few fixed examples of each split, not prepared."""
     bare = replace(workload, prepare=None)
     found = {}
     for split in ("train", "validation", "test"):
@@ -175,7 +175,7 @@ def _fingerprint_item(workload: Workload, data: Any, index: int) -> str:
 
 
 def check_same_start(ranks: Ranks, found: Mapping[str, str]) -> None:
-    """Makes sure that all ranks have the same data and build the same network. Communicates.
+    """Checks that all ranks have the same data and build the same network. Communicates.
 
     Args:
         found: From `fingerprints_of_network` and `fingerprints_of_data`.
@@ -188,7 +188,8 @@ def check_same_start(ranks: Ranks, found: Mapping[str, str]) -> None:
         name = _find_difference(everyone[0], other)
         if name is None:
             continue
-        what = f"{name} on rank {rank} is not that on rank 0{_told(everyone[0], other, name)}"
+        values = _describe(everyone[0], other, name)
+        what = f"{name} on rank {rank} is not that on rank 0{values}"
         if name == "the network":
             raise WorkloadError(
                 f"workload.build_model: workers build different networks: {what}; let nothing in "
@@ -198,7 +199,7 @@ def check_same_start(ranks: Ranks, found: Mapping[str, str]) -> None:
 
 
 def check_same_weights(ranks: Ranks, digests: Mapping[str, str]) -> None:
-    """Makes sure that all ranks start from the same weights. Communicates.
+    """Checks that all ranks start from the same weights. Communicates.
 
     Args:
         digests: From `digest_weights`.
@@ -221,11 +222,11 @@ def check_same_weights(ranks: Ranks, digests: Mapping[str, str]) -> None:
 
 
 def check_on_record(found: Mapping[str, str], stored: Mapping[str, str], source: str) -> None:
-    """Makes sure that network and data are those that stored results were made with.
+    """Checks that network and data are those that stored results were made with.
 
     Args:
-        stored: As `found`; what is in one of them only is not compared.
-        source: What the results are called.
+        stored: As `found`; only common names are compared.
+        source: Name of the results in errors.
 
     Raises:
         WorkloadError: Naming the first difference.
@@ -241,13 +242,13 @@ def check_on_record(found: Mapping[str, str], stored: Mapping[str, str], source:
     if name is not None:
         raise WorkloadError(
             f"{source}: was made with other data, which differ in {name}"
-            f"{_told(stored, found, name)}; {_REMEDY_DATA}, restore the data, or give the job "
-            "another name"
+            f"{_describe(stored, found, name)}; {_REMEDY_DATA}, restore the data, or give the "
+            "job another name"
         )
 
 
 def check_data(workload: Workload, stored: Mapping[str, str], source: str) -> None:
-    """Makes sure that data are those that stored results were made with; see `check_on_record`."""
+    """Checks that data are those that stored results were made with; see `check_on_record`."""
     if stored:
         check_on_record(fingerprints_of_data(workload), stored, source)
 
@@ -259,8 +260,8 @@ def _find_difference(one: Mapping[str, str], other: Mapping[str, str]) -> str | 
     return None
 
 
-def _told(one: Mapping[str, str], other: Mapping[str, str], name: str) -> str:
-    """Puts values into words where they say something."""
+def _describe(one: Mapping[str, str], other: Mapping[str, str], name: str) -> str:
+    """Formats two values for an error, if they are counts or errors themselves."""
     values = [found.get(name, "none") for found in (other, one)]
     if any((value.isdigit() and len(value) < 16) or value.startswith("(") for value in values):
         return f" ({values[0].strip('()')}, not {values[1].strip('()')})"

@@ -1,14 +1,13 @@
-"""The network of a trial as it starts: built under the job's seed, on its device, sharded if asked.
+"""Builds the network of a trial under the job's seed, loads it, and counts its multiply-adds.
 
-A workload decides how. A network that `build_model` returns with its weights starts from those; one
-returned on the meta device (built under `torch.device("meta")`) has none yet, and gets them layer
-by layer from each layer's own `reset_parameters`, under a seed of the layer's name; those of its
-tensors that are not on the meta device keep their values. So a sharded network that is larger than
-one worker never exists in one piece, and a replicated one built the same way starts from the same
-bits.
+A network that `build_model` returns with its weights starts from those. One on the meta device
+(built under `torch.device("meta")`) gets its weights layer by layer from each layer's own
+`reset_parameters`, under a seed of the layer's name; its tensors that are not on the meta device
+keep their values. So a sharded network larger than one worker never exists as a whole, and a
+replicated one built the same way starts from the same bits.
 
-Ranks send each other digests of what they have built, not weights: what differs between processes
-in the weights differs in what the weights do not hold as well.
+Ranks compare digests of what they have built instead of broadcasting weights: where a process
+differs in the weights, it also differs in what they do not hold.
 """
 
 from __future__ import annotations
@@ -72,12 +71,7 @@ __all__ = [
 
 
 class Start(NamedTuple):
-    """This rank's network as a trial starts with it.
-
-    Attributes:
-        macs: Its multiply-adds.
-        fingerprints: Of the network and the data, for the record; see `agreement`.
-    """
+    """This rank's network as a trial starts with it, with fingerprints of network and data."""
 
     model: nn.Module
     macs: Macs
@@ -85,7 +79,7 @@ class Start(NamedTuple):
 
 
 _STARTS: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
-"""Digests of what each layer held when it was built, for those that come a second time."""
+"""Digests of each layer when it was built, to recognise one that is returned again."""
 
 
 def network_of_seed(
@@ -94,13 +88,13 @@ def network_of_seed(
     """Builds the network in one piece, with the weights that every rank starts from.
 
     Args:
-        is_changed: Whether it will get other weights.
+        is_changed: True if it will be trained or loaded.
 
     Returns:
-        The network, and whether the workload built it without weights.
+        The network, and True if the workload built it without weights.
 
     Raises:
-        WorkloadError: It cannot be built, or has no way to get its first weights.
+        WorkloadError: It cannot be built, or a layer cannot initialise its weights.
     """
     model, _ = _build(workload, seed, is_changed=is_changed)
     if not _is_blank(model):
@@ -122,13 +116,13 @@ def build_start(
     """Builds this rank's network, the same one on all ranks. Communicates.
 
     Args:
-        strategy: "fsdp" spreads it over the ranks.
-        stored: Fingerprints on record of a trial that goes on.
-        source: What their record is called.
+        strategy: "fsdp" shards it.
+        stored: Fingerprints on record of a trial that is resumed.
+        source: Name of that record in errors.
 
     Raises:
-        WorkloadError: It cannot be built, has no way to get its first weights, or ranks differ in
-            it or in their data, or these differ from what is on record.
+        WorkloadError: As `network_of_seed`; or network or data differ between ranks, or from what
+            is on record.
     """
     model, macs, digests, found = ranks.run_collectively(lambda: _build_here(workload, seed))
     check_same_start(ranks, found)
@@ -185,7 +179,7 @@ def _build(workload: Workload, seed: int, *, is_changed: bool) -> tuple[nn.Modul
 
 
 def copy_frozen(model: nn.Module) -> nn.Module:
-    """Copies a network to look at, never to train. Communicates where it is sharded."""
+    """Copies a network for evaluation only. Communicates where it is sharded."""
     twin = copy_sharded(model) if is_sharded(model) else copy.deepcopy(model)
     return twin.eval().requires_grad_(False)
 
@@ -195,7 +189,7 @@ def _is_blank(model: nn.Module) -> bool:
 
 
 def _give_memory(model: nn.Module, device: torch.device) -> None:
-    """Moves a network off the meta device; tied weights, which torch would part, stay tied."""
+    """Moves a network off the meta device; tied weights, which torch would untie, stay tied."""
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -209,12 +203,12 @@ def _give_memory(model: nn.Module, device: torch.device) -> None:
 
 @torch.no_grad()
 def _fill(model: nn.Module, blank: nn.Module, seed: int) -> dict[str, str]:
-    """Draws the first weights of one layer after the other, each rank keeping its rows.
+    """Initialises the weights layer by layer, each rank keeping its rows; returns their digests.
 
-    A tied weight is the first layer's. Returns digests of what was drawn.
+    The first layer initialises a tied weight.
 
     Args:
-        blank: The same network on the meta device, in one piece.
+        blank: The same network on the meta device, unsharded.
     """
     filled: set[nn.Parameter] = set()
     digests = {}
@@ -224,7 +218,8 @@ def _fill(model: nn.Module, blank: nn.Module, seed: int) -> dict[str, str]:
             tensor = module.get_parameter(name) if name in module._parameters else None
             if tensor is not None and tensor in filled:
                 continue
-            filled.update(() if tensor is None else (tensor,))
+            if tensor is not None:
+                filled.add(tensor)
             digests[f"{path}.{name}"] = digest_tensor(values)
             target = module.get_buffer(name) if tensor is None else tensor.detach()
             local(target).copy_(local(shard_like(values, target)))
@@ -232,19 +227,14 @@ def _fill(model: nn.Module, blank: nn.Module, seed: int) -> dict[str, str]:
 
 
 def _draw_layer(path: str, blank: nn.Module, seed: int) -> dict[str, Tensor]:
-    """Lets a layer set its own parameters and buffers, not those of the layers in it.
+    """Resets a layer's own parameters and buffers, not those of its submodules.
 
-    What has values keeps them.
+    Tensors that are not on the meta device keep their values.
     """
     layer = copy.deepcopy(blank)
     drawn: dict[str, Tensor] = {}
+    given: dict[str, Tensor] = {}
     owners: tuple[dict[str, Any], ...] = (layer._parameters, layer._buffers)
-    given = {
-        name: tensor.detach().clone()
-        for owner in owners
-        for name, tensor in owner.items()
-        if tensor is not None and not tensor.is_meta
-    }
     for owner in owners:
         for name, tensor in owner.items():
             if tensor is not None and tensor.is_meta:
@@ -252,6 +242,8 @@ def _draw_layer(path: str, blank: nn.Module, seed: int) -> dict[str, Tensor]:
                 values = torch.full(tensor.shape, unset, dtype=tensor.dtype)
                 drawn[name] = nn.Parameter(values) if isinstance(tensor, nn.Parameter) else values
                 owner[name] = drawn[name]
+            elif tensor is not None:
+                given[name] = tensor.detach().clone()
     if not drawn:
         return given
     reset = getattr(layer, "reset_parameters", getattr(layer, "_reset_parameters", None))
@@ -282,14 +274,14 @@ def rebuild_network(
     """Builds the network of a workload with stored weights, in eval mode.
 
     Args:
-        seed: Draws what the weights do not hold.
+        seed: Decides the values that the weights file does not hold.
         weights: weights.safetensors of a round.
-        source: What to call the file in an error.
-        stored: Fingerprints of round 0 of their trial, which the network must have.
+        source: Name of the file in errors.
+        stored: Fingerprints of round 0 of the trial, which the network must match.
 
     Raises:
         StoreError: The weights are damaged or do not fit.
-        WorkloadError: The network cannot be built, or is another one than it was.
+        WorkloadError: The network cannot be built, or has changed.
     """
     model, is_blank = network_of_seed(workload, seed, is_changed=True)
     load_weights(model, weights, source)
@@ -310,10 +302,10 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten.dot: lambda a, b, **rest: 2 * a.numel(),
     torch.ops.aten.vdot: lambda a, b, **rest: 2 * a.numel(),
 }
-"""Operations that torch's own counter passes over, in floating-point operations."""
+"""Floating-point operations that torch's own counter leaves out."""
 
 _SWITCHING = threading.Lock()
-"""Torch's switches are those of the whole process."""
+"""Torch's switches apply to the whole process."""
 
 _KEEPS_ZEROS = re.compile(r"_to_copy|clone|mul|div|neg|cat|stack|_?fake_quantize\w+|\w+_fq_helper")
 """Names of torch's operations whose result is zero wherever their argument is."""
@@ -337,13 +329,13 @@ class Macs:
 def count_macs(model: nn.Module, example: Tensor) -> Macs:
     """Counts the multiply-adds of one forward pass in eval mode.
 
-    The pass runs on a copy, so that it leaves no trace in buffers or parameters. It never fails.
+    The pass runs on a copy, so that it changes no buffers or parameters. It never fails.
 
     Args:
         example: (1, ...) one prepared input.
 
     Returns:
-        Those of convolutions and matrix products, dense; a weight that is used twice counts twice.
+        Those of convolutions and matrix products; a weight that is used twice counts twice.
     """
     # Weights that are computed from others cannot be copied by torch.
     with suppress(Exception):
@@ -351,7 +343,7 @@ def count_macs(model: nn.Module, example: Tensor) -> Macs:
     counter = _Counter(model)
     some = next(model.parameters(), example)
     try:
-        with _looked_at(model), counter:
+        with _counting_mode(model), counter:
             model(example.to(some.device))
     except Exception as error:  # noqa: BLE001 - a bug still deserves one line
         return Macs({}, 0, in_one_line(error)[:200])
@@ -362,9 +354,9 @@ def count_macs(model: nn.Module, example: Tensor) -> Macs:
 
 
 @contextmanager
-def _looked_at(model: nn.Module) -> Iterator[None]:
-    """Switches to eval mode and away from kernels that hide their products, then back."""
-    # Recurrent layers have kernels of their own in oneDNN and cuDNN.
+def _counting_mode(model: nn.Module) -> Iterator[None]:
+    """Sets eval mode and disables kernels that hide their products in the block."""
+    # oneDNN and cuDNN have kernels of their own for recurrent layers.
     switches: list[tuple[Callable[[], bool], Callable[[bool], object]]] = [
         (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
         (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
@@ -385,10 +377,10 @@ def _looked_at(model: nn.Module) -> Iterator[None]:
 
 
 class _Counter(TorchDispatchMode):
-    """Counts products inside the block, and whose weights take part in them.
+    """Counts products inside the block by the matrix of weights that takes part in them.
 
-    A matrix is known by its storage, which its views share. What keeps its zeros, such as a copy in
-    another precision, stands for it.
+    A matrix is identified by its storage, which its views share. The result of an operation that
+    keeps its zeros, such as a copy in another precision, counts as the matrix.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -396,7 +388,7 @@ class _Counter(TorchDispatchMode):
         self.total = 0
         self.by_parameter: dict[str, float] = {}
         self.hiding: set[str] = set()
-        # Storage to (first element, behind the last one, share of it by name of the matrix).
+        # Storage to (first element, end, share of the elements by name of the matrix).
         self._known: dict[int, list[tuple[int, float, dict[str, float]]]] = {}
         self._watched: list[weakref.ref[Any]] = []
         for name, parameter in model.named_parameters():
@@ -425,18 +417,18 @@ class _Counter(TorchDispatchMode):
             # A multiply-add is two floating-point operations.
             macs = formula(*args, **kwargs, out_val=outputs) // 2
             self.total += macs
-            # What is added to a product takes no part in it.
+            # The first operand of addmm and its like is added to the product.
             operands = args[1:3] if name.startswith(("add", "badd")) else args[:3]
-            self._put_down(macs, [self._find(value) for value in operands])
+            self._attribute(macs, [self._find(value) for value in operands])
         elif not func.namespace.startswith(("aten", "prim", "profiler")) or _HIDES.fullmatch(name):
             self.hiding.add(f"{func.namespace}::{name}")
         elif _KEEPS_ZEROS.fullmatch(name):
             self._pass_on(name, args, outputs)
         return outputs
 
-    def _put_down(self, macs: int, operands: list[dict[str, float]]) -> None:
+    def _attribute(self, macs: int, operands: list[dict[str, float]]) -> None:
         known = [shares for shares in operands if shares]
-        # Of a product of two matrices of weights nobody knows what a zero saves.
+        # What a zero saves in a product of two matrices of weights is not known.
         for name, share in known[0].items() if len(known) == 1 else ():
             self.by_parameter[name] = self.by_parameter.get(name, 0.0) + share * macs
 
@@ -450,7 +442,11 @@ class _Counter(TorchDispatchMode):
                     shares[matrix] = shares.get(matrix, 0.0) + share
         else:
             sources = args[:2] if name == "mul" else args[:1]
-            found = (self._find(value) for value in sources if _is_as_large(value, made))
+            found = (
+                self._find(value)
+                for value in sources
+                if isinstance(value, Tensor) and value.numel() == made.numel()
+            )
             shares = next((share for share in found if share), {})
         if shares:
             self._remember(made, 0, math.inf, shares)
@@ -459,7 +455,7 @@ class _Counter(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage._cdata
         self._known.setdefault(key, []).append((start, stop, shares))
-        # Another storage may come to lie in the place of one that is gone.
+        # A new storage may get the address of a freed one.
         self._watched.append(weakref.ref(storage, lambda _: self._known.pop(key, None)))
 
     def _find(self, value: object) -> dict[str, float]:
@@ -471,12 +467,8 @@ class _Counter(TorchDispatchMode):
         return {}
 
 
-def _is_as_large(value: object, other: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.numel() == other.numel()
-
-
 def load_weights(model: nn.Module, data: bytes, source: str) -> None:
-    """Loads a round's weights into a freshly built network, in place; a sharded one takes its rows.
+    """Loads a round's weights into a network, in place; a sharded one takes its rows.
 
     Raises:
         StoreError: The bytes are not safetensors, or do not fit the model.
@@ -514,11 +506,8 @@ def load_rows(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     model.load_state_dict(rows, strict=False)
 
 
-# -- replicated networks ---------------------------------------------------------------------------
-
-
 def distinct_state(model: nn.Module) -> dict[str, Tensor]:
-    """Lists the state dict; of tied tensors, which the format refuses, the first name alone."""
+    """Returns the state dict with tied tensors, which safetensors refuses, under one name only."""
     seen: set[tuple[int, ...]] = set()
     distinct: dict[str, Tensor] = {}
     for name, tensor in tensor_state(model).items():
@@ -531,8 +520,8 @@ def distinct_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _identity(tensor: Tensor) -> tuple[int, ...]:
-    """Tells tensors of a network apart, tied ones being the same; all ranks see the same ties."""
+    """Returns a key that is equal for tied tensors, on all ranks alike."""
     if is_shard(tensor):
-        # The rows of this rank may be none, and then lie nowhere.
+        # A rank may have no rows, and then no address.
         return (id(tensor),)
     return (tensor.data_ptr(), *tensor.shape)
