@@ -1,8 +1,9 @@
-"""How a pruned network differs from the dense one that it was made of, on the test split.
+"""Compares a pruned network with its dense original, and masks of several samples.
 
-Which classes pay for the sparsity and which answers change (Hooker et al. 2019, arXiv 1911.05248,
-who call such examples pruning-identified exemplars); what in an input the right answer hangs on, by
-the gradient of its output (Simonyan et al. 2013, arXiv 1312.6034); and where the saliency lies.
+On the test split: which classes lose accuracy and which answers change (Hooker et al. 2019, arXiv
+1911.05248, who call such examples pruning-identified exemplars); which parts of an input the right
+answer depends on, by the gradient of its output (Simonyan et al. 2013, arXiv 1312.6034); and the
+saliency of each layer before and after.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 _NUM_CHANGED, _NUM_SAME = 9, 3
-"""Examples that pictures are made of."""
+"""Examples that are shown as images."""
 
 _NUM_GRADIENTS = 256
 """Examples of each kind that input gradients are compared on."""
@@ -60,7 +61,7 @@ def compare_networks(
     round_number: int,
     tell: Tell = lambda what, done, total: None,
 ) -> Findings:
-    """Compares the two networks, on one rank.
+    """Compares a dense and a pruned network, on one rank.
 
     Args:
         masks: Of the pruned one.
@@ -137,7 +138,7 @@ def _compare_saliency(
     order = [name for name, _ in dense.named_parameters() if name in masks]
     layers = []
     for name in order:
-        # Criteria with a sign say which way the loss moves; how far is what is compared.
+        # Some criteria have a sign, the direction of the loss change; its size is compared.
         before, after = (values[name].double().abs() for values in scores)
         kept = masks[name].cpu()
         layers.append(
@@ -158,7 +159,7 @@ def _compare_saliency(
 
 @dataclass(frozen=True)
 class _Answers:
-    """What both networks say to every test example; all (n,)."""
+    """The predictions of both networks for every test example; all (n,)."""
 
     targets: Tensor
     dense: Tensor
@@ -202,22 +203,20 @@ def _answer_all(
 def _count_classes(
     answers: _Answers, right_dense: Tensor, right_pruned: Tensor
 ) -> tuple[ClassFinding, ...]:
-    classes = []
-    for label in answers.targets.unique().tolist():
-        own = answers.targets == label
-        classes.append(
-            ClassFinding(
-                label=int(label),
-                num_examples=int(own.sum()),
-                num_right_dense=int(right_dense[own].sum()),
-                num_right_pruned=int(right_pruned[own].sum()),
-            )
+    labels = answers.targets.unique().tolist()
+    return tuple(
+        ClassFinding(
+            label=int(label),
+            num_examples=int(own.sum()),
+            num_right_dense=int(right_dense[own].sum()),
+            num_right_pruned=int(right_pruned[own].sum()),
         )
-    return tuple(classes)
+        for label, own in ((label, answers.targets == label) for label in labels)
+    )
 
 
 def _name_classes(workload: Workload) -> tuple[str, ...]:
-    """Finds the names of classes: the workload's, or those of the data set or one inside it."""
+    """Returns the names of classes, of the workload or of a data set inside the test split."""
     found: Any = workload.classes
     data = workload.test
     while not found and data is not None:
@@ -230,7 +229,7 @@ def _name_classes(workload: Workload) -> tuple[str, ...]:
 def _pick_examples(
     answers: _Answers, is_changed: Tensor, seed: int
 ) -> tuple[tuple[ExampleFinding, ...], Tensor]:
-    """Picks the examples on which both are surest of different answers, and some by chance."""
+    """Picks the changed answers that both networks are surest of, and some others at random."""
     sureness = answers.confidence_dense + answers.confidence_pruned
     changed = is_changed.nonzero().flatten()
     changed = changed[sureness[changed].argsort(descending=True, stable=True)][:_NUM_CHANGED]
@@ -305,7 +304,7 @@ def _maps_of(workload: Workload, model: nn.Module, indices: Tensor, ranks: Ranks
 
 
 def _take_images(workload: Workload, indices: Tensor) -> np.ndarray | None:
-    """Takes inputs as they are stored, before they are prepared, as pictures; None if they are not.
+    """Returns stored inputs, before `prepare`, as images; None if they are none.
 
     Returns:
         (n, height, width, 1 or 3) uint8.
@@ -324,12 +323,12 @@ def _take_images(workload: Workload, indices: Tensor) -> np.ndarray | None:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How far several masks are the same.
+    """The intersection over union of several masks.
 
     Attributes:
-        pairs: The overlap of each pair.
-        chance: The mean expected of random masks with the same layers' sparsities.
-        by_layer: The mean over pairs of each layer.
+        pairs: Of each pair.
+        chance: Expected mean for random masks with the same layers' sparsities.
+        by_layer: Mean over pairs of each layer.
     """
 
     pairs: tuple[float, ...]
@@ -338,19 +337,18 @@ class Overlap:
 
     @property
     def mean(self) -> float:
-        """Over pairs."""
+        """Averages over pairs."""
         return statistics.fmean(self.pairs)
 
 
 @dataclass(frozen=True)
 class SizeStability:
-    """What a number of calibration examples gives.
+    """How the masks of different samples agree for one number of calibration examples.
 
     Attributes:
-        examples: The number.
-        between: Masks of this size, one per sample, against each other.
-        to_largest: Each against the masks of the largest size of the other samples.
-        accuracies: Of the network under each mask, not fine-tuned; empty where not asked for.
+        between: Overlap of the masks of this size, one per sample.
+        to_largest: Overlap of each with the masks of the largest size of the other samples.
+        accuracies: Of the network under each mask, not fine-tuned; empty if not measured.
     """
 
     examples: int
@@ -370,14 +368,14 @@ def compare_samples(
     is_evaluated: bool = False,
     tell: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[SizeStability]:
-    """Scores a network on samples of growing size and compares the masks, on one rank.
+    """Scores a network on samples of growing size and compares their masks, on one rank.
 
     Args:
         job: Its criterion, sparsity and scope make the masks.
-        model: The dense network; left as it was.
-        sizes: Numbers of examples; those beyond what the data has are cut to it.
+        model: The dense network; not changed.
+        sizes: Numbers of examples; capped at what the data has.
         seeds: One sample each; at least two.
-        is_evaluated: Measures the accuracy under each mask, with BatchNorm as the job has it.
+        is_evaluated: Measures the accuracy under each mask, with BatchNorm as the job recalibrates.
         tell: Called with (what is done, steps done, steps in all).
 
     Raises:
@@ -419,11 +417,7 @@ def compare_samples(
 
 
 def measure_overlap(masks: Sequence[MaskSet]) -> Overlap:
-    """Compares each pair of masks.
-
-    Raises:
-        PruneError: They are not of the same parameters.
-    """
+    """Compares each pair of masks; raises PruneError if they mask other parameters."""
     pairs, chances = [], []
     layers: dict[str, list[float]] = {}
     for one, other in combinations(masks, 2):

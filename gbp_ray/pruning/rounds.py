@@ -1,8 +1,8 @@
 """One prune from the dense network to the last mask: score, select, apply, fine-tune, evaluate.
 
-`run_rounds` is a generator that yields one `RoundState` per round, the dense network first. What a
-round's end means is the caller's to decide: a test collects, a worker writes a checkpoint. Given a
-`Checkpoint` of any whole round it goes on from there, to the same bits as if never interrupted.
+`run_rounds` is a generator that yields one `RoundState` per round, the dense network first. The
+caller decides what to do with it: a test collects, a worker writes a checkpoint. Resumed from the
+`Checkpoint` of any whole round, it gives the same bits as if never interrupted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,27 +44,21 @@ from gbp_ray.workloads.contract import Workload, judged_split, num_examples
 from gbp_ray.workloads.data import derive_seed, shuffled_indices
 from gbp_ray.workloads.weights import tensor_state
 
-__all__ = [
-    "RoundState",
-    "ScoreCache",
-    "Tell",
-    "goes_back_to_dense",
-    "run_rounds",
-]
+__all__ = ["RoundState", "ScoreCache", "Tell", "needs_dense_weights", "run_rounds"]
 
 Tell = Callable[[str, int, int, int, float | None], None]
 """(phase, round, steps done, steps of the phase, loss or None): live progress of this rank."""
 
 
 class ScoreCache(Protocol):
-    """Where trials find the scores of the dense network that another one has computed."""
+    """Shares the scores of the dense network between trials."""
 
     def fetch(
         self, job: JobConfig, model: nn.Module, compute: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor] | None:
-        """Gives the float32 scores of a model by parameter name, computing them if nobody has.
+        """Returns the float32 scores of a model by parameter name, computed where not stored.
 
-        Returns None where scores of this job are not worth keeping.
+        Returns None for a job whose scores are not worth storing.
         """
 
 
@@ -74,8 +68,7 @@ class RoundState:
 
     Attributes:
         record: What was measured.
-        model: The network itself, which the next round goes on changing.
-        masks: The masks in force.
+        model: The network itself, which the next round changes.
     """
 
     record: RoundRecord
@@ -85,7 +78,7 @@ class RoundState:
     _movement: dict[str, Tensor] | None = field(repr=False, default=None)
 
     def to_files(self) -> dict[str, bytes]:
-        """Writes weights, masks and the state that the next round needs; see `checkpoint`."""
+        """Returns the files of `checkpoint.save_round`. Communicates where it is sharded."""
         return save_round(self.model, self.masks, self._optimizer, self._movement)
 
 
@@ -102,15 +95,15 @@ def run_rounds(
 
     Args:
         job: Sections pretrain, prune and finetune, and the seed.
-        resume: Goes on after this round; rounds up to it are not yielded again.
-        score_cache: Asked for the scores of the dense network, with one rank only.
+        resume: Continues after this round; rounds up to it are not yielded again.
+        score_cache: For the scores of the dense network, with one rank only.
 
     Yields:
         The state after each round: 0 is the dense network, then 1 to `prune.rounds`.
 
     Raises:
         PruneError: A loss or score is not finite, a mask is impossible, or workers disagree.
-        ConfigError: The job asks for something this model does not have.
+        ConfigError: The job does not fit the network.
     """
     stored = {} if resume is None else resume.fingerprints
     run = _Run(job, workload, ranks, tell, score_cache, stored)
@@ -118,21 +111,20 @@ def run_rounds(
         yield run.train_dense()
         first = 1
     else:
-        # A sharded network is restored by all ranks together, communicating.
         ranks.run_collectively(partial(run.restore, resume), communicates=is_sharded(run.model))
         first = resume.round + 1
-        resume = None  # It may be as large as the network, and nobody needs it any more.
+        resume = None  # Frees memory as large as the network.
     for number in range(first, job.prune.rounds + 1):
         yield run.prune_round(number)
 
 
-def goes_back_to_dense(job: JobConfig) -> bool:
-    """Whether a job that is resumed needs the weights of the dense network."""
+def needs_dense_weights(job: JobConfig) -> bool:
+    """Returns True if resuming a job needs the weights of the dense network."""
     return job.prune.rewind == "weights" or job.finetune.distillation.is_on
 
 
 class _Run:
-    """The moving parts of one trial on one rank."""
+    """The state of one trial on one rank."""
 
     def __init__(
         self,
@@ -152,10 +144,10 @@ class _Run:
         refuse_frozen_movement(job, self.model, self.units)
         self.masks = MaskSet.dense(self.units)
         initial = ranks.run_collectively(lambda: read_initial_masks(job, self.units))
-        self.is_thinned = initial is not None
+        self.has_initial_masks = initial is not None
         if initial is not None:
             self.masks = spread_masks(initial, self.model).to(ranks.device)
-        self.start = self.masks.sparsity if self.is_thinned else 0.0
+        self.start = self.masks.sparsity if self.has_initial_masks else 0.0
         prune = job.prune
         self.schedule = sparsity_schedule(
             prune.schedule, prune.sparsity, prune.rounds, prune.ramp_rounds, self.start
@@ -177,7 +169,7 @@ class _Run:
     def train_dense(self) -> RoundState:
         recipe, seed = self.job.pretrain, self.job.seed
         train_loss = math.nan
-        if self.is_thinned:
+        if self.has_initial_masks:
             self.masks.apply_(self.model)
         if total := num_steps(recipe, self.workload, recipe.epochs):
             with self._timed("pretrain"):
@@ -189,38 +181,31 @@ class _Run:
                     make_optimizer(self.model, recipe),
                     Span("pretrain", range(total), range(total)),
                     seed=seed,
-                    masks=self.masks if self.is_thinned else None,
+                    masks=self.masks if self.has_initial_masks else None,
                     tell=self._step_teller("pretrain", 0),
                 )
         if self.gathers_movement:
-            # The first decision, too, needs a stretch of training to look back on.
+            # The first decision, too, needs movement to score by.
             train_loss = self._finetune(0)
-        self._remember_dense()
+        self._keep_dense()
         accuracy, loss = self._evaluate(0)
         accuracy_recalibrated, loss_recalibrated = self._evaluate_recalibrated()
         return self._finish_round(
-            RoundRecord(
-                round=0,
-                judged_on=self.split,
-                train_accuracy=self._evaluate_sample(0),
-                sparsity_target=self.start,
-                accuracy=accuracy,
-                loss=loss,
-                accuracy_recalibrated=accuracy_recalibrated,
-                loss_recalibrated=loss_recalibrated,
-                robust_accuracy=self._attack(0),
-                train_loss=_finite_or_none(train_loss),
-                cost=measure(self.model, self.units, self.macs),
-                mask_digest=self.masks.digest,
-                fingerprints=self.fingerprints,
-            )
+            0,
+            train_loss,
+            sparsity_target=self.start,
+            accuracy=accuracy,
+            loss=loss,
+            accuracy_recalibrated=accuracy_recalibrated,
+            loss_recalibrated=loss_recalibrated,
+            fingerprints=self.fingerprints,
         )
 
     def prune_round(self, number: int) -> RoundState:
         sparsity = self.schedule[number - 1]
         held_back: tuple[str, ...] = ()
         accuracy_pruned = loss_pruned = None
-        # A round may only fine-tune, and there is then nothing to look at before it.
+        # A round may only fine-tune.
         is_pruned = num_to_prune(sparsity, self.masks.num_units) > self.masks.num_pruned
         if is_pruned:
             held_back = self._prune(number, sparsity)
@@ -236,29 +221,29 @@ class _Run:
             accuracy, loss = self._evaluate(number)
         check_pruned_zero(self.model, self.optimizer, self.masks)
         return self._finish_round(
-            RoundRecord(
-                round=number,
-                judged_on=self.split,
-                train_accuracy=self._evaluate_sample(number),
-                kept_step=self.kept_step,
-                sparsity_target=sparsity,
-                accuracy=accuracy,
-                loss=loss,
-                accuracy_pruned=accuracy_pruned,
-                loss_pruned=loss_pruned,
-                robust_accuracy=self._attack(number),
-                train_loss=_finite_or_none(train_loss),
-                cost=measure(self.model, self.units, self.macs),
-                mask_digest=self.masks.digest,
-                held_back=held_back,
-            )
+            number,
+            train_loss,
+            kept_step=self.kept_step,
+            sparsity_target=sparsity,
+            accuracy=accuracy,
+            loss=loss,
+            accuracy_pruned=accuracy_pruned,
+            loss_pruned=loss_pruned,
+            held_back=held_back,
         )
 
     def restore(self, saved: Checkpoint) -> None:
         if saved.dense_weights:
             load_weights(self.model, saved.dense_weights, "round_000/weights.safetensors")
-            self._remember_dense()
-        masks = self._read_masks(saved)
+            self._keep_dense()
+        folder = f"round_{saved.round:03d}"
+        masks = MaskSet.from_bytes(saved.masks, f"{folder}/masks.safetensors")
+        shapes = {name: mask.shape for name, mask in masks.items()}
+        if shapes != {name: mask.shape for name, mask in self.masks.items()}:
+            raise StoreError(
+                f"{folder}/masks.safetensors: does not fit the model; was the workload changed?"
+            )
+        masks = spread_masks(masks, self.model).to(self.ranks.device)
         self.optimizer, self.movement = restore_state(
             saved,
             self.model,
@@ -267,22 +252,14 @@ class _Run:
         )
         if (name := masks.find_revived(self.model)) is not None:
             raise StoreError(
-                f"round_{saved.round:03d}/masks.safetensors: prunes weights of '{name}' that the "
-                "weights file keeps"
+                f"{folder}/masks.safetensors: prunes weights of '{name}' that the weights file "
+                "keeps"
             )
         self.masks = masks
         try:
             check_pruned_zero(self.model, self.optimizer, self.masks)
         except PruneError as error:
-            raise damaged(f"round_{saved.round:03d}/state", error) from error
-
-    def _read_masks(self, saved: Checkpoint) -> MaskSet:
-        source = f"round_{saved.round:03d}/masks.safetensors"
-        masks = MaskSet.from_bytes(saved.masks, source)
-        shapes = {name: mask.shape for name, mask in masks.items()}
-        if shapes != {name: mask.shape for name, mask in self.masks.items()}:
-            raise StoreError(f"{source}: does not fit the model; was the workload changed?")
-        return spread_masks(masks, self.model).to(self.ranks.device)
+            raise damaged(f"{folder}/state", error) from error
 
     # -- the steps of a round --------------------------------------------------------------------
 
@@ -316,7 +293,7 @@ class _Run:
         )
 
     def _recall_scores(self, number: int) -> SlicedScores | None:
-        # Later weights are this trial's own, and nobody else can use their scores.
+        # Later weights belong to this trial only.
         if self.score_cache is None or self.ranks.world_size > 1 or number > 1:
             return None
         scores = self.score_cache.fetch(
@@ -338,7 +315,7 @@ class _Run:
     def _finetune(
         self, number: int, accuracy: float | None = None, loss: float | None = None
     ) -> float:
-        """Trains after a prune; the accuracy and the loss before it, where they are known."""
+        """Trains after a prune, given the accuracy and the loss before it where they are known."""
         recipe = self.job.finetune
         length = num_steps(recipe, self.workload, recipe.epochs)
         if length == 0:
@@ -369,7 +346,7 @@ class _Run:
 
         average: MovingAverage | None = None
         if recipe.ema_decay > 0 and recipe.patience > 0:
-            # Judged after each part, and none of them begins it anew.
+            # One average over all parts between validations.
             average = MovingAverage(self.model, recipe.ema_decay)
 
         def train(part: range) -> float:
@@ -393,7 +370,7 @@ class _Run:
         if recipe.patience == 0:
             return train(steps)
         known = accuracy is not None and loss is not None
-        stretch_kept = train_until_stale(
+        outcome = train_until_stale(
             self.model,
             self.optimizer,
             steps,
@@ -403,8 +380,8 @@ class _Run:
             validate=lambda: self._evaluate(number),
             start=(accuracy, loss) if known else self._evaluate(number),  # type: ignore[arg-type]
         )
-        self.kept_step = stretch_kept.kept_step
-        return stretch_kept.train_loss
+        self.kept_step = outcome.kept_step
+        return outcome.train_loss
 
     def _gather_movement(self, gradients: Mapping[str, Tensor]) -> None:
         assert self.movement is not None
@@ -414,18 +391,20 @@ class _Run:
             gathered += movement_statistic(local(weight), local(gradient))
 
     def _evaluate_recalibrated(self) -> tuple[float | None, float | None]:
-        """Measures the dense network as pruned ones are: see `DenseReference`. Leaves it as it was.
+        """Measures the dense network recalibrated like pruned ones, and restores it.
 
-        A loss that is not finite is no measurement: what is better by any rule is the stored one.
+        Returns None where statistics are not recalibrated or the loss is not finite.
         """
         with keeping_statistics(self.model):
             with self._timed("batchnorm"):
                 if not recalibrate_as_asked(self.job, self.model, self.workload, self.ranks):
                     return None, None
-            accuracy, loss = self._measure(0)
+            accuracy, loss = self._measure(0, self.split)
         return (accuracy, loss) if math.isfinite(loss) else (None, None)
 
-    def _measure(self, number: int) -> tuple[float, float]:
+    def _measure(
+        self, number: int, split: str, sample: Tensor | None = None
+    ) -> tuple[float, float]:
         with self._timed("evaluate"):
             return evaluate(
                 self.model,
@@ -433,11 +412,12 @@ class _Run:
                 self.ranks,
                 self.job.workload.eval_batch_size,
                 tell=lambda done, total: self.tell("evaluate", number, done, total, None),
-                split=self.split,
+                split=split,
+                sample=sample,
             )
 
     def _evaluate(self, number: int) -> tuple[float, float]:
-        accuracy, loss = self._measure(number)
+        accuracy, loss = self._measure(number, self.split)
         if not math.isfinite(loss):
             kept = dict(self.model.named_parameters())
             weights = {name: kept[name] for name, _ in self.masks.items()}
@@ -460,38 +440,32 @@ class _Run:
                 tell=lambda done, total: self.tell("evaluate", number, done, total, None),
             )
 
-    def _evaluate_sample(self, number: int) -> float | None:
-        if not len(self.sample):
-            return None
-        with self._timed("evaluate"):
-            accuracy, _ = evaluate(
-                self.model,
-                self.workload,
-                self.ranks,
-                self.job.workload.eval_batch_size,
-                tell=lambda done, total: self.tell("evaluate", number, done, total, None),
-                split="train",
-                sample=self.sample,
-            )
-        return accuracy
-
-    # -- small change ----------------------------------------------------------------------------
-
-    def _remember_dense(self) -> None:
+    def _keep_dense(self) -> None:
         if self.job.prune.rewind == "weights":
             self.dense_state = {k: v.detach().clone() for k, v in tensor_state(self.model).items()}
         distillation = self.job.finetune.distillation
         if distillation.is_on and self.job.finetune.epochs > 0:
             self.teacher = Teacher(copy_frozen(self.model), distillation)
 
-    def _finish_round(self, record: RoundRecord) -> RoundState:
-        routes = (
-            self.ranks.all_gather_objects(route_of(self.model)) if is_sharded(self.model) else []
+    def _finish_round(self, number: int, train_loss: float, **measured: Any) -> RoundState:
+        train_accuracy: float | None = None
+        if len(self.sample):
+            train_accuracy, _ = self._measure(number, "train", self.sample)
+        record = RoundRecord(
+            round=number,
+            judged_on=self.split,
+            train_accuracy=train_accuracy,
+            robust_accuracy=self._attack(number),
+            train_loss=train_loss if math.isfinite(train_loss) else None,
+            cost=measure(self.model, self.units, self.macs),
+            mask_digest=self.masks.digest,
+            seconds=self.seconds,
+            **measured,
         )
-        if len(set(routes)) > 1:
-            raise PruneError(PARTED)
-        record = record.model_copy(update={"seconds": self.seconds})
         self.seconds = {}
+        routes = is_sharded(self.model) and self.ranks.all_gather_objects(route_of(self.model))
+        if routes and len(set(routes)) > 1:
+            raise PruneError(PARTED)
         return RoundState(record, self.model, self.masks, self.optimizer, self.movement)
 
     def _step_teller(self, phase: str, number: int) -> Callable[[int, int, float], None]:
@@ -503,7 +477,3 @@ class _Run:
         yield
         elapsed = time.perf_counter() - started
         self.seconds[phase] = round(self.seconds.get(phase, 0.0) + elapsed, 3)
-
-
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -22,7 +22,7 @@ from gbp_ray.distributed.sharding import is_sharded
 from gbp_ray.errors import StoreError
 from gbp_ray.pruning.checkpoint import SHARDS, Checkpoint
 from gbp_ray.pruning.checks import check_job
-from gbp_ray.pruning.rounds import RoundState, ScoreCache, goes_back_to_dense, run_rounds
+from gbp_ray.pruning.rounds import RoundState, ScoreCache, needs_dense_weights, run_rounds
 from gbp_ray.results.records import RoundRecord, TrialRecord, choose_round
 from gbp_ray.results.store import Store
 from gbp_ray.runtime.cache import SharedScores, adopt_dense, dense_origin, share_dense
@@ -315,7 +315,7 @@ def _read_checkpoint(
     shards = _Shards(store, name, last)
     dense = b""
     # A worker of a sharded network may have no room for a whole one that it does not need.
-    if goes_back_to_dense(job) or not shards:
+    if needs_dense_weights(job) or not shards:
         dense = store.read_file(name, records[0], "weights.safetensors")
     return Checkpoint(
         round=last.round,

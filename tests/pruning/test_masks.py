@@ -399,7 +399,10 @@ def test_a_model_pruned_by_torch_loads_our_state() -> None:
     [
         ({"w": torch.ones(2)}, "holds no pair"),
         ({"w_orig": torch.ones(2)}, "holds no pair"),
-        ({"w_orig": torch.ones(2), "w_mask": torch.tensor([0.5, 1.0])}, "'w_mask': must hold only 0"),
+        (
+            {"w_orig": torch.ones(2), "w_mask": torch.tensor([0.5, 1.0])},
+            "'w_mask': must hold only 0",
+        ),
     ],
 )
 def test_a_state_that_torch_did_not_prune_is_refused(
