@@ -1,4 +1,4 @@
-"""The verbs: what the command line and a notebook call.
+"""The functions behind the command line and a notebook.
 
 import gbp_ray
 result = gbp_ray.prune("job.toml", {"prune.sparsity": 0.95})
@@ -29,7 +29,7 @@ from gbp_ray.results.index import flatten
 from gbp_ray.results.query import Results, open_results, summarize
 from gbp_ray.results.records import JobRecord, RoundRecord, TrialRecord
 from gbp_ray.results.store import Store, locate_jobs, locate_trials
-from gbp_ray.runtime.cache import dense_origin
+from gbp_ray.runtime.cache import dense_folder
 from gbp_ray.runtime.estimate import (
     PrunePlan,
     SweepPlan,
@@ -60,7 +60,7 @@ from gbp_ray.runtime.trial import finish_trial, work_trial
 from gbp_ray.training.network import rebuild_network
 from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.loading import (
-    add_import_paths,
+    add_job_folders,
     admit_code,
     code_of,
     find_shadowed_module,
@@ -85,8 +85,8 @@ class PruneResult:
     """A finished trial.
 
     Attributes:
-        record: Everything measured, dense network first.
-        uri: Where its rounds lie: the path of a folder, or `s3://...`.
+        record: All measurements, those of the dense network first.
+        uri: The folder of its rounds, or `s3://...`.
         trusted: Code that the user's own job names.
     """
 
@@ -105,7 +105,7 @@ class PruneResult:
         return self.record.chosen.sparsity
 
     def round_uri(self, round_number: int | None = None) -> str:
-        """Says where a round is, by default the chosen one, which without a choice is the last."""
+        """Returns the address of a round, by default of the chosen one."""
         return self._store().round_uri(self.record.trial_id, self._round(round_number).round)
 
     def load_masks(self, round_number: int | None = None) -> MaskSet:
@@ -116,10 +116,10 @@ class PruneResult:
     def load_model(
         self, round_number: int | None = None, *, trust_code: Sequence[str] = ()
     ) -> nn.Module:
-        """Builds a round's network, by default the chosen one's; for `trust_code` see `trust`."""
+        """Builds a round's network, by default the chosen one's; see `admit_code` on trust."""
         job = self.record.job
         admit_code(job, self.uri, [*self.trusted, *trust_code])
-        # The round has all weights, so the file that training began with may be gone.
+        # The round has all weights; the file that training began with may be gone.
         start = {"transfer": TransferConfig()}
         workload = load_workload(job.workload.model_copy(update=start), job.seed)
         name, known = "weights.safetensors", self.record.dense.fingerprints
@@ -140,8 +140,7 @@ class PruneResult:
         return rounds[round_number]
 
     def _store(self) -> Store:
-        ((store,), _) = locate_jobs(self.uri)
-        return store
+        return locate_jobs(self.uri)[0][0]
 
 
 def prune(
@@ -151,13 +150,13 @@ def prune(
     is_quiet: bool = False,
     is_debug: bool = False,
 ) -> PruneResult:
-    """Prunes a network as a job says; a finished job answers at once, a broken one goes on.
+    """Prunes a network by a job; a finished job returns at once, an interrupted one resumes.
 
     Args:
         job: A checked job, the path of a TOML file, or None for the embedded digits job.
         overrides: Dotted keys to values, applied before the check.
         is_quiet: Shows no progress.
-        is_debug: Lets Ray's own output through.
+        is_debug: Shows Ray's own output.
 
     Raises:
         GbpError: One line that names the field, what is allowed and what to do.
@@ -181,7 +180,7 @@ def prune(
         _load_checked(job, import_paths, store.read_round(name, 0))
         store.claim(job)
         with store.hold(name) as lease:
-            # Whoever held it before may have finished the trial.
+            # Its last holder may have finished the trial.
             record = store.read_trial(name)
             if record is None:
                 _run_rounds(job, store, import_paths, board, is_debug=is_debug)
@@ -194,17 +193,10 @@ def plan_prune(
     job: JobConfig | str | Path | None = None,
     overrides: Mapping[str, Any] | list[str] | None = None,
 ) -> PrunePlan:
-    """Plans what `prune` would do; starts no workers and writes nothing.
+    """Plans a `prune` without workers; takes the same arguments and raises the same errors.
 
-    Builds the network, checks the job as `prune` does and sends a few examples through. Whether the
-    storage can be written is left open.
-
-    Args:
-        job: As for `prune`.
-        overrides: Likewise.
-
-    Raises:
-        GbpError: As `prune`.
+    Builds the network, checks the job and passes a few examples through. Writes nothing, so
+    write access to the storage is not checked.
     """
     job, import_paths = _load(job, overrides)
     store, name = Store(job.storage, job.name), trial_id(job)
@@ -229,10 +221,10 @@ class SweepResult:
     """A sweep that has ended.
 
     Attributes:
-        uri: Where the job's results lie.
-        outcomes: How each trial ended: finished, stopped by the scheduler, or failed and why.
+        uri: The address of the job's results.
+        outcomes: Of all trials: finished, stopped by the scheduler, or failed.
         answers: With a target, the largest sparsity for each combination.
-        seconds: What this run took.
+        seconds: Duration of this run.
     """
 
     uri: str
@@ -242,16 +234,16 @@ class SweepResult:
 
     @property
     def finished(self) -> Results:
-        """The rounds of the finished trials, as `open_results` gives them."""
+        """The rounds of the finished trials, as from `open_results`."""
         return open_results(self.uri).of_trials(o.trial_id for o in self.by_state("finished"))
 
     @property
     def num_new(self) -> int:
-        """How many trials this run has worked on."""
+        """Number of trials that this run worked on."""
         return sum(outcome.is_new for outcome in self.outcomes)
 
     def describe(self) -> dict[str, Any]:
-        """Puts all of it into plain values: counts, means over seeds, answers, what failed."""
+        """Returns plain values: counts, means over seeds, answers, failures."""
         fields: list[str] = []
         lines: list[dict[str, Any]] = []
         if self.by_state("finished"):
@@ -264,29 +256,20 @@ class SweepResult:
             **{f"num_{state}": len(outcomes) for state, outcomes in states.items()},
             "num_new": self.num_new,
             "seconds": round(self.seconds, 1),
-            # What was found finished cost nothing this time.
             "worker_seconds": round(sum(o.seconds for o in self.outcomes if o.is_new), 1),
             "fields": fields,
             "summary": lines,
             "answers": [_describe_answer(answer, self.answers) for answer in self.answers],
             "finished": [outcome.trial_id for outcome in states["finished"]],
             **{
-                state: [
-                    {
-                        "trial_id": outcome.trial_id,
-                        "state": state,
-                        "round": outcome.round,
-                        "accuracy": outcome.accuracy,
-                        "cause": outcome.cause,
-                    }
-                    for outcome in states[state]
-                ]
-                for state in ("stopped", "failed")
+                state: [{name: getattr(outcome, name) for name in _SHOWN} for outcome in outcomes]
+                for state, outcomes in states.items()
+                if state != "finished"
             },
         }
 
     def by_state(self, state: str) -> list[Outcome]:
-        """Lists the trials that ended so: finished, stopped or failed."""
+        """Lists the outcomes that are finished, stopped or failed."""
         return [outcome for outcome in self.outcomes if outcome.state == state]
 
 
@@ -297,26 +280,20 @@ def sweep(
     is_quiet: bool = False,
     is_debug: bool = False,
 ) -> SweepResult:
-    """Runs the trials that a job's [sweep] spans; those that have ended answer at once.
+    """Runs the trials of a job's [sweep], except those that have ended.
 
     Args:
         job: A checked job or the path of a TOML file.
         overrides: Dotted keys to values, applied before the check.
         is_quiet: Shows no progress.
-        is_debug: Lets Ray's own output through.
+        is_debug: Shows Ray's own output.
 
     Raises:
         GbpError: The job is wrong, the storage does not work, Ray does not start, or all trials
-            failed; one that fails among others is an outcome.
+            failed. The failure of some trials is an outcome.
     """
     started = time.monotonic()
-    import_paths = _add_import_paths(job)
-    job = load_job(job, overrides)
-    job, trials = pin_trials(job)
-    _warn_of_idle_options(trials, stacklevel=3)
-    check_extras(job)
-    store = Store(job.storage, job.name)
-    known = TrialHistory(store, job.sweep)
+    job, trials, store, known, import_paths = _load_sweep(job, overrides)
     plan = _plan(job, trials, known)
     feeder = TrialQueue(plan, known)
     with SweepBoard(is_quiet, job.sweep.metric) as board:
@@ -331,7 +308,7 @@ def sweep(
                 check_job(first, load_workload(first.workload, first.seed))
             _warn_of_shadowed_modules(first, import_paths, stacklevel=3)
             store.claim(first)
-            # Ray takes seconds to import, and a sweep that has ended does not need it.
+            # Ray takes seconds to import; a sweep that has ended does not need it.
             from gbp_ray.runtime.on_ray.tune import run_sweep
 
             board.note(f"{job.name}  starting Ray")
@@ -353,24 +330,15 @@ def sweep(
 def plan_sweep(
     job: JobConfig | str | Path, overrides: Mapping[str, Any] | list[str] | None = None
 ) -> SweepPlan:
-    """Plans what `sweep` would do now; starts no workers and writes nothing.
+    """Plans a `sweep` without workers; takes the same arguments and raises the same errors.
 
-    Sends a few examples through each kind of network. A cluster that the job names is joined for a
-    moment, to see its machines.
-
-    Raises:
-        GbpError: As `sweep`.
+    Passes a few examples through each kind of network, and joins the job's cluster briefly to list
+    its machines. Writes nothing.
     """
-    import_paths = _add_import_paths(job)
-    job = load_job(job, overrides)
-    job, trials = pin_trials(job)
-    _warn_of_idle_options(trials, stacklevel=3)
-    check_extras(job)
-    store = Store(job.storage, job.name)
-    known = TrialHistory(store, job.sweep)
+    job, trials, store, known, import_paths = _load_sweep(job, overrides)
     num_suggested = None
     if job.sweep.search == "optuna":
-        # What it would choose it does not know itself before trials have ended.
+        # Optuna suggests trials only from the results of earlier ones.
         earlier = known.find_in(job)[: job.sweep.num_samples]
         plan: SearchPlan = TrialList(earlier)
         num_suggested = job.sweep.num_samples - len(earlier)
@@ -385,8 +353,23 @@ def plan_sweep(
     )
 
 
+def _load_sweep(
+    source: JobConfig | str | Path, overrides: Mapping[str, Any] | list[str] | None
+) -> tuple[JobConfig, list[JobConfig], Store, TrialHistory, list[str]]:
+    """Loads a job with its trials; returns its store, their history and import paths, too."""
+    import_paths = add_job_folders(source)
+    job, trials = pin_trials(load_job(source, overrides))
+    _warn_of_idle_options(trials, stacklevel=4)
+    check_extras(job)
+    store = Store(job.storage, job.name)
+    return job, trials, store, TrialHistory(store, job.sweep), import_paths
+
+
+_SHOWN = ("trial_id", "state", "round", "accuracy", "cause")
+
+
 def _describe_answer(answer: Answer, others: Sequence[Answer]) -> dict[str, Any]:
-    """Names the combination by the fields in which it differs from the others."""
+    """Returns an answer in plain values, named by the fields in which it differs from others."""
     flat = [flatten(other.job.model_dump(mode="json")) for other in others]
     own = flatten(answer.job.model_dump(mode="json"))
     varying = [
@@ -399,20 +382,7 @@ def _describe_answer(answer: Answer, others: Sequence[Answer]) -> dict[str, Any]
     return {
         "label": label or answer.job.name,
         "fields": {name: own[name] for name in varying},
-        **{
-            name: getattr(answer, name)
-            for name in (
-                "sparsity",
-                "trial_id",
-                "accuracy",
-                "dense_accuracy",
-                "dense_is_recalibrated",
-                "is_highest",
-                "num_trials",
-                "seconds",
-                "cause",
-            )
-        },
+        **{name: value for name, value in vars(answer).items() if name != "job"},
     }
 
 
@@ -423,28 +393,19 @@ def _plan(job: JobConfig, trials: list[JobConfig], known: TrialHistory) -> Searc
         return OptunaPlan(
             job, known.find_in(job), lambda base: make_search(base, takes_whole_numbers)
         )
-    groups = {trial_id(trial): _dense_group(trial) for trial in trials}
-    # What is known first, so that the board starts from there.
+    groups = {trial_id(trial): dense_folder(trial) for trial in trials}
+    # Trials that have ended come first, so that the board starts with their number.
     return TrialList(
         sorted(first_of_each_group(trials, groups), key=lambda trial: known(trial) is None)
     )
 
 
-def _dense_group(job: JobConfig) -> str | None:
-    origin = dense_origin(job)
-    return None if origin is None else str(origin)
-
-
 def _refuse_failure_of_all(outcomes: list[Outcome]) -> None:
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     if failed and len(failed) == len(outcomes):
-        cause = failed[0].cause
-        raise TrialError(
-            f"sweep: all {len(failed)} trials failed, {failed[0].trial_id} with: {cause}",
-            trial_id=failed[0].trial_id,
-            rank=None,
-            cause=cause,
-        )
+        name, cause = failed[0].trial_id, failed[0].cause
+        text = f"sweep: all {len(failed)} trials failed, {name} with: {cause}"
+        raise TrialError(text, trial_id=name, cause=cause)
 
 
 def submit(
@@ -458,20 +419,19 @@ def submit(
     include: Sequence[str] = (),
     is_installed: bool = False,
 ) -> str:
-    """Sends a job to a cluster; returns its submission id there when its own checks have passed.
+    """Submits a job to a cluster; returns its submission id when the job's checks have passed.
 
     Args:
-        job: As for `prune`; its storage must be one that the cluster reaches.
-        overrides: Likewise.
-        address: http://HEAD:8265, or what RAY_API_SERVER_ADDRESS says.
-        is_sweep: Runs it as a sweep, which a job with a space is anyway.
-        folder: What goes with it; the job file's own by default.
-        env_names: Environment variables that go along; no secrets.
-        include: Files and folders that go although they would be left out, as secrets are.
-        is_installed: The nodes have this package; by default it goes along.
+        job: As for `prune`; the cluster must reach its storage.
+        address: http://HEAD:8265; by default RAY_API_SERVER_ADDRESS.
+        is_sweep: Runs a sweep even without a space.
+        folder: The folder to send; the job file's own by default.
+        env_names: Environment variables to send; no secrets.
+        include: Files and folders to send although the rules leave them out.
+        is_installed: Leaves this package out because the nodes have it.
 
     Raises:
-        GbpError: The job is wrong, the cluster does not take it, or it has failed there.
+        GbpError: The job is wrong, the cluster refuses it, or it failed there.
     """
     from gbp_ray.runtime.on_ray.head import Head, find_address
 
@@ -494,10 +454,10 @@ def submit(
 
 
 def open_result(uri: str | Path) -> PruneResult:
-    """Opens a finished trial by its folder, or by its job's folder where that holds one trial.
+    """Opens a finished trial by its folder, or by its job's if that holds only one trial.
 
     Raises:
-        StoreError: There is no such result, it has not finished, or there are several.
+        StoreError: There is no such trial, there are several, or it has not finished.
     """
     trials = locate_trials(uri)
     if len(trials) > 1:
@@ -517,8 +477,8 @@ def open_result(uri: str | Path) -> PruneResult:
 def _load(
     source: JobConfig | str | Path | None, overrides: Mapping[str, Any] | list[str] | None
 ) -> tuple[JobConfig, list[str]]:
-    """Reads a job that runs once, and says what of it does nothing."""
-    import_paths = _add_import_paths(source)
+    """Loads a job for a single trial, with its import paths; warns of idle options."""
+    import_paths = add_job_folders(source)
     job = pin_files(load_job(source, overrides))
     if job.sweep != SweepConfig():
         warnings.warn("sweep has no effect on a single prune; gbp-ray sweep runs it", stacklevel=3)
@@ -563,17 +523,8 @@ def _run_rounds(
         run_trial(job, import_paths, board, is_debug=is_debug)
 
 
-def _add_import_paths(job: JobConfig | str | Path | None) -> list[str]:
-    """Makes the modules beside the job file and in the working folder importable."""
-    import_paths = [str(Path.cwd())]
-    if isinstance(job, (str, Path)):
-        import_paths.append(str(Path(job).resolve().parent))
-    add_import_paths(import_paths)
-    return import_paths
-
-
 def _warn_of_idle_options(jobs: Sequence[JobConfig], stacklevel: int) -> None:
-    """Warns of what does nothing in any of these jobs."""
+    """Warns of options that have no effect in any of these jobs."""
     idle = [dict(find_idle_options(job)) for job in jobs]
     for key, reason in idle[0].items() if idle else ():
         if all(key in other for other in idle):

@@ -1,12 +1,12 @@
-"""Nothing twice: the dense network and its scores, computed by one trial and used by all of a job.
+"""A cache of dense networks and their scores, shared by the trials of a job.
 
-Both are found by a hash of everything that decides their bits, so that a trial that finds them ends
-with the bits that it would have reached alone: the job's fields, the source of a user's functions,
-and what picks the kernels (torch's version, the CPU's abilities, threads per worker). Of two trials
-that want the same at once, one computes and the other waits. What is damaged is computed anew.
+The key is a hash of everything that decides the bits: the job's fields, the source of a user's
+functions, and what selects the kernels (torch's version, the CPU's capability, threads per worker).
+So a trial that hits the cache ends with the same bits as one that does not. If two trials need the
+same entry at once, one computes it and the other waits. A damaged entry is computed again.
 
-The dense network of a job with `movement`, which looks back on fine-tuning, is its own. Scores are
-kept for criteria that pass over the data, and of the dense network alone: after the first prune no
+`movement` fine-tunes before the first prune, so its dense network is not shared. Scores are kept
+only for criteria that pass over the data, and only for the dense network: after the first prune no
 two trials have the same weights.
 """
 
@@ -16,7 +16,7 @@ import hashlib
 import json
 import platform
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from gbp_ray.config.job import SCHEMA_VERSION, JobConfig, trial_id
+from gbp_ray.config.job import SCHEMA_VERSION, JobConfig, list_code, trial_id
 from gbp_ray.errors import StoreError
 from gbp_ray.pruning.criteria import Criterion
 from gbp_ray.results.records import RoundRecord, SharedRecord
@@ -47,32 +47,32 @@ _SCORES = "scores.safetensors"
 
 
 def dense_origin(job: JobConfig) -> dict[str, Any] | None:
-    """Says what decides the dense network of a job, or None where nobody else can have the same."""
+    """Returns what decides the dense network of a job; None if it cannot be shared."""
     if job.prune.spec.needs_history:
         return None
     attack = job.attack.model_dump(mode="json", exclude_defaults=True)
     examples = job.prune.batchnorm_examples
     return {
-        # Measured of round 0 as of any other, the second time with statistics re-estimated.
+        # Round 0 is measured under the attack, too.
         **({"attack": attack} if job.attack.kind != "none" else {}),
         "workload": job.workload.model_dump(mode="json", exclude_defaults=True),
         "pretrain": job.pretrain.model_dump(mode="json", exclude_defaults=True),
-        # Masks and measurements of round 0 cover what is not excluded.
+        # The masks and measurements of round 0 depend on it.
         "exclude": sorted(job.prune.exclude),
         **({"batchnorm": [examples, norm_batch_size(job.prune)]} if examples else {}),
         **({"masks": pinned} if (pinned := job.prune.initial_masks_digest) else {}),
-        **_surroundings(job, job.workload.factory),
+        **_surroundings(job, [job.workload.factory]),
     }
 
 
 def dense_folder(job: JobConfig) -> str | None:
-    """Says where the shared dense network of a job lies or will lie, or None as `dense_origin`."""
+    """Returns the folder of a job's shared dense network, present or not; None if not shared."""
     origin = dense_origin(job)
     return None if origin is None else _folder("dense", origin)
 
 
 def scores_key(job: JobConfig, dense: str) -> str | None:
-    """Tells the shared scores of a dense network from others; None where none are kept."""
+    """Returns a key of the shared scores of a dense network; None if none are kept."""
     if not job.prune.spec.needs_data:
         return None
     fields = _fields_of_scores(job)
@@ -80,24 +80,24 @@ def scores_key(job: JobConfig, dense: str) -> str | None:
 
 
 def adopt_dense(store: Store, job: JobConfig) -> RoundRecord | None:
-    """Makes the shared dense network this trial's round 0; None where there is none."""
+    """Copies the shared dense network into this trial's round 0; None if there is none."""
     origin = dense_origin(job)
     found = None if origin is None else _read(store, _folder("dense", origin))
     if found is None or found[0].round is None:
         return None
     record, files = found
     assert record.round is not None
-    # Whoever trained it has the time on record; this trial took none.
+    # The time is on record in the trial that trained it.
     own = record.round.model_copy(update={"seconds": {}})
     return store.write_round(trial_id(job), own, files)
 
 
 @contextmanager
 def share_dense(store: Store, job: JobConfig) -> Iterator[Callable[[RoundRecord], None]]:
-    """Keeps others from training the dense network of this job while the block does.
+    """Holds the lease of this job's dense network while the block trains it.
 
     Yields:
-        What shares it, given the record of this trial's round 0.
+        A function that shares it, given the record of this trial's round 0.
     """
     origin = dense_origin(job)
     assert origin is not None
@@ -121,7 +121,7 @@ class SharedScores:
     def fetch(
         self, job: JobConfig, model: nn.Module, compute: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor] | None:
-        """Reads the scores, or computes and keeps them; see `ScoreCache`."""
+        """Reads the scores, or computes and stores them; None if they are not shared."""
         origin = _scores_origin(job, model)
         if origin is None:
             return None
@@ -142,31 +142,28 @@ def _scores_origin(job: JobConfig, model: nn.Module) -> dict[str, Any] | None:
     prune = job.prune
     if not prune.spec.needs_data:
         return None
-    plug_ins = [job.workload.factory]
-    if ":" in prune.criterion:
-        plug_ins.append(prune.criterion)
     fields = _fields_of_scores(job)
     return {
         "weights": _digest_state(model),
         "workload": job.workload.model_dump(mode="json", include={"factory", "options"})
         | job.workload.model_dump(
-            # The weights say nothing of what these make of the data and of the passes.
+            # These change the data or the passes, but not the weights.
             mode="json",
             include={"tie", "validation", "encoding"},
             exclude_defaults=True,
         ),
         "prune": prune.model_dump(mode="json", include=fields, exclude_defaults=True),
-        **_surroundings(job, *plug_ins),
+        **_surroundings(job, list_code(job).values()),
     }
 
 
 def _fields_of_scores(job: JobConfig) -> set[str]:
-    """Names the fields of [prune] that decide the scores of given weights."""
+    """Lists the fields of [prune] that decide the scores of given weights."""
     prune = job.prune
     if ":" in prune.criterion and isinstance(
         import_attribute(prune.criterion, "prune.criterion"), Criterion
     ):
-        # Its statistics are shown the whole section; a plain function sees nothing of it.
+        # A criterion receives the whole section, a plain function nothing of it.
         return set(type(prune).model_fields)
     return {
         "criterion",
@@ -178,26 +175,20 @@ def _fields_of_scores(job: JobConfig) -> set[str]:
     }
 
 
-def _surroundings(job: JobConfig, *plug_ins: str) -> dict[str, Any]:
+def _surroundings(job: JobConfig, plug_ins: Iterable[str]) -> dict[str, Any]:
+    device = "cpu"
+    if job.cluster.use_gpu:
+        # A driver without a GPU only groups trials by this key.
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "gpu"
+    cpu = torch.backends.cpu.get_cpu_capability()
     return {
         "seed": job.seed,
         "threads": job.cluster.threads_per_worker,
-        "device": _name_device(job),
-        "kernels": [
-            torch.__version__,
-            platform.machine(),
-            torch.backends.cpu.get_cpu_capability(),
-        ],
+        "device": device,
+        "kernels": [torch.__version__, platform.machine(), cpu],
         "sources": {name: digest_source(name) for name in plug_ins},
         "schema_version": SCHEMA_VERSION,
     }
-
-
-def _name_device(job: JobConfig) -> str:
-    if not job.cluster.use_gpu:
-        return "cpu"
-    # A driver may sit on a machine without one, and only tells trials apart by this.
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "gpu"
 
 
 def _digest_state(model: nn.Module) -> str:
@@ -219,7 +210,6 @@ def _read(store: Store, folder: str) -> tuple[SharedRecord, dict[str, bytes]] | 
         return store.read_shared(folder)
     except StoreError as error:
         if type(error) is not StoreError:
-            # A storage that does not answer says nothing about what is on it.
-            raise
+            raise  # the storage did not answer; the entry may be whole
         warnings.warn(f"{error}; it is computed anew", stacklevel=2)
         return None

@@ -1,4 +1,4 @@
-"""`gbp-ray explain`: what a trial's pruned network does differently from its dense one."""
+"""Comparison of a trial's pruned network with its dense one."""
 
 from __future__ import annotations
 
@@ -25,12 +25,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Explanation:
-    """What was found, and where it is kept.
-
-    Attributes:
-        uri: Of the findings, beside the trial.
-        trial_uri: Of the trial.
-    """
+    """The findings, the address `uri` where they are stored, and that of the trial."""
 
     findings: Findings
     uri: str
@@ -44,18 +39,18 @@ def explain_round(
     trust_code: Sequence[str] = (),
     tell: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Explanation:
-    """Compares a round of a finished trial with its dense network, and keeps what it finds.
+    """Compares a round of a finished trial with its dense network, and stores the findings.
 
     Args:
-        uri: A round's folder, or a trial's: that gives the round which the trial is for.
-        code: A folder to look for the job's own modules in, beside the working folder.
-        trust_code: Code that may run though only the record names it; see `trust.admit_code`.
+        uri: A round's folder, or a trial's for its chosen round.
+        code: A folder of the job's own modules, searched besides the working folder.
+        trust_code: Code that may run although only the record names it; see `admit_code`.
         tell: Called with (what is done, steps done, steps in all).
 
     Raises:
         ConfigError: The record names code that is neither built in nor trusted.
         StoreError: The trial has not finished, or something cannot be read or written.
-        WorkloadError: The data or the network cannot be had any more.
+        WorkloadError: The data or the network are not available any more.
     """
     store, trial, record = locate_finished(uri)
     name = trial.trial_id
@@ -71,7 +66,7 @@ def explain_round(
         ]
         source = "round_000/weights.safetensors"
         dense = rebuild_network(workload, job.seed, weights[0], source, trial.dense.fingerprints)
-        # A copy: build_model may return one network whenever it is called.
+        # Copied, since build_model may return the same network at every call.
         pruned = copy.deepcopy(dense)
         load_weights(pruned, weights[1], f"round_{record.round:03d}/weights.safetensors")
         dense, pruned = dense.to(ranks.device), pruned.to(ranks.device)

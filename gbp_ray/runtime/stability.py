@@ -1,8 +1,8 @@
-"""`gbp-ray stability`: how far a job's result depends on its seed and on its calibration sample.
+"""Dependence of a job's result on its calibration sample and on its seed.
 
-Two parts. *Samples*: one dense network, scored on samples of growing size; masks compared without
-any fine-tuning. *Seeds*: the whole job once per seed, kept in its storage like any other trial;
-last masks and accuracies compared. Both run in this very process; the seeds may run as a sweep.
+*Samples*: one dense network is scored on samples of growing size, and the masks are compared
+without fine-tuning. *Seeds*: the job runs once per seed, stored like any other trial, and the last
+masks and accuracies are compared. Both run in this process, unless a sweep runs the seeds.
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gbp_ray.config.job import JobConfig, load_job, trial_id
+from gbp_ray.config.job import JobConfig, load_job
 from gbp_ray.distributed.ranks import Ranks, fixed_kernels, own_device
 from gbp_ray.errors import ConfigError
 from gbp_ray.pruning.analysis import Overlap, SizeStability, compare_samples, measure_overlap
 from gbp_ray.pruning.checks import check_job
-from gbp_ray.pruning.masks import pin_files
 from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.results.store import Store
-from gbp_ray.runtime.api import PruneResult, open_result, prune, sweep
+from gbp_ray.runtime.api import prune, sweep
 from gbp_ray.workloads.contract import num_examples
-from gbp_ray.workloads.loading import add_import_paths, load_workload
+from gbp_ray.workloads.loading import add_job_folders, load_workload
 
 __all__ = [
     "SIZES",
@@ -34,10 +32,10 @@ __all__ = [
 ]
 
 STABLE = 0.9
-"""Masks of two samples that overlap so far are called the same."""
+"""Overlap from which on the masks of two samples count as equal."""
 
 SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
-"""Numbers of calibration examples to look at unless told."""
+"""Default numbers of calibration examples."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class SeedStability:
     """The same job over seeds.
 
     Attributes:
-        trials: For each seed its trial's id, accuracies and sparsity.
+        trials: The trial's id, accuracies and sparsity of each seed.
         overlap: Of the last masks.
     """
 
@@ -55,12 +53,12 @@ class SeedStability:
 
 @dataclass(frozen=True)
 class Stability:
-    """What was found.
+    """The result of `measure_stability`.
 
     Attributes:
-        samples: By criterion, by size; empty where that part was left out.
-        seeds: None where that part was left out.
-        available: Examples that samples were drawn from.
+        samples: By criterion and size; empty if that part did not run.
+        seeds: None if that part did not run.
+        available: Number of examples that samples were drawn from.
     """
 
     job: JobConfig
@@ -72,9 +70,9 @@ class Stability:
         return f"<Stability of {self.job.name}: {', '.join(self.samples) or 'seeds'}>"
 
     def enough_examples(self, criterion: str) -> int | None:
-        """Finds the least size from which on two samples give masks that are `STABLE` the same.
+        """Returns the smallest size from which on the masks of two samples are `STABLE`.
 
-        The whole of the data is no sample: there is no other one to compare it with.
+        All of the data do not count, since every sample of that size is the same.
         """
         found = None
         for size in reversed(self.samples[criterion]):
@@ -86,11 +84,11 @@ class Stability:
         return found
 
     def is_whole(self, examples: int) -> bool:
-        """Tells whether samples of a size are all the data, and therefore the same."""
+        """True if samples of a size are all of the data."""
         return 0 < self.available <= examples
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives plain values, for JSON, tables and the figure."""
+        """Returns plain values, for JSON, tables and the figure."""
         seeds = self.seeds
         return {
             "job": self.job.name,
@@ -130,31 +128,28 @@ def measure_stability(
     is_sweep: bool = False,
     tell: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Stability:
-    """Runs a job over samples of calibration examples and over seeds, and compares.
+    """Runs a job over calibration samples and over seeds, and compares the masks.
 
     Args:
         job: A checked job, the path of a TOML file, or None for the embedded digits job.
         overrides: Dotted keys to values, applied before the check.
-        num_seeds: Samples and seeds, counted up from the job's own.
+        num_seeds: Number of samples of each size, and of seeds from the job's own upwards.
         sizes: Numbers of calibration examples.
-        criteria: What the samples are scored by; the job's own by default.
-        is_evaluated: Measures the accuracy under the mask of each sample, without fine-tuning.
-        with_samples: Runs the first part.
-        with_seeds: Runs the second one.
-        is_sweep: Lets Ray Tune run the seeds, as `gbp-ray sweep` does.
+        criteria: Score the samples; the job's own by default.
+        is_evaluated: Measures the accuracy under each sample's mask, without fine-tuning.
+        with_samples: Runs the samples part.
+        with_seeds: Runs the seeds part.
+        is_sweep: Runs the seeds as a sweep on Ray.
         tell: Called with (what is done, steps done, steps in all).
 
     Raises:
         GbpError: One line that names the field, what is allowed and what to do.
     """
     if num_seeds < 2:
-        raise ConfigError(f"--seeds = {num_seeds}: must be 2 or more; one has nothing beside it")
+        raise ConfigError(f"--seeds = {num_seeds}: must be 2 or more, to be compared")
     if not sizes or min(sizes) < 1:
         raise ConfigError("--examples: must be whole numbers from 1 up, such as 64:8192")
-    import_paths = [str(Path.cwd())]
-    if isinstance(job, (str, Path)):
-        import_paths.append(str(Path(job).resolve().parent))
-    add_import_paths(import_paths)
+    add_job_folders(job)
     loaded = load_job(job, overrides)
     seeds = range(loaded.seed, loaded.seed + num_seeds)
     samples: dict[str, list[SizeStability]] = {}
@@ -191,7 +186,7 @@ def _run_samples(
             f"--examples: starts at {min(sizes)}, but there are {available} training examples"
         )
     ranks = Ranks(device=own_device(job))
-    # One network for all, whatever would have scored it.
+    # One network for all criteria.
     first = next(iter(jobs.values()))
     with fixed_kernels(job.cluster.threads_per_worker):
         model = next(
@@ -223,22 +218,15 @@ def _run_samples(
 def _run_seeds(
     job: JobConfig, seeds: range, is_sweep: bool, tell: Callable[[str, int, int], None]
 ) -> SeedStability:
-    results: list[PruneResult] = []
+    results = []
     if is_sweep:
         sweep(job, {"sweep.space": {"seed": list(seeds)}})
-        store = Store(job.storage, job.name)
-        results = [
-            open_result(
-                store.trial_uri(trial_id(pin_files(load_job(job, {"seed": seed, "sweep": {}}))))
-            )
-            for seed in seeds
-        ]
-    else:
-        for number, seed in enumerate(seeds):
-            tell(f"seed {seed}", number, len(seeds))
-            one = load_job(job, {"seed": seed, "sweep": {}, "cluster.num_workers": 0})
-            results.append(prune(one, is_quiet=True))
-        tell(f"seed {seeds[-1]}", len(seeds), len(seeds))
+    for number, seed in enumerate(seeds):
+        tell(f"seed {seed}", number, len(seeds))
+        # A loop by default, since a sweep starts Ray; after a sweep it reads the finished trials.
+        one = load_job(job, {"seed": seed, "sweep": {}, "cluster.num_workers": 0})
+        results.append(prune(one, is_quiet=True))
+    tell(f"seed {seeds[-1]}", len(seeds), len(seeds))
     trials = tuple(
         {
             "seed": seed,

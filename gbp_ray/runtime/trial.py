@@ -1,7 +1,7 @@
 """One trial from its lease to its record, in the process that drives it.
 
-This is what a trial of a sweep runs, and the end of every other trial too. It stops after each
-round, so that a scheduler may have its say, and holds the trial's lease all the while.
+A trial of a sweep yields each round, so that a scheduler can judge it, and holds its lease
+throughout. Every other trial ends here, too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 from torch import nn
@@ -43,17 +44,12 @@ __all__ = [
 ]
 
 RunRounds = Callable[[], Iterator[RoundRecord]]
-"""Runs the rounds that a trial lacks, committing each."""
+"""Runs and commits the missing rounds of a trial."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A round of a trial.
-
-    Attributes:
-        record: What was measured.
-        is_old: Whether it was there before, and not computed now.
-    """
+    """A round of a trial; `is_old` if it was committed before."""
 
     record: RoundRecord
     is_old: bool
@@ -90,7 +86,7 @@ def run_whole(
     name = trial_id(job)
     started = time.monotonic()
     with store.await_lease(f"trials/{name}") if is_patient else store.hold(name) as lease:
-        # Whoever held it before may have finished the trial.
+        # Its last holder may have finished the trial.
         finished = store.read_trial(name)
         rounds = store.read_rounds(name) if finished is None else finished.rounds
         for record in rounds:
@@ -112,7 +108,7 @@ def _run_with_dense(job: JobConfig, store: Store, run_rounds: RunRounds) -> Iter
     record, rounds = adopt_dense(store, job), None
     if record is None:
         with share_dense(store, job) as share:
-            # Another trial may have trained it while this one waited for its turn.
+            # Another trial may have trained it while this one waited.
             record = adopt_dense(store, job)
             if record is None:
                 rounds = run_rounds()
@@ -123,10 +119,10 @@ def _run_with_dense(job: JobConfig, store: Store, run_rounds: RunRounds) -> Iter
 
 
 def finish_trial(job: JobConfig, store: Store, seconds: float) -> TrialRecord:
-    """Commits a trial whose rounds are all there.
+    """Commits a trial after its last round.
 
     Raises:
-        StoreError: Some are not, or the storage cannot be written.
+        StoreError: A round is missing, or the storage cannot be written.
     """
     name = trial_id(job)
     rounds = store.read_rounds(name)
@@ -155,7 +151,7 @@ def finish_trial(job: JobConfig, store: Store, seconds: float) -> TrialRecord:
 
 
 def _versions() -> dict[str, str]:
-    # What a job brought along to a cluster is not installed there.
+    # On a cluster this package may come with the job and not be installed.
     packages = {"gbp-ray": __version__}
     for name in ("torch", "ray", "numpy"):
         with suppress(PackageNotFoundError):  # one rank needs no Ray
@@ -234,7 +230,7 @@ def _use_test_split(
     tell: _Teller,
     model: nn.Module | None,
 ) -> None:
-    """Measures the chosen round on the test split, once; without a network it builds one."""
+    """Measures the chosen round on the test split, once."""
     name = trial_id(job)
     if ranks.broadcast_object(ranks.run_collectively(lambda: store.read_test(name))) is not None:
         return
@@ -261,7 +257,7 @@ def _use_test_split(
 
 
 def _commit(store: Store, name: str, driver: str, state: RoundState, ranks: Ranks) -> RoundRecord:
-    """Writes a round, each rank what it holds of it; a full disk stops all."""
+    """Writes a round, each rank its own part; a failure of one rank stops all."""
     number = state.record.round
 
     def begin() -> None:
@@ -286,7 +282,7 @@ def _commit(store: Store, name: str, driver: str, state: RoundState, ranks: Rank
 
 
 class _Shards(Mapping[str, bytes]):
-    """The shards of a stored round, each read when it is asked for and not kept."""
+    """The shards of a stored round, read at each access."""
 
     def __init__(self, store: Store, name: str, record: RoundRecord) -> None:
         self._store, self._name, self._record = store, name, record
@@ -308,13 +304,10 @@ def _read_checkpoint(
     if not records:
         return None
     last = records[-1]
-
-    def read(file: str) -> bytes:
-        return store.read_file(name, last, file)
-
+    read = partial(store.read_file, name, last)
     shards = _Shards(store, name, last)
     dense = b""
-    # A worker of a sharded network may have no room for a whole one that it does not need.
+    # A worker of a sharded network may have no room for a whole one, so it is read if needed.
     if needs_dense_weights(job) or not shards:
         dense = store.read_file(name, records[0], "weights.safetensors")
     return Checkpoint(

@@ -50,6 +50,7 @@ from gbp_ray.workloads.weights import start_from
 
 __all__ = [
     "add_import_paths",
+    "add_job_folders",
     "admit_code",
     "build_network",
     "code_of",
@@ -275,6 +276,15 @@ def add_import_paths(folders: Iterable[str]) -> None:
     for folder in folders:
         if folder not in sys.path:
             sys.path.append(folder)
+
+
+def add_job_folders(job: JobConfig | str | Path | None) -> list[str]:
+    """Make modules in the working folder and beside the job file importable; list these folders."""
+    folders = [str(Path.cwd())]
+    if isinstance(job, (str, Path)):
+        folders.append(str(Path(job).resolve().parent))
+    add_import_paths(folders)
+    return folders
 
 
 def find_shadowed_module(path: str, folder: str) -> str | None:
