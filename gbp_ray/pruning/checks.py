@@ -7,8 +7,10 @@ batch of each split goes through it.
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -16,10 +18,16 @@ from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gbp_ray.config.attack import Perturbation
 from gbp_ray.config.job import JobConfig, trial_id
 from gbp_ray.config.training import Recipe
-from gbp_ray.distributed.agreement import check_data, check_on_record, fingerprints_of_network
-from gbp_ray.distributed.ranks import isolated
+from gbp_ray.distributed.agreement import (
+    check_data,
+    check_on_record,
+    fingerprint,
+    fingerprints_of_network,
+)
+from gbp_ray.distributed.ranks import fixed_kernels, isolated
 from gbp_ray.distributed.sharding import PARTED, leaves, listen_to_groups, shard_network
 from gbp_ray.errors import ConfigError, WorkloadError, in_one_line, name_some
 from gbp_ray.pruning.criteria import criterion
@@ -39,25 +47,43 @@ from gbp_ray.training.side_effects import (
     check_readings,
     check_training_passes,
 )
-from gbp_ray.workloads.checks import check_workload
+from gbp_ray.workloads.checks import Checked, check_workload
 from gbp_ray.workloads.contract import Workload, in_mode, num_examples
 from gbp_ray.workloads.data import take_batch
+from gbp_ray.workloads.loading import load_workload
 from gbp_ray.workloads.weights import tensor_state
 
 __all__ = [
+    "check_frozen_movement",
     "check_job",
-    "refuse_frozen_movement",
-    "warn_of_unusual_weights",
+    "load_checked",
 ]
 
 _NUM_ROUTES = 4
 
 
-def check_job(job: JobConfig, workload: Workload, dense: RoundRecord | None = None) -> None:
-    """Refuses what a job could only fail at later; builds the model, trains and writes nothing.
+def load_checked(job: JobConfig, dense: RoundRecord | None = None) -> tuple[Workload, bool]:
+    """Load what a job prunes, on as many threads as its trial has, and check it as `check_job`.
+
+    Returns:
+        The workload, and whether a trial in this process may go on with it.
+    """
+    with fixed_kernels(job.cluster.threads_per_worker):
+        workload = load_workload(job.workload, job.seed)
+    is_untouched = check_job(job, workload, dense)
+    # What a factory draws on a GPU follows the seed only once a trial has started the GPU.
+    return workload, is_untouched and not job.cluster.use_gpu
+
+
+def check_job(job: JobConfig, workload: Workload, dense: RoundRecord | None = None) -> bool:
+    """Refuse what a job could only fail at later; build the model, train and write nothing.
 
     Args:
         dense: Round 0, of a trial that goes on.
+
+    Returns:
+        Whether the checks left no trace in the workload, as one that keeps its network or counts
+        what is read would show.
 
     Raises:
         ConfigError: The criterion, an exclude glob, a layer bound, n:m, the final sparsity or the
@@ -66,11 +92,31 @@ def check_job(job: JobConfig, workload: Workload, dense: RoundRecord | None = No
             was made with another network or other data.
         PruneError: The criterion fails on a small batch.
     """
+    before = _state_of(workload)
+    modules, is_untouched = _check(job, workload, dense)
+    if modules:
+        gc.collect()  # a network may hold itself
+    return is_untouched and not modules and _state_of(workload) == before
+
+
+def _state_of(workload: Workload) -> str:
+    """Condense the attributes of the workload's own callables."""
+    parts = [
+        getattr(workload, name) for name in ("loss", "count_correct", "count", "prepare", "augment")
+    ]
+    owners = [getattr(part, "__self__", part) for part in parts]
+    return fingerprint([getattr(owner, "__dict__", None) for owner in owners])
+
+
+def _check(
+    job: JobConfig, workload: Workload, dense: RoundRecord | None
+) -> tuple[WeakSet[nn.Module], bool]:
+    """Check a job; return the modules that passes went through, and whether all are as before."""
     criterion(job.prune.criterion)
     stored, source = (dense.fingerprints if dense else {}), f"trial {trial_id(job)}"
     model, is_blank = network_of_seed(workload, job.seed)
     units = prunable_parameters(model, job.prune.exclude)
-    refuse_frozen_movement(job, model, units)
+    check_frozen_movement(job, model, units)
     shapes = {unit.name: tuple(unit.parameter.shape) for unit in units}
     for layer in dense.cost.layers if dense else ():
         if shapes.get(layer.name) != layer.shape:
@@ -88,50 +134,59 @@ def check_job(job: JobConfig, workload: Workload, dense: RoundRecord | None = No
     )
     check_reachable(shapes, job.prune)
     read_initial_masks(job, units)
-    _refuse_split_patterns(job, units)
-    _refuse_empty_shards(job, model)
-    watch = Watch(model)
-    check_workload(workload, model, min(8, job.prune.calibration_batch_size))
-    check_data(workload, stored, source)
-    check_evaluated(watch)
-    check_readings(workload)
-    for section in ("pretrain", "finetune"):
-        recipe: Recipe = getattr(job, section)
-        if recipe.epochs > 0:
-            check_freeze(model, recipe.freeze, section)
-            check_attack(workload, model, recipe.adversarial, f"{section}.adversarial")
-            check_loss(recipe, section, workload)
-    check_attack(workload, model, job.attack, "attack")
-    if job.finetune.epochs > 0:
-        check_distillation(job, workload, model)
+    if job.cluster.strategy == "fsdp":
+        _check_shards(job, model, units)
+    watch, size = Watch(model), min(8, job.prune.calibration_batch_size)
+    with isolated(model, 0):
+        checked = check_workload(workload, model, size)
+        check_data(workload, stored, source)
+        check_evaluated(watch)
+    is_read_alike = check_readings(workload)
+    first, _ = checked.first_batch
+    recipes: dict[str, Recipe] = {"pretrain": job.pretrain, "finetune": job.finetune}
+    recipes = {section: recipe for section, recipe in recipes.items() if recipe.epochs > 0}
+    attacks: dict[str, Perturbation] = {
+        f"{section}.adversarial": recipe.adversarial for section, recipe in recipes.items()
+    }
+    attacks["attack"] = job.attack
+    # What one attack can do, all can.
+    attacked = next((key for key, attack in attacks.items() if attack.kind != "none"), None)
+    for section, recipe in recipes.items():
+        check_freeze(model, recipe.freeze, section)
+        if attacked == f"{section}.adversarial":
+            check_attack(workload, model, recipe.adversarial, attacked)
+        check_loss(recipe, section, workload, first[:1])
+    if attacked == "attack":
+        check_attack(workload, model, job.attack, attacked)
+    if "finetune" in recipes:
+        check_distillation(job.finetune.distillation, checked)
     if job.finetune.patience and workload.validation is None:
         raise ConfigError(
             f"finetune.patience = {job.finetune.patience}: has no examples to judge by; set "
             "workload.validation, such as 0.1"
         )
-    _refuse_joint_norms(model)
-    _refuse_lone_examples(job, workload, model)
-    check_training_passes(job, workload, model, watch)
+    _check_norms(job, recipes, checked)
+    unreached = check_training_passes(job, checked, watch)
     check_criterion(model, units, workload, job.prune, seed=job.seed)
     if job.cluster.strategy == "fsdp" and not dist.is_initialized():
-        _refuse_unshardable(workload, model)
-    size = min(8, num_examples(workload.train), job.prune.calibration_batch_size)
-    warn_of_unusual_weights(model, units, workload, size)
+        _check_shardable(checked)
+    _warn_of_unusual_weights(checked, units, unreached)
+    return WeakSet(model.modules()), is_read_alike and not watch.parameters()
 
 
-def _refuse_unshardable(workload: Workload, model: nn.Module) -> None:
-    """Refuses what FSDP2 cannot spread, or cannot pass through: tries it as the only rank of one.
+def _check_shardable(checked: Checked) -> None:
+    """Refuse what FSDP2 cannot spread, or cannot pass through: try it as the only rank of one.
 
     Such are scalars, parameters whose memory has gaps, unequal types in a group, and modules that
     are used otherwise than by calling them.
     """
-    example, targets = take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
-    twin = copy.deepcopy(model).eval()
+    workload, (inputs, targets) = checked.workload, checked.first_batch
+    twin = copy.deepcopy(checked.model).eval()
     dist.init_process_group("fake", store=HashStore(), rank=0, world_size=1)
     try:
         shard_network(twin, torch.device("cpu"), 1)
         with isolated(twin, 0):
-            loss = workload.loss(twin(example), targets)
+            loss = workload.loss(twin(inputs[:1]), targets[:1])
             trained = [leaf for leaf in leaves(twin).values() if leaf.requires_grad]
             if loss.requires_grad:
                 # As in training, where FSDP2 adds up no gradients itself.
@@ -168,26 +223,23 @@ def _find_parted(workload: Workload, sharded: nn.Module) -> list[str]:
     return [f"'{name}'" for name in sorted(parted)]
 
 
-def _refuse_split_patterns(job: JobConfig, units: list[Prunable]) -> None:
+def _check_shards(job: JobConfig, model: nn.Module, units: list[Prunable]) -> None:
+    """Refuse n:m groups that FSDP2 cuts, and parameters of which it has nothing to spread."""
     split = [unit.name for unit in units if unit.input_dim == 0]
-    if job.cluster.strategy == "fsdp" and job.prune.pattern is not None and split:
+    if job.prune.pattern is not None and split:
         raise ConfigError(
             f"cluster.strategy = fsdp: cuts '{split[0]}' between its inputs, along which the "
             f"groups of prune.granularity = '{job.prune.granularity}' run; name it in "
             "prune.exclude or set cluster.strategy to replicated"
         )
-
-
-def _refuse_empty_shards(job: JobConfig, model: nn.Module) -> None:
-    empty = [name for name, parameter in model.named_parameters() if not parameter.numel()]
-    if job.cluster.strategy == "fsdp" and empty:
+    if empty := [name for name, parameter in model.named_parameters() if not parameter.numel()]:
         raise ConfigError(
             f"cluster.strategy = fsdp: '{empty[0]}' has no elements, and FSDP2 cannot spread that; "
             "leave its layer out or set cluster.strategy to replicated"
         )
 
 
-def refuse_frozen_movement(job: JobConfig, model: nn.Module, units: list[Prunable]) -> None:
+def check_frozen_movement(job: JobConfig, model: nn.Module, units: list[Prunable]) -> None:
     """Refuses movement of weights that fine-tuning does not move.
 
     Raises:
@@ -203,42 +255,34 @@ def refuse_frozen_movement(job: JobConfig, model: nn.Module, units: list[Prunabl
         )
 
 
-def _refuse_joint_norms(model: nn.Module) -> None:
-    """Refuses norms that wait in a pass for other workers, which may have no part of the batch."""
-    joint = [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
-    if joint:
+def _check_norms(job: JobConfig, recipes: Mapping[str, Recipe], checked: Checked) -> None:
+    """Refuse norms that wait for other workers, and single examples, which have no variance."""
+    modules = dict(checked.model.named_modules())
+    # Another worker may have no part of the batch.
+    if joint := [name for name, m in modules.items() if isinstance(m, nn.SyncBatchNorm)]:
         raise ConfigError(
             f"workload.factory: '{joint[0]}' is a SyncBatchNorm, whose statistics would depend on "
             "the number of workers; use BatchNorm, which sees one part of a batch at a time"
         )
-
-
-def _refuse_lone_examples(job: JobConfig, workload: Workload, model: nn.Module) -> None:
-    """Refuses batches of one example where BatchNorm, which needs two values, would see them."""
-    has_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
+    has_norm = any(isinstance(module, _BatchNorm) for module in modules.values())
     if has_norm and job.prune.batchnorm_examples == 1:
         raise ConfigError(
             "prune.batchnorm_examples = 1: one example has no variance; give at least 2, better "
             "hundreds, or 0 to keep the statistics"
         )
-    for section in ("pretrain", "finetune"):
-        recipe: Recipe = getattr(job, section)
-        size = min(recipe.batch_size, num_examples(workload.train))
-        if recipe.epochs > 0 and size // min(recipe.microbatches, size) == 1:
-            _refuse_lone_part(section, recipe, size, workload, model)
+    for section, recipe in recipes.items():
+        size = min(recipe.batch_size, num_examples(checked.workload.train))
+        if size // min(recipe.microbatches, size) == 1:
+            _check_lone_example(section, recipe, size, checked)
+            return
 
 
-def _refuse_lone_part(
-    section: str, recipe: Recipe, size: int, workload: Workload, model: nn.Module
-) -> None:
-    first = torch.zeros(1, dtype=torch.long)
-    example, _ = take_batch(workload, workload.train, first, augment_seed=0)
-    was_training = model.training
-    model.train()
+def _check_lone_example(section: str, recipe: Recipe, size: int, checked: Checked) -> None:
+    """Try one example in training: a norm over images has many values even there."""
+    model = checked.model
     try:
-        # A trial, since a norm over images has many values even in one example.
-        with torch.no_grad(), isolated(model, 0):
-            model(example)
+        with torch.no_grad(), in_mode(model, is_training=True), isolated(model, 0):
+            model(checked.first_batch[0][:1])
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -248,24 +292,24 @@ def _refuse_lone_part(
             f"{recipe.microbatches}: cuts {size} example{'s' if size > 1 else ''} into parts of "
             f"one, and this model's BatchNorm needs two in training; {remedy}"
         ) from error
-    finally:
-        model.train(was_training)
 
 
-def warn_of_unusual_weights(
-    model: nn.Module, units: list[Prunable], workload: Workload, batch_size: int
+def _warn_of_unusual_weights(
+    checked: Checked, units: list[Prunable], unreached: Sequence[str]
 ) -> None:
-    """Warns of weights that get no gradient, of embeddings, and of state that is not stored.
+    """Warn of weights that get no gradient, of embeddings, and of state that is not stored.
 
     Args:
-        batch_size: Of the training examples that are tried.
+        unreached: Parameters that the loss does not depend on in training.
     """
+    model, batch_size = checked.model, len(checked.first_batch[0])
     total = sum(unit.parameter.numel() for unit in units)
-    known: list[Prunable] = []
-    for is_training, when in ((True, "in training"), (False, "in eval mode, where it is scored")):
-        found = _find_idle(model, units, workload, batch_size, is_training=is_training)
-        if idle := [unit for unit in found if unit not in known]:
-            known += idle
+    in_eval = [name for name in checked.unreached if name not in unreached]
+    for names, when in (
+        (unreached, "in training"),
+        (in_eval, "in eval mode, where it is scored"),
+    ):
+        if idle := [unit for unit in units if unit.name in names]:
             number = sum(unit.parameter.numel() for unit in idle)
             warnings.warn(
                 f"prune: {_name_some(idle)} get{'s' if len(idle) == 1 else ''} no gradient from "
@@ -288,31 +332,6 @@ def warn_of_unusual_weights(
             "what build_model gives it",
             stacklevel=2,
         )
-
-
-def _find_idle(
-    model: nn.Module,
-    units: list[Prunable],
-    workload: Workload,
-    batch_size: int,
-    *,
-    is_training: bool,
-) -> list[Prunable]:
-    """Finds what the loss of a batch does not depend on; frozen weights are passed over."""
-    seen = [unit for unit in units if unit.parameter.requires_grad]
-    # What fails here fails in training too, and says why there.
-    with (
-        suppress(Exception),
-        in_mode(model, is_training=is_training),
-        isolated(model, 0),
-        torch.enable_grad(),
-    ):
-        indices = torch.arange(batch_size)
-        inputs, targets = take_batch(workload, workload.train, indices, augment_seed=0)
-        loss = workload.loss(model(inputs), targets)
-        gradients = torch.autograd.grad(loss, [unit.parameter for unit in seen], allow_unused=True)
-        return [unit for unit, found in zip(seen, gradients, strict=True) if found is None]
-    return []
 
 
 def _name_some(units: list[Prunable]) -> str:

@@ -25,7 +25,7 @@ from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.distributed.sharding import PARTED, is_sharded, local, route_of
 from gbp_ray.errors import PruneError, StoreError
 from gbp_ray.pruning.checkpoint import Checkpoint, damaged, restore_state, save_round, spread_masks
-from gbp_ray.pruning.checks import refuse_frozen_movement
+from gbp_ray.pruning.checks import check_frozen_movement
 from gbp_ray.pruning.masks import MaskSet, check_pruned_zero, forget_pruned, read_initial_masks
 from gbp_ray.pruning.scoring import score
 from gbp_ray.pruning.selection import select_masks
@@ -141,7 +141,7 @@ class _Run:
             workload, job.seed, ranks, job.cluster.strategy, stored, "round_000"
         )
         self.units = prunable_parameters(self.model, job.prune.exclude)
-        refuse_frozen_movement(job, self.model, self.units)
+        check_frozen_movement(job, self.model, self.units)
         self.masks = MaskSet.dense(self.units)
         initial = ranks.run_collectively(lambda: read_initial_masks(job, self.units))
         self.has_initial_masks = initial is not None

@@ -25,7 +25,7 @@ from gbp_ray.distributed.ranks import buffer_slots
 from gbp_ray.errors import PruneError, in_one_line
 from gbp_ray.pruning.units import Prunable
 from gbp_ray.workloads.contract import Workload
-from gbp_ray.workloads.data import derive_seed, take_batch
+from gbp_ray.workloads.data import derive_seed, first_example
 
 __all__ = [
     "BatchStatistic",
@@ -237,7 +237,7 @@ def _hessian_product(
 
 def synaptic_flow(model: nn.Module, units: list[Prunable], workload: Workload) -> Tensor:
     """|w * dR/dw| for R = sum of the outputs of the linearised network on an all-one input."""
-    sample, _ = take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
+    sample, _ = first_example(workload)
     if not sample.is_floating_point():
         raise PruneError(
             f"prune.criterion = synflow: needs inputs of floating point, not {sample.dtype}; "

@@ -23,7 +23,7 @@ from gbp_ray.config.sweep import SweepConfig
 from gbp_ray.config.workload import TransferConfig
 from gbp_ray.distributed.ranks import Ranks, own_device
 from gbp_ray.errors import StoreError, TrialError
-from gbp_ray.pruning.checks import check_job
+from gbp_ray.pruning.checks import load_checked
 from gbp_ray.pruning.masks import MaskSet, pin_files, pin_trials
 from gbp_ray.results.index import flatten
 from gbp_ray.results.query import Results, open_results, summarize
@@ -177,13 +177,15 @@ def prune(
     store.preflight()
     started = time.monotonic()
     with ProgressBoard(is_quiet) as board:
-        _load_checked(job, import_paths, store.read_round(name, 0))
+        workload, is_untouched = _load_checked(job, import_paths, store.read_round(name, 0))
+        handed = workload if is_untouched and job.cluster.num_workers == 0 else None
+        del workload
         store.claim(job)
         with store.hold(name) as lease:
             # Its last holder may have finished the trial.
             record = store.read_trial(name)
             if record is None:
-                _run_rounds(job, store, import_paths, board, is_debug=is_debug)
+                _run_rounds(job, store, import_paths, board, handed, is_debug=is_debug)
                 lease.check()
                 record = finish_trial(job, store, time.monotonic() - started)
     return PruneResult(record, store.trial_uri(name), tuple(code_of(job).values()))
@@ -203,7 +205,7 @@ def plan_prune(
     uri, num_rounds = store.trial_uri(name), job.prune.rounds + 1
     if store.read_trial(name) is not None:
         return PrunePlan(name, uri, num_rounds, 0, None)
-    workload = _load_checked(job, import_paths, store.read_round(name, 0))
+    workload, _ = _load_checked(job, import_paths, store.read_round(name, 0))
     store.check_claim(JobRecord(factory=job.workload.factory))
     if job.cluster.max_workers == 0 or job.cluster.address is None:
         own_device(job)
@@ -305,7 +307,7 @@ def sweep(
             store.preflight()
             if not feeder.outcomes:
                 # What ails all trials is better said once; the others are checked as they start.
-                check_job(first, load_workload(first.workload, first.seed))
+                load_checked(first)
             _warn_of_shadowed_modules(first, import_paths, stacklevel=3)
             store.claim(first)
             # Ray takes seconds to import; a sweep that has ended does not need it.
@@ -349,7 +351,7 @@ def plan_sweep(
         store.check_claim(JobRecord(factory=job.workload.factory))
     machines = see_machines(job)
     return make_sweep_plan(
-        job, found, store, machines, lambda trial: _load_checked(trial, import_paths)
+        job, found, store, machines, lambda trial: _load_checked(trial, import_paths)[0]
     )
 
 
@@ -489,16 +491,20 @@ def _load(
 
 def _load_checked(
     job: JobConfig, import_paths: list[str], dense: RoundRecord | None = None
-) -> Workload:
-    """Loads what is pruned and refuses what the job could only fail at later; see `check_job`."""
-    workload = load_workload(job.workload, job.seed)
-    check_job(job, workload, dense)
+) -> tuple[Workload, bool]:
+    checked = load_checked(job, dense)
     _warn_of_shadowed_modules(job, import_paths, stacklevel=4)
-    return workload
+    return checked
 
 
 def _run_rounds(
-    job: JobConfig, store: Store, import_paths: list[str], board: ProgressBoard, *, is_debug: bool
+    job: JobConfig,
+    store: Store,
+    import_paths: list[str],
+    board: ProgressBoard,
+    workload: Workload | None,
+    *,
+    is_debug: bool,
 ) -> None:
     name = trial_id(job)
     earlier = store.read_rounds(name)
@@ -510,6 +516,7 @@ def _run_rounds(
         work_trial(
             job,
             Ranks(device=device),
+            workload=workload,
             tell=board.show,
             round_done=lambda record: board.show_round(name, record),
         )

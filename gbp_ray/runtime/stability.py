@@ -178,8 +178,10 @@ def _run_samples(
                 f"prune.criterion = {name}: scores while training and has no calibration sample; "
                 "leave it to --no-samples or choose another"
             )
-        check_job(one, load_workload(one.workload, one.seed))
     workload = load_workload(job.workload, job.seed)
+    untouched = [check_job(one, workload) for one in jobs.values()]
+    if not all(untouched):
+        workload = load_workload(job.workload, job.seed)
     available = num_examples(workload.train)
     if min(sizes) > available:
         raise ConfigError(

@@ -22,7 +22,7 @@ from gbp_ray.distributed.ranks import Ranks, fixed_kernels, own_device
 from gbp_ray.distributed.sharding import is_sharded
 from gbp_ray.errors import StoreError
 from gbp_ray.pruning.checkpoint import SHARDS, Checkpoint
-from gbp_ray.pruning.checks import check_job
+from gbp_ray.pruning.checks import load_checked
 from gbp_ray.pruning.rounds import RoundState, ScoreCache, needs_dense_weights, run_rounds
 from gbp_ray.results.records import RoundRecord, TrialRecord, choose_round
 from gbp_ray.results.store import Store
@@ -45,6 +45,9 @@ __all__ = [
 
 RunRounds = Callable[[], Iterator[RoundRecord]]
 """Runs and commits the missing rounds of a trial."""
+
+Prepare = Callable[[Workload | None], RunRounds]
+"""Takes the workload that was checked, where a trial in this process may go on with it."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +74,20 @@ def run_solo(
     """
     store = Store(job.storage, job.name)
 
-    def run_rounds() -> Iterator[RoundRecord]:
-        return iterate_trial(
-            job, Ranks(device=own_device(job)), tell=tell, score_cache=SharedScores(store)
+    def prepare(workload: Workload | None) -> RunRounds:
+        return lambda: iterate_trial(
+            job,
+            Ranks(device=own_device(job)),
+            workload=workload,
+            tell=tell,
+            score_cache=SharedScores(store),
         )
 
-    return run_whole(job, store, run_rounds, is_patient=is_patient)
+    return run_whole(job, store, prepare, is_patient=is_patient)
 
 
 def run_whole(
-    job: JobConfig, store: Store, run_rounds: RunRounds, *, is_patient: bool = True
+    job: JobConfig, store: Store, prepare: Prepare, *, is_patient: bool = True
 ) -> Iterator[Step]:
     """Does so with whatever runs the rounds; the dense network is shared with other trials."""
     name = trial_id(job)
@@ -93,12 +100,19 @@ def run_whole(
             yield Step(record, is_old=True)
         if finished is not None:
             return
-        check_job(job, load_workload(job.workload, job.seed), rounds[0] if rounds else None)
+        # Not held here: rounds may run in other processes.
+        run_rounds = prepare(take_checked(job, rounds[0] if rounds else None))
         for record in _run_with_dense(job, store, run_rounds):
             lease.check()
             yield Step(record, is_old=False)
         lease.check()
         finish_trial(job, store, time.monotonic() - started)
+
+
+def take_checked(job: JobConfig, dense: RoundRecord | None) -> Workload | None:
+    """Load and check what a job prunes; return it where a trial may go on with it, else None."""
+    workload, is_untouched = load_checked(job, dense)
+    return workload if is_untouched else None
 
 
 def _run_with_dense(job: JobConfig, store: Store, run_rounds: RunRounds) -> Iterator[RoundRecord]:
@@ -163,19 +177,21 @@ def work_trial(
     job: JobConfig,
     ranks: Ranks,
     *,
+    workload: Workload | None = None,
     tell: Callable[[Tick], None] = lambda tick: None,
     round_done: Callable[[RoundRecord], None] = lambda record: None,
 ) -> None:
     """Runs a trial's missing rounds, committing each to the job's store.
 
     Args:
+        workload: What was checked in this process; loaded anew by default.
         tell: Given this rank's progress after each step.
         round_done: Called on every rank after each committed round.
 
     Raises:
         GbpError: The same one on all ranks.
     """
-    for record in iterate_trial(job, ranks, tell=tell):
+    for record in iterate_trial(job, ranks, workload=workload, tell=tell):
         round_done(record)
 
 
@@ -183,6 +199,7 @@ def iterate_trial(
     job: JobConfig,
     ranks: Ranks,
     *,
+    workload: Workload | None = None,
     tell: Callable[[Tick], None] = lambda tick: None,
     score_cache: ScoreCache | None = None,
 ) -> Iterator[RoundRecord]:
@@ -197,7 +214,8 @@ def iterate_trial(
     with fixed_kernels(job.cluster.threads_per_worker):
         name = trial_id(job)
         store = Store(job.storage, job.name)
-        workload = ranks.run_collectively(lambda: load_workload(job.workload, job.seed))
+        if workload is None:
+            workload = ranks.run_collectively(lambda: load_workload(job.workload, job.seed))
         # All go by what rank 0 sees: a round may be committed between two looks.
         records = ranks.broadcast_object(ranks.run_collectively(lambda: store.read_rounds(name)))
         # Whoever holds the trial now must hold it at each commit.

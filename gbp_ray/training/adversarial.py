@@ -39,7 +39,7 @@ from gbp_ray.workloads.contract import (
     judged_split,
     num_examples,
 )
-from gbp_ray.workloads.data import cut_batches, derive_seed, take_batch
+from gbp_ray.workloads.data import cut_batches, derive_seed, first_example, take_batch
 from gbp_ray.workloads.metrics import check_share, count_right, loss_of, mark_right
 
 __all__ = [
@@ -103,8 +103,7 @@ def check_attack(workload: Workload, model: nn.Module, attack: Perturbation, key
     """
     if attack.kind == "none":
         return
-    first = torch.zeros(1, dtype=torch.long)
-    inputs, targets = take_batch(workload, workload.train, first)
+    inputs, targets = first_example(workload)
     check_range(inputs, *bounds_of_inputs(workload.input_range, inputs, f"{key}.kind"))
     briefly = attack.model_copy(update={"steps": 1, "step_size": attack.step})
     try:

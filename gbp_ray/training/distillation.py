@@ -27,7 +27,8 @@ from gbp_ray.distributed.sharding import is_sharded
 from gbp_ray.errors import ConfigError
 from gbp_ray.training.network import load_rows
 from gbp_ray.training.optimizer import num_steps
-from gbp_ray.workloads.contract import Workload, num_examples
+from gbp_ray.workloads.checks import Checked
+from gbp_ray.workloads.contract import Workload, in_mode, num_examples
 from gbp_ray.workloads.data import cut_batches, derive_seed, take_batch
 from gbp_ray.workloads.weight_files import read_weights
 from gbp_ray.workloads.weights import TEACHER, find_misfits, fit_state, tensor_state
@@ -38,7 +39,6 @@ __all__ = [
     "answer_bytes",
     "capture_outputs",
     "check_distillation",
-    "check_features",
     "distillation_loss",
     "feature_distance",
     "is_taught_once",
@@ -166,21 +166,18 @@ def _ask(model: nn.Module, workload: Workload, batch: range, device: torch.devic
     return answers
 
 
-def check_distillation(job: JobConfig, workload: Workload, model: nn.Module) -> None:
-    """Refuses a distillation that this network cannot take part in.
+def check_distillation(config: DistillationConfig, checked: Checked) -> None:
+    """Refuse a distillation that this network cannot take part in.
 
     Raises:
         ConfigError: It gives no logits, lacks a module of `features`, or the teacher's weights do
             not fit it.
         WorkloadError: The teacher's file cannot be read.
     """
-    config = job.finetune.distillation
     if not config.is_on:
         return
-    inputs, _ = take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
-    with torch.no_grad(), isolated(model.eval(), 0):
-        outputs = model(inputs)
-        check_features(model, config.features, inputs, f"{_SECTION}.features")
+    _check_features(checked, config.features)
+    outputs = checked.outputs
     is_logits = isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.ndim >= 2
     if config.weight > 0 and not is_logits:
         raise ConfigError(
@@ -188,7 +185,33 @@ def check_distillation(job: JobConfig, workload: Workload, model: nn.Module) -> 
             "set it to 0"
         )
     if config.teacher:
-        _read_fitting(config, model)
+        _read_fitting(config, checked.model)
+
+
+def _check_features(checked: Checked, names: Sequence[str]) -> None:
+    """Refuse modules that the network does not have, or whose outputs are no tensors."""
+    model, key = checked.model, f"{_SECTION}.features"
+    paths = [path for path, _ in model.named_modules() if path]
+    for name in names:
+        if name not in paths:
+            raise ConfigError(
+                f"{key} = '{name}': the network has no such module{nearest_name(name, paths)}"
+            )
+    if not names:
+        return
+    with (
+        torch.no_grad(),
+        in_mode(model, is_training=False),
+        isolated(model, 0),
+        capture_outputs(model, names) as outputs,
+    ):
+        model(checked.first_batch[0][:1])
+    for name in names:
+        if not isinstance(outputs.get(name), Tensor):
+            raise ConfigError(
+                f"{key} = '{name}': this module is not called, or gives something else than one "
+                "tensor; name another"
+            )
 
 
 @contextmanager
@@ -219,31 +242,6 @@ def feature_distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) 
     return torch.stack(
         [functional.mse_loss(found[name].float(), wanted[name].float()) for name in wanted]
     ).mean()
-
-
-def check_features(model: nn.Module, names: Sequence[str], inputs: Tensor, key: str) -> None:
-    """Refuses names of modules that the network does not have, or whose outputs are no tensors.
-
-    Args:
-        inputs: A small batch.
-
-    Raises:
-        ConfigError: Naming the first one.
-    """
-    paths = [path for path, _ in model.named_modules() if path]
-    for name in names:
-        if name not in paths:
-            raise ConfigError(
-                f"{key} = '{name}': the network has no such module{nearest_name(name, paths)}"
-            )
-    with torch.no_grad(), capture_outputs(model, names) as outputs:
-        model(inputs)
-    for name in names:
-        if not isinstance(outputs.get(name), Tensor):
-            raise ConfigError(
-                f"{key} = '{name}': this module is not called, or gives something else than one "
-                "tensor; name another"
-            )
 
 
 @dataclass(frozen=True)

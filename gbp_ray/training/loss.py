@@ -22,13 +22,12 @@ from gbp_ray.training.adversarial import perturb
 from gbp_ray.training.distillation import Teacher, _run, capture_outputs
 from gbp_ray.workloads.checks import blaming_labels, check_labels
 from gbp_ray.workloads.contract import Workload, num_examples
-from gbp_ray.workloads.data import derive_seed, seeded, take_batch
+from gbp_ray.workloads.data import derive_seed, first_example, seeded, take_batch
 from gbp_ray.workloads.metrics import count_items, cross_entropy_options, zero_loss
 
 __all__ = [
     "Mix",
     "check_loss",
-    "check_mixing",
     "counts_of",
     "draw_mix",
     "emphases_of",
@@ -108,23 +107,31 @@ def training_loss(
             return clean + adversarial.weight * distilled_loss(attacked)
 
 
-def check_loss(recipe: Recipe, section: str, workload: Workload) -> None:
-    """Refuses a recipe whose objective the workload does not allow.
+def check_loss(recipe: Recipe, section: str, workload: Workload, inputs: Tensor) -> None:
+    """Refuse a recipe whose objective the workload does not allow.
+
+    Args:
+        inputs: (1, ...) prepared for the network.
 
     Raises:
-        ConfigError: Smoothed labels of a loss that takes none, or inputs that cannot be mixed.
+        ConfigError: Smoothed labels of a loss that takes none; or mixed inputs that are not numbers
+            between which others lie, or no images.
     """
-    if recipe.epochs == 0:
-        return
     if recipe.label_smoothing > 0 and workload.loss is not functional.cross_entropy:
         raise ConfigError(
             f"{section}.label_smoothing = {recipe.label_smoothing:g}: needs a workload whose loss "
             "is torch.nn.functional.cross_entropy; set it to 0"
         )
-    if recipe.mixup > 0 or recipe.cutmix > 0:
-        first = torch.zeros(1, dtype=torch.long)
-        inputs, _ = take_batch(workload, workload.train, first, augment_seed=0)
-        check_mixing(recipe, section, inputs)
+    if recipe.mixup > 0 and not inputs.is_floating_point():
+        raise ConfigError(
+            f"{section}.mixup = {recipe.mixup:g}: needs inputs of floating point, not "
+            f"{inputs.dtype}; set it to 0"
+        )
+    if recipe.cutmix > 0 and inputs.ndim != 4:
+        raise ConfigError(
+            f"{section}.cutmix = {recipe.cutmix:g}: needs images of shape (examples, channels, "
+            f"height, width), not {tuple(inputs.shape)}; set it to 0"
+        )
 
 
 @dataclass(frozen=True)
@@ -178,27 +185,6 @@ def _cut(images: Tensor, share: float, partners: Tensor) -> Mix:
     mixed[..., top:bottom, left:right] = images[partners, ..., top:bottom, left:right]
     pasted = (bottom - top) * (right - left) / (height * width)
     return Mix(mixed, 1 - pasted, partners)
-
-
-def check_mixing(recipe: Recipe, section: str, inputs: Tensor) -> None:
-    """Refuses to mix what cannot be mixed.
-
-    Args:
-        inputs: A batch, prepared for the network.
-
-    Raises:
-        ConfigError: Inputs are not numbers between which others lie, or no images.
-    """
-    if recipe.mixup > 0 and not inputs.is_floating_point():
-        raise ConfigError(
-            f"{section}.mixup = {recipe.mixup:g}: needs inputs of floating point, not "
-            f"{inputs.dtype}; set it to 0"
-        )
-    if recipe.cutmix > 0 and inputs.ndim != 4:
-        raise ConfigError(
-            f"{section}.cutmix = {recipe.cutmix:g}: needs images of shape (examples, channels, "
-            f"height, width), not {tuple(inputs.shape)}; set it to 0"
-        )
 
 
 def counts_of(workload: Workload, indices: Tensor, ranks: Ranks) -> Tensor | None:
@@ -269,7 +255,7 @@ def _may_differ(workload: Workload) -> bool:
     if options.get("weight") is not None or options.get("ignore_index", -100) != -100:
         return True
     # Labels of positions, of which some may be ignored; an example's only one must not be.
-    return _targets(workload, torch.zeros(1, dtype=torch.long)).ndim > 1
+    return first_example(replace(workload, prepare=None))[1].ndim > 1
 
 
 def _count(workload: Workload, indices: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ from gbp_ray.distributed.sharding import (
 )
 from gbp_ray.errors import StoreError, WorkloadError, in_one_line
 from gbp_ray.workloads.contract import Workload, in_mode
-from gbp_ray.workloads.data import derive_seed, seeded, take_batch
+from gbp_ray.workloads.data import derive_seed, first_example, seeded
 from gbp_ray.workloads.loading import build_network
 from gbp_ray.workloads.weights import tensor_state
 
@@ -146,8 +146,7 @@ def _build_here(
     workload: Workload, seed: int
 ) -> tuple[nn.Module, Macs, dict[str, str], dict[str, str]]:
     model, digests = _build(workload, seed, is_changed=True)
-    example, _ = take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
-    macs = count_macs(model, example)
+    macs = count_macs(model, first_example(workload)[0])
     found = fingerprints_of_network(model, is_blank=_is_blank(model))
     found |= fingerprints_of_data(workload)
     return model, macs, digests, found

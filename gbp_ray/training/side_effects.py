@@ -20,6 +20,7 @@ from gbp_ray.config.training import Recipe
 from gbp_ray.distributed.ranks import Ranks, buffer_slots, checksum, isolated
 from gbp_ray.errors import ConfigError, WorkloadError, in_one_line, name_some
 from gbp_ray.training.buffers import TrainedBuffers
+from gbp_ray.workloads.checks import Checked, find_unreached
 from gbp_ray.workloads.contract import Workload, in_mode, num_examples
 from gbp_ray.workloads.data import take_batch
 
@@ -31,11 +32,10 @@ __all__ = [
 ]
 
 _NUM_ITEMS = 8
-_NUM_PASSED = 4
 
 
-def check_readings(workload: Workload) -> None:
-    """Reads a few items of each split twice under one seed, and warns where they differ."""
+def check_readings(workload: Workload) -> bool:
+    """Read items of each split twice under one seed; where they differ, warn and return False."""
     items: list[str] = []
     made: list[str] = []
     for split in ("train", "test", "validation"):
@@ -57,6 +57,7 @@ def check_readings(workload: Workload) -> None:
                 "global generators of torch, NumPy or random, which are seeded for each example",
                 stacklevel=2,
             )
+    return not items and not made
 
 
 def _is_read_alike(workload: Workload, split: str, seed: int | None) -> bool:
@@ -160,32 +161,31 @@ def check_evaluated(watch: Watch) -> None:
     watch.warn_of_attributes()
 
 
-def check_training_passes(
-    job: JobConfig, workload: Workload, model: nn.Module, watch: Watch
-) -> None:
-    """Passes over a few examples in training mode; leaves buffers as they were.
+def check_training_passes(job: JobConfig, checked: Checked, watch: Watch) -> tuple[str, ...]:
+    """Pass over the first batch in training mode; leave buffers as they were.
 
     Args:
         watch: Of the network as it was built.
+
+    Returns:
+        Names of the parameters that the loss does not depend on.
 
     Raises:
         ConfigError: A pass sets a parameter, which each part of a batch would do for itself.
         WorkloadError: A pass fails, or changes the shape of a buffer.
     """
+    workload, model, (inputs, targets) = checked.workload, checked.model, checked.first_batch
     recipes = {name: getattr(job, name) for name in ("pretrain", "finetune")}
     recipes = {name: recipe for name, recipe in recipes.items() if recipe.epochs > 0}
-    number = min(_NUM_PASSED, num_examples(workload.train))
-    # One example has no variance over a batch.
-    if not recipes or number < 2:
-        return
-    indices = torch.arange(number)
-    inputs, targets = take_batch(workload, workload.train, indices, augment_seed=0)
     with in_mode(model, is_training=True):
-        outputs, loss, changed = _pass(workload, model, watch, inputs, targets)
-        _warn_of_outside_parameters(model, loss)
+        # One example has no variance over a batch.
+        if not recipes or len(inputs) < 2:
+            with isolated(model, 0):
+                return find_unreached(model, lambda: workload.loss(model(inputs), targets))
+        outputs, unreached, changed = _pass(checked, watch, is_first=True)
         if written := watch.parameters():
             _refuse_parts(job, recipes, written)
-        again, *_ = _pass(workload, model, watch, inputs, targets)
+        again, *_ = _pass(checked, watch)
         if not _is_same(outputs, again) and not written:
             warnings.warn(
                 "outputs of the network differ from one pass to the next under one seed; draw from "
@@ -195,12 +195,14 @@ def check_training_passes(
         if changed:
             _warn_of_unsaved(model, changed)
             _warn_of_parts(recipes, model, inputs, changed)
+    return unreached
 
 
 def _pass(
-    workload: Workload, model: nn.Module, watch: Watch, inputs: Tensor, targets: Tensor
-) -> tuple[object, Tensor, list[str]]:
-    """Returns outputs, loss, and the names of buffers, those of norms apart, that were changed."""
+    checked: Checked, watch: Watch, *, is_first: bool = False
+) -> tuple[object, tuple[str, ...], list[str]]:
+    """Return outputs, unreached parameters, and changed buffers other than those of norms."""
+    workload, model, (inputs, targets) = checked.workload, checked.model, checked.first_batch
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with isolated(model, 0):
         try:
@@ -225,7 +227,10 @@ def _pass(
             for name, value in before.items()
             if name not in of_norms and name in now and not _is_same(value, now[name])
         ]
-    return outputs, loss, changed
+        if not is_first:
+            return outputs, (), changed
+        _warn_of_outside_parameters(model, loss)
+        return outputs, find_unreached(model, lambda: loss), changed
 
 
 def _warn_of_outside_parameters(model: nn.Module, loss: Tensor) -> None:

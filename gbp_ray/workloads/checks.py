@@ -1,11 +1,12 @@
-"""Refuses data, losses and metrics that no job can use, and names the example that is to blame."""
+"""Refuse data, losses and metrics that no job can use, and name the example that is to blame."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,18 +18,38 @@ from gbp_ray.workloads.data import kind_of, take_batch
 from gbp_ray.workloads.metrics import check_share, count_items, count_right, cross_entropy_options
 
 __all__ = [
+    "Checked",
     "blaming_labels",
     "check_finite",
     "check_labels",
     "check_workload",
+    "find_unreached",
 ]
 
 # By chance a loss may be a mean over one draw.
 _NUM_MADE_UP = 3
 
 
-def check_workload(workload: Workload, model: nn.Module, batch_size: int) -> None:
-    """Refuses data that no job can use, before anything is trained.
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """A workload that can be used, and the one pass of its network that showed it.
+
+    Attributes:
+        model: The network, as it was built.
+        first_batch: (inputs, targets) of training examples from all over the split, augmented.
+        outputs: What the network makes of them in eval mode, without a graph.
+        unreached: Names of the parameters that their loss does not depend on.
+    """
+
+    workload: Workload
+    model: nn.Module
+    first_batch: tuple[Tensor, Tensor]
+    outputs: Any
+    unreached: tuple[str, ...]
+
+
+def check_workload(workload: Workload, model: nn.Module, batch_size: int) -> Checked:
+    """Refuse data that no job can use, before anything is trained.
 
     One batch of each split goes through the model, so a wrong shape shows here and not an hour
     later. Labels are checked as far as they can be seen without reading the data: all of a tuple's,
@@ -44,8 +65,8 @@ def check_workload(workload: Workload, model: nn.Module, batch_size: int) -> Non
     for split in splits:
         _check_size(split, getattr(workload, split))
     with in_mode(model, is_training=False):
-        for split in splits:
-            _check_split(workload, model, split, batch_size)
+        checked, *_ = [_check_split(workload, model, split, batch_size) for split in splits]
+    return checked
 
 
 def _check_size(split: str, data: Any) -> None:
@@ -64,24 +85,30 @@ def _check_size(split: str, data: Any) -> None:
         raise WorkloadError(f"workload.{split}: holds no examples; give at least one")
 
 
-def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: int) -> None:
-    data = getattr(workload, split)
-    indices = torch.arange(min(batch_size, num_examples(data)))
-    # Only training examples are augmented.
-    seed = 0 if split == "train" else None
+def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: int) -> Checked:
+    data, is_train = getattr(workload, split), split == "train"
+    total = num_examples(data)
+    indices = torch.arange(min(batch_size, total))
+    if is_train:
+        # Labels may lie in order, and a mean over one example shows nothing.
+        size = min(max(batch_size, 2), total)
+        indices = torch.linspace(0, total - 1, size).long()
     inputs: Any = None
     outputs: Any = None
     try:
         with torch.no_grad():
+            # Only training examples are augmented.
+            seed = 0 if is_train else None
             inputs, targets = take_batch(workload, data, indices, augment_seed=seed)
-            outputs = model(inputs)
+            graph = _pass_with_graph(model, inputs) if is_train else None
+            outputs = model(inputs) if graph is None else graph.detach()
             _check_labels(workload, split, outputs, targets)
             loss = _checked_loss(workload, outputs, targets)
             right, asked = count_right(workload, split, outputs, targets)
             check_share(split, int(right), int(asked), _shapes(outputs, targets))
             _check_perfect(workload, split, outputs, targets)
-            if split == "train":
-                _check_means(workload, model, batch_size)
+            if is_train:
+                _check_means(workload, model, inputs, outputs, targets)
     except GbpError:
         raise
     except Exception as error:
@@ -94,6 +121,30 @@ def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: i
             "workload.loss: must return the mean over the batch, a scalar tensor, not "
             f"{kind_of(loss)}"
         )
+
+    def loss_of_graph() -> Tensor:
+        return workload.loss(model(inputs) if graph is None else graph, targets)
+
+    unreached = find_unreached(model, loss_of_graph) if is_train else ()
+    return Checked(workload, model, (inputs, targets), outputs, unreached)
+
+
+def _pass_with_graph(model: nn.Module, inputs: Tensor) -> Tensor | None:
+    """Return outputs to differentiate; None where they are no tensor, or only evaluation works."""
+    with suppress(Exception), torch.enable_grad():
+        outputs = model(inputs)
+        return outputs if isinstance(outputs, Tensor) else None
+    return None
+
+
+def find_unreached(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[str, ...]:
+    """Name the parameters that a loss does not depend on; frozen ones are passed over."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    # What fails here fails in training too, which says why.
+    with suppress(Exception), torch.enable_grad():
+        found = torch.autograd.grad(loss(), [p for _, p in named], allow_unused=True)
+        return tuple(name for (name, _), g in zip(named, found, strict=True) if g is None)
+    return ()
 
 
 def _shapes(outputs: Any, targets: Tensor) -> str:
@@ -145,20 +196,17 @@ def _check_perfect(workload: Workload, split: str, outputs: Any, targets: Tensor
     check_share(split, int(right), int(asked), _shapes(outputs, targets))
 
 
-def _check_means(workload: Workload, model: nn.Module, batch_size: int) -> None:
-    """Refuses a loss that is no mean over its items, and an own count that is no sum.
+def _check_means(
+    workload: Workload, model: nn.Module, inputs: Tensor, outputs: Any, targets: Tensor
+) -> None:
+    """Refuse a loss that is no mean over its items, and an own count that is no sum.
 
-    Both are compared with those of two halves of a batch, of examples from all over the split and,
-    where they can be made up, once more with labels of all classes, and with outputs that differ
-    more than those of an untrained network do.
+    Both are compared with those of two halves of the batch and, where they can be made up, once
+    more with labels of all classes, and with outputs that differ more than those of an untrained
+    network do.
     """
-    total = num_examples(workload.train)
-    size = min(max(batch_size, 2), total)
-    if size < 2:
+    if (size := len(targets)) < 2:
         return
-    indices = torch.linspace(0, total - 1, size).long()
-    inputs, targets = take_batch(workload, workload.train, indices)
-    outputs = model(inputs)
     halves = (slice(0, size // 2), slice(size // 2, size))
     if isinstance(outputs, Tensor):
         parts = [outputs[half] for half in halves]

@@ -20,6 +20,7 @@ __all__ = [
     "collate",
     "cut_batches",
     "derive_seed",
+    "first_example",
     "kind_of",
     "plant_seed",
     "read_item",
@@ -250,6 +251,11 @@ def take_batch(
         with seeded(seed), _naming("prepare", split, indices):
             inputs = workload.prepare(inputs)
     return inputs, targets
+
+
+def first_example(workload: Workload) -> tuple[Tensor, Tensor]:
+    """Fetch the first training example, not augmented, as a batch of one."""
+    return take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -39,10 +38,10 @@ from gbp_ray.workloads.contract import (
 )
 from gbp_ray.workloads.data import (
     derive_seed,
+    first_example,
     kind_of,
     seeded,
     shuffled_indices,
-    take_batch,
 )
 from gbp_ray.workloads.encoding import encode_network
 from gbp_ray.workloads.tying import find_shared_memory, with_tied_weights, without_wrappers
@@ -129,7 +128,7 @@ def load_workload(config: WorkloadConfig, seed: int | None = None) -> Workload:
 
 def _encoded(workload: Workload, config: EncodingConfig) -> Workload:
     """Puts the workload's network behind an encoding, and gives it intensities to take."""
-    example, _ = take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
+    example, _ = first_example(workload)
     low, high = bounds_of_inputs(workload.input_range, example, "workload.encoding.kind")
     check_range(example, low, high)
     build, prepare = workload.build_model, workload.prepare

@@ -170,7 +170,7 @@ def test_a_finished_job_answers_without_any_work(
     def fail(*args: Any, **options: Any) -> None:
         raise AssertionError("a finished job was worked on")
 
-    for name in ("work_trial", "load_workload", "check_job"):
+    for name in ("work_trial", "load_workload", "load_checked"):
         monkeypatch.setattr(api, name, fail)
     second = run(user_folder)
     assert second == first

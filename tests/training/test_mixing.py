@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_networks import ConvNet, built, draw, images, in_float64
+from small_networks import ConvNet, built, draw, images, in_float64, job_config
 from small_trainings import SEED, first_batch, recipe_of, steps, tanh_workload, train
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from gbp_ray.errors import ConfigError
+from gbp_ray.pruning.checks import check_job
 from gbp_ray.training.loss import check_loss, draw_mix
-from gbp_ray.workloads.data import derive_seed, seeded
+from gbp_ray.workloads.contract import Workload
+from gbp_ray.workloads.data import derive_seed, first_example, seeded
 
 PICTURES = draw(9, 3, 8, 12, seed=3)
 
@@ -118,18 +120,25 @@ def test_any_loss_is_mixed_as_its_own() -> None:
     assert train(model, workload, recipe, steps(1)) == pytest.approx(expected)
 
 
+def tried(workload: Workload) -> tuple[Workload, Tensor]:
+    return workload, first_example(workload)[0]
+
+
 def test_what_cannot_be_mixed_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"^finetune\.cutmix = 1: needs images .*\(1, 3\)"):
-        check_loss(recipe_of(epochs=1, cutmix=1.0), "finetune", tanh_workload())
+        check_loss(recipe_of(epochs=1, cutmix=1.0), "finetune", *tried(tanh_workload()))
     tokens = torch.arange(6).view(2, 3)
     workload = tanh_workload()
     integers = type(workload)(workload.build_model, (tokens, tokens), (tokens, tokens))
     with pytest.raises(ConfigError, match=r"^pretrain\.mixup = 1: needs inputs of floating point"):
-        check_loss(recipe_of(epochs=1, mixup=1.0), "pretrain", integers)
+        check_loss(recipe_of(epochs=1, mixup=1.0), "pretrain", *tried(integers))
     with pytest.raises(ConfigError, match=r"^finetune\.label_smoothing = 0\.1: .*cross_entropy"):
-        check_loss(recipe_of(epochs=1, label_smoothing=0.1), "finetune", workload)
-    check_loss(recipe_of(epochs=1, mixup=1.0), "finetune", workload)
-    check_loss(recipe_of(epochs=0, label_smoothing=0.1), "finetune", workload)
+        check_loss(recipe_of(epochs=1, label_smoothing=0.1), "finetune", *tried(workload))
+    check_loss(recipe_of(epochs=1, mixup=1.0), "finetune", *tried(workload))
+    still = job_config(finetune={"epochs": 0, "label_smoothing": 0.1})
+    check_job(still, tanh_workload(torch.float32))
     check_loss(
-        recipe_of(epochs=1, cutmix=1.0, mixup=1.0, label_smoothing=0.1), "finetune", images()
+        recipe_of(epochs=1, cutmix=1.0, mixup=1.0, label_smoothing=0.1),
+        "finetune",
+        *tried(images()),
     )

@@ -138,7 +138,7 @@ def test_one_part_on_one_worker_may_set_a_parameter() -> None:
 
 def test_buffers_that_parts_leave_otherwise_are_named() -> None:
     found = told(regression_of(Remembering))
-    assert "buffers 'low', 'queue.rows', 'queue.place' and 2 more will not hold what" in found
+    assert "buffers 'low', 'high', 'queue.rows' and 2 more will not hold what" in found
     one = {"microbatches": 1}
     assert told(regression_of(Remembering), pretrain=one, finetune=one) == ""
 

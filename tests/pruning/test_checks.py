@@ -1,0 +1,165 @@
+"""What is checked is loaded once, passes once, and is trained with unless it has kept a trace."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_networks import draw, regression
+from torch import Tensor, nn
+from torch.nn import functional
+
+import gbp_ray
+from gbp_ray.config.job import load_job
+from gbp_ray.pruning.checks import check_job
+from gbp_ray.workloads.contract import Workload
+
+PASSES: list[bool] = []
+LOADED: list[Workload] = []
+
+
+class Net(nn.Sequential):
+    """Notes each pass, and whether it is one of training."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        PASSES.append(self.training)
+        return super().forward(inputs)
+
+
+def counted() -> Workload:
+    data = (draw(40, 3, seed=1), draw(20, 2, seed=2).repeat(2, 1))
+    LOADED.append(replace(regression(Net, *data), count_correct=count_right, input_range=(-9, 9)))
+    return LOADED[-1]
+
+
+def count_right(outputs: Tensor, targets: Tensor) -> int:
+    return int((outputs.sign() == targets.sign()).all(dim=1).sum())
+
+
+@pytest.fixture(autouse=True)
+def _nothing_yet() -> None:
+    PASSES.clear()
+    LOADED.clear()
+
+
+def job_of(storage: Path, **changed: Any) -> gbp_ray.JobConfig:
+    recipe = {"epochs": 1, "batch_size": 16, "microbatches": 4}
+    plain = {
+        "name": "counted",
+        "storage": str(storage),
+        "workload.factory": f"{__name__}:counted",
+        "workload.options": {},
+        "cluster.num_workers": 0,
+        "pretrain": dict(recipe),
+        "finetune": dict(recipe),
+        "prune.criterion": "taylor",
+        "prune.rounds": 1,
+        "prune.sparsity": 0.5,
+    }
+    return load_job(None, plain | changed)
+
+
+EVERYTHING = {
+    "finetune.distillation.weight": 0.5,
+    "finetune.distillation.features": ["0"],
+    "pretrain.adversarial.kind": "fgsm",
+    "finetune.adversarial.kind": "fgsm",
+    "attack.kind": "pgd",
+    "attack.steps": 3,
+}
+
+
+@pytest.mark.parametrize(("changed", "in_eval", "in_training"), [({}, 3, 2), (EVERYTHING, 5, 2)])
+def test_checks_take_few_passes(
+    changed: dict[str, Any], in_eval: int, in_training: int, tmp_path: Path
+) -> None:
+    check_job(job_of(tmp_path, **changed), counted())
+    assert PASSES.count(False) == in_eval  # each split, and the criterion
+    assert PASSES.count(True) == in_training
+
+
+def test_what_was_checked_is_what_is_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(tmp_path / "once")
+    once = gbp_ray.prune(job, is_quiet=True).record
+    assert len(LOADED) == 1
+    monkeypatch.setattr("gbp_ray.pruning.checks.check_job", lambda *_: False)
+    unchecked = gbp_ray.prune(job, {"storage": str(tmp_path / "twice")}, is_quiet=True).record
+    assert len(LOADED) == 3
+    for one, other in zip(once.rounds, unchecked.rounds, strict=True):
+        assert one.files["weights.safetensors"] == other.files["weights.safetensors"]
+        assert one.mask_digest == other.mask_digest
+
+
+class Loss:
+    """Counts how often it was asked."""
+
+    number = 0
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.number += 1
+        return functional.mse_loss(outputs, targets)
+
+
+class Items(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """Items that depend on how many were read before."""
+
+    def __init__(self) -> None:
+        self.read = itertools.count()
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return torch.full((3,), float(next(self.read))), torch.zeros(2)
+
+
+class Settling(Net):
+    """Sets a parameter in its first pass of training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(2))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.shift.data.fill_(1)
+        return super().forward(inputs) + self.shift
+
+
+TRACES: dict[str, Callable[[Workload], Workload]] = {
+    "a network that is kept": lambda workload: replace(workload, build_model=Kept()),
+    "a layer that is kept": lambda workload: replace(workload, build_model=Kept(nn.Sequential)),
+    "a loss that counts": lambda workload: replace(workload, loss=Loss()),
+    "items that are counted": lambda workload: replace(workload, train=Items()),
+    "a parameter that a pass sets": lambda workload: replace(workload, build_model=Settling),
+}
+
+
+class Kept:
+    """Builds its network once, and wraps it anew for each that asks."""
+
+    def __init__(self, wrap: Callable[[nn.Module], nn.Module] = lambda net: net) -> None:
+        self.net, self.wrap = Net(), wrap
+
+    def __call__(self) -> nn.Module:
+        return self.wrap(self.net)
+
+
+@pytest.mark.filterwarnings("ignore:items of workload")
+@pytest.mark.parametrize("name", TRACES)
+def test_a_workload_that_keeps_a_trace_of_the_checks_is_loaded_anew(
+    name: str, tmp_path: Path
+) -> None:
+    job = job_of(tmp_path, **{"pretrain.microbatches": 1, "finetune.microbatches": 1})
+    assert check_job(job, counted())
+    assert not check_job(job, TRACES[name](counted()))
