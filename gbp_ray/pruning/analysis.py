@@ -27,6 +27,7 @@ from gbp_ray.pruning.scoring import score, score_prefixes
 from gbp_ray.pruning.selection import select_masks
 from gbp_ray.pruning.units import prunable_parameters
 from gbp_ray.results.findings import ClassFinding, ExampleFinding, Findings, LayerSaliency
+from gbp_ray.results.tensors import sum_shared
 from gbp_ray.training.batchnorm import recalibrate_as_asked
 from gbp_ray.training.evaluation import evaluate
 from gbp_ray.workloads.contract import Workload, num_examples
@@ -421,17 +422,12 @@ def measure_overlap(masks: Sequence[MaskSet]) -> Overlap:
     pairs, chances = [], []
     layers: dict[str, list[float]] = {}
     for one, other in combinations(masks, 2):
-        pairs.append(one.overlap(other))
-        both = either = 0.0
-        for name, mask in one.items():
-            kept, kept_other = int(mask.sum()), int(other[name].sum())
-            shared = int((mask & other[name]).sum())
-            union = kept + kept_other - shared
-            layers.setdefault(name, []).append(shared / union if union else 1.0)
-            expected = kept * kept_other / mask.numel()
-            both += expected
-            either += kept + kept_other - expected
-        chances.append(both / either if either else 1.0)
+        found = one.compare(other)
+        whole = sum_shared(found.values())
+        pairs.append(whole.overlap)
+        chances.append(whole.chance)
+        for name, shared in found.items():
+            layers.setdefault(name, []).append(shared.overlap)
     return Overlap(
         tuple(pairs),
         statistics.fmean(chances),

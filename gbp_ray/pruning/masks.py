@@ -1,24 +1,7 @@
-"""Masks over the prunable weights, their file format, and the masks that a job starts from.
-
-File format, version 1 (a safetensors file):
-    - One uint8 tensor per masked parameter, under the parameter's name, of ceil(n / 8) bytes for n
-      weights. Weight i of the parameter, in flat C order, is bit (i mod 8) of byte (i div 8), least
-      significant bit first; 1 means kept. Padding bits of the last byte are 0.
-    - Metadata (strings): `format` = "gbp_ray.masks", `version` = "1"; `shapes`, a JSON object from
-      parameter name to shape; `digest`, below; `parent`, the digest of the masks of the round
-      before, or ""; `round`, a decimal number; `criterion`; `sparsity`, as measured.
-    - Digest: SHA-256, in hex, over the parameters in name order, of name, NUL, shape in decimal
-      joined by "x", NUL, packed bytes. It depends only on the masks, not on the metadata.
-    Checked on reading: the safetensors structure, format and version, byte counts against shapes,
-    padding bits, and the digest. Not checked: the parent, the criterion, and the weights that the
-    masks belong to (`MaskSet.apply_` checks names and shapes).
-"""
+"""Masks over the prunable weights, and the masks that a job starts from."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,9 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -38,7 +18,16 @@ from gbp_ray.distributed.sharding import add_over_ranks, gather_bits, local
 from gbp_ray.errors import ConfigError, GbpError, PruneError, StoreError
 from gbp_ray.pruning.units import Prunable, num_to_prune
 from gbp_ray.results.store import locate_round, open_objects
-from gbp_ray.results.tensors import check_packed
+from gbp_ray.results.tensors import (
+    MASKS,
+    PackedMask,
+    Shared,
+    compare_masks,
+    digest_masks,
+    read_mask_file,
+    sum_shared,
+    write_mask_file,
+)
 from gbp_ray.workloads.weights import pin_weights
 
 __all__ = [
@@ -118,9 +107,8 @@ class MaskSet(Mapping[str, Tensor]):
 
     @cached_property
     def digest(self) -> str:
-        """Returns the SHA-256 of the masks in hex, as the format specifies."""
-        packed = zip(self.items(), self._packed(), strict=True)
-        return _digest_of((name, tuple(mask.shape), data) for (name, mask), data in packed)
+        """Returns the SHA-256 of the masks in hex, as the file format specifies."""
+        return digest_masks(self.pack())
 
     def flat(self) -> Tensor:
         """Concatenates the masks to shape (N,), in the order of the global flat index."""
@@ -144,14 +132,20 @@ class MaskSet(Mapping[str, Tensor]):
 
     def overlap(self, other: MaskSet) -> float:
         """Measures intersection over union of the kept weights (IoU); 1.0 where both are empty."""
-        kept_by_either = sum(map(_count, self.union(other).values()))
-        kept_by_both = sum(map(_count, self.intersection(other).values()))
-        return kept_by_both / kept_by_either if kept_by_either else 1.0
+        return sum_shared(self.compare(other).values()).overlap
+
+    def compare(self, other: MaskSet) -> dict[str, Shared]:
+        """Counts for each parameter the weights that both keep, or either."""
+        self._check_alike(other)
+        return compare_masks(self.pack(), other.pack())
 
     def _combine(self, other: MaskSet, operation: Callable[[Tensor, Tensor], Tensor]) -> MaskSet:
+        self._check_alike(other)
+        return MaskSet({name: operation(mask, other[name]) for name, mask in self.items()})
+
+    def _check_alike(self, other: MaskSet) -> None:
         _require_same_shapes(_shapes(other), _shapes(self), "the other masks")
         _require_same_shapes(_shapes(self), _shapes(other), "these masks")
-        return MaskSet({name: operation(mask, other[name]) for name, mask in self.items()})
 
     @torch.no_grad()
     def apply_(self, target: nn.Module | dict[str, Tensor]) -> None:
@@ -222,25 +216,22 @@ class MaskSet(Mapping[str, Tensor]):
     # -- the artifact ----------------------------------------------------------------------------
 
     def to_bytes(self) -> bytes:
-        """Writes the file format described in the module's docstring."""
-        metadata = {
-            "format": _FORMAT,
-            "version": "1",
-            "shapes": json.dumps({name: list(mask.shape) for name, mask in self.items()}),
-            "digest": self.digest,
-            "parent": self.parent,
-            "round": str(self.round),
-            "criterion": self.criterion,
-            "sparsity": repr(self.sparsity),
-        }
-        packed = {
-            name: torch.from_numpy(data) for name, data in zip(self, self._packed(), strict=True)
-        }
-        return _sort_header(save_tensors(packed, metadata))
+        """Writes a mask file, see `results.tensors`."""
+        return write_mask_file(
+            self.pack(),
+            parent=self.parent,
+            round=self.round,
+            criterion=self.criterion,
+            sparsity=self.sparsity,
+        )
 
-    def _packed(self) -> Iterator[np.ndarray]:
-        """Packs the masks, one after another. Communicates where they are sharded."""
-        return (np.packbits(bits, bitorder="little") for bits in gather_bits(self.values()))
+    def pack(self) -> dict[str, PackedMask]:
+        """Packs the masks. Communicates where they are sharded."""
+        bits = gather_bits(self.values())
+        return {
+            name: PackedMask.pack(flat, mask.shape)
+            for (name, mask), flat in zip(self.items(), bits, strict=True)
+        }
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "masks") -> MaskSet:
@@ -252,27 +243,9 @@ class MaskSet(Mapping[str, Tensor]):
         Raises:
             StoreError: The file is cut short, altered or of another format.
         """
-        try:
-            packed = load_tensors(data)
-            metadata = _read_metadata(data)
-        except (SafetensorError, ValueError, KeyError) as error:
-            # KeyError: a dtype that torch does not have.
-            raise StoreError(f"{source}: is not a readable safetensors file: {error}") from None
-        if metadata.get("format") != _FORMAT or metadata.get("version") != "1":
-            raise StoreError(f"{source}: is not a mask file of format {_FORMAT}, version 1")
-        try:
-            shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
-            masks = {name: _unpack(packed[name].numpy(), shape) for name, shape in shapes.items()}
-            if set(masks) != set(packed):
-                raise ValueError("its shapes are of other masks")
-            found = _digest_of((n, shapes[n], packed[n].numpy()) for n in sorted(packed))
-            is_intact = found == metadata["digest"]
-            round_number = int(metadata["round"])
-        except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise StoreError(f"{source}: is damaged ({type(error).__name__}: {error})") from None
-        if not is_intact:
-            raise StoreError(f"{source}: is damaged, its masks do not match its digest; restore it")
-        return cls(masks, round_number, metadata.get("criterion", ""), metadata.get("parent", ""))
+        file = read_mask_file(data, source)
+        masks = {name: torch.from_numpy(mask.unpack()) for name, mask in file.masks.items()}
+        return cls(masks, file.round, file.criterion, file.parent)
 
 
 def _count(mask: Tensor) -> int:
@@ -300,38 +273,6 @@ def _require_same_shapes(
             raise PruneError(f"{what}: has no '{name}'{nearest_name(name, list(found))}")
         if found[name] != shape:
             raise PruneError(f"{what}: '{name}' has shape {found[name]}, the mask has {shape}")
-
-
-def _unpack(packed: np.ndarray, shape: tuple[int, ...]) -> Tensor:
-    shape = check_packed(packed, shape)
-    bits = np.unpackbits(packed, count=math.prod(shape), bitorder="little")
-    return torch.from_numpy(bits.astype(bool).reshape(shape))
-
-
-def _digest_of(packed: Iterable[tuple[str, tuple[int, ...], np.ndarray]]) -> str:
-    """Hashes (name, shape, packed bits) of each layer, given in name order."""
-    digest = hashlib.sha256()
-    for name, shape, data in packed:
-        digest.update(name.encode() + b"\0" + "x".join(map(str, shape)).encode() + b"\0")
-        digest.update(np.ascontiguousarray(data).data)
-    return digest.hexdigest()
-
-
-def _sort_header(data: bytes) -> bytes:
-    """Orders the header's keys: safetensors shuffles metadata, and equal masks mean equal bytes."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
-
-
-def _read_metadata(data: bytes) -> dict[str, str]:
-    # safetensors offers metadata for files alone; the header is its documented first part.
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    metadata = header.get("__metadata__") or {}
-    return {str(key): str(value) for key, value in metadata.items()}
 
 
 _KEY = "prune.initial_masks"
@@ -362,7 +303,7 @@ def read_masks_at(source: str) -> MaskSet:
         except OSError as error:
             raise StoreError(f"'{source}': cannot be read: {error.strerror}") from None
     store, trial, record = locate_round(source)
-    return MaskSet.from_bytes(store.read_file(trial, record, "masks.safetensors"), source)
+    return MaskSet.from_bytes(store.read_file(trial, record, MASKS), source)
 
 
 def pin_files(job: JobConfig, known: dict[str, str] | None = None) -> JobConfig:

@@ -15,14 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
-import numpy as np
-
 from gbp_ray.errors import StoreError
 from gbp_ray.report.curves import Curve, Spread, Trial, WorkloadCurves, pick_targets
 from gbp_ray.results.index import map_in_threads
 from gbp_ray.results.records import RoundRecord
 from gbp_ray.results.store import Store
-from gbp_ray.results.tensors import PackedMask, read_masks
+from gbp_ray.results.tensors import MASKS, PackedMask, Shared, compare_masks, read_masks, sum_shared
 
 __all__ = [
     "CloseUp",
@@ -34,7 +32,6 @@ _NUM_TARGETS = 3
 _NUM_CURVES = 8
 _NUM_SEEDS = 5
 _MASK_BYTES = 256_000_000
-_MASKS = "masks.safetensors"
 
 
 @dataclass(frozen=True)
@@ -183,11 +180,11 @@ def _compare_masks(
     mask_bytes: int,
     left_out: list[str],
 ) -> None:
-    stored = [item for item in records if _MASKS in item[2].files]
+    stored = [item for item in records if MASKS in item[2].files]
     if len(stored) < 2:
         return
     # Reading a mask takes its size once more for a moment.
-    fitting = mask_bytes // max(item[2].files[_MASKS].num_bytes for item in stored) - 1
+    fitting = mask_bytes // max(item[2].files[MASKS].num_bytes for item in stored) - 1
     if fitting < len(stored):
         left_out.append(
             f"masks: {len(stored) - max(0, fitting)} of {len(stored)} at sparsity "
@@ -198,10 +195,8 @@ def _compare_masks(
 
     def read(item: tuple[Curve, Trial, RoundRecord]) -> _Mask | None:
         curve, trial, record = item
-        store = stores[trial.job]
         try:
-            data = store.read_file(trial.trial_id, record, _MASKS)
-            masks = read_masks(data, store.round_uri(trial.trial_id, record.round))
+            masks = read_masks(stores[trial.job], trial.trial_id, record)
         except StoreError as error:
             _note(error, left_out)
             return None
@@ -209,34 +204,19 @@ def _compare_masks(
 
     masks = [mask for mask in map_in_threads(objects, read, stored) if mask is not None]
     close_up.num_masks = len(masks)
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    found: dict[tuple[str, str], list[Shared]] = {}
     for one, other in combinations(masks, 2):
         is_same_curve = one.label == other.label
         # Of two curves only masks of one seed tell the criteria apart from the seeds.
-        if is_same_curve != (one.seed == other.seed) and (both := _measure(one, other)):
-            found.setdefault((one.label, other.label), []).append(both)
+        if is_same_curve != (one.seed == other.seed):
+            shared = sum_shared(compare_masks(one.masks, other.masks).values())
+            if shared.either:
+                found.setdefault((one.label, other.label), []).append(shared)
     for (one_label, other_label), measured in found.items():
-        overlap = Spread.of(value for value, _ in measured)
-        chance = Spread.of(value for _, value in measured)
+        overlap = Spread.of(shared.overlap for shared in measured)
+        chance = Spread.of(shared.chance for shared in measured)
         if overlap and chance:
             close_up.overlaps.append(Overlap(one_label, other_label, overlap, chance.mean))
-
-
-def _measure(one: _Mask, other: _Mask) -> tuple[float, float] | None:
-    """Computes the overlap of two masks, and that of random ones, over what both have."""
-    both = either = 0
-    expected_both = expected_either = 0.0
-    for name, mask in one.masks.items():
-        match = other.masks.get(name)
-        if match is None or match.shape != mask.shape:
-            continue
-        both += int(np.bitwise_count(mask.bits & match.bits).sum())
-        either += int(np.bitwise_count(mask.bits | match.bits).sum())
-        kept, kept_other = mask.num_kept, match.num_kept
-        expected = kept * kept_other / mask.num_weights
-        expected_both += expected
-        expected_either += kept + kept_other - expected
-    return (both / either, expected_both / expected_either) if either else None
 
 
 def _note(error: StoreError, left_out: list[str]) -> None:

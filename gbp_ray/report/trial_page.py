@@ -20,13 +20,11 @@ from gbp_ray.report.drawing import Sketch, draw_figures
 from gbp_ray.results.findings import Findings, read_findings
 from gbp_ray.results.records import RoundRecord, TrialRecord, write_share
 from gbp_ray.results.store import Store
-from gbp_ray.results.tensors import read_masks, read_weight
+from gbp_ray.results.tensors import WEIGHTS, read_masks, read_weight
 
 __all__ = [
     "make_trial_page",
 ]
-
-_WEIGHTS, _MASKS = "weights.safetensors", "masks.safetensors"
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,7 @@ def make_trial_page(
 
 
 def _read_masks(store: Store, trial_id: str, record: RoundRecord) -> dict[str, np.ndarray]:
-    data = store.read_file(trial_id, record, _MASKS)
-    packed = read_masks(data, store.round_uri(trial_id, record.round))
+    packed = read_masks(store, trial_id, record)
     # In the network's order, which the record keeps.
     order = [layer.name for layer in record.cost.layers if layer.name in packed]
     return {name: packed[name].unpack() for name in order}
@@ -204,7 +201,7 @@ def _sketch_filters(
     pair = []
     for stored in (trial.dense, record):
         uri = store.round_uri(trial.trial_id, stored.round)
-        data = store.read_file(trial.trial_id, stored, _WEIGHTS)
+        data = store.read_file(trial.trial_id, stored, WEIGHTS)
         pair.append(read_weight(data, first, uri))
     dense, pruned = pair
     if dense is None or pruned is None:

@@ -8,13 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from gbp_ray.errors import StoreError
 from gbp_ray.results.index import flatten
 from gbp_ray.results.records import RoundRecord
-from gbp_ray.results.store import Store, locate_trials
-from gbp_ray.results.tensors import PackedMask, read_masks
+from gbp_ray.results.store import Store, locate_trial
+from gbp_ray.results.tensors import compare_masks, read_masks, sum_shared
 
 __all__ = [
     "compare_trials",
@@ -29,7 +26,7 @@ _COSTS = ("num_nonzero", "compression", "macs_nonzero", "num_bytes_sparse")
 
 
 def compare_trials(one: str | Path, other: str | Path) -> dict[str, Any]:
-    """Compares the last whole rounds of two trials.
+    """Compare the last whole rounds of two trials.
 
     Args:
         one: A trial's address, or a job's where that holds one trial.
@@ -46,33 +43,36 @@ def compare_trials(one: str | Path, other: str | Path) -> dict[str, Any]:
     """
     sides = [_open(uri) for uri in (one, other)]
     rounds = [record for _, _, record in sides]
-    masks = [
-        read_masks(
-            store.read_file(trial, record, "masks.safetensors"),
-            store.round_uri(trial, record.round),
-        )
-        for store, trial, record in sides
-    ]
-    layers = [_compare_masks(name, *(m.get(name) for m in masks)) for name in _names(masks)]
-    shared = [layer for layer in layers if layer["overlap"] is not None]
-    either = sum(layer["kept_by_either"] for layer in shared)
-    both = sum(layer["kept_by_both"] for layer in shared)
+    masks = [read_masks(*side) for side in sides]
+    shared = compare_masks(*masks)
+    layers = []
+    for name in sorted({name for side in masks for name in side}):
+        pair = [side.get(name) for side in masks]
+        layer: dict[str, Any] = {
+            "name": name,
+            "num_weights": [mask and mask.num_weights for mask in pair],
+            "num_kept": [mask and mask.num_kept for mask in pair],
+            "overlap": None,
+        }
+        if found := shared.get(name):
+            layer |= {
+                "kept_by_both": found.both,
+                "kept_by_either": found.either,
+                "overlap": found.overlap,
+            }
+        layers.append(layer)
     return {
         "trials": [store.trial_uri(trial) for store, trial, _ in sides],
         "config": _compare_config([_job_of(store, trial) for store, trial, _ in sides]),
         "metrics": {name: [getattr(record, name) for record in rounds] for name in _METRICS}
         | {name: [getattr(record.cost, name) for record in rounds] for name in _COSTS},
         "masks": layers,
-        "overlap": (both / either if either else 1.0) if shared else None,
+        "overlap": sum_shared(shared.values()).overlap if shared else None,
     }
 
 
 def _open(uri: str | Path) -> tuple[Store, str, RoundRecord]:
-    trials = locate_trials(uri)
-    if len(trials) > 1:
-        names = ", ".join(store.trial_uri(name) for store, name in trials[:9])
-        raise StoreError(f"'{uri}': holds {len(trials)} trials; name one of {names}")
-    ((store, trial),) = trials
+    store, trial = locate_trial(uri)
     return store, trial, store.read_rounds(trial)[-1]
 
 
@@ -91,26 +91,4 @@ def _compare_config(jobs: list[dict[str, Any] | None]) -> dict[str, list[Any]] |
     names = sorted({*one, *other})
     return {
         name: [one.get(name), other.get(name)] for name in names if one.get(name) != other.get(name)
-    }
-
-
-def _names(masks: list[dict[str, PackedMask]]) -> list[str]:
-    return sorted({name for side in masks for name in side})
-
-
-def _compare_masks(name: str, one: PackedMask | None, other: PackedMask | None) -> dict[str, Any]:
-    layer: dict[str, Any] = {
-        "name": name,
-        "num_weights": [mask and mask.num_weights for mask in (one, other)],
-        "num_kept": [mask and mask.num_kept for mask in (one, other)],
-        "overlap": None,
-    }
-    if one is None or other is None or one.shape != other.shape:
-        return layer
-    both = int(np.bitwise_count(one.bits & other.bits).sum())
-    either = int(np.bitwise_count(one.bits | other.bits).sum())
-    return layer | {
-        "kept_by_both": both,
-        "kept_by_either": either,
-        "overlap": both / either if either else 1.0,
     }

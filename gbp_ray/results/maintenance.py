@@ -32,7 +32,14 @@ from gbp_ray.results.lease import DEAD_S, MARKS, hold_lease, is_held
 from gbp_ray.results.objects import Entry, Leftover, Objects, is_key
 from gbp_ray.results.records import RoundRecord
 from gbp_ray.results.store import Store, locate_jobs, locate_trials
-from gbp_ray.results.tensors import count_nonzero, digest_masks, find_revived, read_masks
+from gbp_ray.results.tensors import (
+    MASKS,
+    WEIGHTS,
+    count_nonzero,
+    digest_masks,
+    find_revived,
+    read_mask_file,
+)
 
 __all__ = [
     "Audit",
@@ -45,7 +52,6 @@ __all__ = [
 ]
 
 _PROBE = ".probe-"
-_LOOKED_INTO = ("weights.safetensors", "masks.safetensors")
 _ROUND = re.compile(r"trials/[^/]+/round_[0-9]+/")
 _ROUND_NAME = re.compile(r"round_([0-9]{3}|[1-9][0-9]{3,5})")
 _SHARED = ("dense/", "scores/", "explained/")
@@ -181,7 +187,7 @@ def _audit_round(audit: Audit, store: Store, trial: str, record: RoundRecord) ->
     for name, committed in record.files.items():
         uri = store.objects.uri_of(f"trials/{trial}/round_{record.round:03d}/{name}")
         with _noted(audit, uri):
-            if name in _LOOKED_INTO:
+            if name in (MASKS, WEIGHTS):
                 files[name] = store.read_file(trial, record, name)
             else:
                 store.check_file(trial, record, name)
@@ -189,11 +195,11 @@ def _audit_round(audit: Audit, store: Store, trial: str, record: RoundRecord) ->
             audit.num_bytes += committed.num_bytes
     folder = store.round_uri(trial, record.round)
     masks = None
-    if (data := files.get("masks.safetensors")) is not None:
-        masks = read_masks(data, folder)
+    if (data := files.get(MASKS)) is not None:
+        masks = read_mask_file(data, folder).masks
         if digest_masks(masks) != record.mask_digest:
             audit.faults.append((folder, "its masks do not have the digest on record"))
-    if (data := files.get("weights.safetensors")) is not None:
+    if (data := files.get(WEIGHTS)) is not None:
         found = count_nonzero(data, folder)
         for layer in record.cost.layers:
             # Of tied parameters one is stored, under another name at times.

@@ -57,6 +57,7 @@ __all__ = [
     "locate_finished",
     "locate_jobs",
     "locate_round",
+    "locate_trial",
     "locate_trials",
     "open_objects",
 ]
@@ -483,6 +484,19 @@ def locate_trials(uri: str | Path) -> list[tuple[Store, str]]:
     return trials
 
 
+def locate_trial(uri: str | Path) -> tuple[Store, str]:
+    """Find the one trial that an address is about, finished or not.
+
+    Raises:
+        StoreError: There is none, or there are several.
+    """
+    trials = locate_trials(uri)
+    if len(trials) > 1:
+        names = ", ".join(store.trial_uri(name) for store, name in trials[:9])
+        raise StoreError(f"'{uri}': holds {len(trials)} trials; name one of {names}")
+    return trials[0]
+
+
 def locate_round(uri: str | Path) -> tuple[Store, str, RoundRecord]:
     """Finds the one round that an address is about.
 
@@ -497,11 +511,7 @@ def locate_round(uri: str | Path) -> tuple[Store, str, RoundRecord]:
         StoreError: There is no such round, or there are several trials.
     """
     parts = re.fullmatch(r"(.+)/round_(\d+)/*(\?.*)?", str(uri))
-    trials = locate_trials(f"{parts[1]}{parts[3] or ''}" if parts else uri)
-    if len(trials) > 1:
-        names = ", ".join(store.trial_uri(name) for store, name in trials[:9])
-        raise StoreError(f"'{uri}': holds {len(trials)} trials; name one of {names}")
-    ((store, name),) = trials
+    store, name = locate_trial(f"{parts[1]}{parts[3] or ''}" if parts else uri)
     if parts is None:
         finished = store.read_trial(name)
         return store, name, finished.chosen if finished else store.read_rounds(name)[-1]

@@ -54,7 +54,7 @@ EXAMPLE = MaskSet(
 FILE = EXAMPLE.to_bytes()
 
 
-# -- the file, read by the specification of the module's docstring alone ---------------------------
+# -- the file, read by its specification in results/tensors.py ------------------------------------
 
 
 def decode(data: bytes) -> tuple[dict[str, list[bool]], dict[str, Any], dict[str, bytes]]:
@@ -141,7 +141,7 @@ def read_if_intact(data: bytes) -> MaskSet | None:
         return MaskSet.from_bytes(data, "round_004/masks.safetensors")
     except StoreError as error:
         message = str(error)
-    assert message.startswith("round_004/masks.safetensors: ")
+    assert message.startswith("'round_004/masks.safetensors': ")
     assert "\n" not in message
     return None
 

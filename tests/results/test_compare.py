@@ -11,7 +11,7 @@ from gbp_ray.errors import StoreError
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.results.compare import compare_trials
 from gbp_ray.results.store import Store
-from gbp_ray.results.tensors import digest_masks, read_masks
+from gbp_ray.results.tensors import digest_masks, read_mask_file
 
 
 def masks_of(store: Store, trial: str) -> MaskSet:
@@ -40,7 +40,7 @@ def test_overlaps_are_those_of_the_masks(tmp_path: Path) -> None:
     for trial, masks in ((one, a), (other, b)):
         record = store.read_rounds(trial)[-1]
         data = store.read_file(trial, record, "masks.safetensors")
-        assert digest_masks(read_masks(data, "here")) == masks.digest
+        assert digest_masks(read_mask_file(data, "here").masks) == masks.digest
 
 
 def test_a_trial_overlaps_itself_whole(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ from gbp_ray.results.tensors import (
     count_nonzero,
     digest_masks,
     find_revived,
-    read_masks,
+    read_mask_file,
     read_weight,
 )
 
@@ -200,7 +200,7 @@ def test_masks_and_weights() -> None:
     draws = random.Random(2)
     _, files = sample_round(1, 0.5, 0)
     masks = files["masks.safetensors"]
-    kept = read_masks(masks, "here")
+    kept = read_mask_file(masks, "here").masks
     for _ in range(NUM_INPUTS):
         name = draws.choice(("masks.safetensors", "weights.safetensors"))
         data = files[name]
@@ -221,7 +221,7 @@ def test_masks_and_weights() -> None:
         else:
             data = spoil_bytes(data, draws)
         with only_our_errors():
-            found = read_masks(data, "here")
+            found = read_mask_file(data, "here").masks
             digest_masks(found)
             assert all(mask.unpack().sum() == mask.num_kept for mask in found.values())
         with only_our_errors():
