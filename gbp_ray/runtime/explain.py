@@ -17,10 +17,7 @@ from gbp_ray.training.batchnorm import recalibrate_as_asked
 from gbp_ray.training.network import load_weights, rebuild_network
 from gbp_ray.workloads.loading import admit_code, load_workload, warn_of_changed_code
 
-__all__ = [
-    "Explanation",
-    "explain_round",
-]
+__all__ = ["Explanation", "explain_round"]
 
 
 @dataclass(frozen=True)

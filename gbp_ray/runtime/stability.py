@@ -23,13 +23,7 @@ from gbp_ray.runtime.api import prune, sweep
 from gbp_ray.workloads.contract import num_examples
 from gbp_ray.workloads.loading import add_job_folders, load_workload
 
-__all__ = [
-    "SIZES",
-    "STABLE",
-    "SeedStability",
-    "Stability",
-    "measure_stability",
-]
+__all__ = ["SIZES", "STABLE", "SeedStability", "Stability", "measure_stability"]
 
 STABLE = 0.9
 """Overlap from which on the masks of two samples count as equal."""

@@ -44,11 +44,7 @@ from gbp_ray.runtime.archive import (
     pack_files,
 )
 
-__all__ = [
-    "PYTHONS",
-    "Submission",
-    "prepare_submission",
-]
+__all__ = ["PYTHONS", "Submission", "prepare_submission"]
 
 PYTHONS = ("3.11", "3.12")
 """Supported versions of Python."""

@@ -34,14 +34,7 @@ from gbp_ray.training.optimizer import num_steps
 from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.loading import load_workload, own_sources
 
-__all__ = [
-    "Step",
-    "finish_trial",
-    "iterate_trial",
-    "run_solo",
-    "run_whole",
-    "work_trial",
-]
+__all__ = ["Step", "finish_trial", "iterate_trial", "run_solo", "run_whole", "work_trial"]
 
 RunRounds = Callable[[], Iterator[RoundRecord]]
 """Runs and commits the missing rounds of a trial."""

@@ -15,14 +15,7 @@ import ray
 
 from gbp_ray.errors import GbpError, TransientStoreError, TrialError, WorkloadError
 
-__all__ = [
-    "Failure",
-    "find_failure",
-    "first_line",
-    "is_consequence",
-    "may_pass",
-    "unwrap",
-]
+__all__ = ["Failure", "find_failure", "first_line", "is_consequence", "may_pass", "unwrap"]
 
 _KILLED = (
     "was killed, perhaps for memory (its process ended without a word: SIGKILL, the system's "

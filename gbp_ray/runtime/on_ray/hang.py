@@ -19,18 +19,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 
 import torch.distributed as dist
 
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.runtime.progress import Tick
 
-__all__ = [
-    "Standstill",
-    "Watch",
-    "is_to_blame",
-]
+__all__ = ["Standstill", "Watch", "is_to_blame"]
 
 _LONGEST_INTERVAL_S = 5.0
 
@@ -111,12 +107,7 @@ class Watch:
             self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._is_over.set()
 
     def _run(self) -> None:

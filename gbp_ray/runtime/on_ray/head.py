@@ -33,11 +33,7 @@ from gbp_ray.errors import ClusterError, ConfigError
 from gbp_ray.runtime.progress import CHECKED
 from gbp_ray.runtime.submission import PYTHONS, Submission
 
-__all__ = [
-    "Head",
-    "JobState",
-    "find_address",
-]
+__all__ = ["Head", "JobState", "find_address"]
 
 _TIMEOUTS_S = (5.0, 60.0)
 """For a connection and for an answer: the head receives a whole archive before it answers."""

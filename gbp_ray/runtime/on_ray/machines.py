@@ -32,13 +32,7 @@ from gbp_ray.errors import ConfigError, GbpError, StoreError
 from gbp_ray.results.store import Store
 from gbp_ray.runtime.placement import Machine, check_placeable, find_misfit, worker_resources
 
-__all__ = [
-    "check_cluster",
-    "check_folder",
-    "check_machines",
-    "is_autoscaling",
-    "list_machines",
-]
+__all__ = ["check_cluster", "check_folder", "check_machines", "is_autoscaling", "list_machines"]
 
 _PACKAGES = ("gbp-ray", "torch")
 _ANSWER_TIMEOUT_S = 60.0

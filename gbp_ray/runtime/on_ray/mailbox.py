@@ -17,11 +17,7 @@ from gbp_ray.runtime.on_ray.failures import Failure
 from gbp_ray.runtime.on_ray.hang import Standstill
 from gbp_ray.runtime.progress import Tick
 
-__all__ = [
-    "Board",
-    "Mailbox",
-    "Relay",
-]
+__all__ = ["Board", "Mailbox", "Relay"]
 
 _POLL_INTERVAL_S = 0.2
 

@@ -16,10 +16,7 @@ from gbp_ray.config.sweep import Axis, IsWhole, parse_space
 from gbp_ray.errors import ConfigError
 from gbp_ray.runtime.search import Outcome, SearchPlan, job_at, space_fields, values_at
 
-__all__ = [
-    "OptunaPlan",
-    "make_search",
-]
+__all__ = ["OptunaPlan", "make_search"]
 
 _MOST_ATTEMPTS = 100
 """Useless combinations in a row before the space counts as exhausted."""

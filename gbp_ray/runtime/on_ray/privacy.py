@@ -26,12 +26,7 @@ from ray.train.torch.config import (
     _TorchBackend,
 )
 
-__all__ = [
-    "LOOPBACK",
-    "PrivateTorchConfig",
-    "is_private",
-    "keep_private",
-]
+__all__ = ["LOOPBACK", "PrivateTorchConfig", "is_private", "keep_private"]
 
 LOOPBACK = "127.0.0.1"
 _MARK = "GBP_RAY_IS_PRIVATE"

@@ -30,12 +30,7 @@ from gbp_ray.config.prune import sparsity_schedule
 from gbp_ray.config.sweep import SweepConfig
 from gbp_ray.results.records import RoundRecord
 
-__all__ = [
-    "GuardedScheduler",
-    "MedianRule",
-    "is_judged",
-    "sparsity_path",
-]
+__all__ = ["GuardedScheduler", "MedianRule", "is_judged", "sparsity_path"]
 
 _LEAST_COMPANY = 3
 """Number of other trials that a median needs."""

@@ -24,10 +24,7 @@ from gbp_ray.runtime.on_ray.privacy import LOOPBACK, keep_private
 from gbp_ray.runtime.placement import pretend_cpus
 from gbp_ray.runtime.signals import Terminated, descendants, is_watching, kill
 
-__all__ = [
-    "fit_interruptibly",
-    "ray_session",
-]
+__all__ = ["fit_interruptibly", "ray_session", "run_beside"]
 
 _LOOK_INTERVAL_S = 1.0
 _END_S = 5.0
@@ -59,7 +56,7 @@ def ray_session(cluster: ClusterConfig, is_debug: bool) -> Iterator[None]:
         before, is_over = descendants(), threading.Event()
         # Beside the main thread, which no signal reaches while it waits inside Ray. The thread
         # stays, since the kernel ends Ray's processes with the thread that started them.
-        started = _run_beside(lambda: _start_ray(cluster, options, is_debug), is_over)
+        started = run_beside(lambda: _start_ray(cluster, options, is_debug), is_over)
         try:
             while not started.done():
                 wait([started], timeout=_LOOK_INTERVAL_S)
@@ -79,7 +76,7 @@ def fit_interruptibly(trainer: Any) -> Any:
     Raises:
         TrialError: The private Ray has died.
     """
-    outcome = _run_beside(trainer.fit)
+    outcome = run_beside(trainer.fit)
     try:
         while not outcome.done():
             wait([outcome], timeout=_LOOK_INTERVAL_S)
@@ -93,7 +90,7 @@ def fit_interruptibly(trainer: Any) -> Any:
         raise
 
 
-def _run_beside(work: Callable[[], Any], is_over: threading.Event | None = None) -> Future[Any]:
+def run_beside(work: Callable[[], Any], is_over: threading.Event | None = None) -> Future[Any]:
     """Runs a function in a thread, which then stays until `is_over` is set."""
     outcome: Future[Any] = Future()
 
@@ -120,7 +117,7 @@ def _end_ray(started: Future[Any], before: set[tuple[int, str]], is_stopped: boo
         return
     own = descendants() - before
     if started.done():
-        _, unfinished = wait([_run_beside(ray.shutdown)], timeout=_END_S)
+        _, unfinished = wait([run_beside(ray.shutdown)], timeout=_END_S)
         is_stopped = is_stopped or bool(unfinished)
     if is_stopped:
         # Processes whose parents have ended are no longer descendants.

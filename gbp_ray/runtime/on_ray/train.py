@@ -46,11 +46,7 @@ from gbp_ray.runtime.placement import worker_resources
 from gbp_ray.runtime.progress import ProgressBoard, Tick
 from gbp_ray.workloads.loading import add_import_paths
 
-__all__ = [
-    "StoppedError",
-    "fit_trial",
-    "run_trial",
-]
+__all__ = ["StoppedError", "fit_trial", "run_trial"]
 
 _POLL_INTERVAL_S = 0.2
 _TICK_INTERVAL_S = 0.2

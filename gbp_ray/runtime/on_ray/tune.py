@@ -20,11 +20,10 @@ import json
 import logging
 import math
 import os
-import queue
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ from gbp_ray.runtime.on_ray.machines import (
 )
 from gbp_ray.runtime.on_ray.mailbox import Mailbox, Relay
 from gbp_ray.runtime.on_ray.schedulers import GuardedScheduler
-from gbp_ray.runtime.on_ray.session import fit_interruptibly, ray_session
+from gbp_ray.runtime.on_ray.session import fit_interruptibly, ray_session, run_beside
 from gbp_ray.runtime.on_ray.train import StoppedError, fit_trial
 from gbp_ray.runtime.placement import count_trials, worker_resources
 from gbp_ray.runtime.progress import SweepBoard, Tick
@@ -54,11 +53,7 @@ from gbp_ray.runtime.search import Outcome, TrialQueue, space_fields, values_at
 from gbp_ray.runtime.trial import Step, run_solo, run_whole
 from gbp_ray.workloads.loading import add_import_paths
 
-__all__ = [
-    "RunTrial",
-    "make_loggers",
-    "run_sweep",
-]
+__all__ = ["RunTrial", "make_loggers", "run_sweep"]
 
 RunTrial = Callable[[JobConfig, Callable[[Tick], None], bool], Iterator[Step]]
 """Signature of `run_solo`."""
@@ -416,29 +411,20 @@ def _throttle(mailbox: Any) -> Callable[[Tick], None]:
 def _run_nested(job: JobConfig, import_paths: list[str], mailbox: Any) -> Iterator[RoundRecord]:
     """Runs a trial's missing rounds on workers of its own, which wait after each round."""
     gate = Mailbox.remote()  # type: ignore[attr-defined]
-    ended: queue.Queue[GbpError | BaseException | None] = queue.Queue()
-
-    def fit() -> None:
-        try:
-            ended.put(fit_trial(job, import_paths, mailbox, gate))
-        except BaseException as error:  # noqa: BLE001 - handed to the waiting thread
-            ended.put(error)
-
-    thread = threading.Thread(target=fit, name="gbp-ray-fit", daemon=True)
-    thread.start()
+    ended = run_beside(lambda: fit_trial(job, import_paths, mailbox, gate))
     try:
-        while thread.is_alive():
-            thread.join(timeout=0.2)
+        while not ended.done():
+            wait([ended], timeout=0.2)
             for record in ray.get(gate.take.remote()):
                 yield record
                 ray.get(gate.allow.remote(record.round))
-        failure = ended.get()
+        failure = ended.exception() or ended.result()
         if failure is not None and not isinstance(failure, StoppedError):
             raise failure
     finally:
         # After a stop between two rounds the workers end themselves.
         ray.get(gate.end.remote())
-        thread.join()
+        wait([ended])
 
 
 def make_loggers(job: JobConfig, store: Store) -> list[Any]:
