@@ -178,7 +178,7 @@ def _answer_all(
     ranks: Ranks,
     tell: Tell,
 ) -> _Answers | None:
-    parts: list[list[Tensor]] = []
+    rows: list[list[Tensor]] = []
     batches = cut_batches(num_examples(workload.test), job.workload.eval_batch_size)
     for item, batch in enumerate(batches):
         indices = torch.arange(batch.start, batch.stop)
@@ -193,10 +193,10 @@ def _answer_all(
                 return None
             confidence, answer = functional.softmax(outputs.float(), dim=1).max(dim=1)
             columns += [answer, confidence]
-        parts.append([column.cpu() for column in columns])
+        rows.append([column.cpu() for column in columns])
         tell("answers of both networks", item + 1, len(batches))
     targets, answer, confidence, answer_pruned, confidence_pruned = (
-        torch.cat(column) for column in zip(*parts, strict=True)
+        torch.cat(column) for column in zip(*rows, strict=True)
     )
     return _Answers(targets, answer, answer_pruned, confidence, confidence_pruned)
 

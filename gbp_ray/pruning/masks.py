@@ -238,7 +238,7 @@ class MaskSet(Mapping[str, Tensor]):
         """Reads masks back.
 
         Args:
-            source: What to call the file in an error.
+            source: Name of the file in errors.
 
         Raises:
             StoreError: The file is cut short, altered or of another format.

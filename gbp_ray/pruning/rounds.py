@@ -320,9 +320,9 @@ class _Run:
         length = num_steps(recipe, self.workload, recipe.epochs)
         if length == 0:
             return math.nan
-        # With movement a stretch comes before the first prune as well.
-        stretch = number - 1 + self.gathers_movement
-        steps = range(stretch * length, (stretch + 1) * length)
+        # Movement is gathered before the first prune as well.
+        first = (number - 1 + self.gathers_movement) * length
+        steps = range(first, first + length)
         prune = self.job.prune
         planned = range(prune.num_finetunings * length) if prune.rewind == "none" else steps
         if self.optimizer is None:
@@ -346,11 +346,11 @@ class _Run:
 
         average: MovingAverage | None = None
         if recipe.ema_decay > 0 and recipe.patience > 0:
-            # One average over all parts between validations.
+            # One average for all steps, not one for each validation.
             average = MovingAverage(self.model, recipe.ema_decay)
 
-        def train(part: range) -> float:
-            before, tell = part.start - steps.start, self._step_teller("finetune", number)
+        def train(some: range) -> float:
+            before, tell = some.start - steps.start, self._step_teller("finetune", number)
             with self._timed("finetune"), average.set_aside() if average else nullcontext():
                 return train_epochs(
                     self.model,
@@ -358,7 +358,7 @@ class _Run:
                     recipe,
                     self.ranks,
                     optimizer,
-                    Span("finetune", part, planned),
+                    Span("finetune", some, planned),
                     seed=self.job.seed,
                     masks=self.masks,
                     teacher=self.teacher,

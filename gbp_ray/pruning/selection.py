@@ -293,11 +293,11 @@ def _bound_of(name: str, bound: float | dict[str, float], default: float) -> flo
 def _check_possible(layers: list[_Layer], k: int, sparsity: float, config: PruneConfig) -> None:
     total = sum(layer.size for layer in layers)
     most = sum(layer.ceiling for layer in layers)
+    asked = f"prune.sparsity = {sparsity:g}: asks for {k} of {total} weights, but the layers'"
     if k > most:
         raise PruneError(
-            f"prune.sparsity = {sparsity:g}: asks for {k} of {total} weights, but the layers' "
-            f"ceilings allow {most} (sparsity {most / total:.4f}); lower the sparsity or raise "
-            "prune.layer_max_sparsity"
+            f"{asked} ceilings allow {most} (sparsity {most / total:.4f}); lower the sparsity or "
+            "raise prune.layer_max_sparsity"
         )
     if sparsity < config.sparsity:
         return  # Earlier rounds may stay below the floors.
@@ -307,9 +307,8 @@ def _check_possible(layers: list[_Layer], k: int, sparsity: float, config: Prune
         least += max(min(floor, layer.ceiling), layer.num_pruned)
     if least > max(k, sum(layer.num_pruned for layer in layers)):
         raise PruneError(
-            f"prune.sparsity = {sparsity:g}: asks for {k} of {total} weights, but the layers' "
-            f"floors ask for {least} (sparsity {least / total:.4f}); raise the sparsity or lower "
-            "prune.layer_min_sparsity"
+            f"{asked} floors ask for {least} (sparsity {least / total:.4f}); raise the sparsity or "
+            "lower prune.layer_min_sparsity"
         )
 
 

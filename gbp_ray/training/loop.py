@@ -139,9 +139,16 @@ def train_epochs(
                 extras_sum.add(None if item is None else extras)
         gradients = sums.totals()
         buffer_delta_B, loss_1 = extras_sum.result().split([buffers.size, 1])
-        _check_finite_step(
-            loss_1, gradients, span, step, recipe, ranks, masks or {}, workload, batch
-        )
+        if fault := _find_non_finite(loss_1, gradients, ranks):
+            check_finite(workload, "train", batch)
+            remedy = (
+                f"lower {span.phase}.learning_rate = {recipe.learning_rate:g} or check the data "
+                "for NaN"
+            )
+            if why := why_not_finite(masks or {}):
+                # After the first step the learning rate may be the cause as well.
+                remedy = why if done == 1 else f"{why}; or {remedy}"
+            raise PruneError(f"{span.phase}: {fault} at step {done} of {len(span.steps)}; {remedy}")
         reached = sums.reached()
         for name, parameter in trainable.items():
             # As in torch, a parameter that no microbatch uses gets no decay and no momentum.
@@ -183,39 +190,17 @@ def _epoch_order(total: int, seed: int) -> Tensor:
     return shuffled_indices(total, seed)
 
 
-def _check_finite_step(
-    loss_1: Tensor,
-    gradients: Mapping[str, Tensor],
-    span: Span,
-    step: int,
-    recipe: Recipe,
-    ranks: Ranks,
-    masks: Mapping[str, Tensor],
-    workload: Workload,
-    batch: Tensor,
-) -> None:
+def _find_non_finite(loss_1: Tensor, gradients: Mapping[str, Tensor], ranks: Ranks) -> str | None:
     # Read together: on a GPU each read waits for it.
     are_finite = [torch.isfinite(local(gradient)).all() for gradient in gradients.values()]
     is_bad = torch.stack(are_finite).logical_not().tolist()
     if any(is_shard(gradient) for gradient in gradients.values()):
         # Each rank has checked only its own rows.
         is_bad = ranks.all_reduce_counts(torch.tensor(is_bad, dtype=torch.int64)).bool().tolist()
-    if bool(torch.isfinite(loss_1).all()) and not any(is_bad):
-        return
-    check_finite(workload, "train", batch)
-    what = f"loss is {loss_1.item():g}"
-    if bool(torch.isfinite(loss_1).all()):
-        culprit = next(name for name, bad in zip(gradients, is_bad, strict=True) if bad)
-        what = f"gradient of '{culprit}' is not finite"
-    remedy = (
-        f"lower {span.phase}.learning_rate = {recipe.learning_rate:g} or check the data for NaN"
-    )
-    if why := why_not_finite(masks):
-        # After the first step the learning rate may be the cause as well.
-        remedy = why if step == span.steps.start else f"{why}; or {remedy}"
-    raise PruneError(
-        f"{span.phase}: {what} at step {step - span.steps.start + 1} of {len(span.steps)}; {remedy}"
-    )
+    if not bool(torch.isfinite(loss_1).all()):
+        return f"loss is {loss_1.item():g}"
+    bad = (name for name, is_bad_one in zip(gradients, is_bad, strict=True) if is_bad_one)
+    return next((f"gradient of '{name}' is not finite" for name in bad), None)
 
 
 Validation = tuple[float, float]

@@ -85,7 +85,7 @@ _STARTS: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
 def network_of_seed(
     workload: Workload, seed: int, *, is_changed: bool = False
 ) -> tuple[nn.Module, bool]:
-    """Builds the network in one piece, with the weights that every rank starts from.
+    """Builds the unsharded network with the weights that every rank starts from.
 
     Args:
         is_changed: True if it will be trained or loaded.
