@@ -18,13 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from gbp_ray.errors import PruneError, in_one_line
+from gbp_ray.workloads.contract import TRANSPOSED, WEIGHT_LAYERS
 
-__all__ = [
-    "fold_batchnorm",
-]
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+__all__ = ["fold_batchnorm"]
 
 
 def fold_batchnorm(model: nn.Module, inputs: Tensor) -> nn.Module:
@@ -95,7 +91,7 @@ def _layer_before(name: str, norm: nn.Module, model: nn.Module, graph: Graph) ->
         raise _fault(name, "its tensors are used otherwise than by calling it")
     layers = {called(node.args[0]) for node in calls}
     layer = next(iter(layers))
-    if len(layers) > 1 or not isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)):
+    if len(layers) > 1 or not isinstance(layer, WEIGHT_LAYERS):
         source = calls[0].args[0]
         found = type(layer).__name__ if layer is not None else f"'{source}'"
         raise _fault(name, f"it follows {found}, not one convolution or linear layer")
@@ -149,7 +145,7 @@ def _fuse(layer: nn.Module, norm: nn.Module) -> nn.Module:
     fuse: Callable[..., nn.Module] = (
         fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
     )
-    options = {"transpose": True} if isinstance(layer, _TRANSPOSED) else {}
+    options = {"transpose": True} if isinstance(layer, TRANSPOSED) else {}
     with torch.no_grad():
         return fuse(layer, norm, **options)
 

@@ -23,9 +23,9 @@ from gbp_ray.distributed.sharding import RankSlice, add_over_ranks, cut_rows, is
 from gbp_ray.errors import ConfigError, PruneError, name_some
 from gbp_ray.results.records import CostRecord, LayerRecord
 from gbp_ray.training.network import Macs
+from gbp_ray.workloads.contract import TRANSPOSED, WEIGHT_LAYERS
 
 __all__ = [
-    "PRUNABLE_LAYERS",
     "Layout",
     "Prunable",
     "SlicedScores",
@@ -92,7 +92,7 @@ def _find_unpruned(model: nn.Module, units: list[Prunable]) -> dict[str, tuple[i
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and parameter.numel() and parameter not in pruned:
             owner = model.get_submodule(name.rpartition(".")[0])
-            is_layer = isinstance(owner, (*PRUNABLE_LAYERS, ParametrizationList))
+            is_layer = isinstance(owner, (*WEIGHT_LAYERS, ParametrizationList))
             kind = type(owner).__name__.removeprefix("FSDP")
             found[name] = (parameter.numel(), "prune.exclude" if is_layer else kind)
     return found
@@ -193,11 +193,6 @@ class SlicedScores:
         }
 
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-PRUNABLE_LAYERS = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
-
-
 @dataclass(frozen=True)
 class Prunable:
     """A parameter whose weights compete.
@@ -232,7 +227,7 @@ def prunable_parameters(model: nn.Module, exclude: Iterable[str] = ()) -> list[P
     found: dict[nn.Parameter, Prunable] = {}
     computed = []
     for path, module in model.named_modules():
-        if not isinstance(module, PRUNABLE_LAYERS):
+        if not isinstance(module, WEIGHT_LAYERS):
             continue
         # Reading a parametrized weight may change buffers, and fails when sharded.
         is_computed = is_parametrized(module, "weight")
@@ -240,7 +235,7 @@ def prunable_parameters(model: nn.Module, exclude: Iterable[str] = ()) -> list[P
         if is_computed or (isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter)):
             computed.append(f"{path}.weight".lstrip("."))
         elif weight in names_of and weight.numel():
-            is_transposed = isinstance(module, _TRANSPOSED)
+            is_transposed = isinstance(module, TRANSPOSED)
             num_groups = int(module.groups) if is_transposed else 1  # type: ignore[arg-type]
             if weight in found:
                 num_groups = math.lcm(num_groups, found[weight].num_groups)

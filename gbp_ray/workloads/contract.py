@@ -18,6 +18,9 @@ from torch.nn import functional
 from gbp_ray.errors import ConfigError, WorkloadError, in_one_line
 
 __all__ = [
+    "CONVOLUTIONS",
+    "TRANSPOSED",
+    "WEIGHT_LAYERS",
     "InputRange",
     "Portion",
     "Workload",
@@ -28,6 +31,11 @@ __all__ = [
     "judged_split",
     "num_examples",
 ]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+WEIGHT_LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+"""Layers whose weights can be pruned, tied and folded."""
 
 InputRange = tuple[float | Sequence[float], float | Sequence[float]]
 """(darkest, brightest), each a number or one for each channel."""

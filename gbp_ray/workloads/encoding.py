@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from gbp_ray.config.workload import EncodingConfig
 from gbp_ray.errors import WorkloadError
+from gbp_ray.workloads.contract import CONVOLUTIONS, in_mode
 
 __all__ = [
     "EncodedNetwork",
@@ -43,8 +44,6 @@ _HAIR = 2e-6
 
 _RAMP_LEVELS = 4.0
 """Width of the ramps that stand in for steps in the backward pass."""
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class _Step(torch.autograd.Function):
@@ -191,16 +190,14 @@ def _find_first_layers(network: nn.Module, example: Tensor, kind: str) -> list[n
         ):
             found.append(layer)
 
-    modes = {module: module.training for module in network.modules()}
-    layers = [m for m in network.modules() if isinstance(m, (*_CONVOLUTIONS, nn.Linear))]
+    layers = [m for m in network.modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))]
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
-        network.eval()(inputs)
+        with in_mode(network, is_training=False):
+            network(inputs)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     if not found:
         raise WorkloadError(
             f"{_KEY}.kind = {kind}: no convolution or linear layer of the network takes the input "
@@ -216,7 +213,7 @@ def _find_first_layers(network: nn.Module, example: Tensor, kind: str) -> list[n
         if isinstance(layer, nn.Linear):
             takes_channels = layer.in_features == inputs.numel()
         else:
-            assert isinstance(layer, _CONVOLUTIONS)
+            assert isinstance(layer, CONVOLUTIONS)
             takes_channels = layer.in_channels == inputs.shape[1]
         if not is_plain or not takes_channels:
             raise WorkloadError(
@@ -239,7 +236,7 @@ def _widen(layer: nn.Module, added_CL: Tensor) -> None:
         layer.in_features = layer.in_features * num_levels
         shape: tuple[int, ...] = (num_outputs, layer.in_features)
     else:
-        assert isinstance(layer, _CONVOLUTIONS)
+        assert isinstance(layer, CONVOLUTIONS)
         layer.in_channels = num_channels * num_levels
         shape = (num_outputs, layer.in_channels, *weight.shape[2:])
     layer.weight = nn.Parameter(wide.reshape(shape), requires_grad=weight.requires_grad)

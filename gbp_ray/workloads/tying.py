@@ -19,6 +19,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from gbp_ray.config.schema import match_names, nearest_glob
 from gbp_ray.errors import ConfigError
+from gbp_ray.workloads.contract import TRANSPOSED, WEIGHT_LAYERS
 
 __all__ = [
     "find_shared_memory",
@@ -26,9 +27,6 @@ __all__ = [
     "with_tied_weights",
     "without_wrappers",
 ]
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
 
 
 def with_tied_weights(
@@ -129,7 +127,7 @@ def tie_weights(model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
         ConfigError: A name or a glob matches no layer, a group has one layer alone, a layer is in
             two groups, or the weights of a group differ in shape or meaning. Nothing is tied.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, _LAYERS)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, WEIGHT_LAYERS)}
     group_of: dict[str, Sequence[str]] = {}
     tied: list[list[str]] = []
     for group in groups:
@@ -167,7 +165,7 @@ def _check_alike(group: Sequence[str], layers: dict[str, nn.Module]) -> None:
                 "or a parametrization); make it a plain parameter first",
             )
         assert isinstance(pattern.weight, nn.Parameter)
-        if isinstance(layer, _TRANSPOSED) != isinstance(pattern, _TRANSPOSED):
+        if isinstance(layer, TRANSPOSED) != isinstance(pattern, TRANSPOSED):
             raise _fault(
                 group, f"one of '{first}' and '{name}' is a transposed convolution; leave it out"
             )
