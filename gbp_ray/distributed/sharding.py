@@ -47,12 +47,12 @@ __all__ = [
     "is_shard",
     "is_sharded",
     "leaves",
-    "like_shard",
     "listen_to_groups",
     "local",
     "local_slice",
     "only_requiring",
     "route_of",
+    "shard_from_rows",
     "shard_like",
     "shard_network",
     "unsharded",
@@ -105,7 +105,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def like_shard(rows: Tensor, pattern: Tensor) -> Tensor:
+def shard_from_rows(rows: Tensor, pattern: Tensor) -> Tensor:
     """Makes this rank's rows a tensor sharded like `pattern`; returns them if it is replicated."""
     if not isinstance(pattern, DTensor):
         return rows
@@ -126,7 +126,7 @@ def shard_like(tensor: Tensor, pattern: Tensor) -> Tensor:
     ranks = Ranks.current()
     rank_slice = cut_rows("", pattern.shape, ranks.world_size)[ranks.rank]
     rows = local_slice(tensor, rank_slice).clone().view(local(pattern.detach()).shape)
-    return like_shard(rows.to(pattern.device), pattern)
+    return shard_from_rows(rows.to(pattern.device), pattern)
 
 
 def gather_whole(tensor: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.distributed.sharding import RankSlice, cut_rows, like_shard, local, local_slice
+from gbp_ray.distributed.sharding import RankSlice, cut_rows, local, local_slice, shard_from_rows
 from gbp_ray.errors import PruneError
 
 __all__ = ["Fold", "GradientReducer", "OrderedSum", "largest_exchange"]
@@ -168,7 +168,7 @@ class GradientReducer(_Turns):
         totals = self.owned()
         if self._is_sharded:
             return {
-                name: like_shard(totals[name].view_as(local(parameter.detach())), parameter)
+                name: shard_from_rows(totals[name].view_as(local(parameter.detach())), parameter)
                 for name, parameter in self._parameters.items()
             }
         if self._ranks.world_size > 1:

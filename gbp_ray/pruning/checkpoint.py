@@ -47,7 +47,7 @@ __all__ = [
     "damaged",
     "restore_state",
     "save_round",
-    "spread_masks",
+    "shard_masks",
 ]
 
 SHARDS = "shards/"
@@ -151,7 +151,7 @@ def restore_state(
     return optimizer, movement
 
 
-def spread_masks(masks: MaskSet, model: nn.Module) -> MaskSet:
+def shard_masks(masks: MaskSet, model: nn.Module) -> MaskSet:
     """Shards masks like the weights of a network, each rank keeping its rows."""
     by_name = dict(model.named_parameters(remove_duplicate=False))
     return replace(masks, masks={n: shard_like(mask, by_name[n]) for n, mask in masks.items()})

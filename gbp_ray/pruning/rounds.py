@@ -24,7 +24,7 @@ from gbp_ray.config.prune import sparsity_schedule
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.distributed.sharding import PARTED, is_sharded, local, route_of
 from gbp_ray.errors import PruneError, StoreError
-from gbp_ray.pruning.checkpoint import Checkpoint, damaged, restore_state, save_round, spread_masks
+from gbp_ray.pruning.checkpoint import Checkpoint, damaged, restore_state, save_round, shard_masks
 from gbp_ray.pruning.checks import check_frozen_movement
 from gbp_ray.pruning.masks import MaskSet, check_pruned_zero, forget_pruned, read_initial_masks
 from gbp_ray.pruning.scoring import score
@@ -146,7 +146,7 @@ class _Run:
         initial = ranks.run_collectively(lambda: read_initial_masks(job, self.units))
         self.has_initial_masks = initial is not None
         if initial is not None:
-            self.masks = spread_masks(initial, self.model).to(ranks.device)
+            self.masks = shard_masks(initial, self.model).to(ranks.device)
         self.start = self.masks.sparsity if self.has_initial_masks else 0.0
         prune = job.prune
         self.schedule = sparsity_schedule(
@@ -243,7 +243,7 @@ class _Run:
             raise StoreError(
                 f"{folder}/masks.safetensors: does not fit the model; was the workload changed?"
             )
-        masks = spread_masks(masks, self.model).to(self.ranks.device)
+        masks = shard_masks(masks, self.model).to(self.ranks.device)
         self.optimizer, self.movement = restore_state(
             saved,
             self.model,

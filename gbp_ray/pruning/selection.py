@@ -37,9 +37,9 @@ from gbp_ray.distributed.sharding import (
     RankSlice,
     gather_packed,
     is_shard,
-    like_shard,
     local,
     local_slice,
+    shard_from_rows,
 )
 from gbp_ray.errors import ConfigError, PruneError, name_some
 from gbp_ray.pruning.counting import ScoreView, as_score_view
@@ -145,7 +145,7 @@ def select_masks(
         for layer, kept_L in zip(layers, kept, strict=True):
             layer.write_mask(kept_L)
         found = {
-            name: like_shard(kept_L.view(local(before).shape).to(before.device), before)
+            name: shard_from_rows(kept_L.view(local(before).shape).to(before.device), before)
             for (name, before), kept_L in zip(masks.items(), kept, strict=True)
         }
     device = next(iter(masks.values())).device
@@ -160,7 +160,7 @@ def check_selectable(
     input_dims: Mapping[str, int] | None = None,
     num_groups: Mapping[str, int] | None = None,
 ) -> None:
-    """Checks before any training what no scores could make possible.
+    """Checks what no scores could make possible, before any training.
 
     Args:
         input_dims: Axis of the n:m groups by parameter name; 1 where not given.

@@ -174,7 +174,7 @@ def train_epochs(
     for parameter in trainable.values():
         parameter.grad = None
     if own is not None:
-        own.trade_places()
+        own.swap()
     tail = recent[-max(1, len(recent) // 10) :]
     return sum(tail) / len(tail) if tail else math.nan
 

@@ -72,7 +72,7 @@ class MovingAverage:
             average.copy_(torch.where(torch.isfinite(average), moved, now))
 
     @torch.no_grad()
-    def trade_places(self) -> None:
+    def swap(self) -> None:
         """Swaps the average and the weights."""
         for now, average in self._pairs:
             kept = now.clone()
@@ -82,11 +82,11 @@ class MovingAverage:
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Swaps the weights in for the block, and the average after it."""
-        self.trade_places()
+        self.swap()
         try:
             yield
         finally:
-            self.trade_places()
+            self.swap()
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def clip_gradients(gradients: Iterable[Tensor], max_norm: float, ranks: Ranks) -
 def gradient_norm(gradients: Iterable[Tensor], ranks: Ranks) -> float:
     """Computes the Euclidean norm over all gradients. Communicates where they are shards."""
     sums = [_sums_of_rows(gradient, ranks) for gradient in gradients]
-    return math.sqrt(_halve(torch.cat(sums).view(1, -1)).item()) if sums else 0.0
+    return math.sqrt(_sum_pairwise(torch.cat(sums).view(1, -1)).item()) if sums else 0.0
 
 
 def _sums_of_rows(gradient: Tensor, ranks: Ranks) -> Tensor:
@@ -117,7 +117,7 @@ def _sums_of_rows(gradient: Tensor, ranks: Ranks) -> Tensor:
         rows = torch.view_as_real(rows)
     num_rows = rows.shape[0] if rows.ndim else 1
     squares = rows.to(torch.float64, copy=True).square_()
-    own = _halve(squares.view(num_rows, -1)) if rows.numel() else squares.new_zeros(num_rows)
+    own = _sum_pairwise(squares.view(num_rows, -1)) if rows.numel() else squares.new_zeros(num_rows)
     if not is_shard(gradient):
         return own
     rank_slice = cut_rows("", gradient.shape, ranks.world_size)[ranks.rank]
@@ -127,7 +127,7 @@ def _sums_of_rows(gradient: Tensor, ranks: Ranks) -> Tensor:
     return ranks.all_reduce_disjoint(everywhere)
 
 
-def _halve(values: Tensor) -> Tensor:
+def _sum_pairwise(values: Tensor) -> Tensor:
     """Sums along the second axis pairwise, in place: (R, C) -> (R,)."""
     while (width := values.shape[1]) > 1:
         half = (width + 1) // 2

@@ -25,8 +25,8 @@ from gbp_ray.distributed.sharding import (
     gather_bits,
     gather_whole,
     is_shard,
-    like_shard,
     local,
+    shard_from_rows,
     shard_network,
 )
 from gbp_ray.errors import GbpError
@@ -248,7 +248,7 @@ def blocks_program(ranks: Ranks) -> dict[str, Any]:
 def _gather_signs(model: nn.Module, portion: int) -> bool:
     """Gathers where weights are positive, so many at a time; says whether it is so everywhere."""
     parameters = [parameter.detach() for parameter in model.parameters()]
-    signs = (like_shard(local(parameter) > 0, parameter) for parameter in parameters)
+    signs = (shard_from_rows(local(parameter) > 0, parameter) for parameter in parameters)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "_PORTION", portion)
         gathered = list(gather_bits(signs))

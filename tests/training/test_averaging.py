@@ -72,7 +72,7 @@ def test_what_does_not_change_keeps_its_bits_and_what_is_frozen_is_left_alone() 
         model.bias += 1
     for _ in range(3):
         average.update()
-    average.trade_places()
+    average.swap()
     assert model.causal.numpy().tobytes()[:8] == kept["causal"].numpy().tobytes()[:8]
     torch.testing.assert_close(model.causal, kept["causal"], rtol=0, atol=0, equal_nan=True)
     assert torch.equal(model.weight, kept["weight"])

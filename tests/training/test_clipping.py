@@ -11,7 +11,7 @@ from small_trainings import first_batch, recipe_of, steps, tanh_workload, train
 
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.training.optimizer import _halve, clip_gradients, gradient_norm
+from gbp_ray.training.optimizer import _sum_pairwise, clip_gradients, gradient_norm
 
 SHAPES = [(5, 3, 3, 3), (7,), (), (1, 9), (4, 1), (0, 3)]
 
@@ -56,8 +56,8 @@ def test_sums_of_rows_do_not_depend_on_the_rows_beside_them(
     rows: int, columns: int, cut: int, seed: int
 ) -> None:
     values = draw(rows, columns, seed=seed % 2**60, dtype=torch.float64).square()
-    whole = _halve(values.clone())
-    parts = torch.cat([_halve(values[:cut].clone()), _halve(values[cut:].clone())])
+    whole = _sum_pairwise(values.clone())
+    parts = torch.cat([_sum_pairwise(values[:cut].clone()), _sum_pairwise(values[cut:].clone())])
     assert torch.equal(whole, parts)
     torch.testing.assert_close(whole, values.sum(dim=1))
 
