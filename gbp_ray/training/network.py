@@ -164,8 +164,8 @@ def _build(workload: Workload, seed: int, *, is_changed: bool) -> tuple[nn.Modul
     for path, module in model.named_modules():
         # Asked for by methods, which modules of TorchScript have, too.
         tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        names = [f"{path}.{name}".lstrip(".") for name, _ in tensors]
-        own = {name: digests[name] for name in names if name in digests}
+        names = {f"{path}.{name}".lstrip(".") for name, _ in tensors}
+        own = {name: digests[name] for name in names & digests.keys()}
         if _STARTS.get(module, own) != own:
             raise WorkloadError(
                 f"workload.build_model: returned '{path or type(module).__name__}' again, which "
@@ -478,21 +478,15 @@ def load_weights(model: nn.Module, data: bytes, source: str) -> None:
         # KeyError: a dtype that torch does not have.
         raise StoreError(f"{source}: is not a readable safetensors file: {error}") from None
     own = tensor_state(model)
-
-    def fits(name: str, tensor: Tensor) -> bool:
-        return name in own and (own[name].shape, own[name].dtype) == (tensor.shape, tensor.dtype)
-
-    missing, _ = model.load_state_dict(
-        {
-            name: shard_like(tensor, own[name])
-            for name, tensor in tensors.items()
-            if fits(name, tensor)
-        },
-        strict=False,
-    )
+    fitting = {
+        name: shard_like(tensor, own[name])
+        for name, tensor in tensors.items()
+        if name in own and (own[name].shape, own[name].dtype) == (tensor.shape, tensor.dtype)
+    }
+    missing, _ = model.load_state_dict(fitting, strict=False)
     present = {_identity(own[name]) for name in tensors if name in own}
     missing = [n for n in missing if n in own and _identity(own[n]) not in present]
-    misfits = [name for name, tensor in tensors.items() if not fits(name, tensor)]
+    misfits = [name for name in tensors if name not in fitting]
     if missing or misfits:
         name = (missing or misfits)[0]
         raise StoreError(f"{source}: does not fit the model at '{name}'; was the workload changed?")
