@@ -10,7 +10,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from gbp_ray.cli.terminal import AsJson, console, print_json, say, show_warning, step_teller
+from gbp_ray.cli.terminal import AsJson, console, print_json, progress_printer, say, show_warning
 
 __all__ = [
     "add_reuse_verbs",
@@ -118,7 +118,7 @@ def explain_network(
     with warnings.catch_warnings():
         warnings.showwarning = show_warning  # type: ignore[assignment]
         explained = explain_round(
-            uri, code=code, trust_code=trusted or (), tell=step_teller(is_quiet)
+            uri, code=code, trust_code=trusted or (), on_progress=progress_printer(is_quiet)
         )
     found = explained.findings
     if as_json:

@@ -14,7 +14,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from gbp_ray.cli.terminal import AsJson, console, print_json, say, show_warning, step_teller
+from gbp_ray.cli.terminal import AsJson, console, print_json, progress_printer, say, show_warning
 from gbp_ray.errors import ConfigError, StoreError
 
 __all__ = [
@@ -108,7 +108,7 @@ def show_stability(
             with_samples=with_samples,
             with_seeds=with_seeds,
             is_sweep=is_sweep,
-            tell=step_teller(is_quiet),
+            on_progress=progress_printer(is_quiet),
         ).to_dict()
     files = {"stability.json": json.dumps(found, indent=1).encode() + b"\n"}
     if drawn := render(partial(draw_stability, found), "stability"):

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Annotated, Any, TextIO
 
@@ -21,6 +21,7 @@ import typer
 
 from gbp_ray.errors import clean_message, printable
 from gbp_ray.runtime.progress import Screen
+from gbp_ray.training.progress import OnProgress, Progress
 
 __all__ = [
     "AsJson",
@@ -31,9 +32,9 @@ __all__ = [
     "print_csv",
     "print_json",
     "prints_aside",
+    "progress_printer",
     "say",
     "show_warning",
-    "step_teller",
     "write",
     "write_log",
 ]
@@ -152,20 +153,21 @@ def show_warning(message: Warning | str, category: type[Warning], *rest: Any) ->
         note(f"warning: {clean_message(str(message))}")
 
 
-def step_teller(is_quiet: bool) -> Callable[[str, int, int], None]:
-    """Makes what tells of steps on standard error: (what is done, steps done, steps in all)."""
+def progress_printer(is_quiet: bool) -> OnProgress:
+    """Make a callback that prints progress on standard error."""
     shown = ""
     is_live = sys.stderr.isatty() and not Screen(stderr=True).is_dumb_terminal
 
-    def tell(what: str, done: int, total: int) -> None:
+    def show(progress: Progress) -> None:
         nonlocal shown
-        if is_quiet or (what == shown and not is_live):
+        phase, done, total = progress.phase, progress.done, progress.total
+        if is_quiet or (phase == shown and not is_live):
             return
         if is_live:
             end = "\n" if done == total else "\r"
-            typer.echo(f"\x1b[2K{printable(what)}  {done}/{total}{end}", err=True, nl=False)
+            typer.echo(f"\x1b[2K{printable(phase)}  {done}/{total}{end}", err=True, nl=False)
         else:
-            note(what)
-        shown = what
+            note(phase)
+        shown = phase
 
-    return tell
+    return show

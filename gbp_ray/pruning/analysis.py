@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, permutations
 from typing import Any
@@ -30,6 +30,7 @@ from gbp_ray.results.findings import ClassFinding, ExampleFinding, Findings, Lay
 from gbp_ray.results.tensors import sum_shared
 from gbp_ray.training.batchnorm import recalibrate_as_asked
 from gbp_ray.training.evaluation import evaluate
+from gbp_ray.training.progress import OnProgress, Progress, ignore_progress, with_changes
 from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import cut_batches, derive_seed, shuffled_indices, take_batch
 
@@ -47,8 +48,6 @@ _NUM_CHANGED, _NUM_SAME = 9, 3
 _NUM_GRADIENTS = 256
 """Examples of each kind that input gradients are compared on."""
 
-Tell = Callable[[str, int, int], None]
-
 
 def compare_networks(
     job: JobConfig,
@@ -60,13 +59,12 @@ def compare_networks(
     *,
     trial_id: str,
     round_number: int,
-    tell: Tell = lambda what, done, total: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Findings:
     """Compares a dense and a pruned network, on one rank.
 
     Args:
         masks: Of the pruned one.
-        tell: Called with (what is done, steps done, steps in all).
 
     Raises:
         PruneError: A score is not finite.
@@ -76,7 +74,7 @@ def compare_networks(
     if job.prune.spec.reads in ("nothing", "history"):
         left_out.append(f"saliency by {criterion}, which needs a training; taylor_squared instead")
         criterion = "taylor_squared"
-    layers = _compare_saliency(job, workload, dense, pruned, masks, ranks, criterion, tell)
+    layers = _compare_saliency(job, workload, dense, pruned, masks, ranks, criterion, on_progress)
     found = Findings(
         trial_id=trial_id,
         round=round_number,
@@ -84,7 +82,7 @@ def compare_networks(
         num_examples=num_examples(workload.test),
         layers=layers,
     )
-    answers = _answer_all(job, workload, dense, pruned, ranks, tell)
+    answers = _answer_all(job, workload, dense, pruned, ranks, on_progress)
     if answers is None:
         left_out.append("classes, answers and examples: the network is no plain classifier")
         return replace(found, left_out=tuple(left_out))
@@ -99,7 +97,7 @@ def compare_networks(
         num_helped=int((right[1] & ~right[0]).sum()),
         examples=examples,
         class_names=_name_classes(workload),
-        agreement=_measure_agreement(job, workload, dense, pruned, is_changed, ranks, tell),
+        agreement=_measure_agreement(job, workload, dense, pruned, is_changed, ranks, on_progress),
     )
     images = _take_images(workload, order)
     if images is None:
@@ -121,7 +119,7 @@ def _compare_saliency(
     masks: MaskSet,
     ranks: Ranks,
     criterion: str,
-    tell: Tell,
+    on_progress: OnProgress,
 ) -> tuple[LayerSaliency, ...]:
     config = job.prune.model_copy(update={"criterion": criterion})
     scores = [
@@ -132,7 +130,7 @@ def _compare_saliency(
             config,
             ranks,
             seed=job.seed,
-            tell=lambda done, total, name=name: tell(f"saliency, {name}", done, total),  # type: ignore[misc]
+            on_progress=with_changes(on_progress, phase=f"saliency, {name}"),
         ).gather(ranks)
         for name, model in (("dense", dense), ("pruned", pruned))
     ]
@@ -176,7 +174,7 @@ def _answer_all(
     dense: nn.Module,
     pruned: nn.Module,
     ranks: Ranks,
-    tell: Tell,
+    on_progress: OnProgress,
 ) -> _Answers | None:
     rows: list[list[Tensor]] = []
     batches = cut_batches(num_examples(workload.test), job.workload.eval_batch_size)
@@ -194,7 +192,7 @@ def _answer_all(
             confidence, answer = functional.softmax(outputs.float(), dim=1).max(dim=1)
             columns += [answer, confidence]
         rows.append([column.cpu() for column in columns])
-        tell("answers of both networks", item + 1, len(batches))
+        on_progress(Progress("answers of both networks", item + 1, len(batches)))
     targets, answer, confidence, answer_pruned, confidence_pruned = (
         torch.cat(column) for column in zip(*rows, strict=True)
     )
@@ -276,7 +274,7 @@ def _measure_agreement(
     pruned: nn.Module,
     is_changed: Tensor,
     ranks: Ranks,
-    tell: Tell,
+    on_progress: OnProgress,
 ) -> dict[str, float]:
     agreement = {}
     for name, wanted in (("same", ~is_changed), ("changed", is_changed)):
@@ -291,7 +289,7 @@ def _measure_agreement(
                 return {}
             one, other = (gradient.flatten(1).double() for gradient in (pair[0], pair[1]))
             cosines.append(functional.cosine_similarity(one, other, dim=1))
-            tell(f"input gradients, {name} answers", batch.stop, len(places))
+            on_progress(Progress(f"input gradients, {name} answers", batch.stop, len(places)))
         if cosines:
             agreement[name] = float(torch.cat(cosines).mean())
     return agreement
@@ -367,7 +365,7 @@ def compare_samples(
     ranks: Ranks,
     *,
     is_evaluated: bool = False,
-    tell: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> list[SizeStability]:
     """Scores a network on samples of growing size and compares their masks, on one rank.
 
@@ -377,7 +375,6 @@ def compare_samples(
         sizes: Numbers of examples; capped at what the data has.
         seeds: One sample each; at least two.
         is_evaluated: Measures the accuracy under each mask, with BatchNorm as the job recalibrates.
-        tell: Called with (what is done, steps done, steps in all).
 
     Raises:
         PruneError: A score is not finite, or a mask is impossible.
@@ -389,19 +386,16 @@ def compare_samples(
     masks: dict[int, list[MaskSet]] = {}
     accuracies: dict[int, list[float]] = {}
     for seed in seeds:
-
-        def tell_scoring(done: int, total: int, seed: int = seed) -> None:
-            tell(f"sample {seed}: scoring", done, total)
-
+        scoring = with_changes(on_progress, phase=f"sample {seed}: scoring")
         for size, scores in score_prefixes(
-            model, units, workload, job.prune, sizes, seed=seed, tell=tell_scoring
+            model, units, workload, job.prune, sizes, seed=seed, on_progress=scoring
         ):
             chosen = select_masks(scores, dense, job.prune, job.prune.sparsity, input_dims, ranks)
             masks.setdefault(size, []).append(chosen.masks)
             if is_evaluated:
                 accuracy = _evaluate(job, workload, model, chosen.masks, ranks)
                 accuracies.setdefault(size, []).append(accuracy)
-                tell(f"sample {seed}: accuracy with {size} examples", 1, 1)
+                on_progress(Progress(f"sample {seed}: accuracy with {size} examples", 1, 1))
     largest = masks[max(masks)]
     return [
         SizeStability(

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -40,14 +40,12 @@ from gbp_ray.training.evaluation import evaluate
 from gbp_ray.training.loop import Span, train_epochs, train_until_stale
 from gbp_ray.training.network import build_start, copy_frozen, load_weights
 from gbp_ray.training.optimizer import MovingAverage, make_optimizer, num_steps
+from gbp_ray.training.progress import OnProgress, ignore_progress
 from gbp_ray.workloads.contract import Workload, judged_split, num_examples
 from gbp_ray.workloads.data import derive_seed, shuffled_indices
 from gbp_ray.workloads.weights import tensor_state
 
-__all__ = ["RoundState", "ScoreCache", "Tell", "needs_dense_weights", "run_rounds"]
-
-Tell = Callable[[str, int, int, int, float | None], None]
-"""(phase, round, steps done, steps of the phase, loss or None): live progress of this rank."""
+__all__ = ["RoundState", "ScoreCache", "needs_dense_weights", "run_rounds"]
 
 
 class ScoreCache(Protocol):
@@ -88,7 +86,7 @@ def run_rounds(
     ranks: Ranks,
     *,
     resume: Checkpoint | None = None,
-    tell: Tell = lambda phase, number, done, total, loss: None,
+    on_progress: OnProgress = ignore_progress,
     score_cache: ScoreCache | None = None,
 ) -> Iterator[RoundState]:
     """Prunes in rounds; every rank drives its own generator in step with the others.
@@ -106,7 +104,7 @@ def run_rounds(
         ConfigError: The job does not fit the network.
     """
     stored = {} if resume is None else resume.fingerprints
-    run = _Run(job, workload, ranks, tell, score_cache, stored)
+    run = _Run(job, workload, ranks, on_progress, score_cache, stored)
     if resume is None:
         yield run.train_dense()
         first = 1
@@ -131,11 +129,15 @@ class _Run:
         job: JobConfig,
         workload: Workload,
         ranks: Ranks,
-        tell: Tell,
+        on_progress: OnProgress,
         score_cache: ScoreCache | None = None,
         stored: Mapping[str, str] | None = None,
     ) -> None:
-        self.job, self.workload, self.ranks, self.tell = job, workload, ranks, tell
+        self.job, self.workload, self.ranks = job, workload, ranks
+        self.number = 0  # of the round
+        self.on_progress: OnProgress = lambda progress: on_progress(
+            replace(progress, round=self.number)
+        )
         self.score_cache = score_cache
         self.model, self.macs, self.fingerprints = build_start(
             workload, job.seed, ranks, job.cluster.strategy, stored, "round_000"
@@ -182,16 +184,15 @@ class _Run:
                     Span("pretrain", range(total), range(total)),
                     seed=seed,
                     masks=self.masks if self.has_initial_masks else None,
-                    tell=self._step_teller("pretrain", 0),
+                    on_progress=self.on_progress,
                 )
         if self.gathers_movement:
             # The first decision, too, needs movement to score by.
-            train_loss = self._finetune(0)
+            train_loss = self._finetune()
         self._keep_dense()
-        accuracy, loss = self._evaluate(0)
+        accuracy, loss = self._evaluate()
         accuracy_recalibrated, loss_recalibrated = self._evaluate_recalibrated()
         return self._finish_round(
-            0,
             train_loss,
             sparsity_target=self.start,
             accuracy=accuracy,
@@ -202,26 +203,26 @@ class _Run:
         )
 
     def prune_round(self, number: int) -> RoundState:
+        self.number = number
         sparsity = self.schedule[number - 1]
         held_back: tuple[str, ...] = ()
         accuracy_pruned = loss_pruned = None
         # A round may only fine-tune.
         is_pruned = num_to_prune(sparsity, self.masks.num_units) > self.masks.num_pruned
         if is_pruned:
-            held_back = self._prune(number, sparsity)
+            held_back = self._prune(sparsity)
         if is_pruned or self.job.prune.rewind == "weights":
             self._rewind()
             with self._timed("batchnorm"):
                 recalibrate_as_asked(self.job, self.model, self.workload, self.ranks)
-            accuracy_pruned, loss_pruned = self._evaluate(number)
+            accuracy_pruned, loss_pruned = self._evaluate()
         self.kept_step = None
-        train_loss = self._finetune(number, accuracy_pruned, loss_pruned)
+        train_loss = self._finetune(accuracy_pruned, loss_pruned)
         accuracy, loss = accuracy_pruned, loss_pruned
         if self.job.finetune.epochs > 0 or accuracy is None or loss is None:
-            accuracy, loss = self._evaluate(number)
+            accuracy, loss = self._evaluate()
         check_pruned_zero(self.model, self.optimizer, self.masks)
         return self._finish_round(
-            number,
             train_loss,
             kept_step=self.kept_step,
             sparsity_target=sparsity,
@@ -263,9 +264,9 @@ class _Run:
 
     # -- the steps of a round --------------------------------------------------------------------
 
-    def _prune(self, number: int, sparsity: float) -> tuple[str, ...]:
+    def _prune(self, sparsity: float) -> tuple[str, ...]:
         with self._timed("score"):
-            scores = self._recall_scores(number) or self._score(number)
+            scores = self._recall_scores() or self._score()
         with self._timed("select"):
             selection = select_masks(
                 scores,
@@ -275,11 +276,11 @@ class _Run:
                 {unit.name: unit.input_dim for unit in self.units},
                 self.ranks,
             )
-        self.ranks.check_agreement(selection.masks.digest, f"the mask of round {number}")
+        self.ranks.check_agreement(selection.masks.digest, f"the mask of round {self.number}")
         self.masks = selection.masks
         return selection.capped_layers
 
-    def _score(self, number: int) -> SlicedScores:
+    def _score(self) -> SlicedScores:
         return score(
             self.model,
             self.units,
@@ -287,17 +288,17 @@ class _Run:
             self.job.prune,
             self.ranks,
             seed=self.job.seed,
-            round_number=number,
+            round_number=self.number,
             movement=self.movement,
-            tell=lambda done, total: self.tell("score", number, done, total, None),
+            on_progress=self.on_progress,
         )
 
-    def _recall_scores(self, number: int) -> SlicedScores | None:
+    def _recall_scores(self) -> SlicedScores | None:
         # Later weights belong to this trial only.
-        if self.score_cache is None or self.ranks.world_size > 1 or number > 1:
+        if self.score_cache is None or self.ranks.world_size > 1 or self.number > 1:
             return None
         scores = self.score_cache.fetch(
-            self.job, self.model, lambda: self._score(number).gather(self.ranks)
+            self.job, self.model, lambda: self._score().gather(self.ranks)
         )
         if scores is None:
             return None
@@ -312,16 +313,14 @@ class _Run:
         if self.optimizer is not None:
             forget_pruned(self.model, self.optimizer, self.masks)
 
-    def _finetune(
-        self, number: int, accuracy: float | None = None, loss: float | None = None
-    ) -> float:
+    def _finetune(self, accuracy: float | None = None, loss: float | None = None) -> float:
         """Trains after a prune, given the accuracy and the loss before it where they are known."""
         recipe = self.job.finetune
         length = num_steps(recipe, self.workload, recipe.epochs)
         if length == 0:
             return math.nan
         # Movement is gathered before the first prune as well.
-        first = (number - 1 + self.gathers_movement) * length
+        first = (self.number - 1 + self.gathers_movement) * length
         steps = range(first, first + length)
         prune = self.job.prune
         planned = range(prune.num_finetunings * length) if prune.rewind == "none" else steps
@@ -334,7 +333,7 @@ class _Run:
                     self.job,
                     self.workload,
                     self.ranks,
-                    tell=lambda done, total: self.tell("teach", number, done, total, None),
+                    on_progress=self.on_progress,
                 )
             self.is_teacher_ready = True
         if self.gathers_movement:
@@ -350,7 +349,7 @@ class _Run:
             average = MovingAverage(self.model, recipe.ema_decay)
 
         def train(some: range) -> float:
-            before, tell = some.start - steps.start, self._step_teller("finetune", number)
+            before = some.start - steps.start
             with self._timed("finetune"), average.set_aside() if average else nullcontext():
                 return train_epochs(
                     self.model,
@@ -364,7 +363,9 @@ class _Run:
                     teacher=self.teacher,
                     movement=self._gather_movement if self.gathers_movement else None,
                     average=average,
-                    tell=lambda done, total, loss: tell(before + done, length, loss),
+                    on_progress=lambda progress: self.on_progress(
+                        replace(progress, done=before + progress.done, total=length)
+                    ),
                 )
 
         if recipe.patience == 0:
@@ -377,8 +378,8 @@ class _Run:
             every=num_steps(recipe, self.workload, recipe.validate_every),
             patience=recipe.patience,
             train=train,
-            validate=lambda: self._evaluate(number),
-            start=(accuracy, loss) if known else self._evaluate(number),  # type: ignore[arg-type]
+            validate=self._evaluate,
+            start=(accuracy, loss) if known else self._evaluate(),  # type: ignore[arg-type]
         )
         self.kept_step = outcome.kept_step
         return outcome.train_loss
@@ -399,35 +400,33 @@ class _Run:
             with self._timed("batchnorm"):
                 if not recalibrate_as_asked(self.job, self.model, self.workload, self.ranks):
                     return None, None
-            accuracy, loss = self._measure(0, self.split)
+            accuracy, loss = self._measure(self.split)
         return (accuracy, loss) if math.isfinite(loss) else (None, None)
 
-    def _measure(
-        self, number: int, split: str, sample: Tensor | None = None
-    ) -> tuple[float, float]:
+    def _measure(self, split: str, sample: Tensor | None = None) -> tuple[float, float]:
         with self._timed("evaluate"):
             return evaluate(
                 self.model,
                 self.workload,
                 self.ranks,
                 self.job.workload.eval_batch_size,
-                tell=lambda done, total: self.tell("evaluate", number, done, total, None),
+                on_progress=self.on_progress,
                 split=split,
                 sample=sample,
             )
 
-    def _evaluate(self, number: int) -> tuple[float, float]:
-        accuracy, loss = self._measure(number, self.split)
+    def _evaluate(self) -> tuple[float, float]:
+        accuracy, loss = self._measure(self.split)
         if not math.isfinite(loss):
             kept = dict(self.model.named_parameters())
             weights = {name: kept[name] for name, _ in self.masks.items()}
             why = why_not_finite(weights) or (
                 "the weights diverged, lower pretrain.learning_rate or finetune.learning_rate"
             )
-            raise PruneError(f"round {number}: the {self.split} loss is {loss:g}; {why}")
+            raise PruneError(f"round {self.number}: the {self.split} loss is {loss:g}; {why}")
         return accuracy, loss
 
-    def _attack(self, number: int) -> float | None:
+    def _attack(self) -> float | None:
         if self.job.attack.kind == "none":
             return None
         with self._timed("attack"):
@@ -437,7 +436,7 @@ class _Run:
                 self.ranks,
                 self.job.attack,
                 self.job.workload.eval_batch_size,
-                tell=lambda done, total: self.tell("evaluate", number, done, total, None),
+                on_progress=self.on_progress,
             )
 
     def _keep_dense(self) -> None:
@@ -447,15 +446,15 @@ class _Run:
         if distillation.is_on and self.job.finetune.epochs > 0:
             self.teacher = Teacher(copy_frozen(self.model), distillation)
 
-    def _finish_round(self, number: int, train_loss: float, **measured: Any) -> RoundState:
+    def _finish_round(self, train_loss: float, **measured: Any) -> RoundState:
         train_accuracy: float | None = None
         if len(self.sample):
-            train_accuracy, _ = self._measure(number, "train", self.sample)
+            train_accuracy, _ = self._measure("train", self.sample)
         record = RoundRecord(
-            round=number,
+            round=self.number,
             judged_on=self.split,
             train_accuracy=train_accuracy,
-            robust_accuracy=self._attack(number),
+            robust_accuracy=self._attack(),
             train_loss=train_loss if math.isfinite(train_loss) else None,
             cost=measure(self.model, self.units, self.macs),
             mask_digest=self.masks.digest,
@@ -467,9 +466,6 @@ class _Run:
         if routes and len(set(routes)) > 1:
             raise PruneError(PARTED)
         return RoundState(record, self.model, self.masks, self.optimizer, self.movement)
-
-    def _step_teller(self, phase: str, number: int) -> Callable[[int, int, float], None]:
-        return lambda done, total, loss: self.tell(phase, number, done, total, loss)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

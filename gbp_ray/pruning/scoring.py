@@ -45,6 +45,7 @@ from gbp_ray.pruning.statistics import Probe
 from gbp_ray.pruning.units import Layout, Prunable, SlicedScores
 from gbp_ray.training.causes import why_not_finite
 from gbp_ray.training.loss import counts_of
+from gbp_ray.training.progress import OnProgress, Progress, ignore_progress
 from gbp_ray.workloads.checks import blaming_labels, check_labels
 from gbp_ray.workloads.contract import Workload, in_mode, num_examples
 from gbp_ray.workloads.data import cut_batches, derive_seed, shuffled_indices, take_batch
@@ -69,7 +70,7 @@ def score(
     seed: int = 0,
     round_number: int = 1,
     movement: Mapping[str, Tensor] | None = None,
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> SlicedScores:
     """Scores every prunable weight, each rank its slices, to the same bits on any number of ranks.
 
@@ -79,13 +80,14 @@ def score(
         units: From `prunable_parameters(model)`.
         round_number: Distinguishes the draws of `random`.
         movement: Its statistic by parameter name, gathered in training.
-        tell: Called with (batches done, batches in all) on this rank.
+        on_progress: Told of this rank's batches.
 
     Raises:
         ConfigError: The criterion cannot be found.
         PruneError: A score is NaN or infinite (raised on every rank), or movement has no history.
     """
-    scorer = _Scorer(criterion(config.criterion), model, units, workload, config, ranks, seed, tell)
+    rule = criterion(config.criterion)
+    scorer = _Scorer(rule, model, units, workload, config, ranks, seed, on_progress)
     with _scoring_mode(model, units):
         statistic, total = scorer.compute_statistic(round_number, movement)
     scores = ranks.run_collectively(lambda: scorer.finish(statistic, total))
@@ -101,7 +103,7 @@ def score_prefixes(
     sizes: Sequence[int],
     *,
     seed: int = 0,
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Iterator[tuple[int, SlicedScores]]:
     """Scores on growing numbers of calibration examples, each nested in the next; on one rank.
 
@@ -110,7 +112,7 @@ def score_prefixes(
 
     Args:
         sizes: Numbers of calibration examples; capped at what the data has.
-        tell: Called with (batches done, batches in all) over all passes.
+        on_progress: Told of the batches of all passes.
 
     Yields:
         (size, scores), by size, each size once.
@@ -141,17 +143,17 @@ def score_prefixes(
     total += num_batches[wanted[-1]] if nested else 0
     before = 0
 
-    def teller(done: int, of: int) -> None:
-        tell(before + done, total)
+    def of_all(progress: Progress) -> None:
+        on_progress(replace(progress, done=before + progress.done, total=total))
 
-    scorer = _Scorer(rule, model, units, workload, config, ranks, seed, teller)
+    scorer = _Scorer(rule, model, units, workload, config, ranks, seed, of_all)
     if nested:
         with _scoring_mode(model, units):
             scorer.sum_batches(largest, keep)
         before = num_batches[wanted[-1]]
     for size in wanted:
         if size in own:
-            scores = score(model, units, workload, own[size], ranks, seed=seed, tell=teller)
+            scores = score(model, units, workload, own[size], ranks, seed=seed, on_progress=of_all)
             before += num_batches[size] * max(1, len(rule.passes))
         else:
             scores = scorer.finish(statistics.pop(size), size)
@@ -182,7 +184,7 @@ def check_criterion(
     if rule.spec.needs_history:
         return
     ranks = Ranks(device=units[0].parameter.device)
-    scorer = _Scorer(rule, model, units, workload, small, ranks, seed, lambda done, total: None)
+    scorer = _Scorer(rule, model, units, workload, small, ranks, seed)
     with _scoring_mode(model, units):
         statistic, total = scorer.compute_statistic(1, None)
     scorer.finish(statistic, total)
@@ -240,7 +242,7 @@ class _Scorer:
     config: PruneConfig
     ranks: Ranks
     seed: int
-    tell: Callable[[int, int], None]
+    on_progress: OnProgress = ignore_progress
 
     @cached_property
     def layout(self) -> Layout:
@@ -369,7 +371,7 @@ class _Scorer:
                                 loss.backward()
                 if keep is not None:
                     keep(turn + 1, sums.so_far)
-                self.tell(turn + 1, turns)
+                self.on_progress(Progress("score", turn + 1, turns))
         return sums.owned()
 
     def _sum_passes(
@@ -409,7 +411,8 @@ class _Scorer:
                 sums.add(vector_N)
                 if keep is not None:
                     keep(turn + 1, partial(self._split_sum, sums))
-                self.tell(number * turns + turn + 1, len(self.rule.passes) * turns)
+                done = number * turns + turn + 1
+                self.on_progress(Progress("score", done, len(self.rule.passes) * turns))
         assert sums is not None
         return layout.split_own(sums.owned())
 

@@ -517,7 +517,7 @@ def _run_rounds(
             job,
             Ranks(device=device),
             workload=workload,
-            tell=board.show,
+            on_progress=board.show,
             round_done=lambda record: board.show_round(name, record),
         )
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from gbp_ray.results.findings import Findings
 from gbp_ray.results.store import locate_finished
 from gbp_ray.training.batchnorm import recalibrate_as_asked
 from gbp_ray.training.network import load_weights, rebuild_network
+from gbp_ray.training.progress import OnProgress, ignore_progress
 from gbp_ray.workloads.loading import admit_code, load_workload, warn_of_changed_code
 
 __all__ = ["Explanation", "explain_round"]
@@ -34,7 +35,7 @@ def explain_round(
     *,
     code: str | Path = "",
     trust_code: Sequence[str] = (),
-    tell: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Explanation:
     """Compares a round of a finished trial with its dense network, and stores the findings.
 
@@ -42,7 +43,6 @@ def explain_round(
         uri: A round's folder, or a trial's for its chosen round.
         code: A folder of the job's own modules, searched besides the working folder.
         trust_code: Code that may run although only the record names it; see `admit_code`.
-        tell: Called with (what is done, steps done, steps in all).
 
     Raises:
         ConfigError: The record names code that is neither built in nor trusted.
@@ -80,7 +80,7 @@ def explain_round(
             ranks,
             trial_id=name,
             round_number=record.round,
-            tell=tell,
+            on_progress=on_progress,
         )
     if reference.is_recalibrated:
         note = f"the dense network as stored; shown is {reference.name}"

@@ -14,24 +14,24 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, TaskID, TextColumn
 from rich.text import Text
 
 from gbp_ray.errors import printable
 from gbp_ray.results.records import RoundRecord
 from gbp_ray.runtime.bootstrap import SUBMITTED
+from gbp_ray.training.progress import Progress
 
 __all__ = [
     "CHECKED",
     "ProgressBoard",
     "Screen",
     "SweepBoard",
-    "Tick",
 ]
 
 CHECKED = "all checks passed"
@@ -42,27 +42,8 @@ _SWEEP_INTERVAL_S = 60.0
 _MOST_NAMED = 4  # trials in such a line
 
 
-@dataclass(frozen=True)
-class Tick:
-    """How far one trial is.
-
-    Attributes:
-        done: Steps done of the phase, of `total`.
-        share: Of the whole trial, in [0, 1].
-    """
-
-    trial: str
-    round: int
-    num_rounds: int
-    phase: str
-    done: int
-    total: int
-    loss: float | None
-    share: float
-
-
 class ProgressBoard:
-    """Shows ticks as they come; use it as a context manager.
+    """Shows progress as it comes; use it as a context manager.
 
     Args:
         is_quiet: Show nothing at all.
@@ -72,7 +53,7 @@ class ProgressBoard:
         self._console = Screen(stderr=True, quiet=is_quiet, highlight=False)
         is_live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._is_live = is_live and not is_quiet
-        self._bars = Progress(
+        self._bars = rich_progress.Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.percentage:>3.0f}%"),
@@ -107,27 +88,32 @@ class ProgressBoard:
         if SUBMITTED in os.environ:
             self.note(CHECKED)
 
-    def show(self, tick: Tick) -> None:
+    def show(self, progress: Progress) -> None:
         """Moves the trial's bar, or prints a plain line where there is no terminal."""
         now = time.monotonic()
-        start, share = self._started.setdefault(tick.trial, (now, tick.share))
+        start, share = self._started.setdefault(progress.trial, (now, progress.share))
         left = ""
         # The first steps say nothing about the pace of the whole.
-        if tick.share - share > 0.02 and now - start > 2:
-            left = f", {_clock((now - start) * (1 - tick.share) / (tick.share - share))} left"
-        loss = "" if tick.loss is None else f", loss {tick.loss:.4f}"
-        detail = f"{tick.phase} {tick.done}/{tick.total}{loss}{left}"
-        title = f"{tick.trial}  round {tick.round}/{tick.num_rounds}"
+        if progress.share - share > 0.02 and now - start > 2:
+            left = (
+                f", {_clock((now - start) * (1 - progress.share) / (progress.share - share))} left"
+            )
+        loss = "" if progress.loss is None else f", loss {progress.loss:.4f}"
+        detail = f"{progress.phase} {progress.done}/{progress.total}{loss}{left}"
+        title = f"{progress.trial}  round {progress.round}/{progress.num_rounds}"
         if self._is_live:
-            if tick.trial not in self._tasks:
-                self._tasks[tick.trial] = self._bars.add_task(title, total=1.0, detail="")
+            if progress.trial not in self._tasks:
+                self._tasks[progress.trial] = self._bars.add_task(title, total=1.0, detail="")
             self._bars.update(
-                self._tasks[tick.trial], completed=tick.share, description=title, detail=detail
+                self._tasks[progress.trial],
+                completed=progress.share,
+                description=title,
+                detail=detail,
             )
             return
-        phase, number, when = self._last_line.get(tick.trial, ("", -1, 0.0))
-        if (phase, number) != (tick.phase, tick.round) or now - when > _PLAIN_INTERVAL_S:
-            self._last_line[tick.trial] = (tick.phase, tick.round, now)
+        phase, number, when = self._last_line.get(progress.trial, ("", -1, 0.0))
+        if (phase, number) != (progress.phase, progress.round) or now - when > _PLAIN_INTERVAL_S:
+            self._last_line[progress.trial] = (progress.phase, progress.round, now)
             self.note(f"{title}  {detail}")
 
     def show_round(self, trial: str, record: RoundRecord) -> None:
@@ -170,7 +156,7 @@ class SweepBoard(ProgressBoard):
         self._begun = time.monotonic()
         self._best: tuple[float, str] | None = None
         self._summary: TaskID | None = None
-        self._running: dict[str, Tick] = {}
+        self._running: dict[str, Progress] = {}
         self._last_note_s = self._begun
 
     def begin(self, total: int | None, known: Iterable[tuple[str, float]]) -> None:
@@ -189,11 +175,11 @@ class SweepBoard(ProgressBoard):
             self._summary = self._bars.add_task("", total=1.0, detail="")
         self._refresh()
 
-    def show(self, tick: Tick) -> None:
+    def show(self, progress: Progress) -> None:
         """Moves the trial's bar; elsewhere says now and then what runs."""
-        self._running[tick.trial] = tick
+        self._running[progress.trial] = progress
         if self._is_live:
-            super().show(tick)
+            super().show(progress)
             self._refresh()
         elif time.monotonic() - self._last_note_s > _SWEEP_INTERVAL_S:
             self._note_running()
@@ -224,8 +210,8 @@ class SweepBoard(ProgressBoard):
     def _note_running(self) -> None:
         self._last_note_s = time.monotonic()
         named = [
-            f"{tick.trial}  round {tick.round}/{tick.num_rounds} ({tick.share:.0%})"
-            for tick in list(self._running.values())[:_MOST_NAMED]
+            f"{progress.trial}  round {progress.round}/{progress.num_rounds} ({progress.share:.0%})"
+            for progress in list(self._running.values())[:_MOST_NAMED]
         ]
         more = len(self._running) - len(named)
         listed = ", ".join(named) + (f" and {more} more" if more else "")

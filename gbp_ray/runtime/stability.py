@@ -8,8 +8,8 @@ masks and accuracies are compared. Both run in this process, unless a sweep runs
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from gbp_ray.pruning.analysis import Overlap, SizeStability, compare_samples, me
 from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.runtime.api import prune, sweep
+from gbp_ray.training.progress import OnProgress, Progress, ignore_progress
 from gbp_ray.workloads.contract import num_examples
 from gbp_ray.workloads.loading import add_job_folders, load_workload
 
@@ -120,7 +121,7 @@ def measure_stability(
     with_samples: bool = True,
     with_seeds: bool = True,
     is_sweep: bool = False,
-    tell: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Stability:
     """Runs a job over calibration samples and over seeds, and compares the masks.
 
@@ -134,7 +135,6 @@ def measure_stability(
         with_samples: Runs the samples part.
         with_seeds: Runs the seeds part.
         is_sweep: Runs the seeds as a sweep on Ray.
-        tell: Called with (what is done, steps done, steps in all).
 
     Raises:
         GbpError: One line that names the field, what is allowed and what to do.
@@ -149,8 +149,8 @@ def measure_stability(
     samples: dict[str, list[SizeStability]] = {}
     available = 0
     if with_samples:
-        samples, available = _run_samples(loaded, sizes, seeds, criteria, is_evaluated, tell)
-    found = _run_seeds(loaded, seeds, is_sweep, tell) if with_seeds else None
+        samples, available = _run_samples(loaded, sizes, seeds, criteria, is_evaluated, on_progress)
+    found = _run_seeds(loaded, seeds, is_sweep, on_progress) if with_seeds else None
     return Stability(loaded, samples, found, available)
 
 
@@ -160,7 +160,7 @@ def _run_samples(
     seeds: range,
     criteria: Sequence[str],
     is_evaluated: bool,
-    tell: Callable[[str, int, int], None],
+    on_progress: OnProgress,
 ) -> tuple[dict[str, list[SizeStability]], int]:
     jobs = {
         name: load_job(job, {"prune.criterion": name})
@@ -190,9 +190,7 @@ def _run_samples(
                 first,
                 workload,
                 ranks,
-                tell=lambda phase, number, done, total, loss: tell(
-                    f"dense network: {phase}", done, total
-                ),
+                on_progress=_prefix(on_progress, "dense network: "),
             )
         ).model
         found = {
@@ -204,25 +202,29 @@ def _run_samples(
                 seeds,
                 ranks,
                 is_evaluated=is_evaluated,
-                tell=lambda what, done, total, name=name: tell(f"{name}, {what}", done, total),  # type: ignore[misc]
+                on_progress=_prefix(on_progress, f"{name}, "),
             )
             for name, one in jobs.items()
         }
     return found, available
 
 
+def _prefix(on_progress: OnProgress, prefix: str) -> OnProgress:
+    return lambda progress: on_progress(replace(progress, phase=f"{prefix}{progress.phase}"))
+
+
 def _run_seeds(
-    job: JobConfig, seeds: range, is_sweep: bool, tell: Callable[[str, int, int], None]
+    job: JobConfig, seeds: range, is_sweep: bool, on_progress: OnProgress
 ) -> SeedStability:
     results = []
     if is_sweep:
         sweep(job, {"sweep.space": {"seed": list(seeds)}})
     for number, seed in enumerate(seeds):
-        tell(f"seed {seed}", number, len(seeds))
+        on_progress(Progress(f"seed {seed}", number, len(seeds)))
         # A loop by default, since a sweep starts Ray; after a sweep it reads the finished trials.
         one = load_job(job, {"seed": seed, "sweep": {}, "cluster.num_workers": 0})
         results.append(prune(one, is_quiet=True))
-    tell(f"seed {seeds[-1]}", len(seeds), len(seeds))
+    on_progress(Progress(f"seed {seeds[-1]}", len(seeds), len(seeds)))
     trials = tuple(
         {
             "seed": seed,

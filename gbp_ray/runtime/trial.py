@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
@@ -27,10 +27,10 @@ from gbp_ray.pruning.rounds import RoundState, ScoreCache, needs_dense_weights, 
 from gbp_ray.results.records import RoundRecord, TrialRecord, choose_round
 from gbp_ray.results.store import Store
 from gbp_ray.runtime.cache import SharedScores, adopt_dense, dense_origin, share_dense
-from gbp_ray.runtime.progress import Tick
 from gbp_ray.training.evaluation import measure_final_test
 from gbp_ray.training.network import build_start
 from gbp_ray.training.optimizer import num_steps
+from gbp_ray.training.progress import OnProgress, Progress, ignore_progress, with_changes
 from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.loading import load_workload, own_sources
 
@@ -53,7 +53,7 @@ class Step:
 
 def run_solo(
     job: JobConfig,
-    tell: Callable[[Tick], None] = lambda tick: None,
+    on_progress: OnProgress = ignore_progress,
     is_patient: bool = True,
 ) -> Iterator[Step]:
     """Runs a trial on one rank, this process; yields its rounds from the first, then commits it.
@@ -72,7 +72,7 @@ def run_solo(
             job,
             Ranks(device=own_device(job)),
             workload=workload,
-            tell=tell,
+            on_progress=on_progress,
             score_cache=SharedScores(store),
         )
 
@@ -171,20 +171,19 @@ def work_trial(
     ranks: Ranks,
     *,
     workload: Workload | None = None,
-    tell: Callable[[Tick], None] = lambda tick: None,
+    on_progress: OnProgress = ignore_progress,
     round_done: Callable[[RoundRecord], None] = lambda record: None,
 ) -> None:
     """Runs a trial's missing rounds, committing each to the job's store.
 
     Args:
         workload: What was checked in this process; loaded anew by default.
-        tell: Given this rank's progress after each step.
         round_done: Called on every rank after each committed round.
 
     Raises:
         GbpError: The same one on all ranks.
     """
-    for record in iterate_trial(job, ranks, workload=workload, tell=tell):
+    for record in iterate_trial(job, ranks, workload=workload, on_progress=on_progress):
         round_done(record)
 
 
@@ -193,7 +192,7 @@ def iterate_trial(
     ranks: Ranks,
     *,
     workload: Workload | None = None,
-    tell: Callable[[Tick], None] = lambda tick: None,
+    on_progress: OnProgress = ignore_progress,
     score_cache: ScoreCache | None = None,
 ) -> Iterator[RoundRecord]:
     """Does the same and stops after each round, until it is asked for the next one.
@@ -213,7 +212,7 @@ def iterate_trial(
         records = ranks.broadcast_object(ranks.run_collectively(lambda: store.read_rounds(name)))
         # Whoever holds the trial now must hold it at each commit.
         driver = ranks.run_collectively(lambda: store.read_driver(name))
-        teller = _Teller(job, workload, name, tell)
+        in_trial = _InTrial(job, workload, on_progress)
         model: nn.Module | None = None
         if len(records) <= job.prune.rounds:
             for state in run_rounds(
@@ -222,7 +221,7 @@ def iterate_trial(
                 ranks,
                 # Handed on and not held here: it may be as large as the network.
                 resume=ranks.run_collectively(lambda: _read_checkpoint(store, name, records, job)),
-                tell=teller,
+                on_progress=in_trial,
                 score_cache=score_cache,
             ):
                 record, model = _commit(store, name, driver, state, ranks), state.model
@@ -230,7 +229,7 @@ def iterate_trial(
                 del state
                 yield record
         if workload.validation is not None:
-            _use_test_split(job, workload, store, ranks, teller, model)
+            _use_test_split(job, workload, store, ranks, in_trial, model)
 
 
 def _use_test_split(
@@ -238,7 +237,7 @@ def _use_test_split(
     workload: Workload,
     store: Store,
     ranks: Ranks,
-    tell: _Teller,
+    on_progress: OnProgress,
     model: nn.Module | None,
 ) -> None:
     """Measures the chosen round on the test split, once."""
@@ -262,7 +261,7 @@ def _use_test_split(
         ranks,
         chosen,
         read_weights,
-        lambda number, done, total: tell("evaluate", number, done, total, None),
+        on_progress,
     )
     ranks.run_collectively(lambda: store.write_test(name, found) if ranks.is_first else None)
 
@@ -332,44 +331,38 @@ def _read_checkpoint(
     )
 
 
-class _Teller:
-    """Turns steps of a phase into ticks that also say how much of the trial is done."""
+class _InTrial:
+    """Add to the progress of a round how much of its trial is done."""
 
-    def __init__(
-        self,
-        job: JobConfig,
-        workload: Workload,
-        name: str,
-        tell: Callable[[Tick], None],
-    ) -> None:
-        self._name, self._tell, self._num_rounds = name, tell, job.prune.rounds
+    def __init__(self, job: JobConfig, workload: Workload, on_progress: OnProgress) -> None:
+        num_rounds = job.prune.rounds
+        self._on_progress = with_changes(on_progress, trial=trial_id(job), num_rounds=num_rounds)
         finetune = num_steps(job.finetune, workload, job.finetune.epochs)
         self._pretrain = num_steps(job.pretrain, workload, job.pretrain.epochs)
-        # Movement looks back on a stretch of fine-tuning before the first prune.
-        self._dense = self._pretrain + (finetune if job.prune.spec.needs_history else 0)
+        # Movement looks back on a fine-tuning before the first prune.
+        self._dense = self._pretrain + finetune * job.prune.spec.needs_history
         # Scoring counts as one step, so that a trial without training moves on, too.
         self._per_round = 1 + finetune
+        self._everything = self._dense + num_rounds * self._per_round
         self._share = 0.0
 
-    def __call__(self, phase: str, number: int, done: int, total: int, loss: float | None) -> None:
-        if number == 0:
+    def __call__(self, progress: Progress) -> None:
+        done = progress.done
+        if progress.round == 0:
             before = 0
             inside = {
                 "pretrain": float(done),
                 "finetune": self._pretrain + done,
                 "evaluate": self._dense,
-            }[phase]
+            }[progress.phase]
         else:
-            before = self._dense + (number - 1) * self._per_round
+            before = self._dense + (progress.round - 1) * self._per_round
             inside = {
-                "score": done / total,
+                "score": done / progress.total,
                 "teach": 1.0,
                 "finetune": 1.0 + done,
                 "evaluate": 1.0,
-            }[phase]
-        everything = self._dense + self._num_rounds * self._per_round
+            }[progress.phase]
         # Evaluation comes before fine-tuning and after it, and never moves the trial back.
-        self._share = max(self._share, min(1.0, (before + inside) / everything))
-        self._tell(
-            Tick(self._name, number, self._num_rounds, phase, done, total, loss, self._share)
-        )
+        self._share = max(self._share, min(1.0, (before + inside) / self._everything))
+        self._on_progress(replace(progress, share=self._share))

@@ -29,6 +29,7 @@ from gbp_ray.config.attack import AttackConfig, Perturbation
 from gbp_ray.distributed.ranks import Ranks, isolated
 from gbp_ray.distributed.sharding import is_sharded
 from gbp_ray.errors import ConfigError, WorkloadError
+from gbp_ray.training.progress import OnProgress, deal_batches, ignore_progress
 from gbp_ray.workloads.checks import blaming_labels, check_labels
 from gbp_ray.workloads.contract import (
     Workload,
@@ -125,7 +126,7 @@ def robust_accuracy(
     ranks: Ranks,
     attack: AttackConfig,
     batch_size: int,
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> float:
     """Attacks the first examples that rounds are judged by; how many stay right. Communicates.
 
@@ -162,7 +163,7 @@ def robust_accuracy(
         return still.sum(), is_asked.sum()
 
     def measure_own() -> None:
-        for turn, item in enumerate(ranks.deal(len(batches))):
+        for item in deal_batches(ranks, len(batches), "evaluate", on_progress):
             if item is not None:
                 counts = measure(item)
                 right.add_(counts[0])
@@ -170,7 +171,6 @@ def robust_accuracy(
             elif is_sharded(model):
                 # All ranks pass through a sharded network; one without a batch for nothing.
                 measure(0)
-            tell(min((turn + 1) * ranks.world_size, len(batches)), len(batches))
 
     ranks.run_collectively(measure_own, communicates=is_sharded(model))
     right, asked = ranks.all_reduce_disjoint(right), ranks.all_reduce_disjoint(asked)

@@ -10,7 +10,7 @@ a network's outputs for an example may differ in the last bit with the batch it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,6 +27,7 @@ from gbp_ray.distributed.sharding import is_sharded
 from gbp_ray.errors import ConfigError
 from gbp_ray.training.network import load_rows
 from gbp_ray.training.optimizer import num_steps
+from gbp_ray.training.progress import OnProgress, deal_batches, ignore_progress
 from gbp_ray.workloads.checks import Checked
 from gbp_ray.workloads.contract import Workload, in_mode, num_examples
 from gbp_ray.workloads.data import cut_batches, derive_seed, take_batch
@@ -55,13 +56,12 @@ def prepare_teacher(
     job: JobConfig,
     workload: Workload,
     ranks: Ranks,
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Teacher:
     """Makes the dense network the teacher that a job asks for. Communicates.
 
     Args:
         teacher: The dense network, which teaches where the job names no checkpoint.
-        tell: Called with (batches done, batches in all) where it answers beforehand.
 
     Raises:
         ConfigError: The checkpoint does not fit the network.
@@ -74,7 +74,7 @@ def prepare_teacher(
         )
     if not is_taught_once(job, workload, teacher.model, ranks):
         return teacher
-    known = _ask_once(teacher.model, workload, ranks, job.workload.eval_batch_size, tell)
+    known = _ask_once(teacher.model, workload, ranks, job.workload.eval_batch_size, on_progress)
     return replace(teacher, known=known)
 
 
@@ -134,7 +134,7 @@ def _ask_once(
     workload: Workload,
     ranks: Ranks,
     batch_size: int,
-    tell: Callable[[int, int], None],
+    on_progress: OnProgress,
 ) -> Tensor:
     """Computes a teacher's outputs for every training example, (examples, ...). Communicates."""
     total = num_examples(workload.train)
@@ -142,7 +142,7 @@ def _ask_once(
     table: list[Tensor] = []
 
     def ask_own() -> None:
-        for turn, item in enumerate(ranks.deal(len(batches))):
+        for item in deal_batches(ranks, len(batches), "teach", on_progress):
             # All ranks need to know what an answer looks like, and pass through a sharded network.
             if item is not None or not table or is_sharded(model):
                 batch = batches[item or 0]
@@ -151,7 +151,6 @@ def _ask_once(
                     table.append(answers.new_zeros(total, *answers.shape[1:]))
                 if item is not None:
                     table[0][batch.start : batch.stop] = answers
-            tell(min((turn + 1) * ranks.world_size, len(batches)), len(batches))
 
     ranks.run_collectively(ask_own, communicates=is_sharded(model))
     return ranks.all_reduce_disjoint(table[0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from gbp_ray.errors import PruneError, WorkloadError
 from gbp_ray.results.records import FinalTest
 from gbp_ray.training.batchnorm import recalibrate_as_asked
 from gbp_ray.training.network import load_weights
+from gbp_ray.training.progress import OnProgress, deal_batches, ignore_progress, with_changes
 from gbp_ray.workloads.checks import blaming_labels, check_finite, check_labels
 from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import cut_batches, derive_seed, take_batch
@@ -30,7 +30,7 @@ def evaluate(
     workload: Workload,
     ranks: Ranks,
     batch_size: int,
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = ignore_progress,
     *,
     split: str = "test",
     sample: Tensor | None = None,
@@ -72,13 +72,12 @@ def evaluate(
             right[item], asked[item] = count_right(workload, split, outputs, targets)
 
     def measure_own() -> None:
-        for turn, item in enumerate(ranks.deal(len(batches))):
+        for item in deal_batches(ranks, len(batches), "evaluate", on_progress):
             if item is not None:
                 measure(item, is_counted=True)
             elif is_sharded(model):
                 # All ranks pass through a sharded network.
                 measure(0, is_counted=False)
-            tell(min((turn + 1) * ranks.world_size, len(batches)), len(batches))
         for item in (~torch.isfinite(losses)).nonzero().flatten().tolist():
             check_finite(workload, split, chosen[batches[item].start : batches[item].stop])
         for item, counted in enumerate(zip(right.tolist(), asked.tolist(), strict=True)):
@@ -105,7 +104,7 @@ def measure_final_test(
     ranks: Ranks,
     chosen: int,
     read_weights: Callable[[int], bytes],
-    tell: Callable[[int, int, int], None] = lambda number, done, total: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> FinalTest:
     """Measures the chosen round and the dense network on the test split. Communicates.
 
@@ -113,7 +112,6 @@ def measure_final_test(
         model: Loads the weights of both rounds.
         chosen: Number of the round, from `records.choose_round`.
         read_weights: Number of a round -> its weights.safetensors.
-        tell: Called with (number of the round, batches done, batches in all).
 
     Raises:
         PruneError: A loss is not finite.
@@ -125,14 +123,15 @@ def measure_final_test(
         source = f"round_{number:03d}/weights.safetensors"
         weights = ranks.run_collectively(lambda number=number: read_weights(number))  # type: ignore[misc]
         load_weights(model, weights, source)
-        accuracy, loss = evaluate(model, workload, ranks, batch_size, partial(tell, number))
+        of_round = with_changes(on_progress, round=number)
+        accuracy, loss = evaluate(model, workload, ranks, batch_size, of_round)
         if not math.isfinite(loss):
             raise PruneError(f"round {number}: the test loss is {loss:g}; its weights diverged")
         measured.append((accuracy, loss))
     (accuracy, loss), (dense_accuracy, dense_loss) = measured
     recalibrated: tuple[float | None, float | None] = None, None
     if recalibrate_as_asked(job, model, workload, ranks):
-        again = evaluate(model, workload, ranks, batch_size, partial(tell, 0))
+        again = evaluate(model, workload, ranks, batch_size, on_progress)
         recalibrated = again if math.isfinite(again[1]) else recalibrated
     return FinalTest(
         round=chosen,

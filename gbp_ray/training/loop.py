@@ -39,6 +39,7 @@ from gbp_ray.training.optimizer import (
     trainable_parameters,
     training_mode,
 )
+from gbp_ray.training.progress import OnProgress, Progress, ignore_progress
 from gbp_ray.workloads.checks import check_finite
 from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import derive_seed, shuffled_indices
@@ -75,7 +76,7 @@ def train_epochs(
     teacher: Teacher | None = None,
     movement: Callable[[dict[str, Tensor]], None] | None = None,
     average: MovingAverage | None = None,
-    tell: Callable[[int, int, float], None] = lambda done, total, loss: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> float:
     """Trains over a span of steps, keeping pruned weights at zero. Communicates.
 
@@ -85,7 +86,6 @@ def train_epochs(
         movement: Called with the gradients of each step by name, before the weights change.
         average: Updated, without replacing the weights. None makes one where the recipe asks for
             it, which replaces the weights at the end.
-        tell: Called after each step with (steps done, steps in all, loss).
 
     Returns:
         Mean training loss over the last tenth of the span, NaN for an empty span.
@@ -170,7 +170,7 @@ def train_epochs(
             average.update()
         # A batch without any label has no loss.
         recent += [loss_1.item()] * any(emphases)
-        tell(done, len(span.steps), loss_1.item())
+        on_progress(Progress(span.phase, done, len(span.steps), loss_1.item()))
     for parameter in trainable.values():
         parameter.grad = None
     if own is not None:

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -33,14 +33,14 @@ import gbp_ray.runtime.on_ray.tune as sweep_module  # noqa: E402
 from gbp_ray.config.job import JobConfig, load_job, trial_id  # noqa: E402
 from gbp_ray.results.store import Store  # noqa: E402
 from gbp_ray.runtime.api import sweep  # noqa: E402
-from gbp_ray.runtime.progress import Tick  # noqa: E402
 from gbp_ray.runtime.trial import Step  # noqa: E402
+from gbp_ray.training.progress import OnProgress, Progress  # noqa: E402
 
 NUM_SPARSITIES, CRITERIA = 10, ("magnitude", "random", "taylor", "fisher")
 
 
 def sleep_and_report(
-    job: JobConfig, tell: Callable[[Tick], None], is_patient: bool, seconds: float
+    job: JobConfig, on_progress: OnProgress, is_patient: bool, seconds: float
 ) -> Iterator[Step]:
     """Does what a trial does but for the pruning: takes its lease, commits rounds, ends."""
     store, name = Store(job.storage, job.name), trial_id(job)
@@ -48,7 +48,8 @@ def sleep_and_report(
         rounds = []
         for number in range(job.prune.rounds + 1):
             time.sleep(seconds / (job.prune.rounds + 1))
-            tell(Tick(name, number, job.prune.rounds, "finetune", 1, 1, 0.5, 0.5))
+            done = Progress("finetune", 1, 1, 0.5, number, name, job.prune.rounds, 0.5)
+            on_progress(done)
             rounds.append(store.end_round(name, make_sweep_round(job, number), {}))
             yield Step(rounds[-1], is_old=False)
         store.write_trial(make_sweep_trial(job, tuple(rounds)))

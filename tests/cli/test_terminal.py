@@ -14,9 +14,10 @@ from rich.table import Table
 from sample_results import sample_job, write_trial
 from shell import Shell
 
-from gbp_ray.cli.terminal import console, note, print_csv, say, step_teller, write_log
+from gbp_ray.cli.terminal import console, note, print_csv, progress_printer, say, write_log
 from gbp_ray.config.job import load_job
 from gbp_ray.results.store import Store
+from gbp_ray.training.progress import Progress
 
 HOSTILE = "[red]a[/] [/] :smile: \x1b[31m\r\n\u202e\udcff"
 SHOWN = r"[red]a[/] [/] :smile: \x1b[31m\r\n\u202e\udcff"
@@ -71,7 +72,7 @@ def test_names_steer_nothing_wherever_they_are_printed(
     table.add_row(HOSTILE)
     say(HOSTILE)
     note(HOSTILE)
-    step_teller(is_quiet=False)(HOSTILE, 1, 2)
+    progress_printer(is_quiet=False)(Progress(HOSTILE, 1, 2))
     shown, errors = capsys.readouterr()
     assert shown == f"{SHOWN}\n"
     assert errors == f"{SHOWN}\n{SHOWN}\n"

@@ -15,6 +15,7 @@ from gbp_ray.pruning.units import prunable_parameters
 from gbp_ray.report.drawing import render
 from gbp_ray.report.stability_figure import draw_stability
 from gbp_ray.runtime.stability import Stability
+from gbp_ray.training.progress import Progress
 
 SIZES = (8, 12, 16, 32, 46)
 
@@ -39,7 +40,7 @@ def test_scores_of_each_size_are_those_of_a_pass_of_its_own(criterion: str) -> N
 def test_sizes_that_end_with_a_batch_share_one_pass() -> None:
     model, workload = built(ConvNet), images()
     config = prune_config("taylor_squared", calibration_batch_size=8)
-    told: list[tuple[int, int]] = []
+    told: list[Progress] = []
     sizes = (8, 16, 32)
     list(
         score_prefixes(
@@ -48,10 +49,10 @@ def test_sizes_that_end_with_a_batch_share_one_pass() -> None:
             workload,
             config,
             sizes,
-            tell=lambda done, total: told.append((done, total)),
+            on_progress=told.append,
         )
     )
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert told == [Progress("score", done, 4) for done in range(1, 5)]
 
 
 def masks_of(*rows: list[int]) -> list[MaskSet]:

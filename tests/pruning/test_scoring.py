@@ -41,6 +41,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gbp_ray.errors import PruneError
 from gbp_ray.pruning.criteria import CRITERIA, criterion
 from gbp_ray.pruning.statistics import movement_statistic
+from gbp_ray.training.progress import Progress
 from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.metrics import count_items
 
@@ -95,12 +96,10 @@ def test_a_subset_is_chosen_by_the_seed() -> None:
 
 @pytest.mark.parametrize(("name", "num_passes"), [("taylor", 1), ("grasp", 2)])
 def test_progress_is_told_after_each_batch_of_each_pass(name: str, num_passes: int) -> None:
-    told: list[tuple[int, int]] = []
-    scores_of(
-        in_float64(TanhNet), tiny(), config_of(name), tell=lambda *counts: told.append(counts)
-    )
+    told: list[Progress] = []
+    scores_of(in_float64(TanhNet), tiny(), config_of(name), on_progress=told.append)
     total = 3 * num_passes
-    assert told == [(done, total) for done in range(1, total + 1)]
+    assert told == [Progress("score", done, total) for done in range(1, total + 1)]
 
 
 # -- magnitude and random --------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.runtime.estimate import CostEstimate, make_plan
 from gbp_ray.runtime.phases import Phase
 from gbp_ray.training.footprint import count_live_bytes
+from gbp_ray.training.progress import Progress
 from gbp_ray.workloads.contract import Workload
 
 
@@ -195,13 +196,13 @@ def test_a_plan_leaves_the_model_and_the_random_numbers_as_they_were() -> None:
 def test_a_job_takes_the_steps_and_the_passes_of_its_plan(criterion: str) -> None:
     job = whole_job(criterion)
     plan = make_plan(job, images())
-    told: list[tuple[str, int, int, int]] = []
-    for _ in run_rounds(job, images(), Ranks(), tell=lambda *tick: told.append(tuple(tick[:4]))):
+    told: list[Progress] = []
+    for _ in run_rounds(job, images(), Ranks(), on_progress=told.append):
         pass
-    steps = [tick for tick in told if tick[0] in ("pretrain", "finetune")]
+    steps = [one for one in told if one.phase in ("pretrain", "finetune")]
     assert len(steps) == plan.num_steps
-    assert sum(tick[0] == "pretrain" for tick in steps) == plan.pretrain_steps
-    scored = [tick for tick in told if tick[:2] == ("score", 1)]
+    assert sum(one.phase == "pretrain" for one in steps) == plan.pretrain_steps
+    scored = [one for one in told if (one.phase, one.round) == ("score", 1)]
     assert len(scored) == plan.num_passes * 3  # 40 examples in batches of 16
     assert plan.num_passes == {"taylor": 1, "grasp": 2, "magnitude": 0, "movement": 0}[criterion]
 

@@ -9,9 +9,10 @@ import pytest
 
 from gbp_ray.results.records import CostRecord, LayerRecord, RoundRecord
 from gbp_ray.runtime import progress
-from gbp_ray.runtime.progress import ProgressBoard, Screen, SweepBoard, Tick
+from gbp_ray.runtime.progress import ProgressBoard, Screen, SweepBoard
+from gbp_ray.training.progress import Progress
 
-TICK = Tick(
+FOUR_STEPS = Progress(
     trial="taylor-x",
     round=1,
     num_rounds=3,
@@ -68,11 +69,11 @@ def test_a_log_gets_a_line_at_the_start_of_each_phase(
     capsys: pytest.CaptureFixture[str], clock: Clock
 ) -> None:
     with ProgressBoard() as board:
-        board.show(TICK)
-        board.show(replace(TICK, done=5))
-        board.show(replace(TICK, phase="evaluate", done=1, total=2, loss=None))
-        board.show(replace(TICK, round=2))
-        board.show(replace(TICK, round=2, done=9))
+        board.show(FOUR_STEPS)
+        board.show(replace(FOUR_STEPS, done=5))
+        board.show(replace(FOUR_STEPS, phase="evaluate", done=1, total=2, loss=None))
+        board.show(replace(FOUR_STEPS, round=2))
+        board.show(replace(FOUR_STEPS, round=2, done=9))
     out, err = capsys.readouterr()
     assert out == "", "standard output belongs to results"
     assert err.splitlines() == [
@@ -86,10 +87,10 @@ def test_a_log_gets_a_line_now_and_then_with_the_time_left(
     capsys: pytest.CaptureFixture[str], clock: Clock
 ) -> None:
     with ProgressBoard() as board:
-        board.show(TICK)
+        board.show(FOUR_STEPS)
         for second in range(1, 31):
             clock.now_s = 1000.0 + second
-            board.show(replace(TICK, done=4 + second, share=0.25 + second / 100))
+            board.show(replace(FOUR_STEPS, done=4 + second, share=0.25 + second / 100))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     # After 11 s another 0.11 was done; at that pace the missing 0.64 take 64 s.
@@ -99,9 +100,9 @@ def test_a_log_gets_a_line_now_and_then_with_the_time_left(
 
 def test_trials_are_shown_apart(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
     with ProgressBoard() as board:
-        board.show(TICK)
-        board.show(replace(TICK, trial="other"))
-        board.show(TICK)
+        board.show(FOUR_STEPS)
+        board.show(replace(FOUR_STEPS, trial="other"))
+        board.show(FOUR_STEPS)
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
@@ -128,7 +129,7 @@ def test_rounds_and_notes_stay(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_quiet_board_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressBoard(is_quiet=True) as board:
         board.note("x")
-        board.show(TICK)
+        board.show(FOUR_STEPS)
         board.show_round("taylor-x", make_round(1))
     assert capsys.readouterr() == ("", "")
 
@@ -143,10 +144,10 @@ def test_a_terminal_gets_one_bar_for_each_trial_and_keeps_notes(
         lambda **options: Screen(file=screen, force_terminal=True, width=120, highlight=False),
     )
     with ProgressBoard() as board:
-        board.show(TICK)
+        board.show(FOUR_STEPS)
         clock.now_s += 10
-        board.show(replace(TICK, done=12, share=0.75))
-        board.show(replace(TICK, trial="other", share=0.5))
+        board.show(replace(FOUR_STEPS, done=12, share=0.75))
+        board.show(replace(FOUR_STEPS, trial="other", share=0.5))
         tasks = board._bars.tasks
         assert [task.completed for task in tasks] == [0.75, 0.5]
         assert tasks[0].description == "taylor-x  round 1/3"
@@ -165,7 +166,7 @@ def test_a_terminal_is_given_back_when_the_trial_fails(monkeypatch: pytest.Monke
 
     def fail() -> None:
         with board:
-            board.show(TICK)
+            board.show(FOUR_STEPS)
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
@@ -190,7 +191,7 @@ def test_a_sweeps_log_gets_a_line_for_each_trial_with_count_and_time_left(
 ) -> None:
     with SweepBoard() as board:
         board.begin(6, [("known", 0.5)])
-        board.show(TICK)
+        board.show(FOUR_STEPS)
         board.show_round("taylor-x", make_round(1))
         clock.now_s += 20
         board.end_trial("taylor-x", "finished", "accuracy 87.50%", 0.875)
@@ -221,18 +222,18 @@ def test_a_sweeps_log_says_what_runs_where_no_trial_ends_for_a_minute(
     with SweepBoard() as board:
         board.begin(9, [])
         for trial in "abcdef":
-            board.show(replace(TICK, trial=trial))
+            board.show(replace(FOUR_STEPS, trial=trial))
         clock.now_s += 61
-        board.show(replace(TICK, trial="a", round=2, share=0.5))
+        board.show(replace(FOUR_STEPS, trial="a", round=2, share=0.5))
         clock.now_s += 30
-        board.show(TICK)
+        board.show(FOUR_STEPS)
         board.end_trial("a", "finished", "accuracy 87.50%", 0.875)
         clock.now_s += 59
-        board.show(replace(TICK, trial="b"))
+        board.show(replace(FOUR_STEPS, trial="b"))
         clock.now_s += 2
         board.end_trial("c", "failed", "out of luck")
         clock.now_s += 61
-        board.show(replace(TICK, trial="b"))
+        board.show(replace(FOUR_STEPS, trial="b"))
     assert capsys.readouterr().err.splitlines() == [
         "0/9  6 running: a  round 2/3 (50%), b  round 1/3 (25%), c  round 1/3 (25%), "
         "d  round 1/3 (25%) and 2 more",
@@ -261,7 +262,7 @@ def test_a_sweep_of_unknown_length_promises_nothing(
 def test_a_quiet_sweep_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with SweepBoard(is_quiet=True) as board:
         board.begin(2, [("known", 0.5)])
-        board.show(TICK)
+        board.show(FOUR_STEPS)
         board.end_trial("taylor-x", "finished", "accuracy 87.50%", 0.875)
     assert capsys.readouterr() == ("", "")
 
@@ -287,7 +288,7 @@ def test_a_terminal_shows_the_sweep_as_a_whole_and_what_runs(
     with SweepBoard(metric=metric) as board:
         board.begin(10, [("known", values["known"])])
         for trial in ("taylor-x", "b", "c"):
-            board.show(replace(TICK, trial=trial))
+            board.show(replace(FOUR_STEPS, trial=trial))
         clock.now_s += 30
         board.end_trial("b", "failed", "out of luck")
         board.end_trial("taylor-x", "finished", "", values["taylor-x"])

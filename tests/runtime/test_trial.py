@@ -22,8 +22,8 @@ from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import GbpError, PruneError, StoreError
 from gbp_ray.results.records import RoundRecord
 from gbp_ray.results.store import Store
-from gbp_ray.runtime.progress import Tick
 from gbp_ray.runtime.trial import work_trial
+from gbp_ray.training.progress import Progress
 from gbp_ray.workloads.loading import load_workload
 
 QUICK = {
@@ -194,7 +194,7 @@ def test_settings_of_the_process_are_put_back(tmp_path: Path, is_broken: bool) -
     job = quick_job(tmp_path, **{"pretrain.epochs": 0.05, "finetune.epochs": 0.05})
     seen = set()
 
-    def tell(tick: Tick) -> None:
+    def note(progress: Progress) -> None:
         seen.add((torch.get_num_threads(), torch.backends.cudnn.deterministic))
         if is_broken:
             raise BrokenOffError
@@ -205,9 +205,9 @@ def test_settings_of_the_process_are_put_back(tmp_path: Path, is_broken: bool) -
     try:
         if is_broken:
             with pytest.raises(BrokenOffError):
-                work_trial(job, Ranks(), tell=tell)
+                work_trial(job, Ranks(), on_progress=note)
         else:
-            work_trial(job, Ranks(), tell=tell)
+            work_trial(job, Ranks(), on_progress=note)
         after = (torch.get_num_threads(), torch.backends.cudnn.deterministic)
     finally:
         torch.set_num_threads(1)
@@ -241,44 +241,44 @@ def test_progress_never_goes_back_and_ends_at_the_end(
     tmp_path: Path, changed: dict[str, Any]
 ) -> None:
     job = quick_job(tmp_path, **changed)
-    ticks: list[Tick] = []
-    work_trial(job, Ranks(), tell=ticks.append)
-    shares = [tick.share for tick in ticks]
+    reports: list[Progress] = []
+    work_trial(job, Ranks(), on_progress=reports.append)
+    shares = [report.share for report in reports]
     assert all(0.0 <= share <= 1.0 for share in shares)
     assert all(before <= after for before, after in itertools.pairwise(shares))
     assert shares[-1] == pytest.approx(1.0)
     assert shares[0] < 0.6
-    for tick in ticks:
-        assert 1 <= tick.done <= tick.total
-        assert 0 <= tick.round <= tick.num_rounds == job.prune.rounds
-        assert tick.trial == trial_id(job)
-        assert (tick.loss is None) == (tick.phase in ("score", "evaluate"))
-    assert sorted({tick.round for tick in ticks}) == list(range(job.prune.rounds + 1))
+    for report in reports:
+        assert 1 <= report.done <= report.total
+        assert 0 <= report.round <= report.num_rounds == job.prune.rounds
+        assert report.trial == trial_id(job)
+        assert (report.loss is None) == (report.phase in ("score", "evaluate"))
+    assert sorted({report.round for report in reports}) == list(range(job.prune.rounds + 1))
 
 
 def test_progress_of_a_continued_trial_starts_where_it_stood(tmp_path: Path) -> None:
     job = quick_job(tmp_path)
-    ticks: list[Tick] = []
+    reports: list[Progress] = []
     with pytest.raises(BrokenOffError):
-        work_trial(job, Ranks(), tell=ticks.append, round_done=interrupt_after(1))
-    stood = ticks[-1].share
-    ticks.clear()
-    work_trial(job, Ranks(), tell=ticks.append)
-    assert {tick.round for tick in ticks} == {2}
-    assert ticks[0].share >= stood
+        work_trial(job, Ranks(), on_progress=reports.append, round_done=interrupt_after(1))
+    stood = reports[-1].share
+    reports.clear()
+    work_trial(job, Ranks(), on_progress=reports.append)
+    assert {report.round for report in reports} == {2}
+    assert reports[0].share >= stood
 
 
 def test_steps_told_are_the_steps_taken(tmp_path: Path) -> None:
     job = quick_job(tmp_path)
-    ticks: list[Tick] = []
-    work_trial(job, Ranks(), tell=ticks.append)
+    reports: list[Progress] = []
+    work_trial(job, Ranks(), on_progress=reports.append)
     num_examples = len(load_workload(job.workload).train[0])
     for phase, recipe in (("pretrain", job.pretrain), ("finetune", job.finetune)):
         expected = round(recipe.epochs * (num_examples // recipe.batch_size))
-        for number in {tick.round for tick in ticks if tick.phase == phase}:
-            told = [t for t in ticks if (t.phase, t.round) == (phase, number)]
-            assert [tick.done for tick in told] == list(range(1, expected + 1))
-            assert {tick.total for tick in told} == {expected}
+        for number in {report.round for report in reports if report.phase == phase}:
+            told = [t for t in reports if (t.phase, t.round) == (phase, number)]
+            assert [report.done for report in told] == list(range(1, expected + 1))
+            assert {report.total for report in told} == {expected}
 
 
 # -- killed ----------------------------------------------------------------------------------------

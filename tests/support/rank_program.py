@@ -55,6 +55,7 @@ from gbp_ray.training.evaluation import evaluate, measure_final_test
 from gbp_ray.training.loop import Span, train_epochs
 from gbp_ray.training.network import build_start, copy_frozen
 from gbp_ray.training.optimizer import make_optimizer
+from gbp_ray.training.progress import Progress
 from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.loading import hold_out
 
@@ -283,9 +284,9 @@ def _float64_scores(ranks: Ranks) -> dict[str, str]:
 
 
 def _progress(ranks: Ranks, trained: nn.Module) -> list[tuple[int, int]]:
-    told: list[tuple[int, int]] = []
-    evaluate(trained, images(), ranks, 4, tell=lambda done, total: told.append((done, total)))
-    return told
+    told: list[Progress] = []
+    evaluate(trained, images(), ranks, 4, on_progress=told.append)
+    return [(one.done, one.total) for one in told]
 
 
 def _recalibrated(ranks: Ranks, trained: nn.Module) -> str:

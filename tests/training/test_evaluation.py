@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 from gbp_ray.errors import WorkloadError
 from gbp_ray.training.batchnorm import recalibrate_batchnorm
 from gbp_ray.training.evaluation import evaluate
+from gbp_ray.training.progress import Progress
 from gbp_ray.workloads.contract import count_top1
 from gbp_ray.workloads.data import derive_seed, seeded, shuffled_indices
 
@@ -151,10 +152,8 @@ def test_evaluation_equals_a_direct_computation(batch_size: int) -> None:
     train(model, workload, recipe_of(), steps(2))
     twin = copy.deepcopy(model).eval()
     before = copy.deepcopy(model.state_dict())
-    told: list[tuple[int, int]] = []
-    accuracy, loss = evaluate(
-        model, workload, ONE_RANK, batch_size, tell=lambda *turn: told.append(turn)
-    )
+    told: list[Progress] = []
+    accuracy, loss = evaluate(model, workload, ONE_RANK, batch_size, on_progress=told.append)
     pixels, labels = workload.test
     with torch.no_grad():
         outputs = twin(pixels)
@@ -162,7 +161,8 @@ def test_evaluation_equals_a_direct_computation(batch_size: int) -> None:
     log_shares = outputs.double().log_softmax(dim=1)
     assert accuracy == right / 29
     assert loss == pytest.approx(-log_shares[torch.arange(29), labels].mean().item(), rel=1e-5)
-    assert told == [(i, len(told)) for i in range(1, math.ceil(29 / batch_size) + 1)]
+    num_batches = math.ceil(29 / batch_size)
+    assert told == [Progress("evaluate", i, num_batches) for i in range(1, num_batches + 1)]
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 

@@ -33,6 +33,7 @@ from gbp_ray.pruning.units import prunable_parameters
 from gbp_ray.training.distillation import Teacher
 from gbp_ray.training.loop import Span
 from gbp_ray.training.optimizer import learning_rate, make_optimizer, num_steps
+from gbp_ray.training.progress import Progress
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 
@@ -419,19 +420,19 @@ def test_training_takes_the_planned_rate_and_reports_each_step() -> None:
     workload, model = tanh_workload(), in_float64(TanhNet)
     recipe = recipe_of(lr_schedule="cosine", warmup_epochs=2, batch_size=10)
     optimizer = make_optimizer(model, recipe)
-    told: list[tuple[int, int, float]] = []
+    told: list[Progress] = []
     rates: list[float] = []
 
-    def note(done: int, total: int, loss: float) -> None:
-        told.append((done, total, loss))
+    def note(progress: Progress) -> None:
+        told.append(progress)
         rates.append(optimizer.param_groups[0]["lr"])
 
     span = Span("finetune", range(13, 33), range(10, 40))
-    mean = train(model, workload, recipe, span, optimizer, tell=note)
+    mean = train(model, workload, recipe, span, optimizer, on_progress=note)
     # 23 examples make 2 whole batches of 10, so two epochs of warm-up are 4 steps.
     assert rates == [learning_rate(recipe, step - 10, 30, 4) for step in range(13, 33)]
-    assert [(done, total) for done, total, _ in told] == [(i, 20) for i in range(1, 21)]
-    assert mean == pytest.approx((told[-1][2] + told[-2][2]) / 2)
+    assert [(one.done, one.total) for one in told] == [(i, 20) for i in range(1, 21)]
+    assert mean == pytest.approx((told[-1].loss + told[-2].loss) / 2)
     assert math.isnan(train(model, workload, recipe, steps(3, start=3), optimizer))
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from gbp_ray.config.training import FinetuneConfig, PretrainConfig
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.training.optimizer import make_optimizer
+from gbp_ray.training.progress import Progress
 from gbp_ray.workloads.data import derive_seed, seeded
 
 
@@ -66,9 +66,9 @@ def test_only_the_passes_of_training_are_in_bfloat16() -> None:
             seen.setdefault((phase, self.training), set()).add(outputs.dtype)
             return outputs
 
-    def tell(name: str, *_: Any) -> None:
+    def note(progress: Progress) -> None:
         nonlocal phase
-        phase = name
+        phase = progress.phase
 
     narrow = {"epochs": 1, "batch_size": 15, "precision": "bfloat16"}
     job = job_config(
@@ -76,7 +76,7 @@ def test_only_the_passes_of_training_are_in_bfloat16() -> None:
         finetune=FinetuneConfig(**narrow, distillation={"weight": 0.5}),
         prune={"calibration_examples": 8, "calibration_batch_size": 8, "batchnorm_examples": 40},
     )
-    *_, last = run_rounds(job, images(Watched), Ranks(), tell=tell)
+    *_, last = run_rounds(job, images(Watched), Ranks(), on_progress=note)
     assert {dtype for (_, trains), found in seen.items() if trains for dtype in found} == {
         torch.bfloat16
     }

@@ -24,7 +24,7 @@ from types import FrameType
 import torch.distributed as dist
 
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.runtime.progress import Tick
+from gbp_ray.training.progress import Progress
 
 __all__ = ["Standstill", "Watch", "is_to_blame"]
 
@@ -44,22 +44,21 @@ class Standstill:
 
     Attributes:
         num_exchanges: Number of collectives entered so far.
-        tick: Its last progress, if any.
+        progress: Its last one, if any.
         where: The line of code that it is at.
     """
 
     rank: int
     num_exchanges: int
     seconds: float
-    tick: Tick | None
+    progress: Progress | None
     where: str
 
     def in_words(self) -> str:
         """Describes it by duration, phase and line of code, without the rank."""
         after = "before its first step"
-        if self.tick is not None:
-            tick = self.tick
-            after = f"after {tick.phase} {tick.done}/{tick.total} of round {tick.round}"
+        if (last := self.progress) is not None:
+            after = f"after {last.phase} {last.done}/{last.total} of round {last.round}"
         return f"made no progress for {self.seconds:.0f} s {after}, at {self.where}"
 
 
@@ -91,15 +90,15 @@ class Watch:
         self._ranks, self._limit_s = ranks, limit_s
         self._compare, self._accuse, self._leave = compare, accuse, leave
         self._interval_s = min(_LONGEST_INTERVAL_S, limit_s / 10)
-        self._last_tick: Tick | None = None
-        self._num_ticks = 0
+        self._last_progress: Progress | None = None
+        self._num_noted = 0
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gbp-ray-watch", daemon=True)
 
-    def note(self, tick: Tick) -> None:
+    def note(self, progress: Progress) -> None:
         """Notes progress."""
-        self._last_tick = tick
-        self._num_ticks += 1
+        self._last_progress = progress
+        self._num_noted += 1
 
     def __enter__(self) -> Watch:
         self._watched = threading.get_ident()
@@ -111,10 +110,10 @@ class Watch:
         self._is_over.set()
 
     def _run(self) -> None:
-        seen = (self._num_ticks, _num_exchanges())
+        seen = (self._num_noted, _num_exchanges())
         looked = since = time.monotonic()
         while not self._is_over.wait(self._interval_s):
-            now, found = time.monotonic(), (self._num_ticks, _num_exchanges())
+            now, found = time.monotonic(), (self._num_noted, _num_exchanges())
             frame = sys._current_frames().get(self._watched)
             # A process that was stopped and goes on counts from zero.
             has_slept = now - looked > self._interval_s + self._limit_s / 2
@@ -123,7 +122,7 @@ class Watch:
                 seen, since = found, now
             elif now - since >= self._limit_s:
                 own = Standstill(
-                    self._ranks.rank, found[1], now - since, self._last_tick, _where(frame)
+                    self._ranks.rank, found[1], now - since, self._last_progress, _where(frame)
                 )
                 if is_to_blame(own, self._compare(own), self._ranks.world_size):
                     self._accuse(own)

@@ -15,7 +15,7 @@ from gbp_ray.errors import GbpError
 from gbp_ray.results.records import RoundRecord
 from gbp_ray.runtime.on_ray.failures import Failure
 from gbp_ray.runtime.on_ray.hang import Standstill
-from gbp_ray.runtime.progress import Tick
+from gbp_ray.training.progress import Progress
 
 __all__ = ["Board", "Mailbox", "Relay"]
 
@@ -25,7 +25,7 @@ _POLL_INTERVAL_S = 0.2
 class Board(Protocol):
     """Shows messages."""
 
-    def show(self, tick: Tick) -> None:
+    def show(self, progress: Progress) -> None:
         """Shows progress."""
 
     def show_round(self, trial: str, record: RoundRecord) -> None:
@@ -98,7 +98,7 @@ class Relay:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.mailbox = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         self._board, self._cluster = board, cluster
-        self._last_tick: Tick | None = None
+        self._last_progress: Progress | None = None
         self._accused: Standstill | None = None
         self._num_restarts: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -124,8 +124,8 @@ class Relay:
         if self._accused is not None:
             return self._accused.rank, self._accused.in_words()
         place = ""
-        if self._last_tick is not None:
-            place = f" in {self._last_tick.phase} of round {self._last_tick.round}"
+        if self._last_progress is not None:
+            place = f" in {self._last_progress.phase} of round {self._last_progress.round}"
         return failure.rank, f"{failure.words}{place}"
 
     def deliver(self) -> None:
@@ -138,9 +138,9 @@ class Relay:
         while not self._is_over.wait(_POLL_INTERVAL_S):
             self.deliver()
 
-    def _show(self, message: Tick | Standstill | tuple[str, RoundRecord | Failure]) -> None:
-        if isinstance(message, Tick):
-            self._last_tick = message
+    def _show(self, message: Progress | Standstill | tuple[str, RoundRecord | Failure]) -> None:
+        if isinstance(message, Progress):
+            self._last_progress = message
             self._board.show(message)
         elif isinstance(message, Standstill):
             self._accused = message
@@ -162,4 +162,4 @@ class Relay:
         rank, words = self._describe(failure)
         count = f"{number} of cluster.{field} = {'any number' if most is None else most}"
         self._board.note(f"{name}  worker {rank} {words}; starting the workers again ({count})")
-        self._accused = self._last_tick = None
+        self._accused = self._last_progress = None

@@ -43,7 +43,8 @@ from gbp_ray.runtime.on_ray.mailbox import Relay
 from gbp_ray.runtime.on_ray.privacy import PrivateTorchConfig, is_private
 from gbp_ray.runtime.on_ray.session import fit_interruptibly, ray_session
 from gbp_ray.runtime.placement import worker_resources
-from gbp_ray.runtime.progress import ProgressBoard, Tick
+from gbp_ray.runtime.progress import ProgressBoard
+from gbp_ray.training.progress import Progress
 from gbp_ray.workloads.loading import add_import_paths
 
 __all__ = ["StoppedError", "fit_trial", "run_trial"]
@@ -227,14 +228,14 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
     )
     last_sent, last_phase = 0.0, ""
 
-    def tell(tick: Tick) -> None:
+    def send(progress: Progress) -> None:
         nonlocal last_sent, last_phase
-        watch.note(tick)
+        watch.note(progress)
         now = time.monotonic()
-        is_due = now - last_sent > _TICK_INTERVAL_S or tick.phase != last_phase
+        is_due = now - last_sent > _TICK_INTERVAL_S or progress.phase != last_phase
         if ranks.is_first and is_due:
-            last_sent, last_phase = now, tick.phase
-            mailbox.put.remote(tick)
+            last_sent, last_phase = now, progress.phase
+            mailbox.put.remote(progress)
 
     def round_done(record: RoundRecord) -> None:
         if ranks.is_first:
@@ -251,7 +252,7 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
 
     try:
         with watch:
-            work_trial(job, ranks, tell=tell, round_done=round_done)
+            work_trial(job, ranks, on_progress=send, round_done=round_done)
     except Exception as error:
         if isinstance(error, GbpError) and not ranks.has_left:
             if isinstance(error, WorkloadError) and may_pass(error):

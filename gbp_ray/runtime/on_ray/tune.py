@@ -48,14 +48,15 @@ from gbp_ray.runtime.on_ray.schedulers import GuardedScheduler
 from gbp_ray.runtime.on_ray.session import fit_interruptibly, ray_session, run_beside
 from gbp_ray.runtime.on_ray.train import StoppedError, fit_trial
 from gbp_ray.runtime.placement import count_trials, worker_resources
-from gbp_ray.runtime.progress import SweepBoard, Tick
+from gbp_ray.runtime.progress import SweepBoard
 from gbp_ray.runtime.search import Outcome, TrialQueue, space_fields, values_at
 from gbp_ray.runtime.trial import Step, run_solo, run_whole
+from gbp_ray.training.progress import OnProgress, Progress
 from gbp_ray.workloads.loading import add_import_paths
 
 __all__ = ["RunTrial", "make_loggers", "run_sweep"]
 
-RunTrial = Callable[[JobConfig, Callable[[Tick], None], bool], Iterator[Step]]
+RunTrial = Callable[[JobConfig, OnProgress, bool], Iterator[Step]]
 """Signature of `run_solo`."""
 
 _TICK_INTERVAL_S = 0.5
@@ -396,16 +397,16 @@ def _as_result(job: JobConfig, step: Step, before: dict[str, Any]) -> dict[str, 
     }
 
 
-def _throttle(mailbox: Any) -> Callable[[Tick], None]:
+def _throttle(mailbox: Any) -> OnProgress:
     last_sent = 0.0
 
-    def tell(tick: Tick) -> None:
+    def send(progress: Progress) -> None:
         nonlocal last_sent
         if (now := time.monotonic()) - last_sent > _TICK_INTERVAL_S:
             last_sent = now
-            mailbox.put.remote(tick)
+            mailbox.put.remote(progress)
 
-    return tell
+    return send
 
 
 def _run_nested(job: JobConfig, import_paths: list[str], mailbox: Any) -> Iterator[RoundRecord]:

@@ -20,13 +20,13 @@ import gbp_ray.results.store
 import gbp_ray.workloads.loading
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.runtime.on_ray.hang import Standstill, Watch, is_to_blame
-from gbp_ray.runtime.progress import Tick
+from gbp_ray.training.progress import Progress
 
-TICK = Tick("t", 2, 5, "finetune", 12, 40, 0.5, 0.3)
+LAST = Progress("finetune", 12, 40, 0.5, round=2)
 
 
 def standing(rank: int, num_exchanges: int) -> Standstill:
-    return Standstill(rank, num_exchanges, 60.0, TICK, "data.py:7 in fetch")
+    return Standstill(rank, num_exchanges, 60.0, LAST, "data.py:7 in fetch")
 
 
 def test_who_entered_the_fewest_exchanges_is_to_blame() -> None:
@@ -67,15 +67,15 @@ def watched(
 
 def test_a_worker_that_stands_still_is_ended_and_told_where() -> None:
     def work(watch: Watch) -> None:
-        watch.note(TICK)
+        watch.note(LAST)
         time.sleep(2.0)
 
     accused, has_left = watched(work)
     assert has_left.is_set()
     (found,) = accused
-    assert (found.rank, found.tick) == (0, TICK)
+    assert (found.rank, found.progress) == (0, LAST)
     assert 0.5 <= found.seconds < 2.0
-    assert found.where.startswith("test_watch.py:")
+    assert found.where.startswith("test_hang.py:")
     assert found.where.endswith("in work")
 
 
@@ -91,7 +91,7 @@ def test_a_slow_worker_that_finishes_steps_is_left_alone() -> None:
     def work(watch: Watch) -> None:
         for _ in range(10):
             time.sleep(0.2)
-            watch.note(TICK)
+            watch.note(LAST)
 
     accused, has_left = watched(work, limit_s=1.5)
     assert accused == []
@@ -158,7 +158,7 @@ def _hang(rank: int, size: int, folder: Path, told: Any, way: str, pipe: Connect
     numbers = torch.ones(1)
     with Watch(Ranks.current(), 1.0, compare, accuse=pipe.send) as watch:
         for step in range(1000):
-            watch.note(Tick("t", 1, 1, "score", step + 1, 1000, None, 0.0))
+            watch.note(Progress("score", step + 1, 1000))
             if step == 5 and rank == 1:
                 _stand_still(way)
             dist.all_reduce(numbers)
@@ -181,7 +181,7 @@ def test_the_one_that_the_others_wait_for_ends_itself(tmp_path: Path, way: str) 
     assert told == {0, 1, 2}
     assert codes[1] == 1, "the hung process did not end"
     assert [found.rank for found in accused] == [1]
-    assert "after score 6/1000 of round 1, at test_watch.py:" in accused[0].in_words()
+    assert "after score 6/1000 of round 1, at test_hang.py:" in accused[0].in_words()
     assert 0 not in codes
 
 
