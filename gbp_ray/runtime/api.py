@@ -106,7 +106,8 @@ class PruneResult:
 
     def round_uri(self, round_number: int | None = None) -> str:
         """Returns the address of a round, by default of the chosen one."""
-        return self._store().round_uri(self.record.trial_id, self._round(round_number).round)
+        store, record = self._find_round(round_number)
+        return store.round_uri(self.record.trial_id, record.round)
 
     def load_masks(self, round_number: int | None = None) -> MaskSet:
         """Reads the masks of a round; by default of the chosen one."""
@@ -126,21 +127,19 @@ class PruneResult:
         return rebuild_network(workload, job.seed, self._read(round_number, name), name, known)
 
     def _read(self, round_number: int | None, name: str) -> bytes:
-        return self._store().read_file(self.record.trial_id, self._round(round_number), name)
+        store, record = self._find_round(round_number)
+        return store.read_file(self.record.trial_id, record, name)
 
-    def _round(self, round_number: int | None) -> RoundRecord:
+    def _find_round(self, round_number: int | None) -> tuple[Store, RoundRecord]:
+        store, rounds = locate_jobs(self.uri)[0][0], self.record.rounds
         if round_number is None:
-            return self.record.chosen
-        rounds = self.record.rounds
+            return store, self.record.chosen
         if not -len(rounds) <= round_number < len(rounds):
             raise StoreError(
                 f"'{self.uri}': has no round {round_number} (allowed: 0 to {len(rounds) - 1}, "
                 "or -1 for the last)"
             )
-        return rounds[round_number]
-
-    def _store(self) -> Store:
-        return locate_jobs(self.uri)[0][0]
+        return store, rounds[round_number]
 
 
 def prune(
@@ -282,13 +281,7 @@ def sweep(
     is_quiet: bool = False,
     is_debug: bool = False,
 ) -> SweepResult:
-    """Runs the trials of a job's [sweep], except those that have ended.
-
-    Args:
-        job: A checked job or the path of a TOML file.
-        overrides: Dotted keys to values, applied before the check.
-        is_quiet: Shows no progress.
-        is_debug: Shows Ray's own output.
+    """Runs the trials of a job's [sweep], except those that have ended; arguments as for `prune`.
 
     Raises:
         GbpError: The job is wrong, the storage does not work, Ray does not start, or all trials
@@ -306,7 +299,7 @@ def sweep(
             feeder.put_back(first)
             store.preflight()
             if not feeder.outcomes:
-                # What ails all trials is better said once; the others are checked as they start.
+                # Reports an error of all trials once; each trial is checked again as it starts.
                 load_checked(first)
             _warn_of_shadowed_modules(first, import_paths, stacklevel=3)
             store.claim(first)
@@ -437,22 +430,21 @@ def submit(
     """
     from gbp_ray.runtime.on_ray.head import Head, find_address
 
-    place = find_address(address)
+    address = find_address(address)
     submission = prepare_submission(
         job,
         overrides,
-        address=place,
+        address=address,
         is_sweep=is_sweep,
         folder=folder,
         env_names=env_names,
         include=include,
         is_installed=is_installed,
     )
-    head = Head(place)
-    state, _ = head.send(submission)
-    state = head.await_checks(state.submission_id)
-    state.check()
-    return state.submission_id
+    head = Head(address)
+    name = head.send(submission)[0].submission_id
+    head.await_checks(name).check()
+    return name
 
 
 def open_result(uri: str | Path) -> PruneResult:

@@ -85,11 +85,7 @@ _CHUNK_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Package:
-    """A zip archive.
-
-    Attributes:
-        sizes: Uncompressed bytes of each file in it.
-    """
+    """A zip archive, and the uncompressed size of each file in it."""
 
     data: bytes
     sizes: dict[str, int]
@@ -100,11 +96,7 @@ class Package:
 
 
 def find_files(folder: Path) -> dict[str, Path]:
-    """Lists the files of a folder that no rule ignores, by their relative names.
-
-    Raises:
-        ConfigError: The folder cannot be read.
-    """
+    """Lists the files of a folder that no rule ignores, by their relative names."""
     rules = _rules_above(folder)
     if rules and _is_ignored(folder, rules, is_folder=True):
         # A folder that git ignores was given on purpose.
@@ -216,11 +208,7 @@ def _tracked_by_git(folder: Path) -> set[str]:
 def pack_files(
     files: Mapping[str, Path], extra: Mapping[str, bytes], most_bytes: int = MOST_BYTES
 ) -> Package:
-    """Packs files into one archive.
-
-    Args:
-        files: Paths by name in the archive.
-        extra: Contents by name; they replace files of the same name.
+    """Packs files, and contents in `extra` that replace files of the same name, into one archive.
 
     Raises:
         ConfigError: A file cannot be read, or the archive is too large.
@@ -330,8 +318,7 @@ def _holds_no_code(folder: Path) -> bool:
 
 
 def _is_ignored(path: Path, rules: list[Rule], is_folder: bool) -> bool:
-    # The nearest rule decides.
-    for base, spec in reversed(rules):
+    for base, spec in reversed(rules):  # the nearest rule decides
         name = path.relative_to(base).as_posix() + "/" * is_folder
         if (verdict := spec.check_file(name).include) is not None:
             return verdict

@@ -143,11 +143,7 @@ def _find_worker_misfit(cluster: ClusterConfig, machines: Sequence[Machine]) -> 
 def check_placeable(
     cluster: ClusterConfig, machines: Sequence[Machine], is_autoscaling: bool
 ) -> None:
-    """Refuses a job that the machines can never run, unless more may join.
-
-    Raises:
-        ConfigError: No machine is large enough for a worker, or there are too few.
-    """
+    """Raises a ConfigError if the machines can never run the job, unless more may join."""
     if not is_autoscaling and (fault := find_misfit(cluster, machines)) is not None:
         raise ConfigError(f"{fault} (cluster.autoscale = true waits for machines that come)")
 

@@ -233,8 +233,8 @@ class Bisection(SearchPlan):
 
     def _answer(self, search: _Search) -> Answer:
         told = [outcome for outcome in search.asked.values() if outcome is not None]
-        best = search.asked.get(search.low)
-        cause = search.cause or ("" if search.low < self._sparsities.num - 1 else _constant(told))
+        best, num = search.asked.get(search.low), self._sparsities.num
+        cause = search.cause or ("" if search.low < num - 1 else _constant(told))
         is_dense = search.low == 0 and self._sparsities.first == 0
         has_answer = not cause and (best is not None or is_dense)
         first = told[0] if told else None
@@ -245,7 +245,7 @@ class Bisection(SearchPlan):
             trial_id=best.trial_id if best and has_answer else None,
             accuracy=(best.accuracy if best else dense) if has_answer else None,
             dense_accuracy=dense,
-            is_highest=has_answer and search.low == self._sparsities.num - 1,
+            is_highest=has_answer and search.low == num - 1,
             num_trials=len(told),
             seconds=sum(outcome.seconds for outcome in told),
             cause=cause,
@@ -314,11 +314,7 @@ class Sparsities:
 def first_of_each_group(
     jobs: Iterable[JobConfig], groups: Mapping[str, str | None]
 ) -> list[JobConfig]:
-    """Moves the first trial of each group to the front, so that the others do not wait for it.
-
-    Args:
-        groups: By trial id; None for a trial that shares nothing.
-    """
+    """Moves the first trial of each group to the front, so that the others do not wait for it."""
     first: dict[str, JobConfig] = {}
     rest = []
     for job in jobs:
@@ -329,11 +325,7 @@ def first_of_each_group(
 
 
 class TrialQueue:
-    """Hands out the trials of a plan that have not ended before, and collects all outcomes.
-
-    Args:
-        known: Returns the outcome of a trial that ended before this sweep, or None.
-    """
+    """Hands out the trials of a plan that have not ended before, and collects all outcomes."""
 
     def __init__(self, plan: SearchPlan, known: Callable[[JobConfig], Outcome | None]) -> None:
         self.plan, self._known = plan, known
@@ -396,11 +388,7 @@ class TrialQueue:
 
 
 class TrialHistory:
-    """Finds the outcomes of a job's trials that ended before, as `TrialQueue` needs them.
-
-    Args:
-        sweep: Without a scheduler, trials that one has stopped go on.
-    """
+    """Finds the outcomes of a job's trials that ended before, as `TrialQueue` needs them."""
 
     def __init__(self, store: Store, sweep: SweepConfig) -> None:
         self._store = store
@@ -412,6 +400,7 @@ class TrialHistory:
         for row in self._table.select(["trial_id", "round", *_MEASURED, *phases]).to_pylist():
             row["spent_s"] = sum(row[phase] or 0 for phase in phases)
             self._rounds.setdefault(row["trial_id"], []).append(row)
+        # Without a scheduler, trials that one has stopped go on.
         stops = [] if sweep.scheduler == "fifo" else store.list_unfinished("stopped.json")
         self._stops = {name: store.read_stop(name) for name in stops}
 
@@ -472,11 +461,7 @@ def values_at(job: JobConfig, fields: Iterable[str]) -> dict[str, Any]:
 
 
 def job_at(base: JobConfig, values: dict[str, Any]) -> JobConfig:
-    """Makes the trial at a point of the space.
-
-    Raises:
-        ConfigError: The schema refuses it.
-    """
+    """Makes the trial at a point of the space; raises a ConfigError if the schema refuses it."""
     # Six digits, so that records and job files read alike.
     plain = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
     return load_job(base, {**plain, "sweep": {}})

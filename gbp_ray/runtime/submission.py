@@ -21,6 +21,7 @@ import re
 import tomllib
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -68,6 +69,10 @@ _STORAGE_VARIABLES = (
 _STOP_WAIT_S = 30
 """Time for a stopped driver to release its lease and workers before Ray kills it."""
 
+_NO_SECRETS = (
+    "give it to the nodes instead: an instance profile, a Kubernetes Secret, or the environment "
+    "that 'ray start' runs in"
+)
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
 Kind = Literal["prune", "sweep"]
 
@@ -77,14 +82,11 @@ class Submission:
     """A job ready to submit.
 
     Attributes:
-        job: The job as it will run on the cluster.
-        kind: The verb that runs it.
         base_id: Its name on the cluster, without the number of the run.
         uri: The address of its results.
         num_user_files: Number of the user's files in the package.
         left_out: The reason for each file of the folder that does not go.
         env_vars: Environment of the driver and the workers.
-        entrypoint: The command that the head runs.
     """
 
     job: JobConfig
@@ -132,18 +134,10 @@ def prepare_submission(
     is_installed: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> Submission:
-    """Prepares a job for submission.
+    """Prepares a job for submission, with the arguments of `submit`.
 
     Args:
-        job: A checked job, the path of a TOML file, or None for the embedded digits job.
-        overrides: Dotted keys to values, applied before the check.
-        address: The head's; addresses that only this machine reaches are refused for it.
-        is_sweep: Runs a sweep even without a space.
-        folder: The user's folder; the job file's own by default, none without a file.
-        env_names: Environment variables to send, besides those of the storage.
-        include: Files and folders to send although the rules leave them out.
-        is_installed: Leaves this package out because the nodes have it.
-        environment: Source of the variables; this process's by default.
+        environment: Source of environment variables; this process's by default.
 
     Raises:
         ConfigError: The job is wrong or cannot run elsewhere, or something must not be sent.
@@ -225,17 +219,14 @@ def _as_toml(job: JobConfig) -> bytes:
     tree = job.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     # `model_copy` does not mark the field as set.
     tree.setdefault("cluster", {})["address"] = job.cluster.address
-    try:
+    with suppress(TypeError, ValueError):
         text = tomli_w.dumps(tree)
-        is_whole = JobConfig.model_validate(tomllib.loads(text)) == job
-    except (TypeError, ValueError):
-        is_whole = False
-    if not is_whole:
-        # Options given in Python may hold values that TOML has not.
-        raise ConfigError(
-            "workload.options: cannot be written as TOML, perhaps for a null; leave it out"
-        )
-    return text.encode()
+        if JobConfig.model_validate(tomllib.loads(text)) == job:
+            return text.encode()
+    # Options given in Python may hold values that TOML has not.
+    raise ConfigError(
+        "workload.options: cannot be written as TOML, perhaps for a null; leave it out"
+    )
 
 
 def _pick_variables(names: Iterable[str], environment: Mapping[str, str]) -> dict[str, str]:
@@ -258,12 +249,6 @@ def _pick_variables(names: Iterable[str], environment: Mapping[str, str]) -> dic
             raise ConfigError(f"--env {name}: looks like a secret, {shown}; {_NO_SECRETS}")
         picked[name] = environment[name]
     return picked
-
-
-_NO_SECRETS = (
-    "give it to the nodes instead: an instance profile, a Kubernetes Secret, or the environment "
-    "that 'ray start' runs in"
-)
 
 
 def _check_for_secrets(job: bytes) -> bytes:

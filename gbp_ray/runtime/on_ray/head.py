@@ -117,11 +117,7 @@ class JobState:
 
 
 def find_address(address: str | None) -> str:
-    """Returns the head's address, as given or from the environment.
-
-    Raises:
-        ConfigError: None was found, or it is no HTTP address.
-    """
+    """Returns the head's HTTP address, as given or from the environment."""
     source = "--address"
     if address is None:
         for source in _ADDRESS_VARIABLES:
@@ -158,7 +154,7 @@ class Head:
         self.address = address
         token, self._token_source = _find_token()
         with self._explained():
-            self._client = _connect(address, token)
+            self._client = _Client(address, token)
             versions = self._client.ask("/api/v0/cluster_metadata").get("data", {})
         ray_version = str(versions.get("rayVersion", "unknown"))
         if _minor(ray_version) != _minor(ray.__version__):
@@ -225,11 +221,7 @@ class Head:
         return [job for job in self._list() if job.base_id]
 
     def find(self, name: str) -> JobState:
-        """Finds a job by its submission id or an unambiguous beginning of it.
-
-        Raises:
-            ConfigError: No job matches, or several do.
-        """
+        """Finds a job by its submission id or an unambiguous beginning of it."""
         jobs = self._list()
         for job in jobs:
             if job.submission_id == name:
@@ -405,6 +397,16 @@ class Head:
 class _Client(JobSubmissionClient):  # type: ignore[misc]
     """Ray's client with a time limit for each request."""
 
+    def __init__(self, address: str, token: str) -> None:
+        # Ray prefers an address in the environment to its argument.
+        hidden = {name: os.environ.pop(name) for name in _ADDRESS_VARIABLES if name in os.environ}
+        try:
+            # Without this header Ray looks for a token itself and fails where there is none, even
+            # if the cluster needs none.
+            super().__init__(address, headers={"Authorization": f"Bearer {token}" if token else ""})
+        finally:
+            os.environ.update(hidden)
+
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
         return super()._do_request(method, endpoint, timeout=_TIMEOUTS_S, **options)
 
@@ -415,17 +417,6 @@ class _Client(JobSubmissionClient):  # type: ignore[misc]
             return {}
         answer.raise_for_status()
         return dict(answer.json())
-
-
-def _connect(address: str, token: str) -> _Client:
-    # Ray prefers an address in the environment to its argument.
-    hidden = {name: os.environ.pop(name) for name in _ADDRESS_VARIABLES if name in os.environ}
-    try:
-        # Without this header Ray looks for a token itself and fails where there is none, even if
-        # the cluster needs none.
-        return _Client(address, headers={"Authorization": f"Bearer {token}" if token else ""})
-    finally:
-        os.environ.update(hidden)
 
 
 def _state_of(details: Any) -> JobState:

@@ -92,12 +92,9 @@ def is_autoscaling(cluster: ClusterConfig) -> bool:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """The answer of a machine.
+    """The versions, missing modules and storage folder that a machine sees.
 
-    Attributes:
-        versions: By package; "" if it is not installed.
-        missing: Modules of the job that cannot be found.
-        sees_folder: Whether it sees the storage's folder; None if the storage is not one.
+    A package that is not installed has the version "". `sees_folder` is None on object storage.
     """
 
     versions: dict[str, str]
@@ -186,11 +183,7 @@ def find_fault(job: JobConfig, machine: Machine, sight: NodeReport) -> GbpError 
 
 
 def check_folder(job: JobConfig) -> None:
-    """Checks on a worker's machine, which may have joined late, that it sees the driver's folder.
-
-    Raises:
-        StoreError: It does not: the claim that the driver wrote there is missing.
-    """
+    """Checks on a worker's machine, which may have joined late, that it sees the driver's claim."""
     store = Store(job.storage, job.name)
     if store.folder is not None and store.read_claim() is None:
         raise _foreign_folder(job, socket.gethostname())

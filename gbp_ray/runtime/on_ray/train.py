@@ -66,10 +66,6 @@ def run_trial(
 ) -> None:
     """Runs a trial's missing rounds on Ray Train workers.
 
-    Args:
-        import_paths: Folders where workers find the user's modules.
-        is_debug: Shows Ray's own output.
-
     Raises:
         GbpError: As a worker raised it.
         TrialError: The workers failed for another reason; names trial, rank and root cause.

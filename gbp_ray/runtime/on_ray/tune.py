@@ -29,6 +29,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.logger import TBXLoggerCallback
 from ray.tune.search import Searcher
 
 from gbp_ray.config.job import JobConfig, trial_id
@@ -73,17 +74,7 @@ def run_sweep(
     is_debug: bool = False,
     run: RunTrial = run_solo,
 ) -> None:
-    """Runs the trials of the queue, which then has all outcomes.
-
-    Args:
-        base: The job with its sweep.
-        import_paths: Folders where workers find the user's modules.
-        is_debug: Shows Ray's own output.
-        run: Runs a trial of at most one worker.
-
-    Raises:
-        GbpError: Ray did not start, or stopped working.
-    """
+    """Runs the trials of the queue, which then has all outcomes; `run` those without workers."""
     store = Store(base.storage, base.name)
     if not is_debug:
         # It would repeat at the end what the board has shown.
@@ -428,33 +419,28 @@ def _run_nested(job: JobConfig, import_paths: list[str], mailbox: Any) -> Iterat
         wait([ended])
 
 
+class _EventKeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
+    """Stores TensorBoard's files with the results, after their writer has closed them."""
+
+    def __init__(self, store: Store) -> None:
+        self._objects = store.objects
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        folder = f"tune/{_name_of(trial)}/"
+        # The new files repeat the rounds of an earlier attempt.
+        old = [entry.key for entry in self._objects.entries(folder)]
+        for file in Path(trial.local_path).glob("events.out.tfevents.*"):
+            self._objects.put(f"{folder}{file.name}", file.read_bytes())
+        self._objects.delete(old)
+
+    on_trial_error = on_trial_complete
+
+
 def make_loggers(job: JobConfig, store: Store) -> list[Any]:
     """Makes the callbacks of the sweep's loggers; mlflow and wandb are extras."""
     callbacks: list[Any] = []
     if "tensorboard" in job.sweep.loggers:
-        from ray.tune import Callback
-        from ray.tune.logger import TBXLoggerCallback
-
-        class KeepEvents(Callback):  # type: ignore[misc]
-            """Stores TensorBoard's files with the results, after their writer has closed them."""
-
-            def __getstate__(self) -> dict[str, Any]:
-                return {}
-
-            def on_trial_complete(
-                self, iteration: int, trials: Any, trial: Any, **info: Any
-            ) -> None:
-                name = trial_id(JobConfig.model_validate_json(trial.config["job"]))
-                files = list(Path(trial.local_path).glob("events.out.tfevents.*"))
-                # The new files repeat the rounds of an earlier attempt.
-                old = [entry.key for entry in store.objects.entries(f"tune/{name}/")]
-                for file in files:
-                    store.objects.put(f"tune/{name}/{file.name}", file.read_bytes())
-                store.objects.delete(old)
-
-            on_trial_error = on_trial_complete
-
-        callbacks += [TBXLoggerCallback(), KeepEvents()]
+        callbacks += [TBXLoggerCallback(), _EventKeeper(store)]
     if "mlflow" in job.sweep.loggers:
         from ray.air.integrations.mlflow import MLflowLoggerCallback
 
