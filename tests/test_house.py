@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from sample_results import sample_job, write_trial
 
+from gbp_ray.cli.app import app
 from gbp_ray.config.criteria import CRITERIA
 from gbp_ray.config.job import expand, load_job
 from gbp_ray.pruning.criteria import CRITERIA as RULES
+from gbp_ray.results.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,20 +31,55 @@ def test_every_job_validates_and_opens_with_what_it_shows(path: Path) -> None:
     assert re.search(r"^# (Costs|Needs|Shows):", path.read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "gbp_ray",
-        "gbp_ray.config.job",
-        "gbp_ray.results.store",
-        "gbp_ray.cli.tables",
-        "gbp_ray.report.page",
-    ],
-)
-def test_results_are_read_without_torch_and_ray(module: str) -> None:
-    code = f"import sys, {module}; print(sorted({{'torch', 'ray'}} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+RUN_EACH = """
+import json, sys
+from gbp_ray.cli.app import main
+outcomes = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["gbp-ray", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        outcomes.append([*arguments[:2], end.code, sorted({"torch", "ray"} & set(sys.modules))])
+    else:
+        outcomes.append([*arguments[:2], 0, sorted({"torch", "ray"} & set(sys.modules))])
+sys.stderr.write("\\n" + json.dumps(outcomes))
+"""
+
+
+def test_help_reference_mistyped_fields_and_stored_results_load_neither_torch_nor_ray(
+    tmp_path: Path,
+) -> None:
+    store = Store(tmp_path / "results", "try")
+    one, other = (
+        store.trial_uri(write_trial(store, sample_job(criterion=name)))
+        for name in ("taylor", "magnitude")
+    )
+    sweep = str(ROOT / "jobs" / "digits_sweep.toml")
+    mistyped = [sweep, "--set", "prune.sparsty=0.9"]
+    helped = [
+        [str(verb.name or verb.callback.__name__), "--help"] for verb in app.registered_commands
+    ]
+    answered = [
+        *(["--help"], ["--version"], ["fields"], ["criteria", "--json"]),
+        *([verb, store.uri] for verb in ("results", "show", "verify", "index", "gc")),
+        *(["show", one], ["results", store.uri, "--csv"], ["diff", one, other]),
+        ["fetch", store.uri, str(tmp_path / "fetched")],
+        ["report", store.uri, "--to", str(tmp_path / "report")],
+    ]
+    refused = [[verb, *mistyped] for verb in ("prune", "sweep", "submit", "stability")]
+    commands = [*helped, *answered, *refused]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_EACH, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    expected = [[*c[:2], 0, []] for c in commands[: -len(refused)]]
+    expected += [[*c[:2], 2, []] for c in refused]
+    assert json.loads(done.stderr.splitlines()[-1]) == expected
+    assert done.stderr.count("prune.sparsty") == len(refused)
 
 
 def test_a_process_without_workers_never_imports_ray() -> None:

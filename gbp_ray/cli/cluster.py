@@ -13,7 +13,19 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from gbp_ray import __version__
-from gbp_ray.cli.terminal import AsJson, console, note, print_json, say, show_warning, write_log
+from gbp_ray.cli.terminal import (
+    AsJson,
+    IsDebug,
+    Job,
+    Overrides,
+    console,
+    note,
+    print_json,
+    say,
+    show_warning,
+    write_log,
+)
+from gbp_ray.config.job import load_job
 from gbp_ray.runtime.archive import SECRET, describe_left_out
 from gbp_ray.runtime.signals import STOPPED
 from gbp_ray.runtime.submission import Submission, prepare_submission
@@ -53,20 +65,8 @@ def add_cluster_verbs(app: typer.Typer) -> None:
 
 
 def submit_job(
-    job: Annotated[
-        str | None,
-        typer.Argument(
-            help="Job file (TOML). Without one, the embedded digits job.", metavar="JOB"
-        ),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Override a field, as prune.sparsity=0.95; repeatable.",
-        ),
-    ] = None,
+    job: Job = None,
+    overrides: Overrides = None,
     address: Address = None,
     is_sweep: Annotated[
         bool, typer.Option("--sweep", help="Run it as a sweep, as a job with a space is anyway.")
@@ -102,7 +102,7 @@ def submit_job(
         bool, typer.Option("--dry-run", help="Show what would go; ask the cluster nothing.")
     ] = False,
     as_json: AsJson = False,
-    is_debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    is_debug: IsDebug = False,
 ) -> None:
     """Submit a job to a Ray cluster: the same file that runs here runs there.
 
@@ -124,7 +124,8 @@ def submit_job(
 
       gbp-ray submit sweep.toml --env HF_HOME --no-wait
     """
-    # Ray takes a second to import; --help and a mistyped option should not.
+    # Before Ray, which takes a second to import: what is mistyped is refused at once.
+    load_job(job, overrides)
     from gbp_ray.runtime.on_ray.head import Head, find_address
 
     place = None if is_dry_run and address is None else find_address(address)

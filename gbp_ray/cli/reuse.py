@@ -10,7 +10,15 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from gbp_ray.cli.terminal import AsJson, console, print_json, progress_printer, say, show_warning
+from gbp_ray.cli.terminal import (
+    AsJson,
+    IsQuiet,
+    console,
+    print_json,
+    progress_printer,
+    say,
+    show_warning,
+)
 
 __all__ = [
     "add_reuse_verbs",
@@ -98,7 +106,7 @@ def explain_network(
     code: Code = "",
     trusted: Trusted = None,
     as_json: AsJson = False,
-    is_quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    is_quiet: IsQuiet = False,
 ) -> None:
     """Find out what a pruned network does differently from the dense one.
 

@@ -23,11 +23,16 @@ from gbp_ray.cli.tables import (
 )
 from gbp_ray.cli.terminal import (
     AsJson,
+    IsDebug,
+    IsQuiet,
+    Job,
+    Overrides,
     console,
     print_json,
     say,
     show_warning,
 )
+from gbp_ray.config.job import load_job
 from gbp_ray.results.records import TrialRecord
 
 __all__ = [
@@ -47,14 +52,7 @@ def add_running_verbs(app: typer.Typer) -> None:
 
 def run_sweep(
     job: Annotated[str, typer.Argument(help="Job file (TOML) with a \\[sweep].", metavar="JOB")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Override a field, as sweep.space.seed=[0,1]; repeatable.",
-        ),
-    ] = None,
+    overrides: Overrides = None,
     is_dry_run: Annotated[
         bool,
         typer.Option(
@@ -62,10 +60,8 @@ def run_sweep(
         ),
     ] = False,
     as_json: AsJson = False,
-    is_quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
-    is_debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks and Ray's own output.")
-    ] = False,
+    is_quiet: IsQuiet = False,
+    is_debug: IsDebug = False,
 ) -> None:
     """Run many trials of a job: all that its \\[sweep] spans, or a search for a sparsity.
 
@@ -85,7 +81,8 @@ def run_sweep(
 
       gbp-ray sweep job.toml --dry-run
     """
-    # torch takes seconds to import; --help and a mistyped option should not.
+    # Before torch, which takes seconds to import: what is mistyped is refused at once.
+    load_job(job, overrides)
     from gbp_ray.runtime.api import plan_sweep, sweep
 
     with warnings.catch_warnings():
@@ -134,20 +131,8 @@ def _options(
 
 
 def prune(
-    job: Annotated[
-        str | None,
-        typer.Argument(
-            help="Job file (TOML). Without one, the embedded digits job.", metavar="JOB"
-        ),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Override a field, as prune.sparsity=0.95; repeatable.",
-        ),
-    ] = None,
+    job: Job = None,
+    overrides: Overrides = None,
     is_dry_run: Annotated[
         bool,
         typer.Option(
@@ -155,10 +140,8 @@ def prune(
         ),
     ] = False,
     as_json: AsJson = False,
-    is_quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
-    is_debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks and Ray's own output.")
-    ] = False,
+    is_quiet: IsQuiet = False,
+    is_debug: IsDebug = False,
 ) -> None:
     """Prune a network: train or load it, score, remove, fine-tune, in rounds.
 
@@ -176,7 +159,8 @@ def prune(
 
       gbp-ray prune my_job.toml --dry-run
     """
-    # torch takes seconds to import; --help and a mistyped option should not.
+    # Before torch, which takes seconds to import: what is mistyped is refused at once.
+    load_job(job, overrides)
     from gbp_ray.runtime.api import plan_prune
     from gbp_ray.runtime.api import prune as prune_network
 

@@ -14,7 +14,18 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from gbp_ray.cli.terminal import AsJson, console, print_json, progress_printer, say, show_warning
+from gbp_ray.cli.terminal import (
+    AsJson,
+    IsQuiet,
+    Job,
+    Overrides,
+    console,
+    print_json,
+    progress_printer,
+    say,
+    show_warning,
+)
+from gbp_ray.config.job import load_job
 from gbp_ray.errors import ConfigError, StoreError
 
 __all__ = [
@@ -28,18 +39,8 @@ def add_stability_verb(app: typer.Typer) -> None:
 
 
 def show_stability(
-    job: Annotated[
-        str | None,
-        typer.Argument(help="Job file (TOML). Without one, the digits job.", metavar="JOB"),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Override a field, as prune.sparsity=0.95; repeatable.",
-        ),
-    ] = None,
+    job: Job = None,
+    overrides: Overrides = None,
     num_seeds: Annotated[
         int, typer.Option("--seeds", metavar="N", help="Samples and seeds, from the job's own up.")
     ] = 3,
@@ -69,7 +70,7 @@ def show_stability(
         str, typer.Option(metavar="DIR", help="Receives stability.png and stability.json.")
     ] = "gbp-stability",
     as_json: AsJson = False,
-    is_quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    is_quiet: IsQuiet = False,
 ) -> None:
     """Measure how stable a job is: over calibration samples, and over seeds.
 
@@ -87,7 +88,8 @@ def show_stability(
       gbp-ray stability job.toml --seeds 5 --examples 128:2048 --json
     """
     sizes = _read_sizes(examples)
-    # torch and matplotlib take seconds to import; --help and a mistyped option should not.
+    # Before torch, which takes seconds to import: what is mistyped is refused at once.
+    load_job(job, overrides)
     from gbp_ray.report.drawing import render
     from gbp_ray.report.stability_figure import draw_stability
     from gbp_ray.runtime.stability import measure_stability

@@ -26,6 +26,10 @@ from gbp_ray.training.progress import OnProgress, Progress
 __all__ = [
     "AsJson",
     "Conditions",
+    "IsDebug",
+    "IsQuiet",
+    "Job",
+    "Overrides",
     "Place",
     "console",
     "note",
@@ -42,6 +46,24 @@ __all__ = [
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
 ]
+
+Job = Annotated[
+    str | None,
+    typer.Argument(help="Job file (TOML). Without one, the embedded digits job.", metavar="JOB"),
+]
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a field, as prune.sparsity=0.95 or sweep.space.seed=[0,1]; repeatable.",
+    ),
+]
+
+IsQuiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+
+IsDebug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and Ray's own output.")]
 
 Conditions = Annotated[
     list[str] | None,

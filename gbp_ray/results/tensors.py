@@ -50,8 +50,8 @@ __all__ = [
     "write_mask_file",
 ]
 
-MASKS, WEIGHTS = "masks.safetensors", "weights.safetensors"
-"""Files of a round."""
+MASKS = "masks.safetensors"
+WEIGHTS = "weights.safetensors"
 
 _FORMAT = {"format": "gbp_ray.masks", "version": "1"}
 
