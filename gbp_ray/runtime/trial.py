@@ -36,11 +36,8 @@ from gbp_ray.workloads.loading import load_workload, own_sources
 
 __all__ = ["Step", "finish_trial", "iterate_trial", "run_solo", "run_whole", "work_trial"]
 
-RunRounds = Callable[[], Iterator[RoundRecord]]
-"""Runs and commits the missing rounds of a trial."""
-
-Prepare = Callable[[Workload | None], RunRounds]
-"""Takes the workload that was checked, where a trial in this process may go on with it."""
+RunRounds = Callable[[Workload | None], Iterator[RoundRecord]]
+"""Runs and commits the missing rounds of a trial, with the checked workload if it may be reused."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +53,19 @@ def run_solo(
     on_progress: OnProgress = ignore_progress,
     is_patient: bool = True,
 ) -> Iterator[Step]:
-    """Runs a trial on one rank, this process; yields its rounds from the first, then commits it.
+    """Runs a trial in this process; yields all of its rounds, then commits it.
 
     Args:
-        is_patient: Waits where another driver is at work on it.
+        is_patient: Waits for another driver that holds the trial.
 
     Raises:
-        BusyError: Another driver is, and this one does not wait.
-        GbpError: What is wrong with the job or the storage.
+        BusyError: Another driver holds it, and this one does not wait.
+        GbpError: The job or the storage is at fault.
     """
     store = Store(job.storage, job.name)
 
-    def prepare(workload: Workload | None) -> RunRounds:
-        return lambda: iterate_trial(
+    def run_rounds(workload: Workload | None) -> Iterator[RoundRecord]:
+        return iterate_trial(
             job,
             Ranks(device=own_device(job)),
             workload=workload,
@@ -76,13 +73,13 @@ def run_solo(
             score_cache=SharedScores(store),
         )
 
-    return run_whole(job, store, prepare, is_patient=is_patient)
+    return run_whole(job, store, run_rounds, is_patient=is_patient)
 
 
 def run_whole(
-    job: JobConfig, store: Store, prepare: Prepare, *, is_patient: bool = True
+    job: JobConfig, store: Store, run_rounds: RunRounds, *, is_patient: bool = True
 ) -> Iterator[Step]:
-    """Does so with whatever runs the rounds; the dense network is shared with other trials."""
+    """Runs a trial as `run_solo` does, with any function for its rounds."""
     name = trial_id(job)
     started = time.monotonic()
     with store.await_lease(f"trials/{name}") if is_patient else store.hold(name) as lease:
@@ -93,9 +90,9 @@ def run_whole(
             yield Step(record, is_old=True)
         if finished is not None:
             return
-        # Not held here: rounds may run in other processes.
-        run_rounds = prepare(take_checked(job, rounds[0] if rounds else None))
-        for record in _run_with_dense(job, store, run_rounds):
+        # The workload is not held here: rounds may run in other processes.
+        missing = run_rounds(take_checked(job, rounds[0] if rounds else None))
+        for record in _run_with_dense(job, store, missing):
             lease.check()
             yield Step(record, is_old=False)
         lease.check()
@@ -103,26 +100,26 @@ def run_whole(
 
 
 def take_checked(job: JobConfig, dense: RoundRecord | None) -> Workload | None:
-    """Load and check what a job prunes; return it where a trial may go on with it, else None."""
+    """Loads and checks a job's workload; returns it if a trial may go on with it, else None."""
     workload, is_untouched = load_checked(job, dense)
     return workload if is_untouched else None
 
 
-def _run_with_dense(job: JobConfig, store: Store, run_rounds: RunRounds) -> Iterator[RoundRecord]:
-    if dense_origin(job) is None or store.read_round(trial_id(job), 0) is not None:
-        yield from run_rounds()
-        return
-    record, rounds = adopt_dense(store, job), None
-    if record is None:
-        with share_dense(store, job) as share:
-            # Another trial may have trained it while this one waited.
-            record = adopt_dense(store, job)
-            if record is None:
-                rounds = run_rounds()
-                record = next(rounds)
-                share(record)
-    yield record
-    yield from rounds or run_rounds()
+def _run_with_dense(
+    job: JobConfig, store: Store, rounds: Iterator[RoundRecord]
+) -> Iterator[RoundRecord]:
+    """Runs rounds that have not started, and shares the dense network with other trials."""
+    if dense_origin(job) is not None and store.read_round(trial_id(job), 0) is None:
+        record = adopt_dense(store, job)
+        if record is None:
+            with share_dense(store, job) as share:
+                # Another trial may have trained it while this one waited.
+                record = adopt_dense(store, job)
+                if record is None:
+                    record = next(rounds)
+                    share(record)
+        yield record
+    yield from rounds
 
 
 def finish_trial(job: JobConfig, store: Store, seconds: float) -> TrialRecord:
@@ -174,10 +171,10 @@ def work_trial(
     on_progress: OnProgress = ignore_progress,
     round_done: Callable[[RoundRecord], None] = lambda record: None,
 ) -> None:
-    """Runs a trial's missing rounds, committing each to the job's store.
+    """Runs and commits a trial's missing rounds.
 
     Args:
-        workload: What was checked in this process; loaded anew by default.
+        workload: The one that this process has checked; loaded by default.
         round_done: Called on every rank after each committed round.
 
     Raises:
@@ -195,22 +192,15 @@ def iterate_trial(
     on_progress: OnProgress = ignore_progress,
     score_cache: ScoreCache | None = None,
 ) -> Iterator[RoundRecord]:
-    """Does the same and stops after each round, until it is asked for the next one.
-
-    Args:
-        score_cache: Asked for the scores of the dense network.
-
-    Yields:
-        The record of each committed round.
-    """
+    """Runs and commits a trial's missing rounds, and yields the record of each."""
     with fixed_kernels(job.cluster.threads_per_worker):
         name = trial_id(job)
         store = Store(job.storage, job.name)
         if workload is None:
             workload = ranks.run_collectively(lambda: load_workload(job.workload, job.seed))
-        # All go by what rank 0 sees: a round may be committed between two looks.
+        # Rank 0 decides, since a round may be committed between the reads of two ranks.
         records = ranks.broadcast_object(ranks.run_collectively(lambda: store.read_rounds(name)))
-        # Whoever holds the trial now must hold it at each commit.
+        # The driver that holds the trial now must hold it at each commit.
         driver = ranks.run_collectively(lambda: store.read_driver(name))
         in_trial = _InTrial(job, workload, on_progress)
         model: nn.Module | None = None
@@ -219,13 +209,13 @@ def iterate_trial(
                 job,
                 workload,
                 ranks,
-                # Handed on and not held here: it may be as large as the network.
+                # Passed on and not held here, as it may be as large as the network.
                 resume=ranks.run_collectively(lambda: _read_checkpoint(store, name, records, job)),
                 on_progress=in_trial,
                 score_cache=score_cache,
             ):
                 record, model = _commit(store, name, driver, state, ranks), state.model
-                # Not held through the next round, which makes masks and an optimizer of its own.
+                # The next round makes masks and an optimizer of its own.
                 del state
                 yield record
         if workload.validation is not None:
@@ -245,11 +235,6 @@ def _use_test_split(
     if ranks.broadcast_object(ranks.run_collectively(lambda: store.read_test(name))) is not None:
         return
     records = ranks.broadcast_object(ranks.run_collectively(lambda: store.read_rounds(name)))
-
-    def read_weights(number: int) -> bytes:
-        return store.read_file(name, records[number], "weights.safetensors")
-
-    chosen = choose_round(records).round
     if model is None:
         known, source = records[0].fingerprints, store.round_uri(name, 0)
         strategy = job.cluster.strategy
@@ -259,8 +244,8 @@ def _use_test_split(
         workload,
         model,
         ranks,
-        chosen,
-        read_weights,
+        choose_round(records).round,
+        lambda number: store.read_file(name, records[number], "weights.safetensors"),
         on_progress,
     )
     ranks.run_collectively(lambda: store.write_test(name, found) if ranks.is_first else None)
@@ -332,7 +317,7 @@ def _read_checkpoint(
 
 
 class _InTrial:
-    """Add to the progress of a round how much of its trial is done."""
+    """Adds the finished share of the trial to the progress of its rounds."""
 
     def __init__(self, job: JobConfig, workload: Workload, on_progress: OnProgress) -> None:
         num_rounds = job.prune.rounds

@@ -366,7 +366,7 @@ class _TuneTrial(tune.Trainable):  # type: ignore[misc]
         yield from run_whole(
             self._job,
             self._store,
-            lambda _: lambda: _run_nested(self._job, self._import_paths, self._mailbox),
+            lambda _: _run_nested(self._job, self._import_paths, self._mailbox),
             is_patient=is_patient,
         )
 
