@@ -1,7 +1,7 @@
-"""What a job is refused for before anything is trained: where it does not suit its network or data.
+"""Checks before training: refuses jobs that do not suit their network or data.
 
-The schema has refused what is wrong by itself (`config`); here the network is built, and a small
-batch of each split goes through it.
+`config` has refused what is wrong by itself. Here the network is built, and a small batch of each
+split passes through it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import gc
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from weakref import WeakSet
 
 import torch
@@ -18,7 +19,6 @@ from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gbp_ray.config.attack import Perturbation
 from gbp_ray.config.job import JobConfig, trial_id
 from gbp_ray.config.training import Recipe
 from gbp_ray.distributed.agreement import (
@@ -41,12 +41,7 @@ from gbp_ray.training.distillation import check_distillation
 from gbp_ray.training.loss import check_loss
 from gbp_ray.training.network import network_of_seed
 from gbp_ray.training.optimizer import check_freeze, trainable_parameters
-from gbp_ray.training.side_effects import (
-    Watch,
-    check_evaluated,
-    check_readings,
-    check_training_passes,
-)
+from gbp_ray.training.side_effects import Watch, check_readings, check_training_passes
 from gbp_ray.workloads.checks import Checked, check_workload
 from gbp_ray.workloads.contract import Workload, in_mode, num_examples
 from gbp_ray.workloads.data import take_batch
@@ -63,10 +58,10 @@ _NUM_ROUTES = 4
 
 
 def load_checked(job: JobConfig, dense: RoundRecord | None = None) -> tuple[Workload, bool]:
-    """Load what a job prunes, on as many threads as its trial has, and check it as `check_job`.
+    """Loads and checks a workload, on as many threads as its trial has; see `check_job`.
 
     Returns:
-        The workload, and whether a trial in this process may go on with it.
+        The workload, and whether a trial in this process may use it, too.
     """
     with fixed_kernels(job.cluster.threads_per_worker):
         workload = load_workload(job.workload, job.seed)
@@ -76,14 +71,13 @@ def load_checked(job: JobConfig, dense: RoundRecord | None = None) -> tuple[Work
 
 
 def check_job(job: JobConfig, workload: Workload, dense: RoundRecord | None = None) -> bool:
-    """Refuse what a job could only fail at later; build the model, train and write nothing.
+    """Refuses what a job could only fail at later; builds the model, trains and writes nothing.
 
     Args:
         dense: Round 0, of a trial that goes on.
 
     Returns:
-        Whether the checks left no trace in the workload, as one that keeps its network or counts
-        what is read would show.
+        Whether the checks have left no trace in the workload.
 
     Raises:
         ConfigError: The criterion, an exclude glob, a layer bound, n:m, the final sparsity or the
@@ -92,26 +86,27 @@ def check_job(job: JobConfig, workload: Workload, dense: RoundRecord | None = No
             was made with another network or other data.
         PruneError: The criterion fails on a small batch.
     """
-    before = _state_of(workload)
+    before = _attributes_of(workload)
     modules, is_untouched = _check(job, workload, dense)
     if modules:
         gc.collect()  # a network may hold itself
-    return is_untouched and not modules and _state_of(workload) == before
+    # Modules that still live may be part of the next network, too.
+    return is_untouched and not modules and _attributes_of(workload) == before is not None
 
 
-def _state_of(workload: Workload) -> str:
-    """Condense the attributes of the workload's own callables."""
-    parts = [
-        getattr(workload, name) for name in ("loss", "count_correct", "count", "prepare", "augment")
-    ]
-    owners = [getattr(part, "__self__", part) for part in parts]
-    return fingerprint([getattr(owner, "__dict__", None) for owner in owners])
+def _attributes_of(workload: Workload) -> str | None:
+    """Condenses the attributes of a workload's callables; None where they cannot be compared."""
+    names = ("loss", "count_correct", "count", "prepare", "augment")
+    owners = [getattr(part, "__self__", part) for part in (getattr(workload, n) for n in names)]
+    with suppress(Exception):  # they may hold themselves
+        return fingerprint([getattr(owner, "__dict__", None) for owner in owners])
+    return None
 
 
 def _check(
     job: JobConfig, workload: Workload, dense: RoundRecord | None
 ) -> tuple[WeakSet[nn.Module], bool]:
-    """Check a job; return the modules that passes went through, and whether all are as before."""
+    """Checks; returns the modules used, and whether data and parameters are as they were."""
     criterion(job.prune.criterion)
     stored, source = (dense.fingerprints if dense else {}), f"trial {trial_id(job)}"
     model, is_blank = network_of_seed(workload, job.seed)
@@ -140,24 +135,18 @@ def _check(
     with isolated(model, 0):
         checked = check_workload(workload, model, size)
         check_data(workload, stored, source)
-        check_evaluated(watch)
+        watch.check_evaluated()
     is_read_alike = check_readings(workload)
-    first, _ = checked.first_batch
     recipes: dict[str, Recipe] = {"pretrain": job.pretrain, "finetune": job.finetune}
     recipes = {section: recipe for section, recipe in recipes.items() if recipe.epochs > 0}
-    attacks: dict[str, Perturbation] = {
-        f"{section}.adversarial": recipe.adversarial for section, recipe in recipes.items()
-    }
-    attacks["attack"] = job.attack
-    # What one attack can do, all can.
-    attacked = next((key for key, attack in attacks.items() if attack.kind != "none"), None)
+    attacked = [name for name, recipe in recipes.items() if recipe.adversarial.kind != "none"]
     for section, recipe in recipes.items():
         check_freeze(model, recipe.freeze, section)
-        if attacked == f"{section}.adversarial":
-            check_attack(workload, model, recipe.adversarial, attacked)
-        check_loss(recipe, section, workload, first[:1])
-    if attacked == "attack":
-        check_attack(workload, model, job.attack, attacked)
+        if section in attacked[:1]:  # what one attack can do, all can
+            check_attack(workload, model, recipe.adversarial, f"{section}.adversarial")
+        check_loss(recipe, section, workload, checked.first_batch[0][:1])
+    if not attacked:
+        check_attack(workload, model, job.attack, "attack")
     if "finetune" in recipes:
         check_distillation(job.finetune.distillation, checked)
     if job.finetune.patience and workload.validation is None:
@@ -166,7 +155,7 @@ def _check(
             "workload.validation, such as 0.1"
         )
     _check_norms(job, recipes, checked)
-    unreached = check_training_passes(job, checked, watch)
+    unreached = check_training_passes(job, recipes, checked, watch)
     check_criterion(model, units, workload, job.prune, seed=job.seed)
     if job.cluster.strategy == "fsdp" and not dist.is_initialized():
         _check_shardable(checked)
@@ -175,7 +164,7 @@ def _check(
 
 
 def _check_shardable(checked: Checked) -> None:
-    """Refuse what FSDP2 cannot spread, or cannot pass through: try it as the only rank of one.
+    """Refuses networks that FSDP2 cannot shard or pass: tries it as the only rank of one.
 
     Such are scalars, parameters whose memory has gaps, unequal types in a group, and modules that
     are used otherwise than by calling them.
@@ -205,7 +194,7 @@ def _check_shardable(checked: Checked) -> None:
 
 @torch.no_grad()
 def _find_parted(workload: Workload, sharded: nn.Module) -> list[str]:
-    """Lists groups of a sharded network that passes leave out for some examples, or by chance."""
+    """Lists groups of a sharded network that passes skip for some examples, or by chance."""
     passed: list[str] = []
     listen_to_groups(sharded, passed.append)
     total = num_examples(workload.train)
@@ -224,7 +213,7 @@ def _find_parted(workload: Workload, sharded: nn.Module) -> list[str]:
 
 
 def _check_shards(job: JobConfig, model: nn.Module, units: list[Prunable]) -> None:
-    """Refuse n:m groups that FSDP2 cuts, and parameters of which it has nothing to spread."""
+    """Refuses n:m groups that FSDP2 would cut, and empty parameters."""
     split = [unit.name for unit in units if unit.input_dim == 0]
     if job.prune.pattern is not None and split:
         raise ConfigError(
@@ -240,11 +229,7 @@ def _check_shards(job: JobConfig, model: nn.Module, units: list[Prunable]) -> No
 
 
 def check_frozen_movement(job: JobConfig, model: nn.Module, units: list[Prunable]) -> None:
-    """Refuses movement of weights that fine-tuning does not move.
-
-    Raises:
-        ConfigError: Naming the first.
-    """
+    """Raises ConfigError where movement would score weights that fine-tuning does not move."""
     trainable = trainable_parameters(model, job.finetune.freeze)
     frozen = [unit for unit in units if unit.name not in trainable]
     if job.prune.spec.needs_history and frozen:
@@ -256,7 +241,7 @@ def check_frozen_movement(job: JobConfig, model: nn.Module, units: list[Prunable
 
 
 def _check_norms(job: JobConfig, recipes: Mapping[str, Recipe], checked: Checked) -> None:
-    """Refuse norms that wait for other workers, and single examples, which have no variance."""
+    """Refuses norms that wait for other workers, and parts of one example, without variance."""
     modules = dict(checked.model.named_modules())
     # Another worker may have no part of the batch.
     if joint := [name for name, m in modules.items() if isinstance(m, nn.SyncBatchNorm)]:
@@ -278,7 +263,7 @@ def _check_norms(job: JobConfig, recipes: Mapping[str, Recipe], checked: Checked
 
 
 def _check_lone_example(section: str, recipe: Recipe, size: int, checked: Checked) -> None:
-    """Try one example in training: a norm over images has many values even there."""
+    """Tries one example in training: a norm over images has many values even there."""
     model = checked.model
     try:
         with torch.no_grad(), in_mode(model, is_training=True), isolated(model, 0):
@@ -297,24 +282,21 @@ def _check_lone_example(section: str, recipe: Recipe, size: int, checked: Checke
 def _warn_of_unusual_weights(
     checked: Checked, units: list[Prunable], unreached: Sequence[str]
 ) -> None:
-    """Warn of weights that get no gradient, of embeddings, and of state that is not stored.
+    """Warns of weights that get no gradient, of embeddings, and of state that is not stored.
 
     Args:
         unreached: Parameters that the loss does not depend on in training.
     """
-    model, batch_size = checked.model, len(checked.first_batch[0])
-    total = sum(unit.parameter.numel() for unit in units)
+    model, total = checked.model, sum(unit.parameter.numel() for unit in units)
     in_eval = [name for name in checked.unreached if name not in unreached]
-    for names, when in (
-        (unreached, "in training"),
-        (in_eval, "in eval mode, where it is scored"),
-    ):
+    for names, when in ((unreached, "training"), (in_eval, "eval mode, where it is scored")):
         if idle := [unit for unit in units if unit.name in names]:
             number = sum(unit.parameter.numel() for unit in idle)
             warnings.warn(
                 f"prune: {_name_some(idle)} get{'s' if len(idle) == 1 else ''} no gradient from "
-                f"{batch_size} examples {when}; {number:,} of {total:,} prunable weights, whose "
-                "removal counts as sparsity; name in prune.exclude what no pass uses",
+                f"{len(checked.first_batch[0])} examples in {when}; {number:,} of {total:,} "
+                "prunable weights, whose removal counts as sparsity; name in prune.exclude what no "
+                "pass uses",
                 stacklevel=2,
             )
     tables = {m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}

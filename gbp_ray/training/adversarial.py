@@ -95,12 +95,11 @@ def perturb(
 
 
 def check_attack(workload: Workload, model: nn.Module, attack: Perturbation, key: str) -> None:
-    """Refuses an attack that cannot be made; tries it on one example.
+    """Tries an attack on one example.
 
     Raises:
-        ConfigError: The workload does not say what range its inputs have, or the loss does not
-            depend on them.
-        WorkloadError: Its inputs leave that range.
+        ConfigError: The workload names no range of its inputs, or the loss does not depend on them.
+        WorkloadError: The inputs leave that range.
     """
     if attack.kind == "none":
         return
@@ -128,10 +127,10 @@ def robust_accuracy(
     batch_size: int,
     on_progress: OnProgress = ignore_progress,
 ) -> float:
-    """Attacks the first examples that rounds are judged by; how many stay right. Communicates.
+    """Measures accuracy under attack on the first examples that judge rounds. Communicates.
 
     Returns:
-        A share in [0, 1] of the examples attacked, or under the built-in count of their labels.
+        A share in [0, 1] of the examples, or under the built-in count of their labels.
     """
     split = judged_split(workload)
     data = getattr(workload, split)
@@ -169,7 +168,7 @@ def robust_accuracy(
                 right.add_(counts[0])
                 asked.add_(counts[1])
             elif is_sharded(model):
-                # All ranks pass through a sharded network; one without a batch for nothing.
+                # All ranks pass through a sharded network.
                 measure(0)
 
     ranks.run_collectively(measure_own, communicates=is_sharded(model))
@@ -190,7 +189,7 @@ def num_attacked(workload: Workload, attack: AttackConfig) -> int:
 def _find_right(
     workload: Workload, split: str, outputs: Any, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Finds which examples, or labelled positions, are answered right, and which are asked for."""
+    """Marks the examples, or labelled positions, that are right, and those that count."""
     if workload.count_correct is count_top1:
         return mark_right(workload, split, outputs, targets)
     # A workload's own metric only counts, so it is asked for one example after another.

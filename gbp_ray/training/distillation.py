@@ -1,11 +1,11 @@
-"""Where the teacher of a fine-tuning comes from, and whether it answers once or each time.
+"""The teacher of a fine-tuning, its outputs and its loss.
 
-The teacher is the dense network of the trial, or a checkpoint of the same network. It answers each
-part of a batch anew, or, where that is the same and cheaper, once for every training example
-beforehand. That takes examples that always look alike (nothing augments or mixes them), outputs
-alone (features are too large to keep), a fine-tuning that meets each example at least once, and a
-table of at most 256 MB. All of it is decided by the job and the workload, never by a machine, since
-a network's outputs for an example may differ in the last bit with the batch it is part of.
+The teacher is the dense network of the trial, or a checkpoint of the same network. It computes its
+outputs for each part of a batch, or, where that is the same and cheaper, once for every training
+example beforehand. That takes examples that always look alike (neither augmented nor mixed),
+outputs only (features are too large to keep), a fine-tuning that meets each example at least once,
+and a table of at most 256 MB. The job and the workload decide, never a machine: a network's outputs
+for an example may differ in the last bit with the batch it is part of.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gbp_ray.training.optimizer import num_steps
 from gbp_ray.training.progress import OnProgress, deal_batches, ignore_progress
 from gbp_ray.workloads.checks import Checked
 from gbp_ray.workloads.contract import Workload, in_mode, num_examples
-from gbp_ray.workloads.data import cut_batches, derive_seed, take_batch
+from gbp_ray.workloads.data import compare_readings, cut_batches, derive_seed, take_batch
 from gbp_ray.workloads.weight_files import read_weights
 from gbp_ray.workloads.weights import TEACHER, find_misfits, fit_state, tensor_state
 
@@ -48,7 +48,6 @@ __all__ = [
 
 _SECTION = "finetune.distillation"
 _MOST_BYTES = 2**28
-_NUM_READ = 8
 
 
 def prepare_teacher(
@@ -61,11 +60,7 @@ def prepare_teacher(
     """Makes the dense network the teacher that a job asks for. Communicates.
 
     Args:
-        teacher: The dense network, which teaches where the job names no checkpoint.
-
-    Raises:
-        ConfigError: The checkpoint does not fit the network.
-        WorkloadError: It cannot be read.
+        teacher: The dense network, which teaches if the job names no checkpoint.
     """
     config = job.finetune.distillation
     if config.teacher:
@@ -93,10 +88,7 @@ def _read_fitting(config: DistillationConfig, model: nn.Module) -> dict[str, Ten
 def is_taught_once(
     job: JobConfig, workload: Workload, model: nn.Module, ranks: Ranks | None = None
 ) -> bool:
-    """Decides whether a teacher's answers are computed once for all; see the module's docstring.
-
-    Communicates.
-    """
+    """Decides whether outputs are computed beforehand; see the module's docstring. Communicates."""
     config, recipe = job.finetune.distillation, job.finetune
     looks_alike = workload.augment is None and recipe.mixup == 0 and recipe.cutmix == 0
     if config.weight == 0 or config.features or not looks_alike:
@@ -112,19 +104,14 @@ def is_taught_once(
 
 
 def _are_drawn_alike(workload: Workload) -> bool:
-    """Reads a few training examples under two seeds: a data set may augment its own items."""
+    """Compares a few training examples under two seeds: a data set may augment its own items."""
     if isinstance(workload.train, tuple) and workload.prepare is None:
         return True
-    few = torch.arange(min(_NUM_READ, num_examples(workload.train)))
-    one, other = (take_batch(workload, workload.train, few, augment_seed=n)[0] for n in (0, 1))
-    return torch.equal(one.nan_to_num(), other.nan_to_num())
+    return compare_readings(workload, workload.train, 0, 1)[0]
 
 
 def answer_bytes(workload: Workload, model: nn.Module, ranks: Ranks | None = None) -> int:
-    """Computes what a teacher's answers to all training examples take.
-
-    Communicates where the network is sharded.
-    """
+    """Computes the size of a teacher's outputs for all examples. Communicates if it is sharded."""
     answer = _ask(model, workload, range(1), (ranks or Ranks()).device)
     return num_examples(workload.train) * answer[0].numel() * answer.element_size()
 
@@ -166,13 +153,7 @@ def _ask(model: nn.Module, workload: Workload, batch: range, device: torch.devic
 
 
 def check_distillation(config: DistillationConfig, checked: Checked) -> None:
-    """Refuse a distillation that this network cannot take part in.
-
-    Raises:
-        ConfigError: It gives no logits, lacks a module of `features`, or the teacher's weights do
-            not fit it.
-        WorkloadError: The teacher's file cannot be read.
-    """
+    """Refuses networks without logits or the named modules, and teachers that do not fit."""
     if not config.is_on:
         return
     _check_features(checked, config.features)
@@ -188,7 +169,7 @@ def check_distillation(config: DistillationConfig, checked: Checked) -> None:
 
 
 def _check_features(checked: Checked, names: Sequence[str]) -> None:
-    """Refuse modules that the network does not have, or whose outputs are no tensors."""
+    """Refuses modules that the network does not have, or whose outputs are no tensors."""
     model, key = checked.model, f"{_SECTION}.features"
     paths = [path for path, _ in model.named_modules() if path]
     for name in names:
@@ -245,12 +226,7 @@ def feature_distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) 
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """What a teacher says of some examples.
-
-    Attributes:
-        outputs: Its outputs; None where only features count.
-        features: What its modules put out, by name.
-    """
+    """A teacher's outputs for some examples, None if only features count, and its features."""
 
     outputs: Tensor | None
     features: Mapping[str, Tensor] = field(default_factory=dict)
@@ -261,8 +237,7 @@ class Teacher:
     """A network whose outputs the one in training learns to give; never trained itself.
 
     Attributes:
-        known: What it says of every training example, (examples, ...), where that was computed once
-            for all; the network itself is not asked then.
+        known: Its outputs for every training example, (examples, ...), if computed beforehand.
     """
 
     model: nn.Module
@@ -272,12 +247,7 @@ class Teacher:
     def forward(
         self, inputs: Tensor, indices: Tensor, draws: int, recipe: Recipe
     ) -> TeacherOutputs:
-        """Says what it makes of some examples.
-
-        Args:
-            inputs: (B, ...) prepared.
-            indices: (B,) which training examples they are.
-        """
+        """Computes its outputs for prepared inputs, (B, ...), of the examples `indices`, (B,)."""
         if self.known is not None:
             return TeacherOutputs(self.known[indices.to(self.known.device)].to(inputs.device))
         self.model.eval()
@@ -292,7 +262,7 @@ class Teacher:
     def distilled_loss(
         self, loss: Tensor, outputs: Tensor, features: Mapping[str, Tensor], lesson: TeacherOutputs
     ) -> Tensor:
-        """Adds to a loss how far outputs and features are from what was taught."""
+        """Adds the distance of outputs and features from the teacher's to a loss."""
         if lesson.outputs is not None:
             weight = self.config.weight
             imitation = distillation_loss(outputs, lesson.outputs, self.config.temperature)

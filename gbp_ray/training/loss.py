@@ -1,8 +1,8 @@
-"""What a part of a batch is trained towards: the workload's own loss, and a teacher's outputs.
+"""The loss of a part of a batch: the workload's own, a teacher's outputs, adversarial examples.
 
-With `adversarial`, adversarial examples of the part take the place of `weight` of its loss; they
-are made against the network as it is, by the loss without the teacher. A teacher sees the clean
-examples alone: what it says of them is what is right for the changed ones, too.
+With `adversarial`, adversarial examples take `weight` of the part's loss; they are made against the
+network as it is, by the loss without the teacher. A teacher sees only the clean examples: its
+outputs for them are right for the changed ones, too.
 """
 
 from __future__ import annotations
@@ -46,13 +46,12 @@ def training_loss(
     *,
     emphasis: float = 1.0,
 ) -> Tensor:
-    """Computes the mean loss of a part of a batch, as its recipe and its teacher shape it.
+    """Computes the mean loss of a part of a batch under a recipe and a teacher.
 
     Args:
         indices: (B,) the examples.
-        draws: Seeds all that is drawn for the part.
-        emphasis: Of its labels' loss, from `item_counts.emphases_of`; what a teacher says counts by
-            example.
+        draws: Seeds all draws of the part.
+        emphasis: Weight of the labels' loss, from `emphases_of`; a teacher's counts by example.
     """
     inputs, targets = take_batch(
         workload, workload.train, indices, device=device, augment_seed=draws
@@ -108,14 +107,10 @@ def training_loss(
 
 
 def check_loss(recipe: Recipe, section: str, workload: Workload, inputs: Tensor) -> None:
-    """Refuse a recipe whose objective the workload does not allow.
+    """Raises ConfigError for label smoothing and mixing that loss and inputs do not allow.
 
     Args:
         inputs: (1, ...) prepared for the network.
-
-    Raises:
-        ConfigError: Smoothed labels of a loss that takes none; or mixed inputs that are not numbers
-            between which others lie, or no images.
     """
     if recipe.label_smoothing > 0 and workload.loss is not functional.cross_entropy:
         raise ConfigError(
@@ -136,12 +131,12 @@ def check_loss(recipe: Recipe, section: str, workload: Workload, inputs: Tensor)
 
 @dataclass(frozen=True)
 class Mix:
-    """How the examples of a part are mixed.
+    """The mixed examples of a part.
 
     Attributes:
         inputs: (B, ...) the mixed examples.
-        share: What each example keeps of itself, in [0, 1].
-        partners: (B,) which example of the part each one is mixed with.
+        share: Weight of each example in its mix, in [0, 1].
+        partners: (B,) position of the example that each one is mixed with.
     """
 
     inputs: Tensor
@@ -154,12 +149,7 @@ class Mix:
 
 
 def draw_mix(recipe: Recipe, inputs: Tensor, draws: int) -> Mix | None:
-    """Mixes a part as its recipe says; None where the recipe mixes nothing.
-
-    Args:
-        inputs: (B, ...) prepared examples; (B, channels, H, W) for CutMix.
-        draws: Seed of the part.
-    """
+    """Mixes prepared examples under the seed `draws`; returns None if the recipe mixes nothing."""
     if recipe.mixup == 0 and recipe.cutmix == 0:
         return None
     with seeded(derive_seed(draws, "mix")):
@@ -188,24 +178,18 @@ def _cut(images: Tensor, share: float, partners: Tensor) -> Mix:
 
 
 def counts_of(workload: Workload, indices: Tensor, ranks: Ranks) -> Tensor | None:
-    """Counts the items of training examples. Communicates, the same on all ranks.
+    """Counts the items of training examples; None if all have the same number. Communicates.
 
     Args:
         indices: (n,) positions in the training split.
 
     Returns:
-        (n,) float64 on the CPU; None where each example counts alike, whatever it counts.
-
-    Raises:
-        WorkloadError: As `means.count_items`; on every rank.
+        (n,) float64 on the CPU, the same on all ranks.
     """
     # By the number of ranks: all of a group must have met the same examples.
     if (known := workload.known_counts.get(ranks.world_size)) is None:
-        size = (
-            num_examples(workload.train)
-            if ranks.run_collectively(lambda: _may_differ(workload))
-            else 0
-        )
+        may_differ = ranks.run_collectively(lambda: _may_differ(workload))
+        size = num_examples(workload.train) if may_differ else 0
         known = torch.full((size,), torch.nan, dtype=torch.float64)
         workload.known_counts[ranks.world_size] = known
     if not len(known):
@@ -223,17 +207,11 @@ def counts_of(workload: Workload, indices: Tensor, ranks: Ranks) -> Tensor | Non
 def emphases_of(
     workload: Workload, batch: Tensor, parts: list[Tensor] | tuple[Tensor, ...], ranks: Ranks
 ) -> list[float]:
-    """Computes how much more each part weighs in a batch's loss than its examples do.
-
-    Communicates as `counts_of`.
+    """Computes each part's share of a batch's items over its share of the examples. Communicates.
 
     Args:
         batch: (B,) the examples of a step.
         parts: The same, cut.
-
-    Returns:
-        For each part its share of the items over its share of the examples; 1 where all count
-        alike, 0 for a part without items.
     """
     counts = counts_of(workload, batch, ranks)
     total = 0.0 if counts is None else counts.sum().item()

@@ -1,14 +1,14 @@
-"""What a network and its data do beside computing: found before training, refused or warned of.
+"""Side effects of networks and data, found before training: refused or warned of.
 
-Items are read twice under one seed, and the network passes over a few examples, as in training and
-as in evaluation. What differs, or is written where nobody keeps it, would make a run that is done
-again, resumed or spread over other workers end in other bits.
+Items are read twice under one seed, and a few examples pass through the network in eval and in
+training mode. Differences, and values written where nothing stores them, would make a repeated or
+resumed run, or one on other workers, end in other bits.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -21,32 +21,30 @@ from gbp_ray.distributed.ranks import Ranks, buffer_slots, checksum, isolated
 from gbp_ray.errors import ConfigError, WorkloadError, in_one_line, name_some
 from gbp_ray.training.buffers import TrainedBuffers
 from gbp_ray.workloads.checks import Checked, find_unreached
-from gbp_ray.workloads.contract import Workload, in_mode, num_examples
-from gbp_ray.workloads.data import take_batch
+from gbp_ray.workloads.contract import Workload, in_mode
+from gbp_ray.workloads.data import compare_readings, is_alike
 
 __all__ = [
     "Watch",
-    "check_evaluated",
     "check_readings",
     "check_training_passes",
 ]
 
-_NUM_ITEMS = 8
-
 
 def check_readings(workload: Workload) -> bool:
-    """Read items of each split twice under one seed; where they differ, warn and return False."""
+    """Reads items of each split twice under one seed; warns, and returns False, if they differ."""
+    raw = replace(workload, prepare=None, augment=None)
     items: list[str] = []
     made: list[str] = []
     for split in ("train", "test", "validation"):
-        data = getattr(workload, split)
-        if data is None:
+        if (data := getattr(workload, split)) is None:
             continue
-        raw = replace(workload, prepare=None, augment=None)
         seed = 0 if split == "train" else None
-        if not isinstance(data, tuple) and not _is_read_alike(raw, split, seed):
+        if not isinstance(data, tuple) and not all(compare_readings(raw, data, seed, seed)):
             items.append(f"workload.{split}")
-        elif (workload.prepare or workload.augment) and not _is_read_alike(workload, split, seed):
+        elif (workload.prepare or workload.augment) and not all(
+            compare_readings(workload, data, seed, seed)
+        ):
             made.append(f"workload.{split}")
     prepared = "what workload.augment or workload.prepare makes of"
     for what, splits in (("items of", items), (prepared, made)):
@@ -60,21 +58,8 @@ def check_readings(workload: Workload) -> bool:
     return not items and not made
 
 
-def _is_read_alike(workload: Workload, split: str, seed: int | None) -> bool:
-    data = getattr(workload, split)
-    indices = torch.arange(min(_NUM_ITEMS, num_examples(data)))
-    one, other = (take_batch(workload, data, indices, augment_seed=seed) for _ in range(2))
-    return all(_is_same(a, b) for a, b in zip(one, other, strict=True))
-
-
-def _is_same(one: object, other: object) -> bool:
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return True
-    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
-
-
 class Watch:
-    """A network as it was, to find what passes have written since."""
+    """Remembers a network, to find the values that passes have written since."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -86,18 +71,12 @@ class Watch:
         self._replaced: set[str] = set()
 
     def parameters(self) -> list[str]:
-        """Names the parameters that have other values now."""
+        """Names the parameters whose values have changed."""
         named = self._model.named_parameters()
         return [name for name, p in named if checksum(p) != self._sums.get(name)]
 
     def check_shapes(self) -> None:
-        """Refuses layers that were made since, and buffers that have other shapes now.
-
-        Warns of buffers that were put aside.
-
-        Raises:
-            WorkloadError: Naming the first.
-        """
+        """Raises WorkloadError for new layers and reshaped buffers; warns of replaced buffers."""
         if made := [n for n, _ in self._model.named_parameters() if n not in self._sums]:
             raise WorkloadError(
                 f"workload.build_model: a forward pass makes {_listed('parameter', made)}, which "
@@ -121,7 +100,7 @@ class Watch:
                 )
 
     def warn_of_attributes(self) -> None:
-        """Warns of numbers that are kept as plain attributes, and changed."""
+        """Warns of plain attributes, as counters are, that have changed."""
         before, self._numbers = self._numbers, dict(_numbers(self._model))
         changed = [n for n, value in before.items() if self._numbers.get(n, value) != value]
         if changed and not self._has_warned:
@@ -132,6 +111,17 @@ class Watch:
                 "itself; register what the network computes with as a buffer",
                 stacklevel=3,
             )
+
+    def check_evaluated(self) -> None:
+        """Raises WorkloadError if passes in eval mode have set a parameter or reshaped a buffer."""
+        self.check_shapes()
+        if changed := self.parameters():
+            raise WorkloadError(
+                "workload.build_model: a forward pass in eval mode sets "
+                f"{_listed('parameter', changed)}; set it in build_model, or only while "
+                "self.training"
+            )
+        self.warn_of_attributes()
 
 
 def _numbers(model: nn.Module) -> Iterable[tuple[str, float]]:
@@ -146,25 +136,13 @@ def _listed(kind: str, names: list[str]) -> str:
     return f"{kind}{'s' if len(names) > 1 else ''} {shown}"
 
 
-def check_evaluated(watch: Watch) -> None:
-    """Refuses a network that passes in eval mode have changed.
-
-    Raises:
-        WorkloadError: Naming a parameter, or a buffer of another shape.
-    """
-    watch.check_shapes()
-    if changed := watch.parameters():
-        raise WorkloadError(
-            "workload.build_model: a forward pass in eval mode sets "
-            f"{_listed('parameter', changed)}; set it in build_model, or only while self.training"
-        )
-    watch.warn_of_attributes()
-
-
-def check_training_passes(job: JobConfig, checked: Checked, watch: Watch) -> tuple[str, ...]:
-    """Pass over the first batch in training mode; leave buffers as they were.
+def check_training_passes(
+    job: JobConfig, recipes: Mapping[str, Recipe], checked: Checked, watch: Watch
+) -> tuple[str, ...]:
+    """Passes the first batch in training mode, and leaves buffers as they were.
 
     Args:
+        recipes: Of the sections that train.
         watch: Of the network as it was built.
 
     Returns:
@@ -175,69 +153,60 @@ def check_training_passes(job: JobConfig, checked: Checked, watch: Watch) -> tup
         WorkloadError: A pass fails, or changes the shape of a buffer.
     """
     workload, model, (inputs, targets) = checked.workload, checked.model, checked.first_batch
-    recipes = {name: getattr(job, name) for name in ("pretrain", "finetune")}
-    recipes = {name: recipe for name, recipe in recipes.items() if recipe.epochs > 0}
     with in_mode(model, is_training=True):
         # One example has no variance over a batch.
         if not recipes or len(inputs) < 2:
             with isolated(model, 0):
                 return find_unreached(model, lambda: workload.loss(model(inputs), targets))
-        outputs, unreached, changed = _pass(checked, watch, is_first=True)
+        with isolated(model, 0):
+            outputs, loss, changed = _pass(checked, watch)
+            _warn_of_outside_parameters(model, loss)
+            unreached = find_unreached(model, lambda: loss)
         if written := watch.parameters():
-            _refuse_parts(job, recipes, written)
-        again, *_ = _pass(checked, watch)
-        if not _is_same(outputs, again) and not written:
+            _check_parts(job, recipes, written)
+        with isolated(model, 0):
+            again, *_ = _pass(checked, watch)
+        if not is_alike(outputs, again) and not written:
             warnings.warn(
                 "outputs of the network differ from one pass to the next under one seed; draw from "
                 "the global generators of torch, NumPy or random, which are seeded",
                 stacklevel=2,
             )
+        saved = model.state_dict().keys()
+        if unsaved := [name for name in changed if name not in saved]:
+            warnings.warn(
+                f"workload.build_model: training changes {_listed('buffer', unsaved)}, not saved "
+                "(persistent=False), so a resumed run begins with it as it was built",
+                stacklevel=2,
+            )
         if changed:
-            _warn_of_unsaved(model, changed)
             _warn_of_parts(recipes, model, inputs, changed)
     return unreached
 
 
-def _pass(
-    checked: Checked, watch: Watch, *, is_first: bool = False
-) -> tuple[object, tuple[str, ...], list[str]]:
-    """Return outputs, unreached parameters, and changed buffers other than those of norms."""
-    workload, model, (inputs, targets) = checked.workload, checked.model, checked.first_batch
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with isolated(model, 0):
-        try:
-            outputs = model(inputs)
-            loss = workload.loss(outputs, targets)
-        except Exception as error:
-            raise WorkloadError(
-                f"workload.train: {len(inputs)} examples in training mode failed with "
-                f"{in_one_line(error)}"
-            ) from error
-        watch.check_shapes()
-        watch.warn_of_attributes()
-        now = dict(model.named_buffers())
-        of_norms = {
-            name
-            for path, module in model.named_modules()
-            if isinstance(module, _NormBase)
-            for name in (f"{path}.{own}".lstrip(".") for own in module._buffers)
-        }
-        changed = [
-            name
-            for name, value in before.items()
-            if name not in of_norms and name in now and not _is_same(value, now[name])
-        ]
-        if not is_first:
-            return outputs, (), changed
-        _warn_of_outside_parameters(model, loss)
-        return outputs, find_unreached(model, lambda: loss), changed
+def _pass(checked: Checked, watch: Watch) -> tuple[object, Tensor, list[str]]:
+    """Returns outputs, their loss, and the names of changed buffers, except those of norms."""
+    model, (inputs, targets) = checked.model, checked.first_batch
+    norms = (module for module in model.modules() if isinstance(module, _NormBase))
+    of_norms = {id(buffer) for norm in norms for buffer in norm._buffers.values()}
+    before = {n: b.clone() for n, b in model.named_buffers() if id(b) not in of_norms}
+    try:
+        outputs = model(inputs)
+        loss = checked.workload.loss(outputs, targets)
+    except Exception as error:
+        raise WorkloadError(
+            f"workload.train: {len(inputs)} examples in training mode failed with "
+            f"{in_one_line(error)}"
+        ) from error
+    watch.check_shapes()
+    watch.warn_of_attributes()
+    now = dict(model.named_buffers())
+    changed = [n for n, value in before.items() if n in now and not is_alike(value, now[n])]
+    return outputs, loss, changed
 
 
 def _warn_of_outside_parameters(model: nn.Module, loss: Tensor) -> None:
-    """Warns of parameters that the loss depends on and the network does not list.
-
-    Such are a loss's own, and those of layers in a plain list.
-    """
+    """Warns of parameters that the network does not list: a loss's own, layers in a plain list."""
     own = {id(parameter) for parameter in model.parameters()}
     nodes, seen, shapes = [loss.grad_fn], set(), []
     while nodes:
@@ -259,7 +228,7 @@ def _warn_of_outside_parameters(model: nn.Module, loss: Tensor) -> None:
         )
 
 
-def _refuse_parts(job: JobConfig, recipes: dict[str, Recipe], written: list[str]) -> None:
+def _check_parts(job: JobConfig, recipes: Mapping[str, Recipe], written: list[str]) -> None:
     section, recipe = max(recipes.items(), key=lambda item: item[1].microbatches)
     where = f"{section}.microbatches = {recipe.microbatches}"
     if recipe.microbatches == 1:
@@ -273,36 +242,25 @@ def _refuse_parts(job: JobConfig, recipes: dict[str, Recipe], written: list[str]
     )
 
 
-def _warn_of_unsaved(model: nn.Module, changed: list[str]) -> None:
-    saved = model.state_dict().keys()
-    if unsaved := [name for name in changed if name not in saved]:
-        warnings.warn(
-            f"workload.build_model: training changes {_listed('buffer', unsaved)}, not saved "
-            "(persistent=False), so a resumed run begins with it as it was built",
-            stacklevel=3,
-        )
-
-
 def _warn_of_parts(
-    recipes: dict[str, Recipe], model: nn.Module, inputs: Tensor, changed: list[str]
+    recipes: Mapping[str, Recipe], model: nn.Module, inputs: Tensor, changed: list[str]
 ) -> None:
-    """Warns of buffers that a step of several parts leaves otherwise than one pass would."""
+    """Warns of buffers whose values after a step depend on the number of microbatches."""
     for section, recipe in recipes.items():
         if recipe.microbatches == 1:
             continue
         # Parts of one example count examples as they count parts.
         size = 1 if recipe.batch_size // recipe.microbatches == 1 else len(inputs) // 2
         one, other = inputs[:size], inputs[size : 2 * size]
-        differing: list[str] = []
+        differing: dict[str, None] = {}
         # In both orders: the last part may happen to hold what counts.
         for parts in ([one, other], [other, one]):
             whole, joined = _after_step(model, [torch.cat(parts)]), _after_step(model, parts)
-            differing += [n for n in changed if not _is_close(whole[n], joined[n])]
-        differing = list(dict.fromkeys(differing))
+            differing |= {n: None for n in changed if not _is_close(whole[n], joined[n])}
         if differing:
             warnings.warn(
                 f"{section}.microbatches = {recipe.microbatches}: after a step of several parts "
-                f"{_listed('buffer', differing)} will not hold what one pass over the whole "
+                f"{_listed('buffer', list(differing))} will not hold what one pass over the whole "
                 "batch would leave; set microbatches to 1 where that matters",
                 stacklevel=4,
             )

@@ -1,4 +1,4 @@
-"""Refuse data, losses and metrics that no job can use, and name the example that is to blame."""
+"""Refuses data, losses and metrics that no job can use, and names the example at fault."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gbp_ray.errors import GbpError, WorkloadError, in_one_line
-from gbp_ray.workloads.contract import Workload, count_top1, in_mode, num_examples
+from gbp_ray.workloads.contract import Workload, count_rows, count_top1, in_mode, num_examples
 from gbp_ray.workloads.data import kind_of, take_batch
 from gbp_ray.workloads.metrics import check_share, count_items, count_right, cross_entropy_options
 
@@ -32,12 +32,12 @@ _NUM_MADE_UP = 3
 
 @dataclass(frozen=True, eq=False)
 class Checked:
-    """A workload that can be used, and the one pass of its network that showed it.
+    """A workload that can be used, and the pass of its network that showed it.
 
     Attributes:
         model: The network, as it was built.
         first_batch: (inputs, targets) of training examples from all over the split, augmented.
-        outputs: What the network makes of them in eval mode, without a graph.
+        outputs: Of the network in eval mode, without a graph.
         unreached: Names of the parameters that their loss does not depend on.
     """
 
@@ -49,19 +49,15 @@ class Checked:
 
 
 def check_workload(workload: Workload, model: nn.Module, batch_size: int) -> Checked:
-    """Refuse data that no job can use, before anything is trained.
+    """Passes one batch of each split through the network, and refuses what no job can use.
 
-    One batch of each split goes through the model, so a wrong shape shows here and not an hour
-    later. Labels are checked as far as they can be seen without reading the data: all of a tuple's,
-    one batch of a data set's.
+    Labels are checked as far as that needs no reading: all of a tuple's, one batch of a data set's.
 
     Raises:
         WorkloadError: A split is empty, labels are out of range, or the model, the loss or the
             metric does not accept a batch.
     """
-    splits = ["train", "test"]
-    if workload.validation is not None:
-        splits.append("validation")
+    splits = ["train", "test", *(["validation"] if workload.validation is not None else [])]
     for split in splits:
         _check_size(split, getattr(workload, split))
     with in_mode(model, is_training=False):
@@ -72,13 +68,8 @@ def check_workload(workload: Workload, model: nn.Module, batch_size: int) -> Che
 def _check_size(split: str, data: Any) -> None:
     if isinstance(data, tuple) and len(data) != 2:
         raise WorkloadError(f"workload.{split}: a tuple must be (inputs, targets), not {len(data)}")
-    try:
-        sizes = [len(column) for column in data] if isinstance(data, tuple) else [len(data)]
-    except TypeError as error:
-        raise WorkloadError(
-            f"workload.{split}: its examples cannot be counted ({in_one_line(error)}); give "
-            "(inputs, targets) or a map-style dataset"
-        ) from error
+    columns = data if isinstance(data, tuple) else (data,)
+    sizes = [count_rows(column, f"workload.{split}: its examples") for column in columns]
     if len(set(sizes)) > 1:
         raise WorkloadError(f"workload.{split}: has {sizes[0]} inputs but {sizes[1]} targets")
     if sizes[0] == 0:
@@ -91,8 +82,7 @@ def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: i
     indices = torch.arange(min(batch_size, total))
     if is_train:
         # Labels may lie in order, and a mean over one example shows nothing.
-        size = min(max(batch_size, 2), total)
-        indices = torch.linspace(0, total - 1, size).long()
+        indices = torch.linspace(0, total - 1, min(max(batch_size, 2), total)).long()
     inputs: Any = None
     outputs: Any = None
     try:
@@ -104,10 +94,8 @@ def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: i
             outputs = model(inputs) if graph is None else graph.detach()
             _check_labels(workload, split, outputs, targets)
             loss = _checked_loss(workload, outputs, targets)
-            right, asked = count_right(workload, split, outputs, targets)
-            check_share(split, int(right), int(asked), _shapes(outputs, targets))
-            _check_perfect(workload, split, outputs, targets)
-            if is_train:
+            _check_right(workload, split, outputs, targets)
+            if is_train and total > 1:
                 _check_means(workload, model, inputs, outputs, targets)
     except GbpError:
         raise
@@ -130,7 +118,7 @@ def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: i
 
 
 def _pass_with_graph(model: nn.Module, inputs: Tensor) -> Tensor | None:
-    """Return outputs to differentiate; None where they are no tensor, or only evaluation works."""
+    """Returns outputs to differentiate; None where they are no tensor, or only evaluation works."""
     with suppress(Exception), torch.enable_grad():
         outputs = model(inputs)
         return outputs if isinstance(outputs, Tensor) else None
@@ -138,7 +126,7 @@ def _pass_with_graph(model: nn.Module, inputs: Tensor) -> Tensor | None:
 
 
 def find_unreached(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[str, ...]:
-    """Name the parameters that a loss does not depend on; frozen ones are passed over."""
+    """Names the trainable parameters that a loss does not depend on."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     # What fails here fails in training too, which says why.
     with suppress(Exception), torch.enable_grad():
@@ -177,8 +165,11 @@ def _checked_loss(workload: Workload, outputs: Any, targets: Tensor) -> Any:
         ) from error
 
 
-def _check_perfect(workload: Workload, split: str, outputs: Any, targets: Tensor) -> None:
-    """Refuses an own count that would count more than the examples, were all answers right."""
+def _check_right(workload: Workload, split: str, outputs: Any, targets: Tensor) -> None:
+    """Refuses a count of right answers that is above the number of examples, or may become so."""
+    shapes = _shapes(outputs, targets)
+    right, asked = count_right(workload, split, outputs, targets)
+    check_share(split, int(right), int(asked), shapes)
     if (
         workload.count_correct is count_top1
         or not isinstance(outputs, Tensor)
@@ -188,40 +179,42 @@ def _check_perfect(workload: Workload, split: str, outputs: Any, targets: Tensor
     ):
         return
     labels = targets.long().clamp(0, outputs.shape[1] - 1).unsqueeze(1)
-    answers = torch.zeros_like(outputs).scatter_(1, labels, 1)
+    perfect = torch.zeros_like(outputs).scatter_(1, labels, 1)
     try:
-        right, asked = count_right(workload, split, answers, targets)
+        right, asked = count_right(workload, split, perfect, targets)
     except Exception:  # noqa: BLE001 - it may want other outputs than these
         return
-    check_share(split, int(right), int(asked), _shapes(outputs, targets))
+    check_share(split, int(right), int(asked), shapes)
 
 
 def _check_means(
     workload: Workload, model: nn.Module, inputs: Tensor, outputs: Any, targets: Tensor
 ) -> None:
-    """Refuse a loss that is no mean over its items, and an own count that is no sum.
+    """Refuses a loss that is no mean over its items, and an own count that is no sum.
 
     Both are compared with those of two halves of the batch and, where they can be made up, once
     more with labels of all classes, and with outputs that differ more than those of an untrained
     network do.
     """
-    if (size := len(targets)) < 2:
-        return
+    size = len(targets)
     halves = (slice(0, size // 2), slice(size // 2, size))
-    if isinstance(outputs, Tensor):
-        parts = [outputs[half] for half in halves]
-    else:
-        parts = [model(inputs[half]) for half in halves]
-    _check_halves(workload, outputs, parts, targets, halves)
-    has_labels = targets.ndim == 1 and not targets.is_floating_point()
-    if has_labels and isinstance(outputs, Tensor) and outputs.ndim == 2:
-        made_up = (torch.arange(size) % outputs.shape[1]).to(targets)
-        _check_halves(workload, outputs, parts, made_up, halves)
-    if isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.ndim:
+
+    def check(outputs: Any, targets: Tensor) -> None:
+        if isinstance(outputs, Tensor):
+            parts = [outputs[half] for half in halves]
+        else:
+            parts = [model(inputs[half]) for half in halves]
+        _check_halves(workload, outputs, parts, targets, halves)
+
+    check(outputs, targets)
+    if not isinstance(outputs, Tensor):
+        return
+    if targets.ndim == 1 and not targets.is_floating_point() and outputs.ndim == 2:
+        check(outputs, (torch.arange(size) % outputs.shape[1]).to(targets))
+    if outputs.is_floating_point() and outputs.ndim:
         for number in range(_NUM_MADE_UP):
-            unlike = _made_up_outputs(outputs, number)
             try:
-                _check_halves(workload, unlike, [unlike[half] for half in halves], targets, halves)
+                check(_made_up_outputs(outputs, number), targets)
             except GbpError:
                 raise
             except Exception:  # noqa: BLE001 - it may want other outputs than these
@@ -335,13 +328,10 @@ def _are_out_of_range(workload: Workload, labels: Any, outputs: Tensor) -> Any:
 def check_labels(
     workload: Workload, split: str, indices: Tensor, outputs: Tensor, targets: Tensor
 ) -> None:
-    """Refuses labels of a batch that no output stands for.
+    """Raises WorkloadError for the first label of a batch that no output stands for.
 
-    Checks only data sets, whose labels nobody has seen as a whole; `check_workload` has seen those
-    of tuples. On a GPU the loss itself would say nothing and leave the device unusable.
-
-    Raises:
-        WorkloadError: Naming the split and the first such example.
+    Checks only data sets: `check_workload` has seen all labels of tuples. On a GPU the loss itself
+    would say nothing and leave the device unusable.
     """
     is_tuple = isinstance(getattr(workload, split), tuple)
     if is_tuple or not _is_classifier(workload, outputs, targets):
@@ -359,11 +349,7 @@ def check_labels(
 
 
 def check_finite(workload: Workload, split: str, indices: Tensor) -> None:
-    """Looks for NaN and infinity in a batch whose loss is not finite.
-
-    Raises:
-        WorkloadError: Naming the split and the first example that holds one.
-    """
+    """Raises WorkloadError for the first example of a batch that holds NaN or infinity."""
     columns = take_batch(workload, getattr(workload, split), indices)
     for what, column in zip(("input", "target"), columns, strict=True):
         bad = (~torch.isfinite(column)).reshape(len(indices), -1).any(dim=1).nonzero()
@@ -379,11 +365,7 @@ def check_finite(workload: Workload, split: str, indices: Tensor) -> None:
 def blaming_labels(
     workload: Workload, model: nn.Module, split: str, indices: Tensor
 ) -> Iterator[None]:
-    """Names the example whose target the loss refuses, when that is why the block fails.
-
-    Raises:
-        WorkloadError: Naming the split, the example and what the loss said.
-    """
+    """Raises WorkloadError naming the target that the loss refuses, if that fails the block."""
     try:
         yield
     except GbpError:

@@ -1,7 +1,4 @@
-"""What stands for the darkest and the brightest in the inputs of a network.
-
-A workload says it once; attacks stay inside, and encodings measure intensities by it.
-"""
+"""The contract of a workload: a network, its data, its loss and metric, and its inputs' range."""
 
 from __future__ import annotations
 
@@ -26,6 +23,7 @@ __all__ = [
     "Workload",
     "bounds_of_inputs",
     "check_range",
+    "count_rows",
     "count_top1",
     "in_mode",
     "judged_split",
@@ -44,19 +42,15 @@ InputRange = tuple[float | Sequence[float], float | Sequence[float]]
 def bounds_of_inputs(
     input_range: InputRange | None, inputs: Tensor, key: str
 ) -> tuple[Tensor, Tensor]:
-    """Gives what stands for the darkest and the brightest intensity in prepared inputs.
+    """Returns the values of the darkest and the brightest intensity, shaped to spread over inputs.
 
     Args:
-        input_range: Of the workload.
         inputs: (B, ...) a prepared batch.
-        key: Dotted name of the option that needs to know, for messages.
-
-    Returns:
-        (low, high), each shaped to spread over `inputs`.
+        key: Dotted name of the option that needs the range, for messages.
 
     Raises:
-        ConfigError: The workload does not say, or its inputs are not floating point.
-        WorkloadError: It says something else than a range of these inputs.
+        ConfigError: The workload names no range, or its inputs are not floating point.
+        WorkloadError: The range does not fit the inputs.
     """
     if input_range is None or not inputs.is_floating_point():
         raise ConfigError(
@@ -78,11 +72,7 @@ def bounds_of_inputs(
 
 
 def check_range(inputs: Tensor, low: Tensor, high: Tensor) -> None:
-    """Refuses inputs outside of what `bounds_of_inputs` gave for them.
-
-    Raises:
-        WorkloadError: Some are, by more than rounding; or the range is empty.
-    """
+    """Raises WorkloadError for inputs outside their bounds by more than rounding, or no range."""
     slack = 1e-3 * (high - low)
     is_outside = (inputs < low - slack) | (inputs > high + slack)
     if bool((low >= high).any()) or bool(is_outside.any()):
@@ -131,7 +121,7 @@ class Workload:
             (B, ...) labels: where positions are labelled, accuracy is their share, without those
             that the loss ignores.
         prepare: `inputs -> inputs` for every batch, such as scaling bytes to normalised floats.
-        augment: `inputs -> inputs` for training batches alone, before `prepare`; draws from the
+        augment: `inputs -> inputs` for training batches only, before `prepare`; draws from the
             global generators of torch, NumPy or `random`, which are seeded for each part of each
             batch. They are seeded for each item of a data set, too, and for each pass.
         input_range: What `prepare` makes of the darkest and of the brightest intensity, each a
@@ -160,7 +150,7 @@ class Workload:
 
     @cached_property
     def known_counts(self) -> dict[int, Tensor]:
-        """What `pruning.item_counts` knows of training examples, by the number of ranks."""
+        """Items of training examples that `training.loss` has counted, by the number of ranks."""
         return {}
 
     def __repr__(self) -> str:
@@ -188,15 +178,16 @@ def in_mode(model: nn.Module, *, is_training: bool) -> Iterator[None]:
 
 
 def num_examples(data: Any) -> int:
-    """Counts the examples of a split.
+    """Counts the examples of a split; raises WorkloadError if it has no length."""
+    return count_rows(data[0] if isinstance(data, tuple) else data, "workload: examples")
 
-    Raises:
-        WorkloadError: It has no length.
-    """
+
+def count_rows(data: Any, what: str) -> int:
+    """Counts the rows of a column or data set; raises WorkloadError if it has no length."""
     try:
-        return len(data[0]) if isinstance(data, tuple) else len(data)
+        return len(data)
     except TypeError as error:
         raise WorkloadError(
-            f"workload: examples cannot be counted ({in_one_line(error)}); give (inputs, targets) "
-            "or a map-style data set"
+            f"{what} cannot be counted ({in_one_line(error)}); give (inputs, targets) or a "
+            "map-style dataset"
         ) from error

@@ -1,4 +1,4 @@
-"""Reads examples of a split one by one or as rows, and names the one that cannot be used."""
+"""Batches of examples: read by index, under seeds, and each fault named by its example."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from gbp_ray.errors import GbpError, WorkloadError, in_one_line
-from gbp_ray.workloads.contract import Portion, Workload
+from gbp_ray.workloads.contract import Portion, Workload, num_examples
 
 __all__ = [
     "collate",
+    "compare_readings",
     "cut_batches",
     "derive_seed",
     "first_example",
+    "is_alike",
     "kind_of",
     "plant_seed",
     "read_item",
@@ -30,6 +32,7 @@ __all__ = [
     "take_rows",
 ]
 
+_NUM_COMPARED = 8
 _MAY_PASS = (MemoryError, ConnectionError, TimeoutError)
 """Failures that another attempt may not meet; all others are taken to come again."""
 
@@ -46,14 +49,7 @@ def kind_of(value: object) -> str:
 
 
 def read_item(data: Any, index: int, split: str) -> Sequence[Any]:
-    """Reads one item of a data set.
-
-    Returns:
-        The input and the target.
-
-    Raises:
-        WorkloadError: The data set fails, or the item is not a pair of tensors or numbers.
-    """
+    """Reads (input, target); raises WorkloadError if the data set fails, or gives no such pair."""
     where = f"workload.{split}: example {index}"
     try:
         item = data[index]
@@ -81,37 +77,25 @@ def read_item(data: Any, index: int, split: str) -> Sequence[Any]:
 
 
 def collate(items: Sequence[Sequence[Any]], indices: Sequence[int], split: str) -> list[Tensor]:
-    """Puts items together.
-
-    Args:
-        items: From `read_item`.
-        indices: Of the items.
-
-    Returns:
-        Inputs (B, ...) and targets (B, ...).
+    """Joins items of `read_item` into inputs and targets, (B, ...) each.
 
     Raises:
         WorkloadError: Shapes or dtypes differ, naming two examples.
     """
     for what, column in zip(("input", "target"), zip(*items, strict=True), strict=True):
-        kinds = [_shape_and_dtype(value) for value in column]
+        kinds = [_describe(value) for value in column]
         for index, kind in zip(indices, kinds, strict=True):
             if kind != kinds[0]:
                 raise WorkloadError(
                     f"workload.{split}: the {what}s of examples {indices[0]} and {index} cannot be "
-                    f"put into one batch: {_words(kinds[0])} and {_words(kind)}; give all one "
-                    "shape and one dtype"
+                    f"put into one batch: {kinds[0]} and {kind}; give all one shape and one dtype"
                 )
     columns: list[Tensor] = default_collate(list(items))
     return columns
 
 
 def take_rows(column: Any, indices: Tensor, split: str) -> Tensor:
-    """Takes rows of a column of a pair of tensors or arrays.
-
-    Raises:
-        WorkloadError: It is no tensor and no array of numbers.
-    """
+    """Takes rows of a tensor or an array of numbers; raises WorkloadError for anything else."""
     if isinstance(column, Tensor):
         return column[indices]
     dtype = getattr(column, "dtype", None)
@@ -135,15 +119,11 @@ def _is_numeric(value: object) -> bool:
     return isinstance(value, Tensor | bool | int | float)
 
 
-def _shape_and_dtype(value: Any) -> tuple[tuple[int, ...], str]:
-    if isinstance(value, Tensor | np.ndarray | np.generic):
-        return tuple(value.shape), str(value.dtype).removeprefix("torch.")
-    return (), {bool: "bool", int: "int64"}.get(type(value), "float64")
-
-
-def _words(kind: tuple[tuple[int, ...], str]) -> str:
-    shape, dtype = kind
-    return f"{dtype} of shape {shape}" if shape else dtype
+def _describe(value: Any) -> str:
+    if not isinstance(value, Tensor | np.ndarray | np.generic):
+        return {bool: "bool", int: "int64"}.get(type(value), "float64")
+    dtype = str(value.dtype).removeprefix("torch.")
+    return f"{dtype} of shape {tuple(value.shape)}" if value.ndim else dtype
 
 
 _SPARE: list[np.random.MT19937] = []
@@ -159,8 +139,8 @@ def derive_seed(*parts: object) -> int:
 class seeded:  # noqa: N801 - reads as a statement: with seeded(7): ...
     """Seeds the global generators of torch, NumPy and `random` in a block, and restores them after.
 
-    A normal number that NumPy has drawn ahead is lost. The generators are the process's own, so
-    blocks of several threads at once disturb each other's draws.
+    A normal number that NumPy has drawn ahead is lost. Blocks of several threads at once disturb
+    each other's draws.
     """
 
     def __init__(self, seed: int) -> None:
@@ -215,18 +195,18 @@ def take_batch(
     device: torch.device | None = None,
     augment_seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Fetches examples by index, augments them where a seed is given, and prepares them.
+    """Fetches examples by index, augments them if a seed is given, and prepares them.
 
-    What a data set draws for an item from the global generators of torch, NumPy and `random` is
-    decided by the item's index and `augment_seed`, so an item read without one always looks alike.
+    An item's index and `augment_seed` seed the global generators of torch, NumPy and `random` that
+    its data set draws from, so an item read without `augment_seed` always looks alike.
 
     Args:
         indices: (B,) positions in `data`.
         augment_seed: Seeds `workload.augment`; None leaves augmentation out.
 
     Raises:
-        WorkloadError: An item cannot be read or is not (input, target), items do not fit into one
-            batch, or `augment` or `prepare` fails; naming the split and the examples.
+        WorkloadError: An item cannot be read, items do not fit into one batch, or `augment` or
+            `prepare` fails; naming the split and the examples.
     """
     split = _split_of(workload, data)
     while isinstance(data, Portion):
@@ -254,13 +234,27 @@ def take_batch(
 
 
 def first_example(workload: Workload) -> tuple[Tensor, Tensor]:
-    """Fetch the first training example, not augmented, as a batch of one."""
+    """Fetches the first training example, not augmented, as a batch of one."""
     return take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
+
+
+def compare_readings(workload: Workload, data: Any, *seeds: int | None) -> list[bool]:
+    """Returns whether inputs, and targets, of a few examples are the same under two seeds."""
+    few = torch.arange(min(_NUM_COMPARED, num_examples(data)))
+    one, other = (take_batch(workload, data, few, augment_seed=seed) for seed in seeds)
+    return [is_alike(a, b) for a, b in zip(one, other, strict=True)]
+
+
+def is_alike(one: object, other: object) -> bool:
+    """Returns whether two tensors hold the same values; anything else is not compared."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return True
+    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 @contextmanager
 def _naming(what: str, split: str, indices: Tensor) -> Iterator[None]:
-    """Makes a failure of the workload's own function an error that names it and the examples."""
+    """Turns a failure of the workload's own function into an error that names the examples."""
     try:
         yield
     except (GbpError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):

@@ -1,9 +1,6 @@
-"""The bring-your-own contract: what a model and its data must offer, and who gets which example.
+"""Loading of what a job names as "module:attr": workloads, their networks, and the code in records.
 
-A workload is one small object made by a factory that a job names as "module:attr". Built-in
-workloads come through the same door. Everything that decides which examples form a batch, and which
-random draws go with it, is decided here from global indices and seeds alone: the number of workers
-never enters.
+Built-in workloads come through the same door as a user's own.
 """
 
 from __future__ import annotations
@@ -63,10 +60,10 @@ __all__ = [
 
 
 def load_workload(config: WorkloadConfig, seed: int | None = None) -> Workload:
-    """Calls the factory that a job names, and sets examples aside where the job asks for it.
+    """Calls the factory that a job names, and holds out examples if the job asks for it.
 
     Args:
-        seed: Of the job; decides what the factory draws, and which examples are set aside.
+        seed: Of the job; seeds the factory's draws and the choice of held-out examples.
 
     Raises:
         ConfigError: The factory cannot be found, or does not take these options.
@@ -127,27 +124,17 @@ def load_workload(config: WorkloadConfig, seed: int | None = None) -> Workload:
 
 
 def _encoded(workload: Workload, config: EncodingConfig) -> Workload:
-    """Puts the workload's network behind an encoding, and gives it intensities to take."""
+    """Puts the workload's network behind an encoding, which takes intensities."""
     example, _ = first_example(workload)
     low, high = bounds_of_inputs(workload.input_range, example, "workload.encoding.kind")
     check_range(example, low, high)
     build, prepare = workload.build_model, workload.prepare
     return replace(
         workload,
-        build_model=partial(_build_encoded, build, config, low, high, example),
+        build_model=lambda: encode_network(build(), config, low, high, example),
         prepare=partial(_to_intensities, prepare, low, high),
         input_range=(0.0, 1.0),
     )
-
-
-def _build_encoded(
-    build_model: Callable[[], nn.Module],
-    config: EncodingConfig,
-    low: Tensor,
-    high: Tensor,
-    example: Tensor,
-) -> nn.Module:
-    return encode_network(build_model(), config, low, high, example)
 
 
 def _to_intensities(
@@ -159,10 +146,10 @@ def _to_intensities(
 
 
 def hold_out(workload: Workload, share: float, seed: int) -> Workload:
-    """Sets a share of the training examples aside, for judging rounds by.
+    """Makes a share of the training examples the validation split.
 
     Raises:
-        ConfigError: The workload brings a validation split of its own, or too few examples.
+        ConfigError: The workload has a validation split of its own, or too few examples.
     """
     if workload.validation is not None:
         raise ConfigError(
@@ -187,11 +174,7 @@ def hold_out(workload: Workload, share: float, seed: int) -> Workload:
 
 
 def build_network(workload: Workload) -> nn.Module:
-    """Calls the workload's `build_model`.
-
-    Raises:
-        WorkloadError: It failed, or made something else than a network whose tensors have shapes.
-    """
+    """Calls `build_model`; raises WorkloadError unless it makes a network of separate tensors."""
     try:
         with _staying("workload.build_model"):
             model = workload.build_model()
@@ -220,11 +203,7 @@ def build_network(workload: Workload) -> nn.Module:
 
 
 def import_attribute(path: str, key: str) -> Any:
-    """Resolves "module:attr" named by the config field `key`.
-
-    Raises:
-        ConfigError: The module cannot be imported, or lacks the attribute.
-    """
+    """Resolves "module:attr" named by the config field `key`; raises ConfigError if it cannot."""
     module_name, _, attribute = path.partition(":")
     try:
         # Once in a process, whatever the job's seed.
@@ -252,11 +231,7 @@ def import_attribute(path: str, key: str) -> Any:
 
 @contextmanager
 def _staying(what: str) -> Iterator[None]:
-    """Undoes a change of the working folder, which would move relative paths: the storage's, too.
-
-    Args:
-        what: Names the user's code that the block runs.
-    """
+    """Undoes a change of the working folder by the user's code `what`: it moves relative paths."""
     before = Path.cwd()
     try:
         yield
@@ -271,7 +246,7 @@ def _staying(what: str) -> Iterator[None]:
 
 
 def add_import_paths(folders: Iterable[str]) -> None:
-    """Makes a user's own modules importable by name, as `python script.py` would."""
+    """Makes a user's own modules importable, as `python script.py` would."""
     for folder in folders:
         if folder not in sys.path:
             sys.path.append(folder)
@@ -287,12 +262,7 @@ def add_job_folders(job: JobConfig | str | Path | None) -> list[str]:
 
 
 def find_shadowed_module(path: str, folder: str) -> str | None:
-    """Finds a module in `folder` that the import of "module:attr" passed over.
-
-    Returns:
-        What was imported from where instead; None where the module is the folder's own or not in
-        it.
-    """
+    """Describes the module that was imported in place of one in `folder`; None if there is none."""
     name = path.partition(":")[0].partition(".")[0]
     loaded = getattr(sys.modules.get(name), "__file__", None)
     for candidate in (Path(folder, f"{name}.py"), Path(folder, name, "__init__.py")):

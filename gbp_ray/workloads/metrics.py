@@ -1,4 +1,4 @@
-"""What a loss is a mean over and what accuracy is a share of, so that sums over batches are exact.
+"""The items that a loss is a mean over, and right answers, so that sums over batches are exact.
 
 A loss is a mean over items. Most often each example is one; under class weights it counts as its
 class weighs, and where positions are labelled, as many times as it has labels that are not ignored.
@@ -30,14 +30,11 @@ __all__ = [
 ]
 
 _IGNORED = -100
-"""What torch's losses leave out unless they are told otherwise."""
+"""The label that torch's losses ignore by default."""
 
 
 def cross_entropy_options(loss: Callable[..., Any]) -> dict[str, Any] | None:
-    """Reads the options of torch's cross entropy or NLL loss; None for any other loss.
-
-    Takes the functions, partials of them with keywords, and objects of their classes.
-    """
+    """Reads the options of torch's cross entropy or NLL loss; returns None for any other loss."""
     if type(loss) in (nn.CrossEntropyLoss, nn.NLLLoss):
         names = ("weight", "ignore_index", "reduction")
         return {name: getattr(loss, name) for name in names}
@@ -50,18 +47,16 @@ def cross_entropy_options(loss: Callable[..., Any]) -> dict[str, Any] | None:
 def count_items(workload: Workload, targets: Tensor) -> Tensor | None:
     """Counts the items of each example that the workload's loss is a mean over.
 
-    Args:
-        targets: (B, ...).
-
     Returns:
         (B,) float64, on the targets' device; None where each example is one item.
 
     Raises:
         WorkloadError: The workload's own count is negative or no number.
     """
+    if workload.count is len:
+        return None
     if workload.count is not None:
-        if workload.count is len:
-            return None
+        # One by one: a sum over the batch may round fractions otherwise.
         counts = [_count_own(workload, targets[row : row + 1]) for row in range(len(targets))]
         return torch.tensor(counts, dtype=torch.float64, device=targets.device)
     options = cross_entropy_options(workload.loss)
@@ -101,7 +96,7 @@ def loss_of(workload: Workload, outputs: Any, targets: Tensor) -> Tensor:
 
 
 def zero_loss(outputs: Any) -> Tensor:
-    """Makes a loss of 0 whose gradients are 0, whatever the outputs are."""
+    """Makes a loss of 0 whose gradients are 0, for any outputs."""
     tensors = [t for t in _tensors_in(outputs) if t.is_floating_point()]
     zeros = [t.masked_fill(torch.ones_like(t, dtype=torch.bool), 0).sum() for t in tensors]
     return torch.stack(zeros).sum()
@@ -120,11 +115,9 @@ def _tensors_in(nest: Any) -> Iterator[Tensor]:
 def count_right(
     workload: Workload, split: str, outputs: Any, targets: Tensor
 ) -> tuple[Tensor | int, Tensor | int]:
-    """Counts the right answers of a batch, and what they are a share of.
+    """Counts the right answers of a batch, and the examples, or labels, that they are a share of.
 
-    Returns:
-        The count, not checked against the second (`check_share`), and the number of examples, or
-        under the built-in count where positions are labelled, of labels that are not ignored.
+    `check_share` checks the share, since on a GPU each look at a count waits for it.
 
     Raises:
         WorkloadError: The built-in count does not suit the shapes, or an own count is no integer.
@@ -149,10 +142,7 @@ def count_right(
 def mark_right(
     workload: Workload, split: str, outputs: Any, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Finds which answers are right under the built-in count, and which are asked for.
-
-    Returns:
-        Two masks shaped like the targets; what is ignored is neither.
+    """Marks the targets that the built-in count finds right, and those that are not ignored.
 
     Raises:
         WorkloadError: Targets are no labels of these outputs.
@@ -179,14 +169,7 @@ def mark_right(
 
 
 def check_share(split: str, right: int, asked: int, shapes: str) -> None:
-    """Refuses a count of right answers that is no share of what was asked.
-
-    Args:
-        shapes: Of outputs and targets, in words.
-
-    Raises:
-        WorkloadError: It is below zero or above.
-    """
+    """Raises WorkloadError for more right answers than examples; `shapes` says where, in words."""
     if not 0 <= right <= asked:
         raise WorkloadError(
             f"workload.count_correct: counts {right} right answers among {asked} examples of "
