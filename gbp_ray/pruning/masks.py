@@ -40,8 +40,6 @@ __all__ = [
     "read_masks_at",
 ]
 
-_FORMAT = "gbp_ray.masks"
-
 
 @dataclass(frozen=True, eq=False)
 class MaskSet(Mapping[str, Tensor]):
@@ -144,8 +142,8 @@ class MaskSet(Mapping[str, Tensor]):
         return MaskSet({name: operation(mask, other[name]) for name, mask in self.items()})
 
     def _check_alike(self, other: MaskSet) -> None:
-        _require_same_shapes(_shapes(other), _shapes(self), "the other masks")
-        _require_same_shapes(_shapes(self), _shapes(other), "these masks")
+        _check_shapes(other, self, "the other masks")
+        _check_shapes(self, other, "these masks")
 
     @torch.no_grad()
     def apply_(self, target: nn.Module | dict[str, Tensor]) -> None:
@@ -155,9 +153,7 @@ class MaskSet(Mapping[str, Tensor]):
             PruneError: A masked parameter is missing or has another shape; nothing is changed.
         """
         weights = _weights_of(target)
-        _require_same_shapes(
-            {n: tuple(w.shape) for n, w in weights.items()}, _shapes(self), "target"
-        )
+        _check_shapes(weights, self, "target")
         for name, mask in self.items():
             weight = local(weights[name].detach())
             weight.masked_fill_(~local(mask).to(weight.device), 0)
@@ -178,7 +174,7 @@ class MaskSet(Mapping[str, Tensor]):
         Each masked `weight` becomes `weight_orig` (the weight as given) and `weight_mask` (float,
         1 = kept), as a model that this library reparametrized loads it.
         """
-        _require_same_shapes({n: tuple(w.shape) for n, w in state.items()}, _shapes(self), "state")
+        _check_shapes(state, self, "state")
         rewritten: dict[str, Tensor] = {}
         for name, value in state.items():
             if name in self:
@@ -212,8 +208,6 @@ class MaskSet(Mapping[str, Tensor]):
                 "state: holds no pair of *_orig and *_mask; it was not pruned by torch"
             )
         return cls(masks), plain
-
-    # -- the artifact ----------------------------------------------------------------------------
 
     def to_bytes(self) -> bytes:
         """Writes a mask file, see `results.tensors`."""
@@ -255,24 +249,19 @@ def _count(mask: Tensor) -> int:
     return int(mask.count_nonzero())
 
 
-def _shapes(masks: MaskSet) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(mask.shape) for name, mask in masks.items()}
-
-
 def _weights_of(target: nn.Module | dict[str, Tensor]) -> dict[str, Tensor]:
     if isinstance(target, nn.Module):
         return dict(target.named_parameters(remove_duplicate=False))
     return target
 
 
-def _require_same_shapes(
-    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], what: str
-) -> None:
-    for name, shape in wanted.items():
+def _check_shapes(found: Mapping[str, Tensor], masks: Mapping[str, Tensor], what: str) -> None:
+    for name, mask in masks.items():
         if name not in found:
             raise PruneError(f"{what}: has no '{name}'{nearest_name(name, list(found))}")
-        if found[name] != shape:
-            raise PruneError(f"{what}: '{name}' has shape {found[name]}, the mask has {shape}")
+        if found[name].shape != mask.shape:
+            shapes = tuple(found[name].shape), tuple(mask.shape)
+            raise PruneError(f"{what}: '{name}' has shape {shapes[0]}, the mask has {shapes[1]}")
 
 
 _KEY = "prune.initial_masks"
