@@ -74,15 +74,15 @@ def compare_networks(
     if job.prune.spec.reads in ("nothing", "history"):
         left_out.append(f"saliency by {criterion}, which needs a training; taylor_squared instead")
         criterion = "taylor_squared"
-    layers = _compare_saliency(job, workload, dense, pruned, masks, ranks, criterion, on_progress)
+    comparison = _Comparison(job, workload, dense, pruned, ranks, on_progress)
     found = Findings(
         trial_id=trial_id,
         round=round_number,
         criterion=criterion,
         num_examples=num_examples(workload.test),
-        layers=layers,
+        layers=comparison.compare_saliency(masks, criterion),
     )
-    answers = _answer_all(job, workload, dense, pruned, ranks, on_progress)
+    answers = comparison.answer_all()
     if answers is None:
         left_out.append("classes, answers and examples: the network is no plain classifier")
         return replace(found, left_out=tuple(left_out))
@@ -97,63 +97,15 @@ def compare_networks(
         num_helped=int((right[1] & ~right[0]).sum()),
         examples=examples,
         class_names=_name_classes(workload),
-        agreement=_measure_agreement(job, workload, dense, pruned, is_changed, ranks, on_progress),
+        agreement=comparison.measure_agreement(is_changed),
     )
     images = _take_images(workload, order)
     if images is None:
         left_out.append("pictures of examples: the inputs are no images")
     else:
-        maps = _maps_of(workload, dense, order, ranks), _maps_of(workload, pruned, order, ranks)
-        found = replace(found, images=images, maps_dense=maps[0], maps_pruned=maps[1])
+        maps_dense, maps_pruned = comparison.map_gradients(order)
+        found = replace(found, images=images, maps_dense=maps_dense, maps_pruned=maps_pruned)
     return replace(found, left_out=tuple(left_out))
-
-
-# -- saliency --------------------------------------------------------------------------------------
-
-
-def _compare_saliency(
-    job: JobConfig,
-    workload: Workload,
-    dense: nn.Module,
-    pruned: nn.Module,
-    masks: MaskSet,
-    ranks: Ranks,
-    criterion: str,
-    on_progress: OnProgress,
-) -> tuple[LayerSaliency, ...]:
-    config = job.prune.model_copy(update={"criterion": criterion})
-    scores = [
-        score(
-            model,
-            prunable_parameters(model, config.exclude),
-            workload,
-            config,
-            ranks,
-            seed=job.seed,
-            on_progress=with_changes(on_progress, phase=f"saliency, {name}"),
-        ).gather(ranks)
-        for name, model in (("dense", dense), ("pruned", pruned))
-    ]
-    order = [name for name, _ in dense.named_parameters() if name in masks]
-    layers = []
-    for name in order:
-        # Some criteria have a sign, the direction of the loss change; its size is compared.
-        before, after = (values[name].double().abs() for values in scores)
-        kept = masks[name].cpu()
-        layers.append(
-            LayerSaliency(
-                name=name,
-                num_weights=kept.numel(),
-                num_kept=int(kept.sum()),
-                dense_all=float(before.sum()),
-                dense_kept=float(before[kept].sum()),
-                pruned=float(after[kept].sum()),
-            )
-        )
-    return tuple(layers)
-
-
-# -- answers ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -167,36 +119,118 @@ class _Answers:
     confidence_pruned: Tensor
 
 
-@torch.no_grad()
-def _answer_all(
-    job: JobConfig,
-    workload: Workload,
-    dense: nn.Module,
-    pruned: nn.Module,
-    ranks: Ranks,
-    on_progress: OnProgress,
-) -> _Answers | None:
-    rows: list[list[Tensor]] = []
-    batches = cut_batches(num_examples(workload.test), job.workload.eval_batch_size)
-    for item, batch in enumerate(batches):
-        indices = torch.arange(batch.start, batch.stop)
-        inputs, targets = take_batch(workload, workload.test, indices, device=ranks.device)
-        columns = [targets]
-        for model in (dense, pruned):
-            with isolated(model, derive_seed("evaluate", item)):
-                outputs = model(inputs)
-            if not isinstance(outputs, Tensor) or outputs.ndim != 2 or targets.ndim != 1:
+@dataclass(frozen=True)
+class _Comparison:
+    """Passes of a dense and a pruned network over the same examples, on one rank."""
+
+    job: JobConfig
+    workload: Workload
+    dense: nn.Module
+    pruned: nn.Module
+    ranks: Ranks
+    on_progress: OnProgress
+
+    def compare_saliency(self, masks: MaskSet, criterion: str) -> tuple[LayerSaliency, ...]:
+        config = self.job.prune.model_copy(update={"criterion": criterion})
+        scores = [
+            score(
+                model,
+                prunable_parameters(model, config.exclude),
+                self.workload,
+                config,
+                self.ranks,
+                seed=self.job.seed,
+                on_progress=with_changes(self.on_progress, phase=f"saliency, {name}"),
+            ).gather(self.ranks)
+            for name, model in (("dense", self.dense), ("pruned", self.pruned))
+        ]
+        layers = []
+        for name in (name for name, _ in self.dense.named_parameters() if name in masks):
+            # Some criteria have a sign, the direction of the loss change; its size is compared.
+            before, after = (values[name].double().abs() for values in scores)
+            kept = masks[name].cpu()
+            layers.append(
+                LayerSaliency(
+                    name=name,
+                    num_weights=kept.numel(),
+                    num_kept=int(kept.sum()),
+                    dense_all=float(before.sum()),
+                    dense_kept=float(before[kept].sum()),
+                    pruned=float(after[kept].sum()),
+                )
+            )
+        return tuple(layers)
+
+    @torch.no_grad()
+    def answer_all(self) -> _Answers | None:
+        """Returns the answers to all test examples; None if the network is no classifier."""
+        rows: list[list[Tensor]] = []
+        batches = cut_batches(num_examples(self.workload.test), self.job.workload.eval_batch_size)
+        for item, batch in enumerate(batches):
+            indices = torch.arange(batch.start, batch.stop)
+            inputs, targets = self._take(indices)
+            columns = [targets]
+            for model in (self.dense, self.pruned):
+                with isolated(model, derive_seed("evaluate", item)):
+                    outputs = model(inputs)
+                if not isinstance(outputs, Tensor) or outputs.ndim != 2 or targets.ndim != 1:
+                    return None
+                if targets.is_floating_point() or outputs.shape[1] < 2:
+                    return None
+                confidence, answer = functional.softmax(outputs.float(), dim=1).max(dim=1)
+                columns += [answer, confidence]
+            rows.append([column.cpu() for column in columns])
+            self.on_progress(Progress("answers of both networks", item + 1, len(batches)))
+        targets, answer, confidence, answer_pruned, confidence_pruned = (
+            torch.cat(column) for column in zip(*rows, strict=True)
+        )
+        return _Answers(targets, answer, answer_pruned, confidence, confidence_pruned)
+
+    def measure_agreement(self, is_changed: Tensor) -> dict[str, float]:
+        """Averages the cosine of both networks' input gradients, of same and changed answers."""
+        agreement = {}
+        for name, wanted in (("same", ~is_changed), ("changed", is_changed)):
+            places = wanted.nonzero().flatten()
+            draws = derive_seed(self.job.seed, "explain", name)
+            places = places[shuffled_indices(len(places), draws)[:_NUM_GRADIENTS]]
+            cosines = []
+            for batch in cut_batches(len(places), min(64, self.job.workload.eval_batch_size)):
+                pair = self._input_gradients(places[batch.start : batch.stop])
+                if pair is None:
+                    return {}
+                one, other = (gradient.flatten(1).double() for gradient in pair)
+                cosines.append(functional.cosine_similarity(one, other, dim=1))
+                phase = f"input gradients, {name} answers"
+                self.on_progress(Progress(phase, batch.stop, len(places)))
+            if cosines:
+                agreement[name] = float(torch.cat(cosines).mean())
+        return agreement
+
+    def map_gradients(self, indices: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Returns both networks' largest absolute input gradient over channels, by pixel."""
+        pair = self._input_gradients(indices)
+        if pair is None or pair[0].ndim != 4:
+            return (np.zeros((0, 1, 1), np.float32),) * 2
+        dense, pruned = (gradient.abs().amax(dim=1).float().numpy() for gradient in pair)
+        return dense, pruned
+
+    def _input_gradients(self, indices: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Differentiates each example's output of its true class by its own prepared input."""
+        gradients = []
+        for model in (self.dense, self.pruned):
+            inputs, targets = self._take(indices)
+            if not inputs.is_floating_point():
                 return None
-            if targets.is_floating_point() or outputs.shape[1] < 2:
-                return None
-            confidence, answer = functional.softmax(outputs.float(), dim=1).max(dim=1)
-            columns += [answer, confidence]
-        rows.append([column.cpu() for column in columns])
-        on_progress(Progress("answers of both networks", item + 1, len(batches)))
-    targets, answer, confidence, answer_pruned, confidence_pruned = (
-        torch.cat(column) for column in zip(*rows, strict=True)
-    )
-    return _Answers(targets, answer, answer_pruned, confidence, confidence_pruned)
+            inputs = inputs.detach().requires_grad_(True)
+            with torch.enable_grad(), isolated(model, 0):
+                chosen = model(inputs).gather(1, targets.view(-1, 1)).sum()
+                (gradient,) = torch.autograd.grad(chosen, inputs)
+            gradients.append(gradient.detach().cpu())
+        return gradients[0], gradients[1]
+
+    def _take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        workload = self.workload
+        return take_batch(workload, workload.test, indices, device=self.ranks.device)
 
 
 def _count_classes(
@@ -247,59 +281,6 @@ def _pick_examples(
         for i in order.tolist()
     )
     return examples, order
-
-
-# -- input gradients -------------------------------------------------------------------------------
-
-
-def _input_gradients(
-    workload: Workload, model: nn.Module, indices: Tensor, ranks: Ranks
-) -> Tensor | None:
-    """Differentiates each example's output of its true class by its own prepared input."""
-    inputs, targets = take_batch(workload, workload.test, indices, device=ranks.device)
-    if not inputs.is_floating_point():
-        return None
-    inputs = inputs.detach().requires_grad_(True)
-    with torch.enable_grad(), isolated(model, 0):
-        outputs = model(inputs)
-        chosen = outputs.gather(1, targets.view(-1, 1)).sum()
-        (gradient,) = torch.autograd.grad(chosen, inputs)
-    return gradient.detach().cpu()
-
-
-def _measure_agreement(
-    job: JobConfig,
-    workload: Workload,
-    dense: nn.Module,
-    pruned: nn.Module,
-    is_changed: Tensor,
-    ranks: Ranks,
-    on_progress: OnProgress,
-) -> dict[str, float]:
-    agreement = {}
-    for name, wanted in (("same", ~is_changed), ("changed", is_changed)):
-        places = wanted.nonzero().flatten()
-        draws = derive_seed(job.seed, "explain", name)
-        places = places[shuffled_indices(len(places), draws)[:_NUM_GRADIENTS]]
-        cosines = []
-        for batch in cut_batches(len(places), min(64, job.workload.eval_batch_size)):
-            chosen = places[batch.start : batch.stop]
-            pair = [_input_gradients(workload, m, chosen, ranks) for m in (dense, pruned)]
-            if pair[0] is None or pair[1] is None:
-                return {}
-            one, other = (gradient.flatten(1).double() for gradient in (pair[0], pair[1]))
-            cosines.append(functional.cosine_similarity(one, other, dim=1))
-            on_progress(Progress(f"input gradients, {name} answers", batch.stop, len(places)))
-        if cosines:
-            agreement[name] = float(torch.cat(cosines).mean())
-    return agreement
-
-
-def _maps_of(workload: Workload, model: nn.Module, indices: Tensor, ranks: Ranks) -> np.ndarray:
-    gradient = _input_gradients(workload, model, indices, ranks)
-    if gradient is None or gradient.ndim != 4:
-        return np.zeros((0, 1, 1), np.float32)
-    return gradient.abs().amax(dim=1).float().numpy()
 
 
 def _take_images(workload: Workload, indices: Tensor) -> np.ndarray | None:
