@@ -61,11 +61,7 @@ def clean_message(text: str) -> str:
 
 
 class GbpError(Exception):
-    """Any failure that this package raises on purpose.
-
-    Attributes:
-        exit_code: Of the command line: 2 if the input must change, else 1.
-    """
+    """Any failure that this package raises on purpose; exit code 2 if the input must change."""
 
     exit_code = 1
 
@@ -126,11 +122,7 @@ class TrialError(GbpError):
 
 
 class ClusterError(GbpError):
-    """A remote cluster refused a request, or a job there did not succeed.
-
-    Attributes:
-        exit_code: The job's, if a job failed.
-    """
+    """A remote cluster refused a request, or a job there failed with this exit code."""
 
 
 class ExportError(GbpError):

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from gbp_ray.config.job import JobConfig, load_job, takes_whole_numbers, trial_id
+from gbp_ray.config.job import JobConfig, load_job, trial_id
 from gbp_ray.config.schema import find_idle_options
 from gbp_ray.config.sweep import SweepConfig
 from gbp_ray.config.workload import TransferConfig
@@ -385,9 +385,7 @@ def _plan(job: JobConfig, trials: list[JobConfig], known: TrialHistory) -> Searc
     if job.sweep.target.max_drop is not None:
         return Bisection(trials, Sparsities(job))
     if job.sweep.search == "optuna":
-        return OptunaPlan(
-            job, known.find_in(job), lambda base: make_search(base, takes_whole_numbers)
-        )
+        return OptunaPlan(job, known.find_in(job), make_search)
     groups = {trial_id(trial): dense_folder(trial) for trial in trials}
     # Trials that have ended come first, so that the board starts with their number.
     return TrialList(

@@ -117,13 +117,10 @@ def choose_files(
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Chooses the files of a folder that go with a job.
 
-    Args:
-        include: Names below the folder. An included file always goes; an included folder goes
-            without the files that look like secrets.
+    A file named in `include` always goes; a folder goes without files that look like secrets.
 
     Returns:
-        The chosen files by name, and the reason for each one left out. Ignored files are in
-        neither.
+        The chosen files, and the reason for each one left out; neither holds ignored files.
 
     Raises:
         ConfigError: The folder cannot be read, lacks an included name, or holds code with a secret

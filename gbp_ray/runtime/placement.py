@@ -30,13 +30,7 @@ _LEAST_SHARE = 0.001
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine of a cluster.
-
-    Attributes:
-        name: Its address.
-        resources: Totals by Ray's names: CPU, GPU, memory (bytes) and others.
-        id: Ray's node id, if known.
-    """
+    """A machine of a cluster: its address, total resources by Ray's names, and Ray's node id."""
 
     name: str
     resources: Mapping[str, float] = field(default_factory=dict)

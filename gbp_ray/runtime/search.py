@@ -125,13 +125,11 @@ class Answer:
 
     Attributes:
         job: The combination, at the answer's sparsity or, without an answer, at the lowest.
-        sparsity: None if the lowest loses too much or a trial failed.
+        sparsity: None if the lowest loses too much or a trial failed; `cause` tells why.
         trial_id: None at sparsity 0, which is the dense network.
         dense_accuracy: Of the dense network compared with; see `records.DenseReference`.
         is_highest: True at the upper end of the search.
-        num_trials: Including those that an earlier sweep finished.
-        seconds: Worker time of these trials.
-        cause: The reason for no answer, one line.
+        seconds: Worker time of all its trials, those of earlier sweeps included.
     """
 
     job: JobConfig
@@ -148,12 +146,9 @@ class Answer:
 
 @dataclass
 class _Search:
-    """One bisection over the numbers of the sparsities lowest, lowest + tolerance, ...
+    """One bisection: sparsity number `low` is within the target, `high` is not.
 
-    Attributes:
-        low: The largest number within the target, as far as is known.
-        high: The smallest number outside.
-        asked: Outcomes by number of the trials that were started; None before their end.
+    `asked` holds the outcome of each trial that was started, None before its end.
     """
 
     job: JobConfig

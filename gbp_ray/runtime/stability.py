@@ -35,12 +35,7 @@ SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 @dataclass(frozen=True)
 class SeedStability:
-    """The same job over seeds.
-
-    Attributes:
-        trials: The trial's id, accuracies and sparsity of each seed.
-        overlap: Of the last masks.
-    """
+    """The trial of each seed (id, accuracies, sparsity), and the overlap of their last masks."""
 
     trials: tuple[dict[str, Any], ...]
     overlap: Overlap
@@ -48,12 +43,9 @@ class SeedStability:
 
 @dataclass(frozen=True)
 class Stability:
-    """The result of `measure_stability`.
+    """The result of `measure_stability`; a part that did not run is empty or None.
 
-    Attributes:
-        samples: By criterion and size; empty if that part did not run.
-        seeds: None if that part did not run.
-        available: Number of examples that samples were drawn from.
+    `samples` are by criterion and size, drawn from `available` examples.
     """
 
     job: JobConfig
@@ -126,14 +118,11 @@ def measure_stability(
     """Runs a job over calibration samples and over seeds, and compares the masks.
 
     Args:
-        job: A checked job, the path of a TOML file, or None for the embedded digits job.
-        overrides: Dotted keys to values, applied before the check.
+        job: As for `prune`, like `overrides`.
         num_seeds: Number of samples of each size, and of seeds from the job's own upwards.
         sizes: Numbers of calibration examples.
         criteria: Score the samples; the job's own by default.
         is_evaluated: Measures the accuracy under each sample's mask, without fine-tuning.
-        with_samples: Runs the samples part.
-        with_seeds: Runs the seeds part.
         is_sweep: Runs the seeds as a sweep on Ray.
 
     Raises:

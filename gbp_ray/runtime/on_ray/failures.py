@@ -40,10 +40,8 @@ _SILENT = re.compile(r"health check has been hanging for ([\d.]+)")
 class Failure:
     """The failure that explains a group's end.
 
-    Attributes:
-        words: A description that continues "worker N".
-        cause: The error, if the worker raised it on purpose.
-        is_preemption: A machine was taken away with notice; Ray counts these separately.
+    `words` continue "worker N"; `cause` is an error of this package. `is_preemption` marks a
+    machine that was taken away with notice, which Ray counts separately.
     """
 
     rank: int

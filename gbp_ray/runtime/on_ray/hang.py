@@ -40,10 +40,9 @@ _EXCUSED = {
 
 @dataclass(frozen=True)
 class Standstill:
-    """The report of a worker that stands still.
+    """The report of a worker that stands still: `num_exchanges` counts its collectives.
 
     Attributes:
-        num_exchanges: Number of collectives entered so far.
         progress: Its last one, if any.
         where: The line of code that it is at.
     """

@@ -72,8 +72,6 @@ class JobState:
         base_id: The submission id without the number of the run.
         exit_code: 0, the driver's own, or 130 after a stop; None before the end.
         message: The head's description; for a failed job it ends with the end of the log.
-        kind: prune or sweep.
-        uri: The address of its results.
         started_s: In seconds since 1970, like `ended_s`.
     """
 
@@ -140,10 +138,7 @@ def find_address(address: str | None) -> str:
 
 
 class Head:
-    """The head of a cluster.
-
-    Args:
-        address: http://HEAD:8265.
+    """The head of a cluster, at an address such as http://HEAD:8265.
 
     Raises:
         ClusterError: No Ray cluster answers.

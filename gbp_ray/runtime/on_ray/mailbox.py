@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -15,24 +15,12 @@ from gbp_ray.errors import GbpError
 from gbp_ray.results.records import RoundRecord
 from gbp_ray.runtime.on_ray.failures import Failure
 from gbp_ray.runtime.on_ray.hang import Standstill
+from gbp_ray.runtime.progress import ProgressBoard
 from gbp_ray.training.progress import Progress
 
-__all__ = ["Board", "Mailbox", "Relay"]
+__all__ = ["Mailbox", "Relay"]
 
 _POLL_INTERVAL_S = 0.2
-
-
-class Board(Protocol):
-    """Shows messages."""
-
-    def show(self, progress: Progress) -> None:
-        """Shows progress."""
-
-    def show_round(self, trial: str, record: RoundRecord) -> None:
-        """Shows a committed round."""
-
-    def note(self, text: str) -> None:
-        """Shows a line of text."""
 
 
 @ray.remote(num_cpus=0)
@@ -84,16 +72,12 @@ class Mailbox:
 
 
 class Relay:
-    """Passes the workers' messages to the board while the block runs.
+    """Passes messages from its mailbox to the board while the block runs.
 
-    Args:
-        cluster: Holds the limits of restarts; None shows no restarts.
-
-    Attributes:
-        mailbox: Receives the workers' messages.
+    Restarts are shown only if `cluster`, with their limits, is given.
     """
 
-    def __init__(self, board: Board, cluster: ClusterConfig | None = None) -> None:
+    def __init__(self, board: ProgressBoard, cluster: ClusterConfig | None = None) -> None:
         # Beside the driver, since machines of workers may come and go.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.mailbox = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]

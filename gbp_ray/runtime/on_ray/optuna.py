@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from gbp_ray.config.job import JobConfig, trial_id
-from gbp_ray.config.sweep import Axis, IsWhole, parse_space
+from gbp_ray.config.job import JobConfig, takes_whole_numbers, trial_id
+from gbp_ray.config.sweep import Axis, parse_space
 from gbp_ray.errors import ConfigError
 from gbp_ray.runtime.search import Outcome, SearchPlan, job_at, space_fields, values_at
 
@@ -23,12 +23,9 @@ _MOST_ATTEMPTS = 100
 
 
 class OptunaPlan(SearchPlan):
-    """Plans `num_samples` trials, earlier ones included.
+    """Plans `num_samples` trials, finished ones of this space included.
 
-    Args:
-        base: The job with its sweep.
-        earlier: Finished trials of this space.
-        make_search: As in this module; called only if trials are left.
+    `make_search`, normally this module's, is called only if trials are left.
     """
 
     def __init__(
@@ -107,7 +104,7 @@ class OptunaPlan(SearchPlan):
         return getattr(outcome, self._base.sweep.metric) if is_finished else None
 
 
-def make_search(base: JobConfig, is_whole: IsWhole) -> Any:
+def make_search(base: JobConfig) -> Any:
     """Makes Tune's Optuna search over the space of a sweep."""
     # Optuna is an extra.
     import optuna
@@ -118,7 +115,7 @@ def make_search(base: JobConfig, is_whole: IsWhole) -> Any:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sweep = base.sweep
-    space = {axis.fields[0]: _domain(tune, axis, is_whole) for axis in parse_space(sweep.space)}
+    space = {axis.fields[0]: _domain(tune, axis) for axis in parse_space(sweep.space)}
     return OptunaSearch(
         OptunaSearch.convert_search_space(space),
         metric=sweep.metric,
@@ -127,13 +124,13 @@ def make_search(base: JobConfig, is_whole: IsWhole) -> Any:
     )
 
 
-def _domain(tune: Any, axis: Axis, is_whole: IsWhole) -> Any:
+def _domain(tune: Any, axis: Axis) -> Any:
     if not axis.is_drawn:
-        return tune.choice([value for (value,) in axis.points(is_whole)])
+        return tune.choice([value for (value,) in axis.points(takes_whole_numbers)])
     if axis.kind == "choice":
         return tune.choice([value for (value,) in axis.given])
     (low,), (high,) = axis.given
-    if axis.is_whole(is_whole):
+    if axis.is_whole(takes_whole_numbers):
         # Tune excludes the upper bound.
         return (tune.lograndint if axis.kind == "loguniform" else tune.randint)(low, high + 1)
     return (tune.loguniform if axis.kind == "loguniform" else tune.uniform)(low, high)
