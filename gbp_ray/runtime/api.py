@@ -290,15 +290,15 @@ def sweep(
     started = time.monotonic()
     job, trials, store, known, import_paths = _load_sweep(job, overrides)
     plan = _plan(job, trials, known)
-    feeder = TrialQueue(plan, known)
+    queue = TrialQueue(plan, known)
     with SweepBoard(is_quiet, job.sweep.metric) as board:
-        first = feeder.next()
-        values = ((o.trial_id, getattr(o, job.sweep.metric)) for o in feeder.outcomes.values())
+        first = queue.next()
+        values = ((o.trial_id, getattr(o, job.sweep.metric)) for o in queue.outcomes.values())
         board.begin(plan.total, values)
         if first is not None:
-            feeder.put_back(first)
+            queue.put_back(first)
             store.preflight()
-            if not feeder.outcomes:
+            if not queue.outcomes:
                 # Reports an error of all trials once; each trial is checked again as it starts.
                 load_checked(first)
             _warn_of_shadowed_modules(first, import_paths, stacklevel=3)
@@ -307,10 +307,10 @@ def sweep(
             from gbp_ray.runtime.on_ray.tune import run_sweep
 
             board.note(f"{job.name}  starting Ray")
-            run_sweep(job, feeder, import_paths, board, is_debug=is_debug)
+            run_sweep(job, queue, import_paths, board, is_debug=is_debug)
     order = {trial_id(trial): number for number, trial in enumerate(trials)}
     outcomes = sorted(
-        feeder.outcomes.values(), key=lambda o: (order.get(o.trial_id, -1), o.trial_id)
+        queue.outcomes.values(), key=lambda o: (order.get(o.trial_id, -1), o.trial_id)
     )
     _refuse_failure_of_all(outcomes)
     warn_of_idle_metric(outcomes, job.sweep)

@@ -148,13 +148,13 @@ class Answer:
 class _Search:
     """One bisection: sparsity number `low` is within the target, `high` is not.
 
-    `asked` holds the outcome of each trial that was started, None before its end.
+    `started` holds the outcomes of its trials, None before their end.
     """
 
     job: JobConfig
     low: int
     high: int
-    asked: dict[int, Outcome | None] = field(default_factory=dict)
+    started: dict[int, Outcome | None] = field(default_factory=dict)
     cause: str = ""
 
     @property
@@ -185,22 +185,22 @@ class Bisection(SearchPlan):
         """Returns the middle of an interval, or with room left the middle of one of its halves."""
         searches = [search for search in self._searches if not search.is_over]
         for search in searches:
-            if search.middle not in search.asked:
-                return self._ask(search, search.middle)
+            if search.middle not in search.started:
+                return self._start(search, search.middle)
         if self._num_running >= self.num_slots:
             return None
         for search in searches:
             for low, high in ((search.low, search.middle), (search.middle, search.high)):
-                if high - low > 1 and (low + high) // 2 not in search.asked:
-                    return self._ask(search, (low + high) // 2)
+                if high - low > 1 and (low + high) // 2 not in search.started:
+                    return self._start(search, (low + high) // 2)
         return None
 
     def tell(self, outcome: Outcome) -> None:
         """Narrows the trial's search as far as outcomes are known."""
         self._num_running -= 1
         search, number = self._places[outcome.trial_id]
-        search.asked[number] = outcome
-        while not search.is_over and (known := search.asked.get(search.middle)) is not None:
+        search.started[number] = outcome
+        while not search.is_over and (known := search.started.get(search.middle)) is not None:
             if known.state != "finished":
                 search.cause = known.cause or known.state
             elif fault := known.accuracy_fault or find_accuracy_fault([known.dense_accuracy or 0]):
@@ -219,20 +219,20 @@ class Bisection(SearchPlan):
         """Lists the answers in the order of the jobs."""
         return [self._answer(search) for search in self._searches]
 
-    def _ask(self, search: _Search, number: int) -> JobConfig:
+    def _start(self, search: _Search, number: int) -> JobConfig:
         job = self._sparsities.at(search.job, number)
-        search.asked[number] = None
+        search.started[number] = None
         self._places[trial_id(job)] = (search, number)
         self._num_running += 1
         return job
 
     def _answer(self, search: _Search) -> Answer:
-        told = [outcome for outcome in search.asked.values() if outcome is not None]
-        best, num = search.asked.get(search.low), self._sparsities.num
-        cause = search.cause or ("" if search.low < num - 1 else _constant(told))
+        ended = [outcome for outcome in search.started.values() if outcome is not None]
+        best, num = search.started.get(search.low), self._sparsities.num
+        cause = search.cause or ("" if search.low < num - 1 else _constant(ended))
         is_dense = search.low == 0 and self._sparsities.first == 0
         has_answer = not cause and (best is not None or is_dense)
-        first = told[0] if told else None
+        first = ended[0] if ended else None
         dense = None if first is None else first.dense_accuracy
         return Answer(
             job=self._sparsities.at(search.job, max(search.low, 0)),
@@ -241,22 +241,22 @@ class Bisection(SearchPlan):
             accuracy=(best.accuracy if best else dense) if has_answer else None,
             dense_accuracy=dense,
             is_highest=has_answer and search.low == num - 1,
-            num_trials=len(told),
-            seconds=sum(outcome.seconds for outcome in told),
+            num_trials=len(ended),
+            seconds=sum(outcome.seconds for outcome in ended),
             cause=cause,
             dense_is_recalibrated=first is not None and first.dense_is_recalibrated,
         )
 
 
-def _constant(told: Sequence[Outcome]) -> str:
+def _constant(ended: Sequence[Outcome]) -> str:
     """Explains that all trials and their dense network have equal accuracy; else returns ""."""
-    found = {outcome.accuracy for outcome in told} | {outcome.dense_accuracy for outcome in told}
-    if len(told) < 2 or len(found) > 1 or None in found:
+    found = {outcome.accuracy for outcome in ended} | {outcome.dense_accuracy for outcome in ended}
+    if len(ended) < 2 or len(found) > 1 or None in found:
         return ""
     return (
-        f"accuracy is {write_share(found.pop())} at all {len(told)} sparsities that were tried and "
-        "of the dense network, so it cannot tell them apart; raise sweep.target.highest or give "
-        "another count_correct"
+        f"accuracy is {write_share(found.pop())} at all {len(ended)} sparsities that were tried "
+        "and of the dense network, so it cannot tell them apart; raise sweep.target.highest or "
+        "give another count_correct"
     )
 
 
@@ -464,9 +464,11 @@ def job_at(base: JobConfig, values: dict[str, Any]) -> JobConfig:
 
 def check_extras(job: JobConfig) -> None:
     """Raises a ConfigError if a library that the sweep asks for is not installed."""
-    asked = [("loggers", name.replace("tensorboard", "tensorboardX")) for name in job.sweep.loggers]
-    asked += [("search", "optuna")] if job.sweep.search == "optuna" else []
-    for key, name in asked:
+    needed = [
+        ("loggers", name.replace("tensorboard", "tensorboardX")) for name in job.sweep.loggers
+    ]
+    needed += [("search", "optuna")] if job.sweep.search == "optuna" else []
+    for key, name in needed:
         if importlib.util.find_spec(name) is None:
             what = name if name == "tensorboardX" else f"'gbp-ray[{name}]'"
             raise ConfigError(f"sweep.{key} = {name}: is not installed; pip install {what}")

@@ -61,11 +61,11 @@ class Standstill:
         return f"made no progress for {self.seconds:.0f} s {after}, at {self.where}"
 
 
-def is_to_blame(own: Standstill, told: list[Standstill], world_size: int) -> bool:
+def is_to_blame(own: Standstill, reports: list[Standstill], world_size: int) -> bool:
     """Decides if the others wait for this worker; False until all ranks have reported."""
-    if len({other.rank for other in told}) < world_size:
+    if len({other.rank for other in reports}) < world_size:
         return False
-    return own.num_exchanges == min(other.num_exchanges for other in told)
+    return own.num_exchanges == min(other.num_exchanges for other in reports)
 
 
 class Watch:

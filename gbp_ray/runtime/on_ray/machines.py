@@ -81,8 +81,8 @@ def is_autoscaling(cluster: ClusterConfig) -> bool:
         return True
     deadline = time.monotonic() + _AUTOSCALER_TIMEOUT_S
     while True:
-        told = json.loads(internal_kv._internal_kv_get("__autoscaling_status") or "{}")
-        if (report := told.get("autoscaler_report")) is not None:
+        status = json.loads(internal_kv._internal_kv_get("__autoscaling_status") or "{}")
+        if (report := status.get("autoscaler_report")) is not None:
             types = report.get("active_nodes") or {}
             return any(not name.startswith(_ANONYMOUS) for name in types)
         if time.monotonic() > deadline:
@@ -151,7 +151,7 @@ def check_machines(
         for reference in answered:
             machine = asked[reference]
             try:
-                sight = ray.get(reference)
+                report = ray.get(reference)
             except (ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError):
                 continue
             except ray.exceptions.RayError as error:
@@ -160,26 +160,26 @@ def check_machines(
                     f"cluster.address = {job.cluster.address}: machine {machine.name} cannot load "
                     f"gbp_ray: {last_line}; install the same version there"
                 ) from error
-            if (fault := find_fault(job, machine, sight)) is not None:
+            if (fault := find_fault(job, machine, report)) is not None:
                 raise fault
 
 
-def find_fault(job: JobConfig, machine: Machine, sight: NodeReport) -> GbpError | None:
+def find_fault(job: JobConfig, machine: Machine, report: NodeReport) -> GbpError | None:
     """Returns the error for the first thing that a machine lacks, or None."""
     for name in _PACKAGES:
-        here, there = _version_of(name), sight.versions[name]
+        here, there = _version_of(name), report.versions[name]
         if here != there:
             return ConfigError(
                 f"cluster.address = {job.cluster.address}: machine {machine.name} has {name} "
                 f"{there or 'not at all'}, this one {here}; install the same on all"
             )
-    if sight.missing:
+    if report.missing:
         return ConfigError(
             f"workload.factory = '{job.workload.factory}': machine {machine.name} has no module "
-            f"'{sight.missing[0]}'; gbp-ray submit takes your code along, or install it on every "
+            f"'{report.missing[0]}'; gbp-ray submit takes your code along, or install it on every "
             "machine"
         )
-    return _foreign_folder(job, machine.name) if sight.sees_folder is False else None
+    return _foreign_folder(job, machine.name) if report.sees_folder is False else None
 
 
 def check_folder(job: JobConfig) -> None:

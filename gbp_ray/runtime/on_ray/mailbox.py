@@ -32,7 +32,7 @@ class Mailbox:
         self._group = ""
         self._standstills: dict[int, Standstill] = {}
         self._last_allowed, self._is_ended = -1, False
-        self._last_word: GbpError | None = None
+        self._kept_error: GbpError | None = None
 
     def put(self, message: Any) -> None:
         """Adds a message."""
@@ -55,13 +55,13 @@ class Mailbox:
         """Returns True to go on after a round, False to stop, None while undecided."""
         return True if number <= self._last_allowed else False if self._is_ended else None
 
-    def say_last_word(self, error: GbpError) -> None:
+    def keep_error(self, error: GbpError) -> None:
         """Stores an error that a worker would meet again."""
-        self._last_word = error
+        self._kept_error = error
 
-    def last_word(self) -> GbpError | None:
+    def kept_error(self) -> GbpError | None:
         """Returns that error, if any."""
-        return self._last_word
+        return self._kept_error
 
     def compare(self, group: str, own: Standstill) -> list[Standstill]:
         """Stores one worker's standstill and returns those of its whole group."""

@@ -132,7 +132,7 @@ def fit_trial(
             ),
         )
         try:
-            told: GbpError | None = fit_interruptibly(trainer).return_value
+            agreed: GbpError | None = fit_interruptibly(trainer).return_value
         except ray.train.WorkerGroupError as error:
             failure = find_failure(error.worker_failures)
             if failure.cause is not None:
@@ -155,16 +155,16 @@ def fit_trial(
                 )
             text = f"Ray could not run the workers: {cause}; {_AGAIN}"
             raise TrialError(f"trial {name}: {text}", trial_id=name, cause=cause) from error
-    if isinstance(told, TrialError):
+    if isinstance(agreed, TrialError):
         return TrialError(
-            f"trial {name}: worker {told.rank} failed with {told.cause}; it would fail again, so "
+            f"trial {name}: worker {agreed.rank} failed with {agreed.cause}; it would fail again, so "
             f"the workers were not started again; correct the cause and {_AGAIN}",
             trial_id=name,
-            rank=told.rank,
-            cause=told.cause,
+            rank=agreed.rank,
+            cause=agreed.cause,
             is_lasting=True,
         )
-    return told
+    return agreed
 
 
 @contextlib.contextmanager
@@ -208,8 +208,8 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
     mailbox, gate = config["mailbox"], config["gate"]
     # Trials of a sweep share the mailbox but not the gate.
     meeting = gate if gate is not None else mailbox
-    if (told := ray.get(meeting.last_word.remote())) is not None:
-        return told
+    if (agreed := ray.get(meeting.kept_error.remote())) is not None:
+        return agreed
     device = ray.train.torch.get_device() if job.cluster.use_gpu else torch.device("cpu")
     ranks = Ranks.current(device)
     try:
@@ -260,12 +260,12 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
             raise
         # Shown with --debug.
         traceback.print_exception(error)
-        told = ranks.in_words(error)
+        agreed = ranks.in_words(error)
         if not ranks.has_left:
-            return told
+            return agreed
         # The others do not know of it; after the restart all of them end at once.
         with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(meeting.say_last_word.remote(told), timeout=_MAILBOX_TIMEOUT_S)
+            ray.get(meeting.keep_error.remote(agreed), timeout=_MAILBOX_TIMEOUT_S)
         raise
     return None
 

@@ -67,7 +67,7 @@ _LOOK_INTERVAL_S = 5.0
 
 def run_sweep(
     base: JobConfig,
-    feeder: TrialQueue,
+    queue: TrialQueue,
     import_paths: list[str],
     board: SweepBoard,
     *,
@@ -82,7 +82,7 @@ def run_sweep(
     with _tidied(store), ray_session(base.cluster, is_debug), Relay(board) as relay:
         check_cluster(base, import_paths)
         board.pass_checks()
-        slots = _Slots(base, feeder)
+        slots = _Slots(base, queue)
         # Tune takes no request without any resource, and a byte of memory is always there.
         resources: dict[str, float] = {"CPU": 0, "memory": 1}
         if base.cluster.fits_one_process:
@@ -99,8 +99,8 @@ def run_sweep(
                 tune.with_resources(trainable, resources),
                 tune_config=tune.TuneConfig(
                     num_samples=-1,
-                    search_alg=_QueueSearch(base, feeder, slots),
-                    scheduler=_make_scheduler(base, feeder, store),
+                    search_alg=_QueueSearch(base, queue, slots),
+                    scheduler=_make_scheduler(base, queue, store),
                     reuse_actors=True,
                     trial_name_creator=_name_of,
                     trial_dirname_creator=_name_of,
@@ -112,7 +112,7 @@ def run_sweep(
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                     failure_config=tune.FailureConfig(max_failures=base.sweep.max_failures),
                     callbacks=[
-                        _Bookkeeper(base, feeder, store, board),
+                        _Bookkeeper(base, queue, store, board),
                         *make_loggers(base, store),
                     ],
                 ),
@@ -141,8 +141,8 @@ def _tidied(store: Store) -> Iterator[None]:
 class _Slots:
     """The number of trials at a time, which follows the size of the cluster."""
 
-    def __init__(self, base: JobConfig, feeder: TrialQueue) -> None:
-        self._base, self._feeder = base, feeder
+    def __init__(self, base: JobConfig, queue: TrialQueue) -> None:
+        self._base, self._queue = base, queue
         self._is_autoscaling = is_autoscaling(base.cluster)
         self._looked = -math.inf
         self.count()
@@ -157,8 +157,8 @@ class _Slots:
             if most is not None:
                 # A cluster grows for trials that wait for room.
                 number = most if self._is_autoscaling else min(number, most)
-            self._feeder.plan.num_slots = number
-        return self._feeder.plan.num_slots
+            self._queue.plan.num_slots = number
+        return self._queue.plan.num_slots
 
 
 class _Unsaved:
@@ -171,9 +171,9 @@ class _Unsaved:
 class _QueueSearch(_Unsaved, Searcher):  # type: ignore[misc]
     """Makes Tune take its trials from a queue."""
 
-    def __init__(self, base: JobConfig, feeder: TrialQueue, slots: _Slots) -> None:
+    def __init__(self, base: JobConfig, queue: TrialQueue, slots: _Slots) -> None:
         super().__init__()
-        self._feeder, self._slots = feeder, slots
+        self._queue, self._slots = queue, slots
         # One trial in waiting keeps processes busy. Tune itself starts no more than it has
         # resources for, but it does not count the CPUs of nested workers.
         is_bounded = not base.cluster.fits_one_process or base.sweep.max_concurrent is not None
@@ -187,11 +187,11 @@ class _QueueSearch(_Unsaved, Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> Any:
         most = self._slots.count() + self._num_waiting
-        if not self._feeder.is_over and self._feeder.num_running < most:
-            job = self._feeder.next()
+        if not self._queue.is_over and self._queue.num_running < most:
+            job = self._queue.next()
             if job is not None:
-                return _describe(job, self._fields) | {"is_patient": self._feeder.is_deferred(job)}
-        return Searcher.FINISHED if self._feeder.is_over else None
+                return _describe(job, self._fields) | {"is_patient": self._queue.is_deferred(job)}
+        return Searcher.FINISHED if self._queue.is_over else None
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         pass  # the bookkeeper, which knows the causes, tells the queue
@@ -219,16 +219,14 @@ def _name_of(trial: Any) -> str:
 class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
     """Passes the end of each trial to the queue, the store and the board."""
 
-    def __init__(
-        self, base: JobConfig, feeder: TrialQueue, store: Store, board: SweepBoard
-    ) -> None:
-        self._base, self._feeder, self._store, self._board = base, feeder, store, board
+    def __init__(self, base: JobConfig, queue: TrialQueue, store: Store, board: SweepBoard) -> None:
+        self._base, self._queue, self._store, self._board = base, queue, store, board
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         result = trial.last_result
         state = result.get("state", "stopped")
         if state == "busy":
-            self._feeder.defer(self._feeder.job_of(_name_of(trial)))
+            self._queue.defer(self._queue.job_of(_name_of(trial)))
             return
         self._end(trial, state, result, result.get("cause", ""))
 
@@ -244,7 +242,7 @@ class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
         name = _name_of(trial)
         outcome = Outcome(
             trial_id=name,
-            job=self._feeder.job_of(name),
+            job=self._queue.job_of(name),
             state=state,
             round=result.get("round"),
             accuracy=result.get("accuracy"),
@@ -256,7 +254,7 @@ class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
             # Another driver of the same sweep may have been faster.
             is_new=state != "finished" or not result.get("is_old", False),
         )
-        self._feeder.tell(outcome)
+        self._queue.tell(outcome)
         # Tune would keep the last ten values of every metric for good, 30 kB a trial.
         trial.run_metadata.metric_analysis.clear()
         trial.run_metadata.metric_n_steps.clear()
@@ -286,7 +284,7 @@ def _cause_of(trial: Any) -> str:
     return f"{type(cause).__name__}: {first_line(cause)}"
 
 
-def _make_scheduler(base: JobConfig, feeder: TrialQueue, store: Store) -> GuardedScheduler | None:
+def _make_scheduler(base: JobConfig, queue: TrialQueue, store: Store) -> GuardedScheduler | None:
     if base.sweep.scheduler == "fifo":
         return None
 
@@ -295,8 +293,8 @@ def _make_scheduler(base: JobConfig, feeder: TrialQueue, store: Store) -> Guarde
             StopRecord(trial_id=trial_id(job), round=number, scheduler=base.sweep.scheduler)
         )
 
-    scheduler = GuardedScheduler(base.sweep, lambda trial: feeder.job_of(_name_of(trial)), stopped)
-    for outcome in feeder.outcomes.values():
+    scheduler = GuardedScheduler(base.sweep, lambda trial: queue.job_of(_name_of(trial)), stopped)
+    for outcome in queue.outcomes.values():
         scheduler.remember(outcome.job, store.read_rounds(outcome.trial_id))
     return scheduler
 
