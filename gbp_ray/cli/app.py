@@ -1,6 +1,6 @@
-"""The verbs on the command line: words in, tables or JSON out, exit codes that tell the truth.
+"""The command line: its verbs, and the exit code of each outcome.
 
-Standard output carries the result alone, progress and errors go to standard error. Exit codes: 0
+Standard output carries only the result; progress and errors go to standard error. Exit codes: 0
 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 143 by a termination signal.
 """
 

@@ -9,10 +9,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from gbp_ray import __version__
+from gbp_ray.cli.tables import make_table, write_megabytes
 from gbp_ray.cli.terminal import (
     AsJson,
     IsDebug,
@@ -114,7 +113,7 @@ def submit_job(
     goes on after its last whole round.
 
     Exit codes: 0 submitted, or with --follow succeeded; the job's own code if
-    it failed; 130 if it was stopped, or Ctrl-C ended the following alone.
+    it failed; 130 if it was stopped, or if Ctrl-C ended only the following.
 
     Examples:
 
@@ -185,13 +184,12 @@ def list_jobs(address: Address = None, as_json: AsJson = False) -> None:
     if not jobs:
         say("no jobs")
         return
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("job", "state", "exit code", "submitted", "took", "results"):
-        table.add_column(heading, overflow="fold")
+    rows = []
     for job in jobs:
         code = "" if job.exit_code is None else str(job.exit_code)
-        table.add_row(job.submission_id, job.state, code, _when(job), _took(job), job.uri)
-    console().print(table)
+        rows.append((job.submission_id, job.state, code, _when(job), _took(job), job.uri))
+    headings = ("job", "state", "exit code", "submitted", "took", "results")
+    console().print(make_table(rows, headings))
 
 
 def show_status(name: Name, address: Address = None, as_json: AsJson = False) -> None:
@@ -293,7 +291,7 @@ def _detach(state: JobState) -> None:
 def _describe_package(submission: Submission, is_installed: bool, place: str) -> str:
     own = "" if is_installed else f" and gbp-ray {__version__}"
     what = f"{submission.num_user_files} files{own}"
-    packed = f"{what} go to {place}, {_size(len(submission.package.data))} packed"
+    packed = f"{what} go to {place}, {write_megabytes(len(submission.package.data))} MB packed"
     return "\n".join(filter(None, [f"{submission.base_id}: {packed}", _left_out(submission)]))
 
 
@@ -309,7 +307,8 @@ def _show_submission(submission: Submission, is_installed: bool, as_json: bool) 
     own = "" if is_installed else f" and gbp-ray {__version__}"
     say(f"{submission.base_id}, by gbp-ray {submission.kind}")
     say(
-        f"{submission.num_user_files} files{own}, {_size(len(submission.package.data))} packed; "
+        f"{submission.num_user_files} files{own}, "
+        f"{write_megabytes(len(submission.package.data))} MB packed; "
         f"the largest: {submission.package.largest()}"
     )
     if left_out := _left_out(submission):
@@ -327,10 +326,6 @@ def _say_submitted(state: JobState, is_new: bool, is_followed: bool) -> None:
     say(f"{name}: {how}; results: {state.uri}")
     if not state.is_over:
         say(f"follow: gbp-ray logs {name} --follow    stop: gbp-ray stop {name}")
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.1f} kB"
 
 
 def _when(job: JobState) -> str:

@@ -16,6 +16,7 @@ from gbp_ray.cli.tables import (
     overlap_table,
     results_table,
     summary_line,
+    write_megabytes,
 )
 from gbp_ray.cli.terminal import (
     AsJson,
@@ -105,7 +106,7 @@ def list_results(
     ] = None,
     sort: Annotated[str, typer.Option(metavar="COLUMN", help="Put the best first.")] = "accuracy",
     is_every_round: Annotated[
-        bool, typer.Option("--rounds", help="Show every round, not the last of each trial alone.")
+        bool, typer.Option("--rounds", help="Show every round, not only the last of each trial.")
     ] = False,
     limit: Annotated[
         int | None,
@@ -280,7 +281,7 @@ def copy_results(
         return
     say(
         f"{folder}: {fetched.num_trials} trials, {fetched.num_rounds} rounds of them new, "
-        f"{fetched.num_bytes / 1e6:.1f} MB"
+        f"{write_megabytes(fetched.num_bytes)} MB"
     )
 
 
@@ -307,7 +308,7 @@ def check_results(uri: Place, as_json: AsJson = False) -> None:
             say(f"{place}: {fault}")
         say(
             f"{audit.num_trials} trials, {audit.num_rounds} rounds, {audit.num_files} files, "
-            f"{audit.num_bytes / 1e6:.1f} MB: "
+            f"{write_megabytes(audit.num_bytes)} MB: "
             + (f"{len(audit.faults)} faults" if audit.faults else "all as claimed")
         )
     if audit.faults:
@@ -325,8 +326,8 @@ def collect_garbage(
     """List what dead jobs have left; with --remove, remove it.
 
     That is: files of rounds that were never committed, uploads that never
-    ended, marks of dead drivers. What a live driver is at work on is left
-    alone, and so is what an unfinished trial needs to go on.
+    ended, marks of dead drivers. What a live driver is at work on stays, and
+    so does what an unfinished trial needs to go on.
 
     Examples:
 
@@ -347,7 +348,7 @@ def collect_garbage(
         print_json({"garbage": rows, "num_bytes": num_bytes, "num_removed": len(removed)})
         return
     done = f"{len(removed)} removed" if is_removing else "nothing removed (--remove does)"
-    say(f"{len(items)} left over, {num_bytes / 1e6:.1f} MB; {done}")
+    say(f"{len(items)} left over, {write_megabytes(num_bytes)} MB; {done}")
 
 
 def _print_results(rows: list[dict[str, Any]], fields: list[str]) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
+from gbp_ray.cli.tables import make_table
 from gbp_ray.cli.terminal import AsJson, console, print_json, say
 from gbp_ray.config.criteria import CRITERIA
 from gbp_ray.config.job import describe_fields
@@ -38,13 +37,11 @@ def list_criteria(as_json: AsJson = False) -> None:
     if as_json:
         print_json({"criteria": rows})
         return
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_lines=False)
-    for heading in ("criterion", "score", "cost", "source"):
-        table.add_column(heading, overflow="fold")
     for row in rows:
-        sign = ", signed" if row["is_signed"] else ""
-        table.add_row(row["name"], f"{row['formula']}{sign}", row["cost"], row["source"])
-    console().print(table)
+        row["score"] = row["formula"] + (", signed" if row["is_signed"] else "")
+    names = ("name", "score", "cost", "source")
+    cells = ([str(row[name]) for name in names] for row in rows)
+    console().print(make_table(cells, ("criterion", *names[1:])))
     say(
         "The lowest scores are removed first. Cost counts forward and backward passes over the",
         'calibration examples. Your own criterion: prune.criterion = "module:function".',
@@ -83,9 +80,4 @@ def list_fields(
         keys = ("field", "default", "description")
         print_json({"fields": [dict(zip(keys, row, strict=True)) for row in rows]})
         return
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("field", "default", "meaning"):
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console().print(table)
+    console().print(make_table(rows, ("field", "default", "meaning")))

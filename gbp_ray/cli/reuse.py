@@ -7,9 +7,8 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
+from gbp_ray.cli.tables import make_table
 from gbp_ray.cli.terminal import (
     AsJson,
     IsQuiet,
@@ -133,20 +132,14 @@ def explain_network(
         print_json({"uri": explained.uri, **found.to_dict()})
         return
     if found.classes:
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for heading in ("class", "examples", "dense", "pruned", "points"):
-            table.add_column(heading, justify="right")
+        rows = []
         for item in found.classes:
             dense = item.num_right_dense / item.num_examples
             pruned = item.num_right_pruned / item.num_examples
-            table.add_row(
-                str(item.label),
-                f"{item.num_examples:,}",
-                f"{dense:.2%}",
-                f"{pruned:.2%}",
-                f"{100 * (pruned - dense):+.2f}",
-            )
-        console().print(table)
+            shares = f"{dense:.2%}", f"{pruned:.2%}", f"{100 * (pruned - dense):+.2f}"
+            rows.append((str(item.label), f"{item.num_examples:,}", *shares))
+        headings = ("class", "examples", "dense", "pruned", "points")
+        console().print(make_table(rows, (), headings))
         say(
             f"{found.num_changed:,} of {found.num_examples:,} answers changed: {found.num_hurt:,} "
             f"from right to wrong, {found.num_helped:,} from wrong to right"

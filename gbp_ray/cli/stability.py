@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from gbp_ray.cli.tables import RE_ESTIMATED, make_table
 from gbp_ray.cli.terminal import (
     AsJson,
     IsQuiet,
@@ -158,10 +158,7 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def _samples_table(criterion: str, one: Mapping[str, Any]) -> Table:
     has_accuracy = any(size["accuracy"]["num"] for size in one["sizes"])
-    table = Table(box=SIMPLE_HEAD, title=criterion, title_justify="left", pad_edge=False)
-    headings = ["examples", "overlap", "least", "at random", "with the largest"]
-    for heading in [*headings, *(["accuracy", "+-"] if has_accuracy else [])]:
-        table.add_column(heading, justify="right")
+    rows = []
     for size in one["sizes"]:
         overlap, accuracy = size["overlap"], size["accuracy"]
         own = [f"{overlap[name]:.2%}" for name in ("mean", "least", "chance")]
@@ -172,32 +169,28 @@ def _samples_table(criterion: str, one: Mapping[str, Any]) -> Table:
         ]
         if has_accuracy:
             cells += [f"{accuracy['mean']:.2%}", f"{accuracy['deviation']:.2%}"]
-        table.add_row(*cells)
-    return table
+        rows.append(cells)
+    headings = ["examples", "overlap", "least", "at random", "with the largest"]
+    headings += ["accuracy", "+-"] if has_accuracy else []
+    return make_table(rows, (), headings, title=criterion)
 
 
 def _seeds_table(seeds: Mapping[str, Any]) -> Table:
-    table = Table(box=SIMPLE_HEAD, title="seeds", title_justify="left", pad_edge=False)
-    for heading in ("seed", "trial"):
-        table.add_column(heading)
-    for heading in ("sparsity", "accuracy", "dense", ""):
-        table.add_column(heading, justify="right")
+    rows = []
     for trial in seeds["trials"]:
         shares = (f"{trial[name]:.2%}" for name in ("sparsity", "accuracy", "dense_accuracy"))
         mark = "*" if trial["dense_is_recalibrated"] else ""
-        table.add_row(str(trial["seed"]), trial["trial_id"], *shares, mark)
-        if mark:
-            table.caption = "* with BatchNorm re-estimated, as after each prune"
+        rows.append((str(trial["seed"]), trial["trial_id"], *shares, mark))
+    numbers = ("sparsity", "accuracy", "dense", "")
+    table = make_table(rows, ("seed", "trial"), numbers, title="seeds")
+    if any(trial["dense_is_recalibrated"] for trial in seeds["trials"]):
+        table.caption = RE_ESTIMATED
     return table
 
 
 def _layers_table(overlap: Mapping[str, Any]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("layer")
-    table.add_column("overlap over seeds", justify="right")
-    for name, value in overlap["by_layer"].items():
-        table.add_row(name, f"{value:.2%}")
-    return table
+    rows = ((name, f"{value:.2%}") for name, value in overlap["by_layer"].items())
+    return make_table(rows, ["layer"], ["overlap over seeds"])
 
 
 def _answer(

@@ -1,8 +1,8 @@
-"""Results as people read them: tables of a trial by round and by layer, from records alone."""
+"""Tables and lines that verbs print, from records."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
@@ -11,6 +11,7 @@ from rich.table import Table
 from gbp_ray.results.records import RoundRecord, TrialRecord, write_share, write_value
 
 __all__ = [
+    "RE_ESTIMATED",
     "TableColumn",
     "answers_table",
     "difference_table",
@@ -18,6 +19,7 @@ __all__ = [
     "fit_table",
     "kinds_table",
     "layer_table",
+    "make_table",
     "overlap_table",
     "plan_lines",
     "plan_table",
@@ -26,61 +28,88 @@ __all__ = [
     "summary_line",
     "summary_table",
     "sweep_plan_lines",
+    "write_megabytes",
 ]
+
+RE_ESTIMATED = "* with BatchNorm re-estimated, as after each prune"
+
+
+def make_table(
+    rows: Iterable[Sequence[str]],
+    texts: Sequence[str],
+    numbers: Sequence[str] = (),
+    last: Sequence[str] = (),
+    *,
+    title: str = "",
+) -> Table:
+    """Make a table of columns of text, then of numbers, then of text again."""
+    table = Table(box=SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
+    for heading in texts:
+        table.add_column(heading, overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    for heading in last:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def write_megabytes(num_bytes: float) -> str:
+    """Write a size in MB, a small one with more digits."""
+    return f"{num_bytes / 1e6:,.1f}" if num_bytes >= 1e5 else f"{num_bytes / 1e6:.3f}"
 
 
 def round_table(trial: TrialRecord) -> Table:
-    """Lists the rounds of a trial, dense network first."""
-    table = Table(box=SIMPLE_HEAD, title=trial.trial_id, title_justify="left", pad_edge=False)
-    table.add_column("round")
+    """List the rounds of a trial, dense network first."""
     judged = "accuracy" if trial.final.judged_on == "test" else trial.final.judged_on
     is_attacked = any(record.robust_accuracy is not None for record in trial.rounds)
-    attacked = ("under attack",) if is_attacked else ()
-    headings = ("sparsity", judged, "in training", "before fine-tuning", *attacked, "loss")
-    for heading in (*headings, "weights left", "MACs"):
-        table.add_column(heading, justify="right")
+    rows, caption = [], None
     for record in trial.rounds:
         cost = record.cost
         mark = " chosen" if trial.test is not None and record is trial.chosen else ""
-        table.add_row(
-            (str(record.round) if record.round else "dense") + mark,
-            f"{record.sparsity:.2%}",
-            write_share(record.accuracy),
-            write_share(record.train_accuracy),
-            write_share(record.accuracy_pruned),
-            *((write_share(record.robust_accuracy),) if is_attacked else ()),
-            f"{record.loss:.4f}",
-            f"{cost.num_nonzero:,}",
-            _macs_left(cost.macs, cost.macs_nonzero),
+        rows.append(
+            (
+                (str(record.round) if record.round else "dense") + mark,
+                f"{record.sparsity:.2%}",
+                write_share(record.accuracy),
+                write_share(record.train_accuracy),
+                write_share(record.accuracy_pruned),
+                *((write_share(record.robust_accuracy),) if is_attacked else ()),
+                f"{record.loss:.4f}",
+                f"{cost.num_nonzero:,}",
+                _macs_left(cost.macs, cost.macs_nonzero),
+            )
         )
         if record.accuracy_recalibrated is not None and record.reference.has_gap:
             loss = "" if record.loss_recalibrated is None else f"{record.loss_recalibrated:.4f}"
             accuracy = write_share(record.accuracy_recalibrated)
-            table.add_row("re-estimated", "", accuracy, *[""] * (2 + is_attacked), loss)
-            table.caption = "re-estimated: dense, with BatchNorm as it is after each prune"
+            rows.append(("re-estimated", "", accuracy, *[""] * (2 + is_attacked), loss))
+            caption = "re-estimated: dense, with BatchNorm as it is after each prune"
+    attacked = ("under attack",) if is_attacked else ()
+    headings = ("sparsity", judged, "in training", "before fine-tuning", *attacked, "loss")
+    headings = (*headings, "weights left", "MACs")
+    table = make_table(rows, ["round"], headings, title=trial.trial_id)
+    table.caption = caption
     return table
 
 
 def layer_table(record: RoundRecord) -> Table:
-    """Lists the prunable layers of a round."""
+    """List the prunable layers of a round."""
     title = f"layers after round {record.round}" if record.round else "layers, dense"
-    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
-    for heading in ("layer", "shape"):
-        table.add_column(heading)
-    for heading in ("weights", "left", "sparsity", "MACs left"):
-        table.add_column(heading, justify="right")
-    for layer in record.cost.layers:
-        name = layer.name
-        if layer.name in record.held_back:
-            name += " (held back)"
-        table.add_row(
-            name,
+    rows = [
+        (
+            layer.name + (" (held back)" if layer.name in record.held_back else ""),
             "x".join(str(size) for size in layer.shape),
             f"{layer.num_weights:,}",
             f"{layer.num_nonzero:,}",
             f"{layer.sparsity:.2%}",
             _macs_left(record.cost.macs, layer.macs_nonzero),
         )
+        for layer in record.cost.layers
+    ]
+    numbers = ("weights", "left", "sparsity", "MACs left")
+    table = make_table(rows, ("layer", "shape"), numbers, title=title)
     table.caption = record.cost.unpruned_in_words or None
     table.caption_justify = "left"
     return table
@@ -124,28 +153,24 @@ def results_table(
 
 
 def difference_table(pairs: Mapping[str, Sequence[Any]], heading: str) -> Table:
-    """Lists names with the two values that two trials have of each."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column(heading)
+    """List names with the two values that two trials have of each."""
+    table = make_table((), [heading])
     for side in ("A", "B"):
         table.add_column(side, justify="right", overflow="fold")
     for name, values in pairs.items():
-        table.add_row(name, *(write_value(value) for value in values))
+        table.add_row(name, *map(write_value, values))
     return table
 
 
 def overlap_table(layers: Sequence[Mapping[str, Any]]) -> Table:
-    """Lists by layer how many weights two trials keep, and how far these are the same."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("mask")
-    for heading in ("weights", "kept by A", "kept by B", "overlap"):
-        table.add_column(heading, justify="right")
+    """List by layer how many weights two trials keep, and the overlap."""
+    rows = []
     for layer in layers:
         sizes = [f"{size:,}" for size in dict.fromkeys(layer["num_weights"]) if size is not None]
         kept = ["" if number is None else f"{number:,}" for number in layer["num_kept"]]
         overlap = "" if layer["overlap"] is None else f"{layer['overlap']:.2%}"
-        table.add_row(layer["name"], " / ".join(sizes), *kept, overlap)
-    return table
+        rows.append((layer["name"], " / ".join(sizes), *kept, overlap))
+    return make_table(rows, ["mask"], ("weights", "kept by A", "kept by B", "overlap"))
 
 
 def plan_table(plan: Mapping[str, Any]) -> Table:
@@ -159,23 +184,23 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
         parts = sorted(phase["held"].items(), key=lambda item: -item[1])
         table.add_row(
             phase["name"],
-            _megabytes(phase["num_bytes"]),
-            _megabytes(phase["sent_bytes"]) if phase["sent_bytes"] else "",
-            ", ".join(f"{name} {_megabytes(size)}" for name, size in parts),
+            write_megabytes(phase["num_bytes"]),
+            write_megabytes(phase["sent_bytes"]) if phase["sent_bytes"] else "",
+            ", ".join(f"{name} {write_megabytes(size)}" for name, size in parts),
         )
     return table
 
 
 def plan_lines(planned: Mapping[str, Any]) -> list[str]:
-    """Says what running a job would do and cost, beside the table of its phases."""
+    """Describe what running a job would do and cost, beside the table of its phases."""
     done, left, plan = planned["rounds_done"], planned["rounds_left"], planned["plan"]
     if plan is None:
         return [f"finished: all {done} rounds are in {planned['uri']}; nothing would be run"]
     progress = "nothing yet"
     if done:
         progress = f"round {done - 1} is the last whole one, what comes before is skipped"
-    memory = f"{_megabytes(plan['peak_bytes'])} MB at the peak"
-    sent = f"{_megabytes(plan['sent_bytes_per_round'])} MB each round"
+    memory = f"{write_megabytes(plan['peak_bytes'])} MB at the peak"
+    sent = f"{write_megabytes(plan['sent_bytes_per_round'])} MB each round"
     workers = plan["num_workers"]
     passes = "no pass over the data"
     if plan["num_passes"]:
@@ -184,15 +209,15 @@ def plan_lines(planned: Mapping[str, Any]) -> list[str]:
     return [
         f"network: {plan['num_parameters']:,} parameters, {plan['num_prunable']:,} prunable; "
         f"{plan['strategy']} on {workers or 1} {'worker' if workers < 2 else 'workers'}",
-        f"memory of a rank: {memory}; {_megabytes(plan['data_bytes'])} MB of data come on top, and "
-        "the interpreter with its libraries",
+        f"memory of a rank: {memory}; {write_megabytes(plan['data_bytes'])} MB of data on top, "
+        "and the interpreter with its libraries",
         f"scoring: {plan['criterion']}, {passes}; cost {plan['criterion_cost']} against a forward "
         "and backward pass",
         f"training: {plan['pretrain_steps']:,} steps, then {plan['finetune_steps']:,} after each "
         f"of {plan['num_rounds']} rounds, {plan['num_steps']:,} in all",
         f"sent by a rank: {sent}",
-        f"stored: {_megabytes(plan['round_bytes'])} MB each round, "
-        f"{_megabytes(plan['stored_bytes'])} MB in all, in {planned['uri']}",
+        f"stored: {write_megabytes(plan['round_bytes'])} MB each round, "
+        f"{write_megabytes(plan['stored_bytes'])} MB in all, in {planned['uri']}",
         f"done: {progress}; {left} of {done + left} rounds would be run, the dense network's among "
         "them"
         if not done
@@ -202,7 +227,7 @@ def plan_lines(planned: Mapping[str, Any]) -> list[str]:
 
 
 def summary_line(trial: TrialRecord) -> str:
-    """Says in one line what was reached."""
+    """Summarize a trial in one line."""
     final, dense = trial.chosen, trial.dense_reference
     points = (trial.test_accuracy - dense.accuracy) * 100
     what = "accuracy" if trial.test is None else f"test accuracy of round {final.round}"
@@ -233,10 +258,6 @@ def _short(number: float) -> str:
             return f"{number:.4g}{unit}"
         number /= 1000
     return f"{number:.4g}T"
-
-
-def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.1f}" if num_bytes >= 1e5 else f"{num_bytes / 1e6:.3f}"
 
 
 def summary_table(
@@ -275,12 +296,8 @@ def summary_table(
 
 
 def answers_table(lines: Sequence[Mapping[str, Any]]) -> Table:
-    """Shows the largest sparsities within a target, and what they took."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("for")
-    for heading in ("sparsity", "accuracy", "dense", "trials", "worker-seconds"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("", overflow="fold")
+    """List the largest sparsities within a target, and what they took."""
+    rows = []
     for line in lines:
         sparsity = "none" if line["sparsity"] is None else f"{line['sparsity']:.2%}"
         note = line["cause"]
@@ -288,25 +305,28 @@ def answers_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             note = "the highest that was asked for"
         elif line["sparsity"] is None and not note:
             note = "the lowest already loses more"
-        mark = ""
-        if line["dense_is_recalibrated"]:
-            mark = "*"
-            table.caption = "* with BatchNorm re-estimated, as after each prune"
-        table.add_row(
-            line["label"],
-            sparsity,
-            write_share(line["accuracy"]),
-            write_share(line["dense_accuracy"]) + (mark if line["dense_accuracy"] else ""),
-            str(line["num_trials"]),
-            f"{line['seconds']:.0f}",
-            note,
+        mark = "*" if line["dense_is_recalibrated"] and line["dense_accuracy"] else ""
+        rows.append(
+            (
+                line["label"],
+                sparsity,
+                write_share(line["accuracy"]),
+                write_share(line["dense_accuracy"]) + mark,
+                str(line["num_trials"]),
+                f"{line['seconds']:.0f}",
+                note,
+            )
         )
+    numbers = ("sparsity", "accuracy", "dense", "trials", "worker-seconds")
+    table = make_table(rows, ["for"], numbers, [""])
+    if any(line["dense_is_recalibrated"] for line in lines):
+        table.caption = RE_ESTIMATED
     return table
 
 
 def ends_table(lines: Sequence[Mapping[str, Any]]) -> Table:
-    """Shows the trials that failed or were stopped, and why."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    """List the trials that failed or were stopped, and why."""
+    table = make_table((), ())
     table.add_column("trial", no_wrap=True)
     table.add_column("", no_wrap=True)
     table.add_column("why", overflow="fold")
@@ -337,7 +357,7 @@ def kinds_table(kinds: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def sweep_plan_lines(planned: Mapping[str, Any]) -> list[str]:
-    """Says what running a sweep would do and cost, beside the table of its kinds."""
+    """Describe what running a sweep would do and cost, beside the table of its kinds."""
     about = "about " if planned["is_estimate"] else ""
     skipped = f"{planned['num_finished']:,} are finished"
     if planned["num_stopped"]:

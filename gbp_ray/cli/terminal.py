@@ -1,4 +1,4 @@
-"""What the verbs put on the terminal: the result on standard output, the rest on standard error.
+"""Output of the verbs: results on standard output, everything else on standard error.
 
 All text passes through here, whoever wrote it: names, paths and messages are shown as they are,
 with no markup in them, and steer no terminal. While a verb runs, what users' code prints goes to
@@ -170,7 +170,7 @@ def note(text: str) -> None:
 
 
 def show_warning(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-    """Says a warning of ours in one line; for `warnings.showwarning`."""
+    """Print a warning of this package in one line; for `warnings.showwarning`."""
     if issubclass(category, UserWarning):
         note(f"warning: {clean_message(str(message))}")
 

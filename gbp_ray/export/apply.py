@@ -22,7 +22,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Applied:
-    """What was written.
+    """The result of `apply_masks`.
 
     Attributes:
         file: The masked weights.
@@ -54,10 +54,10 @@ def apply_masks(masks: str, checkpoint: str, to: str | Path | None = None) -> Ap
             the checkpoint.
 
     Raises:
-        ConfigError: `to` is the checkpoint or no .safetensors file, or there are no weights.
+        ConfigError: `to` is the checkpoint or no .safetensors file, or it holds no weights.
         PruneError: A masked parameter is missing or has another shape; nothing is written.
         StoreError: Something cannot be read or written.
-        WorkloadError: The checkpoint is none.
+        WorkloadError: The checkpoint cannot be read.
     """
     target = Path(to) if to is not None else Path(f"{_stem(checkpoint)}-masked.safetensors")
     if target.suffix != ".safetensors":

@@ -1,30 +1,24 @@
-"""The model card beside an exported network: what it is, from what, how measured, how to load.
+"""The model card beside an exported network: origin, measurements, how to load it.
 
-Markdown with the front matter that model hubs read. From records alone, without torch.
+Markdown with the front matter that model hubs read. Made from records, without torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import tomli_w
-
-from gbp_ray.results.records import RoundRecord, TrialRecord, write_share
+from gbp_ray.results.records import RoundRecord, TrialRecord, dump_job, write_share
 
 __all__ = [
     "ExportFacts",
     "write_card",
 ]
 
-_OUTSIDE: Any = {"storage": True, "sweep": True, "cluster": {"address"}}
-"""What a job to run again does without."""
-
 
 @dataclass(frozen=True)
 class ExportFacts:
-    """What the records do not know of an export.
+    """Facts about an export that the records do not hold.
 
     Attributes:
         class_name: Of the network.
@@ -33,10 +27,10 @@ class ExportFacts:
         output_shape: Of one example's output.
         num_test: Examples of the test split.
         num_judged: Examples that rounds were judged by.
-        program_fault: Why there is no model.pt2, or "".
+        program_fault: The reason for a missing model.pt2, or "".
         difference: Greatest difference of the program's outputs from the pruned network's.
         has_tied_weights: Whether layers share a weight.
-        notes: What was changed on the way, a sentence each.
+        notes: Changes made on the way, a sentence each.
     """
 
     class_name: str
@@ -103,9 +97,7 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         *(f"{note}" for note in facts.notes),
         "",
         "```toml",
-        tomli_w.dumps(
-            job.model_dump(mode="json", exclude_defaults=True, exclude=_OUTSIDE, exclude_none=True)
-        ).rstrip(),
+        dump_job(job).rstrip(),
         "```",
         "",
         f"Made with {', '.join(f'{name} {value}' for name, value in trial.versions.items())}.",

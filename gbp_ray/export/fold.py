@@ -72,7 +72,7 @@ def _layer_before(name: str, norm: nn.Module, model: nn.Module, graph: Graph) ->
     """Finds the one layer that a norm always follows, and that nothing else follows.
 
     Raises:
-        PruneError: There is none.
+        PruneError: There is no such layer.
     """
 
     def called(node: object) -> nn.Module | None:

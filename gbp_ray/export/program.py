@@ -51,7 +51,7 @@ _FOLDED = "In `model.pt2` each BatchNorm is folded into the layer before it; no 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written.
+    """The result of `export_round`.
 
     Attributes:
         folder: Where.
@@ -59,7 +59,7 @@ class Export:
         trial_id: Of the trial.
         round: Of it.
         difference: Greatest difference of the program's outputs from the pruned network's.
-        program_fault: Why there is no program, or "".
+        program_fault: The reason for a missing program, or "".
     """
 
     folder: str
@@ -167,7 +167,7 @@ def _outputs_of(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def _complete_state(model: nn.Module, weights: bytes) -> bytes:
-    """Gives a shared weight under each of its names, so that the class alone can load them."""
+    """Write a shared weight under each of its names, as the network's class loads it."""
     own = tensor_state(model)
     if set(own) == set(load_tensors(weights)):
         return weights
@@ -180,7 +180,7 @@ def _beside_tensors(model: nn.Module) -> list[str]:
 
 
 def _check_state(job: JobConfig, state: bytes, inputs: Tensor, outputs: Tensor) -> None:
-    """Makes sure that the state dict alone, in a fresh network of the class, gives the outputs."""
+    """Check that a fresh network of the class with this state dict gives the same outputs."""
     # As the class makes it: whoever loads it knows nothing of layers that the job has tied.
     workload = load_workload(job.workload.model_copy(update={"tie": ()}), job.seed + 1)
     fresh, _ = network_of_seed(workload, job.seed + 1)
@@ -198,14 +198,14 @@ def _check_state(job: JobConfig, state: bytes, inputs: Tensor, outputs: Tensor) 
 
 
 def _make_program(lean: nn.Module, model: nn.Module, inputs: Tensor) -> tuple[bytes, float, str]:
-    """Exports a network for any number of examples; returns it, its error, why there is none.
+    """Export a network for any number of examples; return it, its error, and a fault or "".
 
     Args:
-        lean: What is exported.
-        model: The pruned network, which it is compared with.
+        lean: The network to export.
+        model: The pruned network to compare with.
 
     Raises:
-        ExportError: The program gives other outputs, for these examples or for one alone.
+        ExportError: The program gives other outputs, for these examples or for a single one.
     """
     buffer = io.BytesIO()
     try:

@@ -47,7 +47,7 @@ def sketch_workload(curves: WorkloadCurves, close_ups: Sequence[CloseUp]) -> lis
 
 
 def _word_figures(curves: WorkloadCurves, targets: Sequence[float]) -> dict[str, tuple[str, str]]:
-    """Says of each figure what it shows (for those who cannot see it) and how to read it."""
+    """Write for each figure its alternative text and its caption."""
     judged = curves.judged_on.capitalize()
     names = name_some([curve.label for curve in curves.curves], 8)
     best = []
@@ -80,7 +80,7 @@ def _word_figures(curves: WorkloadCurves, targets: Sequence[float]) -> dict[str,
                 if not any(own)
                 else "; comparable only where each round has a learning-rate schedule of its own."
             )
-            + " They are no part of the front."
+            + " They are not part of the front."
         )
     front = (
         " Rings mark the Pareto front: no other point is as sparse and as accurate."

@@ -1,4 +1,4 @@
-"""How much a set of trials can show: the checklist of Blalock et al. 2020, answered from records.
+"""The checklist of Blalock et al. 2020 for pruning results, answered from records.
 
 After "What is the State of Neural Network Pruning?" (arXiv 2003.03033), paraphrased, with one rule
 of Wang et al. 2023 (arXiv 2301.05219): criteria are compared from the same dense network with the

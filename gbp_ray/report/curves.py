@@ -1,7 +1,7 @@
-"""What many trials say together: curves over sparsity, with the spread over seeds.
+"""Curves of many trials over sparsity, with the spread over seeds.
 
-Trials of one workload that differ in sparsity and seed alone form a curve; those of them that
-differ in the seed alone form one of its points, with a mean and a sample standard deviation. A
+Trials of one workload that differ only in sparsity and seed form a curve; those of them that
+differ only in the seed form one of its points, with a mean and a sample standard deviation. A
 configuration that was run twice, in two jobs say, is one seed and counts once. Means are of what
 was measured; differences to the dense network are taken seed by seed before they are averaged.
 
@@ -16,7 +16,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -35,17 +35,19 @@ __all__ = [
     "gather_curves",
     "has_own_schedule",
     "pick_targets",
+    "spread_out",
     "write_percent",
     "write_spread",
 ]
 
+Item = TypeVar("Item")
 _SPARSITY, _CRITERION = "prune.sparsity", "prune.criterion"
 _NO_SETTING = ("cluster.", "workload.eval_batch_size", "workload.train_sample")
 """Fields that do not make a trial another one to compare with."""
 
 
 class Spread(NamedTuple):
-    """A mean with its sample standard deviation, which one value alone does not have."""
+    """A mean with its sample standard deviation, None for a single value."""
 
     mean: float
     deviation: float | None
@@ -53,7 +55,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Spread | None:
-        """Averages the values that there are; None where there is none."""
+        """Average the known values; None without any."""
         known = [value for value in values if value is not None and math.isfinite(value)]
         if not known:
             return None
@@ -91,7 +93,7 @@ class Round(NamedTuple):
 
     @property
     def reference(self) -> DenseReference:
-        """Of the dense network: what the other rounds are compared with."""
+        """The measurement of the dense network that other rounds are compared with."""
         return DenseReference.of(
             self.accuracy, self.loss, self.accuracy_recalibrated, self.loss_recalibrated
         )
@@ -133,18 +135,18 @@ class Trial:
 
     @property
     def test_accuracy(self) -> float | None:
-        """Of the round that was chosen; what a validation split judges is tested once."""
+        """Accuracy of the chosen round on the test split, where one was measured."""
         return next((item.test_accuracy for item in self.rounds if item.is_chosen), None)
 
 
 @dataclass(frozen=True)
 class Point:
-    """The same round of trials that differ in the seed alone.
+    """The same round of trials that differ only in the seed.
 
     Attributes:
         target: The sparsity that was asked for.
         round: The round; None for each trial's last.
-        test_accuracy: On the test split, of the rounds chosen; for a trial's last round alone.
+        test_accuracy: On the test split, of the rounds chosen; only for a trial's last round.
         gap: Accuracy on training examples minus accuracy: overfitting.
         drop: Accuracy minus the dense network's of the same seed, see `records.DenseReference`.
         worker_seconds: Of the whole trials.
@@ -175,7 +177,7 @@ class Point:
 
 @dataclass
 class Curve:
-    """Trials that differ in sparsity and seed alone.
+    """Trials that differ only in sparsity and seed.
 
     Attributes:
         label: What tells it from the other curves of its workload.
@@ -206,7 +208,7 @@ class WorkloadCurves:
         dense: Accuracy of the dense networks over seeds, see `records.DenseReference`.
         dense_ways: The same with BatchNorm's statistics as stored and as re-estimated, where both
             were measured.
-        front: The points that no other one beats in sparsity and accuracy, by sparsity.
+        front: The Pareto front of sparsity and accuracy, by sparsity.
         judged_on: The split of all accuracies: "test", or "validation".
         num_repeats: Trials left out because the same configuration was run before.
         varying: The fields in which the curves differ.
@@ -225,7 +227,7 @@ class WorkloadCurves:
 
     @property
     def accuracy_fault(self) -> str:
-        """Why accuracy tells nothing of this workload; empty where it may."""
+        """The reason why accuracy has no meaning for this workload, or ""."""
         return find_accuracy_fault([self.dense.mean])
 
     @property
@@ -240,7 +242,7 @@ class WorkloadCurves:
 
 
 def gather_curves(results: Results) -> list[WorkloadCurves]:
-    """Sorts finished trials into the curves of each workload."""
+    """Group finished trials into the curves of each workload."""
     varying = [name for name in results.find_varying() if not name.startswith(_NO_SETTING)]
     workload = [name for name in varying if name.startswith("workload.")]
     groups: dict[tuple[Any, ...], list[Trial]] = {}
@@ -258,7 +260,7 @@ def gather_curves(results: Results) -> list[WorkloadCurves]:
 
 
 def find_front(pairs: Sequence[tuple[float, float]]) -> list[int]:
-    """Finds the pairs that no other beats: none is as great in both and greater in one.
+    """Find the Pareto front: pairs that no other pair equals in both and exceeds in one.
 
     Returns:
         Their places, by the first number; equal pairs are all there.
@@ -281,16 +283,18 @@ def pick_targets(curves: Sequence[Curve], num_most: int) -> list[float]:
         for point in curve.points:
             counts[point.target] = counts.get(point.target, 0) + 1
     shared = sorted(t for t, count in counts.items() if count == max(counts.values()))
-    if len(shared) <= num_most:
-        return shared
-    if num_most == 1:
-        return shared[-1:]
-    last = len(shared) - 1
-    return [shared[round(i * last / (num_most - 1))] for i in range(num_most)]
+    return spread_out(shared, num_most)
+
+
+def spread_out(items: Sequence[Item], most: int) -> list[Item]:
+    """Pick at most so many items, evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def has_own_schedule(epochs: float, lr_schedule: str, rewind: str) -> bool:
-    """Tells whether each round ends as the last one does, with its learning rate come down."""
+    """Check whether each round ends as the last does, with its learning rate decayed."""
     return epochs == 0 or lr_schedule == "constant" or rewind == "learning_rate"
 
 
@@ -388,7 +392,7 @@ def _make_curve(points: dict[float, dict[int, Trial]], varying: list[str]) -> Cu
         on_the_way=[
             _make_point(sparsest[0].target, sparsest, number)
             for number in range(1, min(len(trial.rounds) for trial in sparsest) - 1)
-            # A round that only fine-tunes on what the one before it removed is no other point.
+            # A round that removes nothing more gives no new point.
             if all(t.rounds[number].sparsity < t.rounds[number + 1].sparsity for t in sparsest)
         ],
         has_own_schedules=has_own_schedule(

@@ -1,8 +1,8 @@
-"""What a few trials kept, layer by layer: sparsities, and how far their masks are the same.
+"""Sparsities by layer and overlaps of masks, for a few trials of a workload.
 
 The index does not hold this; it is read from the rounds themselves, so it is bounded: a few
 sparsities that most curves have, a few curves, a few seeds, and no more masks at a time than fit
-the memory set aside for them. What was left out is said.
+the memory set aside for them. The page lists what was left out.
 
 Two masks overlap by the kept weights that they share over those that either keeps. Beside it stands
 the overlap to be expected of masks that keep as many weights of each layer, drawn at random: below
@@ -36,13 +36,13 @@ _MASK_BYTES = 256_000_000
 
 @dataclass(frozen=True)
 class Overlap:
-    """How far two curves keep the same weights, or the seeds of one.
+    """The overlap of the masks of two curves, or of the seeds of one.
 
     Attributes:
         one: A curve's label.
         other: Another one's; the same for its own seeds.
         overlap: Over pairs of masks: of two curves those of one seed, of one curve those of two
-            seeds. The pairs of one curve share masks, so their deviation is no error of the mean.
+            seeds. The pairs of one curve share masks: their deviation is not an error of the mean.
         chance: The mean expected of random masks.
     """
 
@@ -221,6 +221,6 @@ def _compare_masks(
 
 def _note(error: StoreError, left_out: list[str]) -> None:
     if type(error) is not StoreError:
-        # A storage that does not answer is no fault of the results.
+        # The storage does not answer; the results may be sound.
         raise error
     left_out.append(str(error))

@@ -1,4 +1,4 @@
-"""How the report draws: styles that colour-blind readers can tell apart, panels in inches, SVG.
+"""Drawing for the report: styles that colour-blind readers can tell apart, panels, SVG and PNG.
 
 A figure is a list of panels of one size, small enough for a phone; the page puts as many side by
 side as fit. There each is inline SVG whose ink, grid and line colours are the page's own variables,
@@ -120,7 +120,7 @@ _SETTINGS: Any = {
 
 
 class Style(NamedTuple):
-    """How a curve is told from the others."""
+    """The colour, marker and dash of a curve."""
 
     colour: str
     marker: str
@@ -128,17 +128,17 @@ class Style(NamedTuple):
 
 
 def style_curves(curves: Sequence[Curve]) -> dict[str, Style]:
-    """Gives each curve a style by its label; of many curves those of a criterion share one."""
+    """Give each curve a style by its label; many curves share one style per criterion."""
     is_own = len(curves) <= NUM_STYLED
     names = dict.fromkeys(curve.label if is_own else curve.criterion for curve in curves)
-    is_alone = len({curve.criterion for curve in curves}) == len(names)
+    is_one_each = len({curve.criterion for curve in curves}) == len(names)
     greys = Style(QUIET, "X", (0, (3, 1, 1, 1, 1, 1))), Style(INK, "s", (0, (4, 2)))
     grey = dict(zip(BASELINES, greys, strict=True))
     criterion = {curve.label if is_own else curve.criterion: curve.criterion for curve in curves}
     styles: dict[str, Style] = {}
     number = 0
     for name in names:
-        if is_alone and criterion[name] in grey and len(names) > 1:
+        if is_one_each and criterion[name] in grey and len(names) > 1:
             styles[name] = grey[criterion[name]]
             continue
         # Colours, markers and dashes come round at different times: 24 styles before any repeats.
@@ -350,10 +350,10 @@ class Sketch:
     """A figure before it is drawn.
 
     Attributes:
-        name: What it is called among the figures of its page.
+        name: Its name among the figures of its page.
         title: Its heading.
         draw: Draws its panels.
-        alt: What it shows, for those who cannot see it.
+        alt: Alternative text.
         caption: How to read it.
     """
 
@@ -366,7 +366,7 @@ class Sketch:
 
 @dataclass(frozen=True)
 class PageFigure:
-    """A figure of a page with what it says in words.
+    """A figure of a page, with its texts.
 
     Attributes:
         name: The file of its PNG, relative to the report.
@@ -415,7 +415,7 @@ def draw_figures(
 
 
 _inherited: Sequence[Callable[[], Any]] = ()
-"""What forked processes call: closures, which cannot be sent to them."""
+"""Tasks of forked processes: closures, which cannot be sent to them."""
 
 
 def _call_all(tasks: Sequence[Callable[[], Any]], num_processes: int) -> list[Any]:

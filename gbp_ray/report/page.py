@@ -1,8 +1,8 @@
 """The report: one HTML page that needs nothing else, its figures as PNG files, its jobs as TOML.
 
-Written from the index and a few records, without torch or Ray. The page is whole or is not there:
+Written from the index and a few records, without torch or Ray. A reader sees a whole page or none:
 everything is made and written aside first and moved into place last. A folder that holds anything
-but an earlier report is left alone.
+but an earlier report is left as it is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import tomli_w
 
 from gbp_ray import __version__
 from gbp_ray.config.job import JobConfig, load_job, trial_id
@@ -46,7 +45,7 @@ from gbp_ray.results.index import map_in_threads
 from gbp_ray.results.lease import is_held
 from gbp_ray.results.objects import is_key
 from gbp_ray.results.query import Results, read_results
-from gbp_ray.results.records import write_share
+from gbp_ray.results.records import dump_job, write_share
 from gbp_ray.results.store import Store, locate_jobs
 
 __all__ = [
@@ -60,19 +59,17 @@ _MARK_BYTES = 500_000
 _MOST_WORKLOADS, _MOST_TRIALS, _MOST_POINTS = 6, 200, 120
 _MOST_UNFINISHED, _MOST_JOBS = 30, 40
 _MOST_PAGES = 20
-_OUTSIDE: Any = {"storage": True, "sweep": True, "cluster": {"address"}}
-"""What a job to run again does without: where it ran, and which sweep it was part of."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was written.
+    """The files of a report.
 
     Attributes:
         page: The HTML file.
         files: Every file, relative to the page's folder.
         num_trials: Finished trials that the figures are of.
-        left_out: What the page does not show, a sentence each.
+        left_out: Parts that the page does not show, a sentence each.
     """
 
     page: Path
@@ -133,7 +130,7 @@ def write_report(
             for a program without threads that hold locks.
 
     Raises:
-        ConfigError: A condition is none, or the folder is no place for a report.
+        ConfigError: A condition cannot be read, or the folder holds something else.
         StoreError: There is no finished trial, or the folder cannot be written.
     """
     folder = _check_folder(to)
@@ -143,7 +140,7 @@ def write_report(
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Spares the collector, which would walk over every trial for each figure's many objects."""
+    """Stop the garbage collector, which would visit every trial for each figure."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -186,7 +183,7 @@ def _write_report(
             files,
             left_out,
             made,
-            is_alone=only is not None,
+            is_single=only is not None,
             num_processes=num_processes,
         )
         sections.append(section)
@@ -316,16 +313,16 @@ def _add_trial_pages(
     left_out: list[str],
     made: str,
     *,
-    is_alone: bool,
+    is_single: bool,
     num_processes: int,
 ) -> None:
-    """Makes the pages of the trials that were explained, and of one that was asked for alone."""
+    """Make the pages of the explained trials; if the report is of one trial, make its page."""
     explained = {
         (job, name)
         for job in {trial.job for _, trial in section.trials}
         for name in stores[job].objects.list_folders("explained/")
     }
-    wanted = [t for _, t in section.trials if is_alone or (t.job, t.trial_id) in explained]
+    wanted = [t for _, t in section.trials if is_single or (t.job, t.trial_id) in explained]
     if len(wanted) > _MOST_PAGES:
         left_out.append(f"pages of {len(wanted) - _MOST_PAGES} of {len(wanted)} explained trials")
     if not wanted:
@@ -339,7 +336,7 @@ def _add_trial_pages(
             )
         except StoreError as error:
             if type(error) is not StoreError:
-                # A storage that does not answer is no fault of the results.
+                # The storage does not answer; the results may be sound.
                 raise
             left_out.append(f"page of {trial.trial_id}: {error}")
             continue
@@ -391,10 +388,7 @@ def _make_recipe(
         record = stores[trial.job].read_trial(trial.trial_id)
         if record is None:
             return None
-        tree = record.job.model_dump(
-            mode="json", exclude_defaults=True, exclude=_OUTSIDE, exclude_none=True
-        )
-        text = tomli_w.dumps(tree)
+        text = dump_job(record.job)
         job = JobConfig.model_validate(tomllib.loads(text))
     except (StoreError, TypeError, ValueError):
         # What TOML cannot say, or what this version would refuse, has no command to show.
@@ -482,7 +476,7 @@ def _check_folder(to: str | Path) -> Path:
 
 
 def _list_files(folder: Path) -> set[str]:
-    """Lists all that is no folder; links are not followed."""
+    """List all files and links below a folder; links are not followed."""
     return {
         (Path(place) / name).relative_to(folder).as_posix()
         for place, folders, names in os.walk(folder)
@@ -505,7 +499,7 @@ def _earlier_files(folder: Path) -> set[str]:
 
 
 def _is_as_written(folder: Path, name: str, digest: str) -> bool:
-    """Tells whether a file inside a folder is what a report put there."""
+    """Check whether a file inside a folder is as a report wrote it."""
     path = folder / name
     if not is_key(name) or path.resolve() != folder.resolve() / name:
         return False

@@ -1,4 +1,4 @@
-"""The figures of a trial's own page: what lives in each layer, what it is worth, what changed.
+"""The figures of a trial's page: living weights by layer, saliency, filters, classes, examples.
 
 Colours are those of `drawing`; shades are cividis and PuOr, which colour-blind readers can follow.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
+from gbp_ray.report.curves import spread_out
 from gbp_ray.report.drawing import (
     GRID,
     INK,
@@ -41,12 +41,11 @@ __all__ = [
 _MOST_LAYERS, _MOST_PANELS, _MOST_CELLS, _MOST_FILTERS = 40, 12, 96, 64
 _MOST_CLASSES, _FILTERS_PER_ROW = 40, 8
 _DOT, _OTHER_DOT = Style(SERIES[0], "o", ""), Style(SERIES[1], "^", "")
-Item = TypeVar("Item")
 
 
 def draw_living(masks: Mapping[str, np.ndarray]) -> list[Axes]:
     """Draw by layer which share of weights, filters and input channels live."""
-    shown = _spread_out(list(masks), _MOST_LAYERS)
+    shown = spread_out(list(masks), _MOST_LAYERS)
     links = [look_at_links(masks[name]) for name in shown]
     rows = [
         (np.any(link, axis=1).mean(), np.any(link, axis=0).mean(), link.mean()) for link in links
@@ -65,7 +64,7 @@ def draw_living(masks: Mapping[str, np.ndarray]) -> list[Axes]:
 def draw_kept_links(masks: Mapping[str, np.ndarray]) -> list[Axes]:
     """Draw for some layers which filter still reads which input channel."""
     panels = []
-    for name in _spread_out(list(masks), _MOST_PANELS):
+    for name in spread_out(list(masks), _MOST_PANELS):
         links = look_at_links(masks[name])
         filters, inputs = np.any(links, axis=1).sum(), np.any(links, axis=0).sum()
         title = shorten_name(name.removesuffix(".weight"), 22)
@@ -98,7 +97,7 @@ def draw_kept_links(masks: Mapping[str, np.ndarray]) -> list[Axes]:
 
 def draw_saliency(found: Findings) -> list[Axes]:
     """Draw the mean saliency of a layer's weights: dense, and those kept after the pruning."""
-    shown = _spread_out(found.layers, _MOST_LAYERS)
+    shown = spread_out(found.layers, _MOST_LAYERS)
     rows = [
         [
             layer.dense_all / layer.num_weights,
@@ -117,17 +116,17 @@ def draw_saliency(found: Findings) -> list[Axes]:
     ax = _draw_rows(list_names([layer.name for layer in shown], 18), rows, styles, is_joined=True)
     ax.set_xscale("log")
     ax.minorticks_off()
-    # The page's text is no mathematics, and matplotlib would write powers as such.
+    # matplotlib would write powers as mathematics, which the page does not render.
     ax.xaxis.set_major_formatter(lambda value, place: f"{value:.0e}")
     ax.set_xlabel(f"mean saliency of a weight, {found.criterion}")
     return [ax]
 
 
 def draw_first_filters(dense: np.ndarray, pruned: np.ndarray, mask: np.ndarray) -> list[Axes]:
-    """Draw the first layer's filters, dense and pruned; nothing where they are no pictures."""
+    """Draw the first layer's filters, dense and pruned; nothing where they are not 2-D."""
     if dense.ndim != 4 or max(dense.shape[2:]) < 2:
         return []
-    shown = _spread_out(list(range(len(dense))), _MOST_FILTERS)
+    shown = spread_out(list(range(len(dense))), _MOST_FILTERS)
     scale = max(float(np.abs(dense).max()), float(np.abs(pruned).max()), 1e-12)
     per_row = min(len(shown), _FILTERS_PER_ROW)
     height = 0.16 + math.ceil(len(shown) / per_row) * (3.0 / per_row)
@@ -226,13 +225,6 @@ def _shrink(values: np.ndarray) -> np.ndarray:
             sums = np.add.reduceat(values, starts, axis=axis)
             values = sums / (counts[:, None] if axis == 0 else counts)
     return values
-
-
-def _spread_out(items: Sequence[Item], most: int) -> list[Item]:
-    if len(items) <= most:
-        return list(items)
-    last = len(items) - 1
-    return [items[round(i * last / (most - 1))] for i in range(most)]
 
 
 def _paint_filter(values: np.ndarray, scale: float, mask: np.ndarray | None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The page of one trial: pictures of what is left of the network, and of what it does differently.
+"""The page of one trial: figures of its network after pruning, and of its answers.
 
 Part of the report, without torch. What lives is read from the masks and weights of the round that
 the trial is for; what needs the network to be run comes from the findings of `gbp-ray explain`.

@@ -1,4 +1,4 @@
-"""What `gbp-ray explain` finds about a trial: kept beside it, read without torch.
+"""The findings of `gbp-ray explain` about a trial: kept beside it, read without torch.
 
 <storage>/<job>/explained/<trial_id>/findings.json          everything that is a number or a word
                                      pictures.safetensors   images and input-gradient maps
@@ -35,7 +35,7 @@ _FOLDER = "explained/"
 
 @dataclass(frozen=True)
 class LayerSaliency:
-    """What a layer's weights are worth, before and after.
+    """Saliency of a layer, before and after pruning.
 
     Attributes:
         dense_all: Sum of the scores of all its weights in the dense network.
@@ -80,7 +80,7 @@ class ExampleFinding:
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found about one round of a trial.
+    """The findings about one round of a trial.
 
     Attributes:
         criterion: By which saliency was measured.
@@ -92,7 +92,7 @@ class Findings:
         images: (n, height, width, 1 or 3) uint8, empty where inputs are no images.
         maps_dense: (n, height, width) float32, |gradient| of the true class's output.
         maps_pruned: Likewise.
-        left_out: What could not be found, a sentence each.
+        left_out: Parts that could not be measured, a sentence each.
     """
 
     trial_id: str

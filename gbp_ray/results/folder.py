@@ -1,7 +1,7 @@
 """Objects as files: each is written under a temporary name, flushed to disk and given its own.
 
 A reader so sees whole files or none, whenever the writer dies. Temporary names start with a dot and
-are no objects. A write returns when file and folder have been flushed, so what was acknowledged
+are not objects. A write returns when file and folder have been flushed, so what was acknowledged
 outlives a power cut; `put_new` leaves the folder to `flush`, for several files at once.
 
 The storage's own folder may be a symbolic link. Below it none is followed: each folder is opened by
@@ -60,7 +60,7 @@ class FolderObjects(Objects):
         return self._root.joinpath(*self._parts(key))
 
     def uri_of(self, key: str = "") -> str:
-        """Says the path."""
+        """Return the path."""
         return f"{self.folder}/{key}" if key else str(self.folder)
 
     def child(self, name: str) -> FolderObjects:
@@ -104,7 +104,7 @@ class FolderObjects(Objects):
             raise self._cannot_read(key, error) from None
 
     def exists(self, key: str) -> bool:
-        """Tells whether there is such a file."""
+        """Check whether there is such a file."""
         try:
             with self._inside(key) as (folder, name):
                 if stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
@@ -157,7 +157,7 @@ class FolderObjects(Objects):
             self._remove_empty(key)
 
     def entries(self, prefix: str = "") -> Iterator[Entry]:
-        """Walks the folder; temporary files and links are no objects."""
+        """Walks the folder; temporary files and links are passed over."""
         for key, state in self._walk(prefix):
             if not TEMPORARY.fullmatch(key.rpartition("/")[2]):
                 yield Entry(key, state.st_size, max(0.0, time.time() - state.st_mtime))
@@ -210,7 +210,7 @@ class FolderObjects(Objects):
         """Opens a regular file below the root without following a link.
 
         Raises:
-            OSError: It is none, or is not there.
+            OSError: It is missing or not a regular file.
         """
         with self._inside(key, is_made=is_made) as (folder, name):
             handle = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=folder)

@@ -94,7 +94,7 @@ _TYPES = {pa.string(), pa.int64(), pa.float64(), pa.bool_()}
 _TRIALS_PER_PART = 200
 
 
-# Where a result lies and which sweep made it are no part of it; it may have been moved.
+# A result may have been moved; its place and its sweep are not part of it.
 _OUTSIDE = ("storage", "sweep")
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
@@ -121,7 +121,7 @@ def refresh_index(objects: Objects, *, is_lazy: bool = False) -> None:
     """Brings the stored index up to date with the announced trials.
 
     Args:
-        is_lazy: Leaves a big index alone until enough trials have been announced, so that a sweep
+        is_lazy: Waits with a big index until enough trials have been announced, so that a sweep
             does not rewrite all of it at every finish.
 
     Raises:
@@ -136,7 +136,7 @@ def refresh_index(objects: Objects, *, is_lazy: bool = False) -> None:
 
 
 def rebuild_index(objects: Objects) -> int:
-    """Writes the index anew from the records alone; returns the number of its trials.
+    """Write the index anew from the records; return the number of its trials.
 
     Raises:
         StoreError: A record is damaged, or the index cannot be written.
@@ -167,14 +167,14 @@ def _tabulate(records: Iterable[TrialRecord]) -> pa.Table:
 def map_in_threads(
     objects: Objects, function: Callable[[Item], Outcome], items: Sequence[Item]
 ) -> list[Outcome]:
-    """Applies a function that asks the storage, as many at a time as the storage is worth."""
+    """Applies a function that asks the storage, with `num_threads` calls at a time."""
     return list(stream_in_threads(objects, function, items))
 
 
 def stream_in_threads(
     objects: Objects, function: Callable[[Item], Outcome], items: Sequence[Item]
 ) -> Iterator[Outcome]:
-    """Does so while the outcomes are taken, and holds few of them at a time."""
+    """Yield the outcomes of `map_in_threads` one by one, holding few at a time."""
     if objects.num_threads == 1 or len(items) < 2:
         yield from map(function, items)
         return
@@ -226,12 +226,12 @@ def read_stored(objects: Objects) -> pa.Table | None:
 
 
 def is_current(table: pa.Table) -> bool:
-    """Tells whether a stored index has all columns; one of an earlier version is made anew."""
+    """Check whether a stored index has all columns; one of an earlier version is made anew."""
     return is_sound(table) and set(_SCHEMA.names) <= set(table.column_names)
 
 
 def is_sound(table: pa.Table) -> bool:
-    """Tells whether the columns that a stored index has are what some version writes."""
+    """Check whether some version writes the columns that a stored index has."""
     names = table.column_names
     return (
         len(set(names)) == len(names)

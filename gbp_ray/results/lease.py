@@ -6,7 +6,7 @@ moment the process ends, however it ends.
 On an object store it writes `driver.json`, on condition that there is none, and rewrites it every
 `BEAT_S` seconds. Whoever finds it looks at its age, by the server's clock: older than `DEAD_S`, its
 driver is dead. A driver that ran on this machine is asked after directly, so that a killed command
-can be run again at once. All else is alive and is left alone. Taking over is conditional on the
+can be run again at once. All others are taken to be alive. Taking over is conditional on the
 version that was looked at, so of several only one succeeds, and the beat of a driver that was given
 up for dead fails: it learns that the trial is no longer its own.
 """
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 MARKS = ("driver.lock", "driver.json")
-"""What names the driver of a folder in that folder."""
+"""Files that name the driver of a folder in that folder."""
 
 BEAT_S = 5.0
 """Seconds between two signs of life."""
@@ -64,7 +64,7 @@ class Lease:
 
     @property
     def is_sound(self) -> bool:
-        """Whether it still holds, as far as is known."""
+        """Whether it still holds, as far as this process knows."""
         return not self._is_lost.is_set()
 
     def check(self) -> None:
@@ -106,7 +106,7 @@ def hold_lease(objects: Objects, trial: str) -> Iterator[Lease]:
 
 @contextlib.contextmanager
 def await_lease(objects: Objects, trial: str) -> Iterator[Lease]:
-    """Does the same, and waits while another driver is at work on it."""
+    """Hold a lease as `hold_lease`, waiting while another driver has it."""
     pause_s = 0.1 if isinstance(objects, FolderObjects) else 2.0
     with contextlib.ExitStack() as stack:
         while True:
@@ -119,7 +119,7 @@ def await_lease(objects: Objects, trial: str) -> Iterator[Lease]:
 
 
 def is_held(objects: Objects, trial: str) -> bool:
-    """Tells whether a live driver is at work on a trial; changes nothing."""
+    """Check whether a live driver is at work on a trial; change nothing."""
     if isinstance(objects, FolderObjects):
         try:
             with objects.open_file(_lock_of(trial), os.O_RDONLY) as file:
@@ -292,7 +292,7 @@ def _machine() -> str | None:
 
 
 def _process_start(pid: int) -> str | None:
-    """Tells when a live process started, in clock ticks since boot, or None."""
+    """Return the start of a live process in clock ticks since boot, or None."""
     try:
         # The name, in brackets, may hold spaces; state is the first field after it.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

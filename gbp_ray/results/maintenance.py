@@ -1,4 +1,4 @@
-"""Whether results are what they claim, and what dead jobs have left beside them.
+"""Checks of results, garbage of dead jobs, and copies of results.
 
 `find_faults` reads everything: each checksum, and each sparsity as counted in the stored weights.
 `find_garbage` lists what no record refers to and no live driver is writing; removing it is a second
@@ -71,10 +71,10 @@ _OWN = re.compile(
 
 @dataclass
 class Audit:
-    """What was looked at, and what is wrong.
+    """Counts of what was checked, and the faults.
 
     Attributes:
-        faults: (address, what is wrong with it).
+        faults: (address, fault).
     """
 
     num_jobs: int = 0
@@ -87,13 +87,13 @@ class Audit:
 
 @dataclass(frozen=True)
 class Garbage:
-    """Something that may go.
+    """Something that may be removed.
 
     Attributes:
         uri: Where it is.
         num_bytes: Its size.
-        why: What makes it garbage.
-        until: The name of what would make it none, or "".
+        why: The reason.
+        until: The name of an object that keeps it, or "".
     """
 
     uri: str
@@ -273,7 +273,7 @@ def _digest_rows(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _plain(row: dict[str, Any]) -> str:
-    # As text, in which a number that is none equals itself; whole numbers may be stored as floats.
+    # As text, in which NaN equals itself; whole numbers may be stored as floats.
     return json.dumps(
         {k: float(v) if isinstance(v, int) else v for k, v in row.items() if v is not None},
         sort_keys=True,
@@ -286,7 +286,7 @@ def _noted(audit: Audit, uri: str) -> Iterator[None]:
         yield
     except StoreError as error:
         if type(error) is not StoreError:
-            # A storage that does not answer is no fault of the results.
+            # The storage does not answer; the results may be sound.
             raise
         named = re.match(r"'(.+?)': (.*)", str(error))
         audit.faults.append((named[1], named[2]) if named else (uri, str(error)))
@@ -325,7 +325,7 @@ def remove_garbage(items: Iterable[Garbage]) -> list[Garbage]:
     """Removes what is still garbage; returns that.
 
     What belongs to a trial goes under the trial's lease, after a look whether it has been committed
-    in the meantime; a trial that a driver has taken up again is left alone.
+    in the meantime; a trial that a driver has taken up again is left as it is.
 
     Raises:
         StoreError: The storage cannot be written.
@@ -384,7 +384,7 @@ def _garbage_of(store: Store, prefix: str, is_unfinished_too: bool) -> Iterator[
 
 
 def _judge(entry: Entry, is_unfinished_too: bool) -> tuple[str, str, str]:
-    """Tells whose an object is, why it is garbage, or "", and the name that would make it none."""
+    """Return the owner of an object, why it is garbage ("" if not), and what would keep it."""
     key = entry.key
     folder, name = "/".join(key.split("/")[:2]), key.rpartition("/")[2]
     if key.startswith(_PROBE):
@@ -423,7 +423,7 @@ def _trial_of(key: str) -> str:
 
 @dataclass
 class Fetched:
-    """What was copied.
+    """Counts of what was copied.
 
     Attributes:
         num_trials: Trials that are there now.

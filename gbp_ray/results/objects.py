@@ -1,6 +1,6 @@
 """Bytes by name, on a folder or on an object store: the few verbs that results need.
 
-`Objects` is what the floors above know; `files.py` and `s3.py` make it true. On both a name holds
+Other modules know only `Objects`; `folder.py` and `s3.py` implement it. On both a name holds
 all of its bytes or does not exist. A *version* is whatever tells one content of a name from the
 next; `put_if` writes only over the version that the caller has seen, which is how two writers find
 out about each other.
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}|\.seen\.[0-9a-f]{32}")
-"""Names of files that are still being written, which are no objects."""
+"""Names of files that are still being written; they are not objects."""
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 _MOST_BYTES, _MOST_PART_BYTES = 900, 200
@@ -52,7 +52,7 @@ def check_key(key: str) -> str:
 
 
 def is_key(key: str) -> bool:
-    """Tells whether `check_key` takes a name."""
+    """Check whether `check_key` accepts a name."""
     return not _find_fault(key)
 
 
@@ -89,13 +89,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Leftover:
-    """What an interrupted write has left that no name refers to.
+    """Remains of an interrupted write that no name refers to.
 
     Attributes:
         key: The name that was being written.
         num_bytes: Its size so far.
         age_s: Seconds since it was begun.
-        token: What `Objects.discard` needs to know.
+        token: Identifies it for `Objects.discard`.
     """
 
     key: str
@@ -108,13 +108,13 @@ class Objects(ABC):
     """Bytes by name below one root. Names are relative, with "/" between their parts."""
 
     num_reads = 1
-    """How often damage is read again before it is believed: a network may garble, a disk not."""
+    """Reads until damage is believed: a network may garble, a disk does not."""
     num_threads = 1
-    """How many requests are worth making at a time."""
+    """Number of requests worth making at a time."""
 
     @abstractmethod
     def uri_of(self, key: str = "") -> str:
-        """Says where an object is, for people and for opening it again."""
+        """Return the address of an object, for people and for opening it again."""
 
     @abstractmethod
     def child(self, name: str) -> Objects:
@@ -139,7 +139,7 @@ class Objects(ABC):
 
     @abstractmethod
     def exists(self, key: str) -> bool:
-        """Tells whether there is such an object."""
+        """Check whether there is such an object."""
 
     @abstractmethod
     def put(self, key: str, data: bytes) -> None:
@@ -167,7 +167,7 @@ class Objects(ABC):
 
     @abstractmethod
     def delete(self, keys: Iterable[str]) -> None:
-        """Removes objects; what is not there is no fault."""
+        """Removes objects; missing ones are passed over."""
 
     @abstractmethod
     def entries(self, prefix: str = "") -> Iterator[Entry]:

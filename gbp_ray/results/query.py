@@ -133,7 +133,7 @@ class Results:
         """Keeps the trials whose last round meets all conditions, with all their rounds.
 
         Raises:
-            ConfigError: A condition is none, as for `where`.
+            ConfigError: A condition cannot be read, as for `where`.
             StoreError: No trial is left.
         """
         if not conditions:
@@ -172,7 +172,7 @@ class Results:
             Its row, as `to_rows` gives it; of equals the first by trial and round.
 
         Raises:
-            ConfigError: There is no such metric, a condition is none, or rounds of several
+            ConfigError: There is no such metric, a condition is wrong, or rounds of several
                 workloads meet them, see `by_workload`.
             StoreError: No round meets the conditions.
         """
@@ -317,7 +317,7 @@ def open_results(uri: str | Path) -> Results:
 
 
 def read_results(uri: str | Path, stores: list[Store], trial: str | None) -> Results:
-    """Does the same where it is known already which jobs an address is about.
+    """Open results of jobs that were located before.
 
     Args:
         uri: For messages.
@@ -423,7 +423,7 @@ _MEASURED_BY_SOME = ("robust_accuracy",)
 
 
 def summarize(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> list[dict[str, Any]]:
-    """Takes together the rows of trials that differ in the seed alone.
+    """Summarize the rows of trials that differ only in the seed.
 
     Args:
         rows: The last round of each trial, as `Results.to_rows` gives them.

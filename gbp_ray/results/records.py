@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
+import tomli_w
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -52,6 +53,7 @@ __all__ = [
     "StopRecord",
     "TrialRecord",
     "choose_round",
+    "dump_job",
     "find_accuracy_fault",
     "parse_record",
     "read_record",
@@ -78,10 +80,10 @@ def _check_part(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_check_name)]
-"""Of a file: one relative path, see `check_key`."""
+"""Name of a file: one relative path, see `check_key`."""
 
 Part = Annotated[str, AfterValidator(_check_part)]
-"""Of a trial: the same without "/"."""
+"""Id of a trial: the same without "/"."""
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -112,7 +114,7 @@ class LayerRecord(_Record):
 
 
 class CostRecord(_Record):
-    """What a network costs: the whole model, and its prunable layers.
+    """The cost of a network: the whole model, and its prunable layers.
 
     Attributes:
         macs_fault: Why multiply-adds were not counted, which then are 0 everywhere.
@@ -132,7 +134,7 @@ class CostRecord(_Record):
 
     @property
     def unpruned_in_words(self) -> str:
-        """Says which matrices pruning passes over, naming a few; "" where there are none."""
+        """Describe the matrices that cannot be pruned, naming a few; "" without any."""
         if not self.unpruned:
             return ""
         number = sum(num_weights for num_weights, _ in self.unpruned.values())
@@ -183,7 +185,7 @@ class FileRecord(_Record):
 
 
 def find_accuracy_fault(accuracies: Iterable[float]) -> str:
-    """Says why accuracies, the dense network's among them, tell nothing; empty where they may.
+    """Return the reason why accuracies, the dense network's included, have no meaning, or "".
 
     Since they are checked none is above 1, but older records may hold such.
     """
@@ -210,7 +212,7 @@ def write_value(value: Any) -> str:
 
 
 class DenseReference(NamedTuple):
-    """What the dense network is, where others are compared with it: the one rule for all of them.
+    """The measurement of the dense network that pruned ones are compared with.
 
     After each prune BatchNorm's running statistics are re-estimated, but the dense network keeps
     those that it was trained or loaded with, which may be stale. So it is measured with both, and
@@ -243,7 +245,7 @@ class DenseReference(NamedTuple):
 
     @property
     def has_gap(self) -> bool:
-        """Whether the two measurements are more than half a point apart: both are then shown."""
+        """Whether the two measurements differ by over half a point: both are then shown."""
         return self.other_accuracy is not None and abs(self.accuracy - self.other_accuracy) > 0.005
 
     @property
@@ -256,7 +258,7 @@ class DenseReference(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Says which dense network it is."""
+        """Name the dense network and how it was measured."""
         if self.has_gap:
             return f"dense at {self.text}"
         return f"dense {_RECALIBRATED}" if self.is_recalibrated else "dense"
@@ -298,12 +300,12 @@ class RoundRecord(_Record):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def sparsity(self) -> float:
-        """As measured from the weights."""
+        """Zero weights / prunable weights, as measured."""
         return self.cost.sparsity
 
     @property
     def reference(self) -> DenseReference:
-        """Of round 0: what later rounds are compared with."""
+        """The measurement of round 0 that later rounds are compared with."""
         return DenseReference.of(
             self.accuracy, self.loss, self.accuracy_recalibrated, self.loss_recalibrated
         )
@@ -388,12 +390,12 @@ class TrialRecord(_Record):
 
     @property
     def test_accuracy(self) -> float:
-        """Of the chosen round, on the test split."""
+        """Accuracy of the chosen round on the test split."""
         return self.final.accuracy if self.test is None else self.test.accuracy
 
     @property
     def accuracy_fault(self) -> str:
-        """Why accuracy tells nothing of this trial; empty where it may."""
+        """The reason why accuracy has no meaning for this trial, or ""."""
         tested = [] if self.test is None else [self.test.accuracy, self.test.dense_accuracy]
         return find_accuracy_fault([*(record.accuracy for record in self.rounds), *tested])
 
@@ -424,8 +426,16 @@ def choose_round(rounds: Sequence[RoundRecord]) -> RoundRecord:
     return max(finished, key=lambda record: (record.accuracy, -record.loss, record.round))
 
 
+def dump_job(job: JobConfig) -> str:
+    """Write a job as TOML for running it again, without its place, sweep and cluster."""
+    outside: Any = {"storage": True, "sweep": True, "cluster": {"address"}}
+    return tomli_w.dumps(
+        job.model_dump(mode="json", exclude_defaults=True, exclude=outside, exclude_none=True)
+    )
+
+
 class FailureRecord(_Record):
-    """Why a trial of a sweep ended without a result; the next sweep tries it again."""
+    """The cause of a failed trial of a sweep; the next sweep tries it again."""
 
     trial_id: Part
     cause: Annotated[str, AfterValidator(printable)]
@@ -433,7 +443,7 @@ class FailureRecord(_Record):
 
 
 class StopRecord(_Record):
-    """Where a scheduler ended a trial that was weaker than others; only "fifo" goes on with it."""
+    """The round after which a scheduler stopped a trial; only "fifo" goes on with it."""
 
     trial_id: Part
     round: Count
@@ -455,7 +465,7 @@ class SharedRecord(_Record):
 
 
 class JobRecord(_Record):
-    """Whose folder this is."""
+    """The claim of a job on its folder."""
 
     schema_version: int = SCHEMA_VERSION
     factory: str

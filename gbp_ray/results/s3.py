@@ -120,7 +120,7 @@ class S3Objects(Objects):
         """Opens an address; asks the network nothing.
 
         Raises:
-            StoreError: The address is none.
+            StoreError: The address is malformed.
         """
         try:
             address = S3Address.parse(uri)
@@ -155,7 +155,7 @@ class S3Objects(Objects):
         return cls(address, client)
 
     def uri_of(self, key: str = "") -> str:
-        """Says the address, with its endpoint if that is not left to the environment."""
+        """Return the address, with its endpoint unless the environment sets it."""
         return str(self._address.child(key))
 
     def child(self, name: str) -> S3Objects:
@@ -206,7 +206,7 @@ class S3Objects(Objects):
         return data, answer["ETag"], _age_s(answer, answer["LastModified"])
 
     def exists(self, key: str) -> bool:
-        """Tells whether there is such an object, without reading it."""
+        """Check whether there is such an object, without reading it."""
         with self._explained(key):
             try:
                 self._ask("head_object", **self._place(key))
@@ -269,7 +269,7 @@ class S3Objects(Objects):
         return True
 
     def flush(self, folders: Iterable[str]) -> None:
-        """Does nothing: what a server has acknowledged is there to stay."""
+        """Do nothing: what a server has acknowledged is durable."""
 
     def delete(self, keys: Iterable[str]) -> None:
         """Removes objects, many at a time."""

@@ -15,9 +15,9 @@
 The storage is a folder or `s3://bucket/prefix`. A result exists when its record does: `round.json`
 is written after the files it lists with their sizes and SHA-256, `trial.json` after all rounds.
 Nothing is ever written as a stream: an object is put whole or not at all, so a reader sees whole
-files or none. Files are bytes here; what is in them is the business of the floors above.
+files or none. Files are bytes here.
 
-Results are read with this module alone, without torch or Ray.
+Reading results needs only this module, neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -87,12 +87,12 @@ class Store:
 
     @property
     def uri(self) -> str:
-        """Where the job's results are."""
+        """Address of the job's results."""
         return self.objects.uri_of()
 
     @property
     def folder(self) -> Path | None:
-        """The same as a folder, or None on an object store."""
+        """Folder of the job's results; None on an object store."""
         return self.objects.folder if isinstance(self.objects, FolderObjects) else None
 
     def preflight(self) -> None:
@@ -123,7 +123,7 @@ class Store:
             raise self._not_ours("has vanished")
 
     def check_claim(self, claim: JobRecord) -> bool:
-        """Says whether the folder is claimed for the same job; one that may be claimed is not.
+        """Return whether the folder is claimed for this job; False if it may be claimed.
 
         Raises:
             StoreError: The folder is another job's, or is not ours.
@@ -163,11 +163,11 @@ class Store:
         return await_lease(self.objects, folder)
 
     def trial_uri(self, trial_id: str) -> str:
-        """Says where a trial is."""
+        """Return the address of a trial."""
         return self.objects.uri_of(f"trials/{trial_id}")
 
     def round_uri(self, trial_id: str, number: int) -> str:
-        """Says where a round is; its files are there once its record is."""
+        """Return the address of a round; its files are complete once its record is there."""
         return self.objects.uri_of(_round_key(trial_id, number))
 
     def read_trial(self, trial_id: str) -> TrialRecord | None:
@@ -540,7 +540,7 @@ def open_objects(uri: str | Path) -> Objects:
     """Opens a folder or `s3://bucket/prefix`; asks neither anything.
 
     Raises:
-        StoreError: The address is none.
+        StoreError: The address is malformed.
     """
     text = str(uri)
     if text.startswith("s3://"):

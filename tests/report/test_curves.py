@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sample_sweep import CRITERIA, SPARSITIES, sweep_job, write_sweep, write_sweep_trial
 
@@ -33,6 +33,7 @@ def test_the_front_is_what_nothing_beats(pairs: list[tuple[float, float]]) -> No
     assert [pairs[i][0] for i in front] == sorted(pairs[i][0] for i in front)
 
 
+@settings(deadline=None)
 @given(st.lists(st.none() | st.floats(-1e6, 1e6) | st.just(math.nan), max_size=9))
 def test_a_spread_is_mean_and_sample_deviation(values: list[float | None]) -> None:
     known = [v for v in values if v is not None and not math.isnan(v)]
@@ -177,11 +178,11 @@ def test_names_say_what_there_is_and_no_two_are_the_same(tmp_path: Path) -> None
         labels = [curve.label for curve in workload.curves]
         assert labels == ["learning_rate 0.01", "learning_rate 0.01 (2)"]
         # One curve's point is nothing to look at beside no other, two are.
-        names = [sketch.name for sketch in sketch_workload(workload, [], "s")]
+        names = [sketch.name for sketch in sketch_workload(workload, [])]
         assert names[:2] == ["accuracy", "tradeoffs"]
     single = open_results(tmp_path / "a").where("finetune.learning_rate=0.01")
     (alone,) = gather_curves(single)
-    assert [s.name for s in sketch_workload(alone, [], "s")] == ["rounds", "cost"]
+    assert [s.name for s in sketch_workload(alone, [])] == ["rounds", "cost"]
 
 
 def test_of_equally_sparse_points_the_most_accurate_is_named(tmp_path: Path) -> None:
