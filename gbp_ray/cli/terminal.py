@@ -1,8 +1,7 @@
 """Output of the verbs: results on standard output, everything else on standard error.
 
-All text passes through here, whoever wrote it: names, paths and messages are shown as they are,
-with no markup in them, and steer no terminal. While a verb runs, what users' code prints goes to
-standard error.
+All text passes through here: names, paths and messages are shown without markup and without
+control sequences. Output of users' code while a verb runs goes to standard error.
 """
 
 from __future__ import annotations
@@ -88,9 +87,9 @@ _results: TextIO | None = None  # standard output, while what others print goes 
 
 @contextmanager
 def prints_aside() -> Iterator[None]:
-    """Sends to standard error what is printed inside, by this process or by those it starts.
+    """Redirects output of this process and its children to standard error.
 
-    Results still go to standard output, and nothing but them does.
+    Only results still go to standard output.
     """
     global _results
     out, aside = sys.stdout, sys.stderr or io.StringIO()
@@ -115,14 +114,14 @@ def prints_aside() -> Iterator[None]:
 
 
 def write(text: str) -> None:
-    """Writes to standard output at once, as it is."""
+    """Writes text to standard output, unchanged and at once."""
     if (out := _results or sys.stdout) is not None:
         out.write(text)
         out.flush()
 
 
 def write_log(text: str, to_errors: bool = False) -> None:
-    """Writes part of another's log: its lines and tabs, without its colours, steering nothing."""
+    """Writes part of another log: lines and tabs, without colours and control sequences."""
     lines = re.sub(r"\r\n?", "\n", _COLOURS.sub("", text)).split("\n")
     shown = "\n".join("\t".join(map(printable, line.split("\t"))) for line in lines)
     if not to_errors:
@@ -135,7 +134,7 @@ def write_log(text: str, to_errors: bool = False) -> None:
 def console() -> Screen:
     """Opens standard output for tables."""
     out = _results or sys.stdout
-    # Piped output has no width of its own, and a table cut at 80 columns is of no use.
+    # Piped output has no width, and a table cut at 80 columns is of no use.
     return Screen(file=out) if out and out.isatty() else Screen(file=out, width=140)
 
 
@@ -145,7 +144,7 @@ def print_json(value: object) -> None:
 
 
 def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints rows under the names of their columns; no text in them is a spreadsheet's formula."""
+    """Prints rows under the names of their columns; quotes text that looks like a formula."""
     if rows:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -159,7 +158,7 @@ def _as_cell(value: Any) -> Any:
 
 
 def say(*lines: str) -> None:
-    """Prints lines as they are."""
+    """Prints lines on standard output."""
     for line in lines:
         console().print(line, highlight=False, soft_wrap=True)
 
@@ -176,20 +175,18 @@ def show_warning(message: Warning | str, category: type[Warning], *rest: Any) ->
 
 
 def progress_printer(is_quiet: bool) -> OnProgress:
-    """Make a callback that prints progress on standard error."""
-    shown = ""
+    """Returns a callback that prints progress on standard error."""
+    last = ""
     is_live = sys.stderr.isatty() and not Screen(stderr=True).is_dumb_terminal
 
     def show(progress: Progress) -> None:
-        nonlocal shown
-        phase, done, total = progress.phase, progress.done, progress.total
-        if is_quiet or (phase == shown and not is_live):
-            return
-        if is_live:
-            end = "\n" if done == total else "\r"
-            typer.echo(f"\x1b[2K{printable(phase)}  {done}/{total}{end}", err=True, nl=False)
-        else:
-            note(phase)
-        shown = phase
+        nonlocal last
+        if is_live and not is_quiet:
+            text = f"{printable(progress.phase)}  {progress.done}/{progress.total}"
+            end = "\n" if progress.done == progress.total else "\r"
+            typer.echo(f"\x1b[2K{text}{end}", err=True, nl=False)
+        elif progress.phase != last and not is_quiet:
+            note(progress.phase)
+        last = progress.phase
 
     return show

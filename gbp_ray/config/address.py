@@ -1,11 +1,11 @@
-"""How a place on an object store is written: one spelling for jobs, commands and workload data.
+"""Addresses on object stores, in one spelling for jobs, commands and workload data.
 
     s3://bucket/prefix
     s3://bucket/prefix?endpoint_override=host:port&scheme=http&region=us-east-1
 
 The options are pyarrow's, so an address serves a workload's data and results alike. Without
 `endpoint_override` the endpoint is that of AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, or AWS's own.
-Credentials come from the environment alone; an address that holds any is refused without repeating
+Credentials come only from the environment; an address that holds any is refused without repeating
 it, because addresses are kept in records and logs.
 """
 
@@ -16,10 +16,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
-__all__ = [
-    "S3Address",
-    "names_user",
-]
+__all__ = ["S3Address", "names_user"]
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
 _OPTIONS = ("endpoint_override", "scheme", "region")
@@ -28,14 +25,13 @@ _SECRETS = ("access_key", "secret_key", "session_token")
 
 @dataclass(frozen=True)
 class S3Address:
-    """A prefix in a bucket, and the server that has it.
+    """A prefix in a bucket, and the server that holds it.
 
     Attributes:
-        bucket: The bucket.
-        prefix: Where in the bucket, without slashes at the ends; may be empty.
+        prefix: Without slashes at the ends; may be empty.
         endpoint_override: "host:port" of the server, or "" for the environment's choice.
         scheme: "http" or "https", for the override.
-        region: Region, or "" for the environment's choice.
+        region: "" leaves it to the environment.
     """
 
     bucket: str
@@ -46,10 +42,10 @@ class S3Address:
 
     @classmethod
     def parse(cls, text: str) -> S3Address:
-        """Reads an address.
+        """Parses an address.
 
         Raises:
-            ValueError: It is none, or holds credentials; the message does not repeat those.
+            ValueError: It is invalid, or holds credentials, which the message does not repeat.
         """
         parts = urlsplit(text)
         if names_user(text):
@@ -66,7 +62,7 @@ class S3Address:
             if name not in _OPTIONS:
                 raise ValueError(f"?{name}: no such option (allowed: {', '.join(_OPTIONS)})")
             options[name] = value
-        # A whole URL is what other tools call an endpoint.
+        # Other tools take a whole URL as endpoint.
         if (override := options.get("endpoint_override", "")).startswith(("http://", "https://")):
             scheme, _, rest = override.partition("://")
             options |= {"endpoint_override": rest.rstrip("/"), "scheme": scheme}
@@ -81,11 +77,11 @@ class S3Address:
 
     @property
     def endpoint(self) -> str | None:
-        """The server's URL, or None where the environment decides."""
+        """Returns the server's URL, or None where the environment decides."""
         return f"{self.scheme}://{self.endpoint_override}" if self.endpoint_override else None
 
     def child(self, path: str) -> S3Address:
-        """Locates something below."""
+        """Returns the address of a path below this one."""
         prefix = "/".join(part for part in (self.prefix, path) if part)
         return dataclasses.replace(self, prefix=prefix)
 
@@ -105,7 +101,7 @@ _NO_CREDENTIALS = (
 
 
 def names_user(address: str) -> bool:
-    """Tells whether an address, scheme://..., holds a user's name or a secret."""
+    """Checks whether an address, scheme://..., holds a user's name or a secret."""
     rest = address.partition("://")[2]
     server = rest.partition("/")[0]
     # A secret may hold a slash, and then seems to be part of the path.

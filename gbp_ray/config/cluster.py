@@ -1,4 +1,4 @@
-"""The `[cluster]` section of a job: where it runs, which changes nothing of its result."""
+"""The section of a job for the cluster: where it runs, which does not change its result."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from gbp_ray.config.schema import Section
+from gbp_ray.config.schema import Section, refuse
 
-__all__ = [
-    "ClusterConfig",
-]
+__all__ = ["ClusterConfig"]
 
 _MOST_WORKERS = 10_000
 _YEAR_S = 366.0 * 24 * 3600
@@ -25,8 +23,8 @@ class ClusterConfig(Section):
     use_gpu: bool = False
     """A GPU per worker (NCCL) instead of CPUs (gloo)."""
     gpus_per_worker: float = Field(1.0, gt=0.0, le=1.0)
-    """With use_gpu: the share of a GPU that a worker claims. Below 1, as many trials of one worker
-    as fit share a GPU; that they fit its memory too is for you to see to (--dry-run)."""
+    """With use_gpu: the part of a GPU that a worker claims. Below 1, trials of one worker share a
+    GPU; check with --dry-run that they fit into its memory."""
     accelerator_type: str | None = None
     """With use_gpu: the kind of GPU by Ray's name, such as "A100" or "L4"; unset takes any."""
     cpus_per_worker: float | None = Field(None, gt=0.0, le=10_000.0)
@@ -40,45 +38,40 @@ class ClusterConfig(Section):
     """CPU threads of each worker. Kernels add in an order of their own per thread count, so results
     agree to the bit between runs that share this number."""
     max_failures: int = Field(2, ge=0, le=10_000)
-    """Lost or hung workers a trial survives; each time it goes on after its last whole round."""
+    """Lost or hung workers that a trial survives; it goes on after its last whole round."""
     max_preemptions: int | None = Field(None, ge=0, le=1_000_000)
     """Machines a trial may lose that were taken away with notice (spot), counted apart from
     max_failures; unset: any number, and always so for trials of one worker in a sweep."""
     room_timeout_s: float = Field(600.0, ge=0.0, le=_YEAR_S)
-    """How long a fixed number of workers waits for room on the cluster."""
+    """Seconds that a fixed number of workers waits for room on the cluster."""
     autoscale: bool | None = None
     """Whether the cluster adds machines when they are asked for: a job that has no room yet then
     waits. Unset: as far as Ray tells."""
     hang_timeout_s: float = Field(900.0, ge=0.0, le=_YEAR_S)
-    """A worker that for so long finishes no step, no batch and no exchange with the others counts
-    as lost. Building the workload and reading or writing storage may take longer. 0: never."""
+    """Seconds without a finished step, batch or exchange after which a worker counts as lost.
+    Building the workload and reading or writing storage may take longer. 0: never."""
     address: str | None = None
     """Ray cluster to join; None starts a private one on this machine."""
 
     @model_validator(mode="after")
-    def _can_shard(self) -> ClusterConfig:
-        if self.strategy == "fsdp" and self.min_workers == 0:
-            raise ValueError(
-                "strategy = fsdp: spreads the network over workers; set num_workers to 1 or more"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _can_share_gpus(self) -> ClusterConfig:
-        faults = []
-        if not self.use_gpu and self.accelerator_type is not None:
-            faults.append(
-                f"accelerator_type = {self.accelerator_type}: is a kind of GPU; set use_gpu = true"
-            )
-        if not self.use_gpu and self.gpus_per_worker != 1.0:
-            faults.append(f"gpus_per_worker = {self.gpus_per_worker:g}: set use_gpu = true")
-        if self.use_gpu and self.gpus_per_worker < 1 and self.max_workers > 1:
-            faults.append(
-                f"gpus_per_worker = {self.gpus_per_worker:g}: NCCL joins no two workers on one "
-                "GPU; set it to 1, or num_workers to 1"
-            )
-        if faults:
-            raise ValueError(*faults)
+    def _agree(self) -> ClusterConfig:
+        has_partial_gpu = self.gpus_per_worker != 1.0
+        refuse(
+            self.strategy == "fsdp"
+            and self.min_workers == 0
+            and "strategy = fsdp: spreads the network over workers; set num_workers to 1 or more",
+            not self.use_gpu
+            and self.accelerator_type is not None
+            and f"accelerator_type = {self.accelerator_type}: is a kind of GPU; set use_gpu = true",
+            not self.use_gpu
+            and has_partial_gpu
+            and f"gpus_per_worker = {self.gpus_per_worker:g}: set use_gpu = true",
+            self.use_gpu
+            and has_partial_gpu
+            and self.max_workers > 1
+            and f"gpus_per_worker = {self.gpus_per_worker:g}: NCCL joins no two workers on one "
+            "GPU; set it to 1, or num_workers to 1",
+        )
         return self
 
     @field_validator("num_workers", mode="before")
@@ -94,15 +87,15 @@ class ClusterConfig(Section):
 
     @property
     def fits_one_process(self) -> bool:
-        """Whether a trial of a sweep needs no group of workers, and runs where Tune starts it."""
+        """Returns whether a trial of a sweep runs in the process that Tune starts for it."""
         return self.max_workers <= 1 and self.strategy == "replicated"
 
     @property
     def min_workers(self) -> int:
-        """Fewest workers the job goes on with."""
+        """Returns the fewest workers the job goes on with."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
     def max_workers(self) -> int:
-        """Most workers the job makes use of."""
+        """Returns the most workers the job makes use of."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]

@@ -1,6 +1,6 @@
-"""Describe the criteria without torch: what each reads, what it costs and where it comes from.
+"""Descriptions of the criteria, without torch: what each reads, costs and comes from.
 
-Checks, estimates, caches, reports and the command line go by these descriptions, so that nothing
+Checks, estimates, caches, reports and the command line use these descriptions, so that nothing
 outside this module and `pruning.criteria`, which holds the functions, compares names of criteria.
 
 Symbols of the formulas: w weight, g gradient of the mean loss over a batch, g_i of one example,
@@ -13,12 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = [
-    "BASELINES",
-    "CRITERIA",
-    "CriterionSpec",
-    "describe_criterion",
-]
+__all__ = ["BASELINES", "CRITERIA", "CriterionSpec", "describe_criterion"]
 
 Reads = Literal["nothing", "weights", "gradients", "passes", "history"]
 """The source of scores. Gradients of each batch, taken weight by weight, are the cheapest, and the
@@ -28,12 +23,12 @@ passes of the criterion's own. History is gathered during fine-tuning."""
 
 @dataclass(frozen=True)
 class CriterionSpec:
-    """Describe a criterion.
+    """The description of a criterion.
 
     Attributes:
         name: As written in a job.
         formula: In ASCII, symbols as in the module's docstring.
-        summed: What is added over batches and workers.
+        summed: The quantity that is added over batches and workers.
         cost: Relative to one forward and backward pass over the calibration examples.
         source: Authors, year, arXiv id or venue, equation.
         num_passes: Passes over the calibration data; 0 reads none of them.
@@ -53,17 +48,17 @@ class CriterionSpec:
 
     @property
     def needs_data(self) -> bool:
-        """Return whether calibration examples are read."""
+        """Returns whether calibration examples are read."""
         return self.num_passes > 0
 
     @property
     def needs_history(self) -> bool:
-        """Return whether scores are gathered while the network is fine-tuned."""
+        """Returns whether scores are gathered during fine-tuning."""
         return self.reads == "history"
 
     @property
     def feeds_ones(self) -> bool:
-        """Return whether its passes take an input of ones instead of data."""
+        """Returns whether its passes take an input of ones instead of data."""
         return self.reads == "passes" and not self.needs_data
 
 
@@ -149,7 +144,7 @@ BASELINES = ("random", "magnitude")
 
 
 def describe_criterion(name: str) -> CriterionSpec:
-    """Describe a criterion by its name in a job; "module:attr" as a function that reads batches."""
+    """Returns the description of a criterion; one named "module:attr" reads batches."""
     return CRITERIA.get(name) or CriterionSpec(
         *(name, "sum_b f(batch)", "what the function returns", "one call per batch", "yours"),
         reads="passes",

@@ -1,8 +1,6 @@
 """The job: one TOML file, checked whole before anything starts.
 
-This module decides what a job may say and what a trial is called. It is read by every floor above
-and knows neither torch nor Ray. All faults of a job are reported at once, in one line, with dotted
-paths and the nearest valid name.
+All faults of a job are reported at once, in one line, with dotted paths and the nearest valid name.
 """
 
 from __future__ import annotations
@@ -26,6 +24,7 @@ from gbp_ray.config.schema import (
     dotted,
     explain_faults,
     find_field,
+    refuse,
     section_of,
 )
 from gbp_ray.config.sweep import SweepConfig, TargetConfig, first_values, span
@@ -59,7 +58,7 @@ class JobConfig(Section):
     """Folder or s3://bucket/prefix that receives results; another server than AWS by
     AWS_ENDPOINT_URL, or as s3://bucket/prefix?endpoint_override=host:port&scheme=http."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Decides initial weights, order of examples, augmentation and random scores."""
+    """Seed of initial weights, order of examples, augmentation and random scores."""
     workload: WorkloadConfig
     pretrain: PretrainConfig = PretrainConfig()
     prune: PruneConfig
@@ -90,37 +89,34 @@ class JobConfig(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> JobConfig:
-        faults = []
-        for section in ("pretrain", "finetune"):
-            recipe: Recipe = getattr(self, section)
-            if recipe.epochs > 0 and recipe.microbatches < self.cluster.max_workers:
-                asked = json.dumps(self.cluster.num_workers)
-                faults.append(
-                    f"{section}.microbatches = {recipe.microbatches} cannot occupy "
-                    f"cluster.num_workers = {asked}; lower the workers, which "
-                    f"keeps the result, or raise {section}.microbatches, which changes it"
-                )
-            if recipe.epochs > 0 and (
-                fault := find_weaker_attack(self.attack, recipe.adversarial, section)
-            ):
-                faults.append(fault)
-        criterion = f"prune.criterion = {self.prune.criterion}"
-        if self.prune.spec.needs_history and self.finetune.patience:
-            faults.append(
-                f"finetune.patience = {self.finetune.patience} takes steps back that "
-                f"{criterion} has counted; set it to 0"
-            )
-        if self.prune.spec.needs_history and self.finetune.epochs == 0:
-            faults.append(
-                f"{criterion} gathers its scores while fine-tuning; set finetune.epochs above 0"
-            )
-        if self.prune.spec.feeds_ones and self.workload.encoding.kind == "one_hot":
-            faults.append(
-                f"{criterion} sends ones through the network, which light one level "
-                "of workload.encoding.kind = one_hot alone; use thermometer, or another criterion"
-            )
-        if faults:
-            raise ValueError(*faults)
+        faults: list[str | bool] = []
+        recipes: dict[str, Recipe] = {"pretrain": self.pretrain, "finetune": self.finetune}
+        for section, recipe in recipes.items():
+            if recipe.epochs > 0:
+                faults += [
+                    recipe.microbatches < self.cluster.max_workers
+                    and f"{section}.microbatches = {recipe.microbatches} cannot occupy "
+                    f"cluster.num_workers = {json.dumps(self.cluster.num_workers)}; lower the "
+                    f"workers, which keeps the result, or raise {section}.microbatches, which "
+                    "changes it",
+                    find_weaker_attack(self.attack, recipe.adversarial, section),
+                ]
+        prune, recipe = self.prune, self.finetune
+        criterion = f"prune.criterion = {prune.criterion}"
+        refuse(
+            *faults,
+            prune.spec.needs_history
+            and recipe.patience > 0
+            and f"finetune.patience = {recipe.patience} takes steps back that {criterion} has "
+            "counted; set it to 0",
+            prune.spec.needs_history
+            and recipe.epochs == 0
+            and f"{criterion} gathers its scores while fine-tuning; set finetune.epochs above 0",
+            prune.spec.feeds_ones
+            and self.workload.encoding.kind == "one_hot"
+            and f"{criterion} sends ones through the network, which light one level of "
+            "workload.encoding.kind = one_hot alone; use thermometer, or another criterion",
+        )
         return self
 
 
@@ -159,7 +155,7 @@ def load_job(
 def expand(job: JobConfig) -> list[JobConfig]:
     """Lists the trials of a sweep, each a whole job of its own; equal ones once.
 
-    With a target each stands for a search, and has the highest sparsity of it.
+    With a target each represents a search and has its highest sparsity.
 
     Raises:
         ConfigError: Some are refused by the schema; one line that lists every fault once.
@@ -198,15 +194,15 @@ def expand(job: JobConfig) -> list[JobConfig]:
 
 
 def trial_id(job: JobConfig) -> str:
-    """Names a trial by what decides its result, like "taylor-s0.90-r5-3f9c1a2b".
+    """Returns the name of a trial, such as "taylor-s0.90-r5-3f9c1a2b".
 
-    The hash covers the non-default fields alone, so that a new field with a default keeps old
-    names; `name`, `storage`, `cluster` and `sweep` are left out: they do not change the result.
+    The hash covers all fields that change the result and differ from their defaults, so a new field
+    with a default keeps old names.
     """
     identity = job.model_dump(
         mode="json", exclude_defaults=True, exclude=_TRAINING_KEYS_OUTSIDE_IDENTITY
     )
-    # The masks and weights themselves, wherever they lie.
+    # Masks and weights count by their digests, wherever they lie.
     if job.prune.initial_masks_digest:
         identity["prune"].pop("initial_masks", None)
     if job.workload.transfer.checkpoint_digest:
@@ -248,13 +244,13 @@ def describe_fields() -> list[tuple[str, str, str]]:
 
 
 def takes_whole_numbers(key: str) -> bool | None:
-    """Tells whether a dotted field is a whole number; None where the schema does not say."""
+    """Checks whether a dotted field is a whole number; None where the schema does not say."""
     field = find_field(key.split("."), JobConfig)
     return None if field is None else field.annotation in (int, int | None)
 
 
 def _fill_in(tree: dict[str, Any]) -> None:
-    """Gives a job the required fields that it leaves to its sweep, so that they are said once."""
+    """Fills in the required fields that a job leaves to its sweep."""
     sweep = tree.get("sweep")
     if not isinstance(sweep, dict):
         return
@@ -281,14 +277,14 @@ def _as_toml(value: object) -> str:
 
 def _read_toml(source: str | Path | None) -> dict[str, Any]:
     if source is None:
-        # By its path: as a module, the folder would bring torch along.
+        # By its path: importing the folder as a module would import torch.
         return tomllib.loads(
             resources.files("gbp_ray").joinpath("workloads", "digits.toml").read_text("utf-8")
         )
     path = Path(source)
     try:
         data = path.read_bytes()
-        # Editors put a byte order mark first, and older ones end lines in other ways.
+        # Some editors write a byte order mark or other line ends.
         text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
         return tomllib.loads(text)
     except FileNotFoundError:
@@ -318,7 +314,7 @@ def _split_override(text: str) -> tuple[str, Any]:
         parsed = tomllib.loads(f"value = {raw}")
     except (ValueError, RecursionError):
         return key, raw
-    # Text of several lines may read as more keys than this one.
+    # Text of several lines may parse as more keys than this one.
     return key, parsed["value"] if len(parsed) == 1 else raw
 
 
@@ -326,7 +322,7 @@ def _set_dotted(tree: dict[str, Any], key: str, value: Any, *, is_shared: bool =
     """Sets a value by its dotted key.
 
     Args:
-        is_shared: Whether tables in the tree belong to others, too: then they are copied first.
+        is_shared: Tables in the tree belong to other trees, too, and are copied first.
     """
     *parents, last = key.split(".")
     node = tree

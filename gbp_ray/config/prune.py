@@ -1,4 +1,4 @@
-"""The section of a job that says what is removed, and by which rule."""
+"""The section of a job for pruning: criterion, schedule, scope, granularity, calibration."""
 
 from __future__ import annotations
 
@@ -9,25 +9,37 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from gbp_ray.config.criteria import CRITERIA, CriterionSpec, describe_criterion
-from gbp_ray.config.schema import MOST_EXAMPLES, PLUG_IN, Idle, Section, Worded, nearest_name
+from gbp_ray.config.schema import (
+    MOST_EXAMPLES,
+    PLUG_IN,
+    Idle,
+    Section,
+    Worded,
+    nearest_name,
+    refuse,
+)
 from gbp_ray.errors import ConfigError
 
-__all__ = [
-    "SCHEDULES",
-    "PruneConfig",
-    "sparsity_schedule",
-]
+__all__ = ["SCHEDULES", "PruneConfig", "sparsity_schedule"]
 
 _PATTERN_N_M = re.compile(r"([0-9]{1,6}):([0-9]{1,6})")
-
-
 _NO_DATA = Idle("criterion = {criterion}", lambda prune: not prune.spec.needs_data)
 _ONE_ROUND = Idle("rounds = 1", lambda prune: prune.rounds == 1)
+_ONE_SHOT = Idle("schedule = one_shot", lambda prune: prune.schedule == "one_shot")
+_NO_PROBES = Idle(
+    "criterion = {criterion}", lambda prune: "hutchinson_probes" not in prune.spec.options
+)
+_NO_RATE = Idle(
+    "finetune.epochs = 0",
+    lambda job: job.prune.rewind == "learning_rate" and job.finetune.epochs == 0,
+    of_job=True,
+)
+_NO_MASKS = Idle("initial_masks unset", lambda prune: not prune.initial_masks)
 _BOUNDS = Worded("must be a number, or a table of name globs with a number each")
 
 
 class PruneConfig(Section):
-    """What is removed, and by which rule."""
+    """Which weights are removed, and by which criterion."""
 
     criterion: str
     """A built-in criterion (see `gbp-ray criteria`) or your own as "module:attr"."""
@@ -35,52 +47,33 @@ class PruneConfig(Section):
     """Removed units / prunable units after the last round."""
     rounds: int = Field(1, ge=1, le=999)
     """How often score, select and fine-tune are repeated."""
-    schedule: Annotated[
-        Literal["one_shot", "linear", "cubic", "geometric"],
-        _ONE_ROUND,
-    ] = "geometric"
+    schedule: Annotated[Literal["one_shot", "linear", "cubic", "geometric"], _ONE_ROUND] = (
+        "geometric"
+    )
     """Sparsity after each round; one_shot removes everything in round 1 and fine-tunes on."""
-    ramp_rounds: Annotated[
-        int | None,
-        _ONE_ROUND,
-        Idle("schedule = one_shot", lambda prune: prune.schedule == "one_shot"),
-    ] = Field(None, ge=1, le=999)
-    """Rounds after which the sparsity is reached; those left only fine-tune. Unset takes all."""
+    ramp_rounds: Annotated[int | None, _ONE_ROUND, _ONE_SHOT] = Field(None, ge=1, le=999)
+    """Rounds after which the sparsity is reached; later ones only fine-tune. Unset: all rounds."""
     scope: Literal["global", "layer"] = "global"
-    """Who competes: all weights together, or each layer on its own at the same sparsity."""
+    """Which scores compete: those of all weights, or of each layer at the same sparsity."""
     granularity: str = "weight"
-    """What is removed: "weight", or "n:m" such as "2:4", which keeps n of every m inputs."""
+    """Unit of removal: "weight", or "n:m" such as "2:4", which keeps n of every m inputs."""
     calibration_examples: Annotated[int, _NO_DATA] = Field(512, ge=1, le=MOST_EXAMPLES)
     """Training examples the scores are computed on."""
     calibration_batch_size: int = Field(64, ge=1, le=MOST_EXAMPLES)
     """Examples per scoring batch; part of the definition of taylor_squared."""
     calibration_augment: Annotated[bool, _NO_DATA] = True
     """Whether scoring sees training examples augmented, as training does, or plain."""
-    hutchinson_probes: Annotated[
-        int,
-        Idle(
-            "criterion = {criterion}", lambda prune: "hutchinson_probes" not in prune.spec.options
-        ),
-    ] = Field(4, ge=1, le=10_000)
+    hutchinson_probes: Annotated[int, _NO_PROBES] = Field(4, ge=1, le=10_000)
     """Random probes per batch for the Hessian diagonal of obd."""
     batchnorm_examples: int = Field(2048, ge=0, le=MOST_EXAMPLES)
     """Training examples that re-estimate BatchNorm statistics after each prune; 0 keeps them."""
-    rewind: Annotated[
-        Literal["none", "weights", "learning_rate"],
-        Idle(
-            "finetune.epochs = 0",
-            lambda job: job.prune.rewind == "learning_rate" and job.finetune.epochs == 0,
-            of_job=True,
-        ),
-    ] = "none"
+    rewind: Annotated[Literal["none", "weights", "learning_rate"], _NO_RATE] = "none"
     """After each prune: "weights" puts kept weights back to their dense values, "learning_rate"
     starts the schedule anew, "none" runs one schedule through all rounds."""
     initial_masks: str = ""
     """Masks to start from: a mask file, a round's or a trial's folder. They hold from the first
     weights on, in pretraining, too, and the schedule goes on from their sparsity."""
-    initial_masks_digest: Annotated[
-        str, Idle("initial_masks unset", lambda prune: not prune.initial_masks)
-    ] = ""
+    initial_masks_digest: Annotated[str, _NO_MASKS] = ""
     """Digest of those masks, by which the trial is known; filled in when the job is read."""
     exclude: tuple[str, ...] = ()
     """Name globs of parameters that are never pruned, such as "conv1.*"."""
@@ -117,49 +110,40 @@ class PruneConfig(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> PruneConfig:
-        faults = []
-        if self.pattern is not None:
-            n, m = self.pattern
-            if not math.isclose(self.sparsity, 1 - n / m, abs_tol=1e-9):
-                faults.append(
-                    f'granularity = "{self.granularity}" means sparsity = {1 - n / m:g}, not '
-                    f"{self.sparsity:g}; set prune.sparsity={1 - n / m:g}"
-                )
-        if self.initial_masks and self.pattern is not None:
-            faults.append(
-                f'initial_masks with granularity = "{self.granularity}": masks of single weights '
-                'leave no whole groups; set granularity to "weight"'
-            )
-        if self.ramp_rounds is not None and self.ramp_rounds > self.rounds:
-            faults.append(
-                f"ramp_rounds = {self.ramp_rounds} exceeds rounds = {self.rounds}; lower it"
-            )
+        n, m = self.pattern or (0, 0)
+        implied = 1 - n / m if m else self.sparsity
         low, high = self.layer_min_sparsity, self.layer_max_sparsity
-        if isinstance(low, float) and low > self.sparsity:
-            faults.append(
-                f"layer_min_sparsity = {low:g} exceeds sparsity = {self.sparsity:g}; lower it"
-            )
-        if isinstance(high, float) and high < self.sparsity:
-            faults.append(
-                f"layer_max_sparsity = {high:g} is below sparsity = {self.sparsity:g}; raise it"
-            )
-        if faults:
-            raise ValueError(*faults)
+        refuse(
+            not math.isclose(self.sparsity, implied, abs_tol=1e-9)
+            and f'granularity = "{self.granularity}" means sparsity = {implied:g}, not '
+            f"{self.sparsity:g}; set prune.sparsity={implied:g}",
+            bool(self.initial_masks and m)
+            and f'initial_masks with granularity = "{self.granularity}": masks of single weights '
+            'leave no whole groups; set granularity to "weight"',
+            (self.ramp_rounds or 0) > self.rounds
+            and f"ramp_rounds = {self.ramp_rounds} exceeds rounds = {self.rounds}; lower it",
+            isinstance(low, float)
+            and low > self.sparsity
+            and f"layer_min_sparsity = {low:g} exceeds sparsity = {self.sparsity:g}; lower it",
+            isinstance(high, float)
+            and high < self.sparsity
+            and f"layer_max_sparsity = {high:g} is below sparsity = {self.sparsity:g}; raise it",
+        )
         return self
 
     @property
     def spec(self) -> CriterionSpec:
-        """Return the description of the criterion."""
+        """Returns the description of the criterion."""
         return describe_criterion(self.criterion)
 
     @property
     def num_finetunings(self) -> int:
-        """Count the fine-tunings; movement needs one before the first prune to look back on."""
+        """Counts the fine-tunings; movement needs one before the first prune, too."""
         return self.rounds + self.spec.needs_history
 
     @property
     def pattern(self) -> tuple[int, int] | None:
-        """(n, m) of an n:m granularity, None for single weights."""
+        """Returns (n, m) of an n:m granularity, None for single weights."""
         match = _PATTERN_N_M.fullmatch(self.granularity)
         return (int(match[1]), int(match[2])) if match else None
 
@@ -181,15 +165,12 @@ def sparsity_schedule(
         linear: s0 + (s - s0) * t, the same number of units each round.
         cubic: s0 + (s - s0) * (1 - (1 - t)^3), fast first and slow last (Zhu and Gupta 2017,
             arXiv 1710.01878, eq. 1).
-        geometric: 1 - (1 - s0) * ((1 - s) / (1 - s0))^t, the same share of what is left each round
+        geometric: 1 - (1 - s0) * ((1 - s) / (1 - s0))^t, the same part of the rest in each round
             (Frankle and Carbin 2019, arXiv 1803.03635, section 2).
 
     Args:
         kind: One of `SCHEDULES`.
-        sparsity: Final sparsity in [0, 1).
-        rounds: At least 1.
-        ramp_rounds: After how many of them s is reached, and the rest only fine-tune; all by
-            default.
+        ramp_rounds: Rounds after which s is reached; later ones only fine-tune. All by default.
         start: Sparsity before the first round, at most `sparsity`.
 
     Raises:

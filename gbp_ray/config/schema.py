@@ -1,4 +1,4 @@
-"""What the sections of a job have in common: how they are declared, how faults are worded.
+"""The base of all sections of a job: marks on fields, faults in words, options without effect.
 
 All faults of a job go into one line, with dotted paths and the nearest valid name.
 """
@@ -34,11 +34,12 @@ __all__ = [
     "nearest_glob",
     "nearest_name",
     "plain",
+    "refuse",
     "section_of",
 ]
 
 PLUG_IN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-"""How code is named: "module:attr"."""
+"""The name of code in a job: "module:attr"."""
 
 MOST_EXAMPLES = 10**9
 """More examples than any data set has."""
@@ -46,18 +47,19 @@ MOST_EXAMPLES = 10**9
 _MOST_DEPTH = 100  # of lists and tables in a value
 _MOST_FAULTS = 50
 _MOST_SHOWN = 300  # characters of a value
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-"""A share of a whole."""
+"""A part of a whole."""
 
 
 @dataclass(frozen=True)
 class Idle:
-    """Mark a field that has no effect under a condition.
+    """Marks a field that has no effect under a condition.
 
     Attributes:
-        reason: What makes it so, behind the section's name and a dot; {name} is a field's value.
-        when: Takes the section.
-        of_job: The condition takes the whole job, and the reason names another section.
+        reason: Follows the section's name and a dot in the warning; {name} is a field's value.
+        when: The condition; takes the section.
+        of_job: The condition takes the whole job, and the reason names its own section.
     """
 
     reason: str
@@ -67,14 +69,14 @@ class Idle:
 
 @dataclass(frozen=True)
 class Switch:
-    """Mark a field of which one value turns off all others of its section."""
+    """Marks a field of which one value turns off all others of its section."""
 
     off: object
 
 
 @dataclass(frozen=True)
 class Worded:
-    """Mark a field all of whose faults are worded in one way."""
+    """Marks a field whose faults are all worded in one way."""
 
     fault: str
 
@@ -90,7 +92,7 @@ class Section(BaseModel):
     )
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """Returns itself, as what is frozen may; pydantic copies defaults for every job."""
+        """Returns the section itself, which is frozen; pydantic copies defaults for every job."""
         return self
 
     @field_validator("*")
@@ -103,17 +105,22 @@ class Section(BaseModel):
                 json.dumps(texts, ensure_ascii=False, default=str).encode()
             except UnicodeEncodeError:
                 raise ValueError("holds what is no UTF-8 text; use another name") from None
-        # A trial would be called otherwise with -0.0.
+        # -0.0 would give a trial another name.
         return 0.0 if isinstance(value, float) and value == 0 else value
 
 
+def refuse(*faults: str | bool) -> None:
+    """Raises a ValueError with all faults that are text, written as `condition and text`."""
+    if found := [fault for fault in faults if fault]:
+        raise ValueError(*found)
+
+
 def plain(value: Any) -> Any:
-    """Makes of a value what JSON makes of it, as which it travels to workers and into records.
+    """Converts a value to JSON and back, as it will reach workers and records.
 
     Raises:
-        TypeError: It is none of JSON's.
-        ValueError: A number is not finite, text is none that can be written, or it is nested too
-            deeply.
+        TypeError: It has no form in JSON.
+        ValueError: It holds a number that is not finite, text that is not Unicode, or deep nesting.
         RecursionError: It is nested far too deeply.
     """
     level = [value]
@@ -126,24 +133,24 @@ def plain(value: Any) -> Any:
 
 
 def nearest_name(name: str, allowed: Iterable[str]) -> str:
-    """Words a suggestion: ", did you mean 'taylor'?", or nothing where none is near."""
+    """Returns a suggestion such as ", did you mean 'taylor'?", or "" where no name is near."""
     near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
     return f", did you mean '{near[0]}'?" if near else ""
 
 
 def match_names(pattern: str, names: Iterable[str]) -> list[str]:
-    """Finds the names that a glob matches; a name that is written out matches itself only."""
+    """Returns the names that a glob matches; a name that is written out matches only itself."""
     names = list(names)
     return [pattern] if pattern in names else fnmatch.filter(names, pattern)
 
 
 def is_matched(name: str, patterns: Iterable[str]) -> bool:
-    """Tells whether a name is one of some, or matches one of them as a glob."""
+    """Checks whether a name equals one of the patterns or matches it as a glob."""
     return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def nearest_glob(pattern: str, names: Iterable[str]) -> str:
-    """Words a suggestion as `nearest_name`, written so that it is a glob of that very name."""
+    """Returns a suggestion like `nearest_name`, escaped to a glob of exactly that name."""
     near = difflib.get_close_matches(pattern, list(names), n=1, cutoff=0.5)
     if not near:
         return ""
@@ -153,18 +160,14 @@ def nearest_glob(pattern: str, names: Iterable[str]) -> str:
 
 
 def dotted(path: Iterable[int | str]) -> str:
-    """Joins a path as TOML writes it: what is no bare key gets quotes."""
+    """Joins a path as in TOML, with quotes around parts that are not bare keys."""
     return ".".join(
         str(part) if re.fullmatch(r"[\w-]+", str(part)) else json.dumps(part) for part in path
     )
 
 
 def explain_faults(error: ValidationError, whole: type[Section]) -> list[str]:
-    """Words what is wrong with a job, each fault once.
-
-    Args:
-        whole: What was being validated.
-    """
+    """Describes the faults of a job of the class `whole`, each once."""
     faults = error.errors(include_url=False)
     texts = [_explain_fault(dict(fault), whole) for fault in faults[:_MOST_FAULTS]]
     if len(faults) > _MOST_FAULTS:
@@ -204,7 +207,7 @@ def _explain_fault(fault: dict[str, Any], whole: type[Section]) -> str:
 
 
 def _show(value: Any) -> str:
-    """Writes a value, not all of a long one."""
+    """Formats a value, shortened where it is long."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an endless number, or a deep list
@@ -215,7 +218,7 @@ def _show(value: Any) -> str:
 
 
 def section_of(field: FieldInfo | None) -> type[Section] | None:
-    """Return the section that a field holds; None where it holds a value."""
+    """Returns the class of the section in a field; None where it holds a value."""
     inner = field.annotation if field else None
     return inner if isinstance(inner, type) and issubclass(inner, Section) else None
 
@@ -225,7 +228,7 @@ def _section_at(path: tuple[int | str, ...], whole: type[Section]) -> type[Secti
 
 
 def find_field(path: Iterable[int | str], whole: type[Section]) -> FieldInfo | None:
-    """Find the field at a path; None where there is none, as inside a table of options."""
+    """Finds the field at a path; None where there is none, as inside a table of options."""
     section: type[Section] | None = whole
     field: FieldInfo | None = None
     for part in path:
@@ -235,9 +238,9 @@ def find_field(path: Iterable[int | str], whole: type[Section]) -> FieldInfo | N
 
 
 def find_idle_options(job: Section) -> list[tuple[str, str]]:
-    """Find options that are set and have no effect, as (dotted key, what makes it idle).
+    """Lists options that are set and have no effect, as (dotted key, reason).
 
-    A value that equals the default asks for nothing; a record's job has all of them set.
+    Values equal to the default are left out, because the job of a record has all fields set.
     """
     return list(_find_idle(job, job, ""))
 

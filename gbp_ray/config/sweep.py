@@ -1,6 +1,6 @@
-"""What a sweep tries: the axes of its space, and the points that they span.
+"""The section of a job for sweeps: the axes of its space, and the points that they span.
 
-An axis is a field of the job by its dotted name, or several that vary together, and what they take:
+An axis is a field of the job by its dotted name, or several that vary together, and its values:
 
     [sweep.space]
     "prune.criterion" = ["magnitude", "fisher"]                    each of these
@@ -11,8 +11,8 @@ An axis is a field of the job by its dotted name, or several that vary together,
 
 The points are all combinations of the listed values, in the order of the file, the last axis
 changing fastest. Each comes with `num_samples` draws of the drawn axes. Draw n of an axis depends
-on the job's seed, the axis's name and n alone, so all combinations meet the same draws, another
-axis changes none of them, and more samples only add to those before.
+only on the job's seed, the axis's name and n: all combinations meet the same draws, another axis
+changes none of them, and more samples only add to those before.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from gbp_ray.config.schema import Section, plain
+from gbp_ray.config.schema import Section, plain, refuse
 
 __all__ = [
     "Axis",
@@ -43,7 +43,7 @@ _FARTHEST_END = 1e18
 _RANGES = ("linear", "log", "uniform", "loguniform")
 _KINDS = (*_RANGES, "choice")
 IsWhole = Callable[[str], bool | None]
-"""Whether a field takes whole numbers; None where its schema does not say."""
+"""Checks whether a field takes whole numbers; None where its schema does not say."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Axis:
     """One direction of the space.
 
     Attributes:
-        fields: The dotted names of what varies, together where there are several.
-        kind: "list", or how values are made: linear, log, uniform, loguniform, choice.
-        given: The listed values, or (low, high) of a range; one per field in a tuple.
-        num: Of a linear or log range, how many.
+        fields: Dotted names of the fields that vary together, most often one.
+        kind: "list", linear, log, uniform, loguniform or choice.
+        given: The listed values, or (low, high) of a range; a tuple holds one per field.
+        num: Number of values of a linear or log range.
     """
 
     fields: tuple[str, ...]
@@ -64,11 +64,11 @@ class Axis:
 
     @property
     def is_drawn(self) -> bool:
-        """Whether its values are drawn rather than all taken."""
+        """Returns whether values are drawn instead of all taken."""
         return self.kind in ("uniform", "loguniform", "choice")
 
     def is_whole(self, is_whole: IsWhole) -> bool:
-        """Whether a range gives whole numbers: the field says, or both ends are written so."""
+        """Returns whether a range gives whole numbers, by the field or else by both ends."""
         answer = is_whole(self.fields[0])
         ends = (self.given[0][0], self.given[-1][0])
         return all(isinstance(end, int) for end in ends) if answer is None else answer
@@ -89,7 +89,7 @@ class Axis:
         return [(float(f"{value:.10g}"),) for value in values]
 
     def draw(self, seed: int, number: int, is_whole: IsWhole) -> tuple[Any, ...]:
-        """Makes draw `number` of an axis that is drawn."""
+        """Returns draw `number` of an axis that is drawn."""
         text = "\x1f".join((str(seed), ",".join(self.fields), str(number)))
         digest = hashlib.sha256(text.encode()).digest()
         share = int.from_bytes(digest[:8], "little") / 2**64
@@ -108,20 +108,20 @@ class Axis:
 
 
 class TargetConfig(Section):
-    """The sweep finds the largest sparsity itself, by bisection, instead of listing sparsities."""
+    """A search for the largest sparsity, by bisection, instead of a list of sparsities."""
 
     max_drop: float | None = Field(None, ge=0.0, lt=1.0)
-    """Accuracy that may be lost against the dense network of the same trial, as a share: 0.01 is
+    """Accuracy that may be lost against the dense network of the same trial, as a fraction: 0.01 is
     one point. Unset: no search."""
     lowest: float = Field(0.0, ge=0.0, lt=1.0)
-    """Where the search begins; 0 is the dense network and needs no trial."""
+    """Sparsity at which the search begins; 0 is the dense network and needs no trial."""
     highest: float = Field(0.99, gt=0.0, lt=1.0)
-    """Where it ends."""
+    """Sparsity at which it ends."""
     tolerance: float = Field(0.01, ge=1e-4, le=0.5)
     """Distance of neighbouring sparsities; the answer is exact to this."""
 
     @model_validator(mode="after")
-    def _is_a_stretch(self) -> TargetConfig:
+    def _is_interval(self) -> TargetConfig:
         if self.highest - self.lowest < self.tolerance:
             raise ValueError(
                 f"highest = {self.highest:g} is not tolerance = {self.tolerance:g} above lowest = "
@@ -131,20 +131,20 @@ class TargetConfig(Section):
 
 
 class SweepConfig(Section):
-    """Many trials of one job, for `gbp-ray sweep`; nothing here changes what a trial gives."""
+    """Many trials of one job, for `gbp-ray sweep`; nothing here changes a trial's result."""
 
     space: dict[str, Any] = {}
-    """What varies: a dotted field to a list, { linear = [lo, hi], num = n } or { log = ... }; or,
-    drawn, to { uniform = [lo, hi] }, { loguniform = ... } or { choice = [...] }. "a, b" = [[1, 2],
-    [3, 4]] varies two together."""
+    """Axes: a dotted field to a list, { linear = [lo, hi], num = n } or { log = ... }; or, drawn,
+    to { uniform = [lo, hi] }, { loguniform = ... } or { choice = [...] }. "a, b" = [[1, 2], [3, 4]]
+    varies two together."""
     num_samples: int = Field(1, ge=1, le=_MOST_TRIALS)
-    """Draws of the drawn fields for each combination of the others; with optuna, trials in all."""
+    """Draws of the drawn fields for each combination of the others; with optuna, all trials."""
     search: Literal["grid", "optuna"] = "grid"
-    """Who chooses: "grid" takes all combinations, "optuna" goes by what earlier trials reached."""
+    """Way to choose: "grid" takes all combinations, "optuna" learns from earlier trials."""
     metric: Literal["accuracy", "loss"] = "accuracy"
-    """What the scheduler, optuna and "best so far" go by: the greatest accuracy or least loss."""
+    """Metric of the scheduler, of optuna and of "best so far": most accuracy or least loss."""
     scheduler: Literal["fifo", "asha", "median"] = "fifo"
-    """Whether weak trials are stopped early: never, by successive halving, or below the median.
+    """Early stopping of weak trials: never, by successive halving, or below the median.
     Only trials that walk the same sparsities are compared, at the same round."""
     grace_rounds: int = Field(1, ge=1, le=10_000)
     """Pruned rounds that every trial gets before it may be stopped."""
@@ -157,7 +157,7 @@ class SweepConfig(Section):
     max_failures: int = Field(1, ge=0, le=10_000)
     """How often a trial that breaks is tried again before it becomes a row with its cause."""
     loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
-    """Who else is told every round; mlflow and wandb are extras."""
+    """Loggers that receive every round; mlflow and wandb are extras."""
     target: TargetConfig = TargetConfig()
 
     @field_validator("space", mode="before")
@@ -180,40 +180,39 @@ class SweepConfig(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> SweepConfig:
-        faults = []
         axes = parse_space(self.space)
-        if self.target.max_drop is not None:
-            if any("prune.sparsity" in axis.fields for axis in axes):
-                faults.append(
-                    "space.prune.sparsity: the target finds the sparsity; leave it out, or unset "
-                    "target.max_drop"
-                )
-            if self.scheduler != "fifo":
-                faults.append(
-                    f"scheduler = {self.scheduler}: would stop trials that the target needs whole; "
-                    "set fifo"
-                )
-            if self.search != "grid":
-                faults.append(f"search = {self.search}: the target searches itself; set grid")
-        if self.search == "optuna":
-            if not axes:
-                faults.append("space: is empty, and optuna has nothing to choose")
-            if any(len(axis.fields) > 1 for axis in axes):
-                faults.append("search = optuna: chooses each field by itself; write them apart")
-            if any(isinstance(v, list | dict) for a in axes for row in a.given for v in row):
-                faults.append("search = optuna: chooses among text, numbers, true and false alone")
-            if self.scheduler == "median":
-                faults.append("scheduler = median: does not go with optuna; take asha or fifo")
-        if faults:
-            raise ValueError(*faults)
+        has_target, is_drawn = self.target.max_drop is not None, self.search == "optuna"
+        refuse(
+            has_target
+            and any("prune.sparsity" in axis.fields for axis in axes)
+            and "space.prune.sparsity: the target finds the sparsity; leave it out, or unset "
+            "target.max_drop",
+            has_target
+            and self.scheduler != "fifo"
+            and f"scheduler = {self.scheduler}: would stop trials that the target needs whole; "
+            "set fifo",
+            has_target
+            and self.search != "grid"
+            and f"search = {self.search}: the target searches itself; set grid",
+            is_drawn and not axes and "space: is empty, and optuna has nothing to choose",
+            is_drawn
+            and any(len(axis.fields) > 1 for axis in axes)
+            and "search = optuna: chooses each field by itself; write them apart",
+            is_drawn
+            and any(isinstance(v, list | dict) for a in axes for row in a.given for v in row)
+            and "search = optuna: chooses among text, numbers, true and false alone",
+            is_drawn
+            and self.scheduler == "median"
+            and "scheduler = median: does not go with optuna; take asha or fifo",
+        )
         return self
 
 
 def parse_space(space: Mapping[str, Any]) -> list[Axis]:
-    """Reads the axes of a flat space.
+    """Parses the axes of a flat space.
 
     Raises:
-        ValueError: Some are not as the module describes, all named.
+        ValueError: Some are not as the module describes; names all of them.
     """
     axes, faults = [], []
     seen: set[str] = set()
@@ -229,13 +228,12 @@ def parse_space(space: Mapping[str, Any]) -> list[Axis]:
             axes.append(_parse_axis(fields, value))
         except ValueError as error:
             faults.append(f"{key}: {error}")
-    if faults:
-        raise ValueError(*faults)
+    refuse(*faults)
     return axes
 
 
 def first_values(space: object) -> dict[str, Any]:
-    """Finds each field's first value, as far as the space can be read."""
+    """Returns each field's first value, as far as the space can be parsed."""
     values: dict[str, Any] = {}
     for key, value in _flatten(space).items() if isinstance(space, dict) else ():
         try:
@@ -250,7 +248,7 @@ def span(sweep: SweepConfig, seed: int, is_whole: IsWhole) -> list[dict[str, Any
     """Lists the points of a sweep, each as dotted field to value.
 
     Raises:
-        ValueError: There are too many to be meant.
+        ValueError: There are too many.
     """
     axes = parse_space(sweep.space)
     grid = [axis for axis in axes if not axis.is_drawn]
@@ -275,7 +273,7 @@ def span(sweep: SweepConfig, seed: int, is_whole: IsWhole) -> list[dict[str, Any
 
 
 def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes `prune.sparsity = ...` without quotes, a table in a table to TOML, as with them."""
+    """Joins nested tables to dotted keys, as TOML nests `prune.sparsity = ...` without quotes."""
 
     def walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         for key, value in node.items():

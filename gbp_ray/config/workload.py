@@ -1,4 +1,4 @@
-"""The sections of a job about how its network starts: from which weights, behind which encoding."""
+"""The sections of a job for the workload: factory, first weights, encoding of inputs."""
 
 from __future__ import annotations
 
@@ -6,19 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from gbp_ray.config.schema import (
-    MOST_EXAMPLES,
-    PLUG_IN,
-    Idle,
-    Section,
-    plain,
-)
+from gbp_ray.config.schema import MOST_EXAMPLES, PLUG_IN, Idle, Section, plain
 
-__all__ = [
-    "EncodingConfig",
-    "TransferConfig",
-    "WorkloadConfig",
-]
+__all__ = ["EncodingConfig", "TransferConfig", "WorkloadConfig"]
 
 
 _NO_CHECKPOINT = Idle('checkpoint = ""', lambda transfer: not transfer.checkpoint)
@@ -27,7 +17,7 @@ _NO_LEVELS = Idle("kind = {kind}", lambda encoding: encoding.kind in ("none", "n
 
 
 class TransferConfig(Section):
-    """Starting from the weights of another training, with a new head where the classes differ."""
+    """A start from the weights of another training, with a new head where the classes differ."""
 
     checkpoint: str = ""
     """File of weights of this network, by path or s3:// address: .safetensors or an index of them,
@@ -54,7 +44,7 @@ class EncodingConfig(Section):
     """Of the intensities of each channel, for normalise; where neither this nor deviation is given,
     the workload's own are taken."""
     deviation: Annotated[tuple[Annotated[float, Field(le=1e6)], ...], _NOT_NORMALISED] = ()
-    """Likewise; 1 where the mean alone is given."""
+    """Likewise; 1 where only the mean is given."""
 
     @model_validator(mode="after")
     def _can_divide(self) -> EncodingConfig:
@@ -64,10 +54,10 @@ class EncodingConfig(Section):
 
 
 class WorkloadConfig(Section):
-    """What is pruned: a model with its data."""
+    """The model to prune, and its data."""
 
     factory: str
-    """Where the workload comes from, as "module:attr"; the attr is called with the options."""
+    """Code that makes the workload, as "module:attr"; the attr is called with the options."""
     options: dict[str, Any] = {}
     """Keyword arguments of the factory."""
     tie: tuple[Annotated[tuple[str, ...], Field(min_length=1)], ...] = ()
@@ -78,11 +68,11 @@ class WorkloadConfig(Section):
     transfer: TransferConfig = TransferConfig()
     encoding: EncodingConfig = EncodingConfig()
     validation: float = Field(0.0, ge=0.0, lt=1.0)
-    """Share of the training examples that the seed sets aside: never trained or scored on. Rounds
+    """Fraction of the training examples that the seed holds out, never trained or scored on. Rounds
     are then judged by them, and the test split is used once, at the end, for the chosen round."""
     train_sample: int = Field(1000, ge=0, le=MOST_EXAMPLES)
-    """Training examples, as they are, on which accuracy is measured after each round, too; what
-    lies between it and the held-out accuracy is overfitting. 0 leaves it out."""
+    """Training examples, not augmented, on which accuracy is measured after each round, too; the
+    gap to the held-out accuracy is overfitting. 0 leaves it out."""
 
     @field_validator("factory")
     @classmethod

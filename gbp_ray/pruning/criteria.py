@@ -1,4 +1,4 @@
-"""Hold the functions of every criterion: what is summed over the calibration data, and the finish.
+"""The functions of every criterion: the statistic summed over the calibration data, the finish.
 
 A criterion is an additive statistic plus a finish. A batch adds either a function of its
 gradients, weight by weight, or one flat vector from a pass of the criterion's own. `scoring` makes
@@ -38,13 +38,7 @@ from gbp_ray.pruning.units import Prunable
 from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.loading import import_attribute
 
-__all__ = [
-    "CRITERIA",
-    "Criterion",
-    "Finish",
-    "criterion",
-    "own_criterion",
-]
+__all__ = ["CRITERIA", "Criterion", "Finish", "criterion", "own_criterion"]
 
 Finish = Callable[[Tensor, Tensor, float], Tensor]
 """(weights_L, statistic_L, num_items) -> scores_L, weight by weight.
@@ -61,10 +55,10 @@ _OWN = describe_criterion("own")
 
 @dataclass(frozen=True)
 class Criterion:
-    """Compute scores.
+    """The functions that compute scores.
 
     Attributes:
-        spec: Its description; of a user's own, "reads" and the passes follow from the functions.
+        spec: The description; of a user's own, "reads" and the passes follow from the functions.
         finish: Turns the last sum into scores; by default the sum is the scores.
         of_gradients: The statistic of a batch, from its gradients weight by weight.
         passes: Otherwise one statistic for each pass over the calibration data.
@@ -79,7 +73,7 @@ class Criterion:
 
 
 def criterion(name: str) -> Criterion:
-    """Find a criterion by its name in a job; a user's own is "module:attr" (`own_criterion`).
+    """Finds a criterion by its name in a job; a user's own is "module:attr" (`own_criterion`).
 
     Raises:
         ConfigError: There is no such criterion.
@@ -95,7 +89,7 @@ def criterion(name: str) -> Criterion:
 
 
 def own_criterion(name: str) -> Criterion:
-    """Make a criterion of the object that a job names as "module:attr".
+    """Makes a criterion of the object that a job names as "module:attr".
 
     The attr is either a `Criterion`, or a function `(model, inputs, targets, loss) -> {parameter
     name: tensor}`. It is called for each calibration batch with the batch's mean loss, a scalar
@@ -142,7 +136,7 @@ def _wrap_function(
 
 
 def _guard(rule: Criterion, name: str) -> Criterion:
-    """Check the results of a user's own functions, and name the field of the job in failures."""
+    """Checks the results of a user's own functions, and names the job's field in failures."""
 
     def call(size: int, weights: Mapping[str, Tensor], own: Callable[[], Tensor]) -> Tensor:
         found = _call_own(name, weights, own)
@@ -198,7 +192,7 @@ def _call_own(name: str, weights: Mapping[str, Tensor], own: Callable[[], Result
 
 
 def _check_real(name: str, found: Tensor) -> None:
-    """Refuse tensors that adding up would turn to zeros or cut."""
+    """Refuses tensors of which a sum would lose a part."""
     kind = "complex" if found.is_complex() else "meta" if found.is_meta else "sparse"
     if found.is_complex() or found.is_meta or found.layout is not torch.strided:
         raise PruneError(
@@ -209,7 +203,7 @@ def _check_real(name: str, found: Tensor) -> None:
 
 @contextmanager
 def _unchanged(name: str, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Refuse a criterion that writes to the weights it scores."""
+    """Refuses a criterion that writes to the weights it scores."""
     before = {path: checksum(weight) for path, weight in weights.items()}
     yield
     changed = next((path for path, w in weights.items() if checksum(w) != before[path]), None)

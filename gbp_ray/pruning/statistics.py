@@ -1,4 +1,4 @@
-"""What a batch adds to each criterion's sum over the calibration data.
+"""Statistics of a batch that the criteria sum over the calibration data.
 
 Shape suffixes: N = prunable weights of the model in the order of the global flat index,
 B = examples of a batch.
@@ -44,18 +44,15 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Probe:
-    """What a batch statistic may look at.
+    """The input of a batch statistic.
 
     Attributes:
         model: The network, in eval mode, pruned weights zero.
         units: Its prunable parameters, in flat order.
         loss: `(outputs, targets) -> scalar`, the mean over the batch.
-        config: The `[prune]` section.
-        seed: Of the job.
         batch_index: Position of the batch among all calibration batches.
         previous_N: Sum of the pass before, over all batches, for criteria of several passes.
-        counts: (B,) over how many items the loss of each example is a mean; None where they count
-            alike.
+        counts: (B,) number of items in the loss of each example; None where all are equal.
     """
 
     model: nn.Module
@@ -68,18 +65,18 @@ class Probe:
     counts: Tensor | None = None
 
     def num_items(self, targets: Tensor) -> float:
-        """Counts what the loss of the batch is a mean over; most often its examples."""
+        """Counts the items that the loss of the batch is a mean over; often its examples."""
         return len(targets) if self.counts is None else self.counts.sum().item()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The prunable parameters themselves."""
+        """Returns the prunable parameters."""
         return [unit.parameter for unit in self.units]
 
     def gradients(
         self, inputs: Tensor, targets: Tensor, *, create_graph: bool = False
     ) -> tuple[Tensor, ...]:
-        """Differentiates the mean loss of a batch by the prunable parameters."""
+        """Returns the gradients of a batch's mean loss in the prunable parameters."""
         loss = self.loss(self.model(inputs), targets)
         return torch.autograd.grad(
             loss, self.parameters, create_graph=create_graph, materialize_grads=True
@@ -90,13 +87,13 @@ BatchStatistic = Callable[[Probe, Tensor, Tensor], Tensor]
 """(probe, inputs (B, ...), targets (B, ...)) -> the batch's additive vector, shape (N,)."""
 
 _PER_EXAMPLE_BYTES = 256 * 2**20
-"""Room for per-example gradients: bounds the chunk of `fisher`."""
+"""Memory for per-example gradients: limits the chunk of `fisher`."""
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def movement_statistic(weight: Tensor, gradient: Tensor) -> Tensor:
-    """Computes what one training step adds to the movement score: -w * g, shaped like w."""
+    """Computes the part of one training step in the movement score: -w * g, shaped like w."""
     return -(weight.double() * gradient.double())
 
 
@@ -108,19 +105,19 @@ def _flat(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
 
 
 def _zeros_like_flat(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
-    """Makes a running sum for tensors like these, in float32 or, where they are, in float64."""
+    """Makes a running sum for such tensors, in float32, or float64 where one of them is."""
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
     total = sum(tensor.numel() for tensor in tensors)
     return torch.zeros(total, dtype=dtype, device=tensors[0].device)
 
 
 def summed_gradient(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
-    """n_b * g: a sum over examples, so that a short batch counts with its true size."""
+    """Computes n_b * g, a sum over examples: a short batch counts with its true size."""
     return _flat(probe.gradients(inputs, targets)).mul_(probe.num_items(targets))
 
 
 def squared_example_gradients(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
-    """sum_i n_i g_i^2 over the batch's examples, by vectorised per-example gradients in chunks."""
+    """Computes sum_i n_i g_i^2 over the batch's examples, vectorised in chunks."""
     prunable = {unit.name: unit.parameter.detach() for unit in probe.units}
 
     def example_loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -152,7 +149,7 @@ def squared_example_gradients(probe: Probe, inputs: Tensor, targets: Tensor) -> 
 
 
 def _weigh(square: Tensor, counts: Tensor) -> Tensor:
-    """Weighs examples by their items; one without any has no gradient, which torch calls NaN."""
+    """Weights examples by their items; one without items has no gradient (NaN in torch)."""
     counts = counts.to(square).view(-1, *[1] * (square.ndim - 1))
     return torch.where(counts > 0, square * counts, 0)
 
@@ -163,8 +160,8 @@ def _why_not_by_example(
     inputs: Tensor,
     error: Exception,
 ) -> str:
-    """Names the buffers that a forward pass writes in eval mode; else repeats what torch said."""
-    # The failed pass may have left a tensor of its own in a buffer's place.
+    """Names the buffers that a forward pass writes in eval mode, or else repeats torch's error."""
+    # The failed pass may have put another tensor in a buffer's place.
     for owner, name, buffer in slots:
         owner[name] = buffer
     before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
@@ -186,7 +183,7 @@ def _why_not_by_example(
 
 
 def hessian_diagonal(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
-    """n_b * mean over probes of z * (H z), an unbiased estimate of the batch's diag(H)."""
+    """Computes n_b * mean over probes of z * (H z), an unbiased estimate of n_b * diag(H)."""
     gradients = probe.gradients(inputs, targets, create_graph=True)
     num_probes = probe.config.hutchinson_probes
     generator = torch.Generator().manual_seed(
@@ -206,7 +203,7 @@ def hessian_diagonal(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def hessian_gradient(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
-    """n_b * H G, with G the sum of gradients over all batches from the pass before."""
+    """Computes n_b * H G, with G the sum of gradients over all batches from the pass before."""
     assert probe.previous_N is not None
     gradients = probe.gradients(inputs, targets, create_graph=True)
     pieces = probe.previous_N.split([g.numel() for g in gradients])
@@ -221,8 +218,8 @@ def _hessian_product(
     parameters: list[nn.Parameter],
     keep_graph: bool,
 ) -> tuple[Tensor, ...]:
-    # A gradient that does not depend on any weight, as in a linear model under a linear loss, has
-    # no graph: its row of the Hessian is zero.
+    # A gradient that depends on no weight, as in a linear model under a linear loss, has no graph:
+    # its row of the Hessian is zero.
     pairs = [(g, d) for g, d in zip(gradients, directions, strict=True) if g.requires_grad]
     if not pairs:
         return tuple(torch.zeros_like(parameter) for parameter in parameters)
@@ -236,7 +233,7 @@ def _hessian_product(
 
 
 def synaptic_flow(model: nn.Module, units: list[Prunable], workload: Workload) -> Tensor:
-    """|w * dR/dw| for R = sum of the outputs of the linearised network on an all-one input."""
+    """Computes |w * dR/dw|, R = sum of the outputs of the linearised network on all ones."""
     sample, _ = first_example(workload)
     if not sample.is_floating_point():
         raise PruneError(
@@ -258,7 +255,7 @@ def synaptic_flow(model: nn.Module, units: list[Prunable], workload: Workload) -
                 "dtypes from the tensors at hand (x.to(self.weight.dtype)), or choose another "
                 "criterion"
             ) from error
-    # Order is all that counts, and a common factor brings the scores back into float32.
+    # Only the order counts, and a common factor brings the scores back into float32.
     largest = scores_N.max()
     return scores_N / largest if largest > 0 else scores_N
 
@@ -278,7 +275,7 @@ def _flow(model: nn.Module, units: list[Prunable], sample: Tensor) -> Tensor:
 
 @contextmanager
 def _in_double() -> Iterator[None]:
-    """Makes float64 of what a forward pass casts to, or makes in, a narrower floating point."""
+    """Widens to float64 what a forward pass casts or creates in a narrower floating point."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -1,12 +1,11 @@
-"""Live progress from the workers to the terminal: one bar per trial, one line per finished round.
+"""Live progress on the terminal: one bar per trial, one line per finished round.
 
 On a terminal a bar shows trial, round, phase, step, loss and time left; elsewhere plain lines come
-at the start of each phase and at most every few seconds, fit for a log. All of it goes to standard
-error: standard output belongs to results.
+at the start of each phase and at most every few seconds. All of it goes to standard error.
 
-A sweep has a board of its own: how many trials are done, running and failed, the time left and the
-best so far, above a bar per running trial; elsewhere a line per trial that has ended and, where
-none does for a minute, one on those that run.
+A sweep shows how many trials are done, running and failed, the time left and the best so far, above
+a bar per running trial; elsewhere a line per trial that has ended and, where none does for a
+minute, one on those that run.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self
 
-from rich import progress as rich_progress
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn
 from rich.text import Text
 
 from gbp_ray.errors import printable
@@ -27,15 +25,10 @@ from gbp_ray.results.records import RoundRecord
 from gbp_ray.runtime.bootstrap import SUBMITTED
 from gbp_ray.training.progress import Progress
 
-__all__ = [
-    "CHECKED",
-    "ProgressBoard",
-    "Screen",
-    "SweepBoard",
-]
+__all__ = ["CHECKED", "ProgressBoard", "Screen", "SweepBoard"]
 
 CHECKED = "all checks passed"
-"""What the driver of a submitted job says when nothing known is in its way; who submits waits."""
+"""Message of a submitted job's driver after its checks; the submitting process waits for it."""
 
 _PLAIN_INTERVAL_S = 10.0
 _SWEEP_INTERVAL_S = 60.0
@@ -43,27 +36,23 @@ _MOST_NAMED = 4  # trials in such a line
 
 
 class ProgressBoard:
-    """Shows progress as it comes; use it as a context manager.
-
-    Args:
-        is_quiet: Show nothing at all.
-    """
+    """Shows the progress of one trial; a context manager, silent with `is_quiet`."""
 
     def __init__(self, is_quiet: bool = False) -> None:
         self._console = Screen(stderr=True, quiet=is_quiet, highlight=False)
         is_live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._is_live = is_live and not is_quiet
-        self._bars = rich_progress.Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[detail]}", markup=False),
+        self._bars = bars.Progress(
+            bars.TextColumn("{task.description}", markup=False),
+            bars.BarColumn(bar_width=24),
+            bars.TextColumn("{task.percentage:>3.0f}%"),
+            bars.TextColumn("{task.fields[detail]}", markup=False),
             console=self._console,
             transient=True,
         )
-        self._tasks: dict[str, TaskID] = {}
+        self._tasks: dict[str, bars.TaskID] = {}
         self._started: dict[str, tuple[float, float]] = {}
-        self._last_line: dict[str, tuple[str, int, float]] = {}
+        self._last_line: dict[str, tuple[tuple[str, int], float]] = {}
 
     def __enter__(self) -> Self:
         if self._is_live:
@@ -80,50 +69,46 @@ class ProgressBoard:
             self._bars.stop()
 
     def note(self, text: str) -> None:
-        """Says one line that stays."""
+        """Prints a line."""
         self._console.print(text, soft_wrap=True)
 
     def pass_checks(self) -> None:
-        """Says in the log of a submitted job that its work begins."""
+        """Prints `CHECKED` in a submitted job, whose work begins."""
         if SUBMITTED in os.environ:
             self.note(CHECKED)
 
     def show(self, progress: Progress) -> None:
         """Moves the trial's bar, or prints a plain line where there is no terminal."""
+        trial, number, share = progress.trial, progress.round, progress.share
         now = time.monotonic()
-        start, share = self._started.setdefault(progress.trial, (now, progress.share))
+        start, first = self._started.setdefault(trial, (now, share))
         left = ""
         # The first steps say nothing about the pace of the whole.
-        if progress.share - share > 0.02 and now - start > 2:
-            left = (
-                f", {_clock((now - start) * (1 - progress.share) / (progress.share - share))} left"
-            )
+        if share - first > 0.02 and now - start > 2:
+            left = f", {_clock((now - start) * (1 - share) / (share - first))} left"
         loss = "" if progress.loss is None else f", loss {progress.loss:.4f}"
         detail = f"{progress.phase} {progress.done}/{progress.total}{loss}{left}"
-        title = f"{progress.trial}  round {progress.round}/{progress.num_rounds}"
+        title = f"{trial}  round {number}/{progress.num_rounds}"
         if self._is_live:
-            if progress.trial not in self._tasks:
-                self._tasks[progress.trial] = self._bars.add_task(title, total=1.0, detail="")
-            self._bars.update(
-                self._tasks[progress.trial],
-                completed=progress.share,
-                description=title,
-                detail=detail,
-            )
+            if trial not in self._tasks:
+                self._tasks[trial] = self._bars.add_task(title, total=1.0, detail="")
+            task = self._tasks[trial]
+            self._bars.update(task, completed=share, description=title, detail=detail)
             return
-        phase, number, when = self._last_line.get(progress.trial, ("", -1, 0.0))
-        if (phase, number) != (progress.phase, progress.round) or now - when > _PLAIN_INTERVAL_S:
-            self._last_line[progress.trial] = (progress.phase, progress.round, now)
+        place = (progress.phase, number)
+        last, when = self._last_line.get(trial, (("", -1), 0.0))
+        if place != last or now - when > _PLAIN_INTERVAL_S:
+            self._last_line[trial] = (place, now)
             self.note(f"{title}  {detail}")
 
     def show_round(self, trial: str, record: RoundRecord) -> None:
-        """Says what a finished round reached."""
+        """Prints the result of a finished round."""
         if record.round == 0:
             dense = record.reference
             reached = f"accuracy {dense.text}" if dense.accuracy else f"loss {dense.loss:.4f}"
             self.note(f"{trial}  dense  {reached}{_attacked(record)}")
             return
-        # Where no answer is right, as without a measure of that, the loss says more.
+        # Where accuracy is 0, such as where nothing measures it, the loss says more.
         pruned, reached = "", f"loss {record.loss:.4f}"
         if record.accuracy:
             reached = f"accuracy {record.accuracy:.2%}"
@@ -141,12 +126,7 @@ def _attacked(record: RoundRecord) -> str:
 
 
 class SweepBoard(ProgressBoard):
-    """Shows a sweep as a whole; use it as a context manager.
-
-    Args:
-        is_quiet: Show nothing at all.
-        metric: What "best" goes by: accuracy or loss.
-    """
+    """Shows the progress of a sweep; `metric` decides on the best trial: accuracy or loss."""
 
     def __init__(self, is_quiet: bool = False, metric: str = "accuracy") -> None:
         super().__init__(is_quiet)
@@ -155,7 +135,7 @@ class SweepBoard(ProgressBoard):
         self._num_known = self._num_failed = self._num_stopped = self._num_done = 0
         self._begun = time.monotonic()
         self._best: tuple[float, str] | None = None
-        self._summary: TaskID | None = None
+        self._summary: bars.TaskID | None = None
         self._running: dict[str, Progress] = {}
         self._last_note_s = self._begun
 
@@ -163,8 +143,8 @@ class SweepBoard(ProgressBoard):
         """Starts the clock.
 
         Args:
-            total: Trials of the sweep, or None where that shows on the way.
-            known: (trial, metric) of those that need no work.
+            total: Number of trials, or None where it is not known yet.
+            known: (trial, metric) of those that are finished already.
         """
         self._total, self._begun = total, time.monotonic()
         self._last_note_s = self._begun
@@ -176,7 +156,7 @@ class SweepBoard(ProgressBoard):
         self._refresh()
 
     def show(self, progress: Progress) -> None:
-        """Moves the trial's bar; elsewhere says now and then what runs."""
+        """Moves the trial's bar; elsewhere prints now and then which trials run."""
         self._running[progress.trial] = progress
         if self._is_live:
             super().show(progress)
@@ -185,14 +165,14 @@ class SweepBoard(ProgressBoard):
             self._note_running()
 
     def show_round(self, trial: str, record: RoundRecord) -> None:
-        """Says nothing: a sweep has too many rounds."""
+        """Prints nothing: a sweep has too many rounds."""
 
     def end_trial(self, trial: str, state: str, detail: str, value: float | None = None) -> None:
-        """Says how a trial ended.
+        """Prints how a trial ended.
 
         Args:
             state: finished, stopped or failed.
-            detail: What it reached, or why it failed.
+            detail: Its result, or the reason of the failure.
             value: The metric of a finished one.
         """
         self._running.pop(trial, None)
@@ -263,11 +243,11 @@ def _clock(seconds: float) -> str:
 
 
 class Screen(Console):
-    """A terminal on which text is only text: it has no markup and steers nothing."""
+    """A terminal that shows text without markup and control sequences."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Makes what is shown for a string: a line, a cell or a heading."""
+        """Converts the text of a line, a cell or a heading."""
         return super().render_str(printable(text), **options)

@@ -1,4 +1,4 @@
-"""Report progress: one value and one kind of callback, from a single step up to the terminal."""
+"""Progress: one value and one kind of callback, from a single step up to the terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Progress:
-    """State how far one phase of the work is.
+    """The state of one phase of the work.
 
     Attributes:
         phase: Name of the phase, such as "pretrain", "score" or "evaluate".
@@ -28,7 +28,7 @@ class Progress:
         loss: Of the last step, in training.
         round: Number of the round, filled in by whoever runs rounds; 0 is the dense network.
         trial: Filled in by whoever runs trials, like `num_rounds` and `share`.
-        share: Part of the whole trial that is done, in [0, 1].
+        share: Part of the trial that is done, in [0, 1].
     """
 
     phase: str
@@ -42,22 +42,22 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
-"""Takes the progress of one rank, after each step or batch."""
+"""Takes the progress of one rank after each step or batch."""
 
 
 def ignore_progress(progress: Progress) -> None:
-    """Do nothing."""
+    """Does nothing."""
 
 
 def with_changes(on_progress: OnProgress, **changes: Any) -> OnProgress:
-    """Make a callback that passes progress on with some attributes replaced."""
+    """Returns a callback that passes progress on with some attributes replaced."""
     return lambda progress: on_progress(replace(progress, **changes))
 
 
 def deal_batches(
     ranks: Ranks, num_batches: int, phase: str, on_progress: OnProgress
 ) -> Iterator[int | None]:
-    """Yield this rank's batch in each turn, None where it has none; report after each turn."""
+    """Yields this rank's batch of each turn, None where it has none; reports after each turn."""
     for turn, item in enumerate(ranks.deal(num_batches)):
         yield item
         on_progress(Progress(phase, min((turn + 1) * ranks.world_size, num_batches), num_batches))
