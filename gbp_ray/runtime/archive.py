@@ -119,12 +119,10 @@ def choose_files(
 
     A file named in `include` always goes; a folder goes without files that look like secrets.
 
-    Returns:
-        The chosen files, and the reason for each one left out; neither holds ignored files.
+    Returns the chosen files and the reason for each one left out; neither holds ignored files.
 
     Raises:
-        ConfigError: The folder cannot be read, lacks an included name, or holds code with a secret
-            in it.
+        ConfigError: The folder cannot be read, lacks an included name, or has a secret in its code.
     """
     files, folders = find_files(folder), []
     named: set[str] = set()

@@ -48,13 +48,9 @@ _MEASURED = ("accuracy", "loss", "accuracy_recalibrated", "loss_recalibrated")
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a trial in a sweep.
+    """The end of a trial in a sweep, with its last whole round and the worker time of all phases.
 
-    Attributes:
-        round: Its last whole round, if any.
-        cause: The reason of a failure, one line.
-        seconds: Worker time over all phases.
-        is_new: True if this sweep ran it, False if an earlier one did.
+    `cause` is the reason of a failure; `is_new` is False if an earlier sweep ran the trial.
     """
 
     trial_id: str

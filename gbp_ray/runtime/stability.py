@@ -174,14 +174,8 @@ def _run_samples(
     # One network for all criteria.
     first = next(iter(jobs.values()))
     with fixed_kernels(job.cluster.threads_per_worker):
-        model = next(
-            run_rounds(
-                first,
-                workload,
-                ranks,
-                on_progress=_prefix(on_progress, "dense network: "),
-            )
-        ).model
+        in_dense = _prefix(on_progress, "dense network: ")
+        model = next(run_rounds(first, workload, ranks, on_progress=in_dense)).model
         found = {
             name: compare_samples(
                 one,

@@ -55,11 +55,8 @@ def run_solo(
 ) -> Iterator[Step]:
     """Runs a trial in this process; yields all of its rounds, then commits it.
 
-    Args:
-        is_patient: Waits for another driver that holds the trial.
-
     Raises:
-        BusyError: Another driver holds it, and this one does not wait.
+        BusyError: Another driver holds it, and `is_patient` is False.
         GbpError: The job or the storage is at fault.
     """
     store = Store(job.storage, job.name)

@@ -170,11 +170,7 @@ class Head:
     ) -> tuple[JobState, bool]:
         """Submits a job unless a run of it is alive; returns (the run, True if submitted now).
 
-        Args:
-            before: Called just before the archive is sent.
-
-        Raises:
-            ClusterError: The head refused it.
+        `before` is called just before the archive is sent.
         """
         deadline, was_called = time.monotonic() + _AGENT_S, False
         while True:
@@ -195,10 +191,7 @@ class Head:
                     self._client.submit_job(
                         entrypoint=submission.entrypoint,
                         submission_id=name,
-                        runtime_env={
-                            "working_dir": str(archive),
-                            "env_vars": submission.env_vars,
-                        },
+                        runtime_env={"working_dir": str(archive), "env_vars": submission.env_vars},
                         metadata=submission.metadata,
                     )
                 except RuntimeError as error:
@@ -255,11 +248,7 @@ class Head:
         return state
 
     def follow(self, submission_id: str, write: Callable[[str], None]) -> JobState:
-        """Passes a job's log to `write`, piece by piece, until the job ends.
-
-        Raises:
-            ClusterError: The head stayed out of reach.
-        """
+        """Passes a job's log to `write`, piece by piece, until the job ends."""
         asyncio.run(self._stream(submission_id, write))
         # The head needs a moment to note that the job has ended.
         deadline = time.monotonic() + 30.0

@@ -56,9 +56,7 @@ def is_judged(sweep: SweepConfig, job: JobConfig, number: int) -> bool:
 class GuardedScheduler(FIFOScheduler):  # type: ignore[misc]
     """Applies a stopping rule to the rounds that may be judged, one rule per list of sparsities.
 
-    Args:
-        job_of: Returns the job of a Tune trial.
-        stopped: Called with the job and the round of each stop.
+    `job_of` returns the job of a Tune trial; `stopped` is called with job and round of each stop.
     """
 
     def __init__(

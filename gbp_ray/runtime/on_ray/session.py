@@ -72,9 +72,6 @@ def fit_interruptibly(trainer: Any) -> Any:
     """Runs fit() beside the main thread, in which Ctrl-C then raises KeyboardInterrupt.
 
     In the main thread Ray would replace the SIGINT handler and end the process with its own code.
-
-    Raises:
-        TrialError: The private Ray has died.
     """
     outcome = run_beside(trainer.fit)
     try:

@@ -37,7 +37,7 @@ from gbp_ray.runtime.on_ray.failures import (
     may_pass,
     unwrap,
 )
-from gbp_ray.runtime.on_ray.hang import Standstill, Watch
+from gbp_ray.runtime.on_ray.hang import Watch
 from gbp_ray.runtime.on_ray.machines import check_cluster, check_folder, list_machines
 from gbp_ray.runtime.on_ray.mailbox import Relay
 from gbp_ray.runtime.on_ray.privacy import PrivateTorchConfig, is_private
@@ -157,8 +157,8 @@ def fit_trial(
             raise TrialError(f"trial {name}: {text}", trial_id=name, cause=cause) from error
     if isinstance(agreed, TrialError):
         return TrialError(
-            f"trial {name}: worker {agreed.rank} failed with {agreed.cause}; it would fail again, so "
-            f"the workers were not started again; correct the cause and {_AGAIN}",
+            f"trial {name}: worker {agreed.rank} failed with {agreed.cause}; it would fail again, "
+            f"so the workers were not started again; correct the cause and {_AGAIN}",
             trial_id=name,
             rank=agreed.rank,
             cause=agreed.cause,
@@ -219,8 +219,8 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
     watch = Watch(
         ranks,
         job.cluster.hang_timeout_s,
-        compare=partial(_compare, meeting, ranks.broadcast_object(uuid.uuid4().hex)),
-        accuse=partial(_say, mailbox),
+        compare=partial(_wait_for, meeting.compare, ranks.broadcast_object(uuid.uuid4().hex)),
+        accuse=partial(_wait_for, mailbox.put),
     )
     last_sent, last_phase = 0.0, ""
 
@@ -264,23 +264,17 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
         if not ranks.has_left:
             return agreed
         # The others do not know of it; after the restart all of them end at once.
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(meeting.keep_error.remote(agreed), timeout=_MAILBOX_TIMEOUT_S)
+        _wait_for(meeting.keep_error, agreed)
         raise
     return None
 
 
-def _compare(mailbox: Any, group: str, own: Standstill) -> list[Standstill]:
+def _wait_for(method: Any, *arguments: Any) -> Any:
+    """Calls a method of a mailbox and waits for its answer; [] if the mailbox does not answer."""
     try:
-        return ray.get(mailbox.compare.remote(group, own), timeout=_MAILBOX_TIMEOUT_S)
+        return ray.get(method.remote(*arguments), timeout=_MAILBOX_TIMEOUT_S)
     except ray.exceptions.RayError:
         return []
-
-
-def _say(mailbox: Any, message: Standstill) -> None:
-    """Sends a message and waits for its arrival."""
-    with contextlib.suppress(ray.exceptions.RayError):
-        ray.get(mailbox.put.remote(message), timeout=_MAILBOX_TIMEOUT_S)
 
 
 class StoppedError(GbpError):
