@@ -11,7 +11,7 @@ augmented input that leaves the range is drawn into it.
 
 While an example is made the network is in eval mode: BatchNorm normalises by its running
 statistics, which do not move, and dropout is off. So an example depends on the network and on its
-own seed alone, never on its neighbours or on who makes it. Weights get no gradient.
+own seed only, never on its neighbours or on its rank. Weights get no gradient.
 
 Sources: Goodfellow, Shlens and Szegedy 2015 (1412.6572), section 4; Madry, Makelov, Schmidt,
 Tsipras and Vladu 2018 (1706.06083), section 2.1.

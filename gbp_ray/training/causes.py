@@ -1,4 +1,4 @@
-"""Says why a loss, a gradient or a score of a pruned network is not finite, in words."""
+"""Causes of a loss, a gradient or a score that is not finite: rows and columns pruned whole."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ _REMEDY = (
 
 
 def find_pruned_whole(weights: Mapping[str, Tensor]) -> str:
-    """Names the tensors of which whole rows or columns are zero; "" where there are none.
-
-    Communicates where they are sharded.
+    """Lists whole rows and columns of zeros, or returns "". Communicates if weights are sharded.
 
     Args:
         weights: Prunable weights or their masks, by name; rows go along the first axis.
@@ -32,32 +30,26 @@ def find_pruned_whole(weights: Mapping[str, Tensor]) -> str:
     counts = []
     for weight in weights.values():
         is_zero = local(weight.detach()) == 0
-        by_axis = [0, 0]
-        for axis in range(min(2, is_zero.ndim)):
+        for axis in range(2):
             # A rank sees the whole of a row, but not of a column.
-            if is_zero.ndim > 1 and is_zero.numel() and not (axis and is_shard(weight)):
-                lines = is_zero.movedim(axis, 0).flatten(1)
-                by_axis[axis] = int(lines.all(dim=1).sum())
-        counts += by_axis
-    everywhere = add_over_ranks(counts, weights.values())
+            is_seen = is_zero.ndim > 1 and is_zero.numel() and not (axis and is_shard(weight))
+            lines = is_zero.movedim(axis, 0).flatten(1) if is_seen else is_zero.new_zeros(1, 1)
+            counts.append(int(lines.all(dim=1).sum()))
+    places = [(kind, name) for name in weights for kind in ("row", "column")]
     found = [
         f"{number} {kind}{'s' if number > 1 else ''} of '{name}'"
-        for name, by_axis in zip(
-            weights, zip(everywhere[::2], everywhere[1::2], strict=True), strict=True
+        for number, (kind, name) in zip(
+            add_over_ranks(counts, weights.values()), places, strict=True
         )
-        for kind, number in zip(("row", "column"), by_axis, strict=True)
         if number
     ]
     return name_some(found, 3)
 
 
 def why_not_finite(weights: Mapping[str, Tensor]) -> str:
-    """Blames what was pruned whole, if anything was and the weights are finite; else "".
+    """Blames rows and columns pruned whole, if all weights are finite; else returns "".
 
-    Communicates where they are sharded.
-
-    Args:
-        weights: The prunable ones, or their masks.
+    Communicates if weights, or their masks, are sharded.
     """
     bad = [int(not bool(torch.isfinite(local(w.detach())).all())) for w in weights.values()]
     whole = find_pruned_whole(weights)
