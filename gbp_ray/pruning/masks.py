@@ -32,6 +32,7 @@ from gbp_ray.workloads.weights import pin_weights
 
 __all__ = [
     "MaskSet",
+    "Removal",
     "check_pruned_zero",
     "forget_pruned",
     "pin_files",
@@ -240,6 +241,20 @@ class MaskSet(Mapping[str, Tensor]):
         file = read_mask_file(data, source)
         masks = {name: torch.from_numpy(mask.unpack()) for name, mask in file.masks.items()}
         return cls(masks, file.round, file.criterion, file.parent)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A decision: masks and, where wanted, new values for the kept weights.
+
+    Attributes:
+        updates: Weights by parameter name; None keeps the values.
+        capped_layers: Layers that only their ceiling kept from losing more weights.
+    """
+
+    masks: MaskSet
+    updates: Mapping[str, Tensor] | None = None
+    capped_layers: tuple[str, ...] = ()
 
 
 def _count(mask: Tensor) -> int:

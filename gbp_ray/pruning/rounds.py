@@ -268,7 +268,7 @@ class _Run:
         with self._timed("score"):
             scores = self._recall_scores() or self._score()
         with self._timed("select"):
-            selection = select_masks(
+            removal = select_masks(
                 scores,
                 self.masks,
                 self.job.prune,
@@ -276,9 +276,9 @@ class _Run:
                 {unit.name: unit.input_dim for unit in self.units},
                 self.ranks,
             )
-        self.ranks.check_agreement(selection.masks.digest, f"the mask of round {self.number}")
-        self.masks = selection.masks
-        return selection.capped_layers
+        self.ranks.check_agreement(removal.masks.digest, f"the mask of round {self.number}")
+        self.masks = removal.masks
+        return removal.capped_layers
 
     def _score(self) -> SlicedScores:
         return score(

@@ -43,20 +43,11 @@ from gbp_ray.distributed.sharding import (
 )
 from gbp_ray.errors import ConfigError, PruneError, name_some
 from gbp_ray.pruning.counting import ScoreView, as_score_view
-from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.masks import MaskSet, Removal
 from gbp_ray.pruning.thresholds import Cut, Pool, find_cuts
 from gbp_ray.pruning.units import SlicedScores, num_to_prune
 
-__all__ = ["Selection", "check_reachable", "check_selectable", "select_masks"]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The new masks, and the layers that only their ceiling kept from losing more weights."""
-
-    masks: MaskSet
-    capped_layers: tuple[str, ...]
-
+__all__ = ["check_reachable", "check_selectable", "select_masks"]
 
 _NOTHING = Cut(-math.inf, 0, 0)
 
@@ -105,7 +96,7 @@ def select_masks(
     sparsity: float,
     input_dims: Mapping[str, int] | None = None,
     ranks: Ranks | None = None,
-) -> Selection:
+) -> Removal:
     """Removes units until exactly round(sparsity * N) are gone. Communicates.
 
     Args:
@@ -151,7 +142,7 @@ def select_masks(
     device = next(iter(masks.values())).device
     chosen = MaskSet(found, masks.round + 1, config.criterion, masks.digest).to(device)
     assert chosen.num_pruned == max(k, sum(layer.num_pruned for layer in layers))
-    return Selection(chosen, tuple(capped_layers))
+    return Removal(chosen, capped_layers=tuple(capped_layers))
 
 
 def check_selectable(

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from small_networks import prune_config
 from torch import Tensor
 
-from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.pruning.selection import Selection, select_masks
+from gbp_ray.pruning.masks import MaskSet, Removal
+from gbp_ray.pruning.selection import select_masks
 
 Scores = Mapping[str, Tensor]
 
@@ -22,9 +22,7 @@ def dense(scores: Scores) -> MaskSet:
     )
 
 
-def select(
-    scores: Scores, sparsity: float, masks: MaskSet | None = None, **fields: Any
-) -> Selection:
+def select(scores: Scores, sparsity: float, masks: MaskSet | None = None, **fields: Any) -> Removal:
     config = prune_config(sparsity=fields.pop("final", sparsity), **fields)
     return select_masks(scores, masks or dense(scores), config, sparsity)
 
