@@ -26,7 +26,8 @@ from gbp_ray.cli.terminal import (
     show_warning,
 )
 from gbp_ray.config.job import load_job
-from gbp_ray.errors import ConfigError, StoreError
+from gbp_ray.errors import ConfigError
+from gbp_ray.results.folder import write_target
 
 __all__ = [
     "add_stability_verb",
@@ -97,7 +98,7 @@ def show_stability(
     if not (with_samples or with_seeds):
         raise ConfigError("--no-samples --no-trained: leave nothing to do; give one of them")
     # Before hours of work, rather than after.
-    _write(Path(to), {})
+    write_target(Path(to), {}, "--to")
     with warnings.catch_warnings():
         warnings.showwarning = show_warning  # type: ignore[assignment]
         found = measure_stability(
@@ -115,7 +116,7 @@ def show_stability(
     files = {"stability.json": json.dumps(found, indent=1).encode() + b"\n"}
     if drawn := render(partial(draw_stability, found), "stability"):
         files["stability.png"] = drawn[1]
-    _write(Path(to), files)
+    write_target(Path(to), files, "--to")
     if as_json:
         print_json({**found, "folder": to})
         return
@@ -145,15 +146,6 @@ def _read_sizes(text: str) -> list[int]:
     raise ConfigError(
         f"--examples = '{text}': must read FIRST:LAST, which doubles, or N,N,..., such as 64:8192"
     )
-
-
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            (folder / name).write_bytes(data)
-    except OSError as error:
-        raise StoreError(f"--to = '{folder}': cannot be written: {error.strerror}") from None
 
 
 def _samples_table(criterion: str, one: Mapping[str, Any]) -> Table:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from gbp_ray.config.job import JobConfig
 from gbp_ray.distributed.agreement import check_data
-from gbp_ray.errors import ConfigError, ExportError, StoreError, in_one_line
+from gbp_ray.errors import ExportError, in_one_line
 from gbp_ray.export.card import ExportFacts, write_card
 from gbp_ray.export.fold import fold_batchnorm
 from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.results.folder import check_target, write_target
 from gbp_ray.results.store import locate_finished
 from gbp_ray.training.network import network_of_seed, rebuild_network
 from gbp_ray.workloads.contract import judged_split, num_examples
@@ -95,7 +96,7 @@ def export_round(
         StoreError: The round cannot be read, its trial has not finished, or the folder cannot be
             written.
     """
-    target = _check_folder(folder)
+    target = check_target(folder, "DIR", "export", lambda target: set(_FILES))
     store, trial, record = locate_finished(uri)
     name = trial.trial_id
     admit_code(trial.job, store.trial_uri(name), trust_code, [code] if code else [])
@@ -144,7 +145,7 @@ def export_round(
         ),
     )
     files["README.md"] = write_card(trial, trial.rounds[record.round], facts).encode()
-    _write(target, files)
+    write_target(target, files, "DIR", stale=_FILES)
     return Export(
         folder=str(target),
         files={name: len(data) for name, data in files.items()},
@@ -235,35 +236,3 @@ def _make_program(lean: nn.Module, model: nn.Module, inputs: Tensor) -> tuple[by
             f"whose greatest is {largest:.3g}; nothing was written"
         )
     return buffer.getvalue(), difference, ""
-
-
-# -- the folder ------------------------------------------------------------------------------------
-
-
-def _check_folder(folder: str | Path) -> Path:
-    if "://" in str(folder):
-        raise ConfigError(f"DIR = '{folder}': must be a folder; copy the export from there")
-    target = Path(folder).expanduser().absolute()
-    if target.is_file():
-        raise ConfigError(f"DIR = '{folder}': is a file; give another folder")
-    if target.is_dir():
-        foreign = sorted(path.name for path in target.iterdir() if path.name not in _FILES)
-        if foreign:
-            raise ConfigError(
-                f"DIR = '{folder}': holds '{foreign[0]}', which is of no earlier export; give "
-                "another folder"
-            )
-    return target
-
-
-def _write(target: Path, files: Mapping[str, bytes]) -> None:
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            (target / f".{name}.part").write_bytes(data)
-        for name in files:
-            (target / f".{name}.part").replace(target / name)
-        for name in set(_FILES) - set(files):
-            (target / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise StoreError(f"DIR = '{target}': cannot be written: {error.strerror}") from None

@@ -11,10 +11,7 @@ import contextlib
 import gc
 import hashlib
 import math
-import os
 import re
-import shutil
-import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +38,7 @@ from gbp_ray.report.curves import (
 from gbp_ray.report.details import CloseUp, look_closely
 from gbp_ray.report.drawing import PageFigure, draw_figures
 from gbp_ray.report.trial_page import make_trial_page
+from gbp_ray.results.folder import check_target, write_target
 from gbp_ray.results.index import map_in_threads
 from gbp_ray.results.lease import is_held
 from gbp_ray.results.objects import is_key
@@ -133,7 +131,7 @@ def write_report(
         ConfigError: A condition cannot be read, or the folder holds something else.
         StoreError: There is no finished trial, or the folder cannot be written.
     """
-    folder = _check_folder(to)
+    folder = check_target(to, "--to", "report", _earlier_files)
     with _uncollected():
         return _write_report(uri, folder, conditions, num_processes)
 
@@ -203,7 +201,8 @@ def _write_report(
         num_trials=sum(len(curves.trials) for curves in workloads),
     )
     files[_PAGE] = page.encode()
-    _publish(folder, files)
+    # The page comes last.
+    write_target(folder, files, stale=_earlier_files(folder))
     return Report(
         page=folder / _PAGE,
         files=tuple(names),
@@ -454,36 +453,6 @@ def _find_within_a_point(curves: WorkloadCurves) -> tuple[Curve, Point] | None:
 # -- the folder ------------------------------------------------------------------------------------
 
 
-def _check_folder(to: str | Path) -> Path:
-    """Makes sure before any work that a report may be written there."""
-    if "://" in str(to):
-        raise ConfigError(f"--to = '{to}': must be a folder; copy the report from there")
-    folder = Path(to).expanduser().absolute()
-    try:
-        if not folder.exists():
-            return folder
-        if not folder.is_dir():
-            raise ConfigError(f"--to = '{to}': is a file; give another folder")
-        foreign = _list_files(folder) - _earlier_files(folder)
-    except OSError as error:
-        raise StoreError(f"--to = '{to}': cannot be read: {error.strerror}") from None
-    if foreign:
-        raise ConfigError(
-            f"--to = '{to}': holds '{min(foreign)}', which is of no earlier report; give another "
-            "folder"
-        )
-    return folder
-
-
-def _list_files(folder: Path) -> set[str]:
-    """List all files and links below a folder; links are not followed."""
-    return {
-        (Path(place) / name).relative_to(folder).as_posix()
-        for place, folders, names in os.walk(folder)
-        for name in [*names, *(name for name in folders if (Path(place) / name).is_symlink())]
-    }
-
-
 def _earlier_files(folder: Path) -> set[str]:
     """Lists the files of an earlier report: those that are as its page says that they were."""
     try:
@@ -511,33 +480,3 @@ def _is_as_written(folder: Path, name: str, digest: str) -> bool:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _publish(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes all files aside, then moves them into place, the page last."""
-    aside = None
-    is_new = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        earlier = _earlier_files(folder)
-        aside = Path(tempfile.mkdtemp(prefix=".report-", dir=folder))
-        for name, data in files.items():
-            path = aside / name
-            path.parent.mkdir(exist_ok=True)
-            with path.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        for name in sorted(files, key=lambda name: name == _PAGE):
-            (folder / name).parent.mkdir(exist_ok=True)
-            (aside / name).replace(folder / name)
-        for name in earlier - set(files):
-            (folder / name).unlink(missing_ok=True)
-        is_new = False
-    except OSError as error:
-        raise StoreError(f"'{folder}': cannot be written: {error.strerror}") from None
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
-        if is_new and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()

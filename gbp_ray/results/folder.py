@@ -18,17 +18,20 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-from gbp_ray.errors import StoreError
+from gbp_ray.errors import ConfigError, StoreError
 from gbp_ray.results.objects import TEMPORARY, Entry, Leftover, Objects, check_key, is_key
 
 __all__ = [
     "FolderObjects",
+    "check_target",
+    "write_target",
 ]
 
 _ENTER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -420,6 +423,87 @@ def _walk(handle: int, place: str, start: str, depth: int) -> Iterator[tuple[str
                     yield from _walk(below, f"{place}{entry.name}/", "", depth + 1)
                 finally:
                     os.close(below)
+
+
+# -- folders for people ----------------------------------------------------------------------------
+
+
+def check_target(
+    to: str | Path, flag: str, what: str, find_own: Callable[[Path], set[str]]
+) -> Path:
+    """Check before any work that a report or an export may be written to a folder; return it.
+
+    Args:
+        flag: The argument that names it.
+        what: The kind of content.
+        find_own: From the folder to the files of an earlier one, which will be replaced.
+
+    Raises:
+        ConfigError: It is not a folder, or holds other files.
+        StoreError: It cannot be read.
+    """
+    if "://" in str(to):
+        raise ConfigError(f"{flag} = '{to}': must be a folder; copy the {what} from there")
+    folder = Path(to).expanduser().absolute()
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{flag} = '{to}': is a file; give another folder")
+        foreign = _list_files(folder) - find_own(folder)
+    except OSError as error:
+        raise StoreError(f"{flag} = '{to}': cannot be read: {error.strerror}") from None
+    if foreign:
+        raise ConfigError(
+            f"{flag} = '{to}': holds '{min(foreign)}', which is of no earlier {what}; give another "
+            "folder"
+        )
+    return folder
+
+
+def _list_files(folder: Path) -> set[str]:
+    """List all files and links below a folder; links are not followed."""
+    return {
+        (Path(place) / name).relative_to(folder).as_posix()
+        for place, folders, names in os.walk(folder)
+        for name in [*names, *(name for name in folders if (Path(place) / name).is_symlink())]
+    }
+
+
+def write_target(
+    folder: Path, files: Mapping[str, bytes], flag: str = "", stale: Iterable[str] = ()
+) -> None:
+    """Write files into a folder: all aside and flushed first, then each into place, in order.
+
+    Args:
+        flag: The argument that names the folder.
+        stale: Files of an earlier content, which are removed last.
+
+    Raises:
+        StoreError: They cannot be written; a new folder is not left behind.
+    """
+    aside, is_new = None, not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".parts-", dir=folder))
+        for name, data in files.items():
+            (aside / name).parent.mkdir(exist_ok=True)
+            with (aside / name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for name in files:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (aside / name).replace(folder / name)
+        for name in set(stale) - set(files):
+            (folder / name).unlink(missing_ok=True)
+        is_new = False
+    except OSError as error:
+        named = f"{flag} = '{folder}'" if flag else f"'{folder}'"
+        raise StoreError(f"{named}: cannot be written: {error.strerror}") from None
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+        if is_new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _digest_of(file: IO[bytes]) -> str:

@@ -332,7 +332,7 @@ def test_a_report_is_whole_or_not_there(
     def fail(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(page.os, "fsync", fail)
+    monkeypatch.setattr("os.fsync", fail)
     for target in (folder, tmp_path / "new"):
         with pytest.raises(StoreError, match="No space left on device"):
             write_report(small.uri, target, conditions=["criterion=random"])
