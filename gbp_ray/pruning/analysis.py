@@ -34,13 +34,7 @@ from gbp_ray.training.progress import OnProgress, Progress, ignore_progress, wit
 from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import cut_batches, derive_seed, shuffled_indices, take_batch
 
-__all__ = [
-    "Overlap",
-    "SizeStability",
-    "compare_networks",
-    "compare_samples",
-    "measure_overlap",
-]
+__all__ = ["Overlap", "SizeStability", "compare_networks", "compare_samples", "measure_overlap"]
 
 _NUM_CHANGED, _NUM_SAME = 9, 3
 """Examples that are shown as images."""

@@ -41,14 +41,7 @@ from gbp_ray.results.store import REMEDY
 from gbp_ray.training.network import distinct_state, load_weights
 from gbp_ray.workloads.weights import save_state
 
-__all__ = [
-    "SHARDS",
-    "Checkpoint",
-    "damaged",
-    "restore_state",
-    "save_round",
-    "shard_masks",
-]
+__all__ = ["SHARDS", "Checkpoint", "damaged", "restore_state", "save_round", "shard_masks"]
 
 SHARDS = "shards/"
 _SCALARS = ("step",)

@@ -25,14 +25,7 @@ from gbp_ray.results.records import CostRecord, LayerRecord
 from gbp_ray.training.network import Macs
 from gbp_ray.workloads.contract import TRANSPOSED, WEIGHT_LAYERS
 
-__all__ = [
-    "Layout",
-    "Prunable",
-    "SlicedScores",
-    "measure",
-    "num_to_prune",
-    "prunable_parameters",
-]
+__all__ = ["Layout", "Prunable", "SlicedScores", "measure", "num_to_prune", "prunable_parameters"]
 
 
 @torch.no_grad()

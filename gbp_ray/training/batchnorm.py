@@ -17,12 +17,7 @@ from gbp_ray.distributed.sums import OrderedSum
 from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import cut_batches, derive_seed, shuffled_indices, take_batch
 
-__all__ = [
-    "keeping_statistics",
-    "norm_batch_size",
-    "recalibrate_as_asked",
-    "recalibrate_batchnorm",
-]
+__all__ = ["keeping_statistics", "norm_batch_size", "recalibrate_as_asked", "recalibrate_batchnorm"]
 
 
 def norm_batch_size(prune: PruneConfig) -> int:
