@@ -62,6 +62,17 @@ def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has every import of Ray fail, and of what imports it, although other tests have done so."""
+    # The one module of its package that a search needs where no Ray is.
+    spared = "gbp_ray.runtime.on_ray.optuna"
+    blocked = ("ray.", "gbp_ray.runtime.on_ray.")
+    for name in ["ray", *sys.modules]:
+        if name == "ray" or (name.startswith(blocked) and name != spared):
+            monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spares the time of drawing where a test is of all else in a report."""
     monkeypatch.setattr("gbp_ray.report.drawing.render", lambda draw, salt: ("<svg></svg>", b""))

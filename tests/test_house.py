@@ -82,10 +82,24 @@ def test_help_reference_mistyped_fields_and_stored_results_load_neither_torch_no
     assert done.stderr.count("prune.sparsty") == len(refused)
 
 
-def test_a_process_without_workers_never_imports_ray() -> None:
-    code = "import sys, gbp_ray.runtime.api; print('ray' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+def test_modules_load_only_what_they_need() -> None:
+    """In one process: whatever a module of the list loads, the next would find loaded."""
+    code = """
+import sys
+def check(*unwanted):
+    assert not set(unwanted) & set(sys.modules), set(unwanted) & set(sys.modules)
+import gbp_ray, gbp_ray.errors, gbp_ray.config.job, gbp_ray.results.store, gbp_ray.cli.tables
+check("torch", "ray", "torchvision", "numpy", "pyarrow")
+import gbp_ray.report.page
+from gbp_ray.runtime.submission import prepare_submission
+prepare_submission(None, {"storage": "/shared"})
+check("torch", "ray")
+# A process without workers never imports Ray.
+import gbp_ray.runtime.api
+check("ray")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_imports_point_downwards() -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
+from commands import Forked
 from shell import Outcome, Shell
 from user_files import USER_JOB, USER_MODULE
 
@@ -537,53 +537,29 @@ def test_a_result_that_cannot_be_printed_is_an_error(tmp_path: Path) -> None:
     assert "No space left" in done.stderr
 
 
-def start_and_signal(folder: Path, arguments: list[str], number: int, line: str) -> Outcome:
-    """Starts a command and sends it a signal once it has printed a line of progress."""
-
-    def restore() -> None:
-        # A shell that runs in the background has children ignore Ctrl-C.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gbp_ray", *arguments],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=restore,
-    )
-    errors = ""
-    stream: IO[str] | None = process.stderr
-    assert stream is not None
-    for text in stream:
-        errors += text
-        if line in text:
-            process.send_signal(number)
-            break
-    out, rest = process.communicate(timeout=120)
-    return Outcome(process.returncode, out, errors + rest)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "code", "word"),
-    [(signal.SIGINT, 130, "stopped"), (signal.SIGTERM, 143, "terminated")],
-    ids=["Ctrl-C", "SIGTERM"],
-)
-def test_a_stopped_command_says_so_and_goes_on_when_run_again(
-    shell: UserShell, number: int, code: int, word: str
-) -> None:
+def test_a_stopped_command_says_so_and_goes_on_when_run_again(shell: UserShell) -> None:
+    """Stopped twice: by Ctrl-C, and run again by SIGTERM in the same round."""
     arguments = ["prune", *QUICK_DIGITS, "--set=finetune.epochs=3", "--json"]
-    stopped = start_and_signal(shell.folder, arguments, number, "round 1/2  finetune")
-    assert stopped.code == code, stopped.err
-    assert stopped.out == ""
-    last = stopped.err.splitlines()[-1]
-    assert last == f"error: {word}; run the same command again to go on"
-    assert "Traceback" not in stopped.err
-    assert_all_whole(shell.storage)
-    ((store, name),) = locate_trials(shell.storage)
-    assert [record.round for record in store.read_rounds(name)] == [0]
+    for number, code, word in (
+        (signal.SIGINT, 130, "stopped"),
+        (signal.SIGTERM, 143, "terminated"),
+    ):
+        process = Forked(shell.folder, *arguments)
+        errors = ""
+        for line in process.errors:
+            errors += line
+            if "round 1/2  finetune" in line:
+                break
+        assert process.end_by(number) == code, errors
+        errors += process.errors.read()
+        assert process.out.read() == ""
+        assert errors.splitlines()[-1] == f"error: {word}; run the same command again to go on"
+        assert "Traceback" not in errors
+        assert ("goes on after round 0" in errors) == (number == signal.SIGTERM)
+        assert_all_whole(shell.storage)
+        ((store, name),) = locate_trials(shell.storage)
+        assert [record.round for record in store.read_rounds(name)] == [0]
     again = shell(*arguments)
     assert again.code == 0, again.err
     assert "goes on after round 0" in again.err

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,16 +88,10 @@ def test_json_is_one_object_with_means_over_the_seeds(run: Run, finished: Path) 
         assert line["accuracy_deviation"] == pytest.approx(abs(one - two) / 2**0.5)
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_a_finished_sweep_never_starts_ray(finished: Path) -> None:
-    code = (
-        "import sys, gbp_ray;"
-        f"result = gbp_ray.sweep('job.toml', {{'storage': {str(finished / 'results')!r}}});"
-        "print(result.num_new, len(result.finished), 'ray' in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=finished, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["0", "16", "False"]
+    result = api.sweep(finished / "job.toml", {"storage": str(finished / "results")})
+    assert (result.num_new, len(result.finished)) == (0, 16)
 
 
 def test_a_search_that_has_ended_answers_from_its_trials(run: Run, tmp_path: Path) -> None:
@@ -189,6 +181,7 @@ def files_in(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_a_dry_run_tells_what_is_done_and_starts_nothing(run: Run, finished: Path) -> None:
     before = files_in(finished)
     done = run(finished, "--dry-run")
@@ -197,24 +190,13 @@ def test_a_dry_run_tells_what_is_done_and_starts_nothing(run: Run, finished: Pat
     assert "nothing would be run" in done.out
 
     # A third seed and a third criterion: 12 + 3 * 2 trials, 8 of them there.
-    code = (
-        "import sys; from gbp_ray.cli.app import main; main();"
-        "print({'ray'} & set(sys.modules), file=sys.stderr)"
-    )
     space = [
         "sweep.space.seed=[0, 1, 2]",
         "sweep.space.prune.criterion=['taylor', 'fisher', 'obd']",
     ]
-    settings = [f"--set={text}" for text in (*space, f"storage={finished / 'results'}")]
-    other = subprocess.run(
-        [sys.executable, "-c", code, "sweep", "job.toml", "--dry-run", "--json", *settings],
-        cwd=finished,
-        capture_output=True,
-        text=True,
-    )
-    assert other.returncode == 0, other.stderr
-    assert other.stderr.strip() == "set()"
-    planned = json.loads(other.stdout)
+    other = run(finished, "--dry-run", "--json", *(f"--set={text}" for text in space))
+    assert (other.code, other.err) == (0, "")
+    planned = json.loads(other.out)
     counted = ("num_trials", "num_finished", "num_left", "num_begun", "num_unplanned")
     assert [planned[name] for name in counted] == [18, 8, 10, 0, 0]
     # The dense networks of the first two seeds are there.

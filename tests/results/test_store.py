@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -691,26 +690,3 @@ def test_a_folder_without_results_says_so(tmp_path: Path) -> None:
     assert refusal(lambda: locate_trials("~no-such-user-here"))
     (tmp_path / "trials" / "t").mkdir(parents=True)
     assert "holds no results" in refusal(lambda: locate_trials(tmp_path / "trials" / "t"))
-
-
-# -- light -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        "gbp_ray",
-        "gbp_ray.errors",
-        "gbp_ray.config.job",
-        "gbp_ray.results.store",
-        "gbp_ray.cli.tables",
-    ],
-)
-def test_results_are_read_without_torch_and_ray(module: str) -> None:
-    code = (
-        f"import sys, {module}\n"
-        "heavy = {'torch', 'ray', 'torchvision', 'numpy', 'pyarrow'} & set(sys.modules)\n"
-        "sys.exit(f'imports {heavy}' if heavy else 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,19 +43,13 @@ def files_in(folder: Path) -> dict[Path, bytes]:
     }
 
 
-def test_a_dry_run_writes_nothing_and_starts_no_ray(folder: Path) -> None:
+@pytest.mark.usefixtures("without_ray")
+def test_a_dry_run_writes_nothing_and_starts_no_ray(shell: Shell, folder: Path) -> None:
     before = files_in(folder)
-    code = (
-        "import sys; from gbp_ray.cli.app import main; main();"
-        "print({'ray'} & set(sys.modules), file=sys.stderr)"
-    )
     arguments = ["prune", "job.toml", "--dry-run", "--json", "--set", "cluster.num_workers=2"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.strip() == "set()"
-    planned = json.loads(done.stdout)
+    code, out, errors = shell(*arguments)
+    assert (code, errors) == (0, "")
+    planned = json.loads(out)
     assert planned["plan"]["num_workers"] == 2
     assert planned["plan"]["sent_bytes_per_round"] > 0
     assert files_in(folder) == before

@@ -287,13 +287,3 @@ def test_what_is_looked_for_on_the_head_is_what_the_package_depends_on() -> None
     names = [text.partition("[")[0].partition(">")[0] for text in project["dependencies"]]
     facts = json.loads(unpack(prepare())[".gbp-ray-facts.json"])
     assert sorted(facts["modules"]) == sorted([modules.get(n, n) for n in names] + ["gbp_ray"])
-
-
-def test_preparing_needs_neither_torch_nor_ray() -> None:
-    code = (
-        "import sys; from gbp_ray.runtime.submission import prepare_submission;"
-        "prepare_submission(None, {'storage': '/shared'});"
-        "print(sorted({'torch', 'ray'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import Forked
 from shell import Shell
 
 from gbp_ray.config.job import JobConfig, load_job, trial_id
@@ -290,25 +288,16 @@ def test_a_trial_killed_at_any_moment_ends_with_the_same_mask(
 ) -> None:
     settings = [f"--set={key}={value}" for key, value in QUICK.items()]
     arguments = ["prune", *settings, f"--set=storage={tmp_path}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     job = quick_job(tmp_path)
     moments = random.Random(20240229)
     deaths = []
     for _ in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "gbp_ray", *arguments],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        assert process.stderr is not None
+        process = Forked(tmp_path, *arguments)
         # Some lines of progress, and a little more.
         for _ in range(moments.randint(2, 6)):
-            process.stderr.readline()
+            process.errors.readline()
         time.sleep(moments.uniform(0.0, 0.05))
-        process.kill()
-        deaths.append(process.wait())
-        process.stderr.close()
+        deaths.append(process.end_by(signal.SIGKILL))
         read_all(job)
     assert deaths[0] == -signal.SIGKILL, "killed too late to tell anything"
     has_begun = bool(store_of(job).read_rounds(trial_id(job)))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import IO
 
 PATIENCE_S = 60.0
 """For machines with much else to do; `stopping` itself waits 12 s."""
@@ -26,6 +29,50 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
         # Shells start background jobs with SIGINT ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
+
+
+class Forked:
+    """A command in a process forked where torch is loaded: seconds sooner than a new one."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        context = multiprocessing.get_context("forkserver")
+        (out, its_out), (errors, its_errors) = (context.Pipe(duplex=False) for _ in range(2))
+        self._process = context.Process(
+            target=_run, args=(str(folder), arguments, its_out, its_errors), daemon=True
+        )
+        self._process.start()
+        its_out.close()
+        its_errors.close()
+        self.out, self.errors = _as_text(out), _as_text(errors)
+
+    def end_by(self, number: int) -> int:
+        """Sends a signal and waits for the end; returns the exit code."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+        self._process.join(PATIENCE_S)
+        assert self._process.exitcode is not None, "it does not end"
+        return self._process.exitcode
+
+
+def _as_text(end: Connection) -> IO[str]:
+    with end:
+        return os.fdopen(os.dup(end.fileno()))
+
+
+def _run(folder: str, arguments: tuple[str, ...], out: Connection, errors: Connection) -> None:
+    os.setsid()
+    os.dup2(out.fileno(), 1)
+    os.dup2(errors.fileno(), 2)
+    for end in (out, errors):
+        end.close()
+    # Those of the server may have been files.
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    os.chdir(folder)
+    sys.argv = ["gbp-ray", *arguments]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    from gbp_ray.__main__ import main
+
+    main()
 
 
 def wait_until_watching(process: subprocess.Popen[str]) -> None:

@@ -244,8 +244,8 @@ def test_exit_codes_of_jobs_that_succeed_fail_and_are_stopped(cluster: Cluster, 
     assert told.stdout.splitlines()[-1].startswith("error: terminated; run the same command")
 
 
-@whole_suite
-def test_a_stopped_job_goes_on_and_ends_with_the_same_mask(cluster: Cluster) -> None:
+def check_a_stopped_job_goes_on(cluster: Cluster) -> None:
+    """It ends with the mask of a job that nobody stopped."""
     quick = {"prune.rounds": 6, "finetune.epochs": 2, "prune.criterion": "taylor"}
     fields = {key.replace(".", "__"): value for key, value in quick.items()}
     whole = cluster.run("submit", "job.toml", *cluster.settings("whole", **fields), "--follow")
@@ -272,8 +272,7 @@ def test_a_stopped_job_goes_on_and_ends_with_the_same_mask(cluster: Cluster) -> 
     assert digests[0] == digests[1]
 
 
-@whole_suite
-def test_a_sweep_runs_on_the_cluster(cluster: Cluster) -> None:
+def check_a_sweep(cluster: Cluster) -> None:
     space = "sweep.space.prune.sparsity=[0.5, 0.7]"
     done = cluster.run(
         "submit",
@@ -290,8 +289,7 @@ def test_a_sweep_runs_on_the_cluster(cluster: Cluster) -> None:
     assert len(gbp_ray.open_results(told["uri"]).final()) == 2
 
 
-@whole_suite
-def test_a_job_that_has_not_started_stops(cluster: Cluster, head: Head) -> None:
+def check_a_job_that_has_not_started_stops(cluster: Cluster, head: Head) -> None:
     job = cluster.folder / "job.toml"
     state, _ = head.send(prepare_submission(job, {"storage": "/shared", "name": "early"}))
     assert state.state == "pending"
@@ -309,8 +307,8 @@ def attempt(cluster: Cluster, *arguments: str, code: int = 2, **environment: str
     return last_error(done)
 
 
-@whole_suite
-def test_wrong_submissions_end_in_one_line_and_in_time(cluster: Cluster, tmp_path: Path) -> None:
+def check_wrong_submissions(cluster: Cluster) -> None:
+    """They end in one line and in time."""
     own = cluster.settings("wrong")
     assert "no Ray cluster answers there" in attempt(
         cluster, *own, f"--address=http://127.0.0.1:{free_port()}"
@@ -329,8 +327,7 @@ def test_wrong_submissions_end_in_one_line_and_in_time(cluster: Cluster, tmp_pat
     assert "storage: cannot write '/proc/results" in attempt(cluster, *nowhere)
 
 
-@whole_suite
-def test_another_version_on_the_nodes_is_told(
+def check_another_version_on_the_nodes(
     cluster: Cluster, head: Head, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gbp_ray.runtime import submission
@@ -345,14 +342,13 @@ def test_another_version_on_the_nodes_is_told(
     assert "has gbp-ray 0.1.0, and 9.9.9 submitted the job" in state.reason
 
 
-@whole_suite
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a file system of 24 kB")
-def test_a_full_disk_is_told(cluster: Cluster, tmp_path: Path) -> None:
+def check_a_full_disk(cluster: Cluster, tmp_path: Path) -> None:
+    """Only where a file system of 24 kB can be mounted."""
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", tmp_path], capture_output=True
     )
     if done.returncode:
-        pytest.skip("no file system can be mounted here")
+        return
     try:
         full = cluster.settings("full", storage=str(tmp_path))
         assert "no room on disk for" in attempt(cluster, *full, "--follow")
@@ -360,13 +356,9 @@ def test_a_full_disk_is_told(cluster: Cluster, tmp_path: Path) -> None:
         subprocess.run(["umount", tmp_path], check=True)
 
 
-@pytest.fixture(scope="module")
-def s3_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, str]]:
-    """A head whose nodes know several credentials, of which a job chooses by name."""
-    endpoint = os.environ.get("GBP_RAY_S3_ENDPOINT")
-    if endpoint is None:
-        pytest.skip("GBP_RAY_S3_ENDPOINT names no S3 server with a bucket 'gbp'")
-    folder = tmp_path_factory.mktemp("s3-head")
+@contextmanager
+def start_s3_head(endpoint: str, folder: Path) -> Iterator[tuple[Cluster, str]]:
+    """Starts a head whose nodes know several credentials, of which a job chooses by name."""
     key, secret = os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
     guest = os.environ.get("GBP_RAY_S3_GUEST", ":").split(":")
     (folder / "credentials").write_text(
@@ -380,22 +372,17 @@ def s3_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Clust
             ]
         )
     )
-    patch = pytest.MonkeyPatch()
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
-        patch.delenv(name, raising=False)
     more = {"AWS_SHARED_CREDENTIALS_FILE": str(folder / "credentials")}
-    with start_head(folder, **more) as cluster:
-        url = endpoint if "://" in endpoint else f"http://{endpoint}"
-        cluster.environment |= {"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1"}
-        yield cluster, secret
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+            patch.delenv(name, raising=False)
+        with start_head(folder, **more) as cluster:
+            url = endpoint if "://" in endpoint else f"http://{endpoint}"
+            cluster.environment |= {"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1"}
+            yield cluster, secret
 
 
-@whole_suite
-def test_storage_on_s3_by_the_credentials_of_the_nodes(
-    s3_cluster: tuple[Cluster, str],
-) -> None:
-    cluster, secret = s3_cluster
+def check_s3_by_the_credentials_of_the_nodes(cluster: Cluster, secret: str) -> None:
     unique = secrets.token_hex(4)
 
     def on(bucket: str) -> list[str]:
@@ -425,3 +412,20 @@ def test_storage_on_s3_by_the_credentials_of_the_nodes(
         shown = answer.read().decode()
     assert f"s3-{unique}" in shown
     assert secret not in shown + done.stderr
+
+
+@whole_suite
+def test_jobs_stop_go_on_sweep_and_are_refused(
+    cluster: Cluster, head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_a_stopped_job_goes_on(cluster)
+    check_a_sweep(cluster)
+    check_a_job_that_has_not_started_stops(cluster, head)
+    check_wrong_submissions(cluster)
+    (tmp_path / "full").mkdir()
+    check_a_full_disk(cluster, tmp_path / "full")
+    check_another_version_on_the_nodes(cluster, head, monkeypatch)
+    if endpoint := os.environ.get("GBP_RAY_S3_ENDPOINT"):
+        (tmp_path / "s3").mkdir()
+        with start_s3_head(endpoint, tmp_path / "s3") as (s3_cluster, secret):
+            check_s3_by_the_credentials_of_the_nodes(s3_cluster, secret)

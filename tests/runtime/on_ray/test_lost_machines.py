@@ -158,7 +158,7 @@ def digests(job: Any) -> list[tuple[Any, ...]]:
     ]
 
 
-def test_a_trial_outlives_machines_lost_in_scoring_and_in_fine_tuning(
+def check_a_trial_outlives_two_losses(
     machines: Machines, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     alone = load_job(None, settings | {"name": "alone", "cluster.num_workers": 0})
@@ -195,12 +195,14 @@ def test_a_trial_outlives_machines_lost_in_scoring_and_in_fine_tuning(
     assert digests(job) == digests(alone)
 
 
-def test_a_sweep_outlives_a_lost_machine(
+def check_a_sweep_outlives_a_loss(
     machines: Machines, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     # Without training before, the first step is one of fine-tuning.
     space = {"sweep.space": {"prune.sparsity": [0.5, 0.8], "seed": [0, 1]}, "pretrain.epochs": 0}
-    alone = expand(load_job(None, settings | space | {"name": "alone", "cluster.num_workers": 0}))
+    alone = expand(
+        load_job(None, settings | space | {"name": "alone-swept", "cluster.num_workers": 0})
+    )
     for trial in alone:
         prune(trial, is_quiet=True)
     for _ in range(2):
@@ -218,8 +220,8 @@ def test_a_sweep_outlives_a_lost_machine(
     assert [digests(job) for job in expand(base)] == [digests(job) for job in alone]
 
 
-def test_what_machines_do_not_share_is_refused_at_once(
-    machines: Machines, settings: dict[str, Any], tmp_path: Path
+def check_what_machines_do_not_share_is_refused_at_once(
+    machines: Machines, settings: dict[str, Any]
 ) -> None:
     ip = machines.add()
     there = {"cluster.address": machines.address, "cluster.num_workers": 1}
@@ -241,3 +243,13 @@ def test_what_machines_do_not_share_is_refused_at_once(
         )
     assert time.monotonic() - started < 60
     machines.lose(ip)
+
+
+def test_jobs_outlive_lost_machines_and_machines_that_share_nothing_are_refused(
+    machines: Machines, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    for check in (check_a_trial_outlives_two_losses, check_a_sweep_outlives_a_loss):
+        folder = tmp_path / check.__name__
+        folder.mkdir()
+        check(machines, settings | {"workload.options": {"folder": str(folder)}}, folder)
+    check_what_machines_do_not_share_is_refused_at_once(machines, settings)

@@ -13,6 +13,7 @@ import random
 import signal
 import subprocess
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,8 @@ def end_sweep(process: subprocess.Popen[str], timeout_s: float = 600) -> dict[st
 # -- storages --------------------------------------------------------------------------------------
 
 
-def test_a_sweep_into_s3_has_the_index_of_a_folder(
-    job_file: Path, alone: list[dict[str, Any]], s3_storage: str
-) -> None:
+def check_a_sweep_into_s3(job_file: Path, alone: list[dict[str, Any]], s3_storage: str) -> None:
+    """It has the index of a folder."""
     told = end_sweep(start_sweep(job_file, s3_storage))
     assert (told["num_finished"], told["num_new"]) == (12, 12)
     assert untimed_rows(s3_storage) == alone
@@ -79,9 +79,7 @@ def test_a_sweep_into_s3_has_the_index_of_a_folder(
     assert (again["num_finished"], again["num_new"]) == (12, 0)
 
 
-def test_a_sweep_goes_through_a_bad_network(
-    job_file: Path, alone: list[dict[str, Any]], s3_storage: str
-) -> None:
+def check_a_bad_network(job_file: Path, alone: list[dict[str, Any]], s3_storage: str) -> None:
     with FaultyProxy(endpoint_of(s3_storage), 0.2, 5) as proxy:
         place = s3_storage.partition("?")[0]
         there = f"{place}?endpoint_override={proxy.endpoint}&scheme=http"
@@ -95,6 +93,16 @@ def test_a_sweep_goes_through_a_bad_network(
     assert 0.17 < 1 - proxy.seen[""] / proxy.seen.total() < 0.23
     assert find_faults(s3_storage).faults == []
     assert untimed_rows(s3_storage) == alone
+
+
+def test_sweeps_into_s3_and_through_a_bad_network_have_the_index_of_a_folder(
+    job_file: Path, alone: list[dict[str, Any]], request: pytest.FixtureRequest
+) -> None:
+    kinds = ["moto", "real"] if "GBP_RAY_S3_ENDPOINT" in os.environ else ["moto"]
+    for kind in kinds:
+        path, _, query = request.getfixturevalue(f"{kind}_storage").partition("?")
+        check_a_sweep_into_s3(job_file, alone, f"{path}/good?{query}")
+        check_a_bad_network(job_file, alone, f"{path}/bad?{query}")
 
 
 # -- ends ------------------------------------------------------------------------------------------
@@ -118,16 +126,15 @@ def kill(process: subprocess.Popen[str], victim: str) -> dict[int, str]:
     return children
 
 
-@pytest.mark.parametrize("kind", ["folder", "moto"])
 def test_a_sweep_killed_over_and_over_ends_with_the_same_records(
-    job_file: Path,
-    alone: list[dict[str, Any]],
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-    kind: str,
+    job_file: Path, alone: list[dict[str, Any]], tmp_path: Path, moto_storage: str
 ) -> None:
+    for place in (str(tmp_path), moto_storage):
+        check_kills(job_file, alone, place)
+
+
+def check_kills(job_file: Path, alone: list[dict[str, Any]], place: str) -> None:
     draws = random.Random(os.environ.get("GBP_RAY_KILL_SEED", "4"))
-    place = str(tmp_path) if kind == "folder" else request.getfixturevalue("moto_storage")
     num_kills = num_sweeps = 0
     storage = ""
     while num_kills < NUM_KILLS:
@@ -188,15 +195,14 @@ def num_done(storage: str) -> int:
 # -- company ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["folder", "moto"])
 def test_two_drivers_of_one_sweep_share_the_work(
-    job_file: Path,
-    alone: list[dict[str, Any]],
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-    kind: str,
+    job_file: Path, alone: list[dict[str, Any]], tmp_path: Path, moto_storage: str
 ) -> None:
-    storage = str(tmp_path) if kind == "folder" else request.getfixturevalue("moto_storage")
+    for storage in (str(tmp_path), moto_storage):
+        check_two_drivers(job_file, alone, storage)
+
+
+def check_two_drivers(job_file: Path, alone: list[dict[str, Any]], storage: str) -> None:
     with WatchfulReader(storage, "tiny", pause_s=0.0) as reader:
         drivers = [start_sweep(job_file, storage) for _ in range(2)]
         told = [end_sweep(driver) for driver in drivers]
@@ -221,12 +227,17 @@ SPREAD = {
 }
 
 
-@pytest.mark.parametrize(
-    ("scheduler", "num_workers"), [("asha", 1), ("median", 1), ("asha", 2)], ids=str
-)
-def test_a_scheduler_stops_the_weak_and_the_others_end_as_ever(
-    job_file: Path, tmp_path: Path, scheduler: str, num_workers: int
-) -> None:
+def test_schedulers_stop_the_weak_and_loggers_are_told(job_file: Path, tmp_path: Path) -> None:
+    for scheduler, num_workers in (("asha", 1), ("median", 1), ("asha", 2)):
+        folder = tmp_path / f"{scheduler}-{num_workers}"
+        folder.mkdir()
+        check_scheduler(job_file, folder, scheduler, num_workers)
+    if find_spec("mlflow") and find_spec("wandb"):
+        check_loggers(job_file, tmp_path)
+
+
+def check_scheduler(job_file: Path, tmp_path: Path, scheduler: str, num_workers: int) -> None:
+    """The weak are stopped, and the others end as ever."""
     settings = SPREAD | {
         "sweep.scheduler": scheduler,
         "sweep.reduction_factor": 2,
@@ -265,9 +276,7 @@ def test_a_scheduler_stops_the_weak_and_the_others_end_as_ever(
 # -- who else is told ------------------------------------------------------------------------------
 
 
-def test_tensorboard_mlflow_and_wandb_are_told(job_file: Path, tmp_path: Path) -> None:
-    pytest.importorskip("mlflow")
-    pytest.importorskip("wandb")
+def check_loggers(job_file: Path, tmp_path: Path) -> None:
     storage = str(tmp_path / "results")
     settings = {
         "sweep.loggers": ["tensorboard", "mlflow", "wandb"],

@@ -116,16 +116,17 @@ def outcome(result) -> list[tuple[str, str, float]]:
     ]
 
 
-def test_a_killed_worker_costs_no_more_than_its_round_and_workers_change_nothing(
-    ray_session, faulty
-):
+def test_what_ends_a_worker_is_survived_or_told(ray_session, faulty, tmp_path, capfd):
+    """Joined, as Ray takes half a minute to start."""
+    # A killed worker costs no more than its round, and workers change nothing.
     survived = faulty("dies_once", 2, max_failures=1)
     assert (Path(survived.uri).parents[3] / "flag").exists(), "the worker never died"
     assert outcome(survived) == outcome(faulty("sound", 0, max_failures=0))
     assert survived.sparsity == pytest.approx(0.9, abs=1e-4)
 
-
-def test_a_failing_worker_ends_the_trial_with_its_own_error(ray_session, faulty, capfd):
+    # A failing worker ends the trial with its own error.
+    (tmp_path / "flag").unlink()
+    capfd.readouterr()
     with pytest.raises(
         WorkloadError, match="ZeroDivisionError: the data ran out of luck"
     ) as caught:
@@ -133,13 +134,9 @@ def test_a_failing_worker_ends_the_trial_with_its_own_error(ray_session, faulty,
     assert "starting the workers again" not in capfd.readouterr().err
     assert "\n" not in str(caught.value)
 
-
-def test_what_the_package_refuses_in_a_worker_arrives_as_raised(ray_session, tmp_path, capfd):
-    job = load_job(
-        None,
-        QUICK
-        | {"storage": str(tmp_path), "pretrain.learning_rate": 1e30, "cluster.num_workers": 1},
-    )
+    # What the package itself refuses arrives as it was raised.
+    refused = {"storage": str(tmp_path), "pretrain.learning_rate": 1e30, "cluster.num_workers": 1}
+    job = load_job(None, QUICK | refused)
     with pytest.raises(PruneError, match=r"pretrain: .*pretrain\.learning_rate"):
         prune(job)
     told = capfd.readouterr().err
@@ -171,10 +168,16 @@ def final_round(code: int, out: str, errors: str) -> tuple[str, str]:
 
 @pytest.mark.skipif(
     "GBP_RAY_KILLS" not in os.environ,
-    reason="test_sweep kills Ray and its driver, test_worker a trial; set GBP_RAY_KILLS to try it",
+    reason="test_tune kills Ray and its driver, test_kills a trial; set GBP_RAY_KILLS to try it",
 )
-def test_a_killed_job_ends_with_the_same_mask_when_run_again(shell, tmp_path):
-    """SIGKILL of every process at GBP_RAY_KILLS random moments."""
+def test_kills_and_signals_at_any_moment_cost_no_more_than_a_round(shell, tmp_path):
+    check_kills(shell, tmp_path)
+    (tmp_path / "signals").mkdir()
+    check_signals_while_ray_starts(tmp_path / "signals")
+
+
+def check_kills(shell: Shell, tmp_path: Path) -> None:
+    """Kills every process at GBP_RAY_KILLS random moments; the job run again has the same mask."""
     moments = random.Random(os.environ.get("GBP_RAY_KILL_SEED", "3"))
     wanted = undisturbed(shell, tmp_path)
     for number in range(int(os.environ["GBP_RAY_KILLS"])):
@@ -259,11 +262,8 @@ def test_ctrl_c_ends_everything_that_was_started_and_the_job_goes_on_when_run_ag
     assert final_round(*again) == undisturbed(shell, tmp_path)
 
 
-@pytest.mark.skipif(
-    "GBP_RAY_KILLS" not in os.environ,
-    reason="test_signals does so without Ray; set GBP_RAY_KILLS to a number of signals to try it",
-)
-def test_signals_end_a_command_while_ray_starts(tmp_path):
+def check_signals_while_ray_starts(tmp_path: Path) -> None:
+    """Signals end the command; test_signals tries the same without Ray."""
     moments = random.Random(os.environ.get("GBP_RAY_KILL_SEED", "5"))
     for count in range(int(os.environ["GBP_RAY_KILLS"])):
         number = (signal.SIGINT, signal.SIGTERM)[count % 2]
