@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -83,6 +85,7 @@ def moto_endpoint() -> Iterator[str]:
     """Starts moto's S3 server in this process, with a bucket `gbp`; gives host:port."""
     # Imported here: tests of the core run where there is neither, beside a GPU for one.
     import boto3
+    import botocore.utils
     from moto import backends
     from moto.server import ThreadedMotoServer
 
@@ -90,6 +93,9 @@ def moto_endpoint() -> Iterator[str]:
     # It looks through the folder of its own code at each request.
     services = list(backends.list_of_moto_modules())
     patch.setattr(backends, "list_of_moto_modules", lambda: services)
+    # Server and client parse each time in a listing by a parser of any format.
+    anyhow = botocore.utils._parse_timestamp_with_tzinfo
+    patch.setattr(botocore.utils, "_parse_timestamp_with_tzinfo", partial(_parse_time, anyhow))
     if "AWS_ACCESS_KEY_ID" not in os.environ:
         patch.setenv("AWS_ACCESS_KEY_ID", "key-of-a-test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-a-test")
@@ -101,6 +107,13 @@ def moto_endpoint() -> Iterator[str]:
     yield f"{host}:{port}"
     server.stop()
     patch.undo()
+
+
+def _parse_time(anyhow: Callable[..., datetime], value: Any, tzinfo: Callable[[], Any]) -> datetime:
+    try:
+        return datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return anyhow(value, tzinfo)
 
 
 @pytest.fixture

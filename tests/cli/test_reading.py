@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 
 import pytest
-from sample_results import sample_job, write_trial
+from sample_results import copy_results, sample_job, write_trial
 from shell import Shell
 
 from gbp_ray.results.query import open_results
@@ -16,17 +16,23 @@ from gbp_ray.results.store import Store
 READING_VERBS = ["results", "report", "index", "diff", "fetch", "verify", "gc"]
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Four trials, for the tests to copy."""
+    return write_results(str(tmp_path_factory.mktemp("written")))
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return write_results(str(tmp_path / "results"))
+def store(written: Store, tmp_path: Path) -> Store:
+    return copy_results(written, str(tmp_path / "results"))
 
 
 @pytest.fixture(params=["folder", "moto"])
-def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+def any_store(request: pytest.FixtureRequest, written: Store, tmp_path: Path) -> Store:
     """For the verbs that do more with a storage than to open its results."""
     if request.param == "moto":
-        return write_results(request.getfixturevalue("moto_storage"))
-    return write_results(str(tmp_path / "results"))
+        return copy_results(written, request.getfixturevalue("moto_storage"))
+    return copy_results(written, str(tmp_path / "results"))
 
 
 def write_results(storage: str) -> Store:

@@ -115,6 +115,16 @@ def write_trial(store: Store, job: JobConfig, *, num_rounds: int | None = None) 
     return name
 
 
+def copy_results(source: Store, storage: str) -> Store:
+    """Copies all objects of a job to another storage: cheaper than to write its trials again."""
+    target = Store(storage, source.name)
+    for entry in source.objects.entries():
+        data = source.objects.get(entry.key)
+        assert data is not None
+        target.objects.put(entry.key, data)
+    return target
+
+
 def sample_trial(job: JobConfig, rounds: tuple[RoundRecord, ...]) -> TrialRecord:
     """Makes a finished trial's record."""
     return TrialRecord(

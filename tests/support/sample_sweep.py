@@ -7,16 +7,19 @@ more of their weights with each other than with random ones.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from safetensors.numpy import save
 
 from gbp_ray.config.job import JobConfig, trial_id
+from gbp_ray.results.index import refresh_index
 from gbp_ray.results.records import CostRecord, LayerRecord, RoundRecord, TrialRecord
 from gbp_ray.results.store import Store
 
@@ -55,13 +58,12 @@ def write_sweep(
 ) -> Store:
     """Writes every combination as a finished trial."""
     store = storage if isinstance(storage, Store) else Store(storage, "sweep")
-    for criterion in criteria:
-        for sparsity in sparsities:
-            for seed in seeds:
-                job = sweep_job(
-                    store.name, criterion=criterion, sparsity=sparsity, seed=seed, **fields
-                )
-                write_sweep_trial(store, job, shapes=shapes)
+    # Once at the end rather than after every few trials, which takes most of the time.
+    with patch("gbp_ray.results.index.refresh_index"):
+        for criterion, sparsity, seed in itertools.product(criteria, sparsities, list(seeds)):
+            job = sweep_job(store.name, criterion=criterion, sparsity=sparsity, seed=seed, **fields)
+            write_sweep_trial(store, job, shapes=shapes)
+    refresh_index(store.objects)
     return store
 
 
