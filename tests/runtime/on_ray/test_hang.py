@@ -158,7 +158,7 @@ def _hang(rank: int, size: int, folder: Path, told: Any, way: str, pipe: Connect
     numbers = torch.ones(1)
     with Watch(Ranks.current(), 1.0, compare, accuse=pipe.send) as watch:
         for step in range(1000):
-            watch.note(Progress("score", step + 1, 1000))
+            watch.note(Progress("score", step + 1, 1000, round=1))
             if step == 5 and rank == 1:
                 _stand_still(way)
             dist.all_reduce(numbers)
