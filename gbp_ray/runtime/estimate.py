@@ -1,11 +1,9 @@
-"""What a job would do now and would cost: what `--dry-run` of prune and of sweep shows.
+"""Estimate what running a job or a sweep would do now and cost, for `--dry-run`.
 
-What a trial costs comes from `pruning.plan`. Trials that differ in nothing that memory depends
-on (seed, sparsity, rounds, learning rates and the like) are of one kind, and a kind is planned
-once. What is known to have ended is left out, what is shared is counted once.
-
-The cluster is looked at as it is: a private one would be this machine, another one is joined for a
-moment, and nothing is started there.
+Trials that differ in nothing that memory depends on (seed, sparsity, rounds, learning rates and the
+like) are of one kind, and a kind is estimated once (`memory`). Ended trials are left out; networks
+and scores that trials share are counted once. The cluster is looked at as it is: a private one
+would be this machine, another one is joined for a moment, and nothing is started there.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,8 +22,7 @@ from gbp_ray.config.job import JobConfig, trial_id
 from gbp_ray.pruning.criteria import criterion
 from gbp_ray.results.store import Store
 from gbp_ray.runtime.cache import dense_folder, scores_key
-from gbp_ray.runtime.passes import Passes
-from gbp_ray.runtime.phases import Phase, plan_phases
+from gbp_ray.runtime.memory import Memory, Phase, bytes_of
 from gbp_ray.runtime.placement import (
     Machine,
     count_trials,
@@ -33,17 +31,14 @@ from gbp_ray.runtime.placement import (
     worker_resources,
 )
 from gbp_ray.runtime.search import Bisection, Outcome, Sparsities, TrialQueue
-from gbp_ray.runtime.sizes import Sizes, bytes_of
 from gbp_ray.training.network import network_of_seed
 from gbp_ray.training.optimizer import num_steps
 from gbp_ray.workloads.contract import Portion, Workload
 
 __all__ = [
     "CostEstimate",
-    "Kind",
     "PrunePlan",
     "SweepPlan",
-    "Trials",
     "find_misfits",
     "find_trials",
     "make_plan",
@@ -53,24 +48,15 @@ __all__ = [
 ]
 
 _MOST_KINDS = 20
-"""Kinds that are planned; each passes examples through its network."""
+"""Kinds that are estimated; each passes examples through its network."""
 
 _PROCESS_BYTES = 400_000_000
 """The interpreter with its libraries, in each worker."""
 
-_OF_NO_WEIGHT = {
-    "prune": {
-        "sparsity",
-        "rounds",
-        "schedule",
-        "ramp_rounds",
-        "scope",
-        "layer_min_sparsity",
-        "layer_max_sparsity",
-    },
-    "pretrain": {"learning_rate", "weight_decay", "lr_schedule", "lr_milestones", "lr_gamma"},
-    "finetune": {"learning_rate", "weight_decay", "lr_schedule", "lr_milestones", "lr_gamma"},
-}
+_RATES = {"learning_rate", "weight_decay", "lr_schedule", "lr_milestones", "lr_gamma"}
+_CHOICE = {"sparsity", "rounds", "schedule", "ramp_rounds", "scope"}
+_CHOICE |= {"layer_min_sparsity", "layer_max_sparsity"}
+_WITHOUT_MEMORY = {"prune": _CHOICE, "pretrain": _RATES, "finetune": _RATES}
 """Fields that change what a trial reaches, and nothing of what it holds."""
 
 
@@ -95,7 +81,7 @@ class PrunePlan:
     misfits: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives plain values, for JSON and for tables."""
+        """Return plain values, for JSON and for tables."""
         return {
             "trial_id": self.trial_id,
             "uri": self.uri,
@@ -119,22 +105,12 @@ class Trials:
 
     left: tuple[tuple[JobConfig, int], ...]
     known: tuple[Outcome, ...]
-    is_estimate: bool
-
-    @property
-    def num_left(self) -> int:
-        """How many there are to run."""
-        return sum(number for _, number in self.left)
+    is_estimate: bool = False
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Trials that hold the same.
-
-    Attributes:
-        name: Criterion and workload.
-        plan: Of one of them.
-    """
+    """Trials that hold the same: the name of their criterion, and the estimate of one of them."""
 
     name: str
     num_trials: int
@@ -146,17 +122,12 @@ class SweepPlan:
     """What running a sweep would do now.
 
     Attributes:
-        uri: Where its results lie or will lie.
         num_trials: In all; an estimate where a search decides on the way.
-        num_finished: Found finished, and skipped.
-        num_stopped: Found stopped by a scheduler, and skipped.
         num_begun: Of those to run, the ones that have left something to go on from.
-        num_left: Trials to run.
-        num_at_once: How many the cluster holds at a time, as it is.
+        num_at_once: How many trials the cluster holds at a time, as it is.
         num_workers: Of each trial.
         num_dense: Dense networks to train; those that are there are not among them.
         num_steps: Optimizer steps of all of it.
-        kinds: What the trials hold; empty where none is left.
         num_unplanned: Trials of further kinds, which were not looked into.
         worker_bytes: Most that a worker holds, on its device; data and libraries not included.
         host_bytes: Most that a worker takes of its machine, these included.
@@ -187,7 +158,7 @@ class SweepPlan:
     misfits: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives plain values, for JSON and for tables."""
+        """Return plain values, for JSON and for tables."""
         return asdict(self)
 
 
@@ -195,7 +166,7 @@ class SweepPlan:
 
 
 def find_trials(job: JobConfig, feeder: TrialQueue, num_suggested: int | None) -> Trials:
-    """Finds what a sweep would run, starting nothing.
+    """Find what a sweep would run, starting nothing.
 
     Args:
         feeder: Of the sweep's plan, unless Optuna is the one to choose.
@@ -207,14 +178,13 @@ def find_trials(job: JobConfig, feeder: TrialQueue, num_suggested: int | None) -
     known = tuple(feeder.outcomes.values())
     if num_suggested is not None:
         # They are like the job as it stands.
-        return Trials(((job, num_suggested),) if num_suggested else (), known, is_estimate=False)
+        return Trials(((job, num_suggested),) if num_suggested else (), known)
     if not isinstance(feeder.plan, Bisection):
-        return Trials(tuple((trial, 1) for trial in waiting), known, is_estimate=False)
+        return Trials(tuple((trial, 1) for trial in waiting), known)
     # Each search halves what is left, and has made some of its steps.
     steps = math.ceil(math.log2(Sparsities(job).num + 1))
-    made = len(known) // max(1, len(waiting))
-    left = tuple((trial, max(1, steps - made)) for trial in waiting)
-    return Trials(left, known, is_estimate=True)
+    each = max(1, steps - len(known) // max(1, len(waiting)))
+    return Trials(tuple((trial, each) for trial in waiting), known, is_estimate=True)
 
 
 # -- what it costs ---------------------------------------------------------------------------------
@@ -227,7 +197,7 @@ def make_sweep_plan(
     machines: Sequence[Machine],
     load: Callable[[JobConfig], Workload],
 ) -> SweepPlan:
-    """Plans a sweep.
+    """Estimate a sweep.
 
     Args:
         load: Loads and checks what a trial prunes.
@@ -235,100 +205,88 @@ def make_sweep_plan(
     bill = _Bill(store, load)
     for trial, number in trials.left:
         bill.add(trial, number)
-    worker_bytes = max((kind.plan.peak_bytes for kind in bill.kinds), default=0)
-    host_bytes = max((take_of_host(job, kind.plan) for kind in bill.kinds), default=0)
+    kinds = tuple(Kind(p.criterion, bill.counts[key], p) for key, (p, _) in bill.known.items())
+    worker_bytes = max((kind.plan.peak_bytes for kind in kinds), default=0)
+    host_bytes = max((take_of_host(job, kind.plan) for kind in kinds), default=0)
+    num_left = sum(number for _, number in trials.left)
     num_slots = count_trials(job.cluster, machines)
-    num_at_once = min(num_slots, job.sweep.max_concurrent or num_slots, trials.num_left)
-    num_workers = (job.sweep.max_concurrent or math.inf) * max(1, job.cluster.max_workers)
+    num_at_once = min(num_slots, job.sweep.max_concurrent or num_slots, num_left)
+    workers = max(1, job.cluster.max_workers)
+    most_workers = (job.sweep.max_concurrent or math.inf) * workers
     ends = [outcome.state for outcome in trials.known]
+    spent = [outcome.seconds for outcome in trials.known if outcome.state == "finished"]
+    seconds = sum(spent) / len(spent) * num_left if spent and num_at_once else None
     return SweepPlan(
         uri=store.uri,
-        num_trials=len(trials.known) + trials.num_left,
+        num_trials=len(trials.known) + num_left,
         is_estimate=trials.is_estimate,
         num_finished=ends.count("finished"),
         num_stopped=ends.count("stopped"),
         num_begun=bill.num_begun,
-        num_left=trials.num_left,
+        num_left=num_left,
         num_at_once=num_at_once,
         num_workers=job.cluster.max_workers,
         num_dense=bill.num_dense,
         num_steps=bill.num_steps,
-        kinds=bill.kinds,
+        kinds=kinds,
         num_unplanned=bill.num_unplanned,
         worker_bytes=worker_bytes,
         host_bytes=host_bytes,
         stored_bytes=bill.stored_bytes,
-        seconds_left=_estimate_seconds(job, trials, num_at_once),
+        seconds_left=None if seconds is None else seconds / (num_at_once * workers),
         machines=tuple((machine.name, dict(machine.resources)) for machine in machines),
-        misfits=find_misfits(job, machines, num_workers, worker_bytes, host_bytes),
+        misfits=find_misfits(job, machines, most_workers, worker_bytes, host_bytes),
     )
 
 
 class _Bill:
-    """Adds up what trials cost, planning each kind once."""
+    """Add up what trials cost, estimating each kind once."""
 
     def __init__(self, store: Store, load: Callable[[JobConfig], Workload]) -> None:
-        self._store, self._load = store, load
-        self._known = set(store.objects.list_folders("trials/"))
-        self._dense = {f"dense/{name}" for name in store.objects.list_folders("dense/")}
-        self._scores: set[str] = set()
-        self._planned: dict[str, tuple[CostEstimate, Workload]] = {}
-        self._counts: dict[str, int] = {}
+        self._load = load
+        self._begun = set(store.objects.list_folders("trials/"))
+        self._shared = {f"dense/{name}" for name in store.objects.list_folders("dense/")}
+        self.known: dict[str, tuple[CostEstimate, Workload]] = {}
+        self.counts: Counter[str] = Counter()
         self.num_begun = self.num_dense = self.num_steps = self.num_unplanned = 0
         self.stored_bytes = 0
 
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """The kinds that were planned."""
-        return tuple(
-            Kind(plan.criterion, self._counts[key], plan)
-            for key, (plan, _) in self._planned.items()
-        )
-
     def add(self, trial: JobConfig, number: int) -> None:
-        """Adds so many trials that are like this one."""
-        self.num_begun += trial_id(trial) in self._known
-        key = _kind_of(trial)
-        if key not in self._planned:
-            if len(self._planned) >= _MOST_KINDS:
+        """Add so many trials that are like this one."""
+        self.num_begun += trial_id(trial) in self._begun
+        kind = _kind_of(trial)
+        if kind not in self.known:
+            if len(self.known) >= _MOST_KINDS:
                 self.num_unplanned += number
                 return
             workload = self._load(trial)
-            self._planned[key] = make_plan(trial, workload), workload
-            self._counts[key] = 0
-        self._counts[key] += number
-        plan, workload = self._planned[key]
-        self._add_shared(trial, number, plan, workload)
-        stretches = trial.prune.num_finetunings
-        finetune = num_steps(trial.finetune, workload, trial.finetune.epochs)
-        self.num_steps += number * stretches * finetune
+            self.known[kind] = make_plan(trial, workload), workload
+        self.counts[kind] += number
+        plan, workload = self.known[kind]
+        folder, rounds = dense_folder(trial), trial.prune.rounds
+        # A dense network that cannot be shared is trained by each.
+        num_dense = number if folder is None else int(folder not in self._shared)
+        pretrain, finetune = (
+            num_steps(recipe, workload, recipe.epochs)
+            for recipe in (trial.pretrain, trial.finetune)
+        )
+        self.num_dense += num_dense
+        self.num_steps += num_dense * pretrain + number * trial.prune.num_finetunings * finetune
         dense_bytes = plan.stored_bytes - plan.num_rounds * plan.round_bytes
-        self.stored_bytes += number * (dense_bytes + trial.prune.rounds * plan.round_bytes)
-
-    def _add_shared(
-        self, trial: JobConfig, number: int, plan: CostEstimate, workload: Workload
-    ) -> None:
-        folder = dense_folder(trial)
-        is_new = folder not in self._dense
-        if folder is None or is_new:
-            # One that cannot be shared is trained by each.
-            times = number if folder is None else 1
-            self.num_dense += times
-            steps = num_steps(trial.pretrain, workload, trial.pretrain.epochs)
-            self.num_steps += times * steps
-        if folder is not None:
-            if is_new:
-                self._dense.add(folder)
-                self.stored_bytes += plan.stored_bytes - plan.num_rounds * plan.round_bytes
-            key = scores_key(trial, folder)
-            if key is not None and trial.cluster.fits_one_process and key not in self._scores:
-                self._scores.add(key)
-                self.stored_bytes += 4 * plan.num_prunable
+        self.stored_bytes += number * (dense_bytes + rounds * plan.round_bytes)
+        if folder is None:
+            return
+        self.stored_bytes += num_dense * dense_bytes
+        scores = scores_key(trial, folder) if trial.cluster.fits_one_process else None
+        if scores is not None and scores not in self._shared:
+            self.stored_bytes += 4 * plan.num_prunable
+            self._shared.add(scores)
+        self._shared.add(folder)
 
 
 def _kind_of(trial: JobConfig) -> str:
     outside: dict[str, Any] = dict.fromkeys(("name", "storage", "seed", "sweep"), True)
-    tree = trial.model_dump(mode="json", exclude=outside | _OF_NO_WEIGHT)
+    tree = trial.model_dump(mode="json", exclude=outside | _WITHOUT_MEMORY)
     for section in ("pretrain", "finetune"):
         for name in ("epochs", "momentum", "warmup_epochs"):
             tree[section][name] = tree[section][name] > 0
@@ -337,19 +295,11 @@ def _kind_of(trial: JobConfig) -> str:
     return json.dumps(tree, sort_keys=True)
 
 
-def _estimate_seconds(job: JobConfig, trials: Trials, num_at_once: int) -> float | None:
-    spent = [outcome.seconds for outcome in trials.known if outcome.state == "finished"]
-    if not spent or num_at_once == 0:
-        return None
-    workers = num_at_once * max(1, job.cluster.max_workers)
-    return sum(spent) / len(spent) * trials.num_left / workers
-
-
 # -- what it would run on --------------------------------------------------------------------------
 
 
 def see_machines(job: JobConfig) -> list[Machine]:
-    """Lists the machines of the job's cluster as they are.
+    """List the machines of the job's cluster as they are.
 
     Raises:
         ConfigError: The cluster does not answer.
@@ -371,7 +321,7 @@ def see_machines(job: JobConfig) -> list[Machine]:
 
 
 def take_of_host(job: JobConfig, plan: CostEstimate) -> int:
-    """Computes what a worker takes of its machine's memory."""
+    """Compute how much of its machine's memory a worker takes."""
     return (0 if job.cluster.use_gpu else plan.peak_bytes) + plan.data_bytes + _PROCESS_BYTES
 
 
@@ -382,7 +332,7 @@ def find_misfits(
     worker_bytes: int,
     host_bytes: int,
 ) -> tuple[str, ...]:
-    """Says what would not fit the cluster as it is, one line each.
+    """List what would not fit the cluster as it is, one line each.
 
     Args:
         num_workers: The most at a time.
@@ -415,7 +365,7 @@ def find_misfits(
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """What a job will cost.
+    """The cost of one job.
 
     Attributes:
         data_bytes: Examples held in memory by tensors and arrays; data sets are not looked into.
@@ -445,37 +395,36 @@ class CostEstimate:
     stored_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives plain values, for JSON and for tables."""
+        """Return plain values, for JSON and for tables."""
         return asdict(self)
 
 
 def make_plan(job: JobConfig, workload: Workload) -> CostEstimate:
-    """Plans a job whose network has been checked; a few examples pass through it."""
+    """Estimate a job whose network has been checked; a few examples pass through it."""
     model, is_blank = network_of_seed(workload, job.seed)
-    sizes = Sizes(job, workload, model, is_blank=is_blank)
-    phases = plan_phases(sizes, Passes(job, workload, model))
-    # movement fine-tunes before the first decision as well.
-    stretches = job.prune.num_finetunings
+    memory = Memory(job, workload, model, is_blank=is_blank)
+    phases = memory.phases()
+    round_bytes = memory.stored_bytes(has_optimizer=True)
+    dense_bytes = memory.stored_bytes(has_optimizer=job.prune.spec.needs_history)
     return CostEstimate(
         strategy=job.cluster.strategy,
         num_workers=job.cluster.max_workers,
         num_parameters=sum(p.numel() for p in model.parameters()),
-        num_prunable=sizes.num_prunable,
-        data_bytes=sum(bytes_of(column) for column in _columns(workload)),
+        num_prunable=memory.num_prunable,
+        data_bytes=bytes_of(_columns(workload)),
         criterion=job.prune.criterion,
         criterion_cost=criterion(job.prune.criterion).spec.cost,
-        num_passes=sizes.num_passes,
-        calibration_examples=sizes.calibration_examples if sizes.num_passes else 0,
+        num_passes=memory.num_passes,
+        calibration_examples=memory.calibration_examples if memory.num_passes else 0,
         num_rounds=job.prune.rounds,
-        pretrain_steps=sizes.pretrain_steps,
-        finetune_steps=sizes.finetune_steps,
-        num_steps=sizes.pretrain_steps + stretches * sizes.finetune_steps,
+        pretrain_steps=memory.pretrain_steps,
+        finetune_steps=memory.finetune_steps,
+        num_steps=memory.pretrain_steps + job.prune.num_finetunings * memory.finetune_steps,
         phases=tuple(phases),
         peak_bytes=max(phase.num_bytes for phase in phases),
         sent_bytes_per_round=sum(p.sent_bytes for p in phases if p.name != "pretrain"),
-        round_bytes=sizes.stored_bytes(has_optimizer=True),
-        stored_bytes=sizes.stored_bytes(has_optimizer=job.prune.spec.needs_history)
-        + job.prune.rounds * sizes.stored_bytes(has_optimizer=True),
+        round_bytes=round_bytes,
+        stored_bytes=dense_bytes + job.prune.rounds * round_bytes,
     )
 
 

@@ -17,7 +17,13 @@ from gbp_ray.distributed.sums import OrderedSum
 from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import cut_batches, derive_seed, shuffled_indices, take_batch
 
-__all__ = ["keeping_statistics", "norm_batch_size", "recalibrate_as_asked", "recalibrate_batchnorm"]
+__all__ = [
+    "keeping_statistics",
+    "norm_batch_size",
+    "recalibrate_as_asked",
+    "recalibrate_batchnorm",
+    "running_statistics",
+]
 
 
 def norm_batch_size(prune: PruneConfig) -> int:
@@ -46,7 +52,7 @@ def recalibrate_as_asked(job: JobConfig, model: nn.Module, workload: Workload, r
 @contextmanager
 def keeping_statistics(model: nn.Module) -> Iterator[None]:
     """Restores running statistics after the block, bit for bit."""
-    before = [(statistic, statistic.clone()) for statistic in _statistics(_find_norms(model))]
+    before = [(statistic, statistic.clone()) for statistic in running_statistics(model)]
     try:
         yield
     finally:
@@ -115,6 +121,11 @@ def recalibrate_batchnorm(
         norm.momentum = momentum
     model.eval()
     return total
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Lists the running means and variances of a network."""
+    return _statistics(_find_norms(model))
 
 
 def _find_norms(model: nn.Module) -> list[_BatchNorm]:

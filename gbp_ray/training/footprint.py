@@ -1,20 +1,18 @@
-"""How many bytes of tensors a pass over a batch holds at its peak, told from two small passes.
+"""Measure the peak memory of a pass on few examples, and predict it for any number.
 
-A pass is run on two and on four examples while every tensor that torch makes is counted, operation
-by operation. What lives after the t-th operation is g_t + a_t * examples: gradients do not grow
-with the batch, activations do. Both are known from the two runs, and the peak for any batch is the
-greatest of these sums. Where the two runs do not take the same operations, the peaks alone are
-drawn out.
+A pass runs on two and on four examples while every tensor that torch makes is counted, operation by
+operation. After the t-th operation g_t + a_t * examples bytes live: gradients do not grow with the
+batch, activations do. Both follow from the two runs, and the peak for any batch is the greatest of
+these sums. Where the runs differ in their operations, the line goes through their peaks.
 
-Counted are the tensors of the pass itself, on whatever device, and the copy of its input that a
-convolution on a CPU makes in a layout of its own (oneDNN); not the model, which was there before,
-nor what other kernels need for themselves.
+Counted are the pass's own tensors, on any device, and the copy of its input that a convolution on a
+CPU makes in a layout of its own (oneDNN); not the model, nor the workspace of other kernels.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,60 +20,61 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 __all__ = [
+    "MOST_MEASURED",
     "Footprint",
     "count_live_bytes",
     "measure_footprint",
 ]
 
-_SIZES = (2, 4)
+_FEW, MOST_MEASURED = 2, 4
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """The bytes of a pass after each of its operations, as lines over the batch size.
+    """The bytes that live after each operation of a pass.
 
     Attributes:
-        fixed: What does not grow with the batch.
-        by_example: What does, for each example.
+        lines: (fixed, for each example) of each operation.
     """
 
-    fixed: tuple[float, ...]
-    by_example: tuple[float, ...]
+    lines: tuple[tuple[float, float], ...]
 
-    def peak_bytes(self, batch_size: int) -> int:
-        """Computes the greatest sum for a batch of this size."""
-        sums = (g + a * batch_size for g, a in zip(self.fixed, self.by_example, strict=True))
-        return max(0, round(max(sums, default=0)))
+    def peak_bytes(self, batch_size: int, known: float = 0, share: float = 1) -> int:
+        """Compute the greatest sum for a batch of this size.
+
+        Args:
+            known: Left out of what is fixed.
+            share: Taken of the rest of it.
+        """
+        left = ((max(0.0, fixed - known) * share, each) for fixed, each in self.lines)
+        return round(max(fixed + each * batch_size for fixed, each in left))
 
 
 def measure_footprint(run: Callable[[int], object]) -> Footprint:
-    """Measures a pass.
+    """Measure a pass.
 
     Args:
-        run: Runs it over so many examples; what it returns is alive to the end of it.
+        run: Runs it over so many examples; its result lives to the end of it. What it makes once
+            and keeps should be there before.
     """
-    run(_SIZES[0])  # what is made once and kept, such as a library's own plans, is not the pass's
-    few, more = (count_live_bytes(partial(run, size)) for size in _SIZES)
+    few, more = (count_live_bytes(partial(run, size)) for size in (_FEW, MOST_MEASURED))
     if len(few) != len(more):
         few, more = [max(few)], [max(more)]
-    step = _SIZES[1] - _SIZES[0]
-    by_example = [(after - before) / step for before, after in zip(few, more, strict=True)]
-    fixed = [before - _SIZES[0] * a for before, a in zip(few, by_example, strict=True)]
-    return Footprint(tuple(fixed), tuple(by_example))
+    each = [(b - a) / (MOST_MEASURED - _FEW) for a, b in zip(few, more, strict=True)]
+    return Footprint(tuple((a - _FEW * e, e) for a, e in zip(few, each, strict=True)))
 
 
 def count_live_bytes(action: Callable[[], object]) -> list[int]:
-    """Counts, after each operation of an action, the bytes of tensors it made that still live."""
+    """Count, after each operation of an action, the bytes of tensors it made that still live."""
     with _Counter() as counter:
         action()
     return counter.live_after or [0]
 
 
 class _Counter(TorchDispatchMode):
-    """Counts the bytes of storages made inside the block that are still alive."""
+    """Count the bytes of storages made inside the block that are still alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,18 +89,19 @@ class _Counter(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        for value in tree_leaves((args, kwargs)):
-            self._note(value, is_new=False)
-        outputs = func(*args, **(kwargs or {}))
-        for value in tree_leaves(outputs):
-            self._note(value, is_new=True)
+        kwargs = kwargs or {}
+        for tensor in _tensors_in((*args, *kwargs.values())):
+            self._note(tensor, is_new=False)
+        outputs = func(*args, **kwargs)
+        for tensor in _tensors_in((outputs,)):
+            self._note(tensor, is_new=True)
         self.live_after.append(self._live + _copied_inside(func, args))
         return outputs
 
-    def _note(self, value: object, *, is_new: bool) -> None:
-        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+    def _note(self, tensor: Tensor, *, is_new: bool) -> None:
+        if tensor.layout is not torch.strided:
             return
-        storage = value.untyped_storage()
+        storage = tensor.untyped_storage()
         key = id(storage)
         if key in self._known:
             return
@@ -116,8 +116,15 @@ class _Counter(TorchDispatchMode):
         self._known[key] = weakref.ref(storage, forget)
 
 
+def _tensors_in(values: Iterable[object]) -> Iterator[Tensor]:
+    # Operations take and give nothing deeper; a general walk would cost as much as they do.
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors_in(value)
+
+
 def _copied_inside(func: Callable[..., Any], args: tuple[Any, ...]) -> int:
-    if func is not torch.ops.aten.convolution.default:
-        return 0
-    inputs: Tensor = args[0]
-    return inputs.numel() * inputs.element_size() if inputs.device.type == "cpu" else 0
+    is_copied = func is torch.ops.aten.convolution.default and args[0].device.type == "cpu"
+    return args[0].nbytes if is_copied else 0

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from sharded_memory import INPUTS, BlockNet
 
 from gbp_ray.config.job import JobConfig
-from gbp_ray.runtime.phases import Phase, plan_phases
-from gbp_ray.runtime.sizes import Sizes
+from gbp_ray.runtime.memory import Memory, Phase
+from gbp_ray.training.footprint import Footprint
 from gbp_ray.workloads.contract import Workload
 
 MODELS = ((10**8, 12), (10**9, 24), (10**10, 40), (10**11, 80))
@@ -39,20 +39,22 @@ SCORING_SHARE = 0.91
 """Measured: taylor against a forward and a backward pass."""
 
 
-class NoActivations:
-    """Stands for the passes of a network too large to run here."""
+class WithoutActivations(Memory):
+    """The sizes of a network too large to run here; its passes are left out."""
 
-    class Nothing:
-        """A pass that holds nothing."""
+    def _run_forward(self, size: int) -> None:
+        """Run nothing."""
 
-        def peak_bytes(self, batch: int) -> int:
-            """Says so."""
-            return 0
+    def _measure(self, run: object) -> Footprint:
+        return Footprint(((0, 0),))
 
-    forward = training = scoring = backward = Nothing()
+    def _measure_scoring(self) -> Footprint:
+        # The sum and the scores of all weights, and what finishing one layer takes.
+        largest = max(unit.parameter.numel() for unit in self._units)
+        return Footprint(((12 * self.num_prunable + 24 * largest, 0),))
 
 
-def plan(blocks: int, width: int, num_gpus: int) -> tuple[Sizes, dict[str, Phase]]:
+def plan(blocks: int, width: int, num_gpus: int) -> tuple[Memory, dict[str, Phase]]:
     with torch.device("meta"):
         model = BlockNet(blocks, width)
     examples, batch = BATCH * NUM_BATCHES, max(BATCH, num_gpus)
@@ -78,8 +80,8 @@ def plan(blocks: int, width: int, num_gpus: int) -> tuple[Sizes, dict[str, Phase
             "cluster": {"num_workers": num_gpus, "strategy": "fsdp"},
         }
     )
-    sizes = Sizes(job, workload, model, is_blank=True)
-    return sizes, {phase.name: phase for phase in plan_phases(sizes, NoActivations())}  # type: ignore[arg-type]
+    memory = WithoutActivations(job, workload, model, is_blank=True)
+    return memory, {phase.name: phase for phase in memory.phases()}
 
 
 def main() -> None:
@@ -102,23 +104,23 @@ def main() -> None:
         num_gpus = 1
         while True:
             num_gpus *= 2
-            sizes, phases = plan(blocks, width, num_gpus)
+            memory, phases = plan(blocks, width, num_gpus)
             if max(phase.num_bytes for phase in phases.values()) <= (
                 options.memory * options.share * 1e9
             ):
                 break
-        total = sizes.num_prunable
+        total = memory.num_prunable
         held = " | ".join(
             f"{phases[name].num_bytes / 1e9:.1f}"
             for name in ("score", "decide", "finetune", "write")
         )
-        stored = sizes.stored_bytes(has_optimizer=True) / 1e9
+        stored = memory.stored_bytes(has_optimizer=True) / 1e9
         print(f"| {total:.1e} | {num_gpus} | {held} | {stored:,.1f} |")
         flops = 6 * total * NUM_BATCHES * BATCH * TOKENS * SCORING_SHARE
         score_s = flops / (options.pace * 1e12) / num_gpus
-        decide_s = DECISION_S_PER_SCORE * sizes.stretch
+        decide_s = DECISION_S_PER_SCORE * memory.num_owned
         sent = [phases[name].sent_bytes / 1e9 for name in ("score", "decide", "finetune")]
-        gathered = (num_gpus - 1) * 4 * sizes.stretch / 1e9
+        gathered = (num_gpus - 1) * 4 * memory.num_owned / 1e9
         lines.append(
             f"| {total:.1e} | {sent[0]:,.1f} | {sent[1]:.3f} | {gathered:,.1f} | {sent[2]:,.1f} | "
             f"{score_s:,.1f} | {sent[0] / options.link:,.1f} | "

@@ -127,7 +127,7 @@ def measure_rounds(depth: int, criterion: str, batch: int) -> list[tuple[str, in
     watch("score", lambda *args: "score")
     watch("select_masks", lambda *args: "decide")
     watch("evaluate", lambda *args: "evaluate")
-    watch("recalibrate_batchnorm", lambda *args: "batchnorm")
+    watch("recalibrate_as_asked", lambda *args: "batchnorm")
     watch("train_epochs", lambda *args: args[5].phase)
     watch("_Run", lambda *args: "build")
     for state in rounds.run_rounds(job, workload, Ranks(device=DEVICE)):

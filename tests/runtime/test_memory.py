@@ -10,7 +10,7 @@ from small_networks import ONE_RANK, ConvNet, built, images, job_config
 
 from gbp_ray.config.job import JobConfig
 from gbp_ray.runtime.estimate import make_plan
-from gbp_ray.runtime.phases import Phase
+from gbp_ray.runtime.memory import Phase
 from gbp_ray.training.adversarial import robust_accuracy
 from gbp_ray.training.footprint import count_live_bytes
 from gbp_ray.workloads.contract import Workload
@@ -50,7 +50,7 @@ def test_an_attack_holds_what_the_plan_says() -> None:
     attack()
     measured = max(count_live_bytes(attack))
     held = phase_of(job, "attack").held
-    assert held["pass"] + held["buffers"] == pytest.approx(measured, rel=0.15)
+    assert held["pass"] + held["buffers"] == pytest.approx(measured, rel=0.1)
 
 
 def test_what_is_frozen_needs_no_optimizer_and_no_gradient() -> None:
@@ -72,11 +72,12 @@ def test_adversarial_training_holds_more_where_clean_examples_count_too() -> Non
     assert plain.held["pass"] <= alone.held["pass"] < 0.8 * both.held["pass"]
 
 
-def test_answers_given_once_take_a_table_and_no_pass() -> None:
+def test_answers_given_once_take_a_table() -> None:
+    """A pass of the teacher ends before the network's own, and so adds nothing to the peak."""
     taught = job_of(distillation={"weight": 0.5})
     once = phase_of(taught, "finetune", workload_of(augment=None))
     each = phase_of(taught, "finetune")
     assert once.held["its answers"] == 46 * 3 * 4
     assert "its answers" not in each.held
-    assert once.held["pass"] < each.held["pass"]
+    assert once.held["pass"] == each.held["pass"]
     assert once.held["teacher"] == each.held["teacher"] > 0
