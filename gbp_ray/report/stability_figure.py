@@ -5,7 +5,7 @@ Drawn from plain values, as `Stability.to_dict` gives them and `stability.json` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -50,15 +50,9 @@ def draw_stability(found: Mapping[str, Any]) -> list[Axes]:
         if any(size["accuracy"]["num"] for one in samples.values() for size in one["sizes"]):
             panels.append(add_panel(2.4, title="Accuracy under the mask, not fine-tuned"))
             _draw_accuracies(panels[1], samples, styles)
-    panels.append(
-        add_panel(
-            2.4,
-            title="By layer, with most examples",
-            legend=() if panels else legend,
-            foot_in=1.3,
-        )
-    )
-    _draw_layers(panels[-1], _layer_series(found))
+    title, legend = "By layer, with most examples", [] if panels else legend
+    panels.append(add_panel(2.4, title=title, legend=legend, foot_in=1.3))
+    _draw_layers(panels[-1], found, styles)
     return panels
 
 
@@ -114,25 +108,20 @@ def _set_examples(ax: Axes, samples: Mapping[str, Any]) -> None:
     ticks = sorted({size["examples"] for one in samples.values() for size in one["sizes"]})
     ax.set_xscale("log", base=2)
     ax.minorticks_off()
-    ax.set_xticks(ticks[:: max(1, len(ticks) // 6)])
-    ax.set_xticklabels([f"{tick:,}" for tick in ticks[:: max(1, len(ticks) // 6)]])
+    ticks = ticks[:: max(1, len(ticks) // 6)]
+    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     ax.set_xlabel("calibration examples")
 
 
-def _layer_series(found: Mapping[str, Any]) -> list[tuple[Mapping[str, float], str, str]]:
-    """Lists (overlap by layer, colour, marker) to draw side by side."""
-    series: list[tuple[Mapping[str, float], str, str]] = []
-    for number, one in enumerate(found["samples"].values()):
-        colour, marker = SERIES[number % len(SERIES)], _MARKERS[number % len(_MARKERS)]
-        series.append((one["sizes"][-1]["overlap"]["by_layer"], colour, marker))
+def _draw_layers(ax: Axes, found: Mapping[str, Any], styles: Mapping[str, Style]) -> None:
+    series = {
+        styles[name]: one["sizes"][-1]["overlap"]["by_layer"]
+        for name, one in found["samples"].items()
+    }
     if found["seeds"]:
-        series.append((found["seeds"]["overlap"]["by_layer"], INK, "x"))
-    return series
-
-
-def _draw_layers(ax: Axes, series: Sequence[tuple[Mapping[str, float], str, str]]) -> None:
-    names = list(series[0][0])
-    for by_layer, colour, marker in series:
+        series[Style(INK, "x", "")] = found["seeds"]["overlap"]["by_layer"]
+    names = list(next(iter(series.values())))
+    for (colour, marker, _), by_layer in series.items():
         values = [100 * by_layer[name] for name in names]
         ax.plot(range(len(names)), values, linestyle="", color=colour, marker=marker, markersize=4)
     stride = -(-len(names) // _MOST_NAMES) or 1

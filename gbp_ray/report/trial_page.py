@@ -7,8 +7,8 @@ the trial is for; what needs the network to be run comes from the findings of `g
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -25,16 +25,6 @@ from gbp_ray.results.tensors import WEIGHTS, read_masks, read_weight
 __all__ = [
     "make_trial_page",
 ]
-
-
-@dataclass(frozen=True)
-class _LayerRow:
-    name: str
-    shape: str
-    num_kept: int
-    sparsity: float
-    filters: str
-    inputs: str
 
 
 def make_trial_page(
@@ -99,17 +89,17 @@ def _read_masks(store: Store, trial_id: str, record: RoundRecord) -> dict[str, n
     return {name: packed[name].unpack() for name in order}
 
 
-def _describe_layer(name: str, mask: np.ndarray) -> _LayerRow:
+def _describe_layer(name: str, mask: np.ndarray) -> dict[str, Any]:
     links = trial_figures.look_at_links(mask)
     filters, inputs = np.any(links, axis=1), np.any(links, axis=0)
-    return _LayerRow(
-        name=name,
-        shape="x".join(map(str, mask.shape)),
-        num_kept=int(mask.sum()),
-        sparsity=100 * (1 - float(mask.mean())),
-        filters=f"{int(filters.sum())} of {filters.size}",
-        inputs=f"{int(inputs.sum())} of {inputs.size}",
-    )
+    return {
+        "name": name,
+        "shape": "x".join(map(str, mask.shape)),
+        "num_kept": int(mask.sum()),
+        "sparsity": 100 * (1 - float(mask.mean())),
+        "filters": f"{int(filters.sum())} of {filters.size}",
+        "inputs": f"{int(inputs.sum())} of {inputs.size}",
+    }
 
 
 # -- figures ---------------------------------------------------------------------------------------

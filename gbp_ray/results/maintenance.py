@@ -135,10 +135,8 @@ def find_faults(uri: str | Path) -> Audit:
         audits = stream_in_threads(store.objects, partial(_audit_trial, store), trials)
         for trial, (part, digest) in zip(trials, audits, strict=True):
             audit.num_trials += 1
-            audit.num_rounds += part.num_rounds
-            audit.num_files += part.num_files
-            audit.num_bytes += part.num_bytes
-            audit.faults += part.faults
+            for count in ("num_rounds", "num_files", "num_bytes", "faults"):
+                setattr(audit, count, getattr(audit, count) + getattr(part, count))
             if digest:
                 finished[trial] = digest
             if part.faults:
@@ -156,15 +154,13 @@ def _audit_trial(store: Store, trial: str) -> tuple[Audit, str]:
     folders = store.objects.list_folders(f"trials/{trial}/")
     numbers = [int(folder[6:]) for folder in folders if _ROUND_NAME.fullmatch(folder)]
     for number in numbers:
-        uri = f"{store.round_uri(trial, number)}"
-        with _noted(audit, uri):
+        with _noted(audit, store.round_uri(trial, number)):
             record = store.read_round(trial, number)
             if record is not None:
                 rounds[number] = record
                 audit.num_rounds += 1
                 _audit_round(audit, store, trial, record)
-    finished = None
-    uri = store.objects.uri_of(f"trials/{trial}/trial.json")
+    finished, uri = None, store.objects.uri_of(f"trials/{trial}/trial.json")
     with _noted(audit, uri):
         finished = store.read_trial(trial)
     if finished is None:
@@ -451,7 +447,8 @@ def fetch_results(uri: str | Path, folder: str | Path) -> Fetched:
     fetched = Fetched()
     for source, trial in locate_trials(uri):
         target = Store(Path(folder), source.name)
-        _adopt_claim(source, target)
+        if (claim := source.read_claim()) is not None:
+            target.adopt(claim)
         # A driver that is at work on it there would meet rounds that it has not made.
         with target.hold(trial):
             for record in source.read_rounds(trial):
@@ -469,12 +466,6 @@ def fetch_results(uri: str | Path, folder: str | Path) -> Fetched:
             target.write_shared(f"explained/{trial}", files, shared.origin)
         fetched.num_trials += 1
     return fetched
-
-
-def _adopt_claim(source: Store, target: Store) -> None:
-    claim = source.read_claim()
-    if claim is not None:
-        target.adopt(claim)
 
 
 def _copy_round(source: Store, target: Store, trial: str, record: RoundRecord) -> int:
