@@ -174,21 +174,20 @@ def overlap_table(layers: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def plan_table(plan: Mapping[str, Any]) -> Table:
-    """Lists the phases of a plan: peak memory of a rank, what holds it, bytes sent to others."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("phase")
-    for heading in ("peak MB", "sends MB"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("held at the peak, MB", overflow="fold")
-    for phase in plan["phases"]:
-        parts = sorted(phase["held"].items(), key=lambda item: -item[1])
-        table.add_row(
+    """List the phases of a plan: peak memory of a rank, what holds it, bytes sent to others."""
+    rows = [
+        (
             phase["name"],
             write_megabytes(phase["num_bytes"]),
             write_megabytes(phase["sent_bytes"]) if phase["sent_bytes"] else "",
-            ", ".join(f"{name} {write_megabytes(size)}" for name, size in parts),
+            ", ".join(
+                f"{name} {write_megabytes(size)}"
+                for name, size in sorted(phase["held"].items(), key=lambda item: -item[1])
+            ),
         )
-    return table
+        for phase in plan["phases"]
+    ]
+    return make_table(rows, ["phase"], ("peak MB", "sends MB"), ["held at the peak, MB"])
 
 
 def plan_lines(planned: Mapping[str, Any]) -> list[str]:
@@ -337,23 +336,23 @@ def ends_table(lines: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def kinds_table(kinds: Sequence[Mapping[str, Any]]) -> Table:
-    """Shows what the trials of a planned sweep hold and write."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("criterion", overflow="fold")
-    for heading in ("trials", "peak MB", "in", "sends MB a round", "stores MB a round"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    """List what the trials of a planned sweep hold and write."""
+    rows = []
     for kind in kinds:
         plan = kind["plan"]
-        peak = max(plan["phases"], key=lambda phase: phase["num_bytes"])
-        table.add_row(
-            kind["name"],
-            f"{kind['num_trials']:,}",
-            f"{plan['peak_bytes'] / 1e6:,.1f}",
-            peak["name"],
-            f"{plan['sent_bytes_per_round'] / 1e6:,.1f}" if plan["sent_bytes_per_round"] else "",
-            f"{plan['round_bytes'] / 1e6:,.2f}",
+        sent = plan["sent_bytes_per_round"]
+        rows.append(
+            (
+                kind["name"],
+                f"{kind['num_trials']:,}",
+                write_megabytes(plan["peak_bytes"]),
+                max(plan["phases"], key=lambda phase: phase["num_bytes"])["name"],
+                write_megabytes(sent) if sent else "",
+                write_megabytes(plan["round_bytes"]),
+            )
         )
-    return table
+    numbers = ("trials", "peak MB", "in", "sends MB a round", "stores MB a round")
+    return make_table(rows, ["criterion"], numbers)
 
 
 def sweep_plan_lines(planned: Mapping[str, Any]) -> list[str]:
@@ -373,9 +372,9 @@ def sweep_plan_lines(planned: Mapping[str, Any]) -> list[str]:
         f"{each} each, on {_machines(planned['machines'])}",
         f"training: {about}{planned['num_steps']:,} steps; {planned['num_dense']:,} dense "
         "networks, shared where trials agree on one",
-        f"memory of a worker: {planned['worker_bytes'] / 1e6:,.1f} MB at the peak; "
+        f"memory of a worker: {write_megabytes(planned['worker_bytes'])} MB at the peak; "
         f"{planned['host_bytes'] / 1e6:,.0f} MB of its machine, data and libraries included",
-        f"stored: {about}{planned['stored_bytes'] / 1e6:,.1f} MB in {planned['uri']}",
+        f"stored: {about}{write_megabytes(planned['stored_bytes'])} MB in {planned['uri']}",
     ]
     if planned["num_unplanned"]:
         lines.append(
