@@ -1,4 +1,4 @@
-"""`gbp-ray criteria` and `fields`: what a job may say, and what that means."""
+"""`gbp-ray criteria` and `fields`: the criteria and the fields of a job."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from gbp_ray.config.criteria import CRITERIA
 from gbp_ray.config.job import describe_fields
 from gbp_ray.errors import ConfigError
 
-__all__ = [
-    "add_reference_verbs",
-]
+__all__ = ["add_reference_verbs"]
 
 
 def add_reference_verbs(app: typer.Typer) -> None:
-    """Puts the verbs on the command line."""
+    """Adds the verbs to the command line."""
     app.command("criteria")(list_criteria)
     app.command("fields")(list_fields)
 

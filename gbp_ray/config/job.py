@@ -161,9 +161,10 @@ def expand(job: JobConfig) -> list[JobConfig]:
         ConfigError: Some are refused by the schema; one line that lists every fault once.
     """
     target = job.sweep.target
-    sparsities: list[float | None] = [None]
+    ends: list[dict[str, Any]] = [{}]
     if target.max_drop is not None:
-        sparsities = [max(target.lowest, target.tolerance), target.highest]
+        lowest = max(target.lowest, target.tolerance)
+        ends = [{"prune.sparsity": lowest}, {"prune.sparsity": target.highest}]
     tree = job.model_dump(mode="json", exclude_unset=True, exclude={"sweep"})
     trials: dict[str, JobConfig] = {}
     faults: dict[str, None] = {}
@@ -173,10 +174,9 @@ def expand(job: JobConfig) -> list[JobConfig]:
     except ValueError as error:
         raise ConfigError(f"sweep.space: {error}") from None
     for point in points:
-        for sparsity in sparsities:
+        for end in ends:
             one = dict(tree)
-            extra = {} if sparsity is None else {"prune.sparsity": sparsity}
-            for key, value in {**point, **extra}.items():
+            for key, value in {**point, **end}.items():
                 _set_dotted(one, key, value, is_shared=True)
             try:
                 trial = JobConfig.model_validate(one)
@@ -235,7 +235,8 @@ def describe_fields() -> list[tuple[str, str, str]]:
                 rows.append((f"[{prefix}{name}]", "", (inner.__doc__ or "").strip()))
                 walk(inner, f"{prefix}{name}.")
             else:
-                default = "required" if field.is_required() else _as_toml(field.default)
+                default = "required" if field.is_required() else json.dumps(field.default)
+                default = "unset" if field.default is None else default
                 text = " ".join((field.description or "").split())
                 rows.append((f"{prefix}{name}", default, text))
 
@@ -265,14 +266,6 @@ def _fill_in(tree: dict[str, Any]) -> None:
             node = node.get(part) if isinstance(node, dict) else None
         if node is None:
             _set_dotted(tree, key, value)
-
-
-def _as_toml(value: object) -> str:
-    if value is None:
-        return "unset"
-    if isinstance(value, tuple):
-        value = list(value)
-    return json.dumps(value)
 
 
 def _read_toml(source: str | Path | None) -> dict[str, Any]:

@@ -122,9 +122,8 @@ def score_prefixes(
     wanted = sorted({min(size, available) for size in sizes})
     of_size = {n: config.model_copy(update={"calibration_examples": n}) for n in wanted}
     largest = _Calibration(workload, of_size[wanted[-1]], seed, ranks)
-    is_one_sum = rule.of_gradients is not None or len(rule.passes) == 1
     # Whether all examples have equally many items may depend on the size, and the last bits on it.
-    is_one_sum = is_one_sum and largest.counts is None
+    is_one_sum = rule.spec.num_passes == 1 and largest.counts is None
     nested = [
         n
         for n in wanted
@@ -270,7 +269,7 @@ class _Scorer:
             start, stop = self.layout.bounds[self.ranks.rank : self.ranks.rank + 2]
             return self.layout.split_own(self.layout.by_owner(vector_N)[start:stop]), 1
         calibration = _Calibration(self.workload, self.config, self.seed, self.ranks)
-        if self.rule.of_gradients is None and not self.rule.passes:
+        if not self.rule.spec.needs_data:
             return {own.name: torch.zeros(()) for own in self.layout.own}, 1
         return self.sum_batches(calibration), sum(calibration.items)
 

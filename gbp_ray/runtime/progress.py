@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self
@@ -132,7 +133,7 @@ class SweepBoard(ProgressBoard):
         super().__init__(is_quiet)
         self._metric = metric
         self._total: int | None = None
-        self._num_known = self._num_failed = self._num_stopped = self._num_done = 0
+        self._num_known, self._ended = 0, Counter[str]()
         self._begun = time.monotonic()
         self._best: tuple[float, str] | None = None
         self._summary: bars.TaskID | None = None
@@ -177,9 +178,7 @@ class SweepBoard(ProgressBoard):
         """
         self._running.pop(trial, None)
         self._last_note_s = time.monotonic()
-        self._num_done += state == "finished"
-        self._num_stopped += state == "stopped"
-        self._num_failed += state == "failed"
+        self._ended[state] += 1
         if value is not None:
             self._rank(trial, value)
         self.note(f"{self._count()}  {trial}  {state}  {detail}{self._left()}")
@@ -204,13 +203,13 @@ class SweepBoard(ProgressBoard):
 
     @property
     def _num_ended(self) -> int:
-        return self._num_known + self._num_done + self._num_stopped + self._num_failed
+        return self._num_known + self._ended.total()
 
     def _count(self) -> str:
         return f"{self._num_ended}/{'?' if self._total is None else self._total}"
 
     def _left(self) -> str:
-        num_now = self._num_ended - self._num_known
+        num_now = self._ended.total()
         # The first trials pay for the start.
         if self._total is None or num_now < 2 or self._num_ended >= self._total:
             return ""
@@ -220,9 +219,9 @@ class SweepBoard(ProgressBoard):
     def _refresh(self) -> None:
         if self._summary is None:
             return
-        parts = [f"{self._num_known + self._num_done} done", f"{len(self._tasks)} running"]
-        parts += [f"{self._num_stopped} stopped"] if self._num_stopped else []
-        parts += [f"{self._num_failed} failed"]
+        parts = [f"{self._num_known + self._ended['finished']} done", f"{len(self._tasks)} running"]
+        parts += [f"{self._ended['stopped']} stopped"] if self._ended["stopped"] else []
+        parts += [f"{self._ended['failed']} failed"]
         best = ""
         if self._best is not None:
             value, trial = self._best

@@ -331,20 +331,13 @@ class _InTrial:
     def __call__(self, progress: Progress) -> None:
         done = progress.done
         if progress.round == 0:
-            before = 0
-            inside = {
-                "pretrain": float(done),
-                "finetune": self._pretrain + done,
-                "evaluate": self._dense,
-            }[progress.phase]
+            ended = self._dense
+            places = {"pretrain": float(done), "finetune": self._pretrain + done}
         else:
             before = self._dense + (progress.round - 1) * self._per_round
-            inside = {
-                "score": done / progress.total,
-                "teach": 1.0,
-                "finetune": 1.0 + done,
-                "evaluate": 1.0,
-            }[progress.phase]
+            ended = before + 1
+            places = {"score": before + done / progress.total, "finetune": ended + done}
+        place = places.get(progress.phase, ended)
         # Evaluation comes before fine-tuning and after it, and never moves the trial back.
-        self._share = max(self._share, min(1.0, (before + inside) / self._everything))
+        self._share = max(self._share, min(1.0, place / self._everything))
         self._on_progress(replace(progress, share=self._share))
