@@ -28,7 +28,8 @@ __all__ = [
     "measure_footprint",
 ]
 
-_FEW, MOST_MEASURED = 2, 4
+_FEW = 2
+MOST_MEASURED = 4
 
 
 @dataclass(frozen=True)
