@@ -484,28 +484,6 @@ def test_version(shell: UserShell) -> None:
 # -- as a process ----------------------------------------------------------------------------------
 
 
-def test_help_and_mistakes_cost_neither_torch_nor_ray(tmp_path: Path) -> None:
-    code = (
-        "import sys\n"
-        "from gbp_ray.cli.app import main\n"
-        "try:\n"
-        "    main()\n"
-        "except SystemExit as end:\n"
-        "    assert not {'torch', 'ray'} & set(sys.modules)\n"
-        "    sys.exit(end.code)\n"
-        "assert not {'torch', 'ray'} & set(sys.modules)\n"
-    )
-    for arguments, expected in ((["prune", "--help"], 0), (["fields"], 0), (["show", "x"], 2)):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == expected, done.stderr
-
-
 def test_a_reader_that_goes_away_ends_it_without_a_word(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "gbp_ray", "fields", "--json"],

@@ -10,30 +10,26 @@ import torch
 
 from gbp_ray.workloads import images
 
+NEEDED = """
+import sys, torch, gbp_ray.zoo as zoo
+from gbp_ray.workloads.loading import take_batch
+w = zoo.digits_convnet()
+take_batch(w, w.train, torch.arange(4), augment_seed=1)
+assert not [m for m in sys.modules if m.startswith('torchvision')]
+try:
+    import torchvision
+except RuntimeError:
+    pass
+from gbp_ray.workloads.images import import_vision
+models = import_vision('models')
+assert 'resnet18' in models.list_models(module=models)
+import torchvision.transforms.v2
+"""
 
-def run_python(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+def test_torchvision_is_imported_only_when_needed_and_after_somebody_elses_import_failed():
+    done = subprocess.run([sys.executable, "-c", NEEDED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_torchvision_is_imported_only_when_needed():
-    run_python(
-        "import sys, torch, gbp_ray.zoo as zoo\n"
-        "from gbp_ray.workloads.loading import take_batch\n"
-        "w = zoo.digits_convnet()\n"
-        "take_batch(w, w.train, torch.arange(4), augment_seed=1)\n"
-        "assert not [m for m in sys.modules if m.startswith('torchvision')]"
-    )
-
-
-def test_torchvision_imports_after_somebody_elses_import_failed():
-    run_python(
-        "try:\n    import torchvision\nexcept RuntimeError:\n    pass\n"
-        "from gbp_ray.workloads.images import import_vision\n"
-        "models = import_vision('models')\n"
-        "assert 'resnet18' in models.list_models(module=models)\n"
-        "import torchvision.transforms.v2"
-    )
 
 
 def test_operators_are_declared_only_without_the_extension(monkeypatch):
