@@ -12,7 +12,7 @@ from gbp_ray.workloads import images
 
 NEEDED = """
 import sys, torch, gbp_ray.zoo as zoo
-from gbp_ray.workloads.loading import take_batch
+from gbp_ray.workloads.data import take_batch
 w = zoo.digits_convnet()
 take_batch(w, w.train, torch.arange(4), augment_seed=1)
 assert not [m for m in sys.modules if m.startswith('torchvision')]
