@@ -312,7 +312,7 @@ def see_machines(job: JobConfig) -> list[Machine]:
             "memory": float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
         }
         return [Machine("this machine", resources)]
-    # Ray takes seconds to import, and a private cluster is foretold without it.
+    # Ray takes seconds to import, and a private cluster is estimated without it.
     from gbp_ray.runtime.on_ray.machines import list_machines
     from gbp_ray.runtime.on_ray.session import ray_session
 
@@ -402,14 +402,16 @@ class CostEstimate:
 def make_plan(job: JobConfig, workload: Workload) -> CostEstimate:
     """Estimate a job whose network has been checked; a few examples pass through it."""
     model, is_blank = network_of_seed(workload, job.seed)
+    num_parameters = sum(p.numel() for p in model.parameters())
     memory = Memory(job, workload, model, is_blank=is_blank)
+    del model  # it may be large, and there is a copy
     phases = memory.phases()
     round_bytes = memory.stored_bytes(has_optimizer=True)
     dense_bytes = memory.stored_bytes(has_optimizer=job.prune.spec.needs_history)
     return CostEstimate(
         strategy=job.cluster.strategy,
         num_workers=job.cluster.max_workers,
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_parameters=num_parameters,
         num_prunable=memory.num_prunable,
         data_bytes=bytes_of(_columns(workload)),
         criterion=job.prune.criterion,

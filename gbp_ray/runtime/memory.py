@@ -121,7 +121,7 @@ class Memory:
         """Compute what one round writes to storage, over all ranks."""
         kept = 8 * self.num_prunable * self._has_movement
         if has_optimizer and self.finetune_steps:
-            kept += self._moments(self._job.finetune) * bytes_of(self._trained(self._job.finetune))
+            kept += self._optimizer(self._job.finetune, is_whole=True)
         # Shards hold the weights beside the file that anyone loads.
         return (1 + self._is_sharded) * self._whole + self.num_prunable // 8 + kept
 
@@ -132,16 +132,11 @@ class Memory:
         rows = ((p, cut_rows("", p.shape, self._world_size)[0].size) for p in parameters)
         return sum(size * p.element_size() for p, size in rows)
 
-    def _trained(self, recipe: Recipe) -> list[nn.Parameter]:
-        return list(trainable_parameters(self._model, recipe.freeze).values())
-
-    def _optimizer(self, recipe: Recipe) -> int:
-        trained = self._trained(recipe)
-        return self._moments(recipe) * (self._rows if self._is_sharded else bytes_of)(trained)
-
-    @staticmethod
-    def _moments(recipe: Recipe) -> int:
-        return int(recipe.momentum > 0) if recipe.optimizer == "sgd" else 2
+    def _optimizer(self, recipe: Recipe, *, is_whole: bool = False) -> int:
+        trained = trainable_parameters(self._model, recipe.freeze).values()
+        moments = int(recipe.momentum > 0) if recipe.optimizer == "sgd" else 2
+        has_rows = self._is_sharded and not is_whole
+        return moments * (self._rows(trained) if has_rows else bytes_of(trained))
 
     def _turns(self, num_items: int, batch_size: int = 1) -> int:
         """Count the turns that all ranks need for so many items in batches."""
@@ -175,13 +170,15 @@ class Memory:
             self._workload.loss(self._model.eval()(inputs), targets).backward()
 
     def _run_attack(self, size: int) -> object:
-        attack, model = self._job.attack.model_copy(update={"steps": 1}), self._model.eval()
-        inputs, targets = self._batch(size)
-
-        def loss_of(seen: Tensor) -> Tensor:
-            return self._workload.loss(model(seen), targets)
-
-        return perturb(model, loss_of, self._workload, inputs, attack, 0, "attack")
+        model, (inputs, targets) = self._model.eval(), self._batch(size)
+        given = (
+            self._workload,
+            inputs,
+            self._job.attack.model_copy(update={"steps": 1}),
+            0,
+            "attack",
+        )
+        return perturb(model, lambda seen: self._workload.loss(model(seen), targets), *given)
 
     def _measure_scoring(self) -> Footprint:
         gathered = {
@@ -259,7 +256,8 @@ class Memory:
             held = kept | {"sums": 8 * num_statistics}
             turns = self._turns(examples, size)
             sent = self._share((4 * turns + 8) * num_statistics)
-            phases.append(self._pass("batchnorm", held, self._forward, size, turns, sent))
+            peak = self._forward.peak_bytes(size)
+            phases.append(self._pass("batchnorm", held, peak, turns, sent))
         if self.finetune_steps:
             # What early stopping goes back to is there twice while a better one is copied.
             best = 2 * (self._own + optimizer) * (job.finetune.patience > 0)
@@ -269,14 +267,14 @@ class Memory:
         size = min(job.workload.eval_batch_size, total)
         # After the prune and after the fine-tuning.
         turns = 2 * self._turns(total, size)
-        phases.append(self._pass("evaluate", tuned, self._forward, size, turns))
+        phases.append(self._pass("evaluate", tuned, self._forward.peak_bytes(size), turns))
         if job.attack.kind != "none":
             total = num_attacked(self._workload, job.attack)
             # A look at the examples, and for each restart its steps, forward and back, and a look.
             restarts = job.attack.restarts if job.attack.kind == "pgd" else 1
             turns = self._turns(total, size) * (1 + restarts * (2 * job.attack.num_steps + 1))
-            footprint = self._measure(self._run_attack)
-            phases.append(self._pass("attack", tuned, footprint, min(size, total), turns))
+            peak = self._measure(self._run_attack).peak_bytes(min(size, total))
+            phases.append(self._pass("attack", tuned, peak, turns))
         files = {"state": optimizer + later["movement"], "weights": 3 * self._whole}
         if self._is_sharded:
             largest = max(bytes_of([p]) for p in self._model.parameters())
@@ -292,18 +290,9 @@ class Memory:
         own = ((*m.parameters(recurse=False), *m.buffers(recurse=False)) for m in modules)
         return _phase("build", base, {"as built": max(map(bytes_of, own))})
 
-    def _pass(
-        self,
-        name: str,
-        held: dict[str, int],
-        lines: Footprint,
-        size: int,
-        turns: int,
-        sent: int = 0,
-    ) -> Phase:
+    def _pass(self, name: str, held: dict[str, int], peak: int, turns: int, sent: int = 0) -> Phase:
         """Predict a phase of passes, which copies the buffers to put them back."""
-        moment = {"buffers": self._buffers, "gathered": self._gathered}
-        moment["pass"] = lines.peak_bytes(size)
+        moment = {"buffers": self._buffers, "gathered": self._gathered, "pass": peak}
         return _phase(name, held, moment, sent=sent + turns * self._gathering)
 
     def _train(self, name: str, recipe: Recipe, held: dict[str, int], steps: int) -> Phase:
@@ -312,16 +301,17 @@ class Memory:
         own = rows if self._is_sharded else whole
         size = min(recipe.batch_size, num_examples(self._workload.train))
         parts = min(recipe.microbatches, size)
-        average = self._own * (recipe.ema_decay > 0)
         footprint = self._measure_training(name, recipe)
         # Measured whole: the last step's gradients beside this one's sums, the optimizer's state
         # and the average.
-        known = (2 + self._moments(recipe)) * whole + self._whole * (recipe.ema_decay > 0)
+        known = 2 * whole + self._optimizer(recipe, is_whole=True)
+        known += self._whole * (recipe.ema_decay > 0)
         passing = {"gradients": own + rows, "gathered": self._gathered}
         passing["in flight"] = largest_exchange(trained, self._world_size)[1]
         passing["pass"] = footprint.peak_bytes(-(-size // parts), known)
         stepping = {"gradients": 2 * own, "step": footprint.peak_bytes(0, known, own / whole)}
-        held = held | {"optimizer": self._optimizer(recipe), "average": average}
+        held = held | {"average": self._own * (recipe.ema_decay > 0)}
+        held["optimizer"] = self._optimizer(recipe)
         turns = self._turns(parts)
         # A change of each buffer, of each counter one, and the loss.
         changes = [b.numel() if b.is_floating_point() else 1 for b in self._model.buffers()]
