@@ -24,6 +24,8 @@ sys.dont_write_bytecode = False
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 # Kernels then add in one order, and two cores serve two processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where a test wants two, a thread that waits sleeps.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Ray's workers give way to everything else, and its tests, which take longest, would wait.
 os.environ.setdefault("RAY_worker_niceness", "0")
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
