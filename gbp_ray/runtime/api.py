@@ -25,7 +25,6 @@ from gbp_ray.distributed.ranks import Ranks, own_device
 from gbp_ray.errors import StoreError, TrialError
 from gbp_ray.pruning.checks import load_checked
 from gbp_ray.pruning.masks import MaskSet, pin_files, pin_trials
-from gbp_ray.results.index import flatten
 from gbp_ray.results.query import Results, open_results, summarize
 from gbp_ray.results.records import JobRecord, RoundRecord, TrialRecord
 from gbp_ray.results.store import Store, locate_jobs, locate_trials
@@ -52,6 +51,7 @@ from gbp_ray.runtime.search import (
     TrialList,
     TrialQueue,
     check_extras,
+    describe_answer,
     first_of_each_group,
     warn_of_idle_metric,
 )
@@ -63,9 +63,9 @@ from gbp_ray.workloads.loading import (
     add_job_folders,
     admit_code,
     code_of,
-    find_shadowed_module,
     load_workload,
     warn_of_changed_code,
+    warn_of_shadowed_modules,
 )
 
 __all__ = [
@@ -260,7 +260,7 @@ class SweepResult:
             "worker_seconds": round(sum(o.seconds for o in self.outcomes if o.is_new), 1),
             "fields": fields,
             "summary": lines,
-            "answers": [_describe_answer(answer, self.answers) for answer in self.answers],
+            "answers": [describe_answer(answer, self.answers) for answer in self.answers],
             "finished": [outcome.trial_id for outcome in states["finished"]],
             **{
                 state: [{name: getattr(outcome, name) for name in _SHOWN} for outcome in outcomes]
@@ -301,7 +301,7 @@ def sweep(
             if not queue.outcomes:
                 # Reports an error of all trials once; each trial is checked again as it starts.
                 load_checked(first)
-            _warn_of_shadowed_modules(first, import_paths, stacklevel=3)
+            warn_of_shadowed_modules(first, import_paths[-1], stacklevel=3)
             store.claim(first)
             # Ray takes seconds to import; a sweep that has ended does not need it.
             from gbp_ray.runtime.on_ray.tune import run_sweep
@@ -361,24 +361,6 @@ def _load_sweep(
 
 
 _SHOWN = ("trial_id", "state", "round", "accuracy", "cause")
-
-
-def _describe_answer(answer: Answer, others: Sequence[Answer]) -> dict[str, Any]:
-    """Returns an answer in plain values, named by the fields in which it differs from others."""
-    flat = [flatten(other.job.model_dump(mode="json")) for other in others]
-    own = flatten(answer.job.model_dump(mode="json"))
-    varying = [
-        name
-        for name in own
-        if name not in ("prune.sparsity", "storage")
-        and any(other.get(name) != own[name] for other in flat)
-    ]
-    label = ", ".join(f"{name}={own[name]}" for name in varying)
-    return {
-        "label": label or answer.job.name,
-        "fields": {name: own[name] for name in varying},
-        **{name: value for name, value in vars(answer).items() if name != "job"},
-    }
 
 
 def _plan(job: JobConfig, trials: list[JobConfig], known: TrialHistory) -> SearchPlan:
@@ -483,7 +465,7 @@ def _load_checked(
     job: JobConfig, import_paths: list[str], dense: RoundRecord | None = None
 ) -> tuple[Workload, bool]:
     checked = load_checked(job, dense)
-    _warn_of_shadowed_modules(job, import_paths, stacklevel=4)
+    warn_of_shadowed_modules(job, import_paths[-1], stacklevel=4)
     return checked
 
 
@@ -526,13 +508,3 @@ def _warn_of_idle_options(jobs: Sequence[JobConfig], stacklevel: int) -> None:
     for key, reason in idle[0].items() if idle else ():
         if all(key in other for other in idle):
             warnings.warn(f"{key} has no effect with {reason}", stacklevel=stacklevel)
-
-
-def _warn_of_shadowed_modules(job: JobConfig, import_paths: list[str], stacklevel: int) -> None:
-    for key, plug_in in code_of(job).items():
-        if shadowed := find_shadowed_module(plug_in, import_paths[-1]):
-            warnings.warn(
-                f"{key} = {plug_in}: module {shadowed}; rename yours, or start a new process "
-                "if another job brought it in",
-                stacklevel=stacklevel,
-            )

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from gbp_ray.config.job import JobConfig, load_job, trial_id
 from gbp_ray.config.sweep import SweepConfig, parse_space
 from gbp_ray.errors import ConfigError
-from gbp_ray.results.index import read_index
+from gbp_ray.results.index import flatten, read_index
 from gbp_ray.results.records import DenseReference, find_accuracy_fault, write_share
 from gbp_ray.results.store import Store
 
@@ -35,6 +35,7 @@ __all__ = [
     "TrialList",
     "TrialQueue",
     "check_extras",
+    "describe_answer",
     "first_of_each_group",
     "job_at",
     "space_fields",
@@ -254,6 +255,24 @@ def _constant(ended: Sequence[Outcome]) -> str:
         "and of the dense network, so it cannot tell them apart; raise sweep.target.highest or "
         "give another count_correct"
     )
+
+
+def describe_answer(answer: Answer, others: Sequence[Answer]) -> dict[str, Any]:
+    """Returns an answer in plain values, named by the fields in which it differs from others."""
+    flat = [flatten(other.job.model_dump(mode="json")) for other in others]
+    own = flatten(answer.job.model_dump(mode="json"))
+    varying = [
+        name
+        for name in own
+        if name not in ("prune.sparsity", "storage")
+        and any(other.get(name) != own[name] for other in flat)
+    ]
+    label = ", ".join(f"{name}={own[name]}" for name in varying)
+    return {
+        "label": label or answer.job.name,
+        "fields": {name: own[name] for name in varying},
+        **{name: value for name, value in vars(answer).items() if name != "job"},
+    }
 
 
 def warn_of_idle_metric(outcomes: Iterable[Outcome], sweep: SweepConfig) -> None:

@@ -50,12 +50,12 @@ __all__ = [
     "admit_code",
     "build_network",
     "code_of",
-    "find_shadowed_module",
     "hold_out",
     "import_attribute",
     "load_workload",
     "own_sources",
     "warn_of_changed_code",
+    "warn_of_shadowed_modules",
 ]
 
 
@@ -261,14 +261,20 @@ def add_job_folders(job: JobConfig | str | Path | None) -> list[str]:
     return folders
 
 
-def find_shadowed_module(path: str, folder: str) -> str | None:
-    """Describes the module that was imported in place of one in `folder`; None if there is none."""
-    name = path.partition(":")[0].partition(".")[0]
-    loaded = getattr(sys.modules.get(name), "__file__", None)
-    for candidate in (Path(folder, f"{name}.py"), Path(folder, name, "__init__.py")):
-        if candidate.is_file() and (loaded is None or not candidate.samefile(loaded)):
-            return f"'{name}' is {loaded or 'built in'}, not '{candidate}'"
-    return None
+def warn_of_shadowed_modules(job: JobConfig, folder: str, stacklevel: int) -> None:
+    """Warns of a module in a folder that the import of a job's code passed over."""
+    for key, plug_in in code_of(job).items():
+        name = plug_in.partition(":")[0].partition(".")[0]
+        loaded = getattr(sys.modules.get(name), "__file__", None)
+        for candidate in (Path(folder, f"{name}.py"), Path(folder, name, "__init__.py")):
+            if candidate.is_file() and (loaded is None or not candidate.samefile(loaded)):
+                warnings.warn(
+                    f"{key} = {plug_in}: module '{name}' is {loaded or 'built in'}, not "
+                    f"'{candidate}'; rename yours, or start a new process if another job brought "
+                    "it in",
+                    stacklevel=stacklevel,
+                )
+                break
 
 
 def code_of(job: JobConfig) -> dict[str, str]:
