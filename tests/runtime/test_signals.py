@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM at any moment of a command, from its imports on; GBP_RAY_KILLS asks for more.
 
-`runtime/test_trial.py` does the same while Ray starts and runs.
+`on_ray/test_train.py` does the same while Ray starts and runs.
 """
 
 from __future__ import annotations
