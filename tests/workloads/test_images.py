@@ -1,11 +1,16 @@
-"""Augmentation and normalisation of images."""
+"""Augmentation and normalisation of images, and the import of torchvision."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from small_data import draw_images, message_of
 
+from gbp_ray.workloads import images
 from gbp_ray.workloads.data import seeded
 from gbp_ray.workloads.images import AUGMENTATIONS, build_augment, import_vision, normalise
 
@@ -100,3 +105,41 @@ def test_normalise_matches_its_definition_and_resizes():
     assert normalise(images, 64).shape == (2, 3, 64, 64)
     constant = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
     torch.testing.assert_close(normalise(constant, 48)[..., :32, :32], normalise(constant))
+
+
+NEEDED = """
+import sys, torch, gbp_ray.zoo as zoo
+from gbp_ray.workloads.data import take_batch
+w = zoo.digits_convnet()
+take_batch(w, w.train, torch.arange(4), augment_seed=1)
+assert not [m for m in sys.modules if m.startswith('torchvision')]
+try:
+    import torchvision
+except RuntimeError:
+    pass
+from gbp_ray.workloads.images import import_vision
+models = import_vision('models')
+assert 'resnet18' in models.list_models(module=models)
+import torchvision.transforms.v2
+"""
+
+
+def test_torchvision_is_imported_only_when_needed_and_after_somebody_elses_import_failed():
+    done = subprocess.run([sys.executable, "-c", NEEDED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_operators_are_declared_only_without_the_extension(monkeypatch):
+    images.import_vision("models")
+    before, loaded = images._declared, []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    assert images._load_extension()
+    assert "_C" in Path(loaded[0]).name
+
+    def fail(path):
+        raise OSError("libtorch_cuda.so: cannot open shared object file")
+
+    monkeypatch.setattr(torch.ops, "load_library", fail)
+    assert not images._load_extension()
+    images._declare_operators()
+    assert images._declared is before, "what exists must not be declared again"
