@@ -25,7 +25,7 @@ from gbp_ray.cli.terminal import (
     write_log,
 )
 from gbp_ray.config.job import load_job
-from gbp_ray.runtime.archive import SECRET, describe_left_out
+from gbp_ray.runtime.packaging import SECRET, describe_left_out
 from gbp_ray.runtime.signals import STOPPED
 from gbp_ray.runtime.submission import Submission, prepare_submission
 

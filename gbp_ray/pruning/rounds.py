@@ -34,11 +34,11 @@ from gbp_ray.pruning.units import SlicedScores, measure, num_to_prune, prunable_
 from gbp_ray.results.records import RoundRecord
 from gbp_ray.training.adversarial import robust_accuracy
 from gbp_ray.training.batchnorm import keeping_statistics, recalibrate_as_asked
-from gbp_ray.training.causes import why_not_finite
 from gbp_ray.training.distillation import Teacher, prepare_teacher
 from gbp_ray.training.evaluation import evaluate
 from gbp_ray.training.loop import Span, train_epochs, train_until_stale
 from gbp_ray.training.network import build_start, copy_frozen, load_weights
+from gbp_ray.training.non_finite import why_not_finite
 from gbp_ray.training.optimizer import MovingAverage, make_optimizer, num_steps
 from gbp_ray.training.progress import OnProgress, ignore_progress
 from gbp_ray.workloads.contract import Workload, judged_split, num_examples

@@ -43,8 +43,8 @@ from gbp_ray.errors import PruneError, WorkloadError
 from gbp_ray.pruning.criteria import Criterion, criterion
 from gbp_ray.pruning.statistics import Probe
 from gbp_ray.pruning.units import Layout, Prunable, SlicedScores
-from gbp_ray.training.causes import why_not_finite
 from gbp_ray.training.loss import counts_of
+from gbp_ray.training.non_finite import why_not_finite
 from gbp_ray.training.progress import OnProgress, Progress, ignore_progress
 from gbp_ray.workloads.checks import blaming_labels, check_labels
 from gbp_ray.workloads.contract import Workload, in_mode, num_examples

@@ -33,7 +33,7 @@ from gbp_ray import __version__
 from gbp_ray.config.address import S3Address
 from gbp_ray.config.job import JobConfig, expand, list_code, load_job, trial_id
 from gbp_ray.errors import ConfigError
-from gbp_ray.runtime.archive import (
+from gbp_ray.runtime.packaging import (
     SECRET,
     Package,
     choose_files,

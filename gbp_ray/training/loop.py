@@ -28,9 +28,9 @@ from gbp_ray.distributed.sharding import cut_rows, is_shard, is_sharded, leaves,
 from gbp_ray.distributed.sums import GradientReducer, OrderedSum
 from gbp_ray.errors import PruneError
 from gbp_ray.training.buffers import TrainedBuffers
-from gbp_ray.training.causes import why_not_finite
 from gbp_ray.training.distillation import Teacher
 from gbp_ray.training.loss import emphases_of, training_loss
+from gbp_ray.training.non_finite import why_not_finite
 from gbp_ray.training.optimizer import (
     MovingAverage,
     clip_gradients,

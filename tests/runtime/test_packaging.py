@@ -15,8 +15,14 @@ import pytest
 from gbp_ray.config.job import load_job
 from gbp_ray.errors import ConfigError
 from gbp_ray.results.store import Store
-from gbp_ray.runtime import archive
-from gbp_ray.runtime.archive import SECRET, choose_files, describe_left_out, find_files, pack_files
+from gbp_ray.runtime import packaging
+from gbp_ray.runtime.packaging import (
+    SECRET,
+    choose_files,
+    describe_left_out,
+    find_files,
+    pack_files,
+)
 
 KEPT = ["model.py", "sub/data.py", "sub/keep.log", ".rayignore", "link.py"]
 # As results are laid out, but nobody's claim.
@@ -221,7 +227,7 @@ def test_what_vanishes_meanwhile_is_not_sent(
     """Another job may write its results below the folder, under names that last for a moment."""
     for name in ("model.py", "notes.txt", "passing/file.txt"):
         write(tmp_path, name)
-    is_ignored = archive._is_ignored
+    is_ignored = packaging._is_ignored
 
     def vanish(path: Path, *others: Any, **options: Any) -> bool:
         # When it is known to be a folder, and before anybody looks into it.
@@ -229,7 +235,7 @@ def test_what_vanishes_meanwhile_is_not_sent(
             shutil.rmtree(path)
         return is_ignored(path, *others, **options)
 
-    monkeypatch.setattr(archive, "_is_ignored", vanish)
+    monkeypatch.setattr(packaging, "_is_ignored", vanish)
     files = find_files(tmp_path)
     assert not (tmp_path / "passing").exists()
     assert list(files) == ["model.py", "notes.txt"]

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from gbp_ray.errors import PruneError
 from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.training.causes import find_pruned_whole
+from gbp_ray.training.non_finite import find_pruned_whole
 from gbp_ray.workloads.contract import Workload
 
 
