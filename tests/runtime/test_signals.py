@@ -108,4 +108,8 @@ def test_one_signal_ends_what_hears_it(work: str) -> None:
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=PATIENCE_S)
     assert process.returncode != 0
+    # Its child has closed all it had open a moment before it is gone.
+    deadline = time.monotonic() + PATIENCE_S
+    while session_of(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert session_of(process.pid) == set()
