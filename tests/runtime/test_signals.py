@@ -78,9 +78,10 @@ def program(work: str, **options: Any) -> subprocess.Popen[str]:
 
 def test_a_second_signal_ends_what_does_not_hear_the_first_with_all_that_it_started() -> None:
     start_child = "import subprocess; subprocess.Popen(['sleep', '600']);"
-    process = program(start_child + DEAF)
-    while len(session_of(process.pid)) < 2:
-        time.sleep(0.01)
+    process = program(f"{start_child} print('started', file=sys.stderr, flush=True)\n{DEAF}")
+    assert process.stderr is not None
+    assert process.stderr.readline() == "started\n"
+    assert len(session_of(process.pid)) == 2
     process.send_signal(signal.SIGTERM)
     # What a supervisor sends twice at once is one signal.
     process.send_signal(signal.SIGTERM)
