@@ -14,17 +14,16 @@ from gbp_ray import __version__
 from gbp_ray.cli.tables import make_table, write_megabytes
 from gbp_ray.cli.terminal import (
     AsJson,
-    IsDebug,
     Job,
     Overrides,
     console,
     note,
     print_json,
+    refuse_mistyped,
     say,
     show_warning,
     write_log,
 )
-from gbp_ray.config.job import load_job
 from gbp_ray.runtime.packaging import SECRET, describe_left_out
 from gbp_ray.runtime.signals import STOPPED
 from gbp_ray.runtime.submission import Submission, prepare_submission
@@ -101,7 +100,7 @@ def submit_job(
         bool, typer.Option("--dry-run", help="Show what would go; ask the cluster nothing.")
     ] = False,
     as_json: AsJson = False,
-    is_debug: IsDebug = False,
+    is_debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Submit a job to a Ray cluster: the same file that runs here runs there.
 
@@ -124,7 +123,7 @@ def submit_job(
       gbp-ray submit sweep.toml --env HF_HOME --no-wait
     """
     # Before Ray, which takes a second to import: what is mistyped is refused at once.
-    load_job(job, overrides)
+    refuse_mistyped(job, overrides)
     from gbp_ray.runtime.on_ray.head import Head, find_address
 
     place = None if is_dry_run and address is None else find_address(address)

@@ -29,10 +29,10 @@ from gbp_ray.cli.terminal import (
     Overrides,
     console,
     print_json,
+    refuse_mistyped,
     say,
     show_warning,
 )
-from gbp_ray.config.job import load_job
 from gbp_ray.results.records import TrialRecord
 
 __all__ = [
@@ -82,7 +82,7 @@ def run_sweep(
       gbp-ray sweep job.toml --dry-run
     """
     # Before torch, which takes seconds to import: what is mistyped is refused at once.
-    load_job(job, overrides)
+    refuse_mistyped(job, overrides)
     from gbp_ray.runtime.api import plan_sweep, sweep
 
     with warnings.catch_warnings():
@@ -160,7 +160,7 @@ def prune(
       gbp-ray prune my_job.toml --dry-run
     """
     # Before torch, which takes seconds to import: what is mistyped is refused at once.
-    load_job(job, overrides)
+    refuse_mistyped(job, overrides)
     from gbp_ray.runtime.api import plan_prune
     from gbp_ray.runtime.api import prune as prune_network
 

@@ -22,10 +22,10 @@ from gbp_ray.cli.terminal import (
     console,
     print_json,
     progress_printer,
+    refuse_mistyped,
     say,
     show_warning,
 )
-from gbp_ray.config.job import load_job
 from gbp_ray.errors import ConfigError
 from gbp_ray.results.folder import write_target
 
@@ -90,7 +90,7 @@ def show_stability(
     """
     sizes = _read_sizes(examples)
     # Before torch, which takes seconds to import: what is mistyped is refused at once.
-    load_job(job, overrides)
+    refuse_mistyped(job, overrides)
     from gbp_ray.report.drawing import render
     from gbp_ray.report.stability_figure import draw_stability
     from gbp_ray.runtime.stability import measure_stability

@@ -47,7 +47,7 @@ def make_table(
     for heading in texts:
         table.add_column(heading, overflow="fold")
     for heading in numbers:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for heading in last:
         table.add_column(heading, overflow="fold")
     for row in rows:

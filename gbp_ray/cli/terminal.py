@@ -14,10 +14,12 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
 
+from gbp_ray.config.job import load_job
 from gbp_ray.errors import clean_message, printable
 from gbp_ray.runtime.progress import Screen
 from gbp_ray.training.progress import OnProgress, Progress
@@ -36,6 +38,7 @@ __all__ = [
     "print_json",
     "prints_aside",
     "progress_printer",
+    "refuse_mistyped",
     "say",
     "show_warning",
     "write",
@@ -83,6 +86,12 @@ Place = Annotated[
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _results: TextIO | None = None  # standard output, while what others print goes elsewhere
+
+
+def refuse_mistyped(job: str | None, overrides: list[str] | None) -> None:
+    """Check a job before anything slow is imported; a pipe, which is read only once, is left."""
+    if job is None or Path(job).is_file() or not Path(job).exists():
+        load_job(job, overrides)
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def export_round(
         is_folded: Folds every BatchNorm of the program into the layer before it. The state dict
             stays that of the network's own class.
         code: A folder to look for the job's own modules in, beside the working folder.
-        trust_code: Code that may run though only the record names it; see `trust.admit_code`.
+        trust_code: Code that may run though only the record names it; see `admit_code`.
 
     Raises:
         ConfigError: The record names code that is neither built in nor trusted.

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from dataclasses import fields
+from functools import partial
+from pathlib import PurePath
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
 from weakref import WeakSet
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -24,7 +31,6 @@ from gbp_ray.config.training import Recipe
 from gbp_ray.distributed.agreement import (
     check_data,
     check_on_record,
-    fingerprint,
     fingerprints_of_network,
 )
 from gbp_ray.distributed.ranks import fixed_kernels, isolated
@@ -58,7 +64,7 @@ _NUM_ROUTES = 4
 
 
 def load_checked(job: JobConfig, dense: RoundRecord | None = None) -> tuple[Workload, bool]:
-    """Loads and checks a workload, on as many threads as its trial has; see `check_job`.
+    """Loads a workload, on as many threads as its trial has, and checks it; see `check_job`.
 
     Returns:
         The workload, and whether a trial in this process may use it, too.
@@ -86,21 +92,63 @@ def check_job(job: JobConfig, workload: Workload, dense: RoundRecord | None = No
             was made with another network or other data.
         PruneError: The criterion fails on a small batch.
     """
-    before = _attributes_of(workload)
+    before = _state_of(workload)
     modules, is_untouched = _check(job, workload, dense)
     if modules:
         gc.collect()  # a network may hold itself
     # Modules that still live may be part of the next network, too.
-    return is_untouched and not modules and _attributes_of(workload) == before is not None
+    return is_untouched and not modules and _state_of(workload) == before is not None
 
 
-def _attributes_of(workload: Workload) -> str | None:
-    """Condenses the attributes of a workload's callables; None where they cannot be compared."""
-    names = ("loss", "count_correct", "count", "prepare", "augment")
-    owners = [getattr(part, "__self__", part) for part in (getattr(workload, n) for n in names)]
-    with suppress(Exception):  # they may hold themselves
-        return fingerprint([getattr(owner, "__dict__", None) for owner in owners])
-    return None
+def _state_of(workload: Workload) -> list[Any] | None:
+    """Lists what a workload's data and callables hold; None where something cannot be looked into.
+
+    A generator of random numbers or an iterator may hide what it has given already, so whatever is
+    not written in Python, or is no number, text or tensor, counts as such.
+    """
+    found: list[Any] = []
+    left, seen = [getattr(workload, field.name) for field in fields(workload)], set()
+    while left:
+        value = left.pop()
+        if isinstance(value, _VALUES):
+            found.append(repr(value))
+            continue
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            found.append((id(value), value._version))
+        elif isinstance(value, np.ndarray) and value.dtype != object:
+            found.append((id(value), zlib.crc32(np.ascontiguousarray(value).data)))
+        elif isinstance(value, (list, tuple, dict)):
+            left += [*value, *value.values()] if isinstance(value, dict) else value
+        elif isinstance(value, partial):
+            left += [value.func, value.args, value.keywords]
+        elif isinstance(value, MethodType):
+            left += [value.__self__, value.__func__]
+        elif isinstance(value, FunctionType):
+            cells = [cell.cell_contents for cell in value.__closure__ or ()]
+            left += [value.__defaults__, value.__kwdefaults__, *cells]
+        elif _is_of_python(type(value)):
+            left.append(vars(value))
+        else:
+            return None
+    return found
+
+
+_VALUES = (
+    *(type(None), bool, int, float, complex, str, bytes, type, np.generic, PurePath, ModuleType),
+    *(torch.dtype, torch.device, BuiltinFunctionType),
+)
+
+
+def _is_of_python(kind: type) -> bool:
+    """Checks that all that instances hold is in their `__dict__`."""
+    bases = kind.__mro__[:-1]
+    files = [getattr(sys.modules.get(base.__module__), "__file__", None) for base in bases]
+    return all(str(file).endswith(".py") for file in files) and not any(
+        vars(base).get("__slots__") or "__next__" in vars(base) for base in bases
+    )
 
 
 def _check(
@@ -144,7 +192,7 @@ def _check(
         check_freeze(model, recipe.freeze, section)
         if section in attacked[:1]:  # what one attack can do, all can
             check_attack(workload, model, recipe.adversarial, f"{section}.adversarial")
-        check_loss(recipe, section, workload, checked.first_batch[0][:1])
+        check_loss(recipe, section, workload, checked.first_batch[0])
     if not attacked:
         check_attack(workload, model, job.attack, "attack")
     if "finetune" in recipes:
@@ -169,13 +217,13 @@ def _check_shardable(checked: Checked) -> None:
     Such are scalars, parameters whose memory has gaps, unequal types in a group, and modules that
     are used otherwise than by calling them.
     """
-    workload, (inputs, targets) = checked.workload, checked.first_batch
+    workload, (inputs, targets) = checked.workload, checked.take_example()
     twin = copy.deepcopy(checked.model).eval()
     dist.init_process_group("fake", store=HashStore(), rank=0, world_size=1)
     try:
         shard_network(twin, torch.device("cpu"), 1)
         with isolated(twin, 0):
-            loss = workload.loss(twin(inputs[:1]), targets[:1])
+            loss = workload.loss(twin(inputs), targets)
             trained = [leaf for leaf in leaves(twin).values() if leaf.requires_grad]
             if loss.requires_grad:
                 # As in training, where FSDP2 adds up no gradients itself.
@@ -267,7 +315,7 @@ def _check_lone_example(section: str, recipe: Recipe, size: int, checked: Checke
     model = checked.model
     try:
         with torch.no_grad(), in_mode(model, is_training=True), isolated(model, 0):
-            model(checked.first_batch[0][:1])
+            model(checked.take_example()[0])
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

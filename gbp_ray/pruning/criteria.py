@@ -164,6 +164,12 @@ def _guard(rule: Criterion, name: str) -> Criterion:
         own = partial(rule.of_gradients, gradient_L, weight_L, factor)
         return call(len(gradient_L), {"it was given": weight_L}, own)
 
+    def of_network(model: nn.Module, units: list[Prunable], workload: Workload) -> Tensor:
+        assert rule.of_network is not None
+        size = sum(unit.parameter.numel() for unit in units)
+        weights = dict(model.named_parameters())
+        return call(size, weights, partial(rule.of_network, model, units, workload))
+
     has_passes = bool(rule.passes or rule.of_network)
     spec = replace(
         rule.spec,
@@ -177,6 +183,7 @@ def _guard(rule: Criterion, name: str) -> Criterion:
         finish=finish,
         of_gradients=fold if rule.of_gradients else None,
         passes=tuple(guarded(statistic) for statistic in rule.passes),
+        of_network=of_network if rule.of_network else None,
     )
 
 

@@ -290,7 +290,7 @@ def spread_out(items: Sequence[Item], most: int) -> list[Item]:
     """Pick at most so many items, evenly spread, the first and the last among them."""
     if len(items) <= most:
         return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+    return [items[round(i * (len(items) - 1) / max(1, most - 1))] for i in range(most)]
 
 
 def has_own_schedule(epochs: float, lr_schedule: str, rewind: str) -> bool:

@@ -41,7 +41,7 @@ def make_trial_page(
         stem: What the files are called, without a suffix, relative to the report.
         made: When, for the page's foot.
         template: Of the page.
-        num_processes: Draw the figures, as `gallery.draw_figures` says.
+        num_processes: Draw the figures, as `drawing.draw_figures` says.
 
     Returns:
         File name to content, the page first.

@@ -480,8 +480,9 @@ def write_target(
     Raises:
         StoreError: They cannot be written; a new folder is not left behind.
     """
-    aside, is_new = None, not folder.exists()
+    aside, is_new = None, False
     try:
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=".parts-", dir=folder))
         for name, data in files.items():

@@ -56,20 +56,6 @@ _MOST_IS_BEST = (
     "compression",
 )
 
-_LEAST_IS_BEST = (
-    "loss",
-    "loss_pruned",
-    "loss_recalibrated",
-    "train_loss",
-    "test_loss",
-    "num_parameters",
-    "num_nonzero",
-    "macs",
-    "macs_nonzero",
-    "num_bytes",
-    "num_bytes_sparse",
-    "trial_seconds",
-)
 
 _NO_WORKLOAD = ("workload.eval_batch_size", "workload.train_sample")
 """Fields that do not make a workload another one."""

@@ -9,7 +9,7 @@ A record is one JSON object whose last line is its checksum:
     }
 
 so that a flipped byte anywhere in it is noticed without asking anyone else. What is in the other
-files of a round is the business of the floors above; a record holds their sizes and checksums.
+files of a round is decided elsewhere; a record holds their sizes and checksums.
 """
 
 from __future__ import annotations
@@ -427,7 +427,7 @@ def choose_round(rounds: Sequence[RoundRecord]) -> RoundRecord:
 
 
 def dump_job(job: JobConfig) -> str:
-    """Write a job as TOML for running it again, without its place, sweep and cluster."""
+    """Write a job as TOML for running it again, without its storage, sweep and cluster address."""
     outside: Any = {"storage": True, "sweep": True, "cluster": {"address"}}
     return tomli_w.dumps(
         job.model_dump(mode="json", exclude_defaults=True, exclude=outside, exclude_none=True)

@@ -194,7 +194,7 @@ def plan_prune(
     job: JobConfig | str | Path | None = None,
     overrides: Mapping[str, Any] | list[str] | None = None,
 ) -> PrunePlan:
-    """Plans a `prune` without workers; takes the same arguments and raises the same errors.
+    """Plans a `prune` without workers; takes `job` and `overrides`, and raises the same errors.
 
     Builds the network, checks the job and passes a few examples through. Writes nothing, so
     write access to the storage is not checked.
@@ -325,7 +325,7 @@ def sweep(
 def plan_sweep(
     job: JobConfig | str | Path, overrides: Mapping[str, Any] | list[str] | None = None
 ) -> SweepPlan:
-    """Plans a `sweep` without workers; takes the same arguments and raises the same errors.
+    """Plans a `sweep` without workers; takes `job` and `overrides`, and raises the same errors.
 
     Passes a few examples through each kind of network, and joins the job's cluster briefly to list
     its machines. Writes nothing.

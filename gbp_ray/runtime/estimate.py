@@ -165,21 +165,21 @@ class SweepPlan:
 # -- what is left to run ---------------------------------------------------------------------------
 
 
-def find_trials(job: JobConfig, feeder: TrialQueue, num_suggested: int | None) -> Trials:
+def find_trials(job: JobConfig, queue: TrialQueue, num_suggested: int | None) -> Trials:
     """Find what a sweep would run, starting nothing.
 
     Args:
-        feeder: Of the sweep's plan, unless Optuna is the one to choose.
+        queue: Of the sweep's plan, unless Optuna is the one to choose.
         num_suggested: How many trials Optuna would still choose; None where it is not asked.
     """
     waiting = []
-    while (trial := feeder.next()) is not None:
+    while (trial := queue.next()) is not None:
         waiting.append(trial)
-    known = tuple(feeder.outcomes.values())
+    known = tuple(queue.outcomes.values())
     if num_suggested is not None:
         # They are like the job as it stands.
         return Trials(((job, num_suggested),) if num_suggested else (), known)
-    if not isinstance(feeder.plan, Bisection):
+    if not isinstance(queue.plan, Bisection):
         return Trials(tuple((trial, 1) for trial in waiting), known)
     # Each search halves what is left, and has made some of its steps.
     steps = math.ceil(math.log2(Sparsities(job).num + 1))

@@ -43,6 +43,7 @@ def explain_round(
         uri: A round's folder, or a trial's for its chosen round.
         code: A folder of the job's own modules, searched besides the working folder.
         trust_code: Code that may run although only the record names it; see `admit_code`.
+        on_progress: Called with a `training.progress.Progress` after each step.
 
     Raises:
         ConfigError: The record names code that is neither built in nor trusted.

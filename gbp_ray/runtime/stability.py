@@ -13,13 +13,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gbp_ray.config.job import JobConfig, load_job
+from gbp_ray.config.job import JobConfig, load_job, trial_id
 from gbp_ray.distributed.ranks import Ranks, fixed_kernels, own_device
 from gbp_ray.errors import ConfigError
 from gbp_ray.pruning.analysis import Overlap, SizeStability, compare_samples, measure_overlap
 from gbp_ray.pruning.checks import check_job
+from gbp_ray.pruning.masks import pin_files
 from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.runtime.api import prune, sweep
+from gbp_ray.results.store import Store
+from gbp_ray.runtime.api import open_result, prune, sweep
 from gbp_ray.training.progress import OnProgress, Progress, ignore_progress
 from gbp_ray.workloads.contract import num_examples
 from gbp_ray.workloads.loading import add_job_folders, load_workload
@@ -123,7 +125,10 @@ def measure_stability(
         sizes: Numbers of calibration examples.
         criteria: Score the samples; the job's own by default.
         is_evaluated: Measures the accuracy under each sample's mask, without fine-tuning.
+        with_samples: Runs the part over samples.
+        with_seeds: Runs the part over seeds.
         is_sweep: Runs the seeds as a sweep on Ray.
+        on_progress: Called with a `training.progress.Progress` after each step.
 
     Raises:
         GbpError: One line that names the field, what is allowed and what to do.
@@ -204,9 +209,13 @@ def _run_seeds(
         sweep(job, {"sweep.space": {"seed": list(seeds)}})
     for number, seed in enumerate(seeds):
         on_progress(Progress(f"seed {seed}", number, len(seeds)))
-        # A loop by default, since a sweep starts Ray; after a sweep it reads the finished trials.
-        one = load_job(job, {"seed": seed, "sweep": {}, "cluster.num_workers": 0})
-        results.append(prune(one, is_quiet=True))
+        # A loop by default, since a sweep starts Ray.
+        one = load_job(job, {"seed": seed, "sweep": {}})
+        if is_sweep:
+            uri = Store(job.storage, job.name).trial_uri(trial_id(pin_files(one)))
+            results.append(open_result(uri))
+        else:
+            results.append(prune(one, {"cluster.num_workers": 0}, is_quiet=True))
     on_progress(Progress(f"seed {seeds[-1]}", len(seeds), len(seeds)))
     trials = tuple(
         {

@@ -185,7 +185,7 @@ def _check_features(checked: Checked, names: Sequence[str]) -> None:
         isolated(model, 0),
         capture_outputs(model, names) as outputs,
     ):
-        model(checked.first_batch[0][:1])
+        model(checked.take_example()[0])
     for name in names:
         if not isinstance(outputs.get(name), Tensor):
             raise ConfigError(

@@ -110,7 +110,7 @@ def check_loss(recipe: Recipe, section: str, workload: Workload, inputs: Tensor)
     """Raises ConfigError for label smoothing and mixing that loss and inputs do not allow.
 
     Args:
-        inputs: (1, ...) prepared for the network.
+        inputs: (B, ...) prepared for the network.
     """
     if recipe.label_smoothing > 0 and workload.loss is not functional.cross_entropy:
         raise ConfigError(

@@ -47,6 +47,10 @@ class Checked:
     outputs: Any
     unreached: tuple[str, ...]
 
+    def take_example(self) -> tuple[Tensor, Tensor]:
+        """Returns the first training example, augmented, as a batch of its own."""
+        return take_batch(self.workload, self.workload.train, torch.tensor([0]), augment_seed=0)
+
 
 def check_workload(workload: Workload, model: nn.Module, batch_size: int) -> Checked:
     """Passes one batch of each split through the network, and refuses what no job can use.
@@ -82,7 +86,7 @@ def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: i
     indices = torch.arange(min(batch_size, total))
     if is_train:
         # Labels may lie in order, and a mean over one example shows nothing.
-        indices = torch.linspace(0, total - 1, min(max(batch_size, 2), total)).long()
+        indices = torch.linspace(0, total - 1, min(max(batch_size, 4), total)).long()
     inputs: Any = None
     outputs: Any = None
     try:

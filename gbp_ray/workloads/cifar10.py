@@ -69,7 +69,7 @@ def cifar10_resnet(
 
     Args:
         depth: Weighted layers: 20 (269,722 parameters), 32 (464,154), 56 (853,018), ...
-        data: Folder or s3:// prefix of the data; see `cifar10_files.read_cifar10`.
+        data: Folder or s3:// prefix of the data; see `read_cifar10`.
         download: Fetches torchvision's copy of the data into a folder that holds none.
         augment: Some of "crop" (4 black pixels of padding), "flip", "rotation" (15 degrees),
             "randaugment", "trivialaugment"; with parameters as a table, such as
@@ -207,7 +207,7 @@ def read_cifar10(data: str, download: bool = False) -> tuple[Split, Split]:
     """Reads the training and the test split; images are decoded on the first call alone.
 
     The first decoding takes about 20 s of one core; later calls map the arrays from
-    `array_cache.cache_folder()`, which holds 184 MB for each version of the data, known by the
+    `cache.cache_folder()`, which holds 184 MB for each version of the data, known by the
     names, sizes and times of its files.
 
     Args:

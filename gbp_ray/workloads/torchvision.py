@@ -57,7 +57,7 @@ def torchvision_classifier(
 
     Args:
         model: A name such as "resnet18", "mobilenet_v3_small" or "vit_b_16".
-        data: CIFAR-10 in either layout (see `cifar10_files.read_cifar10`), or a folder with
+        data: CIFAR-10 in either layout (see `cifar10.read_cifar10`), or a folder with
             `train/` and `test/` (or `val/`) that hold a subfolder of images for each class.
         image_size: Height and width the network sees, in pixels. CIFAR-10 is scaled up from 32,
             which is also the default; images in folders are scaled, then cut square, to 224 by

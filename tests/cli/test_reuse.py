@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from gbp_ray.cli.app import app
 from gbp_ray.config.job import trial_id
-from gbp_ray.errors import ConfigError
+from gbp_ray.errors import ConfigError, StoreError
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.results.store import Store
 from gbp_ray.runtime.stability import measure_stability
@@ -43,7 +43,9 @@ def test_the_verbs_say_what_they_did(uri: str, tmp_path: Path) -> None:
     assert "cosine of the input gradients" in explained
 
 
-def test_stability_compares_samples_and_seeds(tmp_path: Path) -> None:
+def test_stability_compares_samples_and_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = [f"--set={key}={json.dumps(value)}" for key, value in FIELDS.items()]
     common = ["stability", *settings, f"--set=storage={tmp_path}", "--seeds=2", "-q"]
     sizes = ["--examples=64:256", "--criterion=taylor", "--criterion=magnitude", "--accuracy"]
@@ -71,6 +73,13 @@ def test_stability_compares_samples_and_seeds(tmp_path: Path) -> None:
     assert (tmp_path / "figure" / "stability.png").read_bytes().startswith(b"\x89PNG")
     text = run(*common, "--no-samples", f"--to={tmp_path / 'figure'}")
     assert "2 seeds: accuracy" in text
+    # After a sweep its trials are read, whatever cluster they ran on.
+    monkeypatch.setattr("gbp_ray.runtime.stability.sweep", lambda *arguments: None)
+    fsdp = ["--set=cluster.num_workers=2", "--set=cluster.strategy=fsdp"]
+    swept = run(*common, "--no-samples", "--sweep", *fsdp, "--json", f"--to={tmp_path / 'figure'}")
+    assert json.loads(swept)["seeds"]["trials"] == seeds["trials"]
+    with pytest.raises(StoreError, match="there is no such folder"):
+        run(*common, "--no-samples", "--sweep", "--set=seed=7", f"--to={tmp_path / 'figure'}")
 
 
 @pytest.mark.parametrize(
@@ -90,6 +99,8 @@ def test_what_cannot_be_compared_is_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=fault):
         run("stability", "-q", "--set=finetune.epochs=1", *arguments)
+    with pytest.raises(StoreError, match=r"--to = 'x+': cannot be written: File name too long"):
+        run("stability", "-q", f"--to={'x' * 300}")
 
 
 def test_enough_is_where_no_larger_size_falls_below(monkeypatch: pytest.MonkeyPatch) -> None:

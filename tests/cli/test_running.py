@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,20 @@ def test_a_prune_of_a_sweeps_job_says_what_it_leaves_out(finished: Path) -> None
     assert result.record.trial_id.startswith("taylor-s0.90")
     assert result.record.num_workers == 1
     assert "sweep" not in result.record.model_dump(mode="json")["job"]
+
+
+def test_a_job_may_come_through_a_pipe(shell: Shell, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    job = JOB.partition("[sweep")[0].replace(
+        "{ rounds", '{ criterion = "obd", sparsity = 0.9, rounds'
+    )
+    os.write(writing, job.encode())
+    os.close(writing)
+    storage = f"--set=storage={tmp_path}"
+    planned = shell("prune", f"/dev/fd/{reading}", "--dry-run", "--json", storage)
+    os.close(reading)
+    assert planned.code == 0
+    assert json.loads(planned.out)["trial_id"].startswith("obd-s0.90-r1-")
 
 
 def test_rows_are_taken_together_whatever_the_seed() -> None:

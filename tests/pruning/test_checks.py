@@ -136,9 +136,35 @@ class Settling(Net):
         return super().forward(inputs) + self.shift
 
 
+def drawn_net() -> Callable[[], nn.Module]:
+    """Draws each network anew, whatever the job's seed."""
+    own = torch.Generator().manual_seed(0)
+
+    def build() -> nn.Module:
+        net = Net()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=own))
+        return net
+
+    return build
+
+
+class Noisy:
+    """A loss that draws."""
+
+    def __init__(self) -> None:
+        self.own = torch.Generator().manual_seed(0)
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return functional.mse_loss(outputs, targets) + 0 * torch.rand((), generator=self.own)
+
+
 TRACES: dict[str, Callable[[Workload], Workload]] = {
     "a network that is kept": lambda workload: replace(workload, build_model=Kept()),
     "a layer that is kept": lambda workload: replace(workload, build_model=Kept(nn.Sequential)),
+    "networks of a generator": lambda workload: replace(workload, build_model=drawn_net()),
+    "a loss of a generator": lambda workload: replace(workload, loss=Noisy(), count=len),
     "a loss that counts": lambda workload: replace(workload, loss=Loss()),
     "items that are counted": lambda workload: replace(workload, train=Items()),
     "a parameter that a pass sets": lambda workload: replace(workload, build_model=Settling),
@@ -163,3 +189,20 @@ def test_a_workload_that_keeps_a_trace_of_the_checks_is_loaded_anew(
     job = job_of(tmp_path, **{"pretrain.microbatches": 1, "finetune.microbatches": 1})
     assert check_job(job, counted())
     assert not check_job(job, TRACES[name](counted()))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_small_calibration_batches_do_not_narrow_the_checks(size: int, tmp_path: Path) -> None:
+    def watching() -> nn.Module:
+        def keep(module: nn.Module, given: tuple[Tensor, ...], outputs: Tensor) -> None:
+            if module.training:
+                module.most.copy_(given[0].max())
+
+        net = Net()
+        net.register_buffer("most", torch.zeros(()))
+        net.register_forward_hook(keep)
+        return net
+
+    changed = {"prune.calibration_batch_size": size, "finetune.microbatches": 2}
+    with pytest.warns(UserWarning, match="most"):
+        check_job(job_of(tmp_path, **changed), replace(counted(), build_model=watching))

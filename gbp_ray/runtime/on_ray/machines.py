@@ -2,8 +2,8 @@
 
 Each machine must have this version of the package, the modules that the job names and, if the
 storage is a folder, the same folder: the driver leaves a file there that the machine must see. A
-worker would fail for these minutes later with an obscure error, or write results on two disks. The
-driver's own machine needs no check.
+worker would fail for these minutes later with an obscure error, or write results on two disks. A
+cluster of only the driver's machine needs no check.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ from gbp_ray.workloads.loading import add_import_paths
 __all__ = ["StoppedError", "fit_trial", "run_trial"]
 
 _POLL_INTERVAL_S = 0.2
-_TICK_INTERVAL_S = 0.2
+_PROGRESS_INTERVAL_S = 0.2
 _GRACE_S = 5.0
 """Delay before a worker reports that it lost the others: Ray first sees which one died."""
 
@@ -228,7 +228,7 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
         nonlocal last_sent, last_phase
         watch.note(progress)
         now = time.monotonic()
-        is_due = now - last_sent > _TICK_INTERVAL_S or progress.phase != last_phase
+        is_due = now - last_sent > _PROGRESS_INTERVAL_S or progress.phase != last_phase
         if ranks.is_first and is_due:
             last_sent, last_phase = now, progress.phase
             mailbox.put.remote(progress)

@@ -60,7 +60,7 @@ __all__ = ["RunTrial", "make_loggers", "run_sweep"]
 RunTrial = Callable[[JobConfig, OnProgress, bool], Iterator[Step]]
 """Signature of `run_solo`."""
 
-_TICK_INTERVAL_S = 0.5
+_PROGRESS_INTERVAL_S = 0.5
 _LOOK_INTERVAL_S = 5.0
 """Between two counts of the cluster's machines."""
 
@@ -391,7 +391,7 @@ def _throttle(mailbox: Any) -> OnProgress:
 
     def send(progress: Progress) -> None:
         nonlocal last_sent
-        if (now := time.monotonic()) - last_sent > _TICK_INTERVAL_S:
+        if (now := time.monotonic()) - last_sent > _PROGRESS_INTERVAL_S:
             last_sent = now
             mailbox.put.remote(progress)
 
