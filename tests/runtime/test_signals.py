@@ -20,7 +20,8 @@ from commands import PATIENCE_S, session_of, start, stop_by, wait_until_watching
 
 logger = logging.getLogger(__name__)
 
-QUICK = ("--set=pretrain.epochs=2", "--set=finetune.epochs=1", "--set=prune.rounds=2", "--quiet")
+# Longer than any delay: a command that is about to end may end well whatever arrives.
+LONG = ("--set=pretrain.epochs=300", "--set=cluster.num_workers=0", "--quiet")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
@@ -32,12 +33,9 @@ def test_signals_end_a_command_at_any_moment(tmp_path: Path) -> None:
         delay_s = moments.random() ** 2 * 6
         folder = tmp_path / str(count)
         folder.mkdir()
-        process = start(folder, "prune", *QUICK, "--set=cluster.num_workers=0")
+        process = start(folder, "prune", *LONG)
         wait_until_watching(process)
         time.sleep(delay_s)
-        if process.poll() is not None:
-            assert process.communicate()[1] == ""
-            continue
         took_s, _ = stop_by(process, number, folder)
         logger.info("%s after %.2f s took %.2f s", number.name, delay_s, took_s)
         assert not list(folder.rglob("driver.lock"))
