@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 import gc
-import sys
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import PurePath
@@ -103,11 +103,17 @@ def check_job(job: JobConfig, workload: Workload, dense: RoundRecord | None = No
 def _state_of(workload: Workload) -> list[Any] | None:
     """Lists what a workload's data and callables hold; None where something cannot be looked into.
 
-    A generator of random numbers or an iterator may hide what it has given already, so whatever is
-    not written in Python, or is no number, text or tensor, counts as such.
+    A generator of random numbers or an iterator may hide what it has given already, so all that is
+    no number, text or tensor, and does not keep everything in its `__dict__`, counts as such.
     """
+    with suppress(Exception):  # attributes may be anything
+        return _list_state([getattr(workload, field.name) for field in fields(workload)])
+    return None
+
+
+def _list_state(left: list[Any]) -> list[Any] | None:
     found: list[Any] = []
-    left, seen = [getattr(workload, field.name) for field in fields(workload)], set()
+    seen = set()
     while left:
         value = left.pop()
         if isinstance(value, _VALUES):
@@ -119,17 +125,20 @@ def _state_of(workload: Workload) -> list[Any] | None:
         if isinstance(value, Tensor):
             found.append((id(value), value._version))
         elif isinstance(value, np.ndarray) and value.dtype != object:
-            found.append((id(value), zlib.crc32(np.ascontiguousarray(value).data)))
+            bytes_N = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+            found.append((id(value), zlib.crc32(bytes_N.data)))
         elif isinstance(value, (list, tuple, dict)):
             left += [*value, *value.values()] if isinstance(value, dict) else value
         elif isinstance(value, partial):
             left += [value.func, value.args, value.keywords]
         elif isinstance(value, MethodType):
             left += [value.__self__, value.__func__]
+        elif isinstance(value, BuiltinFunctionType):
+            left.append(value.__self__)
         elif isinstance(value, FunctionType):
             cells = [cell.cell_contents for cell in value.__closure__ or ()]
             left += [value.__defaults__, value.__kwdefaults__, *cells]
-        elif _is_of_python(type(value)):
+        elif type(value).__basicsize__ <= _Plain.__basicsize__:
             left.append(vars(value))
         else:
             return None
@@ -138,17 +147,12 @@ def _state_of(workload: Workload) -> list[Any] | None:
 
 _VALUES = (
     *(type(None), bool, int, float, complex, str, bytes, type, np.generic, PurePath, ModuleType),
-    *(torch.dtype, torch.device, BuiltinFunctionType),
+    *(torch.dtype, torch.device),
 )
 
 
-def _is_of_python(kind: type) -> bool:
-    """Checks that all that instances hold is in their `__dict__`."""
-    bases = kind.__mro__[:-1]
-    files = [getattr(sys.modules.get(base.__module__), "__file__", None) for base in bases]
-    return all(str(file).endswith(".py") for file in files) and not any(
-        vars(base).get("__slots__") or "__next__" in vars(base) for base in bases
-    )
+class _Plain:
+    """Of the size of an object that holds a `__dict__` and nothing else."""
 
 
 def _check(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import collections
+import datetime
 import itertools
+import random
+import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_networks import draw, regression
@@ -189,6 +195,37 @@ def test_a_workload_that_keeps_a_trace_of_the_checks_is_loaded_anew(
     job = job_of(tmp_path, **{"pretrain.microbatches": 1, "finetune.microbatches": 1})
     assert check_job(job, counted())
     assert not check_job(job, TRACES[name](counted()))
+
+
+class Holding(Loss):
+    """Holds something beside, and always the same."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return functional.mse_loss(outputs, targets)
+
+
+HELD = [
+    *(collections.deque([1]), re.compile("a"), datetime.date(2026, 1, 1), np.dtype("int8")),
+    *(np.array([None]), np.array("2026", "M8"), torch.Generator(), random.Random(1), iter([1])),
+    *(
+        np.random.default_rng(1),
+        random.Random(2).random,
+        threading.Event(),
+        type("Slots", (), {"__slots__": ()})(),
+    ),
+]
+
+
+@pytest.mark.parametrize("held", HELD, ids=lambda held: type(held).__name__)
+def test_whatever_a_workload_holds_can_be_looked_at(held: Any, tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    plain = replace(counted(), loss=Holding({"a": [1.0, "b", None], "c": torch.ones(2)}), count=len)
+    assert check_job(job, plain)
+    is_plain = isinstance(held, np.ndarray) and held.dtype != object
+    assert check_job(job, replace(plain, loss=Holding(held))) == is_plain
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
