@@ -70,6 +70,8 @@ def _run(folder: str, arguments: tuple[str, ...], out: Connection, errors: Conne
     os.chdir(folder)
     sys.argv = ["gbp-ray", *arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A command that nohup started does not hear it, and neither would this one.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     from gbp_ray.__main__ import main
 
     main()
