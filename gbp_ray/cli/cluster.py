@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -21,7 +20,7 @@ from gbp_ray.cli.terminal import (
     print_json,
     refuse_mistyped,
     say,
-    show_warning,
+    warnings_in_lines,
     write_log,
 )
 from gbp_ray.runtime.packaging import SECRET, describe_left_out
@@ -127,8 +126,7 @@ def submit_job(
     from gbp_ray.runtime.on_ray.head import Head, find_address
 
     place = None if is_dry_run and address is None else find_address(address)
-    with warnings.catch_warnings():
-        warnings.showwarning = show_warning  # type: ignore[assignment]
+    with warnings_in_lines():
         submission = prepare_submission(
             job,
             overrides,

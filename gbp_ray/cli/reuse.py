@@ -16,7 +16,7 @@ from gbp_ray.cli.terminal import (
     print_json,
     progress_printer,
     say,
-    show_warning,
+    warnings_in_lines,
 )
 
 __all__ = [
@@ -109,9 +109,9 @@ def explain_network(
 ) -> None:
     """Find out what a pruned network does differently from the dense one.
 
-    Accuracy by class, the answers that changed, what in an input the right
-    answer hangs on, saliency by layer before and after. It is kept beside
-    the trial, and gbp-ray report makes a page of pictures of it.
+    Accuracy by class, the answers that changed, the parts of an input that
+    the right answer is sensitive to, saliency by layer before and after. The
+    findings are kept with the trial; gbp-ray report draws them.
 
     Examples:
 
@@ -122,8 +122,7 @@ def explain_network(
     # torch takes seconds to import; --help and a mistyped option should not.
     from gbp_ray.runtime.explain import explain_round
 
-    with warnings.catch_warnings():
-        warnings.showwarning = show_warning  # type: ignore[assignment]
+    with warnings_in_lines():
         explained = explain_round(
             uri, code=code, trust_code=trusted or (), on_progress=progress_printer(is_quiet)
         )
@@ -178,8 +177,7 @@ def export_network(
     # torch takes seconds to import; --help and a mistyped option should not.
     from gbp_ray.export.program import export_round
 
-    with warnings.catch_warnings():
-        warnings.showwarning = show_warning  # type: ignore[assignment]
+    with warnings_in_lines():
         export = export_round(uri, folder, is_folded=is_folded, code=code, trust_code=trusted or ())
         if export.program_fault:
             warnings.warn(f"no model.pt2: {export.program_fault}", stacklevel=1)

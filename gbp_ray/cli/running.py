@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -31,7 +30,7 @@ from gbp_ray.cli.terminal import (
     print_json,
     refuse_mistyped,
     say,
-    show_warning,
+    warnings_in_lines,
 )
 from gbp_ray.results.records import TrialRecord
 
@@ -85,8 +84,7 @@ def run_sweep(
     refuse_mistyped(job, overrides)
     from gbp_ray.runtime.api import plan_sweep, sweep
 
-    with warnings.catch_warnings():
-        warnings.showwarning = show_warning  # type: ignore[assignment]
+    with warnings_in_lines():
         if is_dry_run:
             show_plan(plan_sweep(job, overrides).to_dict(), as_json)
             return
@@ -164,8 +162,7 @@ def prune(
     from gbp_ray.runtime.api import plan_prune
     from gbp_ray.runtime.api import prune as prune_network
 
-    with warnings.catch_warnings():
-        warnings.showwarning = show_warning  # type: ignore[assignment]
+    with warnings_in_lines():
         if is_dry_run:
             _print_plan(plan_prune(job, overrides).to_dict(), as_json)
             return

@@ -1,10 +1,9 @@
-"""`gbp-ray stability`: how far a job's result hangs on its seed and on its calibration sample."""
+"""`gbp-ray stability`: how much a job's result depends on its seed and its calibration sample."""
 
 from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from gbp_ray.cli.terminal import (
     progress_printer,
     refuse_mistyped,
     say,
-    show_warning,
+    warnings_in_lines,
 )
 from gbp_ray.errors import ConfigError
 from gbp_ray.results.folder import write_target
@@ -99,8 +98,7 @@ def show_stability(
         raise ConfigError("--no-samples --no-trained: leave nothing to do; give one of them")
     # Before hours of work, rather than after.
     write_target(Path(to), {}, "--to")
-    with warnings.catch_warnings():
-        warnings.showwarning = show_warning  # type: ignore[assignment]
+    with warnings_in_lines():
         found = measure_stability(
             job,
             overrides,

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,7 +41,7 @@ __all__ = [
     "progress_printer",
     "refuse_mistyped",
     "say",
-    "show_warning",
+    "warnings_in_lines",
     "write",
     "write_log",
 ]
@@ -177,10 +178,17 @@ def note(text: str) -> None:
     typer.echo(printable(text), err=True)
 
 
-def show_warning(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-    """Print a warning of this package in one line; for `warnings.showwarning`."""
-    if issubclass(category, UserWarning):
-        note(f"warning: {clean_message(str(message))}")
+@contextmanager
+def warnings_in_lines() -> Iterator[None]:
+    """Print this package's warnings inside the block in one line each, and no others."""
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        if issubclass(category, UserWarning):
+            note(f"warning: {clean_message(str(message))}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 def progress_printer(is_quiet: bool) -> OnProgress:

@@ -68,7 +68,7 @@ for all layers more memory."""
 
 @dataclass(frozen=True)
 class _Sharding:
-    """What `fully_shard`, which changes a module in place, does not keep with it.
+    """Facts about a module that `fully_shard`, which changes it in place, does not keep.
 
     Attributes:
         leaves: Parameter name to the tensor that FSDP2 gathers its weights into.

@@ -86,7 +86,7 @@ def export_round(
         folder: Receives the files; new, empty, or holding an earlier export.
         is_folded: Folds every BatchNorm of the program into the layer before it. The state dict
             stays that of the network's own class.
-        code: A folder to look for the job's own modules in, beside the working folder.
+        code: A folder of the job's own modules, searched in addition to the working folder.
         trust_code: Code that may run though only the record names it; see `admit_code`.
 
     Raises:

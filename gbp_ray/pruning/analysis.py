@@ -317,7 +317,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class SizeStability:
-    """How the masks of different samples agree for one number of calibration examples.
+    """Agreement of the masks of different samples, for one number of calibration examples.
 
     Attributes:
         between: Overlap of the masks of this size, one per sample.

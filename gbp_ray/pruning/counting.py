@@ -33,7 +33,7 @@ _DEVICE_CHUNK = 2**25  # keeps a GPU busy, and temporary tensors small compared 
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over the scores found around a low and a high value.
+    """Counts of one pass over the scores around a low and a high value.
 
     Attributes:
         counts: Scores below the low value, up to it, below the high value, up to it.

@@ -156,7 +156,7 @@ def draw_classes(found: Findings) -> list[Axes]:
 
 
 def draw_examples(found: Findings) -> list[Axes]:
-    """Draw examples with what their true class hangs on: input, dense map, pruned map."""
+    """Draw examples with the saliency of their true class: input, dense map, pruned map."""
     has_maps = len(found.maps_dense) == len(found.maps_pruned) == len(found.images)
     panels = []
     for place, (image, item) in enumerate(zip(found.images, found.examples, strict=False)):

@@ -132,8 +132,8 @@ def _sketch_differences(found: Findings) -> Iterator[Sketch]:
             "Examples that the pruned network sees differently",
             partial(trial_figures.draw_examples, found),
             f"{changed} test examples whose answer changed and "
-            f"{len(found.examples) - changed} whose answer stayed: the input, and what the output "
-            "of the true class hangs on in the dense and in the pruned network.",
+            f"{len(found.examples) - changed} whose answer stayed: the input, and where the "
+            "output of the true class is sensitive, in the dense and in the pruned network.",
             "Each: the input; where the dense network's output for the true class is sensitive "
             "(size of its gradient by the input, yellow is most, each map on its own scale); the "
             "same for the pruned network. First those on which both are surest of different "

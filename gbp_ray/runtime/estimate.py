@@ -62,7 +62,7 @@ _WITHOUT_MEMORY = {"prune": _CHOICE, "pretrain": _RATES, "finetune": _RATES}
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """What running a job would do now.
+    """The work and cost of running a job now.
 
     Attributes:
         trial_id: Of the job.
@@ -119,7 +119,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What running a sweep would do now.
+    """The work and cost of running a sweep now.
 
     Attributes:
         num_trials: In all; an estimate where a search decides on the way.

@@ -41,7 +41,7 @@ def explain_round(
 
     Args:
         uri: A round's folder, or a trial's for its chosen round.
-        code: A folder of the job's own modules, searched besides the working folder.
+        code: A folder of the job's own modules, searched in addition to the working folder.
         trust_code: Code that may run although only the record names it; see `admit_code`.
         on_progress: Called with a `training.progress.Progress` after each step.
 

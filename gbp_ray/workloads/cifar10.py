@@ -204,7 +204,7 @@ _DECODER_VERSION = 1
 
 
 def read_cifar10(data: str, download: bool = False) -> tuple[Split, Split]:
-    """Reads the training and the test split; images are decoded on the first call alone.
+    """Reads the training and the test split; images are decoded on the first call only.
 
     The first decoding takes about 20 s of one core; later calls map the arrays from
     `cache.cache_folder()`, which holds 184 MB for each version of the data, known by the
@@ -240,7 +240,7 @@ def read_cifar10(data: str, download: bool = False) -> tuple[Split, Split]:
 
 
 def has_cifar10(data: str) -> bool:
-    """Tells whether a folder holds CIFAR-10 in one of the two layouts.
+    """Checks whether a folder holds CIFAR-10 in one of the two layouts.
 
     Raises:
         WorkloadError: There is no such folder.
@@ -262,7 +262,7 @@ def _find_shards(entries: list[FileInfo]) -> dict[str, list[FileInfo]]:
 
 
 def _has_batches(filesystem: FileSystem, entries: list[FileInfo]) -> bool:
-    # torchvision reads folders of this machine alone.
+    # torchvision reads only folders of this machine.
     is_local = isinstance(filesystem, LocalFileSystem)
     return is_local and any(entry.base_name == _BATCHES_FOLDER for entry in entries)
 

@@ -1,4 +1,4 @@
-"""What images go through on their way into a network: augmentation by name, normalisation.
+"""Preparation of images for a network: augmentation by name, normalisation.
 
 Images are uint8 (B, channels, H, W) until `normalise`, so that augmentation comes first and the
 border that cropping adds is black, as published results have it.
@@ -43,7 +43,7 @@ few random operations of one strength (Cubuk et al. 2019, 1909.13719); one of ra
 
 @dataclass(frozen=True)
 class _Parameter:
-    """What a parameter of an augmentation may be; without a default that depends on the images."""
+    """Allowed values of an augmentation's parameter; no default if that depends on the images."""
 
     default: float | None
     least: float
@@ -69,7 +69,7 @@ INPUT_RANGE = (
     [-mean / std for mean, std in zip(_MEAN, _STD, strict=True)],
     [(1 - mean) / std for mean, std in zip(_MEAN, _STD, strict=True)],
 )
-"""What `normalise` makes of black and of white."""
+"""Values of black and of white after `normalise`."""
 
 
 def build_augment(

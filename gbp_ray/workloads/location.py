@@ -1,4 +1,4 @@
-"""Where a workload's files are: a folder or file of this machine, or `s3://bucket/prefix`.
+"""Access to a workload's files: a folder or file of this machine, or `s3://bucket/prefix`.
 
 Reading is pyarrow's: S3 credentials, region and endpoint come from the environment (AWS_PROFILE,
 AWS_ACCESS_KEY_ID, AWS_DEFAULT_REGION, AWS_ENDPOINT_URL) or from the address itself

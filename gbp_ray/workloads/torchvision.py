@@ -207,7 +207,7 @@ def with_vision_weights(
 
 
 def _is_other_head(tensor: Tensor, expected: Tensor | None, num_classes: int) -> bool:
-    """Whether a tensor gives the weights' own classes where the model has other ones."""
+    """Checks whether a tensor gives the weights' own classes where the model has other ones."""
     if expected is None or tensor.shape == expected.shape:
         return False
     return tensor.shape[:1] == (num_classes,) and tensor.shape[1:] == expected.shape[1:]

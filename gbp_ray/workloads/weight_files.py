@@ -1,4 +1,4 @@
-"""Files of weights as people have them: how they are read, and which state dicts they hold.
+"""Reading of weight files in the formats people have, and of the state dicts in them.
 
 Nothing in a file is run. safetensors holds only tensors. The other formats are read by
 `torch.load(weights_only=True)`, where the few classes that are often met beside the weights, such
@@ -39,7 +39,7 @@ State = dict[str, Tensor]
 _PICKLED = (".pt", ".pth", ".th", ".ckpt", ".bin", ".tar", ".pkl")
 _SHARDED = ".index.json"
 SUFFIXES = (".safetensors", *_PICKLED, _SHARDED)
-"""How the names of files of weights end."""
+"""Suffixes of files of weights."""
 
 _MOST_DEPTH = 5  # of dictionaries in dictionaries
 
@@ -81,7 +81,7 @@ _INERT: list[Any] = [
 
 @dataclass(frozen=True)
 class WeightFile:
-    """What a file of weights holds.
+    """The content of a file of weights.
 
     Attributes:
         named: Option and address, for messages.

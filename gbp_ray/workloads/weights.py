@@ -240,7 +240,7 @@ def find_misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 
 
 def _keeps_values(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a tensor can be loaded into another type with no loss but rounding."""
+    """Checks whether a tensor can be loaded into another type with no loss but rounding."""
     if dtype.is_floating_point:
         # Whole numbers in place of weights are quantized ones, whose scale is elsewhere.
         return tensor.is_floating_point()
