@@ -22,7 +22,7 @@ from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.distributed.sharding import RankSlice, add_over_ranks, cut_rows, is_shard, local
 from gbp_ray.errors import ConfigError, PruneError, name_some
 from gbp_ray.results.records import CostRecord, LayerRecord
-from gbp_ray.training.network import Macs
+from gbp_ray.training.passes import Macs
 from gbp_ray.workloads.contract import TRANSPOSED, WEIGHT_LAYERS
 
 __all__ = ["Layout", "Prunable", "SlicedScores", "measure", "num_to_prune", "prunable_parameters"]

@@ -1,4 +1,4 @@
-"""Builds the network of a trial under the job's seed, loads it, and counts its multiply-adds.
+"""Builds the network of a trial under the job's seed, and loads it.
 
 A network that `build_model` returns with its weights starts from those. One on the meta device
 (built under `torch.device("meta")`) gets its weights layer by layer from each layer's own
@@ -14,13 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-import re
-import sys
-import threading
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -28,10 +22,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from gbp_ray.distributed.agreement import (
     check_on_record,
@@ -42,7 +32,7 @@ from gbp_ray.distributed.agreement import (
     fingerprints_of_data,
     fingerprints_of_network,
 )
-from gbp_ray.distributed.ranks import Ranks, isolated
+from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.distributed.sharding import (
     copy_sharded,
     is_shard,
@@ -51,18 +41,17 @@ from gbp_ray.distributed.sharding import (
     shard_like,
     shard_network,
 )
-from gbp_ray.errors import StoreError, WorkloadError, in_one_line
-from gbp_ray.workloads.contract import Workload, in_mode
+from gbp_ray.errors import StoreError, WorkloadError
+from gbp_ray.training.passes import Macs, count_macs
+from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.data import derive_seed, first_example, seeded
 from gbp_ray.workloads.loading import build_network
 from gbp_ray.workloads.weights import tensor_state
 
 __all__ = [
-    "Macs",
     "Start",
     "build_start",
     "copy_frozen",
-    "count_macs",
     "load_rows",
     "load_weights",
     "network_of_seed",
@@ -286,184 +275,6 @@ def rebuild_network(
     load_weights(model, weights, source)
     check_on_record(fingerprints_of_network(model, is_blank=is_blank), stored or {}, source)
     return model.eval()
-
-
-_HIDES = re.compile(
-    r"(?!upsample|_thnn_fused)(\w*_)?"
-    r"(\w*mm|rnn|lstm|gru|conv(olution)?|linear|matmul|attention|trilinear|encoder)"
-    r"(\dd)?(_\w*)?"
-)
-"""Names of torch's operations that multiply matrices inside, where they have no formula."""
-
-_FORMULAS: dict[Any, Callable[..., int]] = {
-    torch.ops.aten.mv: lambda a, b, **rest: 2 * a.numel(),
-    torch.ops.aten.addmv: lambda c, a, b, **rest: 2 * a.numel(),
-    torch.ops.aten.dot: lambda a, b, **rest: 2 * a.numel(),
-    torch.ops.aten.vdot: lambda a, b, **rest: 2 * a.numel(),
-}
-"""Floating-point operations that torch's own counter leaves out."""
-
-_SWITCHING = threading.Lock()
-"""Torch's switches apply to the whole process."""
-
-_KEEPS_ZEROS = re.compile(r"_to_copy|clone|mul|div|neg|cat|stack|_?fake_quantize\w+|\w+_fq_helper")
-"""Names of torch's operations whose result is zero wherever their argument is."""
-
-
-@dataclass(frozen=True)
-class Macs:
-    """The multiply-adds of a dense network.
-
-    Attributes:
-        by_parameter: First name of a matrix to the multiply-adds that its weights take part in.
-        total: Of the whole network.
-        fault: Why nothing was counted, or "".
-    """
-
-    by_parameter: Mapping[str, int]
-    total: int
-    fault: str = ""
-
-
-def count_macs(model: nn.Module, example: Tensor) -> Macs:
-    """Counts the multiply-adds of one forward pass in eval mode.
-
-    The pass runs on a copy, so that it changes no buffers or parameters. It never fails.
-
-    Args:
-        example: (1, ...) one prepared input.
-
-    Returns:
-        Those of convolutions and matrix products; a weight that is used twice counts twice.
-    """
-    # Weights that are computed from others cannot be copied by torch.
-    with suppress(Exception):
-        model = copy.deepcopy(model)
-    counter = _Counter(model)
-    some = next(model.parameters(), example)
-    try:
-        with _counting_mode(model), counter:
-            model(example.to(some.device))
-    except Exception as error:  # noqa: BLE001 - a bug still deserves one line
-        return Macs({}, 0, in_one_line(error)[:200])
-    if counter.hiding:
-        return Macs({}, 0, f"{', '.join(sorted(counter.hiding))}: does not show what it multiplies")
-    by_parameter = {name: round(found) for name, found in counter.by_parameter.items()}
-    return Macs(by_parameter, counter.total)
-
-
-@contextmanager
-def _counting_mode(model: nn.Module) -> Iterator[None]:
-    """Sets eval mode and disables kernels that hide their products in the block."""
-    # oneDNN and cuDNN have kernels of their own for recurrent layers.
-    switches: list[tuple[Callable[[], bool], Callable[[bool], object]]] = [
-        (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
-        (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
-        (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
-    ]
-    with ExitStack() as stack:
-        stack.enter_context(_SWITCHING)
-        for is_on, switch in switches:
-            stack.callback(switch, is_on())
-            switch(False)
-        if "torch._dynamo" in sys.modules:  # its import takes seconds
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(isolated(model, 0))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(in_mode(model, is_training=False))
-        yield
-
-
-class _Counter(TorchDispatchMode):
-    """Counts products inside the block by the matrix of weights that takes part in them.
-
-    A matrix is identified by its storage, which its views share. The result of an operation that
-    keeps its zeros, such as a copy in another precision, counts as the matrix.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.total = 0
-        self.by_parameter: dict[str, float] = {}
-        self.hiding: set[str] = set()
-        # Storage to (first element, end, share of the elements by name of the matrix).
-        self._known: dict[int, list[tuple[int, float, dict[str, float]]]] = {}
-        self._watched: list[weakref.ref[Any]] = []
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                start = int(parameter.storage_offset())
-                self._remember(parameter, start, start + int(parameter.numel()), {name: 1.0})
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        operation = func.overloadpacket
-        formula = flop_registry.get(operation) or _FORMULAS.get(operation)
-        if formula is None:
-            with self:
-                outputs = func.decompose(*args, **kwargs)
-            if outputs is not NotImplemented:
-                return outputs
-        outputs = func(*args, **kwargs)
-        name = operation.__name__
-        if formula is not None:
-            # A multiply-add is two floating-point operations.
-            macs = formula(*args, **kwargs, out_val=outputs) // 2
-            self.total += macs
-            # The first operand of addmm and its like is added to the product.
-            operands = args[1:3] if name.startswith(("add", "badd")) else args[:3]
-            self._attribute(macs, [self._find(value) for value in operands])
-        elif not func.namespace.startswith(("aten", "prim", "profiler")) or _HIDES.fullmatch(name):
-            self.hiding.add(f"{func.namespace}::{name}")
-        elif _KEEPS_ZEROS.fullmatch(name):
-            self._pass_on(name, args, outputs)
-        return outputs
-
-    def _attribute(self, macs: int, operands: list[dict[str, float]]) -> None:
-        known = [shares for shares in operands if shares]
-        # What a zero saves in a product of two matrices of weights is not known.
-        for name, share in known[0].items() if len(known) == 1 else ():
-            self.by_parameter[name] = self.by_parameter.get(name, 0.0) + share * macs
-
-    def _pass_on(self, name: str, args: tuple[Any, ...], outputs: Any) -> None:
-        made = next(value for value in tree_leaves(outputs) if isinstance(value, Tensor))
-        if name in ("cat", "stack"):
-            shares: dict[str, float] = {}
-            for value in args[0]:
-                for matrix, share in self._find(value).items():
-                    share *= value.numel() / made.numel()
-                    shares[matrix] = shares.get(matrix, 0.0) + share
-        else:
-            sources = args[:2] if name == "mul" else args[:1]
-            found = (
-                self._find(value)
-                for value in sources
-                if isinstance(value, Tensor) and value.numel() == made.numel()
-            )
-            shares = next((share for share in found if share), {})
-        if shares:
-            self._remember(made, 0, math.inf, shares)
-
-    def _remember(self, tensor: Tensor, start: int, stop: float, shares: dict[str, float]) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        self._known.setdefault(key, []).append((start, stop, shares))
-        # A new storage may get the address of a freed one.
-        self._watched.append(weakref.ref(storage, lambda _: self._known.pop(key, None)))
-
-    def _find(self, value: object) -> dict[str, float]:
-        if not isinstance(value, Tensor) or value.layout is not torch.strided:
-            return {}
-        for start, stop, shares in self._known.get(value.untyped_storage()._cdata, ()):
-            if start <= value.storage_offset() < stop:
-                return shares
-        return {}
 
 
 def load_weights(model: nn.Module, data: bytes, source: str) -> None:

@@ -22,7 +22,7 @@ from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.rounds import RoundState, run_rounds
 from gbp_ray.pruning.units import measure, prunable_parameters
-from gbp_ray.training.network import count_macs
+from gbp_ray.training.passes import count_macs
 from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.data import derive_seed, seeded, shuffled_indices
 

@@ -21,7 +21,8 @@ from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.pruning.units import measure, prunable_parameters
-from gbp_ray.training.network import count_macs, load_weights
+from gbp_ray.training.network import load_weights
+from gbp_ray.training.passes import count_macs
 from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.networks import RecurrentConvNet
 from gbp_ray.workloads.tying import tie_weights, with_tied_weights

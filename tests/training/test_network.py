@@ -11,7 +11,7 @@ from torch.nn import functional
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.units import measure, prunable_parameters
 from gbp_ray.results.records import CostRecord
-from gbp_ray.training.network import Macs, count_macs
+from gbp_ray.training.passes import Macs, count_macs
 
 
 class StridedNet(nn.Module):
