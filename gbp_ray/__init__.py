@@ -18,6 +18,7 @@ _HOMES = {
     "GbpError": "gbp_ray.errors",
     "JobConfig": "gbp_ray.config.job",
     "MaskSet": "gbp_ray.pruning.masks",
+    "Metric": "gbp_ray.workloads.metrics",
     "PruneError": "gbp_ray.errors",
     "PruneResult": "gbp_ray.runtime.api",
     "Report": "gbp_ray.report.page",

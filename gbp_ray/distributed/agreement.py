@@ -168,7 +168,7 @@ def fingerprints_of_data(workload: Workload) -> dict[str, str]:
 
 def _fingerprint_item(workload: Workload, data: Any, index: int) -> str:
     try:
-        return fingerprint(take_batch(workload, data, torch.tensor([index])))
+        return fingerprint(take_batch(workload, data, torch.tensor([index])).nest)
     except Exception as error:  # noqa: BLE001 - a bug still deserves one line
         words = str(error) if isinstance(error, WorkloadError) else in_one_line(error)
         return f"({words})".replace(":", "")

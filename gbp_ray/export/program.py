@@ -111,7 +111,7 @@ def export_round(
     if (revived := masks.find_revived(model)) is not None:
         raise ExportError(f"'{revived}': has weights other than zero where its mask removes them")
     size = min(_NUM_EXAMPLES, num_examples(workload.test))
-    inputs, _ = take_batch(workload, workload.test, torch.arange(size))
+    inputs = take_batch(workload, workload.test, torch.arange(size)).inputs
     outputs = _outputs_of(model, inputs)
     state = _complete_state(model, weights)
     _check_state(trial.job, state, inputs, outputs)

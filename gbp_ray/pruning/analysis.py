@@ -31,6 +31,7 @@ from gbp_ray.results.tensors import sum_shared
 from gbp_ray.training.batchnorm import recalibrate_as_asked
 from gbp_ray.training.evaluation import evaluate
 from gbp_ray.training.progress import OnProgress, Progress, ignore_progress, with_changes
+from gbp_ray.workloads.batch import Batch, forward
 from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import cut_batches, derive_seed, shuffled_indices, take_batch
 
@@ -162,12 +163,14 @@ class _Comparison:
         batches = cut_batches(num_examples(self.workload.test), self.job.workload.eval_batch_size)
         for item, batch in enumerate(batches):
             indices = torch.arange(batch.start, batch.stop)
-            inputs, targets = self._take(indices)
+            taken = self._take(indices)
+            targets = taken.targets
             columns = [targets]
             for model in (self.dense, self.pruned):
                 with isolated(model, derive_seed("evaluate", item)):
-                    outputs = model(inputs)
-                if not isinstance(outputs, Tensor) or outputs.ndim != 2 or targets.ndim != 1:
+                    outputs = forward(model, self.workload, taken)
+                are_tensors = isinstance(outputs, Tensor) and isinstance(targets, Tensor)
+                if not are_tensors or outputs.ndim != 2 or targets.ndim != 1:
                     return None
                 if targets.is_floating_point() or outputs.shape[1] < 2:
                     return None
@@ -212,17 +215,18 @@ class _Comparison:
         """Differentiates each example's output of its true class by its own prepared input."""
         gradients = []
         for model in (self.dense, self.pruned):
-            inputs, targets = self._take(indices)
-            if not inputs.is_floating_point():
+            batch = self._take(indices)
+            if not isinstance(batch.inputs, Tensor) or not batch.inputs.is_floating_point():
                 return None
-            inputs = inputs.detach().requires_grad_(True)
+            inputs = batch.inputs.detach().requires_grad_(True)
             with torch.enable_grad(), isolated(model, 0):
-                chosen = model(inputs).gather(1, targets.view(-1, 1)).sum()
+                outputs = forward(model, self.workload, batch._replace(inputs=inputs))
+                chosen = outputs.gather(1, batch.targets.view(-1, 1)).sum()
                 (gradient,) = torch.autograd.grad(chosen, inputs)
             gradients.append(gradient.detach().cpu())
         return gradients[0], gradients[1]
 
-    def _take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def _take(self, indices: Tensor) -> Batch:
         workload = self.workload
         return take_batch(workload, workload.test, indices, device=self.ranks.device)
 
@@ -283,7 +287,9 @@ def _take_images(workload: Workload, indices: Tensor) -> np.ndarray | None:
     Returns:
         (n, height, width, 1 or 3) uint8.
     """
-    raw, _ = take_batch(replace(workload, prepare=None), workload.test, indices)
+    raw = take_batch(replace(workload, prepare=None), workload.test, indices).inputs
+    if not isinstance(raw, Tensor):
+        return None
     if raw.ndim == 3:
         raw = raw.unsqueeze(1)
     if raw.ndim != 4 or raw.shape[1] not in (1, 3):
@@ -410,5 +416,4 @@ def _evaluate(
     twin = copy.deepcopy(model)
     masks.apply_(twin)
     recalibrate_as_asked(job, twin, workload, ranks)
-    accuracy, _ = evaluate(twin, workload, ranks, job.workload.eval_batch_size)
-    return accuracy
+    return evaluate(twin, workload, ranks, job.workload.eval_batch_size).score

@@ -48,10 +48,12 @@ from gbp_ray.training.loss import check_loss
 from gbp_ray.training.network import network_of_seed
 from gbp_ray.training.optimizer import check_freeze, trainable_parameters
 from gbp_ray.training.side_effects import Watch, check_readings, check_training_passes
+from gbp_ray.workloads.batch import forward, size_of
 from gbp_ray.workloads.checks import Checked, check_workload
 from gbp_ray.workloads.contract import Workload, in_mode, num_examples
 from gbp_ray.workloads.data import take_batch
 from gbp_ray.workloads.loading import load_workload
+from gbp_ray.workloads.losses import mean_loss
 from gbp_ray.workloads.weights import tensor_state
 
 __all__ = [
@@ -196,7 +198,7 @@ def _check(
         check_freeze(model, recipe.freeze, section)
         if section in attacked[:1]:  # what one attack can do, all can
             check_attack(workload, model, recipe.adversarial, f"{section}.adversarial")
-        check_loss(recipe, section, workload, checked.first_batch[0])
+        check_loss(recipe, section, workload, checked.first_batch)
     if not attacked:
         check_attack(workload, model, job.attack, "attack")
     if "finetune" in recipes:
@@ -221,13 +223,13 @@ def _check_shardable(checked: Checked) -> None:
     Such are scalars, parameters whose memory has gaps, unequal types in a group, and modules that
     are used otherwise than by calling them.
     """
-    workload, (inputs, targets) = checked.workload, checked.take_example()
+    workload, example = checked.workload, checked.take_example()
     twin = copy.deepcopy(checked.model).eval()
     dist.init_process_group("fake", store=HashStore(), rank=0, world_size=1)
     try:
         shard_network(twin, torch.device("cpu"), 1)
         with isolated(twin, 0):
-            loss = workload.loss(twin(inputs), targets)
+            loss = mean_loss(workload, forward(twin, workload, example), example.targets)
             trained = [leaf for leaf in leaves(twin).values() if leaf.requires_grad]
             if loss.requires_grad:
                 # As in training, where FSDP2 adds up no gradients itself.
@@ -255,9 +257,9 @@ def _find_parted(workload: Workload, sharded: nn.Module) -> list[str]:
         routes: list[set[str]] = []
         for number in range(_NUM_ROUTES):
             indices = torch.tensor([number, number + 1][:total]) % total
-            inputs, _ = take_batch(workload, workload.train, indices, augment_seed=number)
+            batch = take_batch(workload, workload.train, indices, augment_seed=number)
             with in_mode(sharded, is_training=is_training), isolated(sharded, number):
-                sharded(inputs)
+                forward(sharded, workload, batch)
             routes.append(set(passed))
             passed.clear()
         parted |= routes[0].union(*routes) - routes[0].intersection(*routes)
@@ -319,7 +321,7 @@ def _check_lone_example(section: str, recipe: Recipe, size: int, checked: Checke
     model = checked.model
     try:
         with torch.no_grad(), in_mode(model, is_training=True), isolated(model, 0):
-            model(checked.take_example()[0])
+            forward(model, checked.workload, checked.take_example())
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -344,10 +346,11 @@ def _warn_of_unusual_weights(
     for names, when in ((unreached, "training"), (in_eval, "eval mode, where it is scored")):
         if idle := [unit for unit in units if unit.name in names]:
             number = sum(unit.parameter.numel() for unit in idle)
+            num_seen = size_of(checked.first_batch.inputs)
             warnings.warn(
                 f"prune: {_name_some(idle)} get{'s' if len(idle) == 1 else ''} no gradient from "
-                f"{len(checked.first_batch[0])} examples in {when}; {number:,} of {total:,} "
-                "prunable weights, whose removal counts as sparsity; name in prune.exclude what no "
+                f"{num_seen} examples in {when}; {number:,} of {total:,} prunable "
+                "weights, whose removal counts as sparsity; name in prune.exclude what no "
                 "pass uses",
                 stacklevel=2,
             )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,10 +111,10 @@ def own_criterion(name: str) -> Criterion:
 
 
 def _wrap_function(
-    function: Callable[[nn.Module, Tensor, Tensor, Tensor], Mapping[str, Tensor]], name: str
+    function: Callable[[nn.Module, Any, Any, Tensor], Mapping[str, Tensor]], name: str
 ) -> BatchStatistic:
-    def statistic(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
-        loss = probe.loss(probe.model(inputs), targets)
+    def statistic(probe: Probe, inputs: Any, targets: Any) -> Tensor:
+        loss = probe.loss(inputs, targets)
         weights = dict(probe.model.named_parameters())
         found = _call_own(name, weights, partial(function, probe.model, inputs, targets, loss))
         if not isinstance(found, Mapping):

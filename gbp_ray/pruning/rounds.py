@@ -35,7 +35,7 @@ from gbp_ray.results.records import RoundRecord
 from gbp_ray.training.adversarial import robust_accuracy
 from gbp_ray.training.batchnorm import keeping_statistics, recalibrate_as_asked
 from gbp_ray.training.distillation import Teacher, prepare_teacher
-from gbp_ray.training.evaluation import evaluate
+from gbp_ray.training.evaluation import Evaluation, evaluate
 from gbp_ray.training.loop import Span, train_epochs, train_until_stale
 from gbp_ray.training.network import build_start, copy_frozen, load_weights
 from gbp_ray.training.non_finite import why_not_finite
@@ -400,10 +400,10 @@ class _Run:
             with self._timed("batchnorm"):
                 if not recalibrate_as_asked(self.job, self.model, self.workload, self.ranks):
                     return None, None
-            accuracy, loss = self._measure(self.split)
+            accuracy, loss, _ = self._measure(self.split)
         return (accuracy, loss) if math.isfinite(loss) else (None, None)
 
-    def _measure(self, split: str, sample: Tensor | None = None) -> tuple[float, float]:
+    def _measure(self, split: str, sample: Tensor | None = None) -> Evaluation:
         with self._timed("evaluate"):
             return evaluate(
                 self.model,
@@ -416,7 +416,7 @@ class _Run:
             )
 
     def _evaluate(self) -> tuple[float, float]:
-        accuracy, loss = self._measure(self.split)
+        accuracy, loss, _ = self._measure(self.split)
         if not math.isfinite(loss):
             kept = dict(self.model.named_parameters())
             weights = {name: kept[name] for name, _ in self.masks.items()}
@@ -449,7 +449,7 @@ class _Run:
     def _finish_round(self, train_loss: float, **measured: Any) -> RoundState:
         train_accuracy: float | None = None
         if len(self.sample):
-            train_accuracy, _ = self._measure("train", self.sample)
+            train_accuracy = self._measure("train", self.sample).score
         record = RoundRecord(
             round=self.number,
             judged_on=self.split,

@@ -46,10 +46,11 @@ from gbp_ray.pruning.units import Layout, Prunable, SlicedScores
 from gbp_ray.training.loss import counts_of
 from gbp_ray.training.non_finite import why_not_finite
 from gbp_ray.training.progress import OnProgress, Progress, ignore_progress
+from gbp_ray.workloads.batch import Batch, forward
 from gbp_ray.workloads.checks import blaming_labels, check_labels
 from gbp_ray.workloads.contract import Workload, in_mode, num_examples
 from gbp_ray.workloads.data import cut_batches, derive_seed, shuffled_indices, take_batch
-from gbp_ray.workloads.metrics import zero_loss
+from gbp_ray.workloads.losses import mean_loss, zero_loss
 
 __all__ = ["check_criterion", "score", "score_prefixes"]
 
@@ -216,9 +217,7 @@ class _Calibration:
         return derive_seed(self.seed, "calibration", "augment", item)
 
     @contextmanager
-    def batch(
-        self, model: nn.Module, item: int, device: torch.device
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def batch(self, model: nn.Module, item: int, device: torch.device) -> Iterator[Batch]:
         indices = self.batches[item]
         with blaming_labels(self.workload, model, "train", indices):
             yield take_batch(
@@ -357,14 +356,16 @@ class _Scorer:
                     number = 0 if item is None and is_sharded(model) else item
                     if number is not None:
                         with (
-                            calibration.batch(model, number, ranks.device) as (inputs, targets),
+                            calibration.batch(model, number, ranks.device) as examples,
                             isolated(model, derive_seed(calibration.draws(number), 0)),
                         ):
-                            outputs = model(inputs)
+                            targets = examples.targets
+                            outputs = forward(model, workload, examples)
                             check_labels(workload, "train", batches[number], outputs, targets)
-                            has_items = calibration.items[number] > 0
                             loss = (
-                                workload.loss(outputs, targets) if has_items else zero_loss(outputs)
+                                mean_loss(workload, outputs, targets)
+                                if calibration.items[number] > 0
+                                else zero_loss(outputs)
                             )
                             if loss.requires_grad:
                                 loss.backward()
@@ -393,19 +394,22 @@ class _Scorer:
                 vector_N: Tensor | None = None
                 if item is not None:
                     probe = Probe(
-                        *(model, units, self.workload.loss, self.config),
+                        *(model, units, self.workload, self.config),
                         *(self.seed, item, previous_N),
+                        len(batches[item]),
                         None if calibration.counts is None else calibration.counts[item],
                     )
                     with (
                         sums.attempt(),
-                        calibration.batch(model, item, ranks.device) as (inputs, targets),
+                        calibration.batch(model, item, ranks.device) as examples,
                         isolated(model, derive_seed(calibration.draws(item), number)),
                     ):
                         if calibration.items[item] > 0:
-                            vector_N = statistic(probe, inputs, targets)
+                            vector_N = statistic(probe, *examples)
                         else:
-                            vector_N = inputs.new_zeros(layout.num_weights, dtype=wire_dtype)
+                            vector_N = torch.zeros(
+                                layout.num_weights, dtype=wire_dtype, device=ranks.device
+                            )
                         vector_N = layout.by_owner(vector_N)
                 sums.add(vector_N)
                 if keep is not None:

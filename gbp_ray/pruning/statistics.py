@@ -24,8 +24,18 @@ from gbp_ray.config.prune import PruneConfig
 from gbp_ray.distributed.ranks import buffer_slots
 from gbp_ray.errors import PruneError, in_one_line
 from gbp_ray.pruning.units import Prunable
+from gbp_ray.workloads.batch import (
+    Batch,
+    call_arguments,
+    forward,
+    logits_of,
+    map_tensors,
+    size_of,
+    tensors_in,
+)
 from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.data import derive_seed, first_example
+from gbp_ray.workloads.losses import mean_loss
 
 __all__ = [
     "BatchStatistic",
@@ -49,24 +59,32 @@ class Probe:
     Attributes:
         model: The network, in eval mode, pruned weights zero.
         units: Its prunable parameters, in flat order.
-        loss: `(outputs, targets) -> scalar`, the mean over the batch.
+        workload: Whose `forward` and loss are used.
         batch_index: Position of the batch among all calibration batches.
         previous_N: Sum of the pass before, over all batches, for criteria of several passes.
+        num_examples: B.
         counts: (B,) number of items in the loss of each example; None where all are equal.
     """
 
     model: nn.Module
     units: list[Prunable]
-    loss: Callable[[Tensor, Tensor], Tensor]
+    workload: Workload
     config: PruneConfig
     seed: int
     batch_index: int
     previous_N: Tensor | None
+    num_examples: int
     counts: Tensor | None = None
 
-    def num_items(self, targets: Tensor) -> float:
-        """Counts the items that the loss of the batch is a mean over; often its examples."""
-        return len(targets) if self.counts is None else self.counts.sum().item()
+    @property
+    def num_items(self) -> float:
+        """Returns how many items the loss of the batch is a mean over; often its examples."""
+        return self.num_examples if self.counts is None else self.counts.sum().item()
+
+    def loss(self, inputs: Any, targets: Any) -> Tensor:
+        """Passes a batch, as `Batch` holds it, through the network; returns its mean loss."""
+        outputs = forward(self.model, self.workload, Batch(inputs, targets))
+        return mean_loss(self.workload, outputs, targets)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -74,17 +92,19 @@ class Probe:
         return [unit.parameter for unit in self.units]
 
     def gradients(
-        self, inputs: Tensor, targets: Tensor, *, create_graph: bool = False
+        self, inputs: Any, targets: Any, *, create_graph: bool = False
     ) -> tuple[Tensor, ...]:
         """Returns the gradients of a batch's mean loss in the prunable parameters."""
-        loss = self.loss(self.model(inputs), targets)
         return torch.autograd.grad(
-            loss, self.parameters, create_graph=create_graph, materialize_grads=True
+            self.loss(inputs, targets),
+            self.parameters,
+            create_graph=create_graph,
+            materialize_grads=True,
         )
 
 
-BatchStatistic = Callable[[Probe, Tensor, Tensor], Tensor]
-"""(probe, inputs (B, ...), targets (B, ...)) -> the batch's additive vector, shape (N,)."""
+BatchStatistic = Callable[[Probe, Any, Any], Tensor]
+"""(probe, inputs, targets) -> the batch's additive vector, shape (N,); see `Batch` for both."""
 
 _PER_EXAMPLE_BYTES = 256 * 2**20
 """Memory for per-example gradients: limits the chunk of `fisher`."""
@@ -111,18 +131,25 @@ def _zeros_like_flat(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
     return torch.zeros(total, dtype=dtype, device=tensors[0].device)
 
 
-def summed_gradient(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
+def summed_gradient(probe: Probe, inputs: Any, targets: Any) -> Tensor:
     """Computes n_b * g, a sum over examples: a short batch counts with its true size."""
-    return _flat(probe.gradients(inputs, targets)).mul_(probe.num_items(targets))
+    return _flat(probe.gradients(inputs, targets)).mul_(probe.num_items)
 
 
-def squared_example_gradients(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Computes sum_i n_i g_i^2 over the batch's examples, vectorised in chunks."""
-    prunable = {unit.name: unit.parameter.detach() for unit in probe.units}
+def squared_example_gradients(probe: Probe, inputs: Any, targets: Any) -> Tensor:
+    """Computes sum_i n_i g_i^2 over the batch's examples, vectorised in chunks.
+
+    Batches that are no pairs of tensors are taken example by example: networks for them are rarely
+    fit to be vectorised.
+    """
+    if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor) and inputs is not targets):
+        return _squares_one_by_one(probe, Batch(inputs, targets))
+    prunable = {f"network.{unit.name}": unit.parameter.detach() for unit in probe.units}
+    passing = _Passing(probe)
 
     def example_loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        outputs = functional_call(probe.model, weights, (x.unsqueeze(0),))
-        return probe.loss(outputs, y.unsqueeze(0))
+        loss: Tensor = functional_call(passing, weights, (x.unsqueeze(0), y.unsqueeze(0)))
+        return loss
 
     per_example = vmap(grad(example_loss), in_dims=(None, 0, 0))
     num_weights = sum(weight.numel() for weight in prunable.values())
@@ -136,15 +163,43 @@ def squared_example_gradients(probe: Probe, inputs: Tensor, targets: Tensor) -> 
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError) as error:
-            reason = _why_not_by_example(probe.model, slots, inputs[:1], error)
+            first = Batch(inputs[:1], targets[:1])
+            reason = _why_not_by_example(probe, slots, first, error)
             raise PruneError(
                 "prune.criterion = fisher: single examples of this model cannot be differentiated, "
                 f"{reason}, or choose taylor_squared"
             ) from error
-        squares = [gradients[unit.name].square() for unit in probe.units]
+        squares = [gradients[name].square() for name in prunable]
         if probe.counts is not None:
             squares = [_weigh(square, probe.counts[start:stop]) for square in squares]
         total_N += _flat([square.sum(dim=0) for square in squares])
+    return total_N
+
+
+class _Passing(nn.Module):
+    """The loss of a network as a module, so that other weights can be put in its place."""
+
+    def __init__(self, probe: Probe) -> None:
+        super().__init__()
+        self.network, self._probe = probe.model, probe
+
+    def forward(self, inputs: Any, targets: Any) -> Tensor:
+        return self._probe.loss(inputs, targets)
+
+
+def _squares_one_by_one(probe: Probe, batch: Batch) -> Tensor:
+    total_N = _zeros_like_flat([unit.parameter for unit in probe.units])
+    size = probe.num_examples
+    if size_of(batch.inputs) != size:
+        raise PruneError(
+            f"prune.criterion = fisher: {size} examples become {size_of(batch.inputs)} rows of a "
+            "batch, so the gradients of single ones are not to be had; choose taylor_squared"
+        )
+    for row in range(size):
+        items = 1.0 if probe.counts is None else float(probe.counts[row])
+        if items > 0:
+            gradients = probe.gradients(*batch.part(slice(row, row + 1), size))
+            total_N += _flat([gradient.square() for gradient in gradients]) * items
     return total_N
 
 
@@ -155,18 +210,19 @@ def _weigh(square: Tensor, counts: Tensor) -> Tensor:
 
 
 def _why_not_by_example(
-    model: nn.Module,
+    probe: Probe,
     slots: list[tuple[dict[str, Tensor | None], str, Tensor]],
-    inputs: Tensor,
+    example: Batch,
     error: Exception,
 ) -> str:
     """Names the buffers that a forward pass writes in eval mode, or else repeats torch's error."""
+    model = probe.model
     # The failed pass may have put another tensor in a buffer's place.
     for owner, name, buffer in slots:
         owner[name] = buffer
     before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
     with suppress(RuntimeError, ValueError), torch.no_grad():
-        model(inputs)
+        forward(model, probe.workload, example)
     written = [
         f"'{name}'"
         for name, buffer in model.named_buffers()
@@ -182,7 +238,7 @@ def _why_not_by_example(
     return f"torch says {text}; mend the model"
 
 
-def hessian_diagonal(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
+def hessian_diagonal(probe: Probe, inputs: Any, targets: Any) -> Tensor:
     """Computes n_b * mean over probes of z * (H z), an unbiased estimate of n_b * diag(H)."""
     gradients = probe.gradients(inputs, targets, create_graph=True)
     num_probes = probe.config.hutchinson_probes
@@ -199,17 +255,17 @@ def hessian_diagonal(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
             gradients, signs, probe.parameters, keep_graph=number + 1 < num_probes
         )
         total_N += _flat(products) * _flat(signs)
-    return total_N * (probe.num_items(targets) / num_probes)
+    return total_N * (probe.num_items / num_probes)
 
 
-def hessian_gradient(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
+def hessian_gradient(probe: Probe, inputs: Any, targets: Any) -> Tensor:
     """Computes n_b * H G, with G the sum of gradients over all batches from the pass before."""
     assert probe.previous_N is not None
     gradients = probe.gradients(inputs, targets, create_graph=True)
     pieces = probe.previous_N.split([g.numel() for g in gradients])
     directions = [piece.view_as(g).to(g) for piece, g in zip(pieces, gradients, strict=True)]
     products = _hessian_product(gradients, directions, probe.parameters, keep_graph=False)
-    return _flat(products) * probe.num_items(targets)
+    return _flat(products) * probe.num_items
 
 
 def _hessian_product(
@@ -234,12 +290,15 @@ def _hessian_product(
 
 def synaptic_flow(model: nn.Module, units: list[Prunable], workload: Workload) -> Tensor:
     """Computes |w * dR/dw|, R = sum of the outputs of the linearised network on all ones."""
-    sample, _ = first_example(workload)
-    if not sample.is_floating_point():
+    batch = first_example(workload)
+    floats = [tensor for tensor in tensors_in(batch.inputs) if tensor.is_floating_point()]
+    if not floats:
+        kinds = ", ".join(str(tensor.dtype) for tensor in tensors_in(batch.inputs))
         raise PruneError(
-            f"prune.criterion = synflow: needs inputs of floating point, not {sample.dtype}; "
+            f"prune.criterion = synflow: needs inputs of floating point, not {kinds}; "
             "choose another criterion for this model"
         )
+    sample = call_arguments(model, workload, batch)
     try:
         scores_N = _flow(model, units, sample)
     except torch.OutOfMemoryError:
@@ -260,16 +319,26 @@ def synaptic_flow(model: nn.Module, units: list[Prunable], workload: Workload) -
     return scores_N / largest if largest > 0 else scores_N
 
 
-def _flow(model: nn.Module, units: list[Prunable], sample: Tensor) -> Tensor:
+def _flow(
+    model: nn.Module, units: list[Prunable], sample: tuple[tuple[Any, ...], dict[str, Any]]
+) -> Tensor:
     state = {
         name: _flow_value(name, value)
         for name, value in (*model.named_parameters(), *model.named_buffers())
     }
     weights = [state[unit.name].requires_grad_() for unit in units]
-    # Products of many layers leave the range of float32.
-    ones = torch.ones_like(sample[:1], dtype=torch.float64, device=units[0].parameter.device)
-    outputs = functional_call(model, state, (ones,))
-    gradients = torch.autograd.grad(outputs.sum(), weights, materialize_grads=True)
+    device = units[0].parameter.device
+
+    def fill(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor[:1].to(device)
+        # Products of many layers leave the range of float32.
+        return torch.ones_like(tensor[:1], dtype=torch.float64, device=device)
+
+    outputs = functional_call(model, state, *map_tensors(sample, fill))
+    found = logits_of(outputs)
+    total = torch.stack([tensor.sum() for tensor in tensors_in(found)]).sum()
+    gradients = torch.autograd.grad(total, weights, materialize_grads=True)
     return _flat([weight * g for weight, g in zip(weights, gradients, strict=True)]).abs()
 
 

@@ -43,8 +43,10 @@ from gbp_ray.training.loop import Span, train_epochs
 from gbp_ray.training.loss import counts_of
 from gbp_ray.training.network import copy_frozen
 from gbp_ray.training.optimizer import make_optimizer, num_steps, trainable_parameters
+from gbp_ray.workloads.batch import Batch, forward, logits_of
 from gbp_ray.workloads.contract import Portion, Workload, judged_split, num_examples
 from gbp_ray.workloads.data import take_batch
+from gbp_ray.workloads.losses import mean_loss
 
 __all__ = ["Memory", "Phase", "bytes_of"]
 
@@ -152,33 +154,36 @@ class Memory:
         with isolated(self._model, 0):
             return measure_footprint(run)
 
-    def _batch(self, size: int) -> tuple[Tensor, Tensor]:
+    def _batch(self, size: int) -> Batch:
         return take_batch(self._few, self._few.train, torch.arange(size), augment_seed=0)
 
     @torch.no_grad()
     def _run_forward(self, size: int) -> object:
-        inputs, targets = self._batch(size)
-        return self._workload.loss(self._model.eval()(inputs), targets)
+        return self._loss(self._batch(size))
 
     def _run_backward(self, size: int) -> None:
-        inputs, targets = self._batch(size)
+        batch = self._batch(size)
         scored = {unit.name: unit.parameter for unit in self._units}
         with only_requiring(self._model, scored), ExitStack() as hooks:
             for leaf in scored.values():
                 drop = leaf.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
                 hooks.callback(drop.remove)
-            self._workload.loss(self._model.eval()(inputs), targets).backward()
+            self._loss(batch).backward()
 
     def _run_attack(self, size: int) -> object:
-        model, (inputs, targets) = self._model.eval(), self._batch(size)
+        model, batch = self._model, self._batch(size)
         given = (
             self._workload,
-            inputs,
+            batch.inputs,
             self._job.attack.model_copy(update={"steps": 1}),
             0,
             "attack",
         )
-        return perturb(model, lambda seen: self._workload.loss(model(seen), targets), *given)
+        return perturb(model, lambda seen: self._loss(batch._replace(inputs=seen)), *given)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        outputs = forward(self._model.eval(), self._workload, batch)
+        return mean_loss(self._workload, outputs, batch.targets)
 
     def _measure_scoring(self) -> Footprint:
         gathered = {
@@ -208,7 +213,10 @@ class Memory:
         if name == "finetune" and self._has_teacher:
             teacher = Teacher(copy_frozen(self._model), self._job.finetune.distillation)
             with torch.no_grad():
-                known = teacher.model(self._batch(2 * MOST_MEASURED)[0]) if self._answers else None
+                known = None
+                if self._answers:
+                    batch = self._batch(2 * MOST_MEASURED)
+                    known = logits_of(forward(teacher.model, self._workload, batch))
             lessons["teacher"] = dataclasses.replace(teacher, known=known)
         if name == "finetune" and self._has_movement:
             lessons["movement"] = self._gather_movement

@@ -30,6 +30,7 @@ from gbp_ray.distributed.ranks import Ranks, isolated
 from gbp_ray.distributed.sharding import is_sharded
 from gbp_ray.errors import ConfigError, WorkloadError
 from gbp_ray.training.progress import OnProgress, deal_batches, ignore_progress
+from gbp_ray.workloads.batch import Batch, forward, kind_of, take_part, tensors_in
 from gbp_ray.workloads.checks import blaming_labels, check_labels
 from gbp_ray.workloads.contract import (
     Workload,
@@ -41,7 +42,7 @@ from gbp_ray.workloads.contract import (
     num_examples,
 )
 from gbp_ray.workloads.data import cut_batches, derive_seed, first_example, take_batch
-from gbp_ray.workloads.metrics import check_share, count_right, loss_of, mark_right
+from gbp_ray.workloads.losses import check_share, count_right, loss_of, mark_right, mean_loss
 
 __all__ = [
     "check_attack",
@@ -103,12 +104,15 @@ def check_attack(workload: Workload, model: nn.Module, attack: Perturbation, key
     """
     if attack.kind == "none":
         return
-    inputs, targets = first_example(workload)
+    batch = first_example(workload)
+    inputs = _attackable(batch, key)
     check_range(inputs, *bounds_of_inputs(workload.input_range, inputs, f"{key}.kind"))
     briefly = attack.model_copy(update={"steps": 1, "step_size": attack.step})
     try:
         perturb(
-            model, lambda x: workload.loss(model(x), targets), workload, inputs, briefly, 0, key
+            model,
+            lambda seen: _loss_under(model, workload, batch, seen),
+            *(workload, inputs, briefly, 0, key),
         )
     except RuntimeError as error:
         if "does not require grad" not in str(error) and "not have been used" not in str(error):
@@ -117,6 +121,20 @@ def check_attack(workload: Workload, model: nn.Module, attack: Perturbation, key
             f"{key}.kind = {attack.kind}: the loss has no gradient in the network's inputs, so no "
             "attack finds its way; set it to none"
         ) from error
+
+
+def _attackable(batch: Batch, key: str) -> Tensor:
+    if not batch.is_pair or not isinstance(batch.inputs, Tensor):
+        raise ConfigError(
+            f"{key}.kind: an attack changes the inputs of pairs of tensors, and batches are "
+            f"{kind_of(batch.nest)}; set it to none"
+        )
+    return batch.inputs
+
+
+def _loss_under(model: nn.Module, workload: Workload, batch: Batch, seen: Tensor) -> Tensor:
+    outputs = forward(model, workload, batch._replace(inputs=seen))
+    return mean_loss(workload, outputs, batch.targets)
 
 
 def robust_accuracy(
@@ -142,22 +160,26 @@ def robust_accuracy(
 
     def measure(item: int) -> tuple[Tensor, Tensor]:
         indices = torch.arange(batches[item].start, batches[item].stop)
-        inputs, targets = take_batch(workload, data, indices, device=ranks.device)
+        batch = take_batch(workload, data, indices, device=ranks.device)
+        targets = batch.targets
 
         def loss_under(seen: Tensor) -> Tensor:
-            return loss_of(workload, model(seen), targets)
+            outputs = forward(model, workload, batch._replace(inputs=seen))
+            return loss_of(workload, outputs, targets)
 
         def find_right(seen: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad(), isolated(model, derive_seed("attack", item)):
-                outputs = model(seen)
+                outputs = forward(model, workload, batch._replace(inputs=seen))
                 check_labels(workload, split, indices, outputs, targets)
-                return _find_right(workload, split, outputs, targets)
+                return _find_right(workload, split, outputs, targets, len(indices))
 
         with blaming_labels(workload, model, split, indices):
-            still, is_asked = find_right(inputs)
+            still, is_asked = find_right(batch.inputs)
             for restart in range(num_restarts):
                 seed = derive_seed("attack", item, restart)
-                attacked = perturb(model, loss_under, workload, inputs, attack, seed, "attack")
+                attacked = perturb(
+                    model, loss_under, workload, batch.inputs, attack, seed, "attack"
+                )
                 still &= find_right(attacked)[0]
         return still.sum(), is_asked.sum()
 
@@ -187,16 +209,19 @@ def num_attacked(workload: Workload, attack: AttackConfig) -> int:
 
 
 def _find_right(
-    workload: Workload, split: str, outputs: Any, targets: Tensor
+    workload: Workload, split: str, outputs: Any, targets: Any, size: int
 ) -> tuple[Tensor, Tensor]:
     """Marks the examples, or labelled positions, that are right, and those that count."""
     if workload.count_correct is count_top1:
-        return mark_right(workload, split, outputs, targets)
+        return mark_right(workload, outputs, targets)
     # A workload's own metric only counts, so it is asked for one example after another.
     counts = []
-    for row in range(len(targets)):
-        right, _ = count_right(workload, split, outputs[row : row + 1], targets[row : row + 1])
+    for row in range(size):
+        own = slice(row, row + 1)
+        right, _ = count_right(
+            workload, take_part(outputs, own, size), take_part(targets, own, size)
+        )
         check_share(split, int(right), 1, "asked for a single one")
         counts.append(int(right))
-    marks = torch.tensor(counts, dtype=torch.bool, device=targets.device)
+    marks = torch.tensor(counts, dtype=torch.bool, device=next(tensors_in(targets)).device)
     return marks, torch.ones_like(marks)

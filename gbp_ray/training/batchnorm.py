@@ -14,6 +14,7 @@ from gbp_ray.config.prune import PruneConfig
 from gbp_ray.distributed.ranks import Ranks, isolated
 from gbp_ray.distributed.sharding import is_sharded
 from gbp_ray.distributed.sums import OrderedSum
+from gbp_ray.workloads.batch import forward
 from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import cut_batches, derive_seed, shuffled_indices, take_batch
 
@@ -106,11 +107,11 @@ def recalibrate_batchnorm(
             indices = chosen[batch.start : batch.stop]
             draws = derive_seed(seed, "batchnorm", number)
             with sums.attempt(communicates=is_sharded(model)):
-                inputs, _ = take_batch(
+                seen = take_batch(
                     workload, workload.train, indices, device=ranks.device, augment_seed=draws
                 )
                 with isolated(model, derive_seed(draws, "forward")), _averaged_over_calls(norms):
-                    model(inputs)
+                    forward(model, workload, seen)
                     vector = torch.cat([s.reshape(-1) for s in statistics]) * len(batch)
         sums.add(None if item is None else vector)
     total = sum(len(batch) for batch in batches)

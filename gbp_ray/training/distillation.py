@@ -28,6 +28,7 @@ from gbp_ray.errors import ConfigError
 from gbp_ray.training.network import load_rows
 from gbp_ray.training.optimizer import num_steps
 from gbp_ray.training.progress import OnProgress, deal_batches, ignore_progress
+from gbp_ray.workloads.batch import Batch, forward, logits_of, tensors_in
 from gbp_ray.workloads.checks import Checked
 from gbp_ray.workloads.contract import Workload, in_mode, num_examples
 from gbp_ray.workloads.data import compare_readings, cut_batches, derive_seed, take_batch
@@ -44,6 +45,7 @@ __all__ = [
     "feature_distance",
     "is_taught_once",
     "prepare_teacher",
+    "run_in_precision",
 ]
 
 _SECTION = "finetune.distillation"
@@ -146,9 +148,9 @@ def _ask_once(
 @torch.no_grad()
 def _ask(model: nn.Module, workload: Workload, batch: range, device: torch.device) -> Tensor:
     indices = torch.arange(batch.start, batch.stop)
-    inputs, _ = take_batch(workload, workload.train, indices, device=device)
+    examples = take_batch(workload, workload.train, indices, device=device)
     with isolated(model.eval(), derive_seed("teach", batch.start)):
-        answers: Tensor = model(inputs)
+        answers: Tensor = logits_of(forward(model, workload, examples))
     return answers
 
 
@@ -157,7 +159,7 @@ def check_distillation(config: DistillationConfig, checked: Checked) -> None:
     if not config.is_on:
         return
     _check_features(checked, config.features)
-    outputs = checked.outputs
+    outputs = logits_of(checked.outputs)
     is_logits = isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.ndim >= 2
     if config.weight > 0 and not is_logits:
         raise ConfigError(
@@ -185,7 +187,7 @@ def _check_features(checked: Checked, names: Sequence[str]) -> None:
         isolated(model, 0),
         capture_outputs(model, names) as outputs,
     ):
-        model(checked.take_example()[0])
+        forward(model, checked.workload, checked.take_example())
     for name in names:
         if not isinstance(outputs.get(name), Tensor):
             raise ConfigError(
@@ -245,27 +247,30 @@ class Teacher:
     known: Tensor | None = None
 
     def forward(
-        self, inputs: Tensor, indices: Tensor, draws: int, recipe: Recipe
+        self, workload: Workload, batch: Batch, indices: Tensor, draws: int, recipe: Recipe
     ) -> TeacherOutputs:
-        """Computes its outputs for prepared inputs, (B, ...), of the examples `indices`, (B,)."""
+        """Computes its outputs for a prepared batch of the examples `indices`, (B,)."""
         if self.known is not None:
-            return TeacherOutputs(self.known[indices.to(self.known.device)].to(inputs.device))
+            device = next(tensors_in(batch.inputs)).device
+            return TeacherOutputs(self.known[indices.to(self.known.device)].to(device))
         self.model.eval()
         with (
             torch.no_grad(),
             isolated(self.model, derive_seed(draws, "teacher")),
             capture_outputs(self.model, self.config.features) as features,
         ):
-            outputs = _run(self.model, inputs, recipe)
+            outputs = logits_of(run_in_precision(self.model, workload, batch, recipe))
         return TeacherOutputs(outputs if self.config.weight > 0 else None, features)
 
     def distilled_loss(
-        self, loss: Tensor, outputs: Tensor, features: Mapping[str, Tensor], lesson: TeacherOutputs
+        self, loss: Tensor, outputs: Any, features: Mapping[str, Tensor], lesson: TeacherOutputs
     ) -> Tensor:
         """Adds the distance of outputs and features from the teacher's to a loss."""
         if lesson.outputs is not None:
             weight = self.config.weight
-            imitation = distillation_loss(outputs, lesson.outputs, self.config.temperature)
+            imitation = distillation_loss(
+                logits_of(outputs), lesson.outputs, self.config.temperature
+            )
             loss = (1 - weight) * loss + weight * imitation
         if lesson.features:
             distance = feature_distance(features, lesson.features)
@@ -273,12 +278,13 @@ class Teacher:
         return loss
 
 
-def _run(model: nn.Module, inputs: Tensor, recipe: Recipe) -> Any:
-    """Passes inputs through a network in the recipe's precision; a loss gets float32."""
+def run_in_precision(model: nn.Module, workload: Workload, batch: Batch, recipe: Recipe) -> Any:
+    """Passes a batch through a network in the recipe's precision; a loss gets float32."""
     if recipe.precision == "float32":
-        return model(inputs)
-    with torch.autocast(inputs.device.type, dtype=torch.bfloat16):
-        outputs = model(inputs)
+        return forward(model, workload, batch)
+    device = next(tensors_in(batch.inputs)).device
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        outputs = forward(model, workload, batch)
     is_narrow = isinstance(outputs, Tensor) and outputs.dtype is torch.bfloat16
     return outputs.float() if is_narrow else outputs
 

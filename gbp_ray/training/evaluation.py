@@ -1,9 +1,10 @@
-"""Accuracy and loss of a network on a split, the same on any number of workers."""
+"""Metrics and loss of a network on a split, the same on any number of workers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,28 @@ from gbp_ray.results.records import FinalTest
 from gbp_ray.training.batchnorm import recalibrate_as_asked
 from gbp_ray.training.network import load_weights
 from gbp_ray.training.progress import OnProgress, deal_batches, ignore_progress, with_changes
+from gbp_ray.workloads.batch import forward
 from gbp_ray.workloads.checks import blaming_labels, check_finite, check_labels
-from gbp_ray.workloads.contract import Workload, num_examples
+from gbp_ray.workloads.contract import Workload, count_top1, num_examples
 from gbp_ray.workloads.data import cut_batches, derive_seed, take_batch
-from gbp_ray.workloads.metrics import check_share, count_items, count_right
+from gbp_ray.workloads.losses import check_share, count_items, mean_loss
+from gbp_ray.workloads.metrics import compute_metric, metrics_of, update_metric
 
-__all__ = ["evaluate", "measure_final_test"]
+__all__ = ["Evaluation", "evaluate", "measure_final_test"]
+
+
+class Evaluation(NamedTuple):
+    """What was measured on a split.
+
+    Attributes:
+        score: The value of the workload's first metric, which judges.
+        loss: The mean over all items of the split.
+        metrics: The values of all metrics by name, the first one's included.
+    """
+
+    score: float
+    loss: float
+    metrics: dict[str, float]
 
 
 @torch.no_grad()
@@ -34,8 +51,8 @@ def evaluate(
     *,
     split: str = "test",
     sample: Tensor | None = None,
-) -> tuple[float, float]:
-    """Measures accuracy and mean loss on a split, each example once. Communicates.
+) -> Evaluation:
+    """Measures metrics and mean loss on a split, each example once. Communicates.
 
     The loss is the mean over all items of the split (`count_items`), whatever the batch size.
 
@@ -44,57 +61,83 @@ def evaluate(
         sample: (n,) positions of the examples to take; None takes all.
 
     Raises:
-        WorkloadError: The loss is not finite because of an example, a label is out of range, or
-            more answers are right than were asked for; on every rank.
+        WorkloadError: The loss is not finite because of an example, a label is out of range, or a
+            metric is impossible, as where more answers are right than were asked for; on every
+            rank.
     """
     data = getattr(workload, split)
     chosen = torch.arange(num_examples(data)) if sample is None else sample
     total = len(chosen)
     batches = cut_batches(total, batch_size)
     losses, items = torch.zeros(2, len(batches), dtype=torch.float64, device=ranks.device)
-    right, asked = torch.zeros(2, len(batches), dtype=torch.int64, device=ranks.device)
+    metrics = metrics_of(workload)
+    # The first batch says how many sums a metric has.
+    sums: list[Tensor] = []
     model.eval()
 
     def measure(item: int, *, is_counted: bool) -> None:
         indices = chosen[batches[item].start : batches[item].stop]
-        inputs, targets = take_batch(workload, data, indices, device=ranks.device)
+        batch = take_batch(workload, data, indices, device=ranks.device)
+        targets = batch.targets
         with isolated(model, derive_seed("evaluate", item)):
             with blaming_labels(workload, model, split, indices):
-                outputs = model(inputs)
-                if not is_counted:
-                    return
-                check_labels(workload, split, indices, outputs, targets)
-                counts = count_items(workload, targets)
-                items[item] = len(indices) if counts is None else counts.sum()
-                loss = workload.loss(outputs, targets).double()
-                # A mean over no items is NaN, and must add nothing.
-                losses[item] = loss if counts is None else loss.where(items[item] > 0, 0)
-            right[item], asked[item] = count_right(workload, split, outputs, targets)
+                outputs = forward(model, workload, batch)
+                if is_counted:
+                    check_labels(workload, split, indices, outputs, targets)
+                    counts = count_items(workload, targets)
+                    items[item] = len(indices) if counts is None else counts.sum()
+                    loss = mean_loss(workload, outputs, targets).double()
+                    # A mean over no items is NaN, and must add nothing.
+                    losses[item] = loss if counts is None else loss.where(items[item] > 0, 0)
+            if is_counted or not sums:
+                found = [update_metric(m, workload, split, outputs, targets) for m in metrics]
+                if not sums:
+                    zeros = [values.new_zeros(len(batches), len(values)) for values in found]
+                    sums.extend(zeros)
+                for rows, values in zip(sums, found, strict=True):
+                    if is_counted:
+                        _keep(rows, item, values)
 
     def measure_own() -> None:
         for item in deal_batches(ranks, len(batches), "evaluate", on_progress):
             if item is not None:
                 measure(item, is_counted=True)
-            elif is_sharded(model):
-                # All ranks pass through a sharded network.
+            elif is_sharded(model) or not sums:
+                # All ranks pass through a sharded network, and know how many sums there are.
                 measure(0, is_counted=False)
         for item in (~torch.isfinite(losses)).nonzero().flatten().tolist():
             check_finite(workload, split, chosen[batches[item].start : batches[item].stop])
-        for item, counted in enumerate(zip(right.tolist(), asked.tolist(), strict=True)):
-            check_share(split, *counted, f"in batch {item + 1} of {len(batches)}")
+        for metric, rows in zip(metrics, sums, strict=True):
+            if metric.name == "accuracy" and workload.count_correct is not count_top1:
+                for item, (right, asked) in enumerate(rows.long().tolist()):
+                    check_share(split, right, asked, f"in batch {item + 1} of {len(batches)}")
 
     ranks.run_collectively(measure_own, communicates=is_sharded(model))
-    losses, items, right, asked = map(ranks.all_reduce_disjoint, (losses, items, right, asked))
+    losses, items = map(ranks.all_reduce_disjoint, (losses, items))
     sizes = items.new_tensor([len(batch) for batch in batches])
     # Where every example has equally many items, sizes give the same mean in whole numbers.
     weights = sizes if torch.equal(items * sizes[0], sizes * items[0]) else items
-    num_asked, num_items = asked.sum().item(), weights.sum().item()
-    if items.sum().item() == 0 or num_asked == 0:
+    num_items = weights.sum().item()
+    if items.sum().item() == 0:
         raise WorkloadError(
             f"workload.{split}: none of its {total} examples has a label that counts; leave such "
             "examples out, or give some with labels"
         )
-    return right.sum().item() / num_asked, (losses * weights).sum().item() / num_items
+    values = {
+        metric.name: compute_metric(metric, ranks.all_reduce_disjoint(rows).sum(dim=0), split)
+        for metric, rows in zip(metrics, sums, strict=True)
+    }
+    score = values[metrics[0].name]
+    return Evaluation(score, (losses * weights).sum().item() / num_items, values)
+
+
+def _keep(rows: Tensor, item: int, values: Tensor) -> None:
+    if rows.shape[1:] != values.shape:
+        raise WorkloadError(
+            f"workload.metrics: a metric gives {len(values)} sums for one batch and "
+            f"{rows.shape[1]} for another; update must return a vector of one length"
+        )
+    rows[item] = values
 
 
 def measure_final_test(
@@ -124,7 +167,7 @@ def measure_final_test(
         weights = ranks.run_collectively(lambda number=number: read_weights(number))  # type: ignore[misc]
         load_weights(model, weights, source)
         of_round = with_changes(on_progress, round=number)
-        accuracy, loss = evaluate(model, workload, ranks, batch_size, of_round)
+        accuracy, loss, _ = evaluate(model, workload, ranks, batch_size, of_round)
         if not math.isfinite(loss):
             raise PruneError(f"round {number}: the test loss is {loss:g}; its weights diverged")
         measured.append((accuracy, loss))
@@ -132,7 +175,7 @@ def measure_final_test(
     recalibrated: tuple[float | None, float | None] = None, None
     if recalibrate_as_asked(job, model, workload, ranks):
         again = evaluate(model, workload, ranks, batch_size, on_progress)
-        recalibrated = again if math.isfinite(again[1]) else recalibrated
+        recalibrated = (again.score, again.loss) if math.isfinite(again.loss) else recalibrated
     return FinalTest(
         round=chosen,
         accuracy=accuracy,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,12 @@ from gbp_ray.config.training import Recipe
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import ConfigError
 from gbp_ray.training.adversarial import perturb
-from gbp_ray.training.distillation import Teacher, _run, capture_outputs
+from gbp_ray.training.distillation import Teacher, capture_outputs, run_in_precision
+from gbp_ray.workloads.batch import Batch, kind_of
 from gbp_ray.workloads.checks import blaming_labels, check_labels
 from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import derive_seed, first_example, seeded, take_batch
-from gbp_ray.workloads.metrics import count_items, cross_entropy_options, zero_loss
+from gbp_ray.workloads.losses import count_items, cross_entropy_options, mean_loss, zero_loss
 
 __all__ = [
     "Mix",
@@ -53,19 +55,20 @@ def training_loss(
         draws: Seeds all draws of the part.
         emphasis: Weight of the labels' loss, from `emphases_of`; a teacher's counts by example.
     """
-    inputs, targets = take_batch(
-        workload, workload.train, indices, device=device, augment_seed=draws
-    )
-    mix = draw_mix(recipe, inputs, draws)
+    batch = take_batch(workload, workload.train, indices, device=device, augment_seed=draws)
+    targets = batch.targets
+    mix = draw_mix(recipe, batch.inputs, draws)
     if mix is not None:
-        inputs = mix.inputs
-    lesson = None if teacher is None else teacher.forward(inputs, indices, draws, recipe)
+        batch = batch._replace(inputs=mix.inputs)
+    lesson = None
+    if teacher is not None:
+        lesson = teacher.forward(workload, batch, indices, draws, recipe)
 
-    def label_loss(outputs: Tensor) -> Tensor:
-        def loss_of(targets: Tensor) -> Tensor:
+    def label_loss(outputs: Any) -> Tensor:
+        def loss_of(targets: Any) -> Tensor:
             smoothing = recipe.label_smoothing
             if smoothing == 0:
-                return workload.loss(outputs, targets)
+                return mean_loss(workload, outputs, targets)
             return functional.cross_entropy(outputs, targets, label_smoothing=smoothing)
 
         if emphasis == 0:
@@ -73,11 +76,11 @@ def training_loss(
         loss = loss_of(targets) if mix is None else mix.loss(loss_of, targets)
         return loss if emphasis == 1 else emphasis * loss
 
-    def distilled_loss(seen: Tensor) -> Tensor:
+    def distilled_loss(seen: Any) -> Tensor:
         with capture_outputs(
             model, teacher.config.features if teacher is not None else ()
         ) as features:
-            outputs = _run(model, seen, recipe)
+            outputs = run_in_precision(model, workload, batch._replace(inputs=seen), recipe)
         check_labels(workload, "train", indices, outputs, targets)
         loss = label_loss(outputs)
         if teacher is None or lesson is None:
@@ -90,33 +93,45 @@ def training_loss(
         if adversarial.kind != "none":
             attacked = perturb(
                 model,
-                lambda seen: label_loss(_run(model, seen, recipe)),
+                lambda seen: label_loss(
+                    run_in_precision(model, workload, batch._replace(inputs=seen), recipe)
+                ),
                 workload,
-                inputs,
+                batch.inputs,
                 adversarial,
                 derive_seed(draws, "attack"),
                 "adversarial",
             )
         with seeded(derive_seed(draws, "forward")):
             if attacked is None:
-                return distilled_loss(inputs)
+                return distilled_loss(batch.inputs)
             if adversarial.weight == 1:
                 return distilled_loss(attacked)
-            clean = (1 - adversarial.weight) * distilled_loss(inputs)
+            clean = (1 - adversarial.weight) * distilled_loss(batch.inputs)
             return clean + adversarial.weight * distilled_loss(attacked)
 
 
-def check_loss(recipe: Recipe, section: str, workload: Workload, inputs: Tensor) -> None:
+def check_loss(recipe: Recipe, section: str, workload: Workload, batch: Batch) -> None:
     """Raises ConfigError for label smoothing and mixing that loss and inputs do not allow.
 
     Args:
-        inputs: (B, ...) prepared for the network.
+        batch: Prepared for the network.
     """
-    if recipe.label_smoothing > 0 and workload.loss is not functional.cross_entropy:
+    inputs, has_labels = batch.inputs, isinstance(batch.targets, Tensor)
+    if recipe.label_smoothing > 0 and not (
+        has_labels and workload.loss is functional.cross_entropy
+    ):
         raise ConfigError(
             f"{section}.label_smoothing = {recipe.label_smoothing:g}: needs a workload whose loss "
             "is torch.nn.functional.cross_entropy; set it to 0"
         )
+    for option in ("mixup", "cutmix"):
+        value = getattr(recipe, option)
+        if value > 0 and not (isinstance(inputs, Tensor) and batch.is_pair and has_labels):
+            raise ConfigError(
+                f"{section}.{option} = {value:g}: mixes examples that are pairs of tensors, not "
+                f"{kind_of(batch.nest)}; set it to 0"
+            )
     if recipe.mixup > 0 and not inputs.is_floating_point():
         raise ConfigError(
             f"{section}.mixup = {recipe.mixup:g}: needs inputs of floating point, not "
@@ -233,7 +248,8 @@ def _may_differ(workload: Workload) -> bool:
     if options.get("weight") is not None or options.get("ignore_index", -100) != -100:
         return True
     # Labels of positions, of which some may be ignored; an example's only one must not be.
-    return first_example(replace(workload, prepare=None))[1].ndim > 1
+    targets = first_example(replace(workload, prepare=None)).targets
+    return not isinstance(targets, Tensor) or targets.ndim > 1
 
 
 def _count(workload: Workload, indices: Tensor) -> Tensor:
@@ -246,5 +262,5 @@ def _count(workload: Workload, indices: Tensor) -> Tensor:
     return torch.cat(counts)
 
 
-def _targets(workload: Workload, indices: Tensor) -> Tensor:
-    return take_batch(replace(workload, prepare=None), workload.train, indices)[1]
+def _targets(workload: Workload, indices: Tensor) -> Any:
+    return take_batch(replace(workload, prepare=None), workload.train, indices).targets

@@ -43,6 +43,7 @@ from gbp_ray.distributed.sharding import (
 )
 from gbp_ray.errors import StoreError, WorkloadError
 from gbp_ray.training.passes import Macs, count_macs
+from gbp_ray.workloads.batch import forward
 from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.data import derive_seed, first_example, seeded
 from gbp_ray.workloads.loading import build_network
@@ -135,7 +136,9 @@ def _build_here(
     workload: Workload, seed: int
 ) -> tuple[nn.Module, Macs, dict[str, str], dict[str, str]]:
     model, digests = _build(workload, seed, is_changed=True)
-    macs = count_macs(model, first_example(workload)[0])
+    macs = count_macs(
+        model, first_example(workload), lambda plain, batch: forward(plain, workload, batch)
+    )
     found = fingerprints_of_network(model, is_blank=_is_blank(model))
     found |= fingerprints_of_data(workload)
     return model, macs, digests, found

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from gbp_ray.distributed.ranks import isolated
 from gbp_ray.errors import in_one_line
+from gbp_ray.workloads.batch import map_tensors, tensors_in
 from gbp_ray.workloads.contract import in_mode
 
 __all__ = ["Macs", "count_macs"]
@@ -67,13 +68,18 @@ class Macs:
     fault: str = ""
 
 
-def count_macs(model: nn.Module, example: Tensor) -> Macs:
+def count_macs(
+    model: nn.Module,
+    example: Any,
+    run: Callable[[nn.Module, Any], Any] = lambda model, example: model(example),
+) -> Macs:
     """Counts the multiply-adds of one forward pass in eval mode.
 
     The pass runs on a copy, so that it changes no buffers or parameters. It never fails.
 
     Args:
-        example: (1, ...) one prepared input.
+        example: One prepared example, a tensor or a `Batch`.
+        run: Passes it through the network.
 
     Returns:
         Those of convolutions and matrix products; a weight that is used twice counts twice.
@@ -82,10 +88,10 @@ def count_macs(model: nn.Module, example: Tensor) -> Macs:
     with suppress(Exception):
         model = copy.deepcopy(model)
     counter = _Counter(model)
-    some = next(model.parameters(), example)
+    some = next(model.parameters(), next(tensors_in(example)))
     try:
         with _counting_mode(model), counter:
-            model(example.to(some.device))
+            run(model, map_tensors(example, lambda tensor: tensor.to(some.device)))
     except Exception as error:  # noqa: BLE001 - a bug still deserves one line
         return Macs({}, 0, in_one_line(error)[:200])
     if counter.hiding:

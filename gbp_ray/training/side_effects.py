@@ -20,9 +20,11 @@ from gbp_ray.config.training import Recipe
 from gbp_ray.distributed.ranks import Ranks, buffer_slots, checksum, isolated
 from gbp_ray.errors import ConfigError, WorkloadError, in_one_line, name_some
 from gbp_ray.training.buffers import TrainedBuffers
+from gbp_ray.workloads.batch import Batch, forward, size_of, tensors_in
 from gbp_ray.workloads.checks import Checked, find_unreached
 from gbp_ray.workloads.contract import Workload, in_mode
 from gbp_ray.workloads.data import compare_readings, is_alike
+from gbp_ray.workloads.losses import mean_loss
 
 __all__ = [
     "Watch",
@@ -152,12 +154,15 @@ def check_training_passes(
         ConfigError: A pass sets a parameter, which each part of a batch would do for itself.
         WorkloadError: A pass fails, or changes the shape of a buffer.
     """
-    workload, model, (inputs, targets) = checked.workload, checked.model, checked.first_batch
+    workload, model, batch = checked.workload, checked.model, checked.first_batch
     with in_mode(model, is_training=True):
         # One example has no variance over a batch.
-        if not recipes or len(inputs) < 2:
+        if not recipes or size_of(batch.inputs) < 2:
             with isolated(model, 0):
-                return find_unreached(model, lambda: workload.loss(model(inputs), targets))
+                return find_unreached(
+                    model,
+                    lambda: mean_loss(workload, forward(model, workload, batch), batch.targets),
+                )
         with isolated(model, 0):
             outputs, loss, changed = _pass(checked, watch)
             _warn_of_outside_parameters(model, loss)
@@ -180,22 +185,22 @@ def check_training_passes(
                 stacklevel=2,
             )
         if changed:
-            _warn_of_parts(recipes, model, inputs, changed)
+            _warn_of_parts(recipes, checked, changed)
     return unreached
 
 
 def _pass(checked: Checked, watch: Watch) -> tuple[object, Tensor, list[str]]:
     """Returns outputs, their loss, and the names of changed buffers, except those of norms."""
-    model, (inputs, targets) = checked.model, checked.first_batch
+    workload, model, batch = checked.workload, checked.model, checked.first_batch
     norms = (module for module in model.modules() if isinstance(module, _NormBase))
     of_norms = {id(buffer) for norm in norms for buffer in norm._buffers.values()}
     before = {n: b.clone() for n, b in model.named_buffers() if id(b) not in of_norms}
     try:
-        outputs = model(inputs)
-        loss = checked.workload.loss(outputs, targets)
+        outputs = forward(model, workload, batch)
+        loss = mean_loss(workload, outputs, batch.targets)
     except Exception as error:
         raise WorkloadError(
-            f"workload.train: {len(inputs)} examples in training mode failed with "
+            f"workload.train: {size_of(batch.inputs)} examples in training mode failed with "
             f"{in_one_line(error)}"
         ) from error
     watch.check_shapes()
@@ -242,20 +247,22 @@ def _check_parts(job: JobConfig, recipes: Mapping[str, Recipe], written: list[st
     )
 
 
-def _warn_of_parts(
-    recipes: Mapping[str, Recipe], model: nn.Module, inputs: Tensor, changed: list[str]
-) -> None:
+def _warn_of_parts(recipes: Mapping[str, Recipe], checked: Checked, changed: list[str]) -> None:
     """Warns of buffers whose values after a step depend on the number of microbatches."""
+    batch, total = checked.first_batch, size_of(checked.first_batch.inputs)
     for section, recipe in recipes.items():
         if recipe.microbatches == 1:
             continue
         # Parts of one example count examples as they count parts.
-        size = 1 if recipe.batch_size // recipe.microbatches == 1 else len(inputs) // 2
-        one, other = inputs[:size], inputs[size : 2 * size]
+        size = 1 if recipe.batch_size // recipe.microbatches == 1 else total // 2
+        one, other, both = (
+            batch.part(rows, total)
+            for rows in (slice(size), slice(size, 2 * size), slice(2 * size))
+        )
         differing: dict[str, None] = {}
         # In both orders: the last part may happen to hold what counts.
         for parts in ([one, other], [other, one]):
-            whole, joined = _after_step(model, [torch.cat(parts)]), _after_step(model, parts)
+            whole, joined = _after_step(checked, [both]), _after_step(checked, parts)
             differing |= {n: None for n in changed if not _is_close(whole[n], joined[n])}
         if differing:
             warnings.warn(
@@ -267,13 +274,14 @@ def _warn_of_parts(
             return
 
 
-def _after_step(model: nn.Module, parts: list[Tensor]) -> dict[str, Tensor]:
-    buffers = TrainedBuffers(model, parts[0].device)
+def _after_step(checked: Checked, parts: list[Batch]) -> dict[str, Tensor]:
+    workload, model = checked.workload, checked.model
+    buffers = TrainedBuffers(model, next(tensors_in(parts[0].inputs)).device)
     with isolated(model, 0):
         buffers.remember(len(parts))
         collected = []
         for number, part in enumerate(parts):
-            model(part)
+            forward(model, workload, part)
             collected.append(buffers.collect(number) / len(parts))
         buffers.settle(torch.stack(collected).sum(dim=0), Ranks())
         return {name: buffer.clone() for name, buffer in model.named_buffers()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from gbp_ray.errors import GbpError, WorkloadError, in_one_line
+from gbp_ray.workloads.batch import (
+    Batch,
+    forward,
+    kind_of,
+    size_of,
+    take_part,
+    tensors_in,
+)
 from gbp_ray.workloads.contract import Workload, count_rows, count_top1, in_mode, num_examples
-from gbp_ray.workloads.data import kind_of, take_batch
-from gbp_ray.workloads.metrics import check_share, count_items, count_right, cross_entropy_options
+from gbp_ray.workloads.data import take_batch
+from gbp_ray.workloads.losses import (
+    check_share,
+    count_items,
+    count_right,
+    cross_entropy_options,
+    mean_loss,
+)
+from gbp_ray.workloads.metrics import Metric, compute_metric, metrics_of, update_metric
 
 __all__ = [
     "Checked",
@@ -36,18 +51,18 @@ class Checked:
 
     Attributes:
         model: The network, as it was built.
-        first_batch: (inputs, targets) of training examples from all over the split, augmented.
+        first_batch: Training examples from all over the split, augmented.
         outputs: Of the network in eval mode, without a graph.
         unreached: Names of the parameters that their loss does not depend on.
     """
 
     workload: Workload
     model: nn.Module
-    first_batch: tuple[Tensor, Tensor]
+    first_batch: Batch
     outputs: Any
     unreached: tuple[str, ...]
 
-    def take_example(self) -> tuple[Tensor, Tensor]:
+    def take_example(self) -> Batch:
         """Returns the first training example, augmented, as a batch of its own."""
         return take_batch(self.workload, self.workload.train, torch.tensor([0]), augment_seed=0)
 
@@ -87,26 +102,32 @@ def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: i
     if is_train:
         # Labels may lie in order, and a mean over one example shows nothing.
         indices = torch.linspace(0, total - 1, min(max(batch_size, 4), total)).long()
-    inputs: Any = None
+    metrics = metrics_of(workload)
+    batch: Batch | None = None
     outputs: Any = None
     try:
         with torch.no_grad():
             # Only training examples are augmented.
             seed = 0 if is_train else None
-            inputs, targets = take_batch(workload, data, indices, augment_seed=seed)
-            graph = _pass_with_graph(model, inputs) if is_train else None
-            outputs = model(inputs) if graph is None else graph.detach()
+            batch = take_batch(workload, data, indices, augment_seed=seed)
+            graph = _pass_with_graph(workload, model, batch) if is_train else None
+            outputs = forward(model, workload, batch) if graph is None else graph.detach()
+            targets = batch.targets
             _check_labels(workload, split, outputs, targets)
             loss = _checked_loss(workload, outputs, targets)
             _check_right(workload, split, outputs, targets)
+            for metric in metrics:
+                compute_metric(
+                    metric, update_metric(metric, workload, split, outputs, targets), split
+                )
             if is_train and total > 1:
-                _check_means(workload, model, inputs, outputs, targets)
+                _check_means(workload, model, batch, outputs, metrics)
     except GbpError:
         raise
     except Exception as error:
         raise WorkloadError(
             f"workload.{split}: one batch of {len(indices)} examples failed with "
-            f"{in_one_line(error)}{_remedy(model, inputs, outputs)}"
+            f"{in_one_line(error)}{_remedy(workload, model, batch, outputs)}"
         ) from error
     if not isinstance(loss, Tensor) or loss.ndim != 0:
         raise WorkloadError(
@@ -115,16 +136,17 @@ def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: i
         )
 
     def loss_of_graph() -> Tensor:
-        return workload.loss(model(inputs) if graph is None else graph, targets)
+        seen = forward(model, workload, batch) if graph is None else graph
+        return mean_loss(workload, seen, targets)
 
     unreached = find_unreached(model, loss_of_graph) if is_train else ()
-    return Checked(workload, model, (inputs, targets), outputs, unreached)
+    return Checked(workload, model, batch, outputs, unreached)
 
 
-def _pass_with_graph(model: nn.Module, inputs: Tensor) -> Tensor | None:
+def _pass_with_graph(workload: Workload, model: nn.Module, batch: Batch) -> Tensor | None:
     """Returns outputs to differentiate; None where they are no tensor, or only evaluation works."""
     with suppress(Exception), torch.enable_grad():
-        outputs = model(inputs)
+        outputs = forward(model, workload, batch)
         return outputs if isinstance(outputs, Tensor) else None
     return None
 
@@ -139,14 +161,19 @@ def find_unreached(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[str, .
     return ()
 
 
-def _shapes(outputs: Any, targets: Tensor) -> str:
+def _shapes(outputs: Any, targets: Any) -> str:
     return f"outputs {kind_of(outputs)}, targets {kind_of(targets)}"
 
 
-def _remedy(model: nn.Module, inputs: Any, outputs: Any) -> str:
+def _remedy(workload: Workload, model: nn.Module, batch: Batch | None, outputs: Any) -> str:
     weights = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if outputs is not None or weights is None or not isinstance(inputs, Tensor):
+    if outputs is not None or weights is None or batch is None:
         return ""
+    inputs = batch.inputs
+    if not isinstance(inputs, Tensor):
+        if workload.forward is not None or batch.is_pair:
+            return ""
+        return f"; a batch is {kind_of(inputs)}: give Workload a forward(model, batch)"
     if not inputs.is_floating_point() or inputs.dtype is weights.dtype:
         return ""
     return (
@@ -155,12 +182,12 @@ def _remedy(model: nn.Module, inputs: Any, outputs: Any) -> str:
     )
 
 
-def _checked_loss(workload: Workload, outputs: Any, targets: Tensor) -> Any:
+def _checked_loss(workload: Workload, outputs: Any, targets: Any) -> Any:
     try:
         with warnings.catch_warnings():
             # Torch warns only, and goes on with every output against every target.
             warnings.filterwarnings("error", "Using a target size", UserWarning)
-            return workload.loss(outputs, targets)
+            return mean_loss(workload, outputs, targets)
     except UserWarning as error:
         raise WorkloadError(
             "workload.loss: outputs and targets are spread over each other "
@@ -169,14 +196,16 @@ def _checked_loss(workload: Workload, outputs: Any, targets: Tensor) -> Any:
         ) from error
 
 
-def _check_right(workload: Workload, split: str, outputs: Any, targets: Tensor) -> None:
+def _check_right(workload: Workload, split: str, outputs: Any, targets: Any) -> None:
     """Refuses a count of right answers that is above the number of examples, or may become so."""
+    if workload.count_correct is count_top1:
+        return
     shapes = _shapes(outputs, targets)
-    right, asked = count_right(workload, split, outputs, targets)
+    right, asked = count_right(workload, outputs, targets)
     check_share(split, int(right), int(asked), shapes)
     if (
-        workload.count_correct is count_top1
-        or not isinstance(outputs, Tensor)
+        not isinstance(outputs, Tensor)
+        or not isinstance(targets, Tensor)
         or outputs.ndim < 2
         or targets.is_floating_point()
         or targets.shape != outputs.shape[:1] + outputs.shape[2:]
@@ -185,33 +214,40 @@ def _check_right(workload: Workload, split: str, outputs: Any, targets: Tensor) 
     labels = targets.long().clamp(0, outputs.shape[1] - 1).unsqueeze(1)
     perfect = torch.zeros_like(outputs).scatter_(1, labels, 1)
     try:
-        right, asked = count_right(workload, split, perfect, targets)
+        right, asked = count_right(workload, perfect, targets)
     except Exception:  # noqa: BLE001 - it may want other outputs than these
         return
     check_share(split, int(right), int(asked), shapes)
 
 
 def _check_means(
-    workload: Workload, model: nn.Module, inputs: Tensor, outputs: Any, targets: Tensor
+    workload: Workload,
+    model: nn.Module,
+    batch: Batch,
+    outputs: Any,
+    metrics: Sequence[Metric],
 ) -> None:
-    """Refuses a loss that is no mean over its items, and an own count that is no sum.
+    """Refuses a loss that is no mean over its items, and metrics that are no sums.
 
     Both are compared with those of two halves of the batch and, where they can be made up, once
     more with labels of all classes, and with outputs that differ more than those of an untrained
     network do.
     """
-    size = len(targets)
+    size = size_of(batch.targets)
+    if size < 2:
+        return
     halves = (slice(0, size // 2), slice(size // 2, size))
 
-    def check(outputs: Any, targets: Tensor) -> None:
+    def check(outputs: Any, targets: Any) -> None:
         if isinstance(outputs, Tensor):
             parts = [outputs[half] for half in halves]
         else:
-            parts = [model(inputs[half]) for half in halves]
-        _check_halves(workload, outputs, parts, targets, halves)
+            parts = [forward(model, workload, batch.part(half, size)) for half in halves]
+        _check_halves(workload, outputs, parts, targets, halves, metrics)
 
+    targets = batch.targets
     check(outputs, targets)
-    if not isinstance(outputs, Tensor):
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         return
     if targets.ndim == 1 and not targets.is_floating_point() and outputs.ndim == 2:
         check(outputs, (torch.arange(size) % outputs.shape[1]).to(targets))
@@ -248,32 +284,28 @@ def _check_halves(
     workload: Workload,
     outputs: Any,
     parts: list[Any],
-    targets: Tensor,
+    targets: Any,
     halves: tuple[slice, slice],
+    metrics: Sequence[Metric],
 ) -> None:
-    pairs = [(part, targets[half]) for part, half in zip(parts, halves, strict=True)]
+    size = size_of(targets)
+    pairs = [
+        (part, take_part(targets, half, size)) for part, half in zip(parts, halves, strict=True)
+    ]
     shapes = _shapes(outputs, targets)
-    if workload.count_correct is not count_top1:
-        whole, *split = (
-            int(count_right(workload, "train", *pair)[0]) for pair in ((outputs, targets), *pairs)
-        )
-        if whole != sum(split):
-            raise WorkloadError(
-                f"workload.count_correct: is no sum over examples: {whole} over {len(targets)} of "
-                f"them, but {split[0]} and {split[1]} over their halves ({shapes}); it must return "
-                "how many of the examples are right"
-            )
+    for metric in metrics:
+        _check_sums(workload, metric, outputs, targets, pairs, shapes)
     is_known = workload.count is None and cross_entropy_options(workload.loss) is not None
-    if is_known or workload.count is len:
+    if (is_known and isinstance(targets, Tensor)) or workload.count is len:
         return
     counts = count_items(workload, targets)
-    counts = torch.ones(len(targets)) if counts is None else counts.cpu()
+    counts = torch.ones(size) if counts is None else counts.cpu()
     if not all(counts[half].any() for half in halves):
         return
-    found = workload.loss(outputs, targets)
+    found = mean_loss(workload, outputs, targets)
     if not isinstance(found, Tensor) or found.ndim:
         return
-    loss, *own = (float(found), *(float(workload.loss(*pair)) for pair in pairs))
+    loss, *own = (float(found), *(float(mean_loss(workload, *pair)) for pair in pairs))
     weights = [float(counts[half].sum() / counts.sum()) for half in halves]
     mean = sum(weight * value for weight, value in zip(weights, own, strict=True))
     tolerance = torch.finfo(found.dtype).eps ** 0.5 * max(abs(loss), *map(abs, own))
@@ -281,13 +313,66 @@ def _check_halves(
         raise WorkloadError(
             f"workload.{'loss' if workload.count is None else 'count'}: the loss is no mean over "
             f"{'examples' if workload.count is None else 'what it counts'}: {loss:.6g} over "
-            f"{len(targets)} of them, but {mean:.6g} as the mean of their halves ({shapes}), so it "
+            f"{size} of them, but {mean:.6g} as the mean of their halves ({shapes}), so it "
             "would depend on the batch size; give Workload a count, targets -> number of items "
             "that their loss is a mean over, or count=len to let each example count alike"
+            f"{_fitting_count(targets, loss, own, halves, tolerance)}"
         )
 
 
-def _check_labels(workload: Workload, split: str, outputs: Any, targets: Tensor) -> None:
+def _fitting_count(
+    targets: Any,
+    loss: float,
+    own: list[float],
+    halves: tuple[slice, slice],
+    tolerance: float,
+) -> str:
+    """Names a count of labels that a loss for a mapping turns out to be a mean over."""
+    labels = targets.get("labels") if isinstance(targets, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.ndim < 2:
+        return ""
+    for text, counted in (
+        ("batch['labels'] != -100", labels != -100),
+        ("batch['labels'][:, 1:] != -100", labels[:, 1:] != -100),
+    ):
+        weights = [float(counted[half].sum()) for half in halves]
+        mean = sum(w * value for w, value in zip(weights, own, strict=True)) / sum(weights)
+        if abs(loss - mean) <= tolerance:
+            return f"; here count=lambda batch: ({text}).sum() fits"
+    return ""
+
+
+def _check_sums(
+    workload: Workload,
+    metric: Metric,
+    outputs: Any,
+    targets: Any,
+    pairs: list[tuple[Any, Any]],
+    shapes: str,
+) -> None:
+    whole, *split = (
+        update_metric(metric, workload, "train", *pair) for pair in ((outputs, targets), *pairs)
+    )
+    total = split[0] + split[1] if split[0].shape == split[1].shape else split[0]
+    if metric.name == "accuracy" and workload.count_correct is not count_top1:
+        counts = [int(sums[0]) for sums in (whole, *split)]
+        if counts[0] != counts[1] + counts[2]:
+            raise WorkloadError(
+                f"workload.count_correct: is no sum over examples: {counts[0]} over "
+                f"{size_of(targets)} of them, but {counts[1]} and {counts[2]} over their halves "
+                f"({shapes}); it must return how many of the examples are right"
+            )
+    elif whole.shape != total.shape or not torch.allclose(
+        whole, total, rtol=1e-4, atol=1e-6 * float(whole.abs().max()), equal_nan=True
+    ):
+        raise WorkloadError(
+            f"workload.metrics: {metric.name}.update is no sum over examples: over "
+            f"{size_of(targets)} of them it is not what it is over their halves together "
+            f"({shapes}); it must return sums that batches add to"
+        )
+
+
+def _check_labels(workload: Workload, split: str, outputs: Any, targets: Any) -> None:
     if not _is_classifier(workload, outputs, targets):
         return
     options = cross_entropy_options(workload.loss) or {}
@@ -310,10 +395,11 @@ def _check_labels(workload: Workload, split: str, outputs: Any, targets: Tensor)
         )
 
 
-def _is_classifier(workload: Workload, outputs: Any, targets: Tensor) -> bool:
+def _is_classifier(workload: Workload, outputs: Any, targets: Any) -> bool:
     return (
         cross_entropy_options(workload.loss) is not None
         and isinstance(outputs, Tensor)
+        and isinstance(targets, Tensor)
         and outputs.ndim >= 2
         and not targets.is_floating_point()
     )
@@ -330,7 +416,7 @@ def _are_out_of_range(workload: Workload, labels: Any, outputs: Tensor) -> Any:
 
 
 def check_labels(
-    workload: Workload, split: str, indices: Tensor, outputs: Tensor, targets: Tensor
+    workload: Workload, split: str, indices: Tensor, outputs: Any, targets: Any
 ) -> None:
     """Raises WorkloadError for the first label of a batch that no output stands for.
 
@@ -354,15 +440,19 @@ def check_labels(
 
 def check_finite(workload: Workload, split: str, indices: Tensor) -> None:
     """Raises WorkloadError for the first example of a batch that holds NaN or infinity."""
-    columns = take_batch(workload, getattr(workload, split), indices)
-    for what, column in zip(("input", "target"), columns, strict=True):
-        bad = (~torch.isfinite(column)).reshape(len(indices), -1).any(dim=1).nonzero()
-        if len(bad):
-            raise WorkloadError(
-                f"workload.{split}: the {what} of example {int(indices[int(bad[0])])}, as prepared "
-                "for the model, holds NaN or infinity, and so the loss is not finite; mend the "
-                "example or leave it out"
-            )
+    batch = take_batch(workload, getattr(workload, split), indices)
+    names = ("input", "target") if batch.is_pair else ("batch",)
+    for what, column in zip(names, batch, strict=False):
+        for tensor in tensors_in(column):
+            if not tensor.ndim or len(tensor) != len(indices):
+                continue
+            bad = (~torch.isfinite(tensor)).reshape(len(indices), -1).any(dim=1).nonzero()
+            if len(bad):
+                raise WorkloadError(
+                    f"workload.{split}: the {what} of example {int(indices[int(bad[0])])}, as "
+                    "prepared for the model, holds NaN or infinity, and so the loss is not finite; "
+                    "mend the example or leave it out"
+                )
 
 
 @contextmanager
@@ -388,16 +478,19 @@ def _find_refused_target(
         return None
     try:
         with torch.no_grad(), in_mode(model, is_training=False):
-            inputs, targets = take_batch(workload, getattr(workload, split), indices)
-            outputs = model(inputs)
+            batch = take_batch(workload, getattr(workload, split), indices)
+            outputs = forward(model, workload, batch)
     except Exception:  # noqa: BLE001 - it may want other outputs than these
         return None
+    targets, size = batch.targets, len(indices)
     for row, index in enumerate(indices.tolist()):
+        own = slice(row, row + 1)
         try:
             with torch.no_grad():
-                workload.loss(outputs[row : row + 1], targets[row : row + 1])
+                mean_loss(workload, take_part(outputs, own, size), take_part(targets, own, size))
         except Exception as error:  # noqa: BLE001 - told by name
-            target = f" = {targets[row].item()}" if targets[row].numel() == 1 else ""
+            is_one = isinstance(targets, Tensor) and targets[row].numel() == 1
+            target = f" = {targets[row].item()}" if is_one else ""
             return (
                 f"workload.{split}: the loss refuses the target{target} of example {index}: "
                 f"{in_one_line(error)}"

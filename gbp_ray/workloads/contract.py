@@ -105,22 +105,27 @@ class Portion:
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """A model with its data, loss and metric.
+    """A model with its data, loss and metrics.
 
-    Data is either a pair of tensors or arrays `(inputs, targets)` whose first axis counts examples,
-    or any map-style dataset whose items are `(input, target)`.
+    Data is a pair of tensors or arrays `(inputs, targets)` whose first axis counts examples, a
+    map-style dataset (one of Hugging Face, too), or a DataLoader, of which dataset and collate
+    function are taken. Items are `(input, target)` or any other nest of tensors, such as a dict.
+
+    `loss`, `count`, `count_correct` and metrics are given the targets of pairs, and of any other
+    items the whole batch.
 
     Attributes:
         build_model: Makes the dense network; called under a seed of the job.
         train: Examples to score and to train on.
         test: Examples that accuracy and loss are reported on.
         loss: `(outputs, targets) -> scalar`, the mean over the batch, or over the items that
-            `count` counts.
+            `count` counts. Left out, outputs for a dict must carry theirs as `outputs.loss`.
         count_correct: `(outputs, targets) -> integer scalar`, how many of the examples are right;
             accuracy is its sum over examples. By default top-1, of (B, classes, ...) outputs and
             (B, ...) labels: where positions are labelled, accuracy is their share, without those
             that the loss ignores.
-        prepare: `inputs -> inputs` for every batch, such as scaling bytes to normalised floats.
+        prepare: `inputs -> inputs` for every batch, such as scaling bytes to normalised floats; of
+            items that are no pairs it takes and gives the whole batch, as `augment` does.
         augment: `inputs -> inputs` for training batches only, before `prepare`; draws from the
             global generators of torch, NumPy or `random`, which are seeded for each part of each
             batch. They are seeded for each item of a data set, too, and for each pass.
@@ -134,19 +139,27 @@ class Workload:
             and NLL loss with class weights, labels that are ignored or labelled positions; any
             other loss must be a mean over examples, `len`.
         classes: Names by label, for reports; empty takes a data set's `classes`, where it has them.
+        forward: `(model, batch) -> outputs`, where the default does not suit: it passes a tensor as
+            it is, a dict as keyword arguments, several inputs as arguments.
+        collate: `list of items -> batch`, where items cannot be stacked: pads or packs them.
+        metrics: Names (accuracy, top5, perplexity, mse, rmse, mae, r2, f1, mIoU), `Metric`s, or
+            metrics of torchmetrics whose states are sums. The first one judges; accuracy if empty.
     """
 
     build_model: Callable[[], nn.Module]
     train: Any
     test: Any
-    loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
-    count_correct: Callable[[Tensor, Tensor], Tensor] = count_top1
-    prepare: Callable[[Tensor], Tensor] | None = None
-    augment: Callable[[Tensor], Tensor] | None = None
+    loss: Callable[[Any, Any], Tensor] = functional.cross_entropy
+    count_correct: Callable[[Any, Any], Tensor] = count_top1
+    prepare: Callable[[Any], Any] | None = None
+    augment: Callable[[Any], Any] | None = None
     input_range: InputRange | None = None
     validation: Any = None
-    count: Callable[[Tensor], float | Tensor] | None = None
+    count: Callable[[Any], float | Tensor] | None = None
     classes: Sequence[str] = ()
+    forward: Callable[[nn.Module, Any], Any] | None = None
+    collate: Callable[[list[Any]], Any] | None = None
+    metrics: Sequence[Any] = ()
 
     @cached_property
     def known_counts(self) -> dict[int, Tensor]:

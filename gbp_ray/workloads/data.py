@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,23 +15,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from gbp_ray.errors import GbpError, WorkloadError, in_one_line
+from gbp_ray.errors import GbpError, WorkloadError, in_one_line, name_some
+from gbp_ray.workloads.batch import Batch, kind_of, map_tensors, size_of, tensors_in
 from gbp_ray.workloads.contract import Portion, Workload, num_examples
 
 __all__ = [
+    "Loaded",
     "collate",
     "compare_readings",
     "cut_batches",
     "derive_seed",
     "first_example",
     "is_alike",
-    "kind_of",
     "plant_seed",
     "read_item",
     "seeded",
     "shuffled_indices",
     "take_batch",
     "take_rows",
+    "without_loaders",
 ]
 
 _NUM_COMPARED = 8
@@ -37,61 +41,135 @@ _MAY_PASS = (MemoryError, ConnectionError, TimeoutError)
 """Failures that another attempt may not meet; all others are taken to come again."""
 
 
-def kind_of(value: object) -> str:
-    """Describes a value for a message: dtype and shape of a tensor, else the type."""
-    if isinstance(value, Tensor | np.ndarray):
-        return f"{value.dtype} of shape {tuple(value.shape)}"
-    if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {len(value)}"
-    if isinstance(value, dict):
-        return f"a dict with keys {', '.join(repr(key) for key in list(value)[:5])}"
-    return type(value).__name__
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """The data set of a DataLoader, with its collate function, None where that is torch's own."""
+
+    data: Any
+    collate: Callable[[list[Any]], Any] | None
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]
 
 
-def read_item(data: Any, index: int, split: str) -> Sequence[Any]:
-    """Reads (input, target); raises WorkloadError if the data set fails, or gives no such pair."""
-    where = f"workload.{split}: example {index}"
+def without_loaders(workload: Workload) -> Workload:
+    """Replaces DataLoaders by their data sets and collate functions, and warns of it.
+
+    Raises:
+        WorkloadError: A loader's data set has no examples by index.
+    """
+    found: dict[str, Any] = {}
+    for split in ("train", "test", "validation"):
+        loader = getattr(workload, split)
+        if not isinstance(loader, DataLoader):
+            continue
+        if isinstance(loader.dataset, IterableDataset):
+            raise WorkloadError(
+                f"workload.{split}: a DataLoader over a {type(loader.dataset).__name__} has no "
+                "examples by index; give a map-style data set"
+            )
+        own = loader.collate_fn
+        found[split] = Loaded(loader.dataset, None if own is default_collate else own)
+    if found:
+        names = " and ".join(f"workload.{split}" for split in found)
+        warnings.warn(
+            f"{names}: the data set and the collate function of the DataLoader are used; its batch "
+            "size, sampler and processes are not, since the job decides these",
+            stacklevel=2,
+        )
+    return replace(workload, **found) if found else workload
+
+
+def read_item(data: Any, index: int, split: str) -> Any:
+    """Reads an example; raises WorkloadError if the data set fails."""
     try:
-        item = data[index]
+        return data[index]
     except (GbpError, *_MAY_PASS):
         raise
     except Exception as error:
-        if isinstance(data, DataLoader | IterableDataset):
+        if isinstance(data, IterableDataset):
             raise WorkloadError(
                 f"workload.{split}: a {type(data).__name__} has no examples by index; give "
-                "(inputs, targets) or a map-style data set, such as a DataLoader's dataset"
+                "(inputs, targets) or a map-style data set"
             ) from error
         raise WorkloadError(
-            f"{where} cannot be read, its data set raised {in_one_line(error)}; mend the example "
-            "or leave it out"
+            f"workload.{split}: example {index} cannot be read, its data set raised "
+            f"{in_one_line(error)}; mend the example or leave it out"
         ) from error
-    if not isinstance(item, tuple | list) or len(item) != 2:
-        raise WorkloadError(f"{where} is {kind_of(item)}; items must be (input, target)")
-    for what, value in zip(("input", "target"), item, strict=True):
-        if not _is_numeric(value):
-            raise WorkloadError(
-                f"{where}: its {what} is {kind_of(value)}; {what}s must be one tensor, array or "
-                "number each; convert it in the data set"
-            )
-    return item
 
 
-def collate(items: Sequence[Sequence[Any]], indices: Sequence[int], split: str) -> list[Tensor]:
-    """Joins items of `read_item` into inputs and targets, (B, ...) each.
+def collate(items: Sequence[Any], indices: Sequence[int], split: str) -> Batch:
+    """Stacks examples leaf by leaf, (B, ...) each; lists of numbers count as tensors.
 
     Raises:
-        WorkloadError: Shapes or dtypes differ, naming two examples.
+        WorkloadError: A leaf is no number or tensor, or its name, shape or dtype differ between
+            two examples; naming them.
     """
-    for what, column in zip(("input", "target"), zip(*items, strict=True), strict=True):
-        kinds = [_describe(value) for value in column]
-        for index, kind in zip(indices, kinds, strict=True):
-            if kind != kinds[0]:
-                raise WorkloadError(
-                    f"workload.{split}: the {what}s of examples {indices[0]} and {index} cannot be "
-                    f"put into one batch: {kinds[0]} and {kind}; give all one shape and one dtype"
-                )
-    columns: list[Tensor] = default_collate(list(items))
-    return columns
+    rows = [
+        _leaves(item, f"workload.{split}: example {index}")
+        for item, index in zip(items, indices, strict=True)
+    ]
+    kinds = [{name: _describe(leaf) for name, leaf in row.items()} for row in rows]
+    for index, kind in zip(indices, kinds, strict=True):
+        if kind != kinds[0]:
+            names = (kinds[0] | kind).keys()
+            name = next(n for n in names if kind.get(n) != kinds[0].get(n))
+            one, other = (found.get(name, "none there") for found in (kinds[0], kind))
+            raise WorkloadError(
+                f"workload.{split}: the {name}s of examples {indices[0]} and {index} cannot be put "
+                f"into one batch: {one} and {other}; give all one shape and one dtype, or give "
+                "Workload a collate that pads them"
+            )
+    columns = {name: default_collate([row[name] for row in rows]) for name in rows[0]}
+    return Batch.of(_rebuild(items[0], columns))
+
+
+def _leaves(item: Any, where: str) -> dict[str, Any]:
+    """Lists the tensors, arrays and numbers of an example by name."""
+    found: dict[str, Any] = {}
+
+    def visit(value: Any, name: str) -> None:
+        if isinstance(value, Mapping):
+            for key in value:
+                visit(value[key], f"{name}[{key!r}]")
+        elif isinstance(value, (tuple, list)) and not _is_numeric(value):
+            for place, part in enumerate(value):
+                visit(part, f"{name}[{place}]")
+        elif _is_numeric(value):
+            found[name] = value if not isinstance(value, (tuple, list)) else np.asarray(value)
+        else:
+            raise WorkloadError(
+                f"{where}: its {name} is {kind_of(value)}; examples are (input, target) or other "
+                "nests of tensors, arrays and numbers; convert it in the data set, or give "
+                "Workload a collate"
+            )
+
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        visit(item[0], "input")
+        visit(item[1], "target")
+    else:
+        visit(item, "item")
+    if not found:
+        raise WorkloadError(f"{where} is {kind_of(item)}, which holds no tensor; leave it out")
+    return found
+
+
+def _rebuild(item: Any, columns: dict[str, Any]) -> Any:
+    """Puts joined leaves into the nest that the items have."""
+
+    def build(value: Any, name: str) -> Any:
+        if name in columns:
+            return columns[name]
+        if isinstance(value, Mapping):
+            return {key: build(value[key], f"{name}[{key!r}]") for key in value}
+        return tuple(build(part, f"{name}[{place}]") for place, part in enumerate(value))
+
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        return build(item[0], "input"), build(item[1], "target")
+    return build(item, "item")
 
 
 def take_rows(column: Any, indices: Tensor, split: str) -> Tensor:
@@ -116,6 +194,15 @@ def take_rows(column: Any, indices: Tensor, split: str) -> Tensor:
 def _is_numeric(value: object) -> bool:
     if isinstance(value, np.ndarray | np.generic):
         return value.dtype.kind in "biufc"
+    if isinstance(value, (tuple, list)):
+        # A list of numbers, or of equally long lists of them.
+        parts = [value]
+        while isinstance(parts[0], (tuple, list)) and len({len(part) for part in parts}) == 1:
+            if not (parts := [inner for part in parts for inner in part]):
+                return False
+            if not all(isinstance(part, (tuple, list)) for part in parts):
+                return all(isinstance(part, (bool, int, float)) for part in parts)
+        return False
     return isinstance(value, Tensor | bool | int | float)
 
 
@@ -194,7 +281,7 @@ def take_batch(
     *,
     device: torch.device | None = None,
     augment_seed: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Batch:
     """Fetches examples by index, augments them if a seed is given, and prepares them.
 
     An item's index and `augment_seed` seed the global generators of torch, NumPy and `random` that
@@ -205,35 +292,43 @@ def take_batch(
         augment_seed: Seeds `workload.augment`; None leaves augmentation out.
 
     Raises:
-        WorkloadError: An item cannot be read, items do not fit into one batch, or `augment` or
-            `prepare` fails; naming the split and the examples.
+        WorkloadError: An item cannot be read, items do not fit into one batch, or `collate`,
+            `augment` or `prepare` fails; naming the split and the examples.
     """
     split = _split_of(workload, data)
     while isinstance(data, Portion):
         data, indices = data.data, data.indices[indices]
     key = () if augment_seed is None else (augment_seed,)
     if isinstance(data, tuple):
-        inputs, targets = (take_rows(column, indices, split) for column in data)
+        batch = Batch(*(take_rows(column, indices, split) for column in data))
     else:
-        inputs, targets = _read_items(data, indices.tolist(), split, key)
+        batch = _read_items(workload, data, indices.tolist(), split, key)
     if augment_seed is not None and workload.augment is not None:
         with seeded(augment_seed), _naming("augment", split, indices):
-            inputs = workload.augment(inputs)
-        if not isinstance(inputs, Tensor) or len(inputs) != len(targets):
-            raise WorkloadError(
-                f"workload.augment: must return one tensor of {len(targets)} inputs, as many as it "
-                f"was given, not {kind_of(inputs)}"
-            )
+            batch = _changed(batch, workload.augment)
+        if isinstance(batch.targets, Tensor) and batch.is_pair:
+            inputs, size = batch.inputs, len(batch.targets)
+            if not isinstance(inputs, Tensor) or len(inputs) != size:
+                raise WorkloadError(
+                    f"workload.augment: must return one tensor of {size} inputs, as many as it "
+                    f"was given, not {kind_of(inputs)}"
+                )
     if device is not None:
-        inputs, targets = inputs.to(device), targets.to(device)
+        batch = batch.map(lambda tensor: tensor.to(device))
     if workload.prepare is not None:
         seed = derive_seed("prepare", *key, *indices[:1].tolist())
         with seeded(seed), _naming("prepare", split, indices):
-            inputs = workload.prepare(inputs)
-    return inputs, targets
+            batch = _changed(batch, workload.prepare)
+    return batch
 
 
-def first_example(workload: Workload) -> tuple[Tensor, Tensor]:
+def _changed(batch: Batch, function: Callable[[Any], Any]) -> Batch:
+    """Applies a workload's own function to the inputs of pairs, or to a whole batch."""
+    inputs = function(batch.inputs)
+    return Batch(inputs, batch.targets) if batch.is_pair else Batch(inputs, inputs)
+
+
+def first_example(workload: Workload) -> Batch:
     """Fetches the first training example, not augmented, as a batch of one."""
     return take_batch(workload, workload.train, torch.zeros(1, dtype=torch.long))
 
@@ -246,10 +341,9 @@ def compare_readings(workload: Workload, data: Any, *seeds: int | None) -> list[
 
 
 def is_alike(one: object, other: object) -> bool:
-    """Returns whether two tensors hold the same values; anything else is not compared."""
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return True
-    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+    """Returns whether the tensors of two nests hold the same values; no others are compared."""
+    pairs = list(zip(tensors_in(one), tensors_in(other), strict=False))
+    return all(a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
 
 
 @contextmanager
@@ -268,15 +362,51 @@ def _naming(what: str, split: str, indices: Tensor) -> Iterator[None]:
 
 
 def _read_items(
-    data: Any, indices: Sequence[int], split: str, key: tuple[int, ...]
-) -> list[Tensor]:
+    workload: Workload, data: Any, indices: Sequence[int], split: str, key: tuple[int, ...]
+) -> Batch:
     """Reads a data set's items, each under a seed of its own, so that batches may be cut anyhow."""
+    own = workload.collate or (data.collate if isinstance(data, Loaded) else None)
     items = []
     with seeded(0):
         for index in indices:
             plant_seed(derive_seed("item", *key, index))
             items.append(read_item(data, index, split))
-        return collate(items, indices, split)
+        if own is None:
+            return collate(items, indices, split)
+        return _collate_own(own, items, indices, split)
+
+
+def _collate_own(
+    function: Callable[[list[Any]], Any], items: list[Any], indices: Sequence[int], split: str
+) -> Batch:
+    """Joins items by the user's function; names the example that it fails on."""
+
+    def join(some: list[Any]) -> Any:
+        try:
+            return function(some)
+        except (GbpError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001 - told by name below
+            return error
+
+    found = join(items)
+    if isinstance(found, Exception):
+        pairs = zip(indices, items, strict=True)
+        bad = next((index for index, item in pairs if isinstance(join([item]), Exception)), None)
+        where = f"example {bad}"
+        if bad is None:
+            where = f"examples {name_some([str(index) for index in indices])} together"
+        raise WorkloadError(
+            f"workload.collate raised {in_one_line(found)} on {where} of workload.{split}; it "
+            "takes a list of items and returns (inputs, targets) or another nest of tensors"
+        ) from found
+    batch = Batch.of(map_tensors(found, lambda tensor: tensor))
+    if not size_of(batch.targets):
+        raise WorkloadError(
+            f"workload.collate: returned {kind_of(found)} for {len(items)} examples of "
+            f"workload.{split}; it must return (inputs, targets) or another nest of tensors"
+        )
+    return batch
 
 
 def _split_of(workload: Workload, data: Any) -> str:

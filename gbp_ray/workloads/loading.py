@@ -26,6 +26,7 @@ from gbp_ray.config.job import JobConfig, list_code, load_job
 from gbp_ray.config.schema import nearest_name
 from gbp_ray.config.workload import EncodingConfig, WorkloadConfig
 from gbp_ray.errors import ConfigError, GbpError, WorkloadError, in_one_line
+from gbp_ray.workloads.batch import kind_of
 from gbp_ray.workloads.contract import (
     Portion,
     Workload,
@@ -36,9 +37,9 @@ from gbp_ray.workloads.contract import (
 from gbp_ray.workloads.data import (
     derive_seed,
     first_example,
-    kind_of,
     seeded,
     shuffled_indices,
+    without_loaders,
 )
 from gbp_ray.workloads.encoding import encode_network
 from gbp_ray.workloads.tying import find_shared_memory, with_tied_weights, without_wrappers
@@ -108,6 +109,7 @@ def load_workload(config: WorkloadConfig, seed: int | None = None) -> Workload:
             f"workload.factory = '{config.factory}' returned {type(workload).__name__}; "
             "it must return a gbp_ray.Workload"
         )
+    workload = without_loaders(workload)
     workload = replace(workload, build_model=without_wrappers(workload.build_model))
     if config.transfer.checkpoint:
         start = start_from(workload.build_model, config.transfer)
@@ -125,7 +127,12 @@ def load_workload(config: WorkloadConfig, seed: int | None = None) -> Workload:
 
 def _encoded(workload: Workload, config: EncodingConfig) -> Workload:
     """Puts the workload's network behind an encoding, which takes intensities."""
-    example, _ = first_example(workload)
+    example = first_example(workload).inputs
+    if not isinstance(example, Tensor):
+        raise ConfigError(
+            f"workload.encoding.kind: encodes inputs that are one tensor, not {kind_of(example)}; "
+            "leave it out"
+        )
     low, high = bounds_of_inputs(workload.input_range, example, "workload.encoding.kind")
     check_range(example, low, high)
     build, prepare = workload.build_model, workload.prepare

@@ -1,178 +1,347 @@
-"""The items that a loss is a mean over, and right answers, so that sums over batches are exact.
+"""Metrics: a vector of sums that batches add to, and the value that is computed of it.
 
-A loss is a mean over items. Most often each example is one; under class weights it counts as its
-class weighs, and where positions are labelled, as many times as it has labels that are not ignored.
+    Metric("recall", update, compute)    update(outputs, targets) -> (K,), compute((K,)) -> float
+
+Sums are added over batches and workers in batch order, so a value is exact whatever the batch size
+and the number of workers. Metrics by name follow scikit-learn's definitions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from gbp_ray.errors import WorkloadError
+from gbp_ray.config.metrics import ACCURACY, MetricSpec
+from gbp_ray.config.schema import nearest_name
+from gbp_ray.errors import GbpError, WorkloadError, in_one_line
+from gbp_ray.workloads.batch import kind_of, logits_of
 from gbp_ray.workloads.contract import Workload, count_top1
-from gbp_ray.workloads.data import kind_of
+from gbp_ray.workloads.losses import (
+    class_labels,
+    count_batch,
+    count_right,
+    ignored_label,
+    mean_loss,
+)
 
-__all__ = [
-    "check_share",
-    "count_items",
-    "count_right",
-    "cross_entropy_options",
-    "loss_of",
-    "mark_right",
-    "zero_loss",
-]
+__all__ = ["Metric", "compute_metric", "metrics_of", "update_metric"]
 
-_IGNORED = -100
-"""The label that torch's losses ignore by default."""
+_RESERVED = ("job", "loss", "round", "seed", "sparsity", "sparsity_target", "train_loss")
 
 
-def cross_entropy_options(loss: Callable[..., Any]) -> dict[str, Any] | None:
-    """Reads the options of torch's cross entropy or NLL loss; returns None for any other loss."""
-    if type(loss) in (nn.CrossEntropyLoss, nn.NLLLoss):
-        names = ("weight", "ignore_index", "reduction")
-        return {name: getattr(loss, name) for name in names}
-    function, keywords = loss, {}
-    if isinstance(loss, partial) and not loss.args:
-        function, keywords = loss.func, loss.keywords
-    return keywords if function in (functional.cross_entropy, functional.nll_loss) else None
+@dataclass(frozen=True)
+class Metric:
+    """A measurement of a network on a split.
+
+    Attributes:
+        name: An identifier in lower or upper case, which records and columns are named by.
+        update: `(outputs, targets) -> (K,)` the batch's sums; of examples that are no pairs it is
+            given the whole batch in place of the targets.
+        compute: `(K,) float64 -> float`, the value for the sums of all batches.
+        higher_is_better: The direction in which values improve.
+        unit: "%" for a share in [0, 1]; any other text is shown after the value.
+        chance: The value of a network that knows nothing, or a function of a batch's outputs that
+            gives it; a dense network no better than that is warned of.
+    """
+
+    name: str
+    update: Callable[[Any, Any], Tensor]
+    compute: Callable[[Tensor], float]
+    higher_is_better: bool = True
+    unit: str = ""
+    chance: float | Callable[[Any], float] | None = None
+
+    def describe(self, outputs: Any = None) -> MetricSpec:
+        """Describes it without torch.
+
+        Args:
+            outputs: Of a batch, for the value by chance.
+        """
+        chance = self.chance
+        if callable(chance):
+            chance = None if outputs is None else chance(outputs)
+        return MetricSpec(
+            name=self.name,
+            higher_is_better=self.higher_is_better,
+            unit=self.unit,
+            chance=chance,
+        )
 
 
-def count_items(workload: Workload, targets: Tensor) -> Tensor | None:
-    """Counts the items of each example that the workload's loss is a mean over.
-
-    Returns:
-        (B,) float64, on the targets' device; None where each example is one item.
+def metrics_of(workload: Workload) -> tuple[Metric, ...]:
+    """Returns the metrics of a workload, the one that judges first.
 
     Raises:
-        WorkloadError: The workload's own count is negative or no number.
+        WorkloadError: A name is unknown or taken, or an entry is no metric.
     """
-    if workload.count is len:
-        return None
-    if workload.count is not None:
-        # One by one: a sum over the batch may round fractions otherwise.
-        counts = [_count_own(workload, targets[row : row + 1]) for row in range(len(targets))]
-        return torch.tensor(counts, dtype=torch.float64, device=targets.device)
-    options = cross_entropy_options(workload.loss)
-    if options is None or targets.is_floating_point():
-        return None
-    weight, ignored = options.get("weight"), options.get("ignore_index", _IGNORED)
-    if targets.ndim == 1 and weight is None and ignored == _IGNORED:
-        return None
-    is_labelled = targets != ignored
-    items = is_labelled.double()
-    if weight is not None:
-        items *= weight.double().to(targets.device)[targets.long().where(is_labelled, 0)]
-    return items.reshape(len(targets), -1).sum(dim=1)
+    given = workload.metrics
+    if isinstance(given, (str, Metric)) or not isinstance(given, (list, tuple)):
+        given = (given,)
+    found = tuple(_make(entry, workload) for entry in given or ("accuracy",))
+    names = [metric.name for metric in found]
+    for name in names:
+        if not name.isidentifier() or name in _RESERVED or name.endswith(("_pruned", "_deviation")):
+            raise WorkloadError(
+                f"workload.metrics: '{name}' cannot name a metric; give an identifier that is no "
+                "field of a record"
+            )
+        if names.count(name) > 1:
+            raise WorkloadError(f"workload.metrics: '{name}' is there twice; name each once")
+    return found
 
 
-def _count_own(workload: Workload, targets: Tensor) -> float:
-    assert workload.count is not None
-    counted = workload.count(targets)
+def update_metric(
+    metric: Metric, workload: Workload, split: str, outputs: Any, targets: Any
+) -> Tensor:
+    """Returns the sums of one batch, (K,) float64.
+
+    Raises:
+        WorkloadError: The metric does not suit outputs and targets, or returns no vector.
+    """
     try:
-        count = float(counted)
-    except (TypeError, ValueError, RuntimeError):
-        count = math.nan
-    if not 0 <= count < math.inf:
+        found = metric.update(outputs, targets)
+    except (GbpError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         raise WorkloadError(
-            "workload.count: must return how many items the loss of these targets is a mean over, "
-            f"0 or more, not {kind_of(counted) if math.isnan(count) else count}"
+            f"workload.metrics: {metric.name} raised {in_one_line(error)} on a batch of "
+            f"workload.{split} (outputs {kind_of(outputs)}, targets {kind_of(targets)}); give "
+            "another metric"
+        ) from error
+    if not isinstance(found, Tensor) or found.ndim > 1 or found.is_complex():
+        raise WorkloadError(
+            f"workload.metrics: {metric.name}.update must return the batch's sums, a tensor of one "
+            f"axis, not {kind_of(found)}"
         )
-    return count
+    return found.detach().reshape(-1).double()
 
 
-def loss_of(workload: Workload, outputs: Any, targets: Tensor) -> Tensor:
-    """Computes the loss of a batch; 0 for one without any item, of which a mean would be NaN."""
-    counts = count_items(workload, targets)
-    if counts is not None and not counts.any():
-        return zero_loss(outputs)
-    return workload.loss(outputs, targets)
-
-
-def zero_loss(outputs: Any) -> Tensor:
-    """Makes a loss of 0 whose gradients are 0, for any outputs."""
-    tensors = [t for t in _tensors_in(outputs) if t.is_floating_point()]
-    zeros = [t.masked_fill(torch.ones_like(t, dtype=torch.bool), 0).sum() for t in tensors]
-    return torch.stack(zeros).sum()
-
-
-def _tensors_in(nest: Any) -> Iterator[Tensor]:
-    if isinstance(nest, Tensor):
-        yield nest
-        return
-    if not isinstance(nest, tuple | list):
-        nest = (nest if isinstance(nest, Mapping) else getattr(nest, "__dict__", {})).values()
-    for value in nest:
-        yield from _tensors_in(value)
-
-
-def count_right(
-    workload: Workload, split: str, outputs: Any, targets: Tensor
-) -> tuple[Tensor | int, Tensor | int]:
-    """Counts the right answers of a batch, and the examples, or labels, that they are a share of.
-
-    `check_share` checks the share, since on a GPU each look at a count waits for it.
+def compute_metric(metric: Metric, sums: Tensor, split: str) -> float:
+    """Computes the value for sums, (K,) float64; a share outside [0, 1] is refused.
 
     Raises:
-        WorkloadError: The built-in count does not suit the shapes, or an own count is no integer.
+        WorkloadError: `compute` fails or returns no number, or a share is none.
     """
-    if workload.count_correct is count_top1:
-        is_right, is_asked = mark_right(workload, split, outputs, targets)
-        return is_right.sum(), is_asked.sum()
-    correct: Any = workload.count_correct(outputs, targets)
-    is_count = isinstance(correct, int) or (
-        isinstance(correct, Tensor)
-        and correct.ndim == 0
-        and not (correct.is_floating_point() or correct.is_complex())
+    try:
+        value = metric.compute(sums.cpu())
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"it returned {kind_of(value)}")
+        value = float(value)
+    except GbpError:
+        raise
+    except Exception as error:
+        raise WorkloadError(
+            f"workload.metrics: {metric.name}.compute must return a float for the sums of "
+            f"workload.{split}; {in_one_line(error)}"
+        ) from error
+    if metric.unit == "%" and not (math.isnan(value) or 0 <= value <= 1):
+        raise WorkloadError(
+            f"workload.metrics: {metric.name} is {value:g} on workload.{split}, and a metric in % "
+            "is a share in [0, 1]; correct its sums, or give it another unit"
+        )
+    return value
+
+
+def _make(entry: Any, workload: Workload) -> Metric:
+    if isinstance(entry, Metric):
+        return entry
+    if isinstance(entry, str):
+        if entry not in _MAKERS:
+            raise WorkloadError(
+                f"workload.metrics: there is no '{entry}'{nearest_name(entry, list(_MAKERS))} "
+                f"(allowed: {', '.join(_MAKERS)}, a Metric, or a torchmetrics metric whose states "
+                "are sums)"
+            )
+        return _MAKERS[entry](workload)
+    if hasattr(entry, "_reductions") and hasattr(entry, "_defaults"):
+        return _from_torchmetrics(entry)
+    raise WorkloadError(
+        f"workload.metrics: an entry is {kind_of(entry)}; give names, a gbp_ray.Metric, or a "
+        "torchmetrics metric whose states are sums"
     )
-    if not is_count:
+
+
+def _ratio(sums: Tensor) -> float:
+    part, whole = sums.tolist()
+    return part / whole if whole else math.nan
+
+
+def _accuracy(workload: Workload) -> Metric:
+    def update(outputs: Any, targets: Any) -> Tensor:
+        right, asked = count_right(workload, outputs, targets)
+        right = torch.as_tensor(right)
+        return torch.stack([right, torch.as_tensor(asked, device=right.device)]).double()
+
+    chance = _uniform if workload.count_correct is count_top1 else None
+    return Metric("accuracy", update, _ratio, unit=ACCURACY.unit, chance=chance)
+
+
+def _uniform(outputs: Any) -> float:
+    """Returns the accuracy of a guess among the classes of (B, classes, ...) outputs."""
+    return 1 / logits_of(outputs).shape[1]
+
+
+def _top5(workload: Workload) -> Metric:
+    def update(outputs: Any, targets: Any) -> Tensor:
+        logits, labels = class_labels(workload, outputs, targets)
+        is_asked = labels != ignored_label(workload)
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        is_right = (best == labels.unsqueeze(1)).any(dim=1) & is_asked
+        return torch.stack([is_right.sum(), is_asked.sum()]).double()
+
+    return Metric("top5", update, _ratio, unit="%")
+
+
+def _perplexity(workload: Workload) -> Metric:
+    def update(outputs: Any, targets: Any) -> Tensor:
+        items = count_batch(workload, targets)
+        loss = mean_loss(workload, outputs, targets).double() if items else 0.0
+        return torch.tensor([float(loss) * items, items], dtype=torch.float64)
+
+    def compute(sums: Tensor) -> float:
+        mean = _ratio(sums)
+        return math.exp(mean) if mean < 700 else math.inf
+
+    return Metric("perplexity", update, compute, higher_is_better=False)
+
+
+def _errors(
+    name: str, error: Callable[[Tensor], Tensor], finish: Callable[[float], float]
+) -> Callable[[Workload], Metric]:
+    def update(outputs: Any, targets: Any) -> Tensor:
+        found, wanted = _same_shape(name, outputs, targets)
+        return torch.stack([error(found - wanted).sum(), found.new_tensor(float(found.numel()))])
+
+    def compute(sums: Tensor) -> float:
+        return finish(_ratio(sums))
+
+    return lambda workload: Metric(name, update, compute, higher_is_better=False)
+
+
+def _r2(workload: Workload) -> Metric:
+    def update(outputs: Any, targets: Any) -> Tensor:
+        found, wanted = _same_shape("r2", outputs, targets)
+        found, wanted = found.reshape(len(found), -1), wanted.reshape(len(wanted), -1)
+        columns = [(wanted - found).square(), wanted, wanted.square(), torch.ones_like(wanted)]
+        return torch.cat([column.sum(dim=0) for column in columns])
+
+    def compute(sums: Tensor) -> float:
+        residual, total, squares, number = sums.view(4, -1)
+        spread = squares - total.square() / number
+        return float((1 - residual / spread).mean())
+
+    return Metric("r2", update, compute, chance=0.0)
+
+
+def _f1(workload: Workload) -> Metric:
+    """Over labels that outputs above 0 stand for together; over classes the mean of each one's."""
+
+    def update(outputs: Any, targets: Any) -> Tensor:
+        logits, labels = logits_of(outputs), _labels_of(targets)
+        are_tensors = isinstance(labels, Tensor) and isinstance(logits, Tensor)
+        if are_tensors and labels.shape == logits.shape:
+            found, wanted = logits > 0, labels > 0.5
+            counts = [(found & wanted).sum(), found.sum(), wanted.sum()]
+            return torch.stack(counts).double()
+        logits, labels = class_labels(workload, outputs, targets)
+        is_asked = labels != ignored_label(workload)
+        answers, number = logits.argmax(dim=1), logits.shape[1]
+        return _count_classes(answers[is_asked], labels[is_asked], number)
+
+    def compute(sums: Tensor) -> float:
+        both, found, wanted = sums.view(3, -1)
+        is_there = found + wanted > 0
+        return float((2 * both / (found + wanted))[is_there].mean())
+
+    return Metric("f1", update, compute, unit="%")
+
+
+def _miou(workload: Workload) -> Metric:
+    def update(outputs: Any, targets: Any) -> Tensor:
+        logits, labels = class_labels(workload, outputs, targets)
+        is_asked = labels != ignored_label(workload)
+        return _count_classes(logits.argmax(dim=1)[is_asked], labels[is_asked], logits.shape[1])
+
+    def compute(sums: Tensor) -> float:
+        both, found, wanted = sums.view(3, -1)
+        union = found + wanted - both
+        return float((both / union)[union > 0].mean())
+
+    return Metric("mIoU", update, compute, unit="%")
+
+
+def _count_classes(answers: Tensor, labels: Tensor, number: int) -> Tensor:
+    """Counts by class what is right, what was answered and what was asked for: (3 * number,)."""
+    columns = (labels[answers == labels], answers, labels)
+    counts = [torch.bincount(column.reshape(-1).long(), minlength=number) for column in columns]
+    return torch.cat(counts).double()
+
+
+def _labels_of(targets: Any) -> Any:
+    return targets.get("labels", targets) if isinstance(targets, Mapping) else targets
+
+
+def _same_shape(name: str, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    found, wanted = logits_of(outputs), _labels_of(targets)
+    is_fit = isinstance(found, Tensor) and isinstance(wanted, Tensor)
+    if not is_fit or found.shape != wanted.shape:
         raise WorkloadError(
-            "workload.count_correct: must return how many answers of the batch are right, an "
-            f"integer scalar tensor, not {kind_of(correct)}"
+            f"workload.metrics: {name} compares outputs with targets of the same shape, not "
+            f"{kind_of(found)} with {kind_of(wanted)}; give both one shape, or another metric"
         )
-    return correct, len(targets)
+    return found.double(), wanted.double()
 
 
-def mark_right(
-    workload: Workload, split: str, outputs: Any, targets: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Marks the targets that the built-in count finds right, and those that are not ignored.
+def _from_torchmetrics(metric: Any) -> Metric:
+    """Adapts a torchmetrics metric; its states must be tensors that are summed over processes."""
+    defaults, name = dict(metric._defaults), type(metric).__name__
+    for state, reduction in metric._reductions.items():
+        is_sum = getattr(reduction, "__name__", "") == "dim_zero_sum"
+        if not is_sum or not isinstance(defaults[state], Tensor):
+            raise WorkloadError(
+                f"workload.metrics: the state '{state}' of torchmetrics' {name} is no sum, so it "
+                "cannot be added over batches and workers; choose a metric with a binned or summed "
+                "state (such as thresholds=100), or give a gbp_ray.Metric"
+            )
+    shapes = {state: default.shape for state, default in defaults.items()}
 
-    Raises:
-        WorkloadError: Targets are no labels of these outputs.
-    """
-    is_fit = (
-        isinstance(outputs, Tensor)
-        and outputs.ndim >= 2
-        and outputs.shape[1] > 1
-        and targets.shape == outputs.shape[:1] + outputs.shape[2:]
-        and not targets.is_complex()
-        and not (targets.is_floating_point() and bool((targets != targets.round()).any()))
-    )
-    if not is_fit:
-        raise WorkloadError(
-            f"workload.count_correct: the built-in count compares outputs.argmax(1) with labels, "
-            f"but in workload.{split} outputs are {kind_of(outputs)} and targets "
-            f"{kind_of(targets)}, which are no class numbers of them; give a count_correct that "
-            "says how many of the examples are right, such as lambda outputs, targets: ((outputs > "
-            "0) == targets).all(1).sum(), or lambda outputs, targets: 0 where only the loss counts"
-        )
-    options = cross_entropy_options(workload.loss) or {}
-    is_asked = targets != options.get("ignore_index", _IGNORED)
-    return (outputs.argmax(dim=1) == targets) & is_asked, is_asked
+    def update(outputs: Any, targets: Any) -> Tensor:
+        logits = logits_of(outputs)
+        own = metric.to(logits.device) if isinstance(logits, Tensor) else metric
+        own.reset()
+        own.update(logits, _labels_of(targets))
+        states = [getattr(own, state).double().reshape(-1) for state in shapes]
+        own.reset()
+        return torch.cat(states)
+
+    def compute(sums: Tensor) -> float:
+        own = metric.to(sums.device)
+        own.reset()
+        parts = sums.split([shape.numel() for shape in shapes.values()])
+        for (state, shape), part in zip(shapes.items(), parts, strict=True):
+            setattr(own, state, part.view(shape).to(defaults[state].dtype))
+        own._update_called, own._update_count = True, 1
+        value = float(own.compute())
+        own.reset()
+        return value
+
+    is_higher = getattr(metric, "higher_is_better", None)
+    return Metric(name, update, compute, higher_is_better=is_higher is not False)
 
 
-def check_share(split: str, right: int, asked: int, shapes: str) -> None:
-    """Raises WorkloadError for more right answers than examples; `shapes` says where, in words."""
-    if not 0 <= right <= asked:
-        raise WorkloadError(
-            f"workload.count_correct: counts {right} right answers among {asked} examples of "
-            f"workload.{split} ({shapes}); it must return how many of the examples are right, 0 to "
-            f"{asked}; where each position has a label, leave it out, and labels are counted"
-        )
+_MAKERS: dict[str, Callable[[Workload], Metric]] = {
+    "accuracy": _accuracy,
+    "top5": _top5,
+    "perplexity": _perplexity,
+    "mse": _errors("mse", torch.square, lambda mean: mean),
+    "rmse": _errors("rmse", torch.square, math.sqrt),
+    "mae": _errors("mae", torch.abs, lambda mean: mean),
+    "r2": _r2,
+    "f1": _f1,
+    "mIoU": _miou,
+}

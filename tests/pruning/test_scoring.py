@@ -43,7 +43,7 @@ from gbp_ray.pruning.criteria import CRITERIA, criterion
 from gbp_ray.pruning.statistics import movement_statistic
 from gbp_ray.training.progress import Progress
 from gbp_ray.workloads.contract import Workload
-from gbp_ray.workloads.metrics import count_items
+from gbp_ray.workloads.losses import count_items
 
 # -- the frame -------------------------------------------------------------------------------------
 

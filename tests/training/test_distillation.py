@@ -27,6 +27,7 @@ from gbp_ray.training.distillation import (
     prepare_teacher,
 )
 from gbp_ray.training.loss import training_loss
+from gbp_ray.workloads.data import take_batch
 
 
 def test_the_distillation_loss_is_the_mean_divergence_times_the_squared_temperature() -> None:
@@ -193,8 +194,8 @@ def test_answers_known_beforehand_are_those_given_each_time() -> None:
     assert known.known is not None
     assert known.known.shape == (46, 3)
     indices = torch.tensor([7, 0, 45])
-    inputs = workload.train[0][indices]
+    batch = take_batch(workload, workload.train, indices)
     recipe = recipe_of()
-    expected = asked.forward(inputs, indices, 1, recipe).outputs
-    found = known.forward(inputs, indices, 1, recipe).outputs
+    expected = asked.forward(workload, batch, indices, 1, recipe).outputs
+    found = known.forward(workload, batch, indices, 1, recipe).outputs
     torch.testing.assert_close(found, expected)

@@ -20,6 +20,7 @@ from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.training.loss import check_loss, draw_mix
 from gbp_ray.training.optimizer import make_optimizer
 from gbp_ray.training.progress import Progress
+from gbp_ray.workloads.batch import Batch
 from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.data import derive_seed, first_example, seeded
 
@@ -228,8 +229,8 @@ def test_any_loss_is_mixed_as_its_own() -> None:
     assert train(model, workload, recipe, steps(1)) == pytest.approx(expected)
 
 
-def tried(workload: Workload) -> tuple[Workload, Tensor]:
-    return workload, first_example(workload)[0]
+def tried(workload: Workload) -> tuple[Workload, Batch]:
+    return workload, first_example(workload)
 
 
 def test_what_cannot_be_mixed_is_refused_by_name() -> None:

@@ -180,7 +180,7 @@ def test_a_trial_is_judged_by_what_was_held_out_and_goes_on_to_the_bit() -> None
 
 def test_the_accuracy_on_record_is_that_of_the_weights_that_were_kept() -> None:
     for state in run_rounds(job_of(), HELD_OUT, Ranks()):
-        accuracy, loss = evaluate(state.model, HELD_OUT, Ranks(), 7, split="validation")
+        accuracy, loss, _ = evaluate(state.model, HELD_OUT, Ranks(), 7, split="validation")
         assert state.record.accuracy == accuracy
         assert state.record.loss == pytest.approx(loss)
 
@@ -195,7 +195,7 @@ def test_the_sample_of_training_examples_is_plain_and_fixed() -> None:
     workload = replace(images(num_train=60), augment=lambda inputs: inputs * 0)
     job = job_config(workload={"train_sample": 1000})
     state = next(run_rounds(job, workload, Ranks()))
-    accuracy, _ = evaluate(state.model, workload, Ranks(), 8, split="train")
+    accuracy = evaluate(state.model, workload, Ranks(), 8, split="train").score
     assert state.record.train_accuracy == accuracy
     none = job_config(workload={"train_sample": 0})
     assert next(run_rounds(none, workload, Ranks())).record.train_accuracy is None

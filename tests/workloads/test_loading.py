@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from gbp_ray.config.job import load_job
 from gbp_ray.config.workload import WorkloadConfig
@@ -345,7 +345,7 @@ FLAT = {"model": nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))}
 WIDE = {"model": Positions(4, 3)}
 POSITIONS = torch.arange(50).view(10, 5) % 3
 ALIKE = nn.Sequential(nn.Linear(4, 3), nn.Hardtanh(0, 1e-9))
-PAIR, ONE = "items must be (input, target)", "inputs must be one tensor"
+APART, NEST = "examples 0 and 3 cannot be put into one batch", "examples are (input, target)"
 
 
 def ZERO(outputs: Tensor, targets: Tensor) -> int:
@@ -382,7 +382,7 @@ UNUSABLE = {
     "nothing": ({"test": None}, ["workload.test: its examples cannot be counted"]),
     "list of columns": (
         {"train": [INPUTS, TARGETS]},
-        ["workload.train: example 0 is", "(input, target)"],
+        ["workload.train: the items of examples 0 and 1", "(10, 4)", "(10,)"],
     ),
     "integer inputs": ({"train": (INPUTS.long(), TARGETS)}, ["workload.train", "RuntimeError"]),
     "loss by example": (
@@ -482,14 +482,15 @@ UNUSABLE = {
     **{
         f"item: {what}": ({"train": [(INPUTS[0], 0)] * 3 + [item]}, ["workload.train: ", *parts])
         for what, item, parts in (
-            ("a dict", {"x": INPUTS[0], "y": 1}, ["ple 3 is a dict with keys 'x', 'y'", PAIR]),
-            ("three", (INPUTS[0], 1, 2), ["ple 3 is a tuple of 3", PAIR]),
-            ("nothing", None, ["ple 3 is NoneType", PAIR]),
-            ("dict inputs", ({"x": INPUTS[0]}, 1), ["ple 3: its input is a dict", ONE]),
-            ("two inputs", ((INPUTS[0], INPUTS[1]), 1), ["ple 3: its input is a tuple of 2", ONE]),
-            ("numbers in a list", ([1.0] * 4, 1), ["ple 3: its input is a list of 4", ONE]),
-            ("a word", (INPUTS[0], "cat"), ["ple 3: its target is str", "targets must be one"]),
-            ("objects", (np.array([None] * 4), 1), ["ple 3: its input is object", ONE]),
+            ("a dict", {"x": INPUTS[0], "y": 1}, [APART, "the inputs", "(4,) and none there"]),
+            ("three", (INPUTS[0], 1, 2), [APART, "the inputs", "none there"]),
+            ("nothing", None, ["ple 3: its item is NoneType", NEST]),
+            ("empty", {}, ["ple 3 is a dict with keys ", "holds no tensor"]),
+            ("dict inputs", ({"x": INPUTS[0]}, 1), [APART, "none there"]),
+            ("two inputs", ((INPUTS[0], INPUTS[1]), 1), [APART, "none there"]),
+            ("numbers in a list", ([1.0] * 4, 1), [APART, "float32", "float64"]),
+            ("a word", (INPUTS[0], "cat"), ["ple 3: its target is str", NEST]),
+            ("objects", (np.array([None] * 4), 1), ["ple 3: its input is object", NEST]),
             ("another shape", (INPUTS[0, :3], 1), ["amples 0 and 3", "(4,)", "(3,)"]),
             ("another dtype", (INPUTS[0], 1.0), ["the targets of examples 0 and 3", "int64"]),
         )
@@ -505,10 +506,6 @@ UNUSABLE = {
     "columns of words": (
         {"test": (np.array(["a", "b"]), TARGETS[:2])},
         ["workload.test: has an array of <U1"],
-    ),
-    "a loader": (
-        {"train": DataLoader(TensorDataset(INPUTS, TARGETS))},
-        ["workload.train: a DataLoader has no examples by index"],
     ),
 }
 
