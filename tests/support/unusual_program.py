@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from any_networks import any_program
 from small_networks import Queue, draw, job_config, regression
 from tied_program import tied_program
 from torch import Tensor, nn
@@ -392,4 +393,8 @@ def unusual_program(ranks: Ranks) -> dict[tuple[str, str], Any]:
 
 def pair_program(ranks: Ranks) -> dict[str, Any]:
     """Runs what two ranks do for several files of tests, so that they start once."""
-    return {"tied": tied_program(ranks), "unusual": unusual_program(ranks)}
+    return {
+        "tied": tied_program(ranks),
+        "any": any_program(ranks),
+        "unusual": unusual_program(ranks),
+    }

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from gbp_ray.config.job import load_job
 from gbp_ray.config.workload import WorkloadConfig
@@ -25,13 +25,14 @@ from gbp_ray.runtime.api import SweepResult
 from gbp_ray.runtime.search import Outcome
 from gbp_ray.workloads.checks import blaming_labels, check_finite, check_labels, check_workload
 from gbp_ray.workloads.contract import Workload, count_top1, num_examples
-from gbp_ray.workloads.data import take_batch
+from gbp_ray.workloads.data import take_batch, without_loaders
 from gbp_ray.workloads.loading import (
     add_import_paths,
     build_network,
     import_attribute,
     load_workload,
 )
+from gbp_ray.workloads.metrics import Metric
 
 INPUTS = torch.arange(40, dtype=torch.float32).view(10, 4)
 TARGETS = torch.arange(10) % 3
@@ -312,6 +313,13 @@ def summed(outputs: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(outputs, targets, reduction="sum")
 
 
+def fail_on_the_last(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    inputs, labels = (torch.stack([torch.as_tensor(i[n]) for i in items]) for n in (0, 1))
+    if bool((inputs[:, 0] == Squares(30)[29][0][0]).any()):
+        raise ValueError("no room")
+    return inputs, labels
+
+
 def plain_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(outputs, targets)
 
@@ -499,6 +507,64 @@ UNUSABLE = {
         {"test": Labelled([0, 1, 2]), "train": Squares(9), "validation": Broken()},
         ["workload.validation: example 5 cannot be read", "OSError: [Errno 5] no", "mend"],
     ),
+    # Batches and metrics of the workload's own.
+    "a dict without what the network wants": (
+        {"train": [{"x": INPUTS[0]}] * 4},
+        ["workload.train: one batch", "'x'", "forward(model, batch)"],
+    ),
+    "three in a row": (
+        {"train": [(INPUTS[0], 1, 2)] * 4},
+        ["workload.forward: a batch is a tuple of 3", "forward(model, batch)"],
+    ),
+    "a dict without a loss": (
+        {"train": [{"input": INPUTS[0], "labels": 1}] * 4, "forward": lambda m, b: m(b["input"])},
+        ["workload.loss: outputs (torch.float32 of shape (4, 3)) carry no loss", "a loss(outputs"],
+    ),
+    "a collate that fails on one": (
+        {"train": Squares(30), "collate": fail_on_the_last},
+        ["workload.collate raised ValueError: no room on example 29 of workload.train"],
+    ),
+    "a collate that fails on several": (
+        {"train": Squares(9), "collate": lambda items: torch.stack(items)},
+        ["workload.collate raised", "of workload.train"],
+    ),
+    "a collate that returns nothing": (
+        {"train": Squares(9), "collate": lambda items: None},
+        ["workload.collate: returned NoneType for 8 examples of workload.train"],
+    ),
+    "a name that is no metric": (
+        {"metrics": ["acuracy"]},
+        ["workload.metrics: there is no 'acuracy', did you mean 'accuracy'?", "perplexity"],
+    ),
+    "a metric for other shapes": (
+        {"metrics": ["rmse"]},
+        ["workload.metrics: rmse compares outputs with targets of the same shape", "(8, 3)"],
+    ),
+    "a metric that fails": (
+        {"metrics": [Metric("m", lambda o, t: o.nope, float)]},
+        ["workload.metrics: m raised AttributeError", "workload.train"],
+    ),
+    "a metric of a number": (
+        {"metrics": [Metric("m", lambda o, t: 3.0, float)]},
+        ["workload.metrics: m.update must return the batch's sums, a tensor", "float"],
+    ),
+    "a metric that computes a tensor": (
+        {"metrics": [Metric("m", lambda o, t: o.new_ones(2), lambda sums: sums)]},
+        ["workload.metrics: m.compute must return a float", "of shape (2,)"],
+    ),
+    "a mean in place of sums": (
+        {"metrics": [Metric("m", lambda o, t: o.mean().view(1), float)]},
+        ["workload.metrics: m.update is no sum over examples"],
+    ),
+    "a share above one": (
+        {"metrics": [Metric("m", lambda o, t: o.new_ones(1) * len(o), float, unit="%")]},
+        ["workload.metrics: m is 8 on workload.train", "[0, 1]"],
+    ),
+    "a metric by a taken name": (
+        {"metrics": [Metric("loss", lambda o, t: o.sum().view(1), float)]},
+        ["workload.metrics: 'loss' cannot name a metric"],
+    ),
+    "a metric twice": ({"metrics": ["accuracy"] * 2}, ["'accuracy' is there twice"]),
     "columns in lists": (
         {"train": (INPUTS.tolist(), TARGETS)},
         ["workload.train: (inputs,", "list"],
@@ -795,3 +861,20 @@ def test_what_is_shown_in_a_notebook_is_short() -> None:
     assert all(len(repr(item)) < 160 for item in shown)
     assert "1,000 training" in repr(shown[0])
     assert repr(shown[3]) == "SweepResult(uri='here', seconds=1.0)"
+
+
+def test_of_a_loader_its_data_set_and_its_collate_function_are_used() -> None:
+    def doubled(items: list[tuple[Tensor, int]]) -> list[Tensor]:
+        columns = zip(*items, strict=True)
+        return [2 * torch.stack(list(next(columns))), torch.tensor(list(next(columns)))]
+
+    loader = DataLoader(Squares(9), batch_size=4, shuffle=True, collate_fn=doubled)
+    workload = make_workload(train=loader, test=DataLoader(Squares(3)))
+    with pytest.warns(UserWarning, match=r"^workload\.train and workload\.test: the data set and"):
+        workload = without_loaders(workload)
+    inputs, targets = take_batch(workload, workload.train, torch.tensor([2, 8]))
+    assert inputs.tolist() == [[8.0] * 4, [128.0] * 4]
+    assert targets.tolist() == [2, 2]
+    assert take_batch(workload, workload.test, torch.tensor([2])).inputs.tolist() == [[4.0] * 4]
+    with pytest.raises(WorkloadError, match=r"^workload\.train: a DataLoader over a Stream has no"):
+        without_loaders(make_workload(train=DataLoader(Stream())))
