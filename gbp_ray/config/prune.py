@@ -75,8 +75,11 @@ class PruneConfig(Section):
     weights on, in pretraining, too, and the schedule goes on from their sparsity."""
     initial_masks_digest: Annotated[str, _NO_MASKS] = ""
     """Digest of those masks, by which the trial is known; filled in when the job is read."""
+    include: tuple[str, ...] = ()
+    """Name globs of parameters that are pruned beside the weights of convolutions and linear
+    layers, such as "*.in_proj_weight", "rnn.weight_*" or "embedding.weight"."""
     exclude: tuple[str, ...] = ()
-    """Name globs of parameters that are never pruned, such as "conv1.*"."""
+    """Name globs of parameters that are never pruned, such as "conv1.*"; wins over include."""
     layer_min_sparsity: Annotated[float | dict[str, float], _BOUNDS] = 0.0
     """Least sparsity of every layer, or of those matching a glob: { "layer3.*" = 0.5 }."""
     layer_max_sparsity: Annotated[float | dict[str, float], _BOUNDS] = 1.0

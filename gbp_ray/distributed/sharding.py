@@ -38,6 +38,7 @@ __all__ = [
     "PARTED",
     "RankSlice",
     "add_over_ranks",
+    "copy_network",
     "copy_sharded",
     "cut_rows",
     "gather_bits",
@@ -256,9 +257,26 @@ def route_of(model: nn.Module) -> int:
     return _SHARDINGS[model].route[0] if is_sharded(model) else 0
 
 
+def copy_network(model: nn.Module) -> nn.Module:
+    """Copies a network that is not sharded."""
+    return copy.deepcopy(model, _copy_computed(model))
+
+
+def _copy_computed(model: nn.Module) -> dict[int, Any]:
+    """Copies the weights that hooks have computed from others, which torch does not copy."""
+    return {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for held in vars(module).values()
+        # Recurrent layers list their weights.
+        for value in (held if isinstance(held, list) else [held])
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+
+
 def _blank_copy(model: nn.Module) -> nn.Module:
     """Copies a network onto the meta device, where tied weights stay tied."""
-    blanks: dict[int, Any] = {}
+    blanks = _copy_computed(model)
     for tensor in (*model.parameters(), *model.buffers()):
         blank = torch.empty_like(tensor, device="meta")
         if isinstance(tensor, nn.Parameter):

@@ -8,7 +8,6 @@ stays zero, so masks still fit. The network keeps its class and its code: the Ba
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 
 import torch
@@ -17,6 +16,7 @@ from torch.fx import Graph, Node, symbolic_trace
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from gbp_ray.distributed.sharding import copy_network
 from gbp_ray.errors import PruneError, in_one_line
 from gbp_ray.workloads.contract import TRANSPOSED, WEIGHT_LAYERS
 
@@ -36,7 +36,7 @@ def fold_batchnorm(model: nn.Module, inputs: Tensor) -> nn.Module:
         PruneError: There is no BatchNorm, the network's graph cannot be read, or some BatchNorm
             cannot be folded; says which and why.
     """
-    folded = copy.deepcopy(model).eval()
+    folded = copy_network(model).eval()
     norms = {name: m for name, m in folded.named_modules() if isinstance(m, _BatchNorm)}
     if not norms:
         raise PruneError("BatchNorm cannot be folded: the network has none")

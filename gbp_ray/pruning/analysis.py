@@ -8,7 +8,6 @@ saliency of each layer before and after.
 
 from __future__ import annotations
 
-import copy
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from torch.nn import functional
 
 from gbp_ray.config.job import JobConfig
 from gbp_ray.distributed.ranks import Ranks, isolated
+from gbp_ray.distributed.sharding import copy_network
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.scoring import score, score_prefixes
 from gbp_ray.pruning.selection import select_masks
@@ -130,7 +130,7 @@ class _Comparison:
         scores = [
             score(
                 model,
-                prunable_parameters(model, config.exclude),
+                prunable_parameters(model, config.exclude, config.include),
                 self.workload,
                 config,
                 self.ranks,
@@ -361,7 +361,7 @@ def compare_samples(
         PruneError: A score is not finite, or a mask is impossible.
     """
     assert len(seeds) > 1, "one sample has nothing to be compared with"
-    units = prunable_parameters(model, job.prune.exclude)
+    units = prunable_parameters(model, job.prune.exclude, job.prune.include)
     input_dims = {unit.name: unit.input_dim for unit in units}
     dense = MaskSet.dense(units)
     masks: dict[int, list[MaskSet]] = {}
@@ -413,7 +413,7 @@ def measure_overlap(masks: Sequence[MaskSet]) -> Overlap:
 def _evaluate(
     job: JobConfig, workload: Workload, model: nn.Module, masks: MaskSet, ranks: Ranks
 ) -> float:
-    twin = copy.deepcopy(model)
+    twin = copy_network(model)
     masks.apply_(twin)
     recalibrate_as_asked(job, twin, workload, ranks)
     return evaluate(twin, workload, ranks, job.workload.eval_batch_size).score

@@ -6,7 +6,6 @@ split passes through it.
 
 from __future__ import annotations
 
-import copy
 import gc
 import warnings
 import zlib
@@ -34,7 +33,13 @@ from gbp_ray.distributed.agreement import (
     fingerprints_of_network,
 )
 from gbp_ray.distributed.ranks import fixed_kernels, isolated
-from gbp_ray.distributed.sharding import PARTED, leaves, listen_to_groups, shard_network
+from gbp_ray.distributed.sharding import (
+    PARTED,
+    copy_network,
+    leaves,
+    listen_to_groups,
+    shard_network,
+)
 from gbp_ray.errors import ConfigError, WorkloadError, in_one_line, name_some
 from gbp_ray.pruning.criteria import criterion
 from gbp_ray.pruning.masks import read_initial_masks
@@ -164,7 +169,7 @@ def _check(
     criterion(job.prune.criterion)
     stored, source = (dense.fingerprints if dense else {}), f"trial {trial_id(job)}"
     model, is_blank = network_of_seed(workload, job.seed)
-    units = prunable_parameters(model, job.prune.exclude)
+    units = prunable_parameters(model, job.prune.exclude, job.prune.include)
     check_frozen_movement(job, model, units)
     shapes = {unit.name: tuple(unit.parameter.shape) for unit in units}
     for layer in dense.cost.layers if dense else ():
@@ -224,7 +229,7 @@ def _check_shardable(checked: Checked) -> None:
     are used otherwise than by calling them.
     """
     workload, example = checked.workload, checked.take_example()
-    twin = copy.deepcopy(checked.model).eval()
+    twin = copy_network(checked.model).eval()
     dist.init_process_group("fake", store=HashStore(), rank=0, world_size=1)
     try:
         shard_network(twin, torch.device("cpu"), 1)

@@ -386,7 +386,7 @@ def _fit(
             raise ConfigError(
                 f"{named}: masks '{name}', which is no prunable parameter of this network"
                 f"{nearest_name(name, list(shapes))}; give masks of the same network, or name it "
-                "in prune.exclude"
+                "in prune.include or prune.exclude"
             )
         if tuple(mask.shape) != shapes[name]:
             raise ConfigError(

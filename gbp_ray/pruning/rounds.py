@@ -30,7 +30,7 @@ from gbp_ray.pruning.masks import MaskSet, check_pruned_zero, forget_pruned, rea
 from gbp_ray.pruning.scoring import score
 from gbp_ray.pruning.selection import select_masks
 from gbp_ray.pruning.statistics import movement_statistic
-from gbp_ray.pruning.units import SlicedScores, measure, num_to_prune, prunable_parameters
+from gbp_ray.pruning.units import SlicedScores, measure, num_to_prune, survey
 from gbp_ray.results.records import RoundRecord
 from gbp_ray.training.adversarial import robust_accuracy
 from gbp_ray.training.batchnorm import keeping_statistics, recalibrate_as_asked
@@ -142,7 +142,8 @@ class _Run:
         self.model, self.macs, self.fingerprints = build_start(
             workload, job.seed, ranks, job.cluster.strategy, stored, "round_000"
         )
-        self.units = prunable_parameters(self.model, job.prune.exclude)
+        found = survey(self.model, job.prune.exclude, job.prune.include)
+        self.units, self.unpruned = found.units, found.unpruned
         check_frozen_movement(job, self.model, self.units)
         self.masks = MaskSet.dense(self.units)
         initial = ranks.run_collectively(lambda: read_initial_masks(job, self.units))
@@ -456,7 +457,7 @@ class _Run:
             train_accuracy=train_accuracy,
             robust_accuracy=self._attack(),
             train_loss=train_loss if math.isfinite(train_loss) else None,
-            cost=measure(self.model, self.units, self.macs),
+            cost=measure(self.model, self.units, self.macs, self.unpruned),
             mask_digest=self.masks.digest,
             seconds=self.seconds,
             **measured,

@@ -94,7 +94,7 @@ def select_masks(
     masks: MaskSet,
     config: PruneConfig,
     sparsity: float,
-    input_dims: Mapping[str, int] | None = None,
+    input_dims: Mapping[str, int | None] | None = None,
     ranks: Ranks | None = None,
 ) -> Removal:
     """Removes units until exactly round(sparsity * N) are gone. Communicates.
@@ -105,11 +105,12 @@ def select_masks(
         masks: The masks so far; pruned weights stay pruned and their scores are ignored.
         config: Scope, granularity and the bounds per layer.
         sparsity: Of this round, in [0, 1).
-        input_dims: Axis of the n:m groups by parameter name; 1 where not given.
+        input_dims: Axis of the n:m groups by parameter name; 1 where not given, None if unknown.
 
     Raises:
         PruneError: A score is NaN or infinite, or the bounds leave no choice of that size.
-        ConfigError: An n:m pattern does not divide a layer, or a bound's glob matches no layer.
+        ConfigError: An n:m pattern does not divide a layer, the axis of its inputs is unknown, or a
+            bound's glob matches no layer.
     """
     ranks = ranks or Ranks()
     if not isinstance(scores, SlicedScores):
@@ -148,18 +149,19 @@ def select_masks(
 def check_selectable(
     shapes: Mapping[str, tuple[int, ...]],
     config: PruneConfig,
-    input_dims: Mapping[str, int] | None = None,
+    input_dims: Mapping[str, int | None] | None = None,
     num_groups: Mapping[str, int] | None = None,
 ) -> None:
     """Checks what no scores could make possible, before any training.
 
     Args:
-        input_dims: Axis of the n:m groups by parameter name; 1 where not given.
+        input_dims: Axis of the n:m groups by parameter name; 1 where not given, None if unknown.
         num_groups: How many groups of a convolution lie along it, which an n:m group must not
             cross; 1 where not given.
 
     Raises:
-        ConfigError: An n:m pattern does not divide a layer, or a bound's glob matches no layer.
+        ConfigError: An n:m pattern does not divide a layer, the axis of its inputs is unknown, or a
+            bound's glob matches no layer.
     """
     for key in ("layer_min_sparsity", "layer_max_sparsity"):
         bound = getattr(config, key)
@@ -172,9 +174,16 @@ def check_selectable(
     if config.pattern is None:
         return
     _, m = config.pattern
+    axes = {name: (input_dims or {}).get(name, 1) for name in shapes}
+    if unknown := [f"'{name}'" for name, axis in axes.items() if axis is None]:
+        raise ConfigError(
+            f"prune.granularity = '{config.granularity}': runs along the inputs, and which axis of "
+            f"{name_some(unknown, 3)} these are is not known; leave it out of prune.include"
+        )
     sizes = {
-        name: shape[(input_dims or {}).get(name, 1)] // (num_groups or {}).get(name, 1)
-        for name, shape in shapes.items()
+        name: shapes[name][axis] // (num_groups or {}).get(name, 1)
+        for name, axis in axes.items()
+        if axis is not None
     }
     misfits = [f"'{name}' has {size}" for name, size in sizes.items() if size % m]
     if misfits:
@@ -226,7 +235,7 @@ def _make_layers(
     scores: SlicedScores,
     masks: MaskSet,
     config: PruneConfig,
-    input_dims: Mapping[str, int],
+    input_dims: Mapping[str, int | None],
     ranks: Ranks,
 ) -> list[_Layer]:
     is_wide = any(values.dtype is torch.float64 for values in scores.values)
@@ -240,7 +249,9 @@ def _make_layers(
         num_bad = view.size - view.num_pruned - view.count_finite()
         if config.pattern is not None:
             # Slices end where rows end, or hold all of a layer, so groups are whole.
-            view = view.protect_top_n(*config.pattern, shape, input_dims.get(name, 1))
+            axis = input_dims.get(name, 1)
+            assert axis is not None  # check_selectable has refused it
+            view = view.protect_top_n(*config.pattern, shape, axis)
         counts[number] = torch.tensor([num_bad, view.num_exempt, view.num_pruned])
         layers.append(_Layer(rank_slice, view))
     ranks.all_reduce_counts(counts)

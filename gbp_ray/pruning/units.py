@@ -9,32 +9,48 @@ like a saving.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from gbp_ray.config.schema import match_names, nearest_glob
-from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.distributed.ranks import Ranks, isolated
 from gbp_ray.distributed.sharding import RankSlice, add_over_ranks, cut_rows, is_shard, local
 from gbp_ray.errors import ConfigError, PruneError, name_some
 from gbp_ray.results.records import CostRecord, LayerRecord
 from gbp_ray.training.passes import Macs
-from gbp_ray.workloads.contract import TRANSPOSED, WEIGHT_LAYERS
+from gbp_ray.workloads.contract import TRANSPOSED, WEIGHT_LAYERS, in_mode
 
-__all__ = ["Layout", "Prunable", "SlicedScores", "measure", "num_to_prune", "prunable_parameters"]
+__all__ = [
+    "Layout",
+    "Prunable",
+    "SlicedScores",
+    "Survey",
+    "measure",
+    "num_to_prune",
+    "prunable_parameters",
+    "survey",
+]
 
 
 @torch.no_grad()
-def measure(model: nn.Module, units: list[Prunable], macs: Macs) -> CostRecord:
+def measure(
+    model: nn.Module,
+    units: list[Prunable],
+    macs: Macs,
+    unpruned: Mapping[str, tuple[int, str]] = MappingProxyType({}),
+) -> CostRecord:
     """Measures size, sparsity and multiply-adds. Communicates where the network is sharded.
 
     Args:
         units: The prunable parameters.
         macs: From `count_macs`, which pruning does not change.
+        unpruned: Other matrices, from `survey`.
 
     Returns:
         Counts over the whole model and by prunable layer. `macs_nonzero` leaves out multiply-adds
@@ -75,20 +91,8 @@ def measure(model: nn.Module, units: list[Prunable], macs: Macs) -> CostRecord:
         num_bytes=num_bytes,
         num_bytes_sparse=num_bytes - spared_bytes + mask_bytes,
         layers=tuple(layers),
-        unpruned=_find_unpruned(model, units),
+        unpruned=dict(unpruned),
     )
-
-
-def _find_unpruned(model: nn.Module, units: list[Prunable]) -> dict[str, tuple[int, str]]:
-    pruned = {unit.parameter for unit in units}
-    found = {}
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and parameter.numel() and parameter not in pruned:
-            owner = model.get_submodule(name.rpartition(".")[0])
-            is_layer = isinstance(owner, (*WEIGHT_LAYERS, ParametrizationList))
-            kind = type(owner).__name__.removeprefix("FSDP")
-            found[name] = (parameter.numel(), "prune.exclude" if is_layer else kind)
-    return found
 
 
 class Layout:
@@ -193,30 +197,114 @@ class Prunable:
     Attributes:
         name: Its first name in the model; a tied parameter has others.
         parameter: The weights.
-        input_dim: The axis along which n:m groups run.
+        input_dim: The axis along which n:m groups run; None where the layer's kind does not say.
         num_groups: How many groups of a convolution lie along it.
     """
 
     name: str
     parameter: nn.Parameter
-    input_dim: int
+    input_dim: int | None
     num_groups: int = 1
 
 
-def prunable_parameters(model: nn.Module, exclude: Iterable[str] = ()) -> list[Prunable]:
-    """Lists the prunable parameters in name order, which is the order of the global flat index.
+@dataclass(frozen=True)
+class Survey:
+    """What of a network is prunable, and what is not.
 
-    Prunable are the non-empty weights of convolutions and linear layers; biases, norms, embeddings
-    and the parameters of other modules are not. A parameter tied under several names counts once,
-    under the first; a glob that matches any of its names excludes it.
+    Attributes:
+        units: In name order, which is the order of the global flat index.
+        unpruned: Of each other parameter of two axes or more its weights, and the reason.
+    """
+
+    units: list[Prunable]
+    unpruned: dict[str, tuple[int, str]]
+
+
+def prunable_parameters(
+    model: nn.Module,
+    exclude: Iterable[str] = (),
+    include: Iterable[str] = (),
+    unreached: Collection[str] = (),
+) -> list[Prunable]:
+    """Lists the prunable parameters in name order; see `survey`."""
+    return survey(model, exclude, include, unreached).units
+
+
+def survey(
+    model: nn.Module,
+    exclude: Iterable[str] = (),
+    include: Iterable[str] = (),
+    unreached: Collection[str] = (),
+) -> Survey:
+    """Finds the prunable parameters, and says of other matrices why they are not prunable.
+
+    Prunable are the non-empty weights of convolutions and linear layers, and what `include` names:
+    any parameter of floating point with two axes or more. A parameter tied under several names
+    counts once, under the first; a glob that matches any of its names includes or excludes it.
+    `exclude` wins over `include`, and `include` over `unreached`.
+
+    Args:
+        unreached: First names of parameters that no pass reaches, which are left out.
 
     Raises:
-        ConfigError: A glob of `exclude` matches no parameter, or nothing is left to prune.
-        PruneError: A weight is computed from other tensors, or is not a plain tensor of floats.
+        ConfigError: A glob matches no parameter, one of `include` matches none that can be pruned,
+            or nothing is left to prune.
+        PruneError: A weight is computed from other tensors, so that zeros in it would not stay, or
+            is not a plain tensor of floats.
     """
     names_of: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(parameter, []).append(name)
+    found, computed = _find_layers(model, names_of)
+    excluded = _find_excluded(exclude, names_of, computed)
+    included = _find_included(model, include, names_of, excluded)
+    found = included | found
+    for name in computed:
+        own = (f"{name}_", f"{name.removesuffix('weight')}parametrizations.weight.")
+        named = (*excluded, *(unit.name for unit in included.values()))
+        if name not in excluded and not any(other.startswith(own) for other in named):
+            sizes = {n[0]: p.numel() for p, n in names_of.items() if n[0].startswith(own)}
+            raise PruneError(
+                f"'{name}': is computed from other tensors (by torch.nn.utils.prune or a "
+                f"parametrization); name '{max(sizes, key=lambda n: sizes[n], default=name)}' in "
+                "prune.include to prune that, or name it in prune.exclude"
+            )
+    left_out = set(unreached) - {unit.name for unit in included.values()}
+    kept = [
+        unit
+        for weight, unit in found.items()
+        if unit.name not in left_out and excluded.isdisjoint(names_of[weight])
+    ]
+    for unit in kept:
+        _check_rankable(unit)
+        _check_zeros_stay(model, unit)
+    if not kept and found:
+        raise ConfigError(
+            "prune.exclude: leaves nothing to prune; the model needs a convolution or linear layer "
+            "that no glob matches"
+        )
+    if not kept:
+        raise ConfigError(f"workload.factory: the network has {_describe_unprunable(model)}")
+    pruned = {unit.parameter for unit in kept}
+    unpruned = {
+        names[0]: (
+            parameter.numel(),
+            "prune.exclude"
+            if not excluded.isdisjoint(names)
+            else "no pass reaches it"
+            if names[0] in left_out
+            else _say_why_unpruned(model, names[0], parameter),
+        )
+        for parameter, names in names_of.items()
+        if parameter.ndim > 1 and parameter.numel() and parameter not in pruned
+    }
+    return Survey(sorted(kept, key=lambda unit: unit.name), unpruned)
+
+
+def _find_layers(
+    model: nn.Module, names_of: Mapping[nn.Parameter, list[str]]
+) -> tuple[dict[nn.Parameter, Prunable], list[str]]:
+    """Returns the weights of convolutions and linear layers, and the names of computed ones."""
     found: dict[nn.Parameter, Prunable] = {}
     computed = []
     for path, module in model.named_modules():
@@ -227,13 +315,17 @@ def prunable_parameters(model: nn.Module, exclude: Iterable[str] = ()) -> list[P
         weight = None if is_computed else getattr(module, "weight", None)
         if is_computed or (isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter)):
             computed.append(f"{path}.weight".lstrip("."))
-        elif weight in names_of and weight.numel():
-            is_transposed = isinstance(module, TRANSPOSED)
-            num_groups = int(module.groups) if is_transposed else 1  # type: ignore[arg-type]
+        elif isinstance(weight, nn.Parameter) and weight in names_of and weight.numel():
+            axis, num_groups = _find_inputs(module, "weight")
             if weight in found:
                 num_groups = math.lcm(num_groups, found[weight].num_groups)
-            name = names_of[weight][0]
-            found[weight] = Prunable(name, weight, 0 if is_transposed else 1, num_groups)
+            found[weight] = Prunable(names_of[weight][0], weight, axis, num_groups)
+    return found, computed
+
+
+def _find_excluded(
+    exclude: Iterable[str], names_of: Mapping[nn.Parameter, list[str]], computed: list[str]
+) -> set[str]:
     every_name = [name for names in names_of.values() for name in names]
     excluded: set[str] = set()
     for pattern in exclude:
@@ -244,38 +336,159 @@ def prunable_parameters(model: nn.Module, exclude: Iterable[str] = ()) -> list[P
                 f"{nearest_glob(pattern, every_name)}"
             )
         excluded.update(matched)
-    for name in computed:
-        own = (f"{name}_", f"{name.removesuffix('weight')}parametrizations.weight.")
-        if name not in excluded and not any(other.startswith(own) for other in excluded):
-            raise PruneError(
-                f"'{name}': is computed from other tensors (by torch.nn.utils.prune or a "
-                "parametrization); make it a plain parameter first, or name it in prune.exclude"
+    return excluded
+
+
+def _find_included(
+    model: nn.Module,
+    include: Iterable[str],
+    names_of: Mapping[nn.Parameter, list[str]],
+    excluded: set[str],
+) -> dict[nn.Parameter, Prunable]:
+    """Returns what the globs of `include` name and those of `exclude` do not."""
+    found: dict[nn.Parameter, Prunable] = {}
+    every_name = [name for names in names_of.values() for name in names]
+    matrices = {
+        name
+        for parameter, names in names_of.items()
+        for name in names
+        if parameter.ndim > 1 and parameter.numel()
+    }
+    for pattern in include:
+        matched = match_names(pattern, every_name)
+        if not matched:
+            raise ConfigError(
+                f"prune.include = '{pattern}': matches no parameter"
+                f"{nearest_glob(pattern, sorted(matrices))}"
             )
-    kept = [unit for weight, unit in found.items() if excluded.isdisjoint(names_of[weight])]
-    for unit in kept:
-        _check_rankable(unit)
-    if not kept and found:
-        raise ConfigError(
-            "prune.exclude: leaves nothing to prune; the model needs a convolution or linear layer "
-            "that no glob matches"
+        if matrices.isdisjoint(matched):
+            raise ConfigError(
+                f"prune.include = '{pattern}': matches only what has no two axes "
+                f"({name_some(matched, 3)}), and biases and norms are not pruned; name matrices, "
+                f"such as {name_some(sorted(matrices), 3) or 'none, which this network has'}"
+            )
+        chosen = {p: names for p, names in names_of.items() if not matrices.isdisjoint(names)}
+        chosen = {p: names for p, names in chosen.items() if not set(matched).isdisjoint(names)}
+        left = {p: names for p, names in chosen.items() if excluded.isdisjoint(names)}
+        if not left:
+            raise ConfigError(
+                f"prune.include = '{pattern}': prune.exclude names all that it matches, and wins; "
+                "take it out of one of them"
+            )
+        for parameter, names in left.items():
+            axis, num_groups = _find_inputs(*_find_layer(model, names[0]))
+            found[parameter] = Prunable(names[0], parameter, axis, num_groups)
+    return found
+
+
+def _find_layer(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Returns the layer that a parameter works in, and the name there of the weight in use.
+
+    That of a parametrization is the weight that is computed from the parameter.
+    """
+    path, _, own = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if isinstance(owner, ParametrizationList):
+        outer, _, computed = path.rpartition(".")
+        return model.get_submodule(outer.removesuffix("parametrizations").rstrip(".")), computed
+    for hook in owner._forward_pre_hooks.values():
+        # Of torch.nn.utils: prune, and weight_norm and spectral_norm as they were before 2.0.
+        target = getattr(hook, "_tensor_name", None) or getattr(hook, "name", None)
+        if target and own in (f"{target}_orig", f"{target}_v", f"{target}_g"):
+            return owner, str(target)
+    return owner, own
+
+
+def _find_inputs(layer: nn.Module, weight: str) -> tuple[int | None, int]:
+    """Returns the axis of a layer's weight along which its inputs lie, and the groups along it."""
+    if isinstance(layer, TRANSPOSED) and weight == "weight":
+        return 0, int(layer.groups)
+    # Of transformers, a linear layer with its inputs first.
+    if _kind_of(layer) == "Conv1D" and hasattr(layer, "nf"):
+        return 0, 1
+    is_known = isinstance(layer, (*WEIGHT_LAYERS, *_OUTPUTS_FIRST)) and "bias" not in weight
+    return (1 if is_known else None), 1
+
+
+def _kind_of(layer: nn.Module) -> str:
+    # FSDP2 and parametrizations make classes of their own.
+    return type(layer).__name__.removeprefix("FSDP").removeprefix("Parametrized")
+
+
+_OUTPUTS_FIRST = (
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    # Each row is one entry, as of the output layer that it is often tied to.
+    nn.Embedding,
+    nn.EmbeddingBag,
+)
+
+
+def _say_why_unpruned(model: nn.Module, name: str, parameter: nn.Parameter) -> str:
+    layer, weight = _find_layer(model, name)
+    kind = _kind_of(layer)
+    if name.rpartition(".")[2] != weight:
+        return f"from which '{weight}' of {kind} is computed"
+    if why := _find_unrankable(parameter):
+        return f"{kind}, {why}"
+    return f"{kind}, not in prune.include"
+
+
+@torch.no_grad()
+def _check_zeros_stay(model: nn.Module, unit: Prunable) -> None:
+    """Refuses a parameter from which a weight is computed that is not zero wherever it is.
+
+    Tries it: some of its weights are set to zero, and then restored. One that is sharded cannot be
+    tried, nor one on the meta device; the network was tried before it was spread.
+    """
+    layer, weight = _find_layer(model, unit.name)
+    parameter = unit.parameter
+    if unit.name.rpartition(".")[2] == weight or is_shard(parameter) or parameter.is_meta:
+        return
+    before = parameter.detach().clone()
+    generator = torch.Generator().manual_seed(0)
+    is_removed = torch.rand(parameter.shape, generator=generator) < 0.5
+    # A norm of a whole row of zeros divides by zero.
+    rows = is_removed.view(len(is_removed), -1)
+    longest = torch.arange(max(rows.shape))
+    rows[longest % len(rows), longest % rows.shape[1]] = False
+    is_removed = is_removed.to(parameter.device)
+    set_by_hook = vars(layer).get(weight)
+    try:
+        parameter.masked_fill_(is_removed, 0)
+        with in_mode(layer, is_training=False), isolated(layer, 0):
+            if set_by_hook is not None:
+                for hook in layer._forward_pre_hooks.values():
+                    hook(layer, ())
+            computed = getattr(layer, weight)
+        stays = computed.shape == parameter.shape and not computed[is_removed].any()
+    finally:
+        parameter.copy_(before)
+        if set_by_hook is not None:
+            vars(layer)[weight] = set_by_hook
+    if not stays or not bool(is_removed.any()):
+        raise PruneError(
+            f"'{unit.name}': a zero in it is no zero in '{weight}', which "
+            f"{_kind_of(layer)} computes from it; name it in prune.exclude"
         )
-    if not kept:
-        raise ConfigError(f"workload.factory: the network has {_describe_unprunable(model)}")
-    return sorted(kept, key=lambda unit: unit.name)
 
 
 def _check_rankable(unit: Prunable) -> None:
-    weight, why = unit.parameter, ""
-    if not weight.is_floating_point() or weight.element_size() == 1:
-        why = f"is of {weight.dtype}, and criteria rank real numbers of 16 bits or more"
-    elif weight.layout is not torch.strided:
-        why = f"has the layout {weight.layout}"
-    elif any(step == 0 and n > 1 for n, step in zip(weight.shape, weight.stride(), strict=True)):
-        why = "is expanded, so that several of its weights are one number in memory"
-    if why:
+    if why := _find_unrankable(unit.parameter):
         raise PruneError(
             f"'{unit.name}': {why}; make it a plain parameter or name it in prune.exclude"
         )
+
+
+def _find_unrankable(weight: nn.Parameter) -> str:
+    if not weight.is_floating_point() or weight.element_size() == 1:
+        return f"is of {weight.dtype}, and criteria rank real numbers of 16 bits or more"
+    if weight.layout is not torch.strided:
+        return f"has the layout {weight.layout}"
+    if any(step == 0 and n > 1 for n, step in zip(weight.shape, weight.stride(), strict=True)):
+        return "is expanded, so that several of its weights are one number in memory"
+    return ""
 
 
 def _describe_unprunable(model: nn.Module) -> str:
@@ -287,7 +500,8 @@ def _describe_unprunable(model: nn.Module) -> str:
     ]
     return (
         "nothing to prune: prunable are the weights of convolutions (nn.Conv, nn.ConvTranspose) "
-        f"and linear layers (nn.Linear), and its parameters are {name_some(owners) or 'none'}"
+        f"and linear layers (nn.Linear), and its parameters are {name_some(owners) or 'none'}; "
+        "name matrices among them in prune.include"
     )
 
 

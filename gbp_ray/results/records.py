@@ -119,7 +119,7 @@ class CostRecord(_Record):
     Attributes:
         macs_fault: Why multiply-adds were not counted, which then are 0 everywhere.
         unpruned: Of each other parameter of two axes or more its weights, and why they were not
-            prunable: the kind of module that holds it, or "prune.exclude".
+            prunable.
     """
 
     num_parameters: Count

@@ -59,6 +59,7 @@ def dense_origin(job: JobConfig) -> dict[str, Any] | None:
         "pretrain": job.pretrain.model_dump(mode="json", exclude_defaults=True),
         # The masks and measurements of round 0 depend on it.
         "exclude": sorted(job.prune.exclude),
+        **({"include": sorted(job.prune.include)} if job.prune.include else {}),
         **({"batchnorm": [examples, norm_batch_size(job.prune)]} if examples else {}),
         **({"masks": pinned} if (pinned := job.prune.initial_masks_digest) else {}),
         **_surroundings(job, [job.workload.factory]),
@@ -171,6 +172,7 @@ def _fields_of_scores(job: JobConfig) -> set[str]:
         "calibration_batch_size",
         "calibration_augment",
         "exclude",
+        "include",
         *prune.spec.options,
     }
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gbp_ray.distributed.agreement import check_data
 from gbp_ray.distributed.ranks import Ranks, fixed_kernels, own_device
+from gbp_ray.distributed.sharding import copy_network
 from gbp_ray.pruning.analysis import compare_networks
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.results.findings import Findings
@@ -65,7 +65,7 @@ def explain_round(
         source = "round_000/weights.safetensors"
         dense = rebuild_network(workload, job.seed, weights[0], source, trial.dense.fingerprints)
         # Copied, since build_model may return the same network at every call.
-        pruned = copy.deepcopy(dense)
+        pruned = copy_network(dense)
         load_weights(pruned, weights[1], f"round_{record.round:03d}/weights.safetensors")
         dense, pruned = dense.to(ranks.device), pruned.to(ranks.device)
         reference = trial.dense.reference

@@ -14,7 +14,6 @@ that FSDP2 gathers come on top. The interpreter and the data are not part of it.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from gbp_ray.config.job import JobConfig
 from gbp_ray.config.training import Recipe
 from gbp_ray.distributed.ranks import Ranks, isolated
-from gbp_ray.distributed.sharding import cut_rows, group_parameters, only_requiring
+from gbp_ray.distributed.sharding import copy_network, cut_rows, group_parameters, only_requiring
 from gbp_ray.distributed.sums import largest_exchange
 from gbp_ray.pruning.criteria import criterion
 from gbp_ray.pruning.scoring import score
@@ -85,7 +84,7 @@ class Memory:
         self, job: JobConfig, workload: Workload, model: nn.Module, *, is_blank: bool
     ) -> None:
         self._job, self._workload, self._is_blank = job, workload, is_blank
-        self._model = model = copy.deepcopy(model)
+        self._model = model = copy_network(model)
         available = num_examples(workload.train)
         # Enough for two steps of an epoch, and counted once for all passes.
         few = torch.arange(2 * MOST_MEASURED)
@@ -94,7 +93,7 @@ class Memory:
         self._trainings: dict[str, Footprint] = {}
         self._is_sharded = job.cluster.strategy == "fsdp"
         self._world_size = max(1, job.cluster.max_workers)
-        self._units = prunable_parameters(model, job.prune.exclude)
+        self._units = prunable_parameters(model, job.prune.exclude, job.prune.include)
         self._layout = Layout(self._units, Ranks(0, self._world_size))
         self.num_prunable = self._layout.num_weights
         self.num_owned = max(stop - start for start, stop in pairwise(self._layout.bounds))

@@ -34,6 +34,7 @@ from gbp_ray.distributed.agreement import (
 )
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.distributed.sharding import (
+    copy_network,
     copy_sharded,
     is_shard,
     is_sharded,
@@ -171,7 +172,7 @@ def _build(workload: Workload, seed: int, *, is_changed: bool) -> tuple[nn.Modul
 
 def copy_frozen(model: nn.Module) -> nn.Module:
     """Copies a network for evaluation only. Communicates where it is sharded."""
-    twin = copy_sharded(model) if is_sharded(model) else copy.deepcopy(model)
+    twin = copy_sharded(model) if is_sharded(model) else copy_network(model)
     return twin.eval().requires_grad_(False)
 
 

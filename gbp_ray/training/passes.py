@@ -6,7 +6,6 @@ an operation hides its products, or the pass fails, nothing is counted and the r
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 import sys
@@ -25,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from gbp_ray.distributed.ranks import isolated
+from gbp_ray.distributed.sharding import copy_network
 from gbp_ray.errors import in_one_line
 from gbp_ray.workloads.batch import map_tensors, tensors_in
 from gbp_ray.workloads.contract import in_mode
@@ -84,9 +84,9 @@ def count_macs(
     Returns:
         Those of convolutions and matrix products; a weight that is used twice counts twice.
     """
-    # Weights that are computed from others cannot be copied by torch.
+    # Not all can be copied; then the pass restores what it can.
     with suppress(Exception):
-        model = copy.deepcopy(model)
+        model = copy_network(model)
     counter = _Counter(model)
     some = next(model.parameters(), next(tensors_in(example)))
     try:

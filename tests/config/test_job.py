@@ -644,6 +644,7 @@ def test_trial_id_changes_with_every_field_that_decides_the_result(job_file: Pat
         "prune.hutchinson_probes": 7,
         "prune.batchnorm_examples": 7,
         "prune.rewind": "weights",
+        "prune.include": ["a"],
         "prune.exclude": ["a"],
         "prune.layer_min_sparsity": 0.1,
         "prune.layer_max_sparsity": 0.9,

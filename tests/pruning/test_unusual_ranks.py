@@ -38,7 +38,14 @@ MACS = {
     # A square matrix times four reflections.
     "orthogonal": LAYERS + 6 * 6 * 4,
     "tied to an embedding": 8 * 8 + 8 * 12,
+    "words, pruned": 8 * 12,
+    "only gru, pruned": 5 * 3 * 4 * (8 + 4),
+    "weight norm, pruned": LAYERS,
+    "old spectral norm, pruned": LAYERS + 4 * 6 + 4,
+    # Outputs are 4 x 6, 6 x 2 x 7 and 4 x 1 x 6; the turned one counts by its 4 x 6 inputs.
+    "convolutions": 4 * 6 * 5 * 3 + 4 * 6 * 3 * 4 + 4 * 6 * 3 * 4 + 4 * 4,
 }
+MACS |= {f"{n}, pruned": MACS[n] for n in ("attention", "lstm with projections", "gru", "cell")}
 GROWS = "buffer 'peak' has shape (8,) after a forward pass and (0,) before it; give it its shape"
 REFUSED = {
     "only gru": "ConfigError: workload.factory: the network has nothing to prune: ",
@@ -122,6 +129,23 @@ def test_products_are_those_counted_by_hand(alone: dict[str, Any]) -> None:
             assert cost["macs"] == MACS[name], name
             assert bool(cost["macs_fault"]) == (name == "hides products")
     assert "_trilinear" in counted["hides products"][0]["record"]["cost"]["macs_fault"]
+
+
+def test_layers_that_a_job_includes_lose_weights_with_the_rest(alone: dict[str, Any]) -> None:
+    for name in (name for name in CASES if name.endswith(", pruned")):
+        cost = alone[name][-1]["record"]["cost"]
+        layers = {layer["name"]: layer for layer in cost["layers"]}
+        added = layers.keys() - {"head.weight", "a.weight", "attention.out_proj.weight"}
+        assert added, name
+        assert not any("include" in reason for _, reason in cost["unpruned"].values()), name
+        total = sum(layer["num_weights"] for layer in layers.values())
+        assert sum(layer["num_nonzero"] for layer in layers.values()) == total - (total + 1) // 2
+        lost = 0
+        for layer in added:
+            found = value_of(alone[name][-1], layer)
+            assert np.count_nonzero(found) == layers[layer]["num_nonzero"]
+            lost += found.size - np.count_nonzero(found)
+        assert lost > 0
 
 
 def value_of(found: dict[str, Any], name: str) -> np.ndarray:

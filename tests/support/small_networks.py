@@ -138,7 +138,7 @@ class DrawnItems:
 
 def scores_of(model: nn.Module, workload: Workload, config: PruneConfig, **more: Any) -> Any:
     """Scores a model, on one rank or more, and puts the scores together."""
-    units = prunable_parameters(model, config.exclude)
+    units = prunable_parameters(model, config.exclude, config.include)
     ranks = more.pop("ranks", ONE_RANK)
     return score(model, units, workload, config, ranks, **more).gather(ranks)
 

@@ -258,6 +258,27 @@ def tied() -> Net:
     )
 
 
+def words() -> Net:
+    return Net(
+        lambda net, x: net.head(torch.tanh(net.table(x)).mean(dim=1)),
+        table=nn.Embedding(12, WIDTH),
+        head=nn.Linear(WIDTH, 12),
+    )
+
+
+def convolving() -> Net:
+    """Has convolutions of one, two and three axes, grouped, and turned round."""
+    return Net(
+        lambda net, x: net.head(
+            torch.tanh(net.c(net.b(net.a(x).unsqueeze(2)).unsqueeze(4))).flatten(2).mean(dim=2)
+        ),
+        a=nn.Conv1d(STEPS, 4, 3),
+        b=nn.ConvTranspose2d(4, 6, 2, groups=2),
+        c=nn.Conv3d(6, 4, (2, 2, 1), groups=2),
+        head=nn.Linear(4, OUTPUTS),
+    )
+
+
 # -- trials ----------------------------------------------------------------------------------------
 
 
@@ -268,6 +289,7 @@ class Case:
     build: Callable[[], nn.Module]
     is_sequence: bool = False
     exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
     is_text: bool = False
 
 
@@ -318,6 +340,24 @@ CASES: dict[str, Case] = {
     "compiled in place": Case(compiled_in_place),
     "data-parallel": Case(lambda: nn.DataParallel(plain())),
     "tied to an embedding": Case(tied, is_text=True),
+    **{
+        f"{name}, pruned": Case(SEQUENCE[name], is_sequence=True, include=("*weight*",))
+        for name in ("attention", "lstm with projections", "gru", "cell")
+    },
+    "only gru, pruned": Case(
+        lambda: Net(
+            lambda net, x: net.layer(x)[0].mean(dim=1),
+            layer=nn.GRU(WIDTH, OUTPUTS, batch_first=True),
+        ),
+        is_sequence=True,
+        include=("layer.weight_*",),
+    ),
+    "words, pruned": Case(words, is_text=True, include=("table.weight",)),
+    "weight norm, pruned": Case(
+        lambda: with_head(parametrizations.weight_norm), include=("b.*original1",)
+    ),
+    "old spectral norm, pruned": Case(lambda: with_head(spectral_norm), include=("b.weight_orig",)),
+    "convolutions": Case(convolving, is_sequence=True),
 }
 
 
@@ -337,6 +377,7 @@ def case_of(name: str, **cluster: Any) -> tuple[JobConfig, Workload]:
         prune={
             "sparsity": 0.5,
             "exclude": case.exclude,
+            "include": case.include,
             "rounds": 1,
             "calibration_examples": 18,
             "calibration_batch_size": 5,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.pruning.units import measure, prunable_parameters
+from gbp_ray.pruning.units import measure, prunable_parameters, survey
 from gbp_ray.results.records import CostRecord
 from gbp_ray.training.passes import Macs, count_macs
 
@@ -331,16 +331,13 @@ def test_what_cannot_be_counted_is_said_and_ends_nothing(build: Any, fault: str)
 def test_matrices_that_are_not_pruned_are_named_with_the_reason() -> None:
     model = built(lambda: COUNTED["attention"][0]())
     model.table = nn.Embedding(3, 8)
-    units = prunable_parameters(model, ["head.*"])
-    cost = measure(model, units, Macs({}, 0))
-    assert cost.unpruned == {
-        "attention.in_proj_weight": (192, "MultiheadAttention"),
-        "head.weight": (32, "prune.exclude"),
-        "table.weight": (24, "Embedding"),
-    }
+    found = survey(model, ["head.*"])
+    cost = measure(model, found.units, Macs({}, 0), found.unpruned)
+    assert cost.unpruned == found.unpruned
     assert cost.unpruned_in_words == (
         "248 of 312 weights in matrices are not prunable: attention.in_proj_weight (192, "
-        "MultiheadAttention), head.weight (32, prune.exclude), table.weight (24, Embedding)"
+        "MultiheadAttention, not in prune.include), head.weight (32, prune.exclude), table.weight "
+        "(24, Embedding, not in prune.include)"
     )
 
 
