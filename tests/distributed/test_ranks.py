@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,13 +11,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rank_program import FAILING_STEPS, MASK_CASES, SUM_CASES, addends, report_of, reports_of_world
+from rank_program import FAILING_STEPS, SETTINGS, SUM_CASES, addends, report_of, reports_of_world
+from techniques import TECHNIQUES, WORLDS
 
 from gbp_ray.config.criteria import CRITERIA
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.distributed.sums import OrderedSum
 
 World = list[dict[str, Any]]
+OF_EACH_RANK = {"rank", "sums", "progress", "shared", "together", "failures", "disagreement"}
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +28,34 @@ def alone() -> dict[str, Any]:
     return report_of(Ranks.current())
 
 
+@cache
+def reports(size: int, strategy: str) -> World:
+    """Starts the ranks of a world once, and returns what each reports."""
+    with tempfile.TemporaryDirectory() as folder:
+        return reports_of_world(size, Path(folder), partial(report_of, strategy=strategy))
+
+
 @pytest.fixture(scope="module", params=[2, 3, 4], ids="{0}-ranks".format)
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
-    return reports_of_world(request.param, tmp_path_factory.mktemp("world"))
+def world(request: pytest.FixtureRequest) -> World:
+    """Ranks that each hold the whole network."""
+    return reports(request.param, "replicated")
+
+
+@pytest.mark.parametrize(("size", "strategy"), WORLDS)
+def test_results_do_not_depend_on_the_number_of_ranks_nor_on_shards(
+    size: int, strategy: str, alone: dict[str, Any]
+) -> None:
+    """Masks of every setting, whole trials of every technique, and what they are made of."""
+    techniques = {name for name, t in TECHNIQUES.items() if (size, strategy) in t.worlds}
+    for report in reports(size, strategy):
+        names = report.keys() - OF_EACH_RANK
+        assert techniques <= names
+        for name in names:
+            assert report[name] == alone[name], name
+
+
+def test_precisions_differ(alone: dict[str, Any]) -> None:
+    assert alone["everything"] != alone["everything in bfloat16"]
 
 
 @given(num_items=st.integers(0, 40), world_size=st.integers(1, 9))
@@ -92,16 +122,9 @@ def test_an_ordered_sum_refuses_to_end_early() -> None:
         sums.result()
 
 
-@pytest.mark.parametrize("case", MASK_CASES, ids="-".join)
-def test_masks_do_not_depend_on_the_number_of_ranks(
-    case: tuple[str, str, str], alone: dict[str, Any], world: World
-) -> None:
-    assert {report["masks"][case] for report in world} == {alone["masks"][case]}
-
-
 def test_the_mask_cases_differ(alone: dict[str, Any]) -> None:
     """Equal digests prove little where all choose alike; only snip is taylor, on purpose."""
-    for *_, scope, granularity in MASK_CASES[:4]:
+    for *_, scope, granularity in SETTINGS[:4]:
         by_rule = {rule: alone["masks"][rule, scope, granularity] for rule in CRITERIA}
         assert len(set(by_rule.values())) == len(CRITERIA) - 1
         assert by_rule["snip"] == by_rule["taylor"]
@@ -111,39 +134,6 @@ def test_the_mask_cases_differ(alone: dict[str, Any]) -> None:
         pattern = {alone["masks"][rule, scope, "2:4"] for scope in ("global", "layer")}
         assert len(weight) == 2
         assert weight.isdisjoint(pattern)
-
-
-@pytest.mark.parametrize(
-    "result",
-    [
-        "trained",
-        "movement",
-        "hard masks",
-        "float64 scores",
-        "evaluated",
-        "uneven",
-        "recalibrated",
-        "unruly model",
-        "remembered",
-        "attacked",
-        "taught once",
-        "filled in",
-        "held out",
-    ],
-)
-def test_results_do_not_depend_on_the_number_of_ranks(
-    result: str, alone: dict[str, Any], world: World
-) -> None:
-    for report in world:
-        assert report[result] == alone[result]
-
-
-def test_whole_trials_do_not_depend_on_the_number_of_ranks(
-    alone: dict[str, Any], world: World
-) -> None:
-    for report in world:
-        for expected, found in zip(alone["rounds"], report["rounds"], strict=True):
-            assert found == expected
 
 
 def test_progress_of_an_evaluation_ends_at_its_end(alone: dict[str, Any], world: World) -> None:

@@ -1,24 +1,14 @@
-"""Trials of two ranks that several files read, and both ways in which scores are counted."""
+"""Both ways in which scores are counted."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from gbp_ray.pruning import counting
-
-
-@pytest.fixture(scope="session")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two ranks reports of `pair_program`."""
-    from rank_program import reports_of_world
-    from unusual_program import pair_program
-
-    return reports_of_world(2, tmp_path_factory.mktemp("pair"), pair_program)
 
 
 @pytest.fixture(params=["on the host", "on a GPU"], scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from any_networks import KINDS, outcome
+from any_networks import KINDS, any_program, outcome
 from oracles import (
     DATA_FREE_CRITERIA,
     GRADIENT_CRITERIA,
@@ -17,6 +17,7 @@ from oracles import (
     config_of,
     weights_of,
 )
+from rank_program import reports_of_world
 from small_networks import Tagger, draw, in_float64, job_config, scores_of, uneven
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -32,6 +33,11 @@ from gbp_ray.workloads.contract import Workload
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
     return {name: outcome(name, Ranks()) for name in KINDS}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Any]]:
+    return reports_of_world(2, tmp_path_factory.mktemp("pair"), any_program)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -55,10 +61,10 @@ def test_dense_and_pruned_are_measured_as_by_a_plain_loop(name: str, alone: dict
 @pytest.mark.parametrize("strategy", ["replicated", "fsdp"])
 @pytest.mark.parametrize("name", KINDS)
 def test_two_ranks_prune_to_the_same_bits(
-    name: str, strategy: str, alone: dict[str, Any], pair: list[dict[str, Any]]
+    name: str, strategy: str, alone: dict[str, Any], pair: list[dict[tuple[str, str], Any]]
 ) -> None:
     for report in pair:
-        for found, expected in zip(report["any"][name, strategy], alone[name], strict=True):
+        for found, expected in zip(report[name, strategy], alone[name], strict=True):
             assert found["mask"] == expected["mask"]
             assert found["measured"] == expected["measured"]
             assert found["record"] == expected["record"]

@@ -10,18 +10,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from rank_program import digest
-from robust_program import CASES, case_of
 from safetensors.torch import load
 from selections import dense
-from small_networks import ConvNet, built, draw, images, job_config, prune_config
-from technique_program import EVERYTHING
+from small_networks import ConvNet, built, draw, images, prune_config
+from techniques import case_of, checkpoint_of, digest
 from test_thresholds import decide, misleading_scores
 from torch import Tensor
 
 from gbp_ray.config.criteria import CRITERIA
 from gbp_ray.config.job import JobConfig, load_job
-from gbp_ray.config.training import FinetuneConfig, PretrainConfig
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.distributed.sharding import gather_whole, shard_network
 from gbp_ray.pruning.checkpoint import Checkpoint
@@ -127,17 +124,6 @@ def test_scores_are_close_to_those_of_the_host(rule: str) -> None:
 # -- trials ----------------------------------------------------------------------------------------
 
 
-def everything(precision: str) -> tuple[JobConfig, Workload]:
-    recipe = EVERYTHING | {"precision": precision}
-    prune = {"rounds": 2, "calibration_examples": 30, "calibration_batch_size": 7}
-    job = job_config(
-        pretrain=PretrainConfig(**recipe),
-        finetune=FinetuneConfig(**recipe, optimizer="adamw", distillation={"weight": 0.3}),
-        prune=prune,
-    )
-    return job, images()
-
-
 def reports(
     job: JobConfig, workload: Workload, ranks: Ranks, resume: Checkpoint | None = None
 ) -> list[dict[str, Any]]:
@@ -156,30 +142,18 @@ def reports(
     return found
 
 
-JOBS = {
-    "everything": everything("float32"),
-    "everything in bfloat16": everything("bfloat16"),
-    **{case: case_of(case) for case in CASES},
-}
+CASES = ("everything", "everything in bfloat16", "attacked, frozen, matched", "taught once")
 
 
-@pytest.mark.parametrize("case", JOBS)
+@pytest.mark.parametrize("case", CASES)
 def test_a_trial_repeats_itself_and_goes_on_from_any_round(case: str) -> None:
-    job, workload = JOBS[case]
+    job, workload = case_of(case)
     ranks = Ranks(device=GPU)
     first, again = reports(job, workload, ranks), reports(job, workload, ranks)
     assert [(r["mask"], r["weights"]) for r in first] == [(r["mask"], r["weights"]) for r in again]
     for record in (r["record"] for r in first[1:]):
         assert record.sparsity == pytest.approx(record.sparsity_target, abs=1e-3)
-    files = first[1]["files"]
-    middle = Checkpoint(
-        round=1,
-        masks=files["masks.safetensors"],
-        weights=files["weights.safetensors"],
-        state=files["state.pt"],
-        shards={},
-        dense_weights=first[0]["files"]["weights.safetensors"],
-    )
+    middle = checkpoint_of(first, 1)
     (last,) = reports(job, workload, ranks, resume=middle)
     assert (last["mask"], last["weights"]) == (first[2]["mask"], first[2]["weights"])
     # The same checkpoint serves a host without a GPU.
@@ -190,13 +164,10 @@ def test_a_trial_repeats_itself_and_goes_on_from_any_round(case: str) -> None:
 def test_a_sharded_trial_on_one_gpu_is_that_of_the_replicated_network(tmp_path: Path) -> None:
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
-        job, workload = everything("float32")
+        job, workload = case_of("everything")
         ranks = Ranks.current(GPU)
         expected = reports(job, workload, ranks)
-        sharded = job.model_copy(
-            update={"cluster": job.cluster.model_copy(update={"strategy": "fsdp"})}
-        )
-        found = reports(sharded, workload, ranks)
+        found = reports(*case_of("everything", "fsdp"), ranks)
         model = built(ConvNet)
         shard_network(model, GPU, 1)
         assert all(p.device.type == "cuda" for p in model.parameters())

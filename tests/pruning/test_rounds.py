@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load, load_model
 from small_networks import ConvNet, SharedWeightNet, TanhNet, images, regression
+from techniques import TECHNIQUES, case_of, checkpoint_of, ranged_images, rounds_of
 from torch import nn
 from torch.nn import functional
 
@@ -23,38 +24,9 @@ from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.rounds import RoundState, run_rounds
 from gbp_ray.pruning.units import measure, prunable_parameters
 from gbp_ray.training.passes import count_macs
-from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.data import derive_seed, seeded, shuffled_indices
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "taylor, sgd": {},
-    "movement, adam": {
-        "prune": {"criterion": "movement"},
-        "finetune": {"optimizer": "adam", "learning_rate": 0.003},
-    },
-    "weights rewound": {"prune": {"rewind": "weights"}},
-    "learning rate rewound": {"prune": {"rewind": "learning_rate", "schedule": "cubic"}},
-    "one shot": {"prune": {"schedule": "one_shot"}},
-    "sparse early": {"prune": {"ramp_rounds": 2}},
-    "distilled": {"finetune": {"distillation": {"weight": 0.8}}},
-    "attacked, frozen, matched": {
-        "pretrain": {"adversarial": {"kind": "fgsm", "epsilon": 0.02, "weight": 0.5}},
-        "finetune": {
-            "adversarial": {"kind": "pgd", "epsilon": 0.02, "steps": 2},
-            "freeze": ["conv1.*", "norm1.*"],
-            "distillation": {"weight": 0.3, "features": ["norm2"]},
-        },
-        "attack": {"kind": "pgd", "epsilon": 0.02, "steps": 3, "examples": 10},
-    },
-    "averaged and mixed": {
-        "pretrain": {"ema_decay": 0.9, "cutmix": 1.0, "label_smoothing": 0.1},
-        "finetune": {"ema_decay": 0.9, "mixup": 0.4, "cutmix": 1.0, "max_gradient_norm": 0.5},
-    },
-    "bfloat16, averaged, weights rewound": {
-        "prune": {"rewind": "weights"},
-        "finetune": {"precision": "bfloat16", "ema_decay": 0.8},
-    },
-}
+TAUGHT = {"distillation": {"weight": 0.8}}
 
 
 def job_of(**sections: dict[str, Any]) -> JobConfig:
@@ -77,40 +49,26 @@ def job_of(**sections: dict[str, Any]) -> JobConfig:
     return JobConfig.model_validate(tree)
 
 
-def ranged_images() -> Workload:
-    return dataclasses.replace(images(), input_range=(-6.0, 6.0))
-
-
-def run(job: JobConfig, resume: Checkpoint | None = None) -> list[tuple[Any, dict[str, bytes]]]:
+def run(job: JobConfig) -> list[tuple[Any, dict[str, bytes]]]:
     """Runs a trial and keeps each round's record and files."""
     return [
         (state.record.model_dump(exclude={"seconds"}), state.to_files())
-        for state in run_rounds(job, ranged_images(), Ranks(), resume=resume)
+        for state in run_rounds(job, ranged_images(), Ranks())
     ]
 
 
-def checkpoint_of(rounds: list[tuple[Any, dict[str, bytes]]], number: int) -> Checkpoint:
-    files = rounds[number][1]
-    return Checkpoint(
-        round=number,
-        weights=files["weights.safetensors"],
-        masks=files["masks.safetensors"],
-        state=files["state.pt"],
-        dense_weights=rounds[0][1]["weights.safetensors"],
-    )
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_resumed_trial_ends_as_an_uninterrupted_one(recipe: str) -> None:
-    job = job_of(**RECIPES[recipe])
-    whole = run(job)
-    assert [record["round"] for record, _ in whole] == [0, 1, 2, 3]
-    for number in range(len(whole)):
-        rest = run(job, checkpoint_of(whole, number))
-        for (expected, files), (found, found_files) in zip(whole[number + 1 :], rest, strict=True):
-            assert found == expected
-            for name in ("weights.safetensors", "masks.safetensors"):
-                assert found_files[name] == files[name], f"{name} of round {found['round']}"
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_a_resumed_trial_ends_as_an_uninterrupted_one(name: str) -> None:
+    whole = rounds_of(name, Ranks())
+    for number, report in enumerate(whole):
+        assert report["record"]["round"] == number
+        rest = rounds_of(name, Ranks(), resume=checkpoint_of(whole, number))
+        assert len(rest) == len(whole) - number - 1
+        for expected, found in zip(whole[number + 1 :], rest, strict=True):
+            for key in ("record", "mask", "weights"):
+                assert found[key] == expected[key]
+            for file in ("weights.safetensors", "masks.safetensors"):
+                assert found["files"][file] == expected["files"][file], f"{file} after {number}"
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "movement"])
@@ -158,7 +116,7 @@ def test_the_dense_network_is_measured_as_pruned_ones_are_and_stays_as_it_was(
 
 
 def test_the_dense_network_teaches_where_the_job_says_so() -> None:
-    taught, plain = run(job_of(**RECIPES["distilled"])), run(job_of())
+    taught, plain = run(job_of(finetune=TAUGHT)), run(job_of())
     assert taught[0] == plain[0]
     assert taught[1][0]["mask_digest"] == plain[1][0]["mask_digest"]
     assert taught[1][1]["weights.safetensors"] != plain[1][1]["weights.safetensors"]
@@ -170,7 +128,7 @@ def test_a_network_without_logits_cannot_be_taught() -> None:
         lambda: nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)), inputs, inputs[:, 0]
     )
     with pytest.raises(ConfigError, match=r"finetune\.distillation\.weight: needs .*logits"):
-        check_job(job_of(**RECIPES["distilled"]), workload)
+        check_job(job_of(finetune=TAUGHT), workload)
 
 
 def test_the_same_job_twice_gives_the_same_bytes_and_another_seed_does_not() -> None:
@@ -258,23 +216,26 @@ def test_a_layer_held_back_is_recorded() -> None:
     assert layers["conv2.weight"] <= 0.1
 
 
+@pytest.fixture(scope="module")
+def saved() -> Checkpoint:
+    return checkpoint_of(rounds_of("plain", Ranks()), 1)
+
+
 @pytest.mark.parametrize("name", ["weights", "masks", "state"])
 @pytest.mark.parametrize("length", [0, 7, 100, -1])
-def test_a_damaged_checkpoint_is_refused(name: str, length: int) -> None:
-    job = job_of()
-    whole = checkpoint_of(run(job), 1)
-    damaged = Checkpoint(**(vars(whole) | {name: getattr(whole, name)[:length]}))
+def test_a_damaged_checkpoint_is_refused(name: str, length: int, saved: Checkpoint) -> None:
+    job, workload = case_of("plain")
+    damaged = Checkpoint(**(vars(saved) | {name: getattr(saved, name)[:length]}))
     with pytest.raises(StoreError) as caught:
-        next(run_rounds(job, images(), Ranks(), resume=damaged))
+        next(run_rounds(job, workload, Ranks(), resume=damaged))
     assert "\n" not in str(caught.value)
 
 
-def test_weights_of_another_model_are_refused_by_name() -> None:
-    job = job_of()
-    whole = checkpoint_of(run(job), 1)
+def test_weights_of_another_model_are_refused_by_name(saved: Checkpoint) -> None:
+    job, _ = case_of("plain")
     other = images(lambda: nn.Sequential(nn.Flatten(), nn.Linear(72, 3)))
     with pytest.raises(StoreError, match="does not fit the model at '"):
-        next(run_rounds(job, other, Ranks(), resume=whole))
+        next(run_rounds(job, other, Ranks(), resume=saved))
 
 
 def test_weights_load_without_the_package_also_when_tied(tmp_path: Path) -> None:

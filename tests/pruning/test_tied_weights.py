@@ -9,9 +9,8 @@ import pytest
 import torch
 from oracles import assert_scores, config_of
 from safetensors.torch import load
-from sharded_program import checkpoint_of, trial, without_files
 from small_networks import draw, in_float64, job_config, prune_config, regression, scores_of
-from tied_program import recurrent, tied_blank
+from techniques import rounds_of, tied_blank
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -221,7 +220,7 @@ def test_a_network_tied_by_name_is_the_one_that_is_built_so() -> None:
                     parameter.copy_(values[name])
             return model
 
-        reports = trial(Ranks(), "replicated", build, criterion="fisher")
+        reports = rounds_of("tied", Ranks(), build=build)
         weights = load(reports[-1]["files"]["weights.safetensors"])
         found.append(([r["mask"] for r in reports], weights, reports[-1]["record"]["accuracy"]))
     assert found[0][0] == found[1][0]
@@ -231,11 +230,9 @@ def test_a_network_tied_by_name_is_the_one_that_is_built_so() -> None:
         assert torch.equal(tensor, found[1][1][name])
 
 
-def test_files_hold_the_one_kernel_and_load_into_a_tied_network(
-    alone: dict[str, list[dict[str, Any]]],
-) -> None:
+def test_files_hold_the_one_kernel_and_load_into_a_tied_network() -> None:
     build = with_tied_weights(TwoConvs, [["first", "second"]])
-    names = load(alone["blank"][-1]["files"]["weights.safetensors"])
+    names = load(rounds_of("tied, blank", Ranks())[-1]["files"]["weights.safetensors"])
     assert {n for n in names if "kernels" in n} == {
         "layer1.kernels.0.weight",
         "layer2.kernels.0.weight",
@@ -252,30 +249,7 @@ def test_files_hold_the_one_kernel_and_load_into_a_tied_network(
     assert torch.count_nonzero(fresh.first.weight) == 18
 
 
-# -- ranks, shards, interruptions ------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def alone() -> dict[str, list[dict[str, Any]]]:
-    return {
-        "fisher": trial(Ranks(), "replicated", recurrent, criterion="fisher"),
-        "blank": trial(Ranks(), "replicated", tied_blank),
-    }
-
-
-def test_tied_networks_end_alike_on_any_number_of_ranks_and_in_shards(
-    alone: dict[str, list[dict[str, Any]]], pair: list[dict[str, Any]]
-) -> None:
-    for report in pair:
-        for (case, strategy), rounds in report["tied"].items():
-            assert without_files(rounds) == without_files(alone[case]), (case, strategy)
-
-
-def test_a_resumed_trial_of_a_tied_network_ends_as_an_uninterrupted_one(
-    alone: dict[str, list[dict[str, Any]]],
-) -> None:
-    rest = trial(Ranks(), "replicated", tied_blank, resume=checkpoint_of(alone["blank"], 1))
-    assert without_files(rest) == without_files(alone["blank"][2:])
+# -- starts and exclusions -------------------------------------------------------------------------
 
 
 def test_a_network_tied_on_the_meta_device_stays_tied_and_starts_from_its_first_layer() -> None:

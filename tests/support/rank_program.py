@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import itertools
 import multiprocessing
 import pickle
@@ -13,37 +12,31 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from robust_program import CASES, rounds_of
 from small_networks import (
     UNEVEN,
     ConvNet,
-    DrawnItems,
-    Remembering,
     TanhNet,
     built,
     draw,
     images,
     in_float64,
-    job_config,
     prune_config,
     regression,
     scores_of,
     uneven,
 )
+from techniques import EVERYWHERE, TECHNIQUES, case_of, digest, rounds_of
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from gbp_ray.config.criteria import CRITERIA
-from gbp_ray.config.job import JobConfig
-from gbp_ray.config.training import DistillationConfig, FinetuneConfig, PretrainConfig
+from gbp_ray.config.training import DistillationConfig, FinetuneConfig
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.distributed.sharding import gather_whole, local, shard_network
+from gbp_ray.distributed.sharding import local, shard_network
 from gbp_ray.distributed.sums import OrderedSum
 from gbp_ray.errors import ConfigError, PruneError, WorkloadError
-from gbp_ray.pruning.checkpoint import Checkpoint
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.pruning.scoring import score
@@ -70,7 +63,7 @@ SUM_CASES = [
     )
 ]
 
-MASK_CASES = [
+SETTINGS = [
     (rule, scope, granularity)
     for rule in CRITERIA
     for scope in ("global", "layer")
@@ -84,63 +77,40 @@ def addends(num_elements: int, num_items: int) -> Tensor:
     return (draw(num_items, num_elements, seed=4) * scales).double()
 
 
-def digest(tensors: dict[str, Tensor]) -> str:
-    """Hashes names and bytes, so that equal digests mean equal bits."""
-    hashed = hashlib.sha256()
-    for name, tensor in tensors.items():
-        hashed.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
-    return hashed.hexdigest()
-
-
-def report_of(ranks: Ranks) -> dict[str, Any]:
-    """Runs every case and reports what this rank got."""
-    trained, movement = _train(ranks)
-    return {
-        "sums": [_sum_in_order(ranks, *case) for case in SUM_CASES],
+def report_of(ranks: Ranks, strategy: str = "replicated") -> dict[str, Any]:
+    """Runs every case and reports what this rank got, of a network in one piece or in shards."""
+    is_sharded = strategy == "fsdp"
+    world = (ranks.world_size, strategy)
+    report: dict[str, Any] = {"rank": ranks.rank}
+    report["hard masks"] = hard_masks(ranks, is_sharded=is_sharded)
+    for name, technique in TECHNIQUES.items():
+        if world in technique.worlds or (world[0] == 1 and technique.worlds):
+            report[name] = rounds_of(name, ranks, strategy, with_files=False)
+    if world[0] > 1 and world not in EVERYWHERE:
+        return report
+    trained, movement = _train(ranks, is_sharded=is_sharded)
+    report |= {
         "masks": _masks(ranks, trained, movement),
         "trained": digest(trained.state_dict()),
         "movement": digest(movement),
-        "hard masks": hard_masks(ranks),
-        "float64 scores": _float64_scores(ranks),
         "evaluated": evaluate(trained, images(), ranks, 4),
-        "uneven": _uneven(ranks),
-        "progress": _progress(ranks, trained),
+        "uneven": _uneven(ranks, is_sharded=is_sharded),
         "recalibrated": _recalibrated(ranks, trained),
+        "held out": _held_out(ranks, strategy),
+    }
+    if is_sharded:
+        return report
+    return report | {
+        "sums": [_sum_in_order(ranks, *case) for case in SUM_CASES],
+        "float64 scores": _float64_scores(ranks),
+        "progress": _progress(ranks, trained),
         "unruly model": _unruly_model(ranks),
-        "remembered": _remembered(ranks),
-        "rounds": _rounds(ranks),
-        **{case: rounds_of(case, ranks) for case in CASES},
-        "held out": _held_out(ranks),
         "filled in": _filled_in(ranks).tolist(),
         "shared": ranks.broadcast_object({"from": ranks.rank}),
         "together": _together(ranks),
         "failures": _failures(ranks, trained),
         "disagreement": _disagreement(ranks),
-        "rank": ranks.rank,
     }
-
-
-def sharded_report_of(ranks: Ranks) -> dict[str, Any]:
-    """Runs the cases that a sharded network has in common with a replicated one."""
-    trained, movement = _train(ranks, is_sharded=True)
-    return {
-        "masks": _masks(ranks, trained, movement),
-        "trained": digest(_gathered(trained.state_dict())),
-        "movement": digest(_gathered(movement)),
-        "hard masks": hard_masks(ranks, is_sharded=True),
-        "evaluated": evaluate(trained, images(), ranks, 4),
-        "uneven": _uneven(ranks, is_sharded=True),
-        "recalibrated": _recalibrated(ranks, trained),
-        "remembered": _remembered(ranks, strategy="fsdp"),
-        "rounds": _rounds(ranks, strategy="fsdp"),
-        **{case: rounds_of(case, ranks, strategy="fsdp") for case in CASES},
-        "held out": _held_out(ranks, strategy="fsdp"),
-        "rank": ranks.rank,
-    }
-
-
-def _gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: gather_whole(tensor) for name, tensor in tensors.items()}
 
 
 def _sum_in_order(
@@ -176,7 +146,7 @@ def _uneven(ranks: Ranks, *, is_sharded: bool = False) -> list[Any]:
         recipe = FinetuneConfig(epochs=1, batch_size=14, microbatches=9, learning_rate=0.05)
         optimizer, span = make_optimizer(model, recipe), Span("finetune", range(3), range(3))
         found.append(train_epochs(model, workload, recipe, ranks, optimizer, span, seed=5))
-        found.append(digest(_gathered(model.state_dict())))
+        found.append(digest(model.state_dict()))
         for rule in ("taylor", "fisher", "obd", "grasp"):
             config = prune_config(rule, calibration_examples=23, calibration_batch_size=3)
             found.append(digest(scores_of(model, workload, config, ranks=ranks)))
@@ -263,7 +233,7 @@ def _masks(
         )
         units = prunable_parameters(model, config.exclude)
         scores = score(model, units, images(), config, ranks, seed=6, movement=movement)
-        for _, scope, granularity in (case for case in MASK_CASES if case[0] == rule):
+        for _, scope, granularity in (case for case in SETTINGS if case[0] == rule):
             chosen = config.model_copy(update={"scope": scope, "granularity": granularity})
             axes = {unit.name: unit.input_dim for unit in units}
             early = select_masks(scores, MaskSet.dense(units), chosen, 0.2, axes, ranks).masks
@@ -292,7 +262,7 @@ def _progress(ranks: Ranks, trained: nn.Module) -> list[tuple[int, int]]:
 def _recalibrated(ranks: Ranks, trained: nn.Module) -> str:
     model = copy_frozen(trained)
     recalibrate_batchnorm(model, images(), ranks, examples=31, batch_size=6, seed=1)
-    return digest(_gathered(model.state_dict()))
+    return digest(model.state_dict())
 
 
 class UnrulyNet(ConvNet):
@@ -322,76 +292,22 @@ def _unruly_model(ranks: Ranks) -> tuple[str, tuple[float, float], str]:
     return digest(scores), figures, digest(model.state_dict())
 
 
-def _remembered(ranks: Ranks, strategy: str = "replicated") -> list[tuple[Any, ...]]:
-    """Prunes a network that writes buffers, on items that are drawn with each reading."""
-    items = DrawnItems()
-    workload = dataclasses.replace(
-        regression(Remembering, *draw(2, 2, 3)), train=items, test=items, prepare=_noisy
-    )
-    found = []
-    for parts in (1, 3):
-        recipe = {"epochs": 1.0, "batch_size": 7, "microbatches": parts}
-        job = job_config(
-            pretrain=recipe,
-            finetune=recipe,
-            prune={"calibration_examples": 9, "calibration_batch_size": 4},
-            workload={"eval_batch_size": 5, "train_sample": 4},
-            cluster={"strategy": strategy},
-        )
-        for state in run_rounds(job, workload, ranks):
-            weights = digest(_gathered(state.model.state_dict()))
-            found.append((state.record.loss, state.masks.digest, weights))
-    return found
-
-
-def _noisy(inputs: Tensor) -> Tensor:
-    return inputs + 0.01 * float(np.random.normal())
-
-
-def _rounds(
-    ranks: Ranks, strategy: str = "replicated", resume: Checkpoint | None = None
-) -> list[tuple[dict[str, Any], str, str]]:
-    found = []
-    for state in run_rounds(rounds_job(strategy), images(), ranks, resume=resume):
-        record = state.record.model_dump(exclude={"seconds"})
-        weights = digest(_gathered(state.model.state_dict()))
-        found.append((record, state.masks.digest, weights))
-    return found
-
-
-def _held_out(ranks: Ranks, strategy: str = "replicated") -> list[Any]:
+def _held_out(ranks: Ranks, strategy: str) -> list[Any]:
     """Rounds judged by a validation split and stopped early, then the test split."""
-    job = rounds_job(strategy)
-    finetune = job.finetune.model_copy(update={"epochs": 3.0, "patience": 1, "validate_every": 0.5})
-    job = job.model_copy(update={"finetune": finetune})
+    stopped = {"epochs": 3.0, "patience": 1, "validate_every": 0.5}
+    job, _ = case_of("plain", strategy, finetune=stopped)
     workload = hold_out(images(num_train=60), 0.25, seed=2)
     found: list[Any] = []
     stored = {}
     for state in run_rounds(job, workload, ranks):
         record = state.record.model_dump(exclude={"seconds"})
-        found.append((record, digest(_gathered(state.model.state_dict()))))
+        found.append((record, digest(state.model.state_dict())))
         # Of a sharded network rank 0 alone has the whole file.
         weights = state.to_files().get("weights.safetensors", b"")
         stored[state.record.round] = ranks.broadcast_object(bytes(weights))
     model, *_ = build_start(workload, job.seed, ranks, strategy)
     tested = measure_final_test(job, workload, model, ranks, 1, lambda number: stored[number])
     return [*found, tested.model_dump()]
-
-
-def rounds_job(strategy: str) -> JobConfig:
-    """A job of two rounds that trains before and after each."""
-    return job_config(
-        pretrain=PretrainConfig(epochs=1, batch_size=15, microbatches=4),
-        finetune=FinetuneConfig(epochs=1, batch_size=15, microbatches=4),
-        prune={
-            "rounds": 2,
-            "calibration_examples": 30,
-            "calibration_batch_size": 7,
-            "batchnorm_examples": 20,
-        },
-        workload={"eval_batch_size": 5},
-        cluster={"strategy": strategy},
-    )
 
 
 def _filled_in(ranks: Ranks) -> Tensor:
@@ -474,7 +390,7 @@ def _disagreement(ranks: Ranks) -> list[str]:
 
 
 def reports_of_world(
-    world_size: int, folder: Path, program: Callable[[Ranks], dict[str, Any]] = report_of
+    world_size: int, folder: Path, program: Callable[[Ranks], dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Runs a program on `world_size` gloo processes; returns their reports, rank 0 first."""
     context = multiprocessing.get_context("forkserver")

@@ -182,6 +182,39 @@ class ConvNet(nn.Module):
         return self.head(self.dropout(hidden))
 
 
+class Block(nn.Module):
+    """A residual block of two layers."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, 2 * width)
+        self.second = nn.Linear(2 * width, width)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden: Tensor = inputs + self.second(torch.relu(self.first(inputs)))
+        return hidden
+
+
+class BlockNet(nn.Module):
+    """Blocks in a list, each a group of its own; two of them share a weight, two freeze one."""
+
+    def __init__(self, *, is_tied: bool = True) -> None:
+        super().__init__()
+        self.stem = nn.Linear(18 * 4, 24)
+        self.blocks = nn.ModuleList(Block() for _ in range(5))
+        self.head = nn.Linear(24, 3)
+        if is_tied:
+            self.blocks[3].first.weight = self.blocks[1].first.weight
+        self.blocks[4].second.weight.requires_grad_(False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.stem(inputs.flatten(1))
+        for block in self.blocks:
+            hidden = block(hidden)
+        outputs: Tensor = self.head(hidden)
+        return outputs
+
+
 def jitter(images: Tensor) -> Tensor:
     """A random augmentation: noise on every pixel."""
     return images + 0.1 * torch.randn_like(images)

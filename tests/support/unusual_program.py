@@ -14,9 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from any_networks import any_program
 from small_networks import Queue, draw, job_config, regression
-from tied_program import tied_program
 from torch import Tensor, nn
 from torch.ao import quantization
 from torch.nn import functional
@@ -429,13 +427,4 @@ def unusual_program(ranks: Ranks) -> dict[tuple[str, str], Any]:
     return {
         (name, strategy): outcome(name, ranks, strategy)
         for name, strategy in (*whole, *sharded, (ENDING, "fsdp"))
-    }
-
-
-def pair_program(ranks: Ranks) -> dict[str, Any]:
-    """Runs what two ranks do for several files of tests, so that they start once."""
-    return {
-        "tied": tied_program(ranks),
-        "any": any_program(ranks),
-        "unusual": unusual_program(ranks),
     }
