@@ -5,7 +5,7 @@ Markdown with the front matter that model hubs read. Made from records, without 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gbp_ray.results.records import RoundRecord, TrialRecord, dump_job, write_share
@@ -22,8 +22,9 @@ class ExportFacts:
 
     Attributes:
         class_name: Of the network.
-        input_shape: Of one prepared example.
-        input_dtype: Likewise.
+        inputs: Type and shape of one prepared example's tensors, by their names in
+            example.safetensors.
+        arguments: The network's arguments, as code.
         output_shape: Of one example's output.
         num_test: Examples of the test split.
         num_judged: Examples that rounds were judged by.
@@ -34,8 +35,8 @@ class ExportFacts:
     """
 
     class_name: str
-    input_shape: Sequence[int]
-    input_dtype: str
+    inputs: Mapping[str, tuple[str, Sequence[int]]]
+    arguments: str
     output_shape: Sequence[int]
     num_test: int
     num_judged: int
@@ -84,8 +85,7 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         "",
         *_how_to_load(facts),
         "",
-        f"It takes prepared inputs: `{facts.input_dtype}` of shape "
-        f"`(examples, {', '.join(map(str, facts.input_shape))})`, and gives outputs of shape "
+        f"It takes prepared inputs: {_describe_inputs(facts)}, and gives outputs of shape "
         f"`(examples, {', '.join(map(str, facts.output_shape))})`. `example.safetensors` holds "
         "`inputs` that were prepared as in the test, and the `outputs` that belong to them; "
         "preparing (scaling, normalising) is the workload's own and not part of the network.",
@@ -125,6 +125,16 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         "",
     ]
     return "\n".join(lines)
+
+
+def _describe_inputs(facts: ExportFacts) -> str:
+    texts = {
+        name: f"`{dtype}` of shape `(examples, {', '.join(map(str, shape))})`"
+        for name, (dtype, shape) in facts.inputs.items()
+    }
+    if list(texts) == ["inputs"]:
+        return texts["inputs"]
+    return ", ".join(f"`{name.removeprefix('inputs.')}` {text}" for name, text in texts.items())
 
 
 def _accuracy(trial: TrialRecord, record: RoundRecord) -> list[str]:
@@ -209,7 +219,7 @@ def _how_to_load(facts: ExportFacts) -> list[str]:
         "import torch",
         "",
         'model = torch.export.load("model.pt2").module()',
-        "outputs = model(inputs)",
+        f"outputs = model({facts.arguments})",
         "```",
         "",
         "Or its weights into the same class:",

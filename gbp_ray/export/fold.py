@@ -23,11 +23,11 @@ from gbp_ray.workloads.contract import TRANSPOSED, WEIGHT_LAYERS
 __all__ = ["fold_batchnorm"]
 
 
-def fold_batchnorm(model: nn.Module, inputs: Tensor) -> nn.Module:
+def fold_batchnorm(model: nn.Module, run: Callable[[nn.Module], object]) -> nn.Module:
     """Copies a network with every BatchNorm folded into the layer that it follows.
 
     Args:
-        inputs: (B, ...) a few examples, to see what shapes the layers meet.
+        run: Passes a few examples through it, to see what shapes the layers meet.
 
     Returns:
         The copy, in eval mode; it gives the same outputs up to rounding.
@@ -46,7 +46,7 @@ def fold_batchnorm(model: nn.Module, inputs: Tensor) -> nn.Module:
     pairs: dict[nn.Module, nn.Module] = {}
     for name, norm in norms.items():
         pairs[norm] = _layer_before(name, norm, folded, graph)
-    _refuse_sequences(folded, norms, pairs, inputs)
+    _refuse_sequences(folded, norms, pairs, run)
     fused = {layer: _fuse(layer, norm) for norm, layer in pairs.items()}
     for name, module in modules.items():
         if module in fused:
@@ -117,7 +117,7 @@ def _refuse_sequences(
     model: nn.Module,
     norms: Mapping[str, nn.Module],
     pairs: Mapping[nn.Module, nn.Module],
-    inputs: Tensor,
+    run: Callable[[nn.Module], object],
 ) -> None:
     """Refuses a norm after a linear layer over more than (B, features): it scales the second axis.
 
@@ -132,7 +132,7 @@ def _refuse_sequences(
     hooks = [norm.register_forward_pre_hook(note) for norm in pairs]
     try:
         with torch.no_grad():
-            model(inputs)
+            run(model)
     finally:
         for hook in hooks:
             hook.remove()

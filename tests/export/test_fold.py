@@ -88,7 +88,7 @@ def test_a_folded_network_computes_the_same_with_the_same_sparsity(
     masks.apply_(model)
     kept = copy.deepcopy(model.state_dict())
     inputs = draw(*shape, seed=7)
-    folded = fold_batchnorm(model, inputs)
+    folded = fold_batchnorm(model, lambda network: network(inputs))
     with torch.no_grad():
         expected, found = copy.deepcopy(model).eval()(inputs), folded(inputs)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
@@ -156,12 +156,12 @@ def test_what_cannot_be_folded_is_refused_with_its_reason(
     build: Callable[[], nn.Module], reason: str
 ) -> None:
     with pytest.raises(PruneError, match=reason):
-        fold_batchnorm(built(build), draw(2, 4, 8, 8))
+        fold_batchnorm(built(build), lambda network: network(draw(2, 4, 8, 8)))
 
 
 def test_a_norm_over_the_steps_of_a_sequence_is_not_folded_into_their_layer() -> None:
     """It scales steps; that there are as many of them as features hides it."""
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
     with pytest.raises(PruneError, match=r"'1' .* scales axis 1 of \(2, 5, 5\)"):
-        fold_batchnorm(lived_in(lambda: model), draw(2, 5, 4))
-    assert fold_batchnorm(model, draw(2, 4)) is not model
+        fold_batchnorm(lived_in(lambda: model), lambda network: network(draw(2, 5, 4)))
+    assert fold_batchnorm(model, lambda network: network(draw(2, 4))) is not model

@@ -182,6 +182,45 @@ def test_the_cards_lines_load_a_network_whose_layers_share_weights(tmp_path: Pat
         assert ("Layers share weights" in card) == bool(more)
 
 
+@pytest.mark.parametrize("name", ["classifier", "language_model", "segmentation", "tagger"])
+def test_networks_of_dicts_and_sequences_are_exported_without_their_labels(
+    name: str, tmp_path: Path
+) -> None:
+    factory = f"any_networks:{name}"
+    short = {"pretrain.epochs": 0, "finetune.epochs": 0, "prune.rounds": 1}
+    options = {"storage": str(tmp_path), "workload.factory": factory, "cluster.num_workers": 0}
+    result = prune(overrides={**options, **short}, is_quiet=True)
+    folder = tmp_path / "net"
+    found = export_round(result.uri, folder, trust_code=[factory])
+    example, card = load_file(folder / "example.safetensors"), (folder / "README.md").read_text()
+    outputs = example.pop("outputs")
+    given = {key.removeprefix("inputs."): tensor for key, tensor in example.items()}
+    workload = load_workload(result.record.job.workload, 0)
+    model = workload.build_model()
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    positional = [given.pop("inputs")] if "inputs" in given else []
+    with torch.no_grad():
+        expected = model.eval()(*positional, **given)
+    assert torch.equal(getattr(expected, "logits", expected), outputs)
+    assert "labels" not in given
+    if name == "tagger":
+        # Packing reads the lengths, which torch.export does not know.
+        assert found.program_fault
+        assert "There is no `model.pt2`" in card
+        return
+    program = torch.export.load(folder / "model.pt2").module()
+    torch.testing.assert_close(program(*positional, **given), outputs)
+    few = {key: tensor[:3] for key, tensor in given.items()}
+    first = [tensor[:3] for tensor in positional]
+    torch.testing.assert_close(program(*first, **few), outputs[:3])
+    called = re.search(r"outputs = model\((.*)\)", card)
+    names = {"classifier": "input_ids=input_ids, attention_mask=attention_mask"}
+    names |= {"language_model": "input_ids=input_ids", "segmentation": "inputs"}
+    assert called is not None
+    assert sorted(called[1].split(", ")) == sorted(names[name].split(", "))
+    assert ("the length in `example.safetensors` only" in card) == (name == "language_model")
+
+
 def _whole(model: nn.Module) -> bytes:
     return save(model.state_dict())
 
