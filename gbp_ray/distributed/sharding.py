@@ -30,14 +30,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.errors import PruneError, WorkloadError
 
 __all__ = [
     "PARTED",
     "RankSlice",
     "add_over_ranks",
+    "adopt_sharded",
     "copy_network",
     "copy_sharded",
     "cut_rows",
@@ -73,12 +75,13 @@ class _Sharding:
 
     Attributes:
         leaves: Parameter name to the tensor that FSDP2 gathers its weights into.
-        template: The network before it was sharded, on the meta device.
+        template: The network before it was sharded, on the meta device; None where that was done
+            elsewhere.
         route: Checksum of the names of the groups that passes went through, in order.
     """
 
     leaves: dict[str, nn.Parameter]
-    template: nn.Module
+    template: nn.Module | None
     route: list[int] = field(default_factory=lambda: [0])
 
 
@@ -97,7 +100,7 @@ def is_shard(tensor: Tensor) -> bool:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Returns True for a network that `shard_network` spread over the ranks."""
+    """Returns True for a network that `shard_network` or `adopt_sharded` has seen."""
     return model in _SHARDINGS
 
 
@@ -244,6 +247,35 @@ def shard_network(model: nn.Module, device: torch.device, world_size: int) -> No
     )
 
 
+def adopt_sharded(model: nn.Module) -> None:
+    """Gets a network ready that `fully_shard` was called on elsewhere; no other is touched.
+
+    Groups that a pass left gathered are let go. Communicates if it is sharded.
+
+    Raises:
+        WorkloadError: It is sharded otherwise than by rows over all ranks.
+    """
+    groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for group in groups:
+        group.reshard()
+    parameters = dict(model.named_parameters())
+    if model in _SHARDINGS or not (groups or any(is_shard(p) for p in parameters.values())):
+        return
+    everyone = list(range(Ranks.current().world_size))
+    for name, parameter in parameters.items():
+        is_by_rows = (
+            isinstance(parameter, DTensor)
+            and parameter.placements == (Shard(0),)
+            and parameter.device_mesh.mesh.tolist() == everyone
+        )
+        if not (groups and is_by_rows):
+            raise WorkloadError(
+                f"model: '{name}' is not sharded by rows over all {len(everyone)} ranks; call "
+                "fully_shard on the whole model, over a mesh of one axis, or do not shard it"
+            )
+    _SHARDINGS[model] = _Sharding(_find_leaves(model), None)
+
+
 def listen_to_groups(model: nn.Module, tell: Callable[[str], object]) -> None:
     """Calls `tell` with the name of each group whenever a pass comes to it."""
     for path, module in model.named_modules():
@@ -288,8 +320,9 @@ def _blank_copy(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def copy_sharded(model: nn.Module) -> nn.Module:
     """Copies a sharded network. Communicates."""
-    sharding = _SHARDINGS[model]
-    twin = copy.deepcopy(sharding.template)
+    template = _SHARDINGS[model].template
+    assert template is not None
+    twin = copy.deepcopy(template)
     some = next(model.parameters())
     assert isinstance(some, DTensor)
     shard_network(twin, some.device, some.device_mesh.size())
@@ -358,10 +391,14 @@ def unsharded(model: nn.Module) -> Iterator[nn.Module]:
     if sharding is None:
         yield model
         return
+    if (plain := sharding.template) is None:
+        raise PruneError(
+            "prune.criterion: takes passes of its own, which need a network that is not sharded; "
+            "choose one that reads weights or gradients, or do not shard it"
+        )
     groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for group in groups:
         group.unshard()
-    plain = sharding.template
     kept: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for path, module in model.named_modules():

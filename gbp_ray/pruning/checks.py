@@ -65,6 +65,7 @@ __all__ = [
     "check_frozen_movement",
     "check_job",
     "load_checked",
+    "warn_of_unusual_weights",
 ]
 
 _NUM_ROUTES = 4
@@ -218,7 +219,8 @@ def _check(
     check_criterion(model, units, workload, job.prune, seed=job.seed)
     if job.cluster.strategy == "fsdp" and not dist.is_initialized():
         _check_shardable(checked)
-    _warn_of_unusual_weights(checked, units, unreached)
+    warn_of_unusual_weights(checked, units, unreached)
+    _warn_of_unstored_state(model)
     return WeakSet(model.modules()), is_read_alike and not watch.parameters()
 
 
@@ -338,10 +340,10 @@ def _check_lone_example(section: str, recipe: Recipe, size: int, checked: Checke
         ) from error
 
 
-def _warn_of_unusual_weights(
-    checked: Checked, units: list[Prunable], unreached: Sequence[str]
+def warn_of_unusual_weights(
+    checked: Checked, units: list[Prunable], unreached: Sequence[str] = ()
 ) -> None:
-    """Warns of weights that get no gradient, of embeddings, and of state that is not stored.
+    """Warns of weights that get no gradient, and of embeddings.
 
     Args:
         unreached: Parameters that the loss does not depend on in training.
@@ -366,6 +368,9 @@ def _warn_of_unusual_weights(
             "in both; name it in prune.exclude to keep it",
             stacklevel=2,
         )
+
+
+def _warn_of_unstored_state(model: nn.Module) -> None:
     kept = tensor_state(model)
     if left_out := [f"'{name}'" for name in model.state_dict() if name not in kept]:
         warnings.warn(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from gbp_ray.config.job import JobConfig, expand
 from gbp_ray.config.schema import is_matched, nearest_name
-from gbp_ray.distributed.sharding import add_over_ranks, gather_bits, local
-from gbp_ray.errors import ConfigError, GbpError, PruneError, StoreError
+from gbp_ray.distributed.sharding import add_over_ranks, gather_bits, is_shard, local, shard_like
+from gbp_ray.errors import ConfigError, GbpError, PruneError, StoreError, name_some
 from gbp_ray.pruning.units import Prunable, num_to_prune
 from gbp_ray.results.store import locate_round, open_objects
 from gbp_ray.results.tensors import (
@@ -54,12 +54,15 @@ class MaskSet(Mapping[str, Tensor]):
         round: The round that made them.
         criterion: Name of the criterion that scored the weights.
         parent: Digest of the masks of the round before, "" for none.
+        unpruned: Weight matrices that are not pruned, each with its number of weights and why;
+            known where a network in memory was pruned.
     """
 
     masks: Mapping[str, Tensor]
     round: int = 0
     criterion: str = ""
     parent: str = ""
+    unpruned: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, mask in self.masks.items():
@@ -84,6 +87,18 @@ class MaskSet(Mapping[str, Tensor]):
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+    def __repr__(self) -> str:
+        # Counting the masks of a sharded network would communicate.
+        is_counted = not any(is_shard(mask) for mask in self.values())
+        share = f"{self.sparsity:.2%} of " if is_counted and self.num_units else ""
+        text = f"{share}{self.num_units:,} weights in {len(self)} tensors pruned"
+        if self.criterion:
+            text += f" by {self.criterion}"
+        if self.unpruned:
+            left = [f"'{n}' ({size:,}, {why})" for n, (size, why) in self.unpruned.items()]
+            text += f"; left alone: {name_some(left, 3)}"
+        return f"<MaskSet {text}>"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, MaskSet) and self.digest == other.digest
@@ -135,20 +150,23 @@ class MaskSet(Mapping[str, Tensor]):
 
     def compare(self, other: MaskSet) -> dict[str, Shared]:
         """Counts for each parameter the weights that both keep, or either."""
-        self._check_alike(other)
+        self.check_alike(other)
         return compare_masks(self.pack(), other.pack())
 
     def _combine(self, other: MaskSet, operation: Callable[[Tensor, Tensor], Tensor]) -> MaskSet:
-        self._check_alike(other)
+        self.check_alike(other)
         return MaskSet({name: operation(mask, other[name]) for name, mask in self.items()})
 
-    def _check_alike(self, other: MaskSet) -> None:
+    def check_alike(self, other: MaskSet) -> None:
+        """Raises PruneError unless both have masks of the same names and shapes."""
         _check_shapes(other, self, "the other masks")
         _check_shapes(self, other, "these masks")
 
     @torch.no_grad()
     def apply_(self, target: nn.Module | dict[str, Tensor]) -> None:
         """Sets the pruned weights of a model or a state dict to exactly zero, in place.
+
+        Of a sharded model each rank sets its rows, by masks that are sharded like it or whole.
 
         Raises:
             PruneError: A masked parameter is missing or has another shape; nothing is changed.
@@ -157,7 +175,7 @@ class MaskSet(Mapping[str, Tensor]):
         _check_shapes(weights, self, "target")
         for name, mask in self.items():
             weight = local(weights[name].detach())
-            weight.masked_fill_(~local(mask).to(weight.device), 0)
+            weight.masked_fill_(~local(shard_like(mask, weights[name])).to(weight.device), 0)
 
     def find_revived(self, target: nn.Module | dict[str, Tensor]) -> str | None:
         """Returns the name of the first parameter with a pruned weight other than 0, or None."""

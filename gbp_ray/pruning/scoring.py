@@ -267,9 +267,9 @@ class _Scorer:
                 )
             start, stop = self.layout.bounds[self.ranks.rank : self.ranks.rank + 2]
             return self.layout.split_own(self.layout.by_owner(vector_N)[start:stop]), 1
-        calibration = _Calibration(self.workload, self.config, self.seed, self.ranks)
         if not self.rule.spec.needs_data:
             return {own.name: torch.zeros(()) for own in self.layout.own}, 1
+        calibration = _Calibration(self.workload, self.config, self.seed, self.ranks)
         return self.sum_batches(calibration), sum(calibration.items)
 
     def sum_batches(

@@ -109,7 +109,8 @@ def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: i
         with torch.no_grad():
             # Only training examples are augmented.
             seed = 0 if is_train else None
-            batch = take_batch(workload, data, indices, augment_seed=seed)
+            device = next((tensor.device for tensor in model.parameters()), None)
+            batch = take_batch(workload, data, indices, device=device, augment_seed=seed)
             graph = _pass_with_graph(workload, model, batch) if is_train else None
             outputs = forward(model, workload, batch) if graph is None else graph.detach()
             targets = batch.targets
@@ -156,7 +157,10 @@ def find_unreached(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[str, .
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     # What fails here fails in training too, which says why.
     with suppress(Exception), torch.enable_grad():
-        found = torch.autograd.grad(loss(), [p for _, p in named], allow_unused=True)
+        value = loss()
+        if not value.requires_grad:
+            return tuple(name for name, _ in named)
+        found = torch.autograd.grad(value, [p for _, p in named], allow_unused=True)
         return tuple(name for (name, _), g in zip(named, found, strict=True) if g is None)
     return ()
 

@@ -24,6 +24,7 @@ from gbp_ray.workloads.contract import TRANSPOSED, WEIGHT_LAYERS
 __all__ = [
     "find_shared_memory",
     "tie_weights",
+    "unwrapped",
     "with_tied_weights",
     "without_wrappers",
 ]
@@ -58,16 +59,17 @@ def without_wrappers(build_model: Callable[[], nn.Module]) -> Callable[[], nn.Mo
     """
 
     def build_plain() -> nn.Module:
-        model = _unwrapped(build_model())
+        model = unwrapped(build_model())
         for module in list(model.modules()) if isinstance(model, nn.Module) else ():
             for name, child in module._modules.items():
-                module._modules[name] = _unwrapped(child)
+                module._modules[name] = unwrapped(child)
         return model
 
     return build_plain
 
 
-def _unwrapped(module: Any) -> Any:
+def unwrapped(module: Any) -> Any:
+    """Returns the module inside wrappers of `torch.compile` and data-parallelism."""
     while isinstance(module, nn.Module):
         if "_orig_mod" in module._modules:
             module = module._modules["_orig_mod"]
