@@ -123,27 +123,34 @@ def test_the_top_level_is_as_agreed() -> None:
     assert {name for name in top if not name.startswith(".")} <= allowed
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("gbp_ray/**/*.py")), ids=str)
-def test_a_module_says_what_it_is_for_and_stays_short(path: Path) -> None:
-    text = path.read_text()
-    assert len(text.splitlines()) <= 600
-    assert path.name not in {"utils.py", "common.py", "helpers.py", "base.py"}
-    if text:
-        assert text.startswith('"""')
-
-
 def test_the_digits_asset_travels_with_the_package() -> None:
     manifest = json.dumps((ROOT / "pyproject.toml").read_text())
     assert "*.parquet" in manifest
     assert (ROOT / "gbp_ray" / "workloads" / "digits.parquet").stat().st_size < 150_000
 
 
-MODULES = sorted(ROOT.glob("gbp_ray/**/*.py"))
+Modules = dict[Path, tuple[str, ast.Module]]
 
 
-def public_definitions(path: Path) -> list[ast.FunctionDef | ast.ClassDef]:
+@pytest.fixture(scope="module")
+def modules() -> Modules:
+    """The text and the tree of every module of the package."""
+    texts = {path: path.read_text() for path in sorted(ROOT.glob("gbp_ray/**/*.py"))}
+    return {path: (text, ast.parse(text)) for path, text in texts.items()}
+
+
+def test_a_module_says_what_it_is_for_and_stays_short(modules: Modules) -> None:
+    for path, (text, _) in modules.items():
+        assert len(text.splitlines()) <= 600, path
+        assert path.name not in {"utils.py", "common.py", "helpers.py", "base.py"}
+        assert text == "" or text.startswith('"""'), path
+        # It knows no markup, so what escapes it would be shown with backslashes.
+        assert "rich.markup" not in text, path
+        assert "rich.console" not in text or path.name in {"terminal.py", "progress.py"}, path
+
+
+def public_definitions(tree: ast.Module) -> list[ast.FunctionDef | ast.ClassDef]:
     """Lists the public functions, classes and methods of a module."""
-    tree = ast.parse(path.read_text())
     found = []
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
@@ -154,47 +161,33 @@ def public_definitions(path: Path) -> list[ast.FunctionDef | ast.ClassDef]:
     return found
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_public_names_say_what_they_do(path: Path) -> None:
-    for node in public_definitions(path):
-        assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
+def test_public_names_say_what_they_do_and_are_no_siblings(modules: Modules) -> None:
+    for path, (_, tree) in modules.items():
+        for node in public_definitions(tree):
+            assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
+        siblings = {other.stem for other in path.parent.glob("*.py")}
+        siblings |= {other.name for other in path.parent.iterdir() if other.is_dir()}
+        assert not siblings & {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}, path
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_public_function_bears_the_name_of_a_sibling_module(path: Path) -> None:
-    siblings = {other.stem for other in path.parent.glob("*.py")}
-    siblings |= {other.name for other in path.parent.iterdir() if other.is_dir()}
-    functions = (n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef))
-    names = {function.name for function in functions}
-    assert not names & siblings
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_what_a_module_exports_is_there(path: Path) -> None:
-    exported: list[str] = []
-    bound: set[str] = set()
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            bound.add(node.name)
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            bound |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.AnnAssign):
-            bound.add(ast.unparse(node.target))
-        elif isinstance(node, ast.Assign):
-            names = {ast.unparse(target) for target in node.targets}
-            bound |= names
-            if "__all__" in names and isinstance(node.value, ast.List):
-                exported = [ast.literal_eval(element) for element in node.value.elts]
-    assert len(exported) == len(set(exported))
-    assert set(exported) <= bound
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_text_is_printed_only_through_the_terminal(path: Path) -> None:
-    # It knows no markup, so what escapes it would be shown with backslashes.
-    assert "rich.markup" not in path.read_text()
-    if path.name not in {"terminal.py", "progress.py"}:
-        assert "rich.console" not in path.read_text()
+def test_what_a_module_exports_is_there(modules: Modules) -> None:
+    for path, (_, tree) in modules.items():
+        exported: list[str] = []
+        bound: set[str] = set()
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                bound.add(node.name)
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                bound |= {alias.asname or alias.name for alias in node.names}
+            elif isinstance(node, ast.AnnAssign):
+                bound.add(ast.unparse(node.target))
+            elif isinstance(node, ast.Assign):
+                names = {ast.unparse(target) for target in node.targets}
+                bound |= names
+                if "__all__" in names and isinstance(node.value, ast.List):
+                    exported = [ast.literal_eval(element) for element in node.value.elts]
+        assert len(exported) == len(set(exported)), path
+        assert set(exported) <= bound, path
 
 
 def test_importing_the_package_takes_no_time() -> None:
@@ -211,11 +204,13 @@ def test_importing_the_package_takes_no_time() -> None:
     assert min(times_s) < 0.2
 
 
-def test_only_the_descriptions_and_functions_of_criteria_compare_their_names() -> None:
+def test_only_the_descriptions_and_functions_of_criteria_compare_their_names(
+    modules: Modules,
+) -> None:
     homes = {ROOT / "gbp_ray/config/criteria.py", ROOT / "gbp_ray/pruning/criteria.py"}
     found = []
-    for path in set(ROOT.glob("gbp_ray/**/*.py")) - homes:
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path in modules.keys() - homes:
+        for node in ast.walk(modules[path][1]):
             # A collection of names is there to be looked up in.
             if isinstance(node, ast.Compare | ast.List | ast.Set | ast.Tuple | ast.MatchValue):
                 named = {n.value for n in ast.iter_child_nodes(node) if isinstance(n, ast.Constant)}

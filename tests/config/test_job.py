@@ -731,16 +731,17 @@ def test_every_field_is_described_with_its_default() -> None:
         assert "\n" not in text
         assert default or field.startswith("["), f"{field} shows no default"
     listed = {field for field, _, _ in rows if not field.startswith("[")}
+    schema = JobConfig.model_json_schema()
 
     def names(tree: dict[str, Any], prefix: str) -> set[str]:
         found: set[str] = set()
         for name, node in tree["properties"].items():
             reference = node.get("$ref", "")
-            inner = JobConfig.model_json_schema()["$defs"].get(reference.rpartition("/")[2])
+            inner = schema["$defs"].get(reference.rpartition("/")[2])
             found |= names(inner, f"{prefix}{name}.") if inner else {f"{prefix}{name}"}
         return found
 
-    assert listed == names(JobConfig.model_json_schema(), "")
+    assert listed == names(schema, "")
 
 
 def test_described_defaults_are_the_defaults(job_file: Path) -> None:

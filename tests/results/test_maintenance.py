@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from safetensors.numpy import load, save
-from sample_results import sample_job, sample_round, write_trial
+from sample_results import copy_results, sample_job, sample_round, write_trial
 
 from gbp_ray.config.address import S3Address
 from gbp_ray.errors import StoreError
@@ -23,12 +23,18 @@ from gbp_ray.results.store import Store
 from gbp_ray.results.tensors import count_nonzero
 
 
-@pytest.fixture
-def store(storage: str) -> Store:
-    store = Store(storage, "try")
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    store = Store(tmp_path_factory.mktemp("written"), "try")
     write_trial(store, sample_job())
     write_trial(store, sample_job(sparsity=0.9))
     return store
+
+
+@pytest.fixture
+def store(storage: str, written: Store) -> Store:
+    """Two trials, copied: that they are written alike anywhere is tested elsewhere."""
+    return copy_results(written, storage)
 
 
 def read_all(store: Store) -> None:
