@@ -31,7 +31,7 @@ from gbp_ray.results.tensors import sum_shared
 from gbp_ray.training.batchnorm import recalibrate_as_asked
 from gbp_ray.training.evaluation import evaluate
 from gbp_ray.training.progress import OnProgress, Progress, ignore_progress, with_changes
-from gbp_ray.workloads.batch import Batch, forward
+from gbp_ray.workloads.batch import Batch, forward, labels_of, logits_of
 from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import cut_batches, derive_seed, shuffled_indices, take_batch
 
@@ -164,11 +164,11 @@ class _Comparison:
         for item, batch in enumerate(batches):
             indices = torch.arange(batch.start, batch.stop)
             taken = self._take(indices)
-            targets = taken.targets
+            targets = labels_of(taken.targets)
             columns = [targets]
             for model in (self.dense, self.pruned):
                 with isolated(model, derive_seed("evaluate", item)):
-                    outputs = forward(model, self.workload, taken)
+                    outputs = logits_of(forward(model, self.workload, taken))
                 are_tensors = isinstance(outputs, Tensor) and isinstance(targets, Tensor)
                 if not are_tensors or outputs.ndim != 2 or targets.ndim != 1:
                     return None
@@ -220,7 +220,7 @@ class _Comparison:
                 return None
             inputs = batch.inputs.detach().requires_grad_(True)
             with torch.enable_grad(), isolated(model, 0):
-                outputs = forward(model, self.workload, batch._replace(inputs=inputs))
+                outputs = logits_of(forward(model, self.workload, batch._replace(inputs=inputs)))
                 chosen = outputs.gather(1, batch.targets.view(-1, 1)).sum()
                 (gradient,) = torch.autograd.grad(chosen, inputs)
             gradients.append(gradient.detach().cpu())

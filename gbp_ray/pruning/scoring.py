@@ -220,13 +220,20 @@ class _Calibration:
     def batch(self, model: nn.Module, item: int, device: torch.device) -> Iterator[Batch]:
         indices = self.batches[item]
         with blaming_labels(self.workload, model, "train", indices):
-            yield take_batch(
-                self.workload,
-                self.workload.train,
-                indices,
-                device=device,
-                augment_seed=self.draws(item) if self.config.calibration_augment else None,
-            )
+            yield self._take(item, indices, device)
+
+    def single(self, item: int, device: torch.device, row: int) -> Batch:
+        """Reads one example of a batch by itself."""
+        return self._take(item, self.batches[item][row : row + 1], device)
+
+    def _take(self, item: int, indices: Tensor, device: torch.device) -> Batch:
+        return take_batch(
+            self.workload,
+            self.workload.train,
+            indices,
+            device=device,
+            augment_seed=self.draws(item) if self.config.calibration_augment else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -396,6 +403,7 @@ class _Scorer:
                     probe = Probe(
                         *(model, units, self.workload, self.config),
                         *(self.seed, item, previous_N),
+                        partial(calibration.single, item, ranks.device),
                         len(batches[item]),
                         None if calibration.counts is None else calibration.counts[item],
                     )

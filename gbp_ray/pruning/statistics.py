@@ -30,7 +30,6 @@ from gbp_ray.workloads.batch import (
     forward,
     logits_of,
     map_tensors,
-    size_of,
     tensors_in,
 )
 from gbp_ray.workloads.contract import Workload
@@ -62,6 +61,7 @@ class Probe:
         workload: Whose `forward` and loss are used.
         batch_index: Position of the batch among all calibration batches.
         previous_N: Sum of the pass before, over all batches, for criteria of several passes.
+        single: Position of an example in the batch -> a batch of it.
         num_examples: B.
         counts: (B,) number of items in the loss of each example; None where all are equal.
     """
@@ -73,6 +73,7 @@ class Probe:
     seed: int
     batch_index: int
     previous_N: Tensor | None
+    single: Callable[[int], Batch]
     num_examples: int
     counts: Tensor | None = None
 
@@ -143,7 +144,7 @@ def squared_example_gradients(probe: Probe, inputs: Any, targets: Any) -> Tensor
     fit to be vectorised.
     """
     if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor) and inputs is not targets):
-        return _squares_one_by_one(probe, Batch(inputs, targets))
+        return _squares_one_by_one(probe)
     prunable = {f"network.{unit.name}": unit.parameter.detach() for unit in probe.units}
     passing = _Passing(probe)
 
@@ -187,18 +188,13 @@ class _Passing(nn.Module):
         return self._probe.loss(inputs, targets)
 
 
-def _squares_one_by_one(probe: Probe, batch: Batch) -> Tensor:
+def _squares_one_by_one(probe: Probe) -> Tensor:
     total_N = _zeros_like_flat([unit.parameter for unit in probe.units])
-    size = probe.num_examples
-    if size_of(batch.inputs) != size:
-        raise PruneError(
-            f"prune.criterion = fisher: {size} examples become {size_of(batch.inputs)} rows of a "
-            "batch, so the gradients of single ones are not to be had; choose taylor_squared"
-        )
-    for row in range(size):
+    for row in range(probe.num_examples):
         items = 1.0 if probe.counts is None else float(probe.counts[row])
         if items > 0:
-            gradients = probe.gradients(*batch.part(slice(row, row + 1), size))
+            # Read by itself, since a row of a padded batch may not do for a batch.
+            gradients = probe.gradients(*probe.single(row))
             total_N += _flat([gradient.square() for gradient in gradients]) * items
     return total_N
 

@@ -113,9 +113,10 @@ class Findings:
     left_out: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return (
-            f"<Findings on round {self.round} of {self.trial_id}: {self.num_changed} of "
-            f"{self.num_examples} answers changed>"
+        return f"<Findings on round {self.round} of {self.trial_id}: " + (
+            f"{self.num_changed} of {self.num_examples} answers changed>"
+            if self.classes
+            else "saliency only>"
         )
 
     def to_files(self) -> dict[str, bytes]:

@@ -28,10 +28,11 @@ from gbp_ray.errors import ConfigError
 from gbp_ray.training.network import load_rows
 from gbp_ray.training.optimizer import num_steps
 from gbp_ray.training.progress import OnProgress, deal_batches, ignore_progress
-from gbp_ray.workloads.batch import Batch, forward, logits_of, tensors_in
+from gbp_ray.workloads.batch import Batch, forward, kind_of, logits_of, tensors_in
 from gbp_ray.workloads.checks import Checked
 from gbp_ray.workloads.contract import Workload, in_mode, num_examples
 from gbp_ray.workloads.data import compare_readings, cut_batches, derive_seed, take_batch
+from gbp_ray.workloads.losses import cross_entropy_options
 from gbp_ray.workloads.weight_files import read_weights
 from gbp_ray.workloads.weights import TEACHER, find_misfits, fit_state, tensor_state
 
@@ -161,6 +162,16 @@ def check_distillation(config: DistillationConfig, checked: Checked) -> None:
     _check_features(checked, config.features)
     outputs = logits_of(checked.outputs)
     is_logits = isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.ndim >= 2
+    targets, workload = checked.first_batch.targets, checked.workload
+    is_named = outputs is not checked.outputs
+    if config.weight > 0 and is_logits and outputs.ndim > 2 and (is_named or workload.collate):
+        raise ConfigError(
+            f"{_SECTION}.weight: outputs of positions ({kind_of(outputs)}) would count padding as "
+            f"well; set it to 0, and name modules in {_SECTION}.features"
+        )
+    if isinstance(targets, Tensor) and targets.is_floating_point():
+        # Shares of classes are targets of cross entropy only.
+        is_logits = is_logits and cross_entropy_options(workload.loss) is not None
     if config.weight > 0 and not is_logits:
         raise ConfigError(
             f"{_SECTION}.weight: needs a network that gives logits of shape (examples, classes); "

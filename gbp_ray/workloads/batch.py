@@ -23,6 +23,7 @@ __all__ = [
     "call_arguments",
     "forward",
     "kind_of",
+    "labels_of",
     "logits_of",
     "map_tensors",
     "size_of",
@@ -118,6 +119,11 @@ def call_arguments(
     return calls[0]
 
 
+def labels_of(targets: Any) -> Any:
+    """Returns the tensor that targets are about: themselves, or what they name `labels`."""
+    return targets.get("labels", targets) if isinstance(targets, Mapping) else targets
+
+
 def logits_of(outputs: Any) -> Any:
     """Returns the tensor that outputs are about: themselves, or what they name `logits`."""
     if isinstance(outputs, Mapping):
@@ -143,6 +149,8 @@ def tensors_in(nest: Any) -> Iterator[Tensor]:
     """Yields the tensors of tuples, lists, mappings and the attributes of other objects."""
     if isinstance(nest, Tensor):
         yield nest
+        return
+    if isinstance(nest, nn.Module):  # which may hold itself
         return
     if not isinstance(nest, (tuple, list)):
         nest = (nest if isinstance(nest, Mapping) else getattr(nest, "__dict__", {})).values()

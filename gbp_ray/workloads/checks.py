@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gbp_ray.errors import GbpError, WorkloadError, in_one_line
+from gbp_ray.errors import GbpError, WorkloadError, in_one_line, name_some
 from gbp_ray.workloads.batch import (
     Batch,
     forward,
@@ -122,7 +122,11 @@ def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: i
                     metric, update_metric(metric, workload, split, outputs, targets), split
                 )
             if is_train and total > 1:
-                _check_means(workload, model, batch, outputs, metrics)
+
+                def retake(rows: slice) -> Batch:
+                    return take_batch(workload, data, indices[rows], augment_seed=seed)
+
+                _check_means(workload, model, batch, outputs, metrics, retake)
     except GbpError:
         raise
     except Exception as error:
@@ -230,6 +234,7 @@ def _check_means(
     batch: Batch,
     outputs: Any,
     metrics: Sequence[Metric],
+    retake: Callable[[slice], Batch],
 ) -> None:
     """Refuses a loss that is no mean over its items, and metrics that are no sums.
 
@@ -244,10 +249,16 @@ def _check_means(
 
     def check(outputs: Any, targets: Any) -> None:
         if isinstance(outputs, Tensor):
-            parts = [outputs[half] for half in halves]
+            pairs = [(outputs[half], take_part(targets, half, size)) for half in halves]
         else:
-            parts = [forward(model, workload, batch.part(half, size)) for half in halves]
-        _check_halves(workload, outputs, parts, targets, halves, metrics)
+            parts = [batch.part(half, size) for half in halves]
+            try:
+                found = [forward(model, workload, part) for part in parts]
+            except Exception:  # noqa: BLE001 - rows of a padded batch may not do for a batch
+                parts = [retake(half) for half in halves]
+                found = [forward(model, workload, part) for part in parts]
+            pairs = [(seen, part.targets) for seen, part in zip(found, parts, strict=True)]
+        _check_halves(workload, outputs, targets, pairs, halves, metrics)
 
     targets = batch.targets
     check(outputs, targets)
@@ -287,15 +298,12 @@ def _made_up_outputs(outputs: Tensor, seed: int) -> Tensor:
 def _check_halves(
     workload: Workload,
     outputs: Any,
-    parts: list[Any],
     targets: Any,
+    pairs: list[tuple[Any, Any]],
     halves: tuple[slice, slice],
     metrics: Sequence[Metric],
 ) -> None:
     size = size_of(targets)
-    pairs = [
-        (part, take_part(targets, half, size)) for part, half in zip(parts, halves, strict=True)
-    ]
     shapes = _shapes(outputs, targets)
     for metric in metrics:
         _check_sums(workload, metric, outputs, targets, pairs, shapes)
@@ -433,10 +441,14 @@ def check_labels(
     is_strange = _are_out_of_range(workload, targets, outputs)
     if not bool(is_strange.any()):
         return
-    row = int(is_strange.reshape(len(indices), -1).any(dim=1).nonzero()[0])
+    # A `collate` may have packed several examples into a row.
+    row = int(is_strange.reshape(len(targets), -1).any(dim=1).nonzero()[0])
+    where = f"example {int(indices[row])}"
+    if len(targets) != len(indices):
+        where = f"one of examples {name_some([str(index) for index in indices.tolist()])}"
     num_classes = outputs.shape[1]
     raise WorkloadError(
-        f"workload.{split}: example {int(indices[row])} has label "
+        f"workload.{split}: {where} has label "
         f"{int(targets[row][is_strange[row]].flatten()[0])}, but the model has {num_classes} "
         f"outputs (allowed: 0 to {num_classes - 1})"
     )
@@ -480,23 +492,30 @@ def _find_refused_target(
     if next(model.parameters()).is_cuda:
         # A failed kernel has left the device unusable, or memory is short.
         return None
-    try:
-        with torch.no_grad(), in_mode(model, is_training=False):
-            batch = take_batch(workload, getattr(workload, split), indices)
-            outputs = forward(model, workload, batch)
-    except Exception:  # noqa: BLE001 - it may want other outputs than these
-        return None
-    targets, size = batch.targets, len(indices)
-    for row, index in enumerate(indices.tolist()):
-        own = slice(row, row + 1)
+    size, what = len(indices), "the loss refuses the target"
+    with torch.no_grad(), in_mode(model, is_training=False):
         try:
-            with torch.no_grad():
-                mean_loss(workload, take_part(outputs, own, size), take_part(targets, own, size))
-        except Exception as error:  # noqa: BLE001 - told by name
-            is_one = isinstance(targets, Tensor) and targets[row].numel() == 1
-            target = f" = {targets[row].item()}" if is_one else ""
-            return (
-                f"workload.{split}: the loss refuses the target{target} of example {index}: "
-                f"{in_one_line(error)}"
-            )
+            batch = take_batch(workload, getattr(workload, split), indices)
+        except Exception:  # noqa: BLE001 - told of by what reads it
+            return None
+        outputs: Any = None
+        with suppress(Exception):
+            outputs = forward(model, workload, batch)
+        if outputs is None and batch.is_pair:
+            return None
+        for row, index in enumerate(indices.tolist()):
+            part = batch.part(slice(row, row + 1), size)
+            try:
+                if batch.is_pair:
+                    seen = take_part(outputs, slice(row, row + 1), size)
+                else:
+                    # It may carry its own loss, which is computed on the way.
+                    what = "network or loss refuse the batch"
+                    seen = forward(model, workload, part)
+                mean_loss(workload, seen, part.targets)
+            except Exception as error:  # noqa: BLE001 - told by name
+                own = part.targets
+                is_one = batch.is_pair and isinstance(own, Tensor) and own.numel() == 1
+                target = f" = {own.item()}" if is_one else ""
+                return f"workload.{split}: {what}{target} of example {index}: {in_one_line(error)}"
     return None

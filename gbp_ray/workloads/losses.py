@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gbp_ray.errors import WorkloadError
-from gbp_ray.workloads.batch import kind_of, logits_of, size_of, take_part, tensors_in
+from gbp_ray.workloads.batch import kind_of, labels_of, logits_of, size_of, take_part, tensors_in
 from gbp_ray.workloads.contract import Workload, count_top1
 
 __all__ = [
@@ -59,7 +59,7 @@ def mean_loss(workload: Workload, outputs: Any, targets: Any) -> Tensor:
     """Computes the loss of a batch, a mean over its items.
 
     Without a loss of the workload's own, outputs for a mapping must carry theirs, as those of
-    Hugging Face's models do.
+    Hugging Face's models do; of others the logits are taken.
     """
     if workload.loss is functional.cross_entropy and isinstance(targets, Mapping):
         carried = outputs.get("loss") if isinstance(outputs, Mapping) else None
@@ -70,6 +70,8 @@ def mean_loss(workload: Workload, outputs: Any, targets: Any) -> Tensor:
                 f"{kind_of(targets)}; give Workload a loss(outputs, batch), or batches with labels"
             )
         return carried
+    if workload.loss is functional.cross_entropy:
+        return functional.cross_entropy(logits_of(outputs), targets)
     return workload.loss(outputs, targets)
 
 
@@ -190,7 +192,7 @@ def class_labels(workload: Workload, outputs: Any, targets: Any) -> tuple[Tensor
         WorkloadError: Targets are no labels of these outputs.
     """
     logits: Any = logits_of(outputs)
-    labels: Any = targets.get("labels") if isinstance(targets, Mapping) else targets
+    labels: Any = labels_of(targets)
     if (
         logits is not outputs
         and isinstance(logits, Tensor)

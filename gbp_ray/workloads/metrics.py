@@ -9,7 +9,7 @@ and the number of workers. Metrics by name follow scikit-learn's definitions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from gbp_ray.config.metrics import ACCURACY, MetricSpec
 from gbp_ray.config.schema import nearest_name
 from gbp_ray.errors import GbpError, WorkloadError, in_one_line
-from gbp_ray.workloads.batch import kind_of, logits_of
+from gbp_ray.workloads.batch import kind_of, labels_of, logits_of
 from gbp_ray.workloads.contract import Workload, count_top1
 from gbp_ray.workloads.losses import (
     class_labels,
@@ -182,8 +182,9 @@ def _accuracy(workload: Workload) -> Metric:
 
 
 def _uniform(outputs: Any) -> float:
-    """Returns the accuracy of a guess among the classes of (B, classes, ...) outputs."""
-    return 1 / logits_of(outputs).shape[1]
+    """Returns the accuracy of a guess among classes; named logits of words have them last."""
+    logits = logits_of(outputs)
+    return 1 / logits.shape[-1 if logits is not outputs and logits.ndim == 3 else 1]
 
 
 def _top5(workload: Workload) -> Metric:
@@ -242,7 +243,7 @@ def _f1(workload: Workload) -> Metric:
     """Over labels that outputs above 0 stand for together; over classes the mean of each one's."""
 
     def update(outputs: Any, targets: Any) -> Tensor:
-        logits, labels = logits_of(outputs), _labels_of(targets)
+        logits, labels = logits_of(outputs), labels_of(targets)
         are_tensors = isinstance(labels, Tensor) and isinstance(logits, Tensor)
         if are_tensors and labels.shape == logits.shape:
             found, wanted = logits > 0, labels > 0.5
@@ -282,12 +283,8 @@ def _count_classes(answers: Tensor, labels: Tensor, number: int) -> Tensor:
     return torch.cat(counts).double()
 
 
-def _labels_of(targets: Any) -> Any:
-    return targets.get("labels", targets) if isinstance(targets, Mapping) else targets
-
-
 def _same_shape(name: str, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-    found, wanted = logits_of(outputs), _labels_of(targets)
+    found, wanted = logits_of(outputs), labels_of(targets)
     is_fit = isinstance(found, Tensor) and isinstance(wanted, Tensor)
     if not is_fit or found.shape != wanted.shape:
         raise WorkloadError(
@@ -314,7 +311,7 @@ def _from_torchmetrics(metric: Any) -> Metric:
         logits = logits_of(outputs)
         own = metric.to(logits.device) if isinstance(logits, Tensor) else metric
         own.reset()
-        own.update(logits, _labels_of(targets))
+        own.update(logits, labels_of(targets))
         states = [getattr(own, state).double().reshape(-1) for state in shapes]
         own.reset()
         return torch.cat(states)

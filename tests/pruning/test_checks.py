@@ -74,7 +74,6 @@ def job_of(storage: Path, **changed: Any) -> gbp_ray.JobConfig:
 
 
 EVERYTHING = {
-    "finetune.distillation.weight": 0.5,
     "finetune.distillation.features": ["0"],
     "pretrain.adversarial.kind": "fgsm",
     "finetune.adversarial.kind": "fgsm",
