@@ -104,7 +104,10 @@ def layer_table(record: RoundRecord) -> Table:
             f"{layer.num_weights:,}",
             f"{layer.num_nonzero:,}",
             f"{layer.sparsity:.2%}",
-            _macs_left(record.cost.macs, layer.macs_nonzero),
+            # What part of the network's products is the layer's may not be known.
+            _macs_left(
+                record.cost.macs and (layer.macs or not record.cost.macs_fault), layer.macs_nonzero
+            ),
         )
         for layer in record.cost.layers
     ]
@@ -234,6 +237,8 @@ def summary_line(trial: TrialRecord) -> str:
     saved = f"{cost.macs / max(1, cost.macs_nonzero):.1f}x fewer multiply-adds in theory"
     if not cost.macs:
         saved = f"multiply-adds not counted{f' ({cost.macs_fault})' if cost.macs_fault else ''}"
+    elif cost.macs_fault:
+        saved = f"{saved} ({cost.macs_fault})"
     reached = (
         f"{what} {write_share(trial.test_accuracy)} ({points:+.2f} points against {dense.name})"
     )

@@ -40,6 +40,7 @@ __all__ = [
     "RankSlice",
     "add_over_ranks",
     "adopt_sharded",
+    "copy_blank",
     "copy_network",
     "copy_sharded",
     "cut_rows",
@@ -234,7 +235,7 @@ def shard_network(model: nn.Module, device: torch.device, world_size: int) -> No
     Args:
         model: On the meta device it gets memory for this rank's rows only, still to be filled.
     """
-    template = _blank_copy(model)
+    template = copy_blank(model)
     mesh = init_device_mesh(device.type, (world_size,))
     # By default FSDP2 keeps the outermost group gathered after the forward pass.
     for module in (*_groups(model), model):
@@ -306,7 +307,7 @@ def _copy_computed(model: nn.Module) -> dict[int, Any]:
     }
 
 
-def _blank_copy(model: nn.Module) -> nn.Module:
+def copy_blank(model: nn.Module) -> nn.Module:
     """Copies a network onto the meta device, where tied weights stay tied."""
     blanks = _copy_computed(model)
     for tensor in (*model.parameters(), *model.buffers()):

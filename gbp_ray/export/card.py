@@ -79,6 +79,7 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         if cost.macs
         else "| multiply-adds | not counted | not counted |",
         "",
+        *((f"Multiply-adds: {cost.macs_fault}.", "") if cost.macs_fault else ()),
         _how_measured(trial, record, facts),
         "",
         "## How to load it",

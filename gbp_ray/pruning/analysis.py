@@ -30,6 +30,7 @@ from gbp_ray.results.findings import ClassFinding, ExampleFinding, Findings, Lay
 from gbp_ray.results.tensors import sum_shared
 from gbp_ray.training.batchnorm import recalibrate_as_asked
 from gbp_ray.training.evaluation import evaluate
+from gbp_ray.training.network import unused_layers
 from gbp_ray.training.progress import OnProgress, Progress, ignore_progress, with_changes
 from gbp_ray.workloads.batch import Batch, forward, labels_of, logits_of
 from gbp_ray.workloads.contract import Workload, num_examples
@@ -361,7 +362,8 @@ def compare_samples(
         PruneError: A score is not finite, or a mask is impossible.
     """
     assert len(seeds) > 1, "one sample has nothing to be compared with"
-    units = prunable_parameters(model, job.prune.exclude, job.prune.include)
+    unused = unused_layers(workload, model)
+    units = prunable_parameters(model, job.prune.exclude, job.prune.include, unused)
     input_dims = {unit.name: unit.input_dim for unit in units}
     dense = MaskSet.dense(units)
     masks: dict[int, list[MaskSet]] = {}

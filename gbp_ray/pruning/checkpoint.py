@@ -70,6 +70,10 @@ class Checkpoint:
     dense_weights: bytes = b""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
 
+    def read_masks(self) -> MaskSet:
+        """Reads the masks; raises StoreError if they are damaged."""
+        return MaskSet.from_bytes(self.masks, f"round_{self.round:03d}/masks.safetensors")
+
 
 def save_round(
     model: nn.Module,

@@ -45,12 +45,12 @@ from gbp_ray.pruning.criteria import criterion
 from gbp_ray.pruning.masks import read_initial_masks
 from gbp_ray.pruning.scoring import check_criterion
 from gbp_ray.pruning.selection import check_reachable, check_selectable
-from gbp_ray.pruning.units import Prunable, prunable_parameters
+from gbp_ray.pruning.units import UNREACHED, Prunable, Survey, survey
 from gbp_ray.results.records import RoundRecord
 from gbp_ray.training.adversarial import check_attack
 from gbp_ray.training.distillation import check_distillation
 from gbp_ray.training.loss import check_loss
-from gbp_ray.training.network import network_of_seed
+from gbp_ray.training.network import network_of_seed, unused_layers
 from gbp_ray.training.optimizer import check_freeze, trainable_parameters
 from gbp_ray.training.side_effects import Watch, check_readings, check_training_passes
 from gbp_ray.workloads.batch import forward, size_of
@@ -170,7 +170,11 @@ def _check(
     criterion(job.prune.criterion)
     stored, source = (dense.fingerprints if dense else {}), f"trial {trial_id(job)}"
     model, is_blank = network_of_seed(workload, job.seed)
-    units = prunable_parameters(model, job.prune.exclude, job.prune.include)
+    unused = unused_layers(workload, model, is_blank=is_blank)
+    # A trial goes on with the layers that it began with.
+    unused -= {layer.name for layer in dense.cost.layers} if dense else set()
+    found = survey(model, job.prune.exclude, job.prune.include, unused)
+    units = found.units
     check_frozen_movement(job, model, units)
     shapes = {unit.name: tuple(unit.parameter.shape) for unit in units}
     for layer in dense.cost.layers if dense else ():
@@ -188,7 +192,7 @@ def _check(
         {unit.name: unit.num_groups for unit in units},
     )
     check_reachable(shapes, job.prune)
-    read_initial_masks(job, units)
+    read_initial_masks(job, units, unused)
     if job.cluster.strategy == "fsdp":
         _check_shards(job, model, units)
     watch, size = Watch(model), min(8, job.prune.calibration_batch_size)
@@ -219,7 +223,7 @@ def _check(
     check_criterion(model, units, workload, job.prune, seed=job.seed)
     if job.cluster.strategy == "fsdp" and not dist.is_initialized():
         _check_shardable(checked)
-    warn_of_unusual_weights(checked, units, unreached)
+    warn_of_unusual_weights(checked, found, unreached)
     _warn_of_unstored_state(model)
     return WeakSet(model.modules()), is_read_alike and not watch.parameters()
 
@@ -340,15 +344,24 @@ def _check_lone_example(section: str, recipe: Recipe, size: int, checked: Checke
         ) from error
 
 
-def warn_of_unusual_weights(
-    checked: Checked, units: list[Prunable], unreached: Sequence[str] = ()
-) -> None:
-    """Warns of weights that get no gradient, and of embeddings.
+def warn_of_unusual_weights(checked: Checked, found: Survey, unreached: Sequence[str] = ()) -> None:
+    """Warns of weights that no pass reaches, and of embeddings.
 
     Args:
         unreached: Parameters that the loss does not depend on in training.
     """
-    model, total = checked.model, sum(unit.parameter.numel() for unit in units)
+    model, units = checked.model, found.units
+    total = sum(unit.parameter.numel() for unit in units)
+    free = {name: n for name, (n, reason) in found.unpruned.items() if reason == UNREACHED}
+    if free:
+        named = name_some([f"'{name}' ({n:,})" for name, n in free.items()])
+        warnings.warn(
+            f"prune: {named} take"
+            f"{'s' if len(free) == 1 else ''} no part in the passes of training examples in eval "
+            f"mode, so removing {sum(free.values()):,} weights would change nothing; they stay and "
+            "do not count as prunable; name in prune.include what is to be pruned all the same",
+            stacklevel=2,
+        )
     in_eval = [name for name in checked.unreached if name not in unreached]
     for names, when in ((unreached, "training"), (in_eval, "eval mode, where it is scored")):
         if idle := [unit for unit in units if unit.name in names]:

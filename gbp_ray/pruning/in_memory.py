@@ -52,6 +52,7 @@ from gbp_ray.pruning.units import (
     num_to_prune,
     survey,
 )
+from gbp_ray.training.network import unused_on_all
 from gbp_ray.workloads.batch import kind_of
 from gbp_ray.workloads.checks import check_workload
 from gbp_ray.workloads.contract import Workload
@@ -490,8 +491,12 @@ def _prepare(
             "your training loop, or another criterion"
         )
     ranks = Ranks.current(next(plain.parameters()).device)
-    found = survey(plain, config.exclude, config.include)
     workload = make_workload(plain, data, *functions)
+    unused: frozenset[str] = frozenset()
+    # A sharded network is not looked into: ranks pass through it together.
+    if data is not None and not is_sharded(plain):
+        unused = unused_on_all(workload, plain, ranks)
+    found = survey(plain, config.exclude, config.include, unused)
     task = _Task(plain, found, workload, config, ranks, seed)
     start = fingerprints_of_network(plain, is_blank=False)
     reads_examples = rule.spec.needs_data or rule.of_network is not None
@@ -520,7 +525,7 @@ def _check_data(task: _Task) -> None:
             "loss: depends on no prunable weight, so that all scores would be 0; let model, "
             "forward and loss keep the graph (no detach, no torch.no_grad)"
         )
-    warn_of_unusual_weights(checked, task.units)
+    warn_of_unusual_weights(checked, task.found)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -361,8 +361,13 @@ def pin_trials(job: JobConfig) -> tuple[JobConfig, list[JobConfig]]:
     return job, [pin_files(trial, digests) for trial in expand(job)]
 
 
-def read_initial_masks(job: JobConfig, units: Iterable[Prunable]) -> MaskSet | None:
+def read_initial_masks(
+    job: JobConfig, units: Iterable[Prunable], left_out: Collection[str] = ()
+) -> MaskSet | None:
     """Reads the masks that a job starts from and fits them to its network; None without any.
+
+    Args:
+        left_out: Names that the masks may hold beside those of the units.
 
     Raises:
         ConfigError: They cannot be read, have another digest than the job names, do not fit, or
@@ -378,7 +383,7 @@ def read_initial_masks(job: JobConfig, units: Iterable[Prunable]) -> MaskSet | N
             "prune.initial_masks_digest, which makes it another job"
         )
     shapes = {unit.name: tuple(unit.parameter.shape) for unit in units}
-    masks = _fit(found, shapes, job.prune.exclude, named)
+    masks = _fit(found, shapes, (*job.prune.exclude, *left_out), named)
     if num_to_prune(job.prune.sparsity, masks.num_units) < masks.num_pruned:
         raise ConfigError(
             f"prune.sparsity = {job.prune.sparsity:g}: is below the {masks.sparsity:.4f} of "

@@ -103,8 +103,7 @@ def run_rounds(
         PruneError: A loss or score is not finite, a mask is impossible, or workers disagree.
         ConfigError: The job does not fit the network.
     """
-    stored = {} if resume is None else resume.fingerprints
-    run = _Run(job, workload, ranks, on_progress, score_cache, stored)
+    run = _Run(job, workload, ranks, on_progress, score_cache, resume)
     if resume is None:
         yield run.train_dense()
         first = 1
@@ -131,7 +130,7 @@ class _Run:
         ranks: Ranks,
         on_progress: OnProgress,
         score_cache: ScoreCache | None = None,
-        stored: Mapping[str, str] | None = None,
+        resume: Checkpoint | None = None,
     ) -> None:
         self.job, self.workload, self.ranks = job, workload, ranks
         self.number = 0  # of the round
@@ -139,14 +138,18 @@ class _Run:
             replace(progress, round=self.number)
         )
         self.score_cache = score_cache
-        self.model, self.macs, self.fingerprints = build_start(
+        stored = {} if resume is None else resume.fingerprints
+        self.model, self.macs, self.fingerprints, unused = build_start(
             workload, job.seed, ranks, job.cluster.strategy, stored, "round_000"
         )
-        found = survey(self.model, job.prune.exclude, job.prune.include)
+        # A trial goes on with the layers that it began with.
+        begun = ranks.run_collectively(lambda: resume.read_masks() if resume else MaskSet({}))
+        unused -= begun.keys()
+        found = survey(self.model, job.prune.exclude, job.prune.include, unused)
         self.units, self.unpruned = found.units, found.unpruned
         check_frozen_movement(job, self.model, self.units)
         self.masks = MaskSet.dense(self.units)
-        initial = ranks.run_collectively(lambda: read_initial_masks(job, self.units))
+        initial = ranks.run_collectively(lambda: read_initial_masks(job, self.units, unused))
         self.has_initial_masks = initial is not None
         if initial is not None:
             self.masks = shard_masks(initial, self.model).to(ranks.device)
@@ -238,8 +241,7 @@ class _Run:
         if saved.dense_weights:
             load_weights(self.model, saved.dense_weights, "round_000/weights.safetensors")
             self._keep_dense()
-        folder = f"round_{saved.round:03d}"
-        masks = MaskSet.from_bytes(saved.masks, f"{folder}/masks.safetensors")
+        folder, masks = f"round_{saved.round:03d}", saved.read_masks()
         shapes = {name: mask.shape for name, mask in masks.items()}
         if shapes != {name: mask.shape for name, mask in self.masks.items()}:
             raise StoreError(
@@ -303,7 +305,7 @@ class _Run:
         )
         if scores is None:
             return None
-        return SlicedScores.from_full({n: s.to(self.ranks.device) for n, s in scores.items()})
+        return SlicedScores.from_full({n: scores[n].to(self.ranks.device) for n in self.masks})
 
     def _rewind(self) -> None:
         if self.job.prune.rewind == "weights":

@@ -62,6 +62,7 @@ def measure(
     counted = [int(torch.count_nonzero(local(p))) for p in parameters]
     nonzero = dict(zip(parameters, add_over_ranks(counted, parameters), strict=True))
     layers = []
+    unknown = [f"'{unit.name}'" for unit in units if unit.name in macs.unattributed]
     for unit in units:
         num_weights, num_nonzero = unit.parameter.numel(), nonzero[unit.parameter]
         layer_macs = macs.by_parameter.get(unit.name, 0)
@@ -87,12 +88,15 @@ def measure(
         num_nonzero=sum(nonzero.values()),
         macs=macs.total,
         macs_nonzero=macs.total - sum(layer.macs - layer.macs_nonzero for layer in layers),
-        macs_fault=macs.fault,
+        macs_fault=macs.fault or (unknown and f"{_UNKNOWN} {name_some(unknown, 3)}") or "",
         num_bytes=num_bytes,
         num_bytes_sparse=num_bytes - spared_bytes + mask_bytes,
         layers=tuple(layers),
         unpruned=dict(unpruned),
     )
+
+
+_UNKNOWN = "weights multiplied by weights, or changed first, so that none is counted as saved in"
 
 
 class Layout:
@@ -207,6 +211,10 @@ class Prunable:
     num_groups: int = 1
 
 
+UNREACHED = "no pass reaches it"
+"""The reason of `Survey.unpruned` for layers that the network does not use."""
+
+
 @dataclass(frozen=True)
 class Survey:
     """What of a network is prunable, and what is not.
@@ -244,7 +252,8 @@ def survey(
     `exclude` wins over `include`, and `include` over `unreached`.
 
     Args:
-        unreached: First names of parameters that no pass reaches, which are left out.
+        unreached: First names of parameters that no pass reaches. Their removal would be free, so
+            they are left out.
 
     Raises:
         ConfigError: A glob matches no parameter, one of `include` matches none that can be pruned,
@@ -281,7 +290,7 @@ def survey(
     if not kept and found:
         raise ConfigError(
             "prune.exclude: leaves nothing to prune; the model needs a convolution or linear layer "
-            "that no glob matches"
+            "that no glob matches and a pass reaches"
         )
     if not kept:
         raise ConfigError(f"workload.factory: the network has {_describe_unprunable(model)}")
@@ -291,7 +300,7 @@ def survey(
             parameter.numel(),
             "prune.exclude"
             if not excluded.isdisjoint(names)
-            else "no pass reaches it"
+            else UNREACHED
             if names[0] in left_out
             else _say_why_unpruned(model, names[0], parameter),
         )

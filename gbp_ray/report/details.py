@@ -59,12 +59,14 @@ class CloseUp:
     Attributes:
         target: The sparsity that was asked for.
         layers: Layer to curve to its sparsity over seeds, in the network's order.
+        unpruned: Of which matrices nothing was pruned and why, a sentence for each kind of trial.
         overlaps: Of all pairs that there are.
         num_masks: Masks that were compared.
     """
 
     target: float
     layers: dict[str, dict[str, Spread]]
+    unpruned: tuple[str, ...] = ()
     overlaps: list[Overlap] = field(default_factory=list)
     num_masks: int = 0
 
@@ -136,6 +138,7 @@ def _look_at(
             }
             for name, by_curve in values.items()
         },
+        tuple(dict.fromkeys(w for _, _, record in records if (w := record.cost.unpruned_in_words))),
     )
     _compare_masks(close_up, records, stores, mask_bytes, left_out)
     return close_up

@@ -117,7 +117,8 @@ class CostRecord(_Record):
     """The cost of a network: the whole model, and its prunable layers.
 
     Attributes:
-        macs_fault: Why multiply-adds were not counted, which then are 0 everywhere.
+        macs_fault: Why multiply-adds were not counted, which then are 0 everywhere; or, of a
+            network whose were, in which layers it is not known what zeros save, so nothing.
         unpruned: Of each other parameter of two axes or more its weights, and why they were not
             prunable.
     """

@@ -57,6 +57,8 @@ def dense_origin(job: JobConfig) -> dict[str, Any] | None:
         **({"attack": attack} if job.attack.kind != "none" else {}),
         "workload": job.workload.model_dump(mode="json", exclude_defaults=True),
         "pretrain": job.pretrain.model_dump(mode="json", exclude_defaults=True),
+        # Since then, layers that no pass reaches have no masks.
+        "units": 2,
         # The masks and measurements of round 0 depend on it.
         "exclude": sorted(job.prune.exclude),
         **({"include": sorted(job.prune.include)} if job.prune.include else {}),

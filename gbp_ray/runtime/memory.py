@@ -33,14 +33,14 @@ from gbp_ray.distributed.sums import largest_exchange
 from gbp_ray.pruning.criteria import criterion
 from gbp_ray.pruning.scoring import score
 from gbp_ray.pruning.statistics import movement_statistic
-from gbp_ray.pruning.units import Layout, prunable_parameters
+from gbp_ray.pruning.units import Layout, survey
 from gbp_ray.training.adversarial import num_attacked, perturb
 from gbp_ray.training.batchnorm import norm_batch_size, running_statistics
 from gbp_ray.training.distillation import Teacher, answer_bytes, is_taught_once
 from gbp_ray.training.footprint import MOST_MEASURED, Footprint, measure_footprint
 from gbp_ray.training.loop import Span, train_epochs
 from gbp_ray.training.loss import counts_of
-from gbp_ray.training.network import copy_frozen
+from gbp_ray.training.network import copy_frozen, unused_layers
 from gbp_ray.training.optimizer import make_optimizer, num_steps, trainable_parameters
 from gbp_ray.workloads.batch import Batch, forward, logits_of
 from gbp_ray.workloads.contract import Portion, Workload, judged_split, num_examples
@@ -93,7 +93,8 @@ class Memory:
         self._trainings: dict[str, Footprint] = {}
         self._is_sharded = job.cluster.strategy == "fsdp"
         self._world_size = max(1, job.cluster.max_workers)
-        self._units = prunable_parameters(model, job.prune.exclude, job.prune.include)
+        unused = unused_layers(workload, model, is_blank=is_blank)
+        self._units = survey(model, job.prune.exclude, job.prune.include, unused).units
         self._layout = Layout(self._units, Ranks(0, self._world_size))
         self.num_prunable = self._layout.num_weights
         self.num_owned = max(stop - start for start, stop in pairwise(self._layout.bounds))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -34,6 +34,7 @@ from gbp_ray.distributed.agreement import (
 )
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.distributed.sharding import (
+    copy_blank,
     copy_network,
     copy_sharded,
     is_shard,
@@ -43,11 +44,12 @@ from gbp_ray.distributed.sharding import (
     shard_network,
 )
 from gbp_ray.errors import StoreError, WorkloadError
-from gbp_ray.training.passes import Macs, count_macs
+from gbp_ray.training.passes import Macs, count_macs, find_unused
 from gbp_ray.workloads.batch import forward
-from gbp_ray.workloads.contract import Workload
-from gbp_ray.workloads.data import derive_seed, first_example, seeded
+from gbp_ray.workloads.contract import WEIGHT_LAYERS, Workload, num_examples
+from gbp_ray.workloads.data import derive_seed, first_example, seeded, take_batch
 from gbp_ray.workloads.loading import build_network
+from gbp_ray.workloads.losses import loss_of
 from gbp_ray.workloads.weights import tensor_state
 
 __all__ = [
@@ -58,15 +60,22 @@ __all__ = [
     "load_weights",
     "network_of_seed",
     "rebuild_network",
+    "unused_layers",
+    "unused_on_all",
 ]
 
 
 class Start(NamedTuple):
-    """This rank's network as a trial starts with it, with fingerprints of network and data."""
+    """This rank's network as a trial starts with it, with fingerprints of network and data.
+
+    Attributes:
+        unused: Of `unused_layers`.
+    """
 
     model: nn.Module
     macs: Macs
     fingerprints: dict[str, str]
+    unused: frozenset[str]
 
 
 _STARTS: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
@@ -117,6 +126,8 @@ def build_start(
     """
     model, macs, digests, found = ranks.run_collectively(lambda: _build_here(workload, seed))
     check_same_start(ranks, found)
+    # One rank decides, for all.
+    unused = unused_on_all(workload, model, ranks)
     ranks.run_collectively(lambda: check_on_record(found, stored or {}, source))
     blank = copy.deepcopy(model) if _is_blank(model) else None
     if blank is None:
@@ -130,7 +141,50 @@ def build_start(
         layers = blank
         digests = ranks.run_collectively(lambda: _fill(model, layers, seed))
         check_same_weights(ranks, digests)
-    return Start(model, macs, found)
+    return Start(model, macs, found, unused)
+
+
+def unused_layers(
+    workload: Workload, model: nn.Module, *, is_blank: bool = False
+) -> frozenset[str]:
+    """Names the weights of layers that no pass in eval mode uses, looking at training examples.
+
+    One example shows that all are used, most often; up to `_MOST_PASSED` do where layers are
+    chosen by the data. So the answer depends on the workload and the seed only.
+
+    Args:
+        model: As it was built, unsharded.
+        is_blank: It was built without weights; the passes are then made without them.
+    """
+    layers = [module for module in model.modules() if isinstance(module, WEIGHT_LAYERS)]
+    weights = {layer._parameters.get("weight") for layer in layers}
+    names = [name for name, parameter in model.named_parameters() if parameter in weights]
+    if is_blank or _is_blank(model):
+        model = copy_blank(model)
+    some = next(model.parameters())
+    total = num_examples(workload.train)
+    few = torch.linspace(0, total - 1, min(total, _MOST_PASSED)).long()
+
+    def passes() -> Iterator[Callable[[nn.Module], Tensor]]:
+        for indices in (few[:1], *few.split(_BATCH_PASSED)):
+            batch = take_batch(workload, workload.train, indices, device=some.device)
+            yield lambda plain, batch=batch: loss_of(  # type: ignore[misc]
+                workload, forward(plain, workload, batch), batch.targets
+            )
+
+    return frozenset(find_unused(model, passes(), names))
+
+
+def unused_on_all(workload: Workload, model: nn.Module, ranks: Ranks) -> frozenset[str]:
+    """Returns `unused_layers` as the first rank finds them. Communicates."""
+    return ranks.broadcast_object(
+        ranks.run_collectively(
+            lambda: unused_layers(workload, model) if ranks.is_first else frozenset()
+        )
+    )
+
+
+_MOST_PASSED, _BATCH_PASSED = 128, 8
 
 
 def _build_here(

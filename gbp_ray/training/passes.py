@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ from gbp_ray.errors import in_one_line
 from gbp_ray.workloads.batch import map_tensors, tensors_in
 from gbp_ray.workloads.contract import in_mode
 
-__all__ = ["Macs", "count_macs"]
+__all__ = ["Macs", "count_macs", "find_unused"]
 
 _HIDES = re.compile(
     r"(?!upsample|_thnn_fused)(\w*_)?"
@@ -46,10 +46,15 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
 }
 """Floating-point operations that torch's own counter leaves out."""
 
+_EXAMPLE = ""
+"""Stands among names of parameters for the example."""
+
 _SWITCHING = threading.Lock()
 """Torch's switches apply to the whole process."""
 
-_KEEPS_ZEROS = re.compile(r"_to_copy|clone|mul|div|neg|cat|stack|_?fake_quantize\w+|\w+_fq_helper")
+_KEEPS_ZEROS = re.compile(
+    r"_to_copy|clone|mul|div|neg|cat|stack|_weight_norm_interface|_?fake_quantize\w+|\w+_fq_helper"
+)
 """Names of torch's operations whose result is zero wherever their argument is."""
 
 
@@ -61,11 +66,14 @@ class Macs:
         by_parameter: First name of a matrix to the multiply-adds that its weights take part in.
         total: Of the whole network.
         fault: Why nothing was counted, or "".
+        unattributed: Names of matrices that take part in further products, of which it is not known
+            what a zero saves.
     """
 
     by_parameter: Mapping[str, int]
     total: int
     fault: str = ""
+    unattributed: frozenset[str] = frozenset()
 
 
 def count_macs(
@@ -87,17 +95,18 @@ def count_macs(
     # Not all can be copied; then the pass restores what it can.
     with suppress(Exception):
         model = copy_network(model)
-    counter = _Counter(model)
     some = next(model.parameters(), next(tensors_in(example)))
+    example = map_tensors(example, lambda tensor: tensor.to(some.device))
+    counter = _Counter(model, example)
     try:
         with _counting_mode(model), counter:
-            run(model, map_tensors(example, lambda tensor: tensor.to(some.device)))
+            run(model, example)
     except Exception as error:  # noqa: BLE001 - a bug still deserves one line
         return Macs({}, 0, in_one_line(error)[:200])
     if counter.hiding:
         return Macs({}, 0, f"{', '.join(sorted(counter.hiding))}: does not show what it multiplies")
     by_parameter = {name: round(found) for name, found in counter.by_parameter.items()}
-    return Macs(by_parameter, counter.total)
+    return Macs(by_parameter, counter.total, unattributed=frozenset(counter.unattributed))
 
 
 @contextmanager
@@ -123,25 +132,122 @@ def _counting_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
-class _Counter(TorchDispatchMode):
+def find_unused(
+    model: nn.Module, passes: Iterable[Callable[[nn.Module], Tensor]], names: Collection[str]
+) -> set[str]:
+    """Names the parameters from which no operation leads to the loss, in eval mode.
+
+    Each pass runs on a copy. As soon as all are used, the rest is not made.
+
+    Args:
+        passes: Each computes the loss of a batch by the network that it is given.
+        names: First names of the parameters that are looked for.
+
+    Returns:
+        Those of `names` that no pass uses; none where a pass fails, or hides what it does.
+    """
+    left = set(names)
+    try:
+        model = copy_network(model)
+        for compute in passes:
+            following = _Following((n, p) for n, p in model.named_parameters() if n in names)
+            with _counting_mode(model), following:
+                loss = compute(model)
+            used = following.sources_of(loss) | following.read_out
+            left -= used
+            if not left or not used:
+                return set()
+    except Exception:  # noqa: BLE001 - what fails here fails in the checks too, which say why
+        return set()
+    return left
+
+
+class _Following(TorchDispatchMode):
+    """Follows values through the operations in the block, by the storage that they lie in.
+
+    Attributes:
+        read_out: Sources of numbers that Python has read, and may have decided by.
+    """
+
+    def __init__(self, sources: Iterable[tuple[str, Tensor]]) -> None:
+        super().__init__()
+        self.read_out: set[str] = set()
+        self._sources: dict[int, set[str]] = {}
+        self._watched: list[weakref.ref[Any]] = []
+        for name, tensor in sources:
+            self._mark(tensor, {name})
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        self.follow(func, args, kwargs or {}, outputs)
+        return outputs
+
+    def sources_of(self, nest: Any) -> set[str]:
+        """Returns the names of what the tensors of a nest were computed from."""
+        found: set[str] = set()
+        for value in tree_leaves(nest):
+            if isinstance(value, Tensor) and value.layout is torch.strided:
+                found |= self._sources.get(value.untyped_storage()._cdata, set())
+        return found
+
+    def follow(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Any
+    ) -> None:
+        """Marks what an operation has made or written with the sources of its arguments."""
+        if not (found := self.sources_of((args, kwargs))):
+            return
+        given = [*args, *(kwargs.get(a.name) for a in func._schema.arguments[len(args) :])]
+        written = [
+            value
+            for argument, value in zip(func._schema.arguments, given, strict=True)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        made = [v for v in tree_leaves((outputs, written)) if isinstance(v, Tensor)]
+        if not made:
+            self.read_out |= found
+        for tensor in made:
+            self._mark(tensor, found)
+
+    def _mark(self, tensor: Tensor, names: set[str]) -> None:
+        if tensor.layout is not torch.strided:
+            self.read_out |= names
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sources:
+            # A new storage may get the address of a freed one.
+            self._watched.append(weakref.ref(storage, lambda _: self._sources.pop(key, None)))
+        self._sources[key] = self._sources.get(key, set()) | names
+
+
+class _Counter(_Following):
     """Counts products inside the block by the matrix of weights that takes part in them.
 
     A matrix is identified by its storage, which its views share. The result of an operation that
     keeps its zeros, such as a copy in another precision, counts as the matrix.
+
+    Attributes:
+        unattributed: Matrices that are multiplied by others, or changed before they multiply.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        matrices = [(name, p) for name, p in model.named_parameters() if p.ndim > 1]
+        super().__init__([*matrices, *((_EXAMPLE, tensor) for tensor in tensors_in(example))])
         self.total = 0
+        self.unattributed: set[str] = set()
         self.by_parameter: dict[str, float] = {}
         self.hiding: set[str] = set()
         # Storage to (first element, end, share of the elements by name of the matrix).
         self._known: dict[int, list[tuple[int, float, dict[str, float]]]] = {}
-        self._watched: list[weakref.ref[Any]] = []
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                start = int(parameter.storage_offset())
-                self._remember(parameter, start, start + int(parameter.numel()), {name: 1.0})
+        for name, parameter in matrices:
+            start = int(parameter.storage_offset())
+            self._remember(parameter, start, start + int(parameter.numel()), {name: 1.0})
 
     def __torch_dispatch__(
         self,
@@ -159,6 +265,7 @@ class _Counter(TorchDispatchMode):
             if outputs is not NotImplemented:
                 return outputs
         outputs = func(*args, **kwargs)
+        self.follow(func, args, kwargs, outputs)
         name = operation.__name__
         if formula is not None:
             # A multiply-add is two floating-point operations.
@@ -166,18 +273,23 @@ class _Counter(TorchDispatchMode):
             self.total += macs
             # The first operand of addmm and its like is added to the product.
             operands = args[1:3] if name.startswith(("add", "badd")) else args[:3]
-            self._attribute(macs, [self._find(value) for value in operands])
+            self._attribute(macs, operands)
         elif not func.namespace.startswith(("aten", "prim", "profiler")) or _HIDES.fullmatch(name):
             self.hiding.add(f"{func.namespace}::{name}")
         elif _KEEPS_ZEROS.fullmatch(name):
             self._pass_on(name, args, outputs)
         return outputs
 
-    def _attribute(self, macs: int, operands: list[dict[str, float]]) -> None:
-        known = [shares for shares in operands if shares]
-        # What a zero saves in a product of two matrices of weights is not known.
-        for name, share in known[0].items() if len(known) == 1 else ():
+    def _attribute(self, macs: int, operands: Iterable[Any]) -> None:
+        found = [(shares, value) for value in operands if (shares := self._find(value))]
+        for name, share in found[0][0].items() if len(found) == 1 else ():
             self.by_parameter[name] = self.by_parameter.get(name, 0.0) + share * macs
+        # What a zero saves in a product of two matrices of weights is not known, or where it is no
+        # zero any more. A vector made of weights is no matrix, such as the W v of a norm.
+        for value in operands:
+            sources = self.sources_of(value) if isinstance(value, Tensor) and value.ndim > 1 else ()
+            if _EXAMPLE not in sources and (len(found) > 1 or not self._find(value)):
+                self.unattributed.update(sources)
 
     def _pass_on(self, name: str, args: tuple[Any, ...], outputs: Any) -> None:
         made = next(value for value in tree_leaves(outputs) if isinstance(value, Tensor))

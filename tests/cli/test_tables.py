@@ -185,3 +185,19 @@ def test_the_summary_of_a_network_without_multiply_adds_does_not_divide_by_zero(
     final = final.model_copy(update={"cost": cost.model_copy(update={"macs_fault": "why"})})
     whole = trial.model_copy(update={"rounds": (trial.dense, final)})
     assert summary_line(whole).endswith("multiply-adds not counted (why)")
+
+
+def test_layers_of_which_no_saving_is_known_are_not_shown_as_saving_all(trial: TrialRecord) -> None:
+    cost = trial.final.cost
+    (first, *others), fault = cost.layers, "none is counted as saved in 'x'"
+    layers = (first.model_copy(update={"macs": 0, "macs_nonzero": 0}), *others)
+    odd = cost.model_copy(update={"layers": layers, "macs_fault": fault})
+    final = trial.final.model_copy(update={"cost": odd})
+    shown = [line for line in lines_of(layer_table(final)) if first.name in line]
+    assert shown[0].rstrip().endswith("not counted")
+    whole = trial.model_copy(update={"rounds": (trial.dense, final)})
+    assert summary_line(whole).endswith(f"fewer multiply-adds in theory ({fault})")
+    # A table that is looked up multiplies nothing.
+    plain = final.model_copy(update={"cost": odd.model_copy(update={"macs_fault": ""})})
+    shown = [line for line in lines_of(layer_table(plain)) if first.name in line]
+    assert shown[0].rstrip().endswith(" 0")

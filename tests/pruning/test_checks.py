@@ -82,12 +82,12 @@ EVERYTHING = {
 }
 
 
-@pytest.mark.parametrize(("changed", "in_eval", "in_training"), [({}, 3, 2), (EVERYTHING, 5, 2)])
+@pytest.mark.parametrize(("changed", "in_eval", "in_training"), [({}, 4, 2), (EVERYTHING, 6, 2)])
 def test_checks_take_few_passes(
     changed: dict[str, Any], in_eval: int, in_training: int, tmp_path: Path
 ) -> None:
     check_job(job_of(tmp_path, **changed), counted())
-    assert PASSES.count(False) == in_eval  # each split, and the criterion
+    assert PASSES.count(False) == in_eval  # for what is unused, each split, and the criterion
     assert PASSES.count(True) == in_training
 
 

@@ -227,10 +227,16 @@ def test_the_masks_say_what_was_left_alone_in_a_short_repr() -> None:
     assert repr(scores) == "<Scores of 96 weights in 2 tensors by taylor>"
 
 
-def test_weights_that_no_pass_reaches_are_warned_of() -> None:
+def test_weights_that_no_pass_reaches_are_warned_of_and_left_alone() -> None:
     tokens = torch.arange(40).view(10, 4) % 9
+    data = tokens, torch.arange(10) % 3
+    with pytest.warns(UserWarning, match=r"^model: 'spare.weight' \(32\) takes no .* in include"):
+        masks = gbp_ray.prune_model(built(Mixed), data, sparsity=0.5)
+    assert masks.keys() == {"head.weight"}
+    assert masks.unpruned["spare.weight"] == (32, "no pass reaches it")
     with pytest.warns(UserWarning, match=r"^model: 'spare.weight' \(32\) gets no .* in exclude"):
-        gbp_ray.prune_model(built(Mixed), (tokens, torch.arange(10) % 3), sparsity=0.5)
+        masks = gbp_ray.prune_model(built(Mixed), data, sparsity=0.5, include=["spare.*"])
+    assert masks.keys() == {"head.weight", "spare.weight"}
 
 
 def test_wrappers_are_seen_through() -> None:

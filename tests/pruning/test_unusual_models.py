@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,7 +40,7 @@ from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.rounds import RoundState, run_rounds
 from gbp_ray.training.batchnorm import recalibrate_batchnorm
 from gbp_ray.training.evaluation import evaluate
-from gbp_ray.training.network import load_weights
+from gbp_ray.training.network import load_weights, network_of_seed, unused_layers
 from gbp_ray.workloads.contract import Workload
 
 SCORED = [name for name in CRITERIA if name != "movement"]
@@ -133,11 +135,161 @@ def test_weights_that_the_loss_does_not_reach_score_zero(rule: str) -> None:
     assert scores["0.weight"].any()
 
 
-def test_a_layer_that_the_loss_does_not_reach_goes_first_but_not_whole() -> None:
-    record = rounds_of(tanh_regression(HalfReached), prune={"sparsity": 0.4})[-1].record
-    layers = {layer.name: layer.num_nonzero for layer in record.cost.layers}
+def test_a_layer_that_no_pass_reaches_is_no_free_sparsity() -> None:
+    """The decision is that of the network without it."""
+    workload = tanh_regression(HalfReached)
+    state = rounds_of(workload, prune={"sparsity": 0.4})[-1]
+    without = rounds_of(workload, prune={"sparsity": 0.4, "exclude": ("a_spare.*",)})[-1]
+    assert state.masks.digest == without.masks.digest
+    assert state.masks.num_pruned == state.masks.num_units * 0.4 == 8
+    assert state.record.sparsity == 0.4
+    assert state.record.cost.unpruned == {"a_spare.weight": (15, "no pass reaches it")}
+    fresh = built(HalfReached, small_job().seed)
+    assert not torch.equal(fresh[0].weight, state.model[0].weight)
+
+
+def test_a_layer_that_no_pass_reaches_goes_first_where_it_is_included_but_not_whole() -> None:
+    workload = tanh_regression(HalfReached)
+    job = small_job(prune={"sparsity": 0.4, "include": ("a_spare.weight",)})
+    with pytest.warns(UserWarning, match="15 of 35 prunable weights, whose removal counts"):
+        check_job(job, workload)
+    *_, state = run_rounds(job, workload, ONE_RANK)
+    layers = {layer.name: layer.num_nonzero for layer in state.record.cost.layers}
     assert layers == {"0.weight": 12, "2.weight": 8, "a_spare.weight": 1}
-    assert record.sparsity == 14 / 35
+    assert state.record.sparsity == 14 / 35
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_trial_goes_on_with_the_layers_that_it_began_with(number: int) -> None:
+    """A trial of an earlier version has masks of layers that no pass reaches."""
+    workload = tanh_regression(HalfReached)
+    included = small_job(prune={"include": ("a_spare.weight",)})
+    states = []
+    for state in run_rounds(included, workload, ONE_RANK):
+        states.append((state.to_files(), state.masks.digest, state.record))
+    files = states[number][0]
+    saved = Checkpoint(
+        round=number,
+        weights=files["weights.safetensors"],
+        masks=files["masks.safetensors"],
+        state=files["state.pt"],
+    )
+    job = small_job()
+    with pytest.warns(UserWarning, match="15 of 35 prunable weights, whose removal counts"):
+        check_job(job, workload, states[0][2])
+    resumed = list(run_rounds(job, workload, ONE_RANK, resume=saved))
+    assert [state.masks.digest for state in resumed] == [s[1] for s in states[number + 1 :]]
+    fresh = next(run_rounds(job, workload, ONE_RANK)).masks
+    assert fresh.keys() == resumed[-1].masks.keys() - {"a_spare.weight"}
+
+
+def test_initial_masks_may_hold_a_layer_that_no_pass_reaches(tmp_path: Path) -> None:
+    workload = tanh_regression(HalfReached)
+    included = small_job(prune={"sparsity": 0.4, "include": ("a_spare.weight",)})
+    *_, earlier = run_rounds(included, workload, ONE_RANK)
+    file = tmp_path / "masks.safetensors"
+    file.write_bytes(earlier.to_files()["masks.safetensors"])
+    job = small_job(prune={"initial_masks": str(file)})
+    with pytest.warns(UserWarning, match="they stay and do not count as prunable"):
+        check_job(job, workload)
+    dense, *_ = run_rounds(job, workload, ONE_RANK)
+    assert dense.masks.keys() == {"0.weight", "2.weight"}
+
+
+class Choosing(nn.Module):
+    """Sends each example to one of eight experts, by its place in the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(3, 2) for _ in range(8))
+        self.head = nn.Linear(2, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        chosen = (inputs[:, 0] * 1000).abs().long().remainder(7).tolist()
+        rows = [self.experts[n](row) for n, row in zip(chosen, inputs, strict=True)]
+        return self.head(torch.stack(rows))
+
+
+class Hidden(nn.Module):
+    """Uses layers in ways that gradients do not show."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            still = self.b(inputs)
+        if self.kind == "no gradient":
+            return self.c(self.a(inputs) + still)
+        if self.kind == "decides":
+            sign = 1.0 if still.sum() > 0 else -1.0
+            return self.c(sign * self.a(inputs))
+        if self.kind == "chooses":
+            return self.c(self.a(inputs).gather(1, still.argsort(dim=1)))
+        if self.kind == "written in place":
+            kept = torch.zeros_like(still)
+            kept[:, 1:].copy_(still[:, 1:])
+            return self.c(self.a(inputs) + kept)
+        self.other = self.b(inputs)
+        return self.c(self.a(inputs))
+
+
+@pytest.mark.parametrize(
+    ("build", "unused"),
+    [
+        (TanhNet, set()),
+        (HalfReached, {"a_spare.weight"}),
+        # One expert gets no example; the others do not get the first.
+        (Choosing, {"experts.7.weight"}),
+        *(
+            (partial(Hidden, kind), set())
+            for kind in ("no gradient", "decides", "chooses", "written in place")
+        ),
+        # What is computed and left is not used.
+        (partial(Hidden, "computed and left"), {"b.weight"}),
+    ],
+)
+@pytest.mark.parametrize("is_training", [True, False])
+def test_layers_are_unused_where_nothing_leads_from_them_to_the_loss(
+    build: Any, unused: set[str], is_training: bool
+) -> None:
+    model = built(build).train(is_training)
+    workload = regression(lambda: model, draw(90, 3, seed=1), draw(90, 2, seed=2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert unused_layers(workload, model) == unused
+    # Torn out, they leave the loss as it is to the bit; any other does not.
+    loss = workload.loss(model(workload.train[0]), workload.train[1])
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            continue
+        with torch.no_grad():
+            parameter.fill_(2.0)
+            torn = workload.loss(model(workload.train[0]), workload.train[1])
+            parameter.copy_(before[name])
+        assert torch.equal(torn, loss) == (name in unused), name
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_network_without_memory_shows_what_it_uses_all_the_same() -> None:
+    def build() -> nn.Module:
+        with torch.device("meta"):
+            return HalfReached()
+
+    workload = tanh_regression(build)
+    assert unused_layers(workload, build()) == {"a_spare.weight"}
+    model, is_blank = network_of_seed(workload, 0)
+    assert is_blank
+    assert unused_layers(workload, model, is_blank=True) == {"a_spare.weight"}
+
+
+def test_nothing_is_said_of_a_network_that_fails() -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no such luck")
+
+    workload = dataclasses.replace(tanh_regression(HalfReached), loss=fail)
+    assert unused_layers(workload, built(HalfReached)) == set()
 
 
 @pytest.mark.parametrize("rule", sorted({*SCORED} - {"random"}))
@@ -183,10 +335,9 @@ class TrainingOnly(HalfReached):
 def test_weights_without_gradients_and_pruned_embeddings_are_told_before_training() -> None:
     with pytest.warns(UserWarning, match="prune: ") as told:
         check_job(small_job(), tanh_regression(TrainingOnly))
-    idle, unscored, embedded = (str(warning.message) for warning in told)
-    assert idle.startswith("prune: 'a_spare.weight' (15) gets no gradient from 8 examples in train")
-    assert "15 of 41 prunable weights, whose removal counts as sparsity" in idle
-    assert unscored.startswith("prune: 'aux.weight' (6) gets no gradient from 8 examples in eval")
+    unused, embedded = (str(warning.message) for warning in told)
+    assert unused.startswith("prune: 'a_spare.weight' (15), 'aux.weight' (6) take no part in the")
+    assert "removing 21 weights would change nothing; they stay and do not count" in unused
     assert embedded.startswith("prune: '2.weight' (8), which a layer shares with an embedding")
 
 

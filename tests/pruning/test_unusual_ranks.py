@@ -174,13 +174,17 @@ def test_buffers_hold_what_four_steps_of_twelve_examples_leave(alone: dict[str, 
     assert value_of(alone["norm"][-1], "1.num_batches_tracked") == 4
 
 
-def test_what_no_pass_uses_keeps_its_bits_but_for_what_is_pruned(alone: dict[str, Any]) -> None:
+def test_what_no_pass_uses_keeps_its_bits(alone: dict[str, Any]) -> None:
     job, workload = case_of("spare layers")
     spare = network_of_seed(workload, job.seed)[0].get_parameter("spare.weight").detach()
-    dense, pruned = alone["spare layers"]
-    assert dense["tensors"]["spare.weight"] == bits(spare)
-    left = value_of(pruned, "spare.weight")
-    assert np.array_equal(left, np.where(left == 0, 0, spare.numpy()))
+    for state in alone["spare layers"]:
+        assert state["tensors"]["spare.weight"] == bits(spare)
+        unpruned = {
+            name: (size, "no pass reaches it") for name, size in (("spare", 25), ("aux", 32))
+        }
+        cost = state["record"]["cost"]
+        assert cost["unpruned"] == {f"{name}.weight": reason for name, reason in unpruned.items()}
+        assert {layer["name"] for layer in cost["layers"]} == {"a.weight", "b.weight", "odd.weight"}
 
 
 def test_listing_what_is_prunable_leaves_a_spectral_norm_as_it_was() -> None:

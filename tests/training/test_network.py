@@ -7,6 +7,10 @@ import torch
 from small_networks import SharedWeightNet, TanhNet, built, in_float64
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.flop_counter import FlopCounterMode
 
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.units import measure, prunable_parameters, survey
@@ -289,13 +293,37 @@ COUNTED: dict[str, tuple[Any, dict[str, int], int]] = {
         {"a.weight": 5 * 48},
         0,
     ),
-    # A zero is no zero any more where the mean is taken off.
-    "standardised": (
+    "packed, 3 of 5 steps": (
         lambda: Calling(
-            lambda m, x: functional.linear(x, m.a.weight - m.a.weight.mean()), a=linear(6)
+            lambda m, x: m.layer(pack_padded_sequence(x, torch.tensor([3]), batch_first=True))[1],
+            layer=nn.GRU(8, 24, batch_first=True),
         ),
-        {},
-        5 * 48,
+        {"layer.weight_ih_l0": 3 * 3 * 24 * 8, "layer.weight_hh_l0": 3 * 3 * 24 * 24},
+        0,
+    ),
+    "encoder": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        {
+            "self_attn.in_proj_weight": 5 * 8 * 24,
+            "self_attn.out_proj.weight": 5 * 8 * 8,
+            "linear1.weight": 5 * 8 * 16,
+            "linear2.weight": 5 * 8 * 16,
+        },
+        2 * (5 * 5 * 8),
+    ),
+    "fused attention": (
+        lambda: Calling(
+            lambda m, x: functional.scaled_dot_product_attention(m.a(x), m.b(x), x),
+            a=linear(8),
+            b=linear(8),
+        ),
+        {"a.weight": 5 * 64, "b.weight": 5 * 64},
+        2 * (5 * 5 * 8),
+    ),
+    "weight norm": (
+        lambda: nn.Sequential(parametrizations.weight_norm(linear(6))),
+        {"0.parametrizations.weight.original1": 5 * 48},
+        0,
     ),
     "meta": (lambda: nn.Sequential(linear(6)).to("meta"), {"0.weight": 5 * 48}, 0),
 }
@@ -307,6 +335,79 @@ def test_products_are_put_down_to_the_weights_that_take_part(kind: str) -> None:
     macs = count_macs(built(build), torch.zeros(1, 5, 8))
     assert macs == Macs(by_parameter, sum(by_parameter.values()) + beside)
     assert torch.backends.mkldnn.enabled
+
+
+# What a zero saves is not known where it is no zero any more, or multiplied by other weights.
+UNATTRIBUTED: dict[str, tuple[Any, dict[str, int], int, set[str]]] = {
+    "standardised": (
+        lambda: Calling(
+            lambda m, x: functional.linear(x, m.a.weight - m.a.weight.mean()), a=linear(6)
+        ),
+        {},
+        5 * 48,
+        {"a.weight"},
+    ),
+    "of low rank": (
+        lambda: Calling(
+            lambda m, x: functional.linear(x, m.a.weight + m.up @ m.down) + m.b(x),
+            a=linear(6),
+            b=linear(6),
+            up=nn.Parameter(torch.ones(6, 2)),
+            down=nn.Parameter(torch.ones(2, 8)),
+        ),
+        {"b.weight": 5 * 48},
+        6 * 2 * 8 + 5 * 48,
+        {"a.weight", "up", "down"},
+    ),
+    "learnt queries": (
+        lambda: Calling(
+            lambda m, x: (m.a(m.queries) @ m.b(x).transpose(1, 2)).softmax(2) @ x,
+            a=linear(6),
+            b=linear(6),
+            queries=nn.Parameter(torch.ones(3, 8)),
+        ),
+        {"b.weight": 5 * 48},
+        3 * 48 + 3 * 5 * 6 + 3 * 5 * 8,
+        {"a.weight", "queries"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNATTRIBUTED)
+def test_products_that_no_zero_is_known_to_save_are_counted_and_named(kind: str) -> None:
+    build, by_parameter, beside, names = UNATTRIBUTED[kind]
+    model = built(build)
+    macs = count_macs(model, torch.zeros(1, 5, 8))
+    assert macs == Macs(
+        by_parameter, sum(by_parameter.values()) + beside, unattributed=frozenset(names)
+    )
+    with torch.no_grad():
+        model.a.weight[:3] = 0
+    cost = cost_of(model, macs)
+    assert cost.macs == cost.macs_nonzero == macs.total
+    assert cost.macs_fault.endswith("'a.weight'")
+    # Of what is not pruned nothing needs to be known.
+    if by_parameter:
+        assert not measure(model, prunable_parameters(model, ["a.*"]), macs).macs_fault
+
+
+UNSEEN = {"meta", "autocast", "differentiates", "vector", "packed, 3 of 5 steps"}
+"""What torch's own counter fails on or does not see, beside recurrent layers."""
+UNSEEN |= {kind for kind in COUNTED if "lstm" in kind or "gru" in kind}
+
+
+@pytest.mark.parametrize("kind", sorted({*COUNTED, *UNATTRIBUTED} - UNSEEN))
+def test_totals_are_half_the_operations_that_torch_counts(kind: str) -> None:
+    model = built((COUNTED | UNATTRIBUTED)[kind][0]).eval()
+    inputs = torch.zeros(1, 5, 8)
+    total = count_macs(model, inputs).total
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert 2 * total == counter.get_total_flops()
 
 
 def refuse(model: Any, inputs: Tensor) -> Tensor:
