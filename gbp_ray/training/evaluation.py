@@ -127,8 +127,14 @@ def evaluate(
         metric.name: compute_metric(metric, ranks.all_reduce_disjoint(rows).sum(dim=0), split)
         for metric, rows in zip(metrics, sums, strict=True)
     }
-    score = values[metrics[0].name]
-    return Evaluation(score, (losses * weights).sum().item() / num_items, values)
+    loss = (losses * weights).sum().item() / num_items
+    empty = [name for name, value in values.items() if math.isnan(value)]
+    if empty and math.isfinite(loss):
+        raise WorkloadError(
+            f"workload.metrics: {empty[0]} is NaN on workload.{split}, whose {total} examples hold "
+            "nothing that it can be computed of; give others, or another metric"
+        )
+    return Evaluation(values[metrics[0].name], loss, values)
 
 
 def _keep(rows: Tensor, item: int, values: Tensor) -> None:

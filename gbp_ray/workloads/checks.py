@@ -25,6 +25,7 @@ from gbp_ray.workloads.contract import Workload, count_rows, count_top1, in_mode
 from gbp_ray.workloads.data import take_batch
 from gbp_ray.workloads.losses import (
     check_share,
+    count_batch,
     count_items,
     count_right,
     cross_entropy_options,
@@ -41,6 +42,7 @@ __all__ = [
     "find_unreached",
 ]
 
+_OPTIONAL = ("prepare", "augment", "count", "forward", "collate")
 # By chance a loss may be a mean over one draw.
 _NUM_MADE_UP = 3
 
@@ -76,6 +78,10 @@ def check_workload(workload: Workload, model: nn.Module, batch_size: int) -> Che
         WorkloadError: A split is empty, labels are out of range, or the model, the loss or the
             metric does not accept a batch.
     """
+    for name in ("build_model", "loss", "count_correct", *_OPTIONAL):
+        function = getattr(workload, name)
+        if not callable(function) and (function is not None or name not in _OPTIONAL):
+            raise WorkloadError(f"workload.{name}: must be a function, not {kind_of(function)}")
     splits = ["train", "test", *(["validation"] if workload.validation is not None else [])]
     for split in splits:
         _check_size(split, getattr(workload, split))
@@ -121,6 +127,8 @@ def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: i
                 compute_metric(
                     metric, update_metric(metric, workload, split, outputs, targets), split
                 )
+            if not isinstance(data, tuple):
+                _check_collate(workload, data, split, indices, batch)
             if is_train and total > 1:
 
                 def retake(rows: slice) -> Batch:
@@ -132,7 +140,7 @@ def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: i
     except Exception as error:
         raise WorkloadError(
             f"workload.{split}: one batch of {len(indices)} examples failed with "
-            f"{in_one_line(error)}{_remedy(workload, model, batch, outputs)}"
+            f"{in_one_line(error)}{_remedy(workload, model, batch, outputs, error)}"
         ) from error
     if not isinstance(loss, Tensor) or loss.ndim != 0:
         raise WorkloadError(
@@ -146,6 +154,23 @@ def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: i
 
     unreached = find_unreached(model, loss_of_graph) if is_train else ()
     return Checked(workload, model, batch, outputs, unreached)
+
+
+def _check_collate(
+    workload: Workload, data: Any, split: str, indices: Tensor, batch: Batch
+) -> None:
+    """Refuses a batch that has not the items of its examples together."""
+    if count_items(workload, batch.targets) is None:
+        return
+    singles = [take_batch(workload, data, indices[row : row + 1]) for row in range(len(indices))]
+    alone = sum(count_batch(workload, single.targets) for single in singles)
+    together = count_batch(workload, batch.targets)
+    if not math.isclose(alone, together):
+        raise WorkloadError(
+            f"workload.collate: {len(indices)} examples of workload.{split} have {together:g} "
+            f"items in one batch, and {alone:g} one by one; let it keep all, or correct "
+            "workload.count"
+        )
 
 
 def _pass_with_graph(workload: Workload, model: nn.Module, batch: Batch) -> Tensor | None:
@@ -173,13 +198,15 @@ def _shapes(outputs: Any, targets: Any) -> str:
     return f"outputs {kind_of(outputs)}, targets {kind_of(targets)}"
 
 
-def _remedy(workload: Workload, model: nn.Module, batch: Batch | None, outputs: Any) -> str:
+def _remedy(
+    workload: Workload, model: nn.Module, batch: Batch | None, outputs: Any, error: Exception
+) -> str:
     weights = next((p for p in model.parameters() if p.is_floating_point()), None)
     if outputs is not None or weights is None or batch is None:
         return ""
     inputs = batch.inputs
     if not isinstance(inputs, Tensor):
-        if workload.forward is not None or batch.is_pair:
+        if workload.forward is not None or batch.is_pair or not isinstance(error, TypeError):
             return ""
         return f"; a batch is {kind_of(inputs)}: give Workload a forward(model, batch)"
     if not inputs.is_floating_point() or inputs.dtype is weights.dtype:
@@ -375,7 +402,7 @@ def _check_sums(
                 f"({shapes}); it must return how many of the examples are right"
             )
     elif whole.shape != total.shape or not torch.allclose(
-        whole, total, rtol=1e-4, atol=1e-6 * float(whole.abs().max()), equal_nan=True
+        whole, total, rtol=1e-4, atol=1e-6 * float(whole.nan_to_num().abs().max()), equal_nan=True
     ):
         raise WorkloadError(
             f"workload.metrics: {metric.name}.update is no sum over examples: over "

@@ -118,8 +118,9 @@ def collate(items: Sequence[Any], indices: Sequence[int], split: str) -> Batch:
             names = (kinds[0] | kind).keys()
             name = next(n for n in names if kind.get(n) != kinds[0].get(n))
             one, other = (found.get(name, "none there") for found in (kinds[0], kind))
+            what = f"the {name}" if name.endswith("]") else f"the {name}s"
             raise WorkloadError(
-                f"workload.{split}: the {name}s of examples {indices[0]} and {index} cannot be put "
+                f"workload.{split}: {what} of examples {indices[0]} and {index} cannot be put "
                 f"into one batch: {one} and {other}; give all one shape and one dtype, or give "
                 "Workload a collate that pads them"
             )
@@ -139,7 +140,7 @@ def _leaves(item: Any, where: str) -> dict[str, Any]:
             for place, part in enumerate(value):
                 visit(part, f"{name}[{place}]")
         elif _is_numeric(value):
-            found[name] = value if not isinstance(value, (tuple, list)) else np.asarray(value)
+            found[name] = torch.tensor(value) if isinstance(value, (tuple, list)) else value
         else:
             raise WorkloadError(
                 f"{where}: its {name} is {kind_of(value)}; examples are (input, target) or other "
@@ -373,11 +374,15 @@ def _read_items(
             items.append(read_item(data, index, split))
         if own is None:
             return collate(items, indices, split)
-        return _collate_own(own, items, indices, split)
+        return _collate_own(workload, own, items, indices, split)
 
 
 def _collate_own(
-    function: Callable[[list[Any]], Any], items: list[Any], indices: Sequence[int], split: str
+    workload: Workload,
+    function: Callable[[list[Any]], Any],
+    items: list[Any],
+    indices: Sequence[int],
+    split: str,
 ) -> Batch:
     """Joins items by the user's function; names the example that it fails on."""
 
@@ -401,6 +406,12 @@ def _collate_own(
             "takes a list of items and returns (inputs, targets) or another nest of tensors"
         ) from found
     batch = Batch.of(map_tensors(found, lambda tensor: tensor))
+    if size_of(batch.targets) not in (0, len(items)) and workload.count in (None, len):
+        raise WorkloadError(
+            f"workload.collate: makes {size_of(batch.targets)} rows of {len(items)} examples of "
+            f"workload.{split}, so that it is not known what their loss is a mean over; keep one "
+            "row for each, or give Workload a count"
+        )
     if not size_of(batch.targets):
         raise WorkloadError(
             f"workload.collate: returned {kind_of(found)} for {len(items)} examples of "

@@ -19,7 +19,7 @@ from torch import Tensor
 from gbp_ray.config.metrics import ACCURACY, MetricSpec
 from gbp_ray.config.schema import nearest_name
 from gbp_ray.errors import GbpError, WorkloadError, in_one_line
-from gbp_ray.workloads.batch import kind_of, labels_of, logits_of
+from gbp_ray.workloads.batch import kind_of, labels_of, logits_of, tensors_in
 from gbp_ray.workloads.contract import Workload, count_top1
 from gbp_ray.workloads.losses import (
     class_labels,
@@ -103,6 +103,7 @@ def update_metric(
     Raises:
         WorkloadError: The metric does not suit outputs and targets, or returns no vector.
     """
+    seen = [(tensor, tensor._version) for tensor in tensors_in((outputs, targets))]
     try:
         found = metric.update(outputs, targets)
     except (GbpError, torch.OutOfMemoryError):
@@ -113,6 +114,11 @@ def update_metric(
             f"workload.{split} (outputs {kind_of(outputs)}, targets {kind_of(targets)}); give "
             "another metric"
         ) from error
+    if any(tensor._version != version for tensor, version in seen):
+        raise WorkloadError(
+            f"workload.metrics: {metric.name}.update changes outputs or targets in place, which "
+            "other metrics and the loss are given, too; let it work on copies"
+        )
     if not isinstance(found, Tensor) or found.ndim > 1 or found.is_complex():
         raise WorkloadError(
             f"workload.metrics: {metric.name}.update must return the batch's sums, a tensor of one "
@@ -190,8 +196,13 @@ def _uniform(outputs: Any) -> float:
 def _top5(workload: Workload) -> Metric:
     def update(outputs: Any, targets: Any) -> Tensor:
         logits, labels = class_labels(workload, outputs, targets)
+        if logits.shape[1] <= 5:
+            raise WorkloadError(
+                f"workload.metrics: top5 of {logits.shape[1]} classes is always 100 %; "
+                "name accuracy in its place"
+            )
         is_asked = labels != ignored_label(workload)
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        best = logits.topk(5, dim=1).indices
         is_right = (best == labels.unsqueeze(1)).any(dim=1) & is_asked
         return torch.stack([is_right.sum(), is_asked.sum()]).double()
 
@@ -234,6 +245,8 @@ def _r2(workload: Workload) -> Metric:
     def compute(sums: Tensor) -> float:
         residual, total, squares, number = sums.view(4, -1)
         spread = squares - total.square() / number
+        # Targets that are all alike, but for rounding, have no spread to explain.
+        spread = spread.where(spread > 1e-12 * squares, math.nan)
         return float((1 - residual / spread).mean())
 
     return Metric("r2", update, compute, chance=0.0)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import pickle
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.distributed.sharding import shard_network
-from gbp_ray.pruning.checkpoint import Checkpoint
+from gbp_ray.pruning.checkpoint import SHARDS, Checkpoint
 from gbp_ray.training.network import distinct_state
 
 World = list[dict[str, Any]]
@@ -130,6 +131,24 @@ def test_shards_are_read_back_onto_any_number_of_ranks(
     assert not mark.exists()
     from_one = go_on(2, tmp_path_factory, checkpoint_of(whole, 1))
     assert without_files(from_one) == without_files(whole[2:])
+
+
+def test_shards_of_one_rank_are_written_and_read_like_those_of_more(
+    whole: list[dict[str, Any]], spread: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """In this very process, where what it runs through is seen."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        ranks = Ranks.current()
+        one = rounds_of("in blocks", ranks, "fsdp")
+        rest = rounds_of("in blocks", ranks, "fsdp", checkpoint_of(spread, 1))
+        masks = hard_masks(ranks, is_sharded=True)
+    finally:
+        dist.destroy_process_group()
+    assert without_files(one) == without_files(whole)
+    assert without_files(rest) == without_files(whole[2:])
+    assert masks == hard_masks(Ranks())
+    assert any(name.startswith(SHARDS) for name in one[1]["files"])
 
 
 def test_exported_files_of_shards_are_those_of_a_replicated_network(

@@ -9,44 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quick_trials import quick_job, results_of
 
-from gbp_ray.config.job import JobConfig, load_job, trial_id
+from gbp_ray.config.job import JobConfig, trial_id
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.pruning import rounds
 from gbp_ray.results.store import Store
 from gbp_ray.runtime.cache import dense_origin
 from gbp_ray.runtime.trial import run_solo, work_trial
 
-QUICK = {
+SHARING = {
     "cluster.num_workers": 1,
     "workload.options.width": 4,
     "pretrain.epochs": 0.3,
-    "finetune.epochs": 0.2,
-    "prune.rounds": 2,
-    "prune.calibration_examples": 64,
     "prune.batchnorm_examples": 64,
 }
 
 
-def quick_job(storage: Path | str, **changed: Any) -> JobConfig:
-    return load_job(None, QUICK | {"storage": str(storage)} | changed)
+def sharing_job(storage: Path | str, **changed: Any) -> JobConfig:
+    return quick_job(storage, **SHARING | changed)
 
 
 def run(job: JobConfig) -> list[tuple[Any, ...]]:
     for _ in run_solo(job):
         pass
     return results_of(job)
-
-
-def results_of(job: JobConfig) -> list[tuple[Any, ...]]:
-    store, name = Store(job.storage, job.name), trial_id(job)
-    return [
-        (
-            record.model_dump(exclude={"seconds", "files"}),
-            *(store.read_file(name, record, f"{f}.safetensors") for f in ("weights", "masks")),
-        )
-        for record in store.read_rounds(name)
-    ]
 
 
 @pytest.fixture
@@ -85,9 +72,9 @@ def test_a_trial_that_shares_ends_with_the_bits_of_one_alone(
 ) -> None:
     # Three that have met what the others left, against one that never met anything.
     for sparsity in (0.5, 0.7):
-        run(quick_job(tmp_path, **changed, **{"prune.sparsity": sparsity}))
-    third = run(quick_job(tmp_path, **changed, **{"prune.sparsity": 0.9}))
-    alone = quick_job(tmp_path / "alone", **changed, **{"prune.sparsity": 0.9})
+        run(sharing_job(tmp_path, **changed, **{"prune.sparsity": sparsity}))
+    third = run(sharing_job(tmp_path, **changed, **{"prune.sparsity": 0.9}))
+    alone = sharing_job(tmp_path / "alone", **changed, **{"prune.sparsity": 0.9})
     work_trial(alone, Ranks())
     assert third == results_of(alone)
 
@@ -97,7 +84,7 @@ def test_many_one_shot_sparsities_cost_one_dense_network_and_one_scoring_pass(
 ) -> None:
     one_shot = {"prune.rounds": 1, "finetune.epochs": 0, "prune.batchnorm_examples": 0}
     for number in range(6):
-        run(quick_job(tmp_path, **one_shot, **{"prune.sparsity": 0.5 + number / 20}))
+        run(sharing_job(tmp_path, **one_shot, **{"prune.sparsity": 0.5 + number / 20}))
     assert counted == {"score": 1, "dense": 1}
 
 
@@ -108,7 +95,7 @@ FIRST = {"prune.rounds": 1, "prune.sparsity": 0.5}
 def first_done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A storage in which one trial has computed what others may share."""
     storage = tmp_path_factory.mktemp("first")
-    run(quick_job(storage, **FIRST))
+    run(sharing_job(storage, **FIRST))
     return storage
 
 
@@ -138,12 +125,12 @@ def test_shared_is_only_what_would_be_the_same(
 ) -> None:
     """What the first trial computed counts as well."""
     storage = shutil.copytree(first_done, tmp_path / "copy")
-    run(quick_job(storage, **FIRST | changed))
+    run(sharing_job(storage, **FIRST | changed))
     assert counted == {"dense": dense - 1, "score": score - 1}
 
 
 def test_movement_has_a_dense_network_of_its_own(tmp_path: Path) -> None:
-    assert dense_origin(quick_job(tmp_path, **{"prune.criterion": "movement"})) is None
+    assert dense_origin(sharing_job(tmp_path, **{"prune.criterion": "movement"})) is None
 
 
 def test_of_two_trials_at_once_one_computes(tmp_path: Path, counted: dict[str, int]) -> None:
@@ -158,7 +145,7 @@ def test_of_two_trials_at_once_one_computes(tmp_path: Path, counted: dict[str, i
         except BaseException as error:  # noqa: BLE001 - handed to the waiting thread
             ends.put(repr(error))
 
-    jobs = [quick_job(tmp_path, **{"prune.rounds": 1, "prune.sparsity": s}) for s in (0.5, 0.7)]
+    jobs = [sharing_job(tmp_path, **{"prune.rounds": 1, "prune.sparsity": s}) for s in (0.5, 0.7)]
     processes = [fork.Process(target=work, args=[job]) for job in jobs]
     for process in processes:
         process.start()
@@ -172,7 +159,7 @@ def test_of_two_trials_at_once_one_computes(tmp_path: Path, counted: dict[str, i
 def test_what_is_damaged_is_computed_anew(
     tmp_path: Path, counted: dict[str, int], kind: str
 ) -> None:
-    first = quick_job(tmp_path, **{"prune.rounds": 1, "prune.sparsity": 0.5})
+    first = sharing_job(tmp_path, **{"prune.rounds": 1, "prune.sparsity": 0.5})
     run(first)
     (path,) = (tmp_path / first.name / kind).glob(
         "*/*s.safetensors" if kind == "scores" else "*/weights.safetensors"
@@ -180,20 +167,20 @@ def test_what_is_damaged_is_computed_anew(
     data = bytearray(path.read_bytes())
     data[-9] ^= 1
     path.write_bytes(data)
-    second = quick_job(tmp_path, **{"prune.rounds": 1, "prune.sparsity": 0.7})
+    second = sharing_job(tmp_path, **{"prune.rounds": 1, "prune.sparsity": 0.7})
     with pytest.warns(UserWarning, match="does not match its checksum.*computed anew"):
         found = run(second)
-    alone = quick_job(tmp_path / "alone", **{"prune.rounds": 1, "prune.sparsity": 0.7})
+    alone = sharing_job(tmp_path / "alone", **{"prune.rounds": 1, "prune.sparsity": 0.7})
     work_trial(alone, Ranks())
     assert found == results_of(alone)
     # Mended on the way.
-    run(quick_job(tmp_path, **{"prune.rounds": 1, "prune.sparsity": 0.8}))
+    run(sharing_job(tmp_path, **{"prune.rounds": 1, "prune.sparsity": 0.8}))
     assert counted["dense"] == (3 if kind == "dense" else 2)
     assert counted["score"] == (2 if kind == "dense" else 3)
 
 
 def test_a_trial_broken_off_while_it_shares_is_gone_on_with(tmp_path: Path) -> None:
-    job = quick_job(tmp_path, **{"prune.sparsity": 0.9})
+    job = sharing_job(tmp_path, **{"prune.sparsity": 0.9})
     steps = run_solo(job)
     assert [next(steps).record.round for _ in range(2)] == [0, 1]
     steps.close()
@@ -203,7 +190,7 @@ def test_a_trial_broken_off_while_it_shares_is_gone_on_with(tmp_path: Path) -> N
         (1, True),
         (2, False),
     ]
-    alone = quick_job(tmp_path / "alone", **{"prune.sparsity": 0.9})
+    alone = sharing_job(tmp_path / "alone", **{"prune.sparsity": 0.9})
     work_trial(alone, Ranks())
     assert results_of(job) == results_of(alone)
     assert all(step.is_old for step in run_solo(job))
@@ -211,11 +198,11 @@ def test_a_trial_broken_off_while_it_shares_is_gone_on_with(tmp_path: Path) -> N
 
 def test_time_is_on_record_where_it_was_spent(tmp_path: Path) -> None:
     for sparsity in (0.5, 0.7):
-        run(quick_job(tmp_path, **{"prune.sparsity": sparsity}))
+        run(sharing_job(tmp_path, **{"prune.sparsity": sparsity}))
     store = Store(tmp_path, "digits")
     spent = [
         "pretrain"
-        in store.read_rounds(trial_id(quick_job(tmp_path, **{"prune.sparsity": s})))[0].seconds
+        in store.read_rounds(trial_id(sharing_job(tmp_path, **{"prune.sparsity": s})))[0].seconds
         for s in (0.5, 0.7)
     ]
     assert spent == [True, False]
@@ -225,9 +212,9 @@ def test_trials_share_on_an_object_store_alike(
     moto_storage: str, tmp_path: Path, counted: dict[str, int]
 ) -> None:
     first = {"prune.rounds": 1, "prune.sparsity": 0.5}
-    run(quick_job(moto_storage, **first))
-    found = run(quick_job(moto_storage, **first | {"prune.sparsity": 0.7}))
+    run(sharing_job(moto_storage, **first))
+    found = run(sharing_job(moto_storage, **first | {"prune.sparsity": 0.7}))
     assert counted == {"score": 1, "dense": 1}
-    alone = quick_job(tmp_path, **first | {"prune.sparsity": 0.7})
+    alone = sharing_job(tmp_path, **first | {"prune.sparsity": 0.7})
     work_trial(alone, Ranks())
     assert found == results_of(alone)

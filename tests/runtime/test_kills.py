@@ -16,10 +16,9 @@ from typing import Any
 
 import pytest
 from kill_program import PHASES, Death, end_group, make_job, start_group, wait_until_met
+from quick_trials import results_of
 
-from gbp_ray.config.job import JobConfig, trial_id
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.results.store import Store
 from gbp_ray.runtime.trial import work_trial
 
 logger = logging.getLogger(__name__)
@@ -35,25 +34,12 @@ needs_kills = pytest.mark.skipif(
 )
 
 
-def rounds_of(job: JobConfig) -> list[tuple[Any, ...]]:
-    """Everything of a trial that a death must not change."""
-    store, name = Store(job.storage, job.name), trial_id(job)
-    return [
-        (
-            record.model_dump(exclude={"seconds", "files"}),
-            store.read_file(name, record, "weights.safetensors"),
-            store.read_file(name, record, "masks.safetensors"),
-        )
-        for record in store.read_rounds(name)
-    ]
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
     """The rounds of a trial that nobody disturbed, of a replicated network in this very process."""
     job = make_job(tmp_path_factory.mktemp("whole"), "replicated")
     work_trial(job, Ranks())
-    return rounds_of(job)
+    return results_of(job)
 
 
 @pytest.mark.slow
@@ -89,9 +75,9 @@ def test_a_worker_killed_in_any_phase_costs_its_round_alone(
         assert None not in codes, f"{death}: a survivor waits for the dead"
         assert 0 not in codes, f"{death}: a survivor went on alone"
         kept = death.round + (death.phase == "written")
-        assert rounds_of(job) == whole[:kept], f"{death} among {size} took more than its round"
+        assert results_of(job) == whole[:kept], f"{death} among {size} took more than its round"
     assert end_group(start_group(job, sizes[-1])) == [0] * sizes[-1]
-    assert rounds_of(job) == whole
+    assert results_of(job) == whole
 
 
 def test_workers_are_killed_in_every_phase() -> None:
@@ -113,11 +99,11 @@ def test_workers_killed_at_random_moments_lose_nothing(
     length = time.monotonic() - started
     num_deaths, num_trials = 0, 0
     while num_deaths < int(os.environ.get("GBP_RAY_KILLS", "3")):
-        if len(rounds_of(job)) == len(whole):
-            assert rounds_of(job) == whole
+        if len(results_of(job)) == len(whole):
+            assert results_of(job) == whole
             num_trials += 1
             job = make_job(tmp_path / f"trial{num_trials}", strategy)
-        size, before = draws.randint(1, 4), len(rounds_of(job))
+        size, before = draws.randint(1, 4), len(results_of(job))
         group = start_group(job, size)
         victim = group[draws.randrange(size)]
         wait_until_met(job, group)
@@ -129,9 +115,9 @@ def test_workers_killed_at_random_moments_lose_nothing(
             assert codes == [0] * size
             continue
         num_deaths += 1
-        after = rounds_of(job)
+        after = results_of(job)
         assert len(after) >= before
         assert after == whole[: len(after)]
         logger.info("death %d among %d: %d whole rounds", num_deaths, size, len(after))
     assert end_group(start_group(job, 3)) == [0, 0, 0]
-    assert rounds_of(job) == whole
+    assert results_of(job) == whole

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from commands import Forked
+from quick_trials import QUICK, quick_job, results_of
 from shell import Shell
 
-from gbp_ray.config.job import JobConfig, load_job, trial_id
+from gbp_ray.config.job import JobConfig, trial_id
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import GbpError, PruneError, StoreError
 from gbp_ray.results.records import RoundRecord
@@ -24,38 +25,11 @@ from gbp_ray.runtime.trial import work_trial
 from gbp_ray.training.progress import Progress
 from gbp_ray.workloads.loading import load_workload
 
-QUICK = {
-    "cluster.num_workers": 0,
-    "workload.options.width": 8,
-    "pretrain.epochs": 0.5,
-    "finetune.epochs": 0.2,
-    "prune.rounds": 2,
-    "prune.calibration_examples": 64,
-    "prune.batchnorm_examples": 128,
-}
 FILES = ("weights.safetensors", "masks.safetensors", "state.pt")
-
-
-def quick_job(storage: Path, **changed: Any) -> JobConfig:
-    return load_job(None, QUICK | {"storage": str(storage)} | changed)
 
 
 def store_of(job: JobConfig) -> Store:
     return Store(job.storage, job.name)
-
-
-def results_of(job: JobConfig) -> list[tuple[Any, ...]]:
-    """Everything of a trial that an interruption must not change."""
-    store, name = store_of(job), trial_id(job)
-    records = store.read_rounds(name)
-    return [
-        (
-            record.model_dump(exclude={"seconds", "files"}),
-            # state.pt is a zip archive, whose bytes are the writer's business.
-            *(store.read_file(name, record, file) for file in FILES[:2]),
-        )
-        for record in records
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,6 @@ from gbp_ray.training.network import build_start, copy_frozen
 from gbp_ray.training.optimizer import make_optimizer
 from gbp_ray.training.progress import Progress
 from gbp_ray.workloads.contract import Workload
-from gbp_ray.workloads.loading import hold_out
 
 SUM_CASES = [
     (num_elements, num_items, dtype, wire)
@@ -294,9 +293,7 @@ def _unruly_model(ranks: Ranks) -> tuple[str, tuple[float, float], str]:
 
 def _held_out(ranks: Ranks, strategy: str) -> list[Any]:
     """Rounds judged by a validation split and stopped early, then the test split."""
-    stopped = {"epochs": 3.0, "patience": 1, "validate_every": 0.5}
-    job, _ = case_of("plain", strategy, finetune=stopped)
-    workload = hold_out(images(num_train=60), 0.25, seed=2)
+    job, workload = case_of("stopped early", strategy)
     found: list[Any] = []
     stored = {}
     for state in run_rounds(job, workload, ranks):

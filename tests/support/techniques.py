@@ -18,6 +18,7 @@ from gbp_ray.distributed.sharding import gather_whole
 from gbp_ray.pruning.checkpoint import SHARDS, Checkpoint
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.workloads.contract import Workload
+from gbp_ray.workloads.loading import hold_out
 from gbp_ray.workloads.networks import RecurrentConvNet
 from gbp_ray.workloads.tying import tie_weights
 
@@ -58,6 +59,11 @@ def ranged_images() -> Workload:
 def plain_images() -> Workload:
     """Makes images that are not augmented, so that a teacher is asked once."""
     return dataclasses.replace(images(), augment=None)
+
+
+def held_out_images() -> Workload:
+    """Makes images of which every fourth for training is there to judge by."""
+    return hold_out(images(num_train=60), 0.25, seed=2)
 
 
 def images_for(build: Callable[[], nn.Module]) -> Callable[[], Workload]:
@@ -139,6 +145,13 @@ TECHNIQUES: dict[str, Technique] = {
     "taught by each pass": Technique({"finetune": {"distillation": {"weight": 0.8}}}),
     "taught once": Technique(
         {"finetune": {"distillation": {"weight": 0.7}}}, plain_images, EVERYWHERE
+    ),
+    "stopped early": Technique(
+        {
+            "finetune": {"epochs": 3.0, "patience": 1, "validate_every": 0.5},
+            "workload": {"validation": 0.25, "train_sample": 20},
+        },
+        held_out_images,
     ),
     "attacked, frozen, matched": Technique(
         {

@@ -14,7 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from gbp_ray.config.job import load_job
 from gbp_ray.config.workload import WorkloadConfig
@@ -496,7 +503,6 @@ UNUSABLE = {
             ("empty", {}, ["ple 3 is a dict with keys ", "holds no tensor"]),
             ("dict inputs", ({"x": INPUTS[0]}, 1), [APART, "none there"]),
             ("two inputs", ((INPUTS[0], INPUTS[1]), 1), [APART, "none there"]),
-            ("numbers in a list", ([1.0] * 4, 1), [APART, "float32", "float64"]),
             ("a word", (INPUTS[0], "cat"), ["ple 3: its target is str", NEST]),
             ("objects", (np.array([None] * 4), 1), ["ple 3: its input is object", NEST]),
             ("another shape", (INPUTS[0, :3], 1), ["amples 0 and 3", "(4,)", "(3,)"]),
@@ -559,6 +565,21 @@ UNUSABLE = {
     "a share above one": (
         {"metrics": [Metric("m", lambda o, t: o.new_ones(1) * len(o), float, unit="%")]},
         ["workload.metrics: m is 8 on workload.train", "[0, 1]"],
+    ),
+    "a metric that changes outputs": (
+        {"metrics": [Metric("m", lambda o, t: o.mul_(0).sum(0), lambda sums: float(sums[0]))]},
+        ["workload.metrics: m.update changes outputs or targets in place"],
+    ),
+    "the best five of three": ({"metrics": ["top5"]}, ["top5 of 3 classes is always 100 %"]),
+    "a forward that is none": ({"forward": 3}, ["workload.forward: must be a function, not int"]),
+    "a collate that leaves one out": (
+        {"train": Squares(9), "collate": lambda items: default_collate(items[1:])},
+        ["workload.collate: makes 7 rows of 8 examples of workload.train", "Workload a count"],
+    ),
+    "a collate that leaves items out": (
+        {"train": Squares(9), "collate": lambda items: default_collate(items[-4:])}
+        | {"count": lambda targets: len(targets) + 0.5, "loss": plain_loss},
+        ["workload.collate: 8 examples of workload.train have 6 items in one batch, and 12 one"],
     ),
     "a metric by a taken name": (
         {"metrics": [Metric("loss", lambda o, t: o.sum().view(1), float)]},
