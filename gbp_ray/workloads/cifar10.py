@@ -38,6 +38,7 @@ from gbp_ray.workloads.images import (
 )
 from gbp_ray.workloads.location import describe_fault, list_files, open_location
 from gbp_ray.workloads.networks import build_cifar_resnet
+from gbp_ray.workloads.options import check_flag
 from gbp_ray.workloads.weights import with_checkpoint
 
 __all__ = [
@@ -124,8 +125,7 @@ def cifar10_convnet(
     Raises:
         WorkloadError: An option, the data or the checkpoint cannot be used.
     """
-    if not isinstance(batchnorm, bool):
-        raise WorkloadError(f"workload.options.batchnorm = {batchnorm!r}: must be true or false")
+    check_flag("batchnorm", batchnorm)
     return _make_workload(
         partial(_build_convnet, batchnorm),
         data,
@@ -218,8 +218,7 @@ def read_cifar10(data: str, download: bool = False) -> tuple[Split, Split]:
     Raises:
         WorkloadError: There is no such folder, it has neither layout, or the data is damaged.
     """
-    if not isinstance(download, bool):
-        raise WorkloadError(f"workload.options.download = {download!r}: must be true or false")
+    check_flag("download", download)
     if download:
         _download(data)
     filesystem, entries = list_files(data, _KEY)

@@ -1,13 +1,15 @@
-"""The residual networks made for CIFAR-10, smaller and other than those made for ImageNet.
+"""Small networks for small images: residual, recurrent, and one for labels by pixel.
 
-Source: He, Zhang, Ren and Sun, 2015, "Deep Residual Learning for Image Recognition", arXiv
-1512.03385, section 4.2. Parameters bear the names that published checkpoints use: `conv1`, `bn1`,
+The residual ones were made for CIFAR-10 and differ from those made for ImageNet. Source: He, Zhang,
+Ren and Sun, 2015, "Deep Residual Learning for Image Recognition", arXiv 1512.03385, section 4.2.
+Their parameters bear the names that published checkpoints use: `conv1`, `bn1`,
 `layer{1,2,3}.{i}.{conv1,bn1,conv2,bn2}`, `linear`. No operation works in place, so that gradients
 per example (`torch.func.vmap`) and second derivatives go through.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,6 +19,7 @@ __all__ = [
     "CifarResNet",
     "RecurrentConvNet",
     "RecurrentLayer",
+    "SmallUNet",
     "build_cifar_resnet",
 ]
 
@@ -135,3 +138,35 @@ class RecurrentConvNet(nn.Module):
         """Computes logits (B, classes) of images (B, channels, H, W)."""
         hidden = functional.max_pool2d(self.layer1(images), 2)
         return self.linear(self.layer2(hidden).mean(dim=(2, 3)))
+
+
+class SmallUNet(nn.Module):
+    """Two halvings of the resolution, and as many doublings that see what was there before.
+
+    Source: Ronneberger, Fischer and Brox, 2015, "U-Net", arXiv 1505.04597; here with one
+    convolution on each level, and BatchNorm.
+    """
+
+    def __init__(self, channels_in: int, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.down1 = _conv_norm(channels_in, width)
+        self.down2 = _conv_norm(width, 2 * width)
+        self.bottom = _conv_norm(2 * width, 4 * width)
+        self.up2 = nn.ConvTranspose2d(4 * width, 2 * width, 2, stride=2)
+        self.join2 = _conv_norm(4 * width, 2 * width)
+        self.up1 = nn.ConvTranspose2d(2 * width, width, 2, stride=2)
+        self.join1 = _conv_norm(2 * width, width)
+        self.head = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Computes logits (B, classes, H, W) of images (B, channels, H, W), sides in fours."""
+        full = self.down1(images)
+        half = self.down2(functional.max_pool2d(full, 2))
+        hidden = self.bottom(functional.max_pool2d(half, 2))
+        hidden = self.join2(torch.cat([self.up2(hidden), half], dim=1))
+        return self.head(self.join1(torch.cat([self.up1(hidden), full], dim=1)))
+
+
+def _conv_norm(channels_in: int, channels: int) -> nn.Sequential:
+    conv = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU())

@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.pruning.units import prunable_parameters
+from gbp_ray.training.evaluation import evaluate
 from gbp_ray.workloads.contract import Workload
 
 
@@ -56,6 +57,20 @@ def test_dense_and_pruned_are_measured_as_by_a_plain_loop(name: str, alone: dict
     total = sum(layer["num_weights"] for layer in layers)
     assert kept == total - int(0.6 * total + 0.5)
     assert dense["mask"] != pruned["mask"]
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+@pytest.mark.parametrize("name", KINDS)
+def test_values_do_not_depend_on_the_batch_size(
+    name: str, size: int, alone: dict[str, Any]
+) -> None:
+    workload = KINDS[name][0]()
+    pruned = alone[name][1]
+    model = workload.build_model()
+    model.load_state_dict(pruned["state"])
+    measured = evaluate(model, workload, Ranks(), size)
+    found = {**measured.metrics, "loss": measured.loss}
+    assert found == pytest.approx(pruned["measured"], rel=1e-6)
 
 
 @pytest.mark.parametrize("strategy", ["replicated", "fsdp"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.distributed.sharding import gather_whole
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.training.evaluation import evaluate
+from gbp_ray.workloads import digits_regression, digits_segmentation, text_lm
 from gbp_ray.workloads.contract import Workload
 
 NUM_TRAIN, NUM_TEST = 26, 17
@@ -152,7 +153,7 @@ def segmentation() -> Workload:
 
 
 def measure_segmentation(model: nn.Module, workload: Workload) -> dict[str, float]:
-    images, labels = workload.test
+    images, labels = prepared_test(workload)
     answers, losses, pairs = model(images).argmax(dim=1), [], []
     shares = model(images).double().log_softmax(dim=1)
     for place in (labels != 255).nonzero().tolist():
@@ -161,7 +162,7 @@ def measure_segmentation(model: nn.Module, workload: Workload) -> dict[str, floa
         pairs.append((int(answers[example, row, column]), label))
         losses.append(-float(shares[example, label, row, column]))
     overlaps = []
-    for kind in range(4):
+    for kind in range(shares.shape[1]):
         union = [pair for pair in pairs if kind in pair]
         if union:
             overlaps.append(sum(pair == (kind, kind) for pair in union) / len(union))
@@ -189,21 +190,21 @@ def regression() -> Workload:
 
 
 def measure_regression(model: nn.Module, workload: Workload) -> dict[str, float]:
-    inputs, targets = workload.test
+    inputs, targets = prepared_test(workload)
     found, wanted = model(inputs).double(), targets.double()
     loss = float((found - wanted).square().mean())
     unexplained = [
         float(
             ((found - wanted)[:, c] ** 2).sum() / ((wanted[:, c] - wanted[:, c].mean()) ** 2).sum()
         )
-        for c in range(2)
+        for c in range(wanted.shape[1])
     ]
-    return {
+    measured = {
         "rmse": math.sqrt(loss),
-        "r2": sum(1 - share for share in unexplained) / 2,
+        "r2": 1 - sum(unexplained) / len(unexplained),
         "mae": float((found - wanted).abs().mean()),
-        "loss": loss,
     }
+    return {"loss": loss, **{name: measured[name] for name in workload.metrics}}
 
 
 def many_labels() -> Workload:
@@ -272,6 +273,44 @@ def measure_tagger(model: nn.Module, workload: Workload) -> dict[str, float]:
     return {"accuracy": sum(right) / len(right), "loss": sum(losses) / len(losses)}
 
 
+# -- what is built in ------------------------------------------------------------------------------
+
+
+def few(workload: Workload) -> Workload:
+    """Keeps the first examples of each split."""
+
+    def first(split: tuple[Tensor, Tensor], number: int) -> tuple[Tensor, Tensor]:
+        return split[0][:number], split[1][:number]
+
+    given = workload.validation
+    return replace(
+        workload,
+        train=first(workload.train, NUM_TRAIN),
+        test=first(workload.test, NUM_TEST),
+        validation=None if given is None else first(given, NUM_TEST),
+    )
+
+
+def prepared_test(workload: Workload) -> tuple[Tensor, Tensor]:
+    inputs, targets = workload.test
+    return inputs if workload.prepare is None else workload.prepare(inputs), targets
+
+
+def bytes_of_text() -> Workload:
+    return few(text_lm(width=16, layers=1, heads=2, context=12))
+
+
+def measure_bytes(model: nn.Module, workload: Workload) -> dict[str, float]:
+    losses, right = [], []
+    for window, following in zip(*workload.test, strict=True):
+        shares = model(window[None])[0].double().log_softmax(dim=0)
+        for place, value in enumerate(following.tolist()):
+            losses.append(-float(shares[value, place]))
+            right.append(int(shares[:, place].argmax()) == value)
+    mean = sum(losses) / len(losses)
+    return {"perplexity": math.exp(mean), "accuracy": sum(right) / len(right), "loss": mean}
+
+
 KINDS: dict[
     str, tuple[Callable[[], Workload], Callable[[nn.Module, Workload], dict[str, float]]]
 ] = {
@@ -281,6 +320,15 @@ KINDS: dict[
     "regression": (regression, measure_regression),
     "many labels": (many_labels, measure_many_labels),
     "tagger": (tagger, measure_tagger),
+    "text_lm": (bytes_of_text, measure_bytes),
+    "digits_segmentation": (
+        lambda: few(digits_segmentation(examples=NUM_TRAIN, width=4)),
+        measure_segmentation,
+    ),
+    "digits_regression": (
+        lambda: few(digits_regression(examples=4 * NUM_TRAIN, width=4)),
+        measure_regression,
+    ),
 }
 
 

@@ -11,7 +11,12 @@ import pytest
 import torch
 from small_data import REPOSITORY
 
-from gbp_ray.workloads import digits_convnet, digits_recurrent
+from gbp_ray.workloads import (
+    digits_convnet,
+    digits_recurrent,
+    digits_regression,
+    digits_segmentation,
+)
 from gbp_ray.workloads.data import seeded, shuffled_indices, take_batch
 
 
@@ -132,3 +137,57 @@ def test_the_recurrent_network_uses_one_kernel_in_all_steps():
     expected = torch.relu(layer.norms[2](driven + kernel(expected)))
     torch.testing.assert_close(layer(images), expected)
     assert model(images).shape == (3, 10)
+
+
+def test_scenes_hold_one_digit_in_each_quarter_and_ignore_faint_ink():
+    workload = digits_segmentation(examples=40)
+    for (scenes, classes), (images, labels) in zip(
+        (workload.train, workload.test),
+        (digits_convnet().train, digits_convnet().test),
+        strict=True,
+    ):
+        known: dict[bytes, int] = {}
+        for image, label in zip(images, labels.tolist(), strict=True):
+            # Without its empty margins an image may be found wherever it lies.
+            known[trimmed(image[0])] = label
+        for scene, marks in zip(scenes[:, 0], classes, strict=True):
+            for rows in (slice(0, 12), slice(12, 24)):
+                for columns in (slice(0, 12), slice(12, 24)):
+                    digit = known[trimmed(scene[rows, columns])]
+                    pixels, found = scene[rows, columns], marks[rows, columns]
+                    assert set(found[pixels >= 8].tolist()) == {digit + 1}
+                    assert set(found[(pixels > 0) & (pixels < 8)].tolist()) <= {255}
+                    assert set(found[pixels == 0].tolist()) == {0}
+    assert [len(workload.train[0]), len(workload.test[0])] == [40, 8]
+    assert len(workload.classes) == 11
+
+
+def trimmed(image):
+    rows, columns = image.nonzero().T
+    part = image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    return bytes(part.shape) + part.contiguous().numpy().tobytes()
+
+
+def test_digits_are_turned_by_their_targets():
+    workload = digits_regression(examples=300)
+    images, angles = workload.train
+    assert images.shape == (300, 1, 12, 12)
+    assert angles.shape == (300, 1)
+    assert float(angles.abs().max()) <= math.pi / 4
+    assert float(angles.std()) == pytest.approx(math.pi / 4 / math.sqrt(3), rel=0.1)
+    # The centre of the ink turns about that of the image, and tells which digit was meant.
+    original = digits_convnet().train[0]
+    chosen = torch.randint(len(original), (300,), generator=torch.Generator().manual_seed(0))
+    before, after = centre_of(original[chosen]), centre_of(images)
+    expected = before * torch.exp(-1j * angles[:, 0])
+    assert float((after - expected).abs().mean()) < 0.03
+    assert float((after - before).abs().mean()) > 0.1
+    assert float((after - before * torch.exp(1j * angles[:, 0])).abs().mean()) > 0.2
+
+
+def centre_of(images):
+    """The centre of the ink, as x + iy in pixels from the middle, y downwards."""
+    ink = images[:, 0].double()
+    places = torch.arange(ink.shape[-1]).double() - (ink.shape[-1] - 1) / 2
+    mass = ink.sum(dim=(1, 2))
+    return torch.complex((ink.sum(1) * places).sum(1) / mass, (ink.sum(2) * places).sum(1) / mass)

@@ -19,6 +19,12 @@ from gbp_ray.workloads.loading import load_workload
         ("digits_convnet", {"batchnorm": 1}, "options.batchnorm = 1: must be true or false"),
         ("digits_recurrent", {"steps": 0}, "options.steps = 0: must be a whole number"),
         ("digits_recurrent", {"shared": "no"}, "options.shared = 'no': must be true or false"),
+        ("digits_segmentation", {"examples": 0}, "options.examples = 0: must be a whole number"),
+        ("digits_regression", {"width": 2.5}, "options.width = 2.5: must be a whole number"),
+        ("text_lm", {"context": "long"}, "options.context = 'long': must be a whole number"),
+        ("text_lm", {"heads": 5}, "options.heads = 5: must divide workload.options.width = 96"),
+        ("text_lm", {"context": 10**6}, "less than a window of 1000000; give a longer text"),
+        ("text_lm", {"data": "/none.txt"}, "'/none.txt' cannot be read as text in UTF-8 ("),
         ("digits_convnet", {"augment": "yes"}, "options.augment = 'yes': must be a list such as"),
         ("cifar10_resnet20", {"data": "/none"}, "options.data = '/none': no such folder; set"),
         ("cifar10_resnet20", {"data": 3}, "options.data = 3: must be the path"),
@@ -34,7 +40,7 @@ from gbp_ray.workloads.loading import load_workload
     ],
 )
 def test_bad_options_are_refused_in_one_line(tiny, factory, options, expected):
-    needs_data = not factory.startswith("digits") and "data" not in options
+    needs_data = not factory.startswith(("digits", "text")) and "data" not in options
     options = ({"data": str(tiny)} if needs_data else {}) | options
     config = WorkloadConfig(factory=f"gbp_ray.zoo:{factory}", options=options)
     text = message_of(load_workload, config)
