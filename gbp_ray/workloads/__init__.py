@@ -16,8 +16,13 @@ _HOMES = {
     "cifar10_resnet56": "cifar10",
     "digits_convnet": "digits",
     "digits_recurrent": "digits",
+    "digits_regression": "digits",
     "digits_resnet20": "digits",
-    "torchvision_classifier": "torchvision",
+    "digits_segmentation": "digits",
+    "huggingface": "transformers",
+    "text_lm": "text",
+    "timm": "classifiers",
+    "torchvision_classifier": "classifiers",
 }
 
 __all__ = sorted(_HOMES)

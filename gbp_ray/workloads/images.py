@@ -24,11 +24,14 @@ from torch.utils.data import Subset
 
 from gbp_ray.config.schema import nearest_name
 from gbp_ray.errors import WorkloadError
+from gbp_ray.workloads.contract import InputRange
+from gbp_ray.workloads.options import check_count
 
 __all__ = [
     "AUGMENTATIONS",
     "INPUT_RANGE",
     "Augmentation",
+    "Scale",
     "build_augment",
     "import_vision",
     "normalise",
@@ -62,14 +65,24 @@ Augmentation = str | Mapping[str, Any]
 """A name, or a table of a name and its parameters: { name = "rotation", degrees = 5 }."""
 
 _KEY = "workload.options.augment"
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
 
-INPUT_RANGE = (
-    [-mean / std for mean, std in zip(_MEAN, _STD, strict=True)],
-    [(1 - mean) / std for mean, std in zip(_MEAN, _STD, strict=True)],
-)
-"""Values of black and of white after `normalise`."""
+
+@dataclass(frozen=True)
+class Scale:
+    """Mean and deviation of each channel that images are normalised by; ImageNet's by default."""
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    @property
+    def bounds(self) -> InputRange:
+        """Values of black and of white after `normalise`."""
+        pairs = list(zip(self.mean, self.std, strict=True))
+        return [-mean / std for mean, std in pairs], [(1 - mean) / std for mean, std in pairs]
+
+
+INPUT_RANGE = Scale().bounds
+"""Values of black and of white after `normalise` by ImageNet's mean and deviation."""
 
 
 def build_augment(
@@ -142,15 +155,17 @@ def _transform_each(transform: Callable[[Tensor], Tensor], images: Tensor) -> Te
     return torch.stack([transform(image) for image in images])
 
 
-def normalise(images: Tensor, image_size: int | None = None) -> Tensor:
+def normalise(images: Tensor, image_size: int | None = None, scale: Scale | None = None) -> Tensor:
     """Scales bytes to [0, 1], subtracts the mean and divides by the deviation of each channel.
 
     Args:
         images: uint8 (B, 3, H, W).
         image_size: Resizes to this height and width, bilinear, for networks with a fixed input.
+        scale: Mean and deviation; ImageNet's by default.
     """
-    mean = torch.tensor(_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(_STD, device=images.device).view(3, 1, 1)
+    scale = scale or Scale()
+    mean = torch.tensor(scale.mean, device=images.device).view(3, 1, 1)
+    std = torch.tensor(scale.std, device=images.device).view(3, 1, 1)
     scaled = (images.float() / 255 - mean) / std
     if image_size is None or images.shape[-2:] == (image_size, image_size):
         return scaled
@@ -173,12 +188,7 @@ def take_examples(split: Any, count: int | None, option: str) -> Any:
     if count is None:
         return split
     total = len(split[1]) if isinstance(split, tuple) else len(split)
-    is_whole = isinstance(count, int) and not isinstance(count, bool)
-    if not is_whole or not 1 <= count <= total:
-        raise WorkloadError(
-            f"workload.options.{option} = {count!r}: must be a whole number from 1 to {total}, "
-            "or left out to take all examples"
-        )
+    check_count(option, count, "leave it out to take all examples", most=total)
     if isinstance(split, tuple):
         return tuple(column[:count] for column in split)
     return Subset(split, [index * total // count for index in range(count)])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import urllib.request
 
 import pytest
 import torch
 from small_data import draw_images, encode, message_of
 
-from gbp_ray.workloads import digits_resnet20, torchvision_classifier
+from gbp_ray.workloads import digits_resnet20, timm, torchvision_classifier
 from gbp_ray.workloads.checks import check_workload
 from gbp_ray.workloads.data import seeded, take_batch
 from gbp_ray.workloads.images import import_vision
@@ -49,7 +50,7 @@ def test_classifier_over_folders_has_an_output_per_class(folders):
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_extra_heads_are_left_out(name):
-    from gbp_ray.workloads.torchvision import _build_model
+    from gbp_ray.workloads.classifiers import _build_model
 
     with torch.device("meta"):
         outputs = _build_model(name, 10).train()(torch.empty(2, 3, 299, 299))
@@ -150,3 +151,63 @@ def test_digits_become_what_a_network_of_cifar10_takes(size):
 def test_digits_resnet20_refuses_odd_options():
     assert "at least 8" in message_of(digits_resnet20, 4)
     assert "must be true or false" in message_of(digits_resnet20, augment="yes")
+
+
+# -- timm ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def library():
+    import_vision("models")
+    return pytest.importorskip("timm", reason="needs the extra timm, which is not installed")
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_models_of_timm_take_images_as_they_were_trained_to(library, tiny, folders, name):
+    card = library.get_pretrained_cfg(name)
+    for data, size, classes in ((tiny, None, 10), (folders, 48, 3)):
+        workload = timm(name, str(data), image_size=size)
+        model = workload.build_model()
+        check_workload(workload, model, 4)
+        inputs, _ = take_batch(workload, workload.test, torch.arange(2))
+        raw = torch.stack([torch.tensor(example_of(workload.test, i)) for i in range(2)])
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (card.mean, card.std))
+        torch.testing.assert_close(inputs, (raw / 255 - mean) / std)
+        assert model(inputs).shape == (2, classes)
+        assert len(workload.classes) == classes
+
+
+def example_of(split, index):
+    return split[0][index] if isinstance(split, tuple) else split[index][0].tolist()
+
+
+def test_weights_of_timm_replace_all_but_the_head(library, tiny, monkeypatch):
+    with seeded(7):
+        trained = library.create_model("test_resnet").state_dict()
+    found = library.models._builder
+    monkeypatch.setattr(found, "load_state_dict_from_hf", lambda *a, **k: dict(trained))
+    model = timm("test_resnet", str(tiny), weights="DEFAULT").build_model()
+    for key, tensor in model.state_dict().items():
+        assert key.startswith("fc.") or torch.equal(tensor, trained[key]), key
+    assert model.fc.weight.shape[0] == 10
+
+
+def test_timm_refuses_other_names_in_one_line(library, tiny, monkeypatch):
+    def refused(model, **options):
+        return message_of(timm, model, str(tiny), **options)
+
+    assert "timm has no such model, did you mean 'resnet" in refused("resnet81")
+    assert "timm has no such weights of resnet18" in refused("resnet18", weights="a1_in2k")
+    assert "image_size = 0: must" in refused("test_vit", image_size=0)
+    assert "give one of them" in refused("test_vit", weights="DEFAULT", checkpoint="any")
+
+    def unreachable(*args, **options):
+        raise ConnectionError("no way there")
+
+    monkeypatch.setattr(library.models._builder, "load_state_dict_from_hf", unreachable)
+    assert "cannot be fetched (" in refused("test_vit", weights="DEFAULT")
+
+
+def test_timm_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert "pip install 'gbp-ray[timm]'" in message_of(timm, "resnet18", "data")

@@ -1,4 +1,4 @@
-"""Any image classifier of torchvision, over CIFAR-10 or over folders of images."""
+"""Any image classifier of torchvision or timm, over CIFAR-10 or over folders of images."""
 
 from __future__ import annotations
 
@@ -19,22 +19,25 @@ from gbp_ray.workloads.cifar10 import CLASSES, IMAGE_SIZE, has_cifar10, read_cif
 from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.data import seeded
 from gbp_ray.workloads.images import (
-    INPUT_RANGE,
     Augmentation,
+    Scale,
     build_augment,
     import_vision,
     normalise,
     take_examples,
 )
 from gbp_ray.workloads.location import describe_fault, open_location
+from gbp_ray.workloads.options import check_count, import_extra
 from gbp_ray.workloads.weights import find_misfits, load_state, with_checkpoint
 
 __all__ = [
+    "timm",
     "torchvision_classifier",
     "with_vision_weights",
 ]
 
 _KEY = "workload.options.data"
+_WEIGHTS_KEY = "workload.options.weights"
 _TEST_FOLDERS = ("test", "val")
 _FOLDER_IMAGE_SIZE = 224
 
@@ -75,17 +78,102 @@ def torchvision_classifier(
             used.
     """
     _check_model(model)
+    _check_one_start(weights, "torchvision", checkpoint)
+
+    def build(num_classes: int, size: int) -> Callable[[], nn.Module]:
+        plain = partial(_build_model, model, num_classes)
+        return plain if weights is None else with_vision_weights(plain, model, weights)
+
+    counts = (train_examples, test_examples)
+    return _classify(build, data, image_size, augment, checkpoint, counts, Scale())
+
+
+def timm(
+    model: str,
+    data: str,
+    image_size: int | None = None,
+    augment: Sequence[Augmentation] = ("crop", "flip"),
+    checkpoint: str | None = None,
+    train_examples: int | None = None,
+    test_examples: int | None = None,
+    weights: str | None = None,
+) -> Workload:
+    """Makes a classifier of timm by name, with an output for each class of the data.
+
+    Args:
+        model: A name such as "resnet18", "convnext_tiny" or "vit_tiny_patch16_224".
+        data: See `torchvision_classifier`, as for all options that are not listed here.
+        image_size: Networks that take images of one size, such as vision transformers, are built
+            for this one.
+        weights: Those that timm publishes, by tag, such as "a1_in1k", or "DEFAULT", all but the
+            last layer where the data have other classes. Downloaded once, into the hub's cache.
+
+    Raises:
+        WorkloadError: timm is not installed, the model is unknown, or an option, the data, the
+            weights or the checkpoint cannot be used.
+    """
+    import_vision("models")  # timm imports torchvision, which does not come in without this
+    library = import_extra("timm", "timm")
+    _check_one_start(weights, "timm", checkpoint)
+    if not isinstance(model, str) or not library.is_model(model):
+        names = library.list_models()
+        raise WorkloadError(
+            f"workload.options.model = {model!r}: timm has no such model"
+            f"{nearest_name(str(model), names)} (there are {len(names)}, such as resnet18, "
+            "convnext_tiny and vit_tiny_patch16_224)"
+        )
+    tags = [name.partition(".")[2] for name in library.list_pretrained(model)]
+    if weights is not None and weights not in ("DEFAULT", *tags):
+        raise WorkloadError(
+            f"{_WEIGHTS_KEY} = {weights!r}: timm has no such weights of {model}"
+            f"{nearest_name(str(weights), tags)} (allowed: DEFAULT, {', '.join(tags)})"
+        )
+    name = model if weights in (None, "DEFAULT") else f"{model}.{weights}"
+    card = library.get_pretrained_cfg(name)
+    create = partial(library.create_model, name, pretrained=weights is not None)
+
+    def build(num_classes: int, size: int) -> Callable[[], nn.Module]:
+        sized = {"img_size": size} if card.fixed_input_size else {}
+        return partial(create, num_classes=num_classes, **sized)
+
+    if weights is not None:
+        try:
+            with seeded(0):
+                create()
+        except Exception as error:  # whatever the way there and the file's reader raise
+            raise WorkloadError(
+                f"{_WEIGHTS_KEY} = '{weights}': the weights of {model} cannot be fetched "
+                f"({describe_fault(error)}); leave it out, or give workload.options.checkpoint"
+            ) from error
+    counts, scale = (train_examples, test_examples), Scale(tuple(card.mean), tuple(card.std))
+    return _classify(build, data, image_size, augment, checkpoint, counts, scale)
+
+
+def _check_one_start(weights: str | None, source: str, checkpoint: str | None) -> None:
     if weights is not None and checkpoint is not None:
         raise WorkloadError(
-            "workload.options.weights: comes from torchvision, workload.options.checkpoint from a "
-            "file; give one of them"
+            f"{_WEIGHTS_KEY}: comes from {source}, workload.options.checkpoint from a file; give "
+            "one of them"
         )
-    is_whole = isinstance(image_size, int) and not isinstance(image_size, bool)
-    if image_size is not None and (not is_whole or image_size < 1):
-        raise WorkloadError(
-            f"workload.options.image_size = {image_size!r}: must be a whole number of pixels, at "
-            "least 1, such as 224"
-        )
+
+
+def _classify(
+    build: Callable[[int, int], Callable[[], nn.Module]],
+    data: str,
+    image_size: int | None,
+    augment: Sequence[Augmentation],
+    checkpoint: str | None,
+    counts: tuple[int | None, int | None],
+    scale: Scale,
+) -> Workload:
+    """Opens the data and makes the workload.
+
+    Args:
+        build: Makes `build_model` of the number of classes and the side of the images.
+        counts: Training and test examples to take, None for all.
+    """
+    if image_size is not None:
+        check_count("image_size", image_size, "such as 224 pixels")
     if has_cifar10(data):
         classes, stored_size = CLASSES, IMAGE_SIZE
         train, test = read_cifar10(data)
@@ -93,16 +181,13 @@ def torchvision_classifier(
         stored_size = image_size or _FOLDER_IMAGE_SIZE
         train, test = _open_folders(data, stored_size)
         classes = tuple(train.classes)
-    build_model: Callable[[], nn.Module] = partial(_build_model, model, len(classes))
-    if weights is not None:
-        build_model = with_vision_weights(build_model, model, weights)
     return Workload(
-        build_model=with_checkpoint(build_model, checkpoint),
-        train=take_examples(train, train_examples, "train_examples"),
-        test=take_examples(test, test_examples, "test_examples"),
-        prepare=partial(normalise, image_size=image_size),
+        build_model=with_checkpoint(build(len(classes), image_size or stored_size), checkpoint),
+        train=take_examples(train, counts[0], "train_examples"),
+        test=take_examples(test, counts[1], "test_examples"),
+        prepare=partial(normalise, image_size=image_size, scale=scale),
         augment=build_augment(augment, stored_size),
-        input_range=INPUT_RANGE,
+        input_range=scale.bounds,
         classes=classes,
     )
 
@@ -166,9 +251,6 @@ def _load_image(path: str) -> Image.Image:
         raise WorkloadError(
             f"{_KEY}: image '{path}' cannot be decoded ({describe_fault(error)}); remove or mend it"
         ) from error
-
-
-_WEIGHTS_KEY = "workload.options.weights"
 
 
 def with_vision_weights(
