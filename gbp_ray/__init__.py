@@ -21,6 +21,7 @@ _HOMES = {
     "Metric": "gbp_ray.workloads.metrics",
     "PruneError": "gbp_ray.errors",
     "PruneResult": "gbp_ray.runtime.api",
+    "Pruner": "gbp_ray.pruning.pruner",
     "Report": "gbp_ray.report.page",
     "Results": "gbp_ray.results.query",
     "Scores": "gbp_ray.pruning.in_memory",

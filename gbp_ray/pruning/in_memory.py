@@ -32,15 +32,16 @@ from gbp_ray.config.prune import PruneConfig
 from gbp_ray.config.schema import explain_faults, nearest_name
 from gbp_ray.distributed.agreement import (
     check_same_start,
-    check_same_weights,
-    digest_weights,
+    digest_tensor,
+    fingerprint,
     fingerprints_of_data,
     fingerprints_of_network,
 )
 from gbp_ray.distributed.ranks import Ranks, fixed_kernels, isolated
 from gbp_ray.distributed.sharding import adopt_sharded, is_sharded
-from gbp_ray.errors import ConfigError, GbpError, WorkloadError
+from gbp_ray.errors import ConfigError, GbpError, PruneError, WorkloadError
 from gbp_ray.pruning import scoring
+from gbp_ray.pruning.checkpoint import shard_masks
 from gbp_ray.pruning.checks import warn_of_unusual_weights
 from gbp_ray.pruning.criteria import criterion as find_criterion
 from gbp_ray.pruning.masks import MaskSet
@@ -54,7 +55,7 @@ from gbp_ray.pruning.units import (
 )
 from gbp_ray.training.network import unused_on_all
 from gbp_ray.workloads.batch import kind_of
-from gbp_ray.workloads.checks import check_workload
+from gbp_ray.workloads.checks import Checked, check_workload
 from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.data import without_loaders
 from gbp_ray.workloads.loading import build_network
@@ -64,6 +65,8 @@ from gbp_ray.workloads.tying import unwrapped
 __all__ = [
     "Scores",
     "as_in_a_job",
+    "check_reached",
+    "check_same_replicas",
     "config_of",
     "in_arguments",
     "keeping_gradients",
@@ -180,6 +183,7 @@ def prune_model(
         check_reachable(shapes, config)
         if masks is not None:
             before.apply_(task.model)
+            before = shard_masks(before, task.model)
         scores = task.score(before.round + 1)
         removal = select_masks(scores, before, config, sparsity, task.input_dims, task.ranks)
         task.ranks.check_agreement(removal.masks.digest, "the mask")
@@ -275,18 +279,19 @@ def select(
 
 
 @contextmanager
-def as_in_a_job(num_threads: int) -> Iterator[None]:
+def as_in_a_job(num_threads: int, split: str = "data") -> Iterator[None]:
     """Computes in the block as a job does, whatever surrounds it, and names arguments in errors.
 
     Gradients are on and autocast is off.
 
     Args:
         num_threads: See `fixed_kernels`.
+        split: The argument that stands for a job's data.
     """
     if not isinstance(num_threads, int) or num_threads < 1:
         raise ConfigError(f"num_threads = {num_threads!r}: must be a whole number from 1 on")
     with ExitStack() as stack:
-        stack.enter_context(_naming_arguments())
+        stack.enter_context(_naming_arguments(split))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
@@ -296,7 +301,7 @@ def as_in_a_job(num_threads: int) -> Iterator[None]:
 
 
 _ARGUMENTS = (
-    (r"\bworkload\.(?:train|test)\b", "data"),
+    (r",? in workload\.factory\b", ""),
     (r"\bworkload\.(?:build_model|factory)\b", "model"),
     (r"\b(?:prune|workload)\.(\w+)", r"\1"),
     (r"^prune: ", "model: "),
@@ -305,26 +310,29 @@ _ARGUMENTS = (
 """Fields of a job, as its checks name them, and the arguments that take their place."""
 
 
-def _in_arguments(text: str) -> str:
+def _in_arguments(text: str, split: str = "data") -> str:
+    text = re.sub(r"\bworkload\.(?:train|test)\b", split, text)
     for pattern, argument in _ARGUMENTS:
         text = re.sub(pattern, argument, text)
     return text
 
 
 @contextmanager
-def _naming_arguments() -> Iterator[None]:
+def _naming_arguments(split: str) -> Iterator[None]:
     """Has the errors and warnings of a job's checks name arguments."""
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             yield
     except GbpError as error:
-        error.args = (_in_arguments(str(error)),)
+        error.args = (_in_arguments(str(error), split),)
         raise
     finally:
         for warning in caught:
             # Where the caller of the public function is: above the generator and its block.
-            warnings.warn(_in_arguments(str(warning.message)), warning.category, stacklevel=7)
+            warnings.warn(
+                _in_arguments(str(warning.message), split), warning.category, stacklevel=7
+            )
 
 
 def config_of(fields: Mapping[str, Any], **given: Any) -> PruneConfig:
@@ -492,40 +500,61 @@ def _prepare(
         )
     ranks = Ranks.current(next(plain.parameters()).device)
     workload = make_workload(plain, data, *functions)
-    unused: frozenset[str] = frozenset()
-    # A sharded network is not looked into: ranks pass through it together.
-    if data is not None and not is_sharded(plain):
-        unused = unused_on_all(workload, plain, ranks)
-    found = survey(plain, config.exclude, config.include, unused)
-    task = _Task(plain, found, workload, config, ranks, seed)
     start = fingerprints_of_network(plain, is_blank=False)
-    reads_examples = rule.spec.needs_data or rule.of_network is not None
-    if reads_examples:
+    checked: Checked | None = None
+    unused: frozenset[str] = frozenset()
+    if rule.spec.needs_data or rule.of_network is not None:
         if data is None:
             raise ConfigError(
                 f"data: criterion = {config.criterion} reads examples; give (inputs, targets), a "
                 "dataset or a DataLoader"
             )
-        if not is_sharded(plain):  # a pass without its backward pass would leave weights gathered
-            ranks.run_collectively(lambda: _check_data(task))
+        # Of a sharded network a pass without its backward pass would leave weights gathered.
+        if not is_sharded(plain):
+            size = min(8, config.calibration_batch_size)
+            checked = ranks.run_collectively(lambda: _check_data(workload, plain, size))
         if ranks.world_size > 1:
             start |= fingerprints_of_data(replace(workload, test=None))
     check_same_start(ranks, start)
-    if ranks.world_size > 1 and not is_sharded(plain):
-        check_same_weights(ranks, digest_weights(plain))
-    return task
+    check_same_replicas(plain, ranks)
+    if data is not None and not is_sharded(plain):
+        unused = unused_on_all(workload, plain, ranks)
+    found = survey(plain, config.exclude, config.include, unused)
+    if checked is not None:
+        check_reached(found.units, checked.unreached)
+        warn_of_unusual_weights(checked, found)
+    return _Task(plain, found, workload, config, ranks, seed)
 
 
-def _check_data(task: _Task) -> None:
-    size = min(8, task.config.calibration_batch_size)
-    with isolated(task.model, 0):
-        checked = check_workload(task.workload, task.model, size)
-    if {unit.name for unit in task.units} <= set(checked.unreached):
+def _check_data(workload: Workload, model: nn.Module, size: int) -> Checked:
+    with isolated(model, 0):
+        return check_workload(workload, model, size)
+
+
+def check_reached(units: Iterable[Prunable], unreached: Iterable[str]) -> None:
+    """Raises WorkloadError if a loss depends on none of the weights."""
+    if {unit.name for unit in units} <= set(unreached):
         raise WorkloadError(
             "loss: depends on no prunable weight, so that all scores would be 0; let model, "
             "forward and loss keep the graph (no detach, no torch.no_grad)"
         )
-    warn_of_unusual_weights(checked, task.found)
+
+
+def check_same_replicas(model: nn.Module, ranks: Ranks) -> None:
+    """Checks that all ranks of a replicated network have the same weights. Communicates.
+
+    Raises:
+        PruneError: On every rank, naming those that differ from rank 0.
+    """
+    if ranks.world_size == 1 or is_sharded(model):
+        return
+    digests = {name: digest_tensor(parameter) for name, parameter in model.named_parameters()}
+    everyone = ranks.all_gather_objects(fingerprint(digests))
+    if strays := [rank for rank, other in enumerate(everyone) if other != everyone[0]]:
+        raise PruneError(
+            f"model: its weights on ranks {strays} are not those on rank 0; wrap it in "
+            "DistributedDataParallel or shard it, so that all train one network"
+        )
 
 
 @contextmanager

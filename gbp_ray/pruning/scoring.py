@@ -39,18 +39,18 @@ from gbp_ray.distributed.sharding import (
     unsharded,
 )
 from gbp_ray.distributed.sums import GradientReducer, OrderedSum
-from gbp_ray.errors import PruneError, WorkloadError
+from gbp_ray.errors import GbpError, PruneError, WorkloadError, in_one_line
 from gbp_ray.pruning.criteria import Criterion, criterion
 from gbp_ray.pruning.statistics import Probe
 from gbp_ray.pruning.units import Layout, Prunable, SlicedScores
 from gbp_ray.training.loss import counts_of
 from gbp_ray.training.non_finite import why_not_finite
 from gbp_ray.training.progress import OnProgress, Progress, ignore_progress
-from gbp_ray.workloads.batch import Batch, forward
+from gbp_ray.workloads.batch import Batch, forward, size_of
 from gbp_ray.workloads.checks import blaming_labels, check_labels
 from gbp_ray.workloads.contract import Workload, in_mode, num_examples
 from gbp_ray.workloads.data import cut_batches, derive_seed, shuffled_indices, take_batch
-from gbp_ray.workloads.losses import mean_loss, zero_loss
+from gbp_ray.workloads.losses import count_items, mean_loss, zero_loss
 
 __all__ = ["check_criterion", "score", "score_prefixes"]
 
@@ -71,6 +71,7 @@ def score(
     seed: int = 0,
     round_number: int = 1,
     movement: Mapping[str, Tensor] | None = None,
+    batches: Sequence[Batch] | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> SlicedScores:
     """Scores every prunable weight, each rank its slices, to the same bits on any number of ranks.
@@ -81,6 +82,8 @@ def score(
         units: From `prunable_parameters(model)`.
         round_number: Distinguishes the draws of `random`.
         movement: Its statistic by parameter name, gathered in training.
+        batches: This rank's, to score on in place of the calibration examples; those of all ranks
+            are taken in turn: the first of each rank, the second of each, and so on.
         on_progress: Told of this rank's batches.
 
     Raises:
@@ -90,7 +93,7 @@ def score(
     rule = criterion(config.criterion)
     scorer = _Scorer(rule, model, units, workload, config, ranks, seed, on_progress)
     with _scoring_mode(model, units):
-        statistic, total = scorer.compute_statistic(round_number, movement)
+        statistic, total = scorer.compute_statistic(round_number, movement, batches)
     scores = ranks.run_collectively(lambda: scorer.finish(statistic, total))
     ranks.run_collectively(lambda: scorer.check_finite(scores))
     return scores
@@ -216,6 +219,9 @@ class _Calibration:
     def draws(self, item: int) -> int:
         return derive_seed(self.seed, "calibration", "augment", item)
 
+    def counts_in(self, item: int) -> Tensor | None:
+        return None if self.counts is None else self.counts[item]
+
     @contextmanager
     def batch(self, model: nn.Module, item: int, device: torch.device) -> Iterator[Batch]:
         indices = self.batches[item]
@@ -236,6 +242,65 @@ class _Calibration:
         )
 
 
+class _Given:
+    """Batches that each rank has of its own, as calibration examples cut into batches.
+
+    With W ranks, item k * W + r is the k-th batch of rank r.
+    """
+
+    def __init__(self, workload: Workload, given: Sequence[Batch], seed: int, ranks: Ranks) -> None:
+        self.given, self.seed, self.world_size = given, seed, ranks.world_size
+        sizes = [size_of(batch.targets) for batch in given]
+        self.own_counts = ranks.run_collectively(
+            lambda: [count_items(workload, batch.targets) for batch in given]
+        )
+        items = [
+            float(size if counts is None else counts.sum())
+            for size, counts in zip(sizes, self.own_counts, strict=True)
+        ]
+        everyone = ranks.all_gather_objects(list(zip(sizes, items, strict=True)))
+        numbers = [len(of_rank) for of_rank in everyone]
+        if len(set(numbers)) > 1 or not numbers[0]:
+            raise WorkloadError(
+                f"workload.train: the ranks give {', '.join(map(str, numbers))} batches; each must "
+                "give as many as the others, and at least one"
+            )
+        in_turn = [of_rank[k] for k in range(numbers[0]) for of_rank in everyone]
+        self.batches = [torch.arange(size) for size, _ in in_turn]
+        self.items = [number for _, number in in_turn]
+        if sum(self.items) == 0:
+            raise WorkloadError("workload.train: holds no label that counts; give one that does")
+
+    def draws(self, item: int) -> int:
+        return derive_seed(self.seed, "given", item)
+
+    def counts_in(self, item: int) -> Tensor | None:
+        return self.own_counts[item // self.world_size]
+
+    def single(self, item: int, device: torch.device, row: int) -> Batch:
+        """Takes one example of a batch by itself."""
+        batch, size = self.given[item // self.world_size], len(self.batches[item])
+        if size_of(batch.inputs) != size:
+            raise WorkloadError(
+                f"workload.train: {size} examples have {size_of(batch.inputs)} rows of inputs, and "
+                "this criterion takes them one by one; choose one that reads gradients"
+            )
+        return batch.part(slice(row, row + 1), size).map(lambda tensor: tensor.to(device))
+
+    @contextmanager
+    def batch(self, model: nn.Module, item: int, device: torch.device) -> Iterator[Batch]:
+        batch = self.given[item // self.world_size].map(lambda tensor: tensor.to(device))
+        try:
+            yield batch
+        except (GbpError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:
+            raise WorkloadError(
+                f"workload.train: a pass of {size_of(batch.targets)} examples failed with "
+                f"{in_one_line(error)}"
+            ) from error
+
+
 @dataclass(frozen=True)
 class _Scorer:
     """The computation of one criterion's scores for the weights of one network."""
@@ -254,7 +319,10 @@ class _Scorer:
         return Layout(self.units, self.ranks)
 
     def compute_statistic(
-        self, round_number: int, movement: Mapping[str, Tensor] | None
+        self,
+        round_number: int,
+        movement: Mapping[str, Tensor] | None,
+        batches: Sequence[Batch] | None = None,
     ) -> tuple[Mapping[str, Tensor], float]:
         """Returns this rank's slices of the statistic, (L,) by layer, and the number of items."""
         if self.rule.spec.reads == "nothing":
@@ -276,11 +344,15 @@ class _Scorer:
             return self.layout.split_own(self.layout.by_owner(vector_N)[start:stop]), 1
         if not self.rule.spec.needs_data:
             return {own.name: torch.zeros(()) for own in self.layout.own}, 1
-        calibration = _Calibration(self.workload, self.config, self.seed, self.ranks)
+        calibration: _Calibration | _Given
+        if batches is None:
+            calibration = _Calibration(self.workload, self.config, self.seed, self.ranks)
+        else:
+            calibration = _Given(self.workload, batches, self.seed, self.ranks)
         return self.sum_batches(calibration), sum(calibration.items)
 
     def sum_batches(
-        self, calibration: _Calibration, keep: _Keep | None = None
+        self, calibration: _Calibration | _Given, keep: _Keep | None = None
     ) -> Mapping[str, Tensor]:
         """Sums over the batches; returns this rank's slices of the sum, (L,) by layer."""
         if self.rule.of_gradients is not None:
@@ -337,7 +409,9 @@ class _Scorer:
         """Finds the units in the unsharded network."""
         return [replace(unit, parameter=model.get_parameter(unit.name)) for unit in self.units]
 
-    def _sum_gradients(self, calibration: _Calibration, keep: _Keep | None) -> Mapping[str, Tensor]:
+    def _sum_gradients(
+        self, calibration: _Calibration | _Given, keep: _Keep | None
+    ) -> Mapping[str, Tensor]:
         model, ranks, workload = self.model, self.ranks, self.workload
         assert self.rule.of_gradients is not None
         batches = calibration.batches
@@ -382,7 +456,7 @@ class _Scorer:
         return sums.owned()
 
     def _sum_passes(
-        self, model: nn.Module, calibration: _Calibration, keep: _Keep | None
+        self, model: nn.Module, calibration: _Calibration | _Given, keep: _Keep | None
     ) -> Mapping[str, Tensor]:
         ranks, layout, units = self.ranks, self.layout, self._units_of(model)
         batches = calibration.batches
@@ -405,7 +479,7 @@ class _Scorer:
                         *(self.seed, item, previous_N),
                         partial(calibration.single, item, ranks.device),
                         len(batches[item]),
-                        None if calibration.counts is None else calibration.counts[item],
+                        calibration.counts_in(item),
                     )
                     with (
                         sums.attempt(),

@@ -360,11 +360,19 @@ def make_unfinished(shell: UserShell) -> tuple[Store, str, RoundRecord]:
     return store, name, store.read_rounds(name)[-1]
 
 
-@pytest.mark.parametrize("file", ["weights.safetensors", "masks.safetensors", "state.pt"])
-@pytest.mark.parametrize("kind", ["flipped", "truncated", "empty", "missing"])
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("weights.safetensors", "flipped"),
+        ("masks.safetensors", "truncated"),
+        ("state.pt", "empty"),
+        ("state.pt", "missing"),
+    ],
+)
 def test_a_damaged_file_on_resume_is_one_line_exit_2(
     shell: UserShell, file: str, kind: str
 ) -> None:
+    """One of each; `results/test_store` and `runtime/test_trial` have every file's every fault."""
     store, name, record = make_unfinished(shell)
     path = Path(store.round_uri(name, record.round)) / file
     good = path.read_bytes()

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 from rich.table import Table
 
-from gbp_ray.cli.tables import layer_table, round_table, summary_line
+from gbp_ray.cli.tables import (
+    answers_table,
+    ends_table,
+    layer_table,
+    round_table,
+    summary_line,
+    sweep_plan_lines,
+)
 from gbp_ray.config.job import JobConfig
 from gbp_ray.results.records import CostRecord, LayerRecord, RoundRecord, TrialRecord
 from gbp_ray.runtime.progress import Screen
@@ -201,3 +208,98 @@ def test_layers_of_which_no_saving_is_known_are_not_shown_as_saving_all(trial: T
     plain = final.model_copy(update={"cost": odd.model_copy(update={"macs_fault": ""})})
     shown = [line for line in lines_of(layer_table(plain)) if first.name in line]
     assert shown[0].rstrip().endswith(" 0")
+
+
+# -- sweeps ----------------------------------------------------------------------------------------
+
+ANSWER = {
+    "label": "taylor",
+    "sparsity": 0.875,
+    "accuracy": 0.9,
+    "dense_accuracy": 0.91,
+    "num_trials": 4,
+    "seconds": 12.4,
+    "cause": "",
+    "is_highest": False,
+    "dense_is_recalibrated": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "row"),
+    [
+        ({}, "taylor 87.50% 90.00% 91.00% 4 12"),
+        ({"is_highest": True}, "taylor 87.50% 90.00% 91.00% 4 12 the highest that was asked for"),
+        ({"dense_is_recalibrated": True}, "taylor 87.50% 90.00% 91.00%* 4 12"),
+        (
+            {"sparsity": None, "accuracy": None},
+            "taylor none 91.00% 4 12 the lowest already loses more",
+        ),
+        ({"sparsity": None, "accuracy": None, "cause": "why"}, "taylor none 91.00% 4 12 why"),
+    ],
+)
+def test_the_answers_of_a_search_are_listed(changed: dict[str, object], row: str) -> None:
+    lines = [" ".join(line.split()) for line in lines_of(answers_table([ANSWER | changed]))]
+    assert row in lines
+    assert any("re-estimated" in line for line in lines) == ("dense_is_recalibrated" in changed)
+
+
+def test_trials_that_did_not_finish_are_listed_with_the_reason() -> None:
+    ends = [
+        {"trial_id": "one", "state": "failed", "cause": "out of luck", "round": 1},
+        {"trial_id": "two", "state": "stopped", "cause": "", "round": 3},
+    ]
+    *_, failed, stopped = (" ".join(line.split()) for line in lines_of(ends_table(ends)))
+    assert failed == "one failed out of luck"
+    assert stopped == "two stopped weaker than others after round 3"
+
+
+PLANNED = {
+    "is_estimate": False,
+    "num_trials": 12,
+    "num_finished": 3,
+    "num_stopped": 0,
+    "num_left": 9,
+    "num_begun": 0,
+    "num_at_once": 4,
+    "num_workers": 1,
+    "machines": [["here", {"CPU": 4.0}]],
+    "num_steps": 1200,
+    "num_dense": 2,
+    "worker_bytes": 2_000_000,
+    "host_bytes": 9_000_000,
+    "stored_bytes": 5_000_000,
+    "uri": "there",
+    "num_unplanned": 0,
+    "seconds_left": None,
+    "misfits": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({}, "to run: 9; 4 at a time, 1 worker each, on 1 machine with 4 CPUs"),
+        ({"num_left": 0}, "nothing would be run; results: there"),
+        ({"num_stopped": 2}, "12, of which 3 are finished and 2 stopped and are skipped"),
+        ({"is_estimate": True}, "training: about 1,200 steps; 2 dense networks"),
+        ({"num_begun": 5, "num_workers": 2}, "9, 5 of them begun before; 4 at a time, 2 workers"),
+        (
+            {"machines": [["a", {"CPU": 4, "GPU": 1}], ["b", {}]]},
+            "2 machines with 4 CPUs and 1 GPUs",
+        ),
+        ({"machines": []}, "on 0 machines with no CPUs"),
+        ({"num_unplanned": 7}, "not looked into: 7 trials of further kinds"),
+        ({"seconds_left": 75.0}, "time: 75 s at the pace of those finished"),
+        ({"misfits": ["too large"]}, "would not fit: too large"),
+    ],
+)
+def test_the_plan_of_a_sweep_says_what_is_left_and_where_it_goes(
+    changed: dict[str, object], words: str
+) -> None:
+    text = "\n".join(sweep_plan_lines(PLANNED | changed))
+    assert words in text
+    conditional = ("nothing would", "not looked into", "time: ", "would not fit")
+    assert [word for word in conditional if word in text] == [
+        word for word in conditional if word in words
+    ]

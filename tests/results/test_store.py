@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sample_results import sample_job, sample_round
 
 from gbp_ray.config.job import JobConfig
 from gbp_ray.errors import StoreError
 from gbp_ray.results.maintenance import find_faults
-from gbp_ray.results.records import CostRecord, FileRecord, LayerRecord, RoundRecord, TrialRecord
+from gbp_ray.results.records import FileRecord, RoundRecord, TrialRecord
 from gbp_ray.results.store import Store, locate_trials
 
 TRIAL = "taylor-s0.50-r2-00000000"
@@ -27,42 +28,12 @@ FILES = {"weights.safetensors": b"w" * 5000, "masks.safetensors": b"m" * 70, "st
 
 
 def make_job(**top: Any) -> JobConfig:
-    tree = {
-        "name": "try",
-        "workload": {"factory": "my_module:make"},
-        "prune": {"criterion": "taylor", "sparsity": 0.5, "rounds": 2},
-    }
-    return JobConfig.model_validate(tree | top)
+    return JobConfig.model_validate(sample_job().model_dump(exclude_unset=True) | top)
 
 
 def make_round(number: int, **changed: Any) -> RoundRecord:
-    layers = (
-        LayerRecord(
-            name="a.weight", shape=(10, 4), num_weights=40, num_nonzero=10, macs=40, macs_nonzero=10
-        ),
-        LayerRecord(
-            name="b.weight", shape=(60,), num_weights=60, num_nonzero=15, macs=60, macs_nonzero=15
-        ),
-    )
-    cost = CostRecord(
-        num_parameters=110,
-        num_nonzero=35,
-        macs=100,
-        macs_nonzero=25,
-        num_bytes=440,
-        num_bytes_sparse=150,
-        layers=layers,
-    )
-    values = {
-        "round": number,
-        "sparsity_target": 0.25 * number,
-        "accuracy": 0.9,
-        "loss": 0.3,
-        "cost": cost,
-        "mask_digest": "d" * 64,
-        "seconds": {"score": 0.5},
-    }
-    return RoundRecord(**(values | changed))
+    record, _ = sample_round(number, 0.25 * number, seed=0)
+    return RoundRecord.model_validate(record.model_dump() | {"files": {}} | changed)
 
 
 def make_trial(store: Store, rounds: int = 2) -> TrialRecord:
@@ -364,7 +335,7 @@ def test_round_records_survive_json(
 
 
 def test_sparsity_and_compression_are_counted() -> None:
-    record = make_round(1)
+    record = make_round(3)
     assert record.sparsity == pytest.approx(1 - 25 / 100)
     assert record.cost.compression == pytest.approx(110 / 35)
     assert [layer.sparsity for layer in record.cost.layers] == pytest.approx([0.75, 0.75])
