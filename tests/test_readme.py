@@ -34,7 +34,7 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 IMAGES, QUADRANTS, SWEEP, WHOLE = blocks("toml")
-WORKLOAD, API = blocks("python")
+WORKLOAD, SCRIPT, API = blocks("python")
 
 
 def section(heading: str) -> str:
@@ -214,14 +214,19 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
             exec(compile(API, "README.md", "exec"), {})
+            exec(compile(SCRIPT, "README.md", "exec"), {})
         (folder / "printed").write_text(printed.getvalue())
         yield folder
 
 
 def test_the_python_runs(recipes: Path) -> None:
-    first, second = (recipes / "printed").read_text().splitlines()
+    first, second, third = (recipes / "printed").read_text().splitlines()
     assert re.match(r"80\.00% sparse, \d\d\.\d\d% accurate, in .*/gbp-results/sparser/", first)
     assert second.startswith("taylor_squared-s0.")
+    assert third == (
+        "<MaskSet 50.00% of 400 weights in 2 tensors pruned by taylor> "
+        "<Pruner by taylor to 90.00% at step 20, now at step 30: 90.00% of 400 weights>"
+    )
     assert len(list(recipes.rglob("trial.json"))) == 2
 
 
