@@ -8,7 +8,13 @@ from typing import Any, Literal, NamedTuple
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from gbp_ray.results.records import RoundRecord, TrialRecord, write_share, write_value
+from gbp_ray.results.records import (
+    RoundRecord,
+    TrialRecord,
+    describe_unpruned,
+    write_share,
+    write_value,
+)
 
 __all__ = [
     "RE_ESTIMATED",
@@ -211,6 +217,7 @@ def plan_lines(planned: Mapping[str, Any]) -> list[str]:
     return [
         f"network: {plan['num_parameters']:,} parameters, {plan['num_prunable']:,} prunable; "
         f"{plan['strategy']} on {workers or 1} {'worker' if workers < 2 else 'workers'}",
+        *filter(None, [describe_unpruned(plan["unpruned"], plan["num_prunable"])]),
         f"memory of a rank: {memory}; {write_megabytes(plan['data_bytes'])} MB of data on top, "
         "and the interpreter with its libraries",
         f"scoring: {plan['criterion']}, {passes}; cost {plan['criterion_cost']} against a forward "

@@ -77,7 +77,8 @@ class PruneConfig(Section):
     """Digest of those masks, by which the trial is known; filled in when the job is read."""
     include: tuple[str, ...] = ()
     """Name globs of parameters that are pruned beside the weights of convolutions and linear
-    layers, such as "*.in_proj_weight", "rnn.weight_*" or "embedding.weight"."""
+    layers, such as "*.in_proj_weight", "rnn.weight_*", "embedding.weight" (n:m: along each entry)
+    or the original of a parametrized weight; also layers that no pass in eval mode reaches."""
     exclude: tuple[str, ...] = ()
     """Name globs of parameters that are never pruned, such as "conv1.*"; wins over include."""
     layer_min_sparsity: Annotated[float | dict[str, float], _BOUNDS] = 0.0

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import tomli_w
@@ -53,6 +53,7 @@ __all__ = [
     "StopRecord",
     "TrialRecord",
     "choose_round",
+    "describe_unpruned",
     "dump_job",
     "find_accuracy_fault",
     "parse_record",
@@ -113,6 +114,23 @@ class LayerRecord(_Record):
         return 1 - self.num_nonzero / max(1, self.num_weights)
 
 
+def describe_unpruned(unpruned: Mapping[str, tuple[int, str]], num_prunable: int) -> str:
+    """Describes matrices that cannot be pruned, naming a few; "" without any.
+
+    Args:
+        unpruned: Of each its weights, and the reason.
+        num_prunable: Weights that can be pruned.
+    """
+    if not unpruned:
+        return ""
+    number = sum(num_weights for num_weights, _ in unpruned.values())
+    named = [f"{name} ({n:,}, {why})" for name, (n, why) in unpruned.items()]
+    return (
+        f"{number:,} of {number + num_prunable:,} weights in matrices are not prunable: "
+        f"{name_some(named)}"
+    )
+
+
 class CostRecord(_Record):
     """The cost of a network: the whole model, and its prunable layers.
 
@@ -136,14 +154,7 @@ class CostRecord(_Record):
     @property
     def unpruned_in_words(self) -> str:
         """Describe the matrices that cannot be pruned, naming a few; "" without any."""
-        if not self.unpruned:
-            return ""
-        number = sum(num_weights for num_weights, _ in self.unpruned.values())
-        named = [f"{name} ({n:,}, {why})" for name, (n, why) in self.unpruned.items()]
-        return (
-            f"{number:,} of {number + self.num_units:,} weights in matrices are not prunable: "
-            f"{name_some(named)}"
-        )
+        return describe_unpruned(self.unpruned, self.num_units)
 
     @property
     def num_units(self) -> int:

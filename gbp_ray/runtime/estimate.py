@@ -368,6 +368,7 @@ class CostEstimate:
     """The cost of one job.
 
     Attributes:
+        unpruned: Of each other matrix its weights, and why they are not prunable.
         data_bytes: Examples held in memory by tensors and arrays; data sets are not looked into.
         num_passes: Over the calibration examples, each round.
         num_steps: Optimizer steps, pretrain and all rounds.
@@ -379,6 +380,7 @@ class CostEstimate:
     num_workers: int
     num_parameters: int
     num_prunable: int
+    unpruned: dict[str, tuple[int, str]]
     data_bytes: int
     criterion: str
     criterion_cost: str
@@ -413,6 +415,7 @@ def make_plan(job: JobConfig, workload: Workload) -> CostEstimate:
         num_workers=job.cluster.max_workers,
         num_parameters=num_parameters,
         num_prunable=memory.num_prunable,
+        unpruned=memory.unpruned,
         data_bytes=bytes_of(_columns(workload)),
         criterion=job.prune.criterion,
         criterion_cost=criterion(job.prune.criterion).spec.cost,

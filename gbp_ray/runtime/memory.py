@@ -94,7 +94,8 @@ class Memory:
         self._is_sharded = job.cluster.strategy == "fsdp"
         self._world_size = max(1, job.cluster.max_workers)
         unused = unused_layers(workload, model, is_blank=is_blank)
-        self._units = survey(model, job.prune.exclude, job.prune.include, unused).units
+        found = survey(model, job.prune.exclude, job.prune.include, unused)
+        self._units, self.unpruned = found.units, found.unpruned
         self._layout = Layout(self._units, Ranks(0, self._world_size))
         self.num_prunable = self._layout.num_weights
         self.num_owned = max(stop - start for start, stop in pairwise(self._layout.bounds))
