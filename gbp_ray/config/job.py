@@ -5,6 +5,7 @@ All faults of a job are reported at once, in one line, with dotted paths and the
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import tomllib
@@ -35,6 +36,7 @@ from gbp_ray.errors import ConfigError
 __all__ = [
     "SCHEMA_VERSION",
     "JobConfig",
+    "check_importable",
     "describe_fields",
     "expand",
     "list_code",
@@ -121,13 +123,14 @@ class JobConfig(Section):
 
 
 def load_job(
-    source: JobConfig | str | Path | None = None,
+    source: JobConfig | str | Path | Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | list[str] | None = None,
 ) -> JobConfig:
     """Reads a job file, applies overrides and checks the whole.
 
     Args:
-        source: Path of a TOML file, a job to start from, or None for the embedded digits job.
+        source: Path of a TOML file, its tables as read, a job to start from, or None for the
+            embedded digits job.
         overrides: Dotted keys to values, or strings "dotted.key=value" whose value is read as
             TOML and, where it is not TOML, as plain text.
 
@@ -138,6 +141,8 @@ def load_job(
     try:
         if isinstance(source, JobConfig):
             tree = source.model_dump(mode="json", exclude_unset=True)
+        elif isinstance(source, Mapping):
+            tree = copy.deepcopy(dict(source))
         else:
             tree = _read_toml(source)
         if isinstance(overrides, list):
@@ -223,6 +228,27 @@ def list_code(job: JobConfig) -> dict[str, str]:
     """Lists the functions that a job names as "module:attr", by field."""
     named = {"workload.factory": job.workload.factory, "prune.criterion": job.prune.criterion}
     return {key: name for key, name in named.items() if ":" in name}
+
+
+def check_importable(job: JobConfig, *, is_elsewhere: bool = False) -> None:
+    """Refuses code that only this process knows where other processes are to run it.
+
+    Args:
+        is_elsewhere: All of the job runs in other processes, even without workers.
+
+    Raises:
+        ConfigError: Naming the field, and what to do.
+    """
+    if job.cluster.max_workers == 0 and not is_elsewhere:
+        return
+    for key, name in list_code(job).items():
+        if name.startswith(("live:", "__main__:")):
+            remedy = "" if is_elsewhere else ", or set cluster.num_workers to 0"
+            raise ConfigError(
+                f"{key} = '{name}': is known in this process only, and Ray's workers are others, "
+                "with a __main__ of their own; put the function into a module and name it as "
+                f'"module:function"{remedy}'
+            )
 
 
 def describe_fields() -> list[tuple[str, str, str]]:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from gbp_ray.config.job import JobConfig, load_job, trial_id
+from gbp_ray.config.job import JobConfig, check_importable, load_job, trial_id
 from gbp_ray.config.schema import find_idle_options
 from gbp_ray.config.sweep import SweepConfig
 from gbp_ray.config.workload import TransferConfig
@@ -39,6 +39,7 @@ from gbp_ray.runtime.estimate import (
     see_machines,
     take_of_host,
 )
+from gbp_ray.runtime.live import load_live_job
 from gbp_ray.runtime.on_ray.optuna import OptunaPlan, make_search
 from gbp_ray.runtime.progress import ProgressBoard, SweepBoard
 from gbp_ray.runtime.search import (
@@ -146,6 +147,7 @@ def prune(
     job: JobConfig | str | Path | None = None,
     overrides: Mapping[str, Any] | list[str] | None = None,
     *,
+    workload: Workload | Callable[..., Workload] | None = None,
     is_quiet: bool = False,
     is_debug: bool = False,
 ) -> PruneResult:
@@ -154,12 +156,17 @@ def prune(
     Args:
         job: A checked job, the path of a TOML file, or None for the embedded digits job.
         overrides: Dotted keys to values, applied before the check.
+        workload: A `Workload` of this process, or a function that returns one, in place of the
+            job's; without a job, `overrides` give all of it. Runs here (`cluster.num_workers = 0`)
+            unless the function can be imported and the job asks for workers.
         is_quiet: Shows no progress.
         is_debug: Shows Ray's own output.
 
     Raises:
         GbpError: One line that names the field, what is allowed and what to do.
     """
+    if workload is not None:
+        job, overrides = load_live_job(workload, overrides, job), None
     job, import_paths = _load(job, overrides)
     store, name = Store(job.storage, job.name), trial_id(job)
     finished = store.read_trial(name)
@@ -176,9 +183,9 @@ def prune(
     store.preflight()
     started = time.monotonic()
     with ProgressBoard(is_quiet) as board:
-        workload, is_untouched = _load_checked(job, import_paths, store.read_round(name, 0))
-        handed = workload if is_untouched and job.cluster.num_workers == 0 else None
-        del workload
+        checked, is_untouched = _load_checked(job, import_paths, store.read_round(name, 0))
+        handed = checked if is_untouched and job.cluster.num_workers == 0 else None
+        del checked
         store.claim(job)
         with store.hold(name) as lease:
             # Its last holder may have finished the trial.
@@ -354,6 +361,8 @@ def _load_sweep(
     """Loads a job with its trials; returns its store, their history and import paths, too."""
     import_paths = add_job_folders(source)
     job, trials = pin_trials(load_job(source, overrides))
+    for trial in (job, *trials):
+        check_importable(trial, is_elsewhere=True)
     _warn_of_idle_options(trials, stacklevel=4)
     check_extras(job)
     store = Store(job.storage, job.name)
@@ -454,6 +463,7 @@ def _load(
     """Loads a job for a single trial, with its import paths; warns of idle options."""
     import_paths = add_job_folders(source)
     job = pin_files(load_job(source, overrides))
+    check_importable(job)
     if job.sweep != SweepConfig():
         warnings.warn("sweep has no effect on a single prune; gbp-ray sweep runs it", stacklevel=3)
         job = job.model_copy(update={"sweep": SweepConfig()})

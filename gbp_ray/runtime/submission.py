@@ -31,7 +31,7 @@ import tomli_w
 
 from gbp_ray import __version__
 from gbp_ray.config.address import S3Address
-from gbp_ray.config.job import JobConfig, expand, list_code, load_job, trial_id
+from gbp_ray.config.job import JobConfig, check_importable, expand, list_code, load_job, trial_id
 from gbp_ray.errors import ConfigError
 from gbp_ray.runtime.packaging import (
     SECRET,
@@ -145,6 +145,7 @@ def prepare_submission(
     environment = os.environ if environment is None else environment
     path = Path(job) if isinstance(job, (str, Path)) else None
     resolved = load_job(job, overrides)
+    check_importable(resolved, is_elsewhere=True)
     spec = resolved.sweep
     spans_trials = bool(spec.space) or spec.target.max_drop is not None or spec.search != "grid"
     kind: Kind = "sweep" if is_sweep or spans_trials else "prune"

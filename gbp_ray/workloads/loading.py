@@ -46,6 +46,7 @@ from gbp_ray.workloads.tying import find_shared_memory, with_tied_weights, witho
 from gbp_ray.workloads.weights import start_from
 
 __all__ = [
+    "LIVE",
     "add_import_paths",
     "add_job_folders",
     "admit_code",
@@ -209,8 +210,20 @@ def build_network(workload: Workload) -> nn.Module:
     return model
 
 
+LIVE: dict[str, Any] = {}
+"""Objects of this process by the name that jobs know them by, "live:NAME"; see `runtime.live`."""
+
+
 def import_attribute(path: str, key: str) -> Any:
     """Resolves "module:attr" named by the config field `key`; raises ConfigError if it cannot."""
+    if path in LIVE:
+        return LIVE[path]
+    if path.startswith("live:"):
+        raise ConfigError(
+            f"{key} = '{path}': was an object of the process that ran the job, and no module holds "
+            "it; give it to gbp_ray.prune(workload=...) again, or make a job of a function that "
+            'can be imported as "module:function"'
+        )
     module_name, _, attribute = path.partition(":")
     try:
         # Once in a process, whatever the job's seed.
@@ -271,6 +284,8 @@ def add_job_folders(job: JobConfig | str | Path | None) -> list[str]:
 def warn_of_shadowed_modules(job: JobConfig, folder: str, stacklevel: int) -> None:
     """Warns of a module in a folder that the import of a job's code passed over."""
     for key, plug_in in code_of(job).items():
+        if plug_in in LIVE:
+            continue
         name = plug_in.partition(":")[0].partition(".")[0]
         loaded = getattr(sys.modules.get(name), "__file__", None)
         for candidate in (Path(folder, f"{name}.py"), Path(folder, name, "__init__.py")):
@@ -326,10 +341,14 @@ def admit_code(
     add_import_paths(paths)
 
 
+_KNOWN = ("gbp_ray.", "live:")
+"""Code whose file says nothing: this package's, and what is known by a digest."""
+
+
 def own_sources(job: JobConfig) -> dict[str, str]:
     """Hashes the files that the user's own functions of a job are written in, by name."""
     names = list_code(job).values()
-    return {name: digest_source(name) for name in names if not name.startswith("gbp_ray.")}
+    return {name: digest_source(name) for name in names if not name.startswith(_KNOWN)}
 
 
 def warn_of_changed_code(sources: Mapping[str, str], trial_id: str, job: JobConfig) -> None:
