@@ -350,8 +350,13 @@ def job_of(**cluster: Any) -> JobConfig:
 
 
 def outcome(name: str, ranks: Ranks, strategy: str = "replicated") -> list[dict[str, Any]]:
+    """Prunes a network of some kind; see `outcome_of`."""
+    return outcome_of(KINDS[name][0](), ranks, strategy)
+
+
+def outcome_of(workload: Workload, ranks: Ranks, strategy: str) -> list[dict[str, Any]]:
     """Prunes a network; returns each round's figures, mask and weights."""
-    job, workload = job_of(strategy=strategy), KINDS[name][0]()
+    job = job_of(strategy=strategy)
     found = []
     for state in run_rounds(job, workload, ranks):
         measured = evaluate(state.model, workload, ranks, 7)

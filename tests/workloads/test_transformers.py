@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+from functools import partial
 
+import pyarrow as pa
 import pytest
 import torch
-from any_networks import job_of
+from any_networks import job_of, outcome_of
+from pyarrow import csv, parquet
+from rank_program import reports_of_world
 from small_data import message_of
 from torch.nn import functional
 
@@ -149,14 +153,16 @@ CASES = {
 }
 
 
+def workload_of(folder, case):
+    name, options, _ = CASES[case]
+    options = {"max_length": 16, "data": str(folder / "data"), **options}
+    return huggingface(str(folder / name), case.partition(" ")[0], **options)
+
+
 @pytest.mark.filterwarnings("ignore:.*has no such weights, so they are drawn")
 @pytest.mark.parametrize("case", CASES)
 def test_dense_and_pruned_are_measured_as_by_a_plain_loop(folder, case):
-    name, options, measure = CASES[case]
-    options = {"max_length": 16, "data": str(folder / "data"), **options}
-    task = case.partition(" ")[0]
-    workload = huggingface(str(folder / name), task, **options)
-    assert workload.metrics
+    workload, measure = workload_of(folder, case), CASES[case][2]
     masks = set()
     for state in run_rounds(job_of(), workload, Ranks()):
         masks.add(state.masks.digest)
@@ -168,6 +174,27 @@ def test_dense_and_pruned_are_measured_as_by_a_plain_loop(folder, case):
             for key, value in {**found.metrics, "loss": found.loss}.items():
                 assert value == pytest.approx(expected[key], rel=1e-6), (key, size)
     assert len(masks) == 2
+
+
+SPREAD = [
+    (case, strategy)
+    for case in ("causal_lm", "masked_lm", "token_classification")
+    for strategy in ("replicated", "fsdp")
+]
+
+
+def program(folder, ranks):
+    return {key: outcome_of(workload_of(folder, key[0]), ranks, key[1]) for key in SPREAD}
+
+
+@pytest.mark.filterwarnings("ignore:.*has no such weights, so they are drawn")
+def test_two_ranks_prune_to_the_same_bits(folder, tmp_path):
+    alone = {case: outcome_of(workload_of(folder, case), Ranks(), "replicated") for case in CASES}
+    for report in reports_of_world(2, tmp_path, partial(program, folder)):
+        for (case, strategy), rounds in report.items():
+            for found, expected in zip(rounds, alone[case], strict=True):
+                assert found["mask"] == expected["mask"], (case, strategy)
+                assert found["measured"] == expected["measured"], (case, strategy)
 
 
 def test_weights_are_those_of_the_folder_and_drawn_ones_are_named(library, folder):
@@ -182,6 +209,29 @@ def test_weights_are_those_of_the_folder_and_drawn_ones_are_named(library, folde
     assert torch.equal(model.state_dict()[name], known[name])
     model = huggingface(str(folder / "bert"), "masked_lm", **options, pretrained=False)
     assert not torch.equal(model.build_model().state_dict()[name], known[name])
+
+
+def test_tables_come_in_many_ways(folder, tmp_path):
+    rows = [json.loads(line) for line in (folder / "data" / "train.jsonl").open()]
+    rows = [{"text": row["text"], "label": row["label"]} for row in rows]
+    table = pa.Table.from_pylist(rows)
+    for split in ("train", "validation"):
+        for name, write in (("csv", csv.write_csv), ("parquet", parquet.write_table)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            write(table, tmp_path / name / f"{split}.{name}")
+    datasets = pytest.importorskip("datasets", reason="needs the extra hf, which is not installed")
+    saved = datasets.Dataset.from_list(rows)
+    datasets.DatasetDict(train=saved, test=saved).save_to_disk(tmp_path / "saved")
+    for name in ("csv", "parquet", "saved"):
+        workload = huggingface(
+            str(folder / "bert"), "sequence_classification", str(tmp_path / name), max_length=16
+        )
+        assert workload.classes == ("even", "odd")
+        assert workload.validation is None
+        for split in (workload.train, workload.test):
+            assert [int(item["labels"]) for item in split] == [i % 2 for i in range(26)]
+            words = [int(word[1:]) for word in rows[3]["text"].split()]
+            assert split[3]["input_ids"].tolist() == [5 + word for word in words]
 
 
 def test_masks_of_words_differ_between_passes_and_not_between_evaluations(folder):
