@@ -85,7 +85,9 @@ def torchvision_classifier(
         return plain if weights is None else with_vision_weights(plain, model, weights)
 
     counts = (train_examples, test_examples)
-    return _classify(build, data, image_size, augment, checkpoint, counts, Scale())
+    return _classify(
+        build, data, image_size, augment, checkpoint, counts, Scale(), _FOLDER_IMAGE_SIZE
+    )
 
 
 def timm(
@@ -104,7 +106,7 @@ def timm(
         model: A name such as "resnet18", "convnext_tiny" or "vit_tiny_patch16_224".
         data: See `torchvision_classifier`, as for all options that are not listed here.
         image_size: Networks that take images of one size, such as vision transformers, are built
-            for this one.
+            for this one; by default 32 for CIFAR-10, and for folders what the model was made for.
         weights: Those that timm publishes, by tag, such as "a1_in1k", or "DEFAULT", all but the
             last layer where the data have other classes. Downloaded once, into the hub's cache.
 
@@ -146,7 +148,8 @@ def timm(
                 f"({describe_fault(error)}); leave it out, or give workload.options.checkpoint"
             ) from error
     counts, scale = (train_examples, test_examples), Scale(tuple(card.mean), tuple(card.std))
-    return _classify(build, data, image_size, augment, checkpoint, counts, scale)
+    native = card.input_size[-1]
+    return _classify(build, data, image_size, augment, checkpoint, counts, scale, native)
 
 
 def _check_one_start(weights: str | None, source: str, checkpoint: str | None) -> None:
@@ -165,12 +168,14 @@ def _classify(
     checkpoint: str | None,
     counts: tuple[int | None, int | None],
     scale: Scale,
+    folder_size: int,
 ) -> Workload:
     """Opens the data and makes the workload.
 
     Args:
         build: Makes `build_model` of the number of classes and the side of the images.
         counts: Training and test examples to take, None for all.
+        folder_size: Side of images from folders where `image_size` says none.
     """
     if image_size is not None:
         check_count("image_size", image_size, "such as 224 pixels")
@@ -178,7 +183,7 @@ def _classify(
         classes, stored_size = CLASSES, IMAGE_SIZE
         train, test = read_cifar10(data)
     else:
-        stored_size = image_size or _FOLDER_IMAGE_SIZE
+        stored_size = image_size or folder_size
         train, test = _open_folders(data, stored_size)
         classes = tuple(train.classes)
     return Workload(

@@ -101,10 +101,13 @@ def huggingface(
         workload = _make_language(source, config, tokenizer, data, text, max_length)
     else:
         workload = _make_classifier(source, config, tokenizer, data, (text, label), max_length)
-    splits = {"train": take_examples(workload.train, train_examples, "train_examples")}
-    for split in ("test", "validation"):
-        if (data_of_split := getattr(workload, split)) is not None:
-            splits[split] = take_examples(data_of_split, test_examples, "test_examples")
+    splits = {
+        "train": take_examples(workload.train, train_examples, "train_examples"),
+        "test": take_examples(workload.test, test_examples, "test_examples"),
+    }
+    if workload.validation is not None and test_examples is not None:
+        count = min(test_examples, len(workload.validation))
+        splits["validation"] = take_examples(workload.validation, count, "test_examples")
     return replace(workload, **splits)
 
 
@@ -258,6 +261,8 @@ def _make_classifier(
             if of_tokens
             else (lambda label: torch.tensor(known[str(label)]))
         )
+    # Models of text that goes on know by it which token is an example's last.
+    config.pad_token_id = pad = _padding_of(source, tokenizer)
     splits = {}
     for split, (texts, labels) in tables.items():
         is_split = of_tokens or isinstance(texts[0], list)
@@ -268,6 +273,11 @@ def _make_classifier(
         for row, (ids, label) in enumerate(zip(found["input_ids"], labels, strict=True)):
             made = to_label(label)
             if of_tokens:
+                if len(made) != len(texts[row]):
+                    raise WorkloadError(
+                        f"{_DATA} = '{data}': example {row} of '{split}' has {len(texts[row])} "
+                        f"words and {len(made)} labels; give each word one"
+                    )
                 made = _spread(made, found.word_ids(row))
             items.append({"input_ids": torch.tensor(ids), "labels": made})
         splits[split] = items
@@ -276,9 +286,19 @@ def _make_classifier(
         train=splits["train"],
         test=splits["test"],
         validation=splits.get("validation"),
-        collate=partial(_pad, tokenizer.pad_token_id or 0),
+        collate=partial(_pad, pad),
         classes=classes,
         metrics=metrics,
+    )
+
+
+def _padding_of(source: _Source, tokenizer: Any) -> int:
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise WorkloadError(
+        f"{_MODEL} = '{source.model}': its tokenizer has neither a token for padding nor one for "
+        "the end, and examples differ in length; name one in tokenizer_config.json"
     )
 
 

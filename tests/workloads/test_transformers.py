@@ -263,6 +263,12 @@ def test_what_cannot_be_used_is_refused_in_one_line(folder, tmp_path):
     assert "has no token for a mask" in refused("llama", "masked_lm")
     assert "less than a window of 14" in refused("bert", "masked_lm", data=write(tmp_path, "w1 w2"))
     assert "options.pretrained = 'no': must be true or false" in refused(pretrained="no")
+    rows = ['{"text": ["w1", "w2"], "label": ["a", "b"]}', '{"text": ["w1"], "label": ["a", "b"]}']
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    text = refused(task="token_classification", data=str(tmp_path))
+    assert "example 1 of 'train' has 1 words and 2 labels" in text
+    assert "nor one for the end" in refused("llama")
     (tmp_path / "odd").mkdir()
     assert f"options.model = '{tmp_path / 'odd'}': cannot be loaded" in message_of(
         huggingface, str(tmp_path / "odd"), "causal_lm"
