@@ -67,6 +67,7 @@ __all__ = [
     "as_in_a_job",
     "check_reached",
     "check_same_replicas",
+    "check_whole",
     "config_of",
     "in_arguments",
     "keeping_gradients",
@@ -139,7 +140,8 @@ def prune_model(
 
     Args:
         model: On any one device, also wrapped by DDP or `torch.compile`, or sharded by FSDP2 over
-            all ranks; names are those of the network inside.
+            all ranks; names are those of the network inside. Of a sharded one layers that no pass
+            reaches are not found and left out; name them in `exclude`.
         data: What a split of a `Workload` may be: `(inputs, targets)`, a map-style dataset, or a
             DataLoader, of which only dataset and collate function are used. Criteria that read no
             data need none.
@@ -288,8 +290,7 @@ def as_in_a_job(num_threads: int, split: str = "data") -> Iterator[None]:
         num_threads: See `fixed_kernels`.
         split: The argument that stands for a job's data.
     """
-    if not isinstance(num_threads, int) or num_threads < 1:
-        raise ConfigError(f"num_threads = {num_threads!r}: must be a whole number from 1 on")
+    check_whole("num_threads", num_threads, 1)
     with ExitStack() as stack:
         stack.enter_context(_naming_arguments(split))
         stack.enter_context(torch.inference_mode(False))
@@ -300,7 +301,14 @@ def as_in_a_job(num_threads: int, split: str = "data") -> Iterator[None]:
         yield
 
 
+def check_whole(name: str, value: object, least: int, why: str = "") -> None:
+    """Raises ConfigError for an argument that is no whole number from `least` on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} = {value!r}: must be a whole number from {least} on{why}")
+
+
 _ARGUMENTS = (
+    (r"^workload: ", "data: "),
     (r",? in workload\.factory\b", ""),
     (r"\bworkload\.(?:build_model|factory)\b", "model"),
     (r"\b(?:prune|workload)\.(\w+)", r"\1"),
@@ -491,6 +499,7 @@ def _prepare(
     *functions: Any,
 ) -> _Task:
     """Checks network, data and loss; see `prune_model`. Communicates."""
+    check_whole("seed", seed, 0)
     plain = network_in(model)
     rule = find_criterion(config.criterion)
     if rule.spec.needs_history:

@@ -45,6 +45,7 @@ from gbp_ray.pruning.in_memory import (
     as_in_a_job,
     check_reached,
     check_same_replicas,
+    check_whole,
     config_of,
     in_arguments,
     keeping_gradients,
@@ -67,6 +68,9 @@ _FORMAT = 1
 
 class Pruner:
     """Prunes a network step by step while it is trained elsewhere.
+
+    Layers that no pass reaches are pruned like others, unlike in a job, but warned of at the first
+    step (not of a sharded network); name them in `exclude`.
 
     Rounds are after steps start + every, start + 2 * every and so on, the last after step `end`;
     the sparsity after each is that of a job with as many rounds.
@@ -128,6 +132,7 @@ class Pruner:
                 exclude=exclude,
                 include=include,
             )
+            check_whole("seed", seed, 0)
             self._rounds = _list_rounds(start, end, every)
             self._seed, self._num_threads = seed, num_threads
             self._model = network_in(model)
@@ -409,12 +414,9 @@ class Pruner:
 
 def _list_rounds(start: int, end: int, every: int) -> dict[int, int]:
     """Returns the number of the round after each step that has one."""
-    for name, value, least in (("start", start, 0), ("every", every, 1), ("end", end, start + 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            why = " (above start)" if name == "end" else ""
-            raise ConfigError(
-                f"{name} = {value!r}: must be a whole number of steps from {least} on{why}"
-            )
+    check_whole("start", start, 0)
+    check_whole("every", every, 1)
+    check_whole("end", end, start + 1, " (above start)")
     number = math.ceil((end - start) / every)
     return {min(start + k * every, end): k for k in range(1, number + 1)}
 

@@ -343,6 +343,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module] | Any, dict[str, Any], str]] = 
         {},
         "loss: depends on no prunable weight, so that all scores would be 0; ",
     ),
+    "seed": (network, {"seed": "x"}, "seed = 'x': must be a whole number from 0 on"),
+    "length": (network, {"data": 5, "criterion": "magnitude"}, "data: examples cannot be counted "),
     "threads": (network, {"num_threads": 0}, "num_threads = 0: must be a whole number from 1 on"),
     "masks": (network, {"masks": {}}, "masks: must be a MaskSet, as prune_model returns, not "),
     "bound": (

@@ -277,9 +277,9 @@ def test_an_optimizer_inside_another_is_found() -> None:
 
 
 MAKE: dict[str, tuple[dict[str, Any], str]] = {
-    "end": ({"end": 0}, "end = 0: must be a whole number of steps from 1 on (above start)"),
-    "start": ({"start": 9}, "end = 6: must be a whole number of steps from 10 on (above start)"),
-    "every": ({"every": 0}, "every = 0: must be a whole number of steps from 1 on"),
+    "end": ({"end": 0}, "end = 0: must be a whole number from 1 on (above start)"),
+    "start": ({"start": 9}, "end = 6: must be a whole number from 10 on (above start)"),
+    "every": ({"every": 0}, "every = 0: must be a whole number from 1 on"),
     "sparsity": ({"sparsity": -1}, "sparsity = -1: should be greater than or equal to 0"),
     "schedule": ({"schedule": "cubik"}, "schedule = 'cubik': not allowed, did you mean 'cubic'?"),
     "criterion": ({"criterion": "synflow"}, "criterion = synflow: takes an example of a data set"),
@@ -289,6 +289,7 @@ MAKE: dict[str, tuple[dict[str, Any], str]] = {
         {"optimizer": optimizer_of(built(Net))},
         "optimizer: holds none of the model's prunable weights; ",
     ),
+    "seed": ({"seed": -1}, "seed = -1: must be a whole number from 0 on"),
     "exclude": ({"exclude": "conf*"}, "exclude = 'conf*': matches no parameter"),
     "argument": ({"colate": None}, "colate: is no argument"),
 }
@@ -342,21 +343,35 @@ def test_a_batch_that_does_not_suit_is_refused_at_the_first_step(name: str) -> N
     assert pruner.masks.find_revived(model) is None
 
 
-def test_dict_batches_go_through_forward_and_count() -> None:
+def taylor_of(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    functional.cross_entropy(model(inputs), labels).backward()
+    return {name: (p * p.grad).abs() for name, p in weights_of(model).items()}
+
+
+def fisher_of(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Squared gradients of the labelled examples, one by one."""
+    found = {name: torch.zeros_like(p) for name, p in weights_of(model).items()}
+    for row in (labels != -100).nonzero().flatten().tolist():
+        model.zero_grad()
+        functional.cross_entropy(model(inputs[row][None]), labels[row][None]).backward()
+        for name, p in weights_of(model).items():
+            found[name] += p.detach().square() * p.grad.square()
+    return found
+
+
+@pytest.mark.parametrize(("criterion", "formula"), [("taylor", taylor_of), ("fisher", fisher_of)])
+def test_dict_batches_go_through_forward_and_count(criterion: str, formula: Any) -> None:
     """A batch with ignored labels weighs as many items as it has labels."""
     model = built(Net)
     batches = [{"pixels": x, "labels": y} for x, y in (batch_of(1, 0), batch_of(1, 1))]
     batches[0]["labels"][1:] = -100
-    twin = copy.deepcopy(model).eval()
-    losses = [
-        functional.cross_entropy(twin(b["pixels"]), b["labels"], reduction="sum") for b in batches
-    ]
-    sum(losses).backward()
-    scores = {name: (p * p.grad / 5).abs().detach() for name, p in weights_of(twin).items()}
+    inputs, labels = (torch.cat([b[key] for b in batches]) for key in ("pixels", "labels"))
+    scores = formula(copy.deepcopy(model).eval(), inputs, labels)
     pruner = gbp_ray.Pruner(
         model,
         sparsity=0.6,
         end=1,
+        criterion=criterion,
         forward=lambda model, batch: model(batch["pixels"]),
         loss=lambda outputs, batch: functional.cross_entropy(outputs, batch["labels"]),
         count=lambda batch: (batch["labels"] != -100).sum(),
