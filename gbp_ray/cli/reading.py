@@ -15,7 +15,7 @@ from gbp_ray.cli.tables import (
     layer_table,
     overlap_table,
     results_table,
-    summary_line,
+    summary_lines,
     write_megabytes,
 )
 from gbp_ray.cli.terminal import (
@@ -62,9 +62,12 @@ def show(
         if as_json:
             print_json({"trials": rows})
             return
+        # Scores are named by their metrics, of which there may be several.
+        headings = [" or ".join(dict.fromkeys(names)) for names in zip(*rows, strict=True)]
+        cells = zip(*(map(str, row.values()) for row in rows), strict=True)
         columns = [
-            TableColumn(heading, [str(row[heading]) for row in rows], "left", rank, widest=200)
-            for heading, rank in zip(rows[0], (0, 1, 2, 0, 0, 3), strict=True)
+            TableColumn(heading, list(column), "left", rank, widest=200)
+            for heading, column, rank in zip(headings, cells, (0, 1, 2, 0, 0, 3), strict=True)
         ]
         table, left_out = fit_table(columns, console().width)
         console().print(table)
@@ -94,7 +97,7 @@ def show(
         print_json({"uri": store.trial_uri(name), "finished": True, **describe_record(record)})
         return
     print_trial(record)
-    say(summary_line(record))
+    say(*summary_lines(record))
 
 
 def list_results(
@@ -104,7 +107,10 @@ def list_results(
         str | None,
         typer.Option(metavar="METRIC@CONDITION", help="Show the one best round of all."),
     ] = None,
-    sort: Annotated[str, typer.Option(metavar="COLUMN", help="Put the best first.")] = "accuracy",
+    sort: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Put the best first; by default by what judged them."),
+    ] = None,
     is_every_round: Annotated[
         bool, typer.Option("--rounds", help="Show every round, not only the last of each trial.")
     ] = False,
@@ -119,7 +125,8 @@ def list_results(
 
     Reads the index of the results, on a folder or under s3://, and needs
     nothing else. Any column will do for --where, --best and --sort: what was
-    measured, such as accuracy, sparsity, loss or macs_nonzero, and every field
+    measured, such as accuracy or another metric of the workload, sparsity,
+    loss or macs_nonzero, and every field
     of the job, such as prune.criterion; --csv shows them all.
 
     Examples:
@@ -153,7 +160,9 @@ def list_results(
     results = results if is_every_round else results.final()
     shown = limit or (len(results) if as_json or as_csv else 100)
     # A limit counts for each workload, since the best of one are no worse than those of another.
-    parts = [(title, part.sort(sort)) for title, part in results.by_workload()]
+    parts = [
+        (title, part.sort(sort or part.metrics[0].name)) for title, part in results.by_workload()
+    ]
     heads = [part.head(shown) for _, part in parts]
     if as_json:
         print_json({"results": [row for head in heads for row in head.to_rows()]})
@@ -367,6 +376,6 @@ def _describe_trial(store: Any, name: str) -> dict[str, object]:
         "finished": record is not None,
         "round": last.round,
         "sparsity": round(last.sparsity, 4),
-        "accuracy": round(last.accuracy, 4),
+        last.metric.name: round(last.score, 4),
         "uri": store.trial_uri(name),
     }

@@ -16,7 +16,7 @@ from gbp_ray.cli.tables import (
     plan_lines,
     plan_table,
     round_table,
-    summary_line,
+    summary_lines,
     summary_table,
     sweep_plan_lines,
 )
@@ -171,7 +171,7 @@ def prune(
         print_json({"uri": result.uri, **describe_record(result.record)})
         return
     print_trial(result.record)
-    say("", summary_line(result.record), f"weights and masks: {result.round_uri()}")
+    say("", *summary_lines(result.record), f"weights and masks: {result.round_uri()}")
 
 
 def _print_plan(planned: Mapping[str, Any], as_json: bool) -> None:
@@ -194,5 +194,5 @@ def print_trial(record: TrialRecord) -> None:
 
 def describe_record(record: TrialRecord) -> dict[str, Any]:
     """Return a trial's record as the JSON of the verbs holds it."""
-    reference = record.dense_reference._asdict()
+    reference = record.dense_reference.to_dict()
     return {**record.model_dump(mode="json"), "dense_reference": reference}

@@ -25,6 +25,7 @@ from gbp_ray.cli.terminal import (
     say,
     warnings_in_lines,
 )
+from gbp_ray.config.metrics import ACCURACY, MetricSpec
 from gbp_ray.errors import ConfigError
 from gbp_ray.results.folder import write_target
 
@@ -55,7 +56,7 @@ def show_stability(
         typer.Option("--criterion", metavar="NAME", help="Instead of the job's own; repeatable."),
     ] = None,
     is_evaluated: Annotated[
-        bool, typer.Option("--accuracy", help="Measure the accuracy under each sample's mask.")
+        bool, typer.Option("--accuracy", help="Measure the metric under each sample's mask.")
     ] = False,
     with_samples: Annotated[
         bool, typer.Option("--samples/--no-samples", help="Compare calibration samples.")
@@ -79,7 +80,7 @@ def show_stability(
     compared. Nothing is fine-tuned, and all sizes share one pass.
 
     Seeds: the whole job runs once per seed, kept like any other trial; last
-    masks and accuracies are compared.
+    masks and scores are compared.
 
     Examples:
 
@@ -118,15 +119,16 @@ def show_stability(
     if as_json:
         print_json({**found, "folder": to})
         return
+    metric = MetricSpec.model_validate(found.get("metric", ACCURACY))
     for criterion, one in found["samples"].items():
-        console().print(_samples_table(criterion, one))
+        console().print(_samples_table(criterion, one, metric))
         say(
             _answer(criterion, one, found["stable"], found["sparsity"], found["available_examples"])
         )
     if found["seeds"]:
-        console().print(_seeds_table(found["seeds"]))
+        console().print(_seeds_table(found["seeds"], metric))
         console().print(_layers_table(found["seeds"]["overlap"]))
-        say(_answer_seeds(found["seeds"]))
+        say(_answer_seeds(found["seeds"], metric))
     say(f"figure and numbers: {to}/stability.png, {to}/stability.json")
 
 
@@ -146,32 +148,33 @@ def _read_sizes(text: str) -> list[int]:
     )
 
 
-def _samples_table(criterion: str, one: Mapping[str, Any]) -> Table:
-    has_accuracy = any(size["accuracy"]["num"] for size in one["sizes"])
+def _samples_table(criterion: str, one: Mapping[str, Any], metric: MetricSpec) -> Table:
+    has_scores = any(size[metric.name]["num"] for size in one["sizes"])
     rows = []
     for size in one["sizes"]:
-        overlap, accuracy = size["overlap"], size["accuracy"]
+        overlap, score = size["overlap"], size[metric.name]
         own = [f"{overlap[name]:.2%}" for name in ("mean", "least", "chance")]
         cells = [
             f"{size['examples']:,}",
             *(["all there are", "", ""] if size["is_whole"] else own),
             f"{size['overlap_to_largest']['mean']:.2%}",
         ]
-        if has_accuracy:
-            cells += [f"{accuracy['mean']:.2%}", f"{accuracy['deviation']:.2%}"]
+        if has_scores:
+            cells += [metric.write(score["mean"]), metric.write(score["deviation"])]
         rows.append(cells)
     headings = ["examples", "overlap", "least", "at random", "with the largest"]
-    headings += ["accuracy", "+-"] if has_accuracy else []
+    headings += [metric.name, "+-"] if has_scores else []
     return make_table(rows, (), headings, title=criterion)
 
 
-def _seeds_table(seeds: Mapping[str, Any]) -> Table:
+def _seeds_table(seeds: Mapping[str, Any], metric: MetricSpec) -> Table:
     rows = []
     for trial in seeds["trials"]:
-        shares = (f"{trial[name]:.2%}" for name in ("sparsity", "accuracy", "dense_accuracy"))
+        scores = (metric.write(trial[name]) for name in (metric.name, f"dense_{metric.name}"))
         mark = "*" if trial["dense_is_recalibrated"] else ""
-        rows.append((str(trial["seed"]), trial["trial_id"], *shares, mark))
-    numbers = ("sparsity", "accuracy", "dense", "")
+        sparsity = f"{trial['sparsity']:.2%}"
+        rows.append((str(trial["seed"]), trial["trial_id"], sparsity, *scores, mark))
+    numbers = ("sparsity", metric.name, "dense", "")
     table = make_table(rows, ("seed", "trial"), numbers, title="seeds")
     if any(trial["dense_is_recalibrated"] for trial in seeds["trials"]):
         table.caption = RE_ESTIMATED
@@ -211,9 +214,10 @@ def _answer(
     return text
 
 
-def _answer_seeds(seeds: Mapping[str, Any]) -> str:
-    accuracy, overlap = seeds["accuracy"], seeds["overlap"]
+def _answer_seeds(seeds: Mapping[str, Any], metric: MetricSpec) -> str:
+    score, overlap = seeds[metric.name], seeds["overlap"]
     return (
-        f"{accuracy['num']} seeds: accuracy {accuracy['mean']:.2%} +- {accuracy['deviation']:.2%}, "
-        f"masks overlap by {overlap['mean']:.2%}, at random by {overlap['chance']:.2%}"
+        f"{score['num']} seeds: {metric.name} {metric.write(score['mean'])} +- "
+        f"{metric.write(score['deviation'])}, masks overlap by {overlap['mean']:.2%}, at random by "
+        f"{overlap['chance']:.2%}"
     )

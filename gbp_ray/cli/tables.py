@@ -8,13 +8,9 @@ from typing import Any, Literal, NamedTuple
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from gbp_ray.results.records import (
-    RoundRecord,
-    TrialRecord,
-    describe_unpruned,
-    write_share,
-    write_value,
-)
+from gbp_ray.config.metrics import ACCURACY, MetricSpec
+from gbp_ray.results.records import RoundRecord, TrialRecord, describe_unpruned, write_value
+from gbp_ray.results.scores import spec_of, write_share
 
 __all__ = [
     "RE_ESTIMATED",
@@ -32,6 +28,7 @@ __all__ = [
     "results_table",
     "round_table",
     "summary_line",
+    "summary_lines",
     "summary_table",
     "sweep_plan_lines",
     "write_megabytes",
@@ -68,8 +65,10 @@ def write_megabytes(num_bytes: float) -> str:
 
 def round_table(trial: TrialRecord) -> Table:
     """List the rounds of a trial, dense network first."""
-    judged = "accuracy" if trial.final.judged_on == "test" else trial.final.judged_on
+    metric = trial.metric
+    judged = metric.name if trial.final.judged_on == "test" else trial.final.judged_on
     is_attacked = any(record.robust_accuracy is not None for record in trial.rounds)
+    others = trial.dense.other_metrics
     rows, caption = [], None
     for record in trial.rounds:
         cost = record.cost
@@ -78,23 +77,25 @@ def round_table(trial: TrialRecord) -> Table:
             (
                 (str(record.round) if record.round else "dense") + mark,
                 f"{record.sparsity:.2%}",
-                write_share(record.accuracy),
-                write_share(record.train_accuracy),
-                write_share(record.accuracy_pruned),
+                metric.write(record.score),
+                metric.write(record.train_score),
+                metric.write(record.score_pruned),
+                *(other.write(record.metrics.get(other.name)) for other in others),
                 *((write_share(record.robust_accuracy),) if is_attacked else ()),
                 f"{record.loss:.4f}",
                 f"{cost.num_nonzero:,}",
                 _macs_left(cost.macs, cost.macs_nonzero),
             )
         )
-        if record.accuracy_recalibrated is not None and record.reference.has_gap:
+        if record.score_recalibrated is not None and record.reference.has_gap:
             loss = "" if record.loss_recalibrated is None else f"{record.loss_recalibrated:.4f}"
-            accuracy = write_share(record.accuracy_recalibrated)
-            rows.append(("re-estimated", "", accuracy, *[""] * (2 + is_attacked), loss))
+            score = metric.write(record.score_recalibrated)
+            between = [""] * (2 + len(others) + is_attacked)
+            rows.append(("re-estimated", "", score, *between, loss))
             caption = "re-estimated: dense, with BatchNorm as it is after each prune"
     attacked = ("under attack",) if is_attacked else ()
-    headings = ("sparsity", judged, "in training", "before fine-tuning", *attacked, "loss")
-    headings = (*headings, "weights left", "MACs")
+    headings = ["sparsity", judged, "in training", "before fine-tuning"]
+    headings += [*(other.name for other in others), *attacked, "loss", "weights left", "MACs"]
     table = make_table(rows, ["round"], headings, title=trial.trial_id)
     table.caption = caption
     return table
@@ -144,10 +145,15 @@ def results_table(
         columns.append(TableColumn("job", [row["job"] for row in rows], "left"))
     columns.append(column("round", lambda row: str(row["round"]), 2))
     columns.append(column("sparsity", lambda row: f"{row['sparsity']:.2%}"))
-    columns.append(column("accuracy", lambda row: write_share(row["accuracy"])))
-    # Where rounds were judged by other examples, the test split has its own column.
-    if any(row.get("judged_on", "test") != "test" for row in rows):
-        columns.append(column("test", lambda row: write_share(row["test_accuracy"])))
+
+    def add(heading: str, name: str, spec: MetricSpec) -> None:
+        columns.append(column(heading, lambda row: spec.write(row[name])))
+
+    for spec in dict.fromkeys(map(spec_of, rows)):
+        add(spec.name, spec.name, spec)
+        # Where rounds were judged by other examples, the test split has its own column.
+        if any(row.get("judged_on", "test") != "test" for row in rows):
+            add("test", f"test_{spec.name}", spec)
     if any(row.get("robust_accuracy") is not None for row in rows):
         columns.append(column("under attack", lambda row: write_share(row["robust_accuracy"]), 1))
     columns += [
@@ -237,25 +243,29 @@ def plan_lines(planned: Mapping[str, Any]) -> list[str]:
 
 def summary_line(trial: TrialRecord) -> str:
     """Summarize a trial in one line."""
-    final, dense = trial.chosen, trial.dense_reference
-    points = (trial.test_accuracy - dense.accuracy) * 100
-    what = "accuracy" if trial.test is None else f"test accuracy of round {final.round}"
+    final, dense, metric = trial.chosen, trial.dense_reference, trial.metric
+    what = metric.name if trial.test is None else f"test {metric.name} of round {final.round}"
     cost = final.cost
     saved = f"{cost.macs / max(1, cost.macs_nonzero):.1f}x fewer multiply-adds in theory"
     if not cost.macs:
         saved = f"multiply-adds not counted{f' ({cost.macs_fault})' if cost.macs_fault else ''}"
     elif cost.macs_fault:
         saved = f"{saved} ({cost.macs_fault})"
-    reached = (
-        f"{what} {write_share(trial.test_accuracy)} ({points:+.2f} points against {dense.name})"
-    )
-    if fault := trial.accuracy_fault:
+    change = metric.write_change(trial.test_score - dense.score)
+    reached = f"{what} {metric.write(trial.test_score)} ({change} against {dense.name})"
+    if fault := trial.metric_fault:
         loss = final.loss if trial.test is None else trial.test.loss
         reached = f"loss {loss:.6g} (dense {dense.loss:.6g}; {fault})"
     return (
         f"sparsity {final.sparsity:.2%} of {cost.num_units:,} prunable weights, {reached}, "
         f"{cost.compression:.1f}x fewer non-zero parameters, {saved}"
     )
+
+
+def summary_lines(trial: TrialRecord) -> list[str]:
+    """Summarizes a trial, and says what makes its metric doubtful."""
+    doubt = trial.metric_doubt
+    return [summary_line(trial), *([f"doubtful: {doubt}"] if doubt else [])]
 
 
 def _macs_left(macs: int, left: int) -> str:
@@ -280,22 +290,23 @@ def summary_table(
     is_attacked = any("robust_accuracy" in line for line in lines)
     sparsities = [f"{line['sparsity']:.2%}" for line in lines]
     shown = ["" if i and text == sparsities[i - 1] else text for i, text in enumerate(sparsities)]
+    specs = dict.fromkeys(map(spec_of, lines)) or {ACCURACY: None}
     columns = [TableColumn("sparsity", shown)]
     for field in fields:
         if field not in ("seed", "prune.sparsity"):
             cells = [write_value(line[field]) for line in lines]
             columns.append(TableColumn(field.removeprefix("prune."), cells, "left"))
 
-    def add(heading: str, name: str, rank: int) -> None:
-        columns.append(
-            TableColumn(heading, [write_share(line[name]) for line in lines], "right", rank)
-        )
-        deviations = [write_share(line[f"{name}_deviation"]) for line in lines]
+    def add(heading: str, name: str, rank: int, spec: MetricSpec = ACCURACY) -> None:
+        cells = [spec.write(line[name]) for line in lines]
+        columns.append(TableColumn(heading, cells, "right", rank))
+        deviations = [spec.write(line[f"{name}_deviation"]) for line in lines]
         columns.append(TableColumn("+-", deviations, "right", rank))
 
-    add("accuracy", "accuracy", 0)
-    if is_tested:
-        add("test", "test_accuracy", 0)
+    for spec in specs:
+        add(spec.name, spec.name, 0, spec)
+        if is_tested:
+            add("test", f"test_{spec.name}", 0, spec)
     if is_attacked:
         add("under attack", "robust_accuracy", 1)
     columns += [
@@ -309,26 +320,30 @@ def summary_table(
 def answers_table(lines: Sequence[Mapping[str, Any]]) -> Table:
     """List the largest sparsities within a target, and what they took."""
     rows = []
-    for line in lines:
+    # Answers of several workloads may be judged by several metrics.
+    specs = [MetricSpec.model_validate(line.get("metric", ACCURACY)) for line in lines]
+    heading = specs[0].name if len(set(specs)) == 1 else "score"
+    for line, spec in zip(lines, specs, strict=True):
+        dense = line[f"dense_{spec.name}"]
         sparsity = "none" if line["sparsity"] is None else f"{line['sparsity']:.2%}"
         note = line["cause"]
         if line["is_highest"]:
             note = "the highest that was asked for"
         elif line["sparsity"] is None and not note:
             note = "the lowest already loses more"
-        mark = "*" if line["dense_is_recalibrated"] and line["dense_accuracy"] else ""
+        mark = "*" if line["dense_is_recalibrated"] and dense else ""
         rows.append(
             (
                 line["label"],
                 sparsity,
-                write_share(line["accuracy"]),
-                write_share(line["dense_accuracy"]) + mark,
+                spec.write(line[spec.name]),
+                spec.write(dense) + mark,
                 str(line["num_trials"]),
                 f"{line['seconds']:.0f}",
                 note,
             )
         )
-    numbers = ("sparsity", "accuracy", "dense", "trials", "worker-seconds")
+    numbers = ("sparsity", heading, "dense", "trials", "worker-seconds")
     table = make_table(rows, ["for"], numbers, [""])
     if any(line["dense_is_recalibrated"] for line in lines):
         table.caption = RE_ESTIMATED

@@ -167,7 +167,7 @@ def expand(job: JobConfig) -> list[JobConfig]:
     """
     target = job.sweep.target
     ends: list[dict[str, Any]] = [{}]
-    if target.max_drop is not None:
+    if target.is_on:
         lowest = max(target.lowest, target.tolerance)
         ends = [{"prune.sparsity": lowest}, {"prune.sparsity": target.highest}]
     tree = job.model_dump(mode="json", exclude_unset=True, exclude={"sweep"})
@@ -276,13 +276,16 @@ def takes_whole_numbers(key: str) -> bool | None:
     return None if field is None else field.annotation in (int, int | None)
 
 
+_TARGETS = {"max_drop", "max_relative_drop"}
+
+
 def _fill_in(tree: dict[str, Any]) -> None:
     """Fills in the required fields that a job leaves to its sweep."""
     sweep = tree.get("sweep")
     if not isinstance(sweep, dict):
         return
     missing = first_values(sweep.get("space"))
-    if isinstance(target := sweep.get("target"), dict) and "max_drop" in target:
+    if isinstance(target := sweep.get("target"), dict) and target.keys() & _TARGETS:
         missing["prune.sparsity"] = target.get("highest", TargetConfig().highest)
     for key, value in missing.items():
         if (field := find_field(key.split("."), JobConfig)) is None or not field.is_required():

@@ -110,9 +110,12 @@ class Axis:
 class TargetConfig(Section):
     """A search for the largest sparsity, by bisection, instead of a list of sparsities."""
 
-    max_drop: float | None = Field(None, ge=0.0, lt=1.0)
-    """Accuracy that may be lost against the dense network of the same trial, as a fraction: 0.01 is
-    one point. Unset: no search."""
+    max_drop: float | None = Field(None, ge=0.0, allow_inf_nan=False)
+    """By how much sweep.metric may get worse than the dense network's of the same trial: of an
+    accuracy a fraction, 0.01 is one point; else in the metric's own unit. Unset: no search."""
+    max_relative_drop: float | None = Field(None, ge=0.0, lt=1.0)
+    """The same as a fraction of the dense network's value: 0.01 allows a perplexity of 20 to rise
+    to 20.2. Instead of max_drop."""
     lowest: float = Field(0.0, ge=0.0, lt=1.0)
     """Sparsity at which the search begins; 0 is the dense network and needs no trial."""
     highest: float = Field(0.99, gt=0.0, lt=1.0)
@@ -120,8 +123,15 @@ class TargetConfig(Section):
     tolerance: float = Field(0.01, ge=1e-4, le=0.5)
     """Distance of neighbouring sparsities; the answer is exact to this."""
 
+    @property
+    def is_on(self) -> bool:
+        """Whether there is a search."""
+        return self.max_drop is not None or self.max_relative_drop is not None
+
     @model_validator(mode="after")
     def _is_interval(self) -> TargetConfig:
+        if self.max_drop is not None and self.max_relative_drop is not None:
+            raise ValueError("max_drop and max_relative_drop: are two targets; unset one of them")
         if self.highest - self.lowest < self.tolerance:
             raise ValueError(
                 f"highest = {self.highest:g} is not tolerance = {self.tolerance:g} above lowest = "
@@ -141,8 +151,9 @@ class SweepConfig(Section):
     """Draws of the drawn fields for each combination of the others; with optuna, all trials."""
     search: Literal["grid", "optuna"] = "grid"
     """Way to choose: "grid" takes all combinations, "optuna" learns from earlier trials."""
-    metric: Literal["accuracy", "loss"] = "accuracy"
-    """Metric of the scheduler, of optuna and of "best so far": most accuracy or least loss."""
+    metric: str | None = None
+    """Metric of the target, the scheduler, of optuna and of "best so far": one that the workload
+    names, or "loss". Unset: the workload's first, which is the accuracy unless it names others."""
     scheduler: Literal["fifo", "asha", "median"] = "fifo"
     """Early stopping of weak trials: never, by successive halving, or below the median.
     Only trials that walk the same sparsities are compared, at the same round."""
@@ -181,7 +192,7 @@ class SweepConfig(Section):
     @model_validator(mode="after")
     def _agree(self) -> SweepConfig:
         axes = parse_space(self.space)
-        has_target, is_drawn = self.target.max_drop is not None, self.search == "optuna"
+        has_target, is_drawn = self.target.is_on, self.search == "optuna"
         refuse(
             has_target
             and any("prune.sparsity" in axis.fields for axis in axes)

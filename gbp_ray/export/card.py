@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gbp_ray.results.records import RoundRecord, TrialRecord, dump_job, write_share
+from gbp_ray.config.metrics import ACCURACY
+from gbp_ray.results.records import RoundRecord, TrialRecord, dump_job
+from gbp_ray.results.scores import write_share
 
 __all__ = [
     "ExportFacts",
@@ -49,7 +51,6 @@ class ExportFacts:
 def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> str:
     """Writes the card of one round of a trial."""
     job, cost = trial.job, record.cost
-    accuracy = _accuracy(trial, record)
     lines = [
         "---",
         "library_name: pytorch",
@@ -58,7 +59,7 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         "- sparse",
         "- gbp-ray",
         "metrics:",
-        "- accuracy",
+        *(f"- {spec.name}" for spec in record.specs),
         "---",
         "",
         f"# {job.name}: {facts.class_name}, {record.sparsity:.1%} sparse",
@@ -73,7 +74,7 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         "",
         "| | dense | this network |",
         "|---|---|---|",
-        *accuracy,
+        *_list_scores(trial, record),
         f"| parameters | {cost.num_parameters:,} | {cost.num_nonzero:,} |",
         f"| multiply-adds | {cost.macs:,} | {cost.macs_nonzero:,} in theory |"
         if cost.macs
@@ -118,8 +119,8 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         "",
         "- Removed weights are stored as zeros. Files compress well, but a dense library computes "
         "with the zeros: the multiply-adds above are no measured time.",
-        "- Accuracy is a mean. Pruning hurts some classes and rare examples first (Hooker et al. "
-        "2019, arXiv 1911.05248); `gbp-ray explain` measures which.",
+        f"- {trial.metric.title} is a mean. Pruning hurts some classes and rare examples first "
+        "(Hooker et al. 2019, arXiv 1911.05248); `gbp-ray explain` measures which.",
         "- Measured on one test split, for one seed of one job; other data were not looked at, nor "
         f"{'' if record.robust_accuracy is not None else 'robustness, '}calibration or fairness.",
         "- What the data and the dense network were licensed under holds for this one as well.",
@@ -138,23 +139,29 @@ def _describe_inputs(facts: ExportFacts) -> str:
     return ", ".join(f"`{name.removeprefix('inputs.')}` {text}" for name, text in texts.items())
 
 
-def _accuracy(trial: TrialRecord, record: RoundRecord) -> list[str]:
-    rows = []
+def _list_scores(trial: TrialRecord, record: RoundRecord) -> list[str]:
+    rows, metric = [], trial.metric
     stored = " as stored" if trial.dense.reference.is_recalibrated else ""
     if record.judged_on != "test":
         rows.append(
-            f"| {record.judged_on} accuracy | {trial.dense.reference.text} | "
-            f"{write_share(record.accuracy)} |"
+            f"| {record.judged_on} {metric.name} | {trial.dense.reference.text} | "
+            f"{metric.write(record.score)} |"
         )
         if trial.test is not None and record is trial.chosen:
             rows.append(
-                f"| test accuracy | {trial.dense_reference.text} | "
-                f"{write_share(trial.test.accuracy)} |"
+                f"| test {metric.name} | {trial.dense_reference.text} | "
+                f"{metric.write(trial.test.score)} |"
             )
     else:
         rows.append(
-            f"| test accuracy | {trial.dense.reference.text} | {write_share(record.accuracy)} |"
+            f"| test {metric.name} | {trial.dense.reference.text} | {metric.write(record.score)} |"
         )
+    rows += [
+        f"| {record.judged_on} {other.name} | "
+        f"{other.write(trial.dense.metrics.get(other.name))}{stored} | "
+        f"{other.write(record.metrics.get(other.name))} |"
+        for other in record.other_metrics
+    ]
     if record.robust_accuracy is not None and trial.dense.robust_accuracy is not None:
         attack = trial.job.attack
         how = f"{attack.kind}, epsilon {attack.epsilon:g}"
@@ -165,20 +172,23 @@ def _accuracy(trial: TrialRecord, record: RoundRecord) -> list[str]:
             f"{write_share(trial.dense.robust_accuracy)}{stored} | "
             f"{write_share(record.robust_accuracy)} |"
         )
-    if record.train_accuracy is not None and trial.dense.train_accuracy is not None:
+    if record.train_score is not None and trial.dense.train_score is not None:
         rows.append(
-            "| accuracy on training examples | "
-            f"{write_share(trial.dense.train_accuracy)}{stored} | "
-            f"{write_share(record.train_accuracy)} |"
+            f"| {metric.name} on training examples | "
+            f"{metric.write(trial.dense.train_score)}{stored} | "
+            f"{metric.write(record.train_score)} |"
         )
     return rows
 
 
 def _how_measured(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> str:
     if record.judged_on == "test":
+        what = f"{trial.metric.title} is measured"
+        if trial.metric == ACCURACY:
+            what = "Accuracy is the share of right answers"
         return (
-            f"Accuracy is the share of right answers on all {facts.num_test:,} examples of the "
-            "test split, which rounds were judged by as well."
+            f"{what} on all {facts.num_test:,} examples of the test split, which rounds were "
+            "judged by as well."
         )
     text = (
         f"Rounds were judged by {facts.num_judged:,} examples set aside from the training split, "

@@ -35,6 +35,7 @@ from gbp_ray.training.progress import OnProgress, Progress, ignore_progress, wit
 from gbp_ray.workloads.batch import Batch, forward, labels_of, logits_of
 from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import cut_batches, derive_seed, shuffled_indices, take_batch
+from gbp_ray.workloads.metrics import metrics_of
 
 __all__ = ["Overlap", "SizeStability", "compare_networks", "compare_samples", "measure_overlap"]
 
@@ -329,13 +330,13 @@ class SizeStability:
     Attributes:
         between: Overlap of the masks of this size, one per sample.
         to_largest: Overlap of each with the masks of the largest size of the other samples.
-        accuracies: Of the network under each mask, not fine-tuned; empty if not measured.
+        scores: Of the network under each mask, not fine-tuned; empty if not measured.
     """
 
     examples: int
     between: Overlap
     to_largest: tuple[float, ...]
-    accuracies: tuple[float, ...]
+    scores: tuple[float, ...]
 
 
 def compare_samples(
@@ -356,7 +357,8 @@ def compare_samples(
         model: The dense network; not changed.
         sizes: Numbers of examples; capped at what the data has.
         seeds: One sample each; at least two.
-        is_evaluated: Measures the accuracy under each mask, with BatchNorm as the job recalibrates.
+        is_evaluated: Measures the first metric under each mask, with BatchNorm as the job
+            recalibrates.
 
     Raises:
         PruneError: A score is not finite, or a mask is impossible.
@@ -366,8 +368,9 @@ def compare_samples(
     units = prunable_parameters(model, job.prune.exclude, job.prune.include, unused)
     input_dims = {unit.name: unit.input_dim for unit in units}
     dense = MaskSet.dense(units)
+    metric = metrics_of(workload)[0].name
     masks: dict[int, list[MaskSet]] = {}
-    accuracies: dict[int, list[float]] = {}
+    measured: dict[int, list[float]] = {}
     for seed in seeds:
         scoring = with_changes(on_progress, phase=f"sample {seed}: scoring")
         for size, scores in score_prefixes(
@@ -376,9 +379,9 @@ def compare_samples(
             chosen = select_masks(scores, dense, job.prune, job.prune.sparsity, input_dims, ranks)
             masks.setdefault(size, []).append(chosen.masks)
             if is_evaluated:
-                accuracy = _evaluate(job, workload, model, chosen.masks, ranks)
-                accuracies.setdefault(size, []).append(accuracy)
-                on_progress(Progress(f"sample {seed}: accuracy with {size} examples", 1, 1))
+                found = _evaluate(job, workload, model, chosen.masks, ranks)
+                measured.setdefault(size, []).append(found)
+                on_progress(Progress(f"sample {seed}: {metric} with {size} examples", 1, 1))
     largest = masks[max(masks)]
     return [
         SizeStability(
@@ -388,7 +391,7 @@ def compare_samples(
                 found[one].overlap(largest[other])
                 for one, other in permutations(range(len(found)), 2)
             ),
-            accuracies=tuple(accuracies.get(size, ())),
+            scores=tuple(measured.get(size, ())),
         )
         for size, found in sorted(masks.items())
     ]

@@ -26,6 +26,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gbp_ray.config.job import JobConfig, trial_id
+from gbp_ray.config.metrics import MetricSpec
 from gbp_ray.config.training import Recipe
 from gbp_ray.distributed.agreement import (
     check_data,
@@ -59,11 +60,13 @@ from gbp_ray.workloads.contract import Workload, in_mode, num_examples
 from gbp_ray.workloads.data import take_batch
 from gbp_ray.workloads.loading import load_workload
 from gbp_ray.workloads.losses import mean_loss
+from gbp_ray.workloads.metrics import metrics_of
 from gbp_ray.workloads.weights import tensor_state
 
 __all__ = [
     "check_frozen_movement",
     "check_job",
+    "check_metric",
     "load_checked",
     "warn_of_unusual_weights",
 ]
@@ -163,6 +166,25 @@ class _Plain:
     """Of the size of an object that holds a `__dict__` and nothing else."""
 
 
+def check_metric(workload: Workload, dense: RoundRecord | None, source: str) -> None:
+    """Refuses to go on with a trial whose rounds were judged by another metric.
+
+    Raises:
+        WorkloadError: They were.
+    """
+    metric = metrics_of(workload)[0].describe()
+    if dense is not None and dense.metric != metric:
+        raise WorkloadError(
+            f"{source}: its rounds were judged by {_name(dense.metric)}, but now "
+            f"workload.metrics puts {_name(metric)} first; restore it, or give the job another name"
+        )
+
+
+def _name(metric: MetricSpec) -> str:
+    direction = "highest" if metric.higher_is_better else "lowest"
+    return f"{metric.name} ({direction} is best{f', in {metric.unit}' if metric.unit else ''})"
+
+
 def _check(
     job: JobConfig, workload: Workload, dense: RoundRecord | None
 ) -> tuple[WeakSet[nn.Module], bool]:
@@ -184,6 +206,7 @@ def _check(
                 f"{layer.shape}, not {shapes.get(layer.name, 'none')}; restore it, or give the job "
                 "another name"
             )
+    check_metric(workload, dense, source)
     check_on_record(fingerprints_of_network(model, is_blank=is_blank), stored, source)
     check_selectable(
         shapes,

@@ -43,6 +43,7 @@ from gbp_ray.training.optimizer import MovingAverage, make_optimizer, num_steps
 from gbp_ray.training.progress import OnProgress, ignore_progress
 from gbp_ray.workloads.contract import Workload, judged_split, num_examples
 from gbp_ray.workloads.data import derive_seed, shuffled_indices
+from gbp_ray.workloads.metrics import metrics_of
 from gbp_ray.workloads.weights import tensor_state
 
 __all__ = ["RoundState", "ScoreCache", "needs_dense_weights", "run_rounds"]
@@ -166,6 +167,7 @@ class _Run:
         self.is_teacher_ready = False
         self.seconds: dict[str, float] = {}
         self.kept_step: int | None = None
+        self.metrics = tuple(metric.describe() for metric in metrics_of(workload))
         self.split = judged_split(workload)
         total = num_examples(workload.train)
         self.sample = shuffled_indices(total, derive_seed(job.seed, "train sample"))[
@@ -194,23 +196,23 @@ class _Run:
             # The first decision, too, needs movement to score by.
             train_loss = self._finetune()
         self._keep_dense()
-        accuracy, loss = self._evaluate()
-        accuracy_recalibrated, loss_recalibrated = self._evaluate_recalibrated()
+        found, recalibrated = self._evaluate(), self._evaluate_recalibrated()
+        scores = [found.score] if recalibrated is None else [found.score, recalibrated.score]
+        best = max(scores, key=self.metrics[0].rank)
         return self._finish_round(
             train_loss,
+            found,
             sparsity_target=self.start,
-            accuracy=accuracy,
-            loss=loss,
-            accuracy_recalibrated=accuracy_recalibrated,
-            loss_recalibrated=loss_recalibrated,
+            **_name(recalibrated, "recalibrated"),
             fingerprints=self.fingerprints,
+            metric_fault=found.specs[0].find_chance_fault(best, found.num_items),
         )
 
     def prune_round(self, number: int) -> RoundState:
         self.number = number
         sparsity = self.schedule[number - 1]
         held_back: tuple[str, ...] = ()
-        accuracy_pruned = loss_pruned = None
+        pruned: Evaluation | None = None
         # A round may only fine-tune.
         is_pruned = num_to_prune(sparsity, self.masks.num_units) > self.masks.num_pruned
         if is_pruned:
@@ -219,21 +221,19 @@ class _Run:
             self._rewind()
             with self._timed("batchnorm"):
                 recalibrate_as_asked(self.job, self.model, self.workload, self.ranks)
-            accuracy_pruned, loss_pruned = self._evaluate()
+            pruned = self._evaluate()
         self.kept_step = None
-        train_loss = self._finetune(accuracy_pruned, loss_pruned)
-        accuracy, loss = accuracy_pruned, loss_pruned
-        if self.job.finetune.epochs > 0 or accuracy is None or loss is None:
-            accuracy, loss = self._evaluate()
+        train_loss = self._finetune(pruned)
+        found = pruned
+        if self.job.finetune.epochs > 0 or found is None:
+            found = self._evaluate()
         check_pruned_zero(self.model, self.optimizer, self.masks)
         return self._finish_round(
             train_loss,
+            found,
             kept_step=self.kept_step,
             sparsity_target=sparsity,
-            accuracy=accuracy,
-            loss=loss,
-            accuracy_pruned=accuracy_pruned,
-            loss_pruned=loss_pruned,
+            **_name(pruned, "pruned"),
             held_back=held_back,
         )
 
@@ -316,8 +316,8 @@ class _Run:
         if self.optimizer is not None:
             forget_pruned(self.model, self.optimizer, self.masks)
 
-    def _finetune(self, accuracy: float | None = None, loss: float | None = None) -> float:
-        """Trains after a prune, given the accuracy and the loss before it where they are known."""
+    def _finetune(self, before: Evaluation | None = None) -> float:
+        """Trains after a prune, given what was measured before it where that is known."""
         recipe = self.job.finetune
         length = num_steps(recipe, self.workload, recipe.epochs)
         if length == 0:
@@ -352,7 +352,7 @@ class _Run:
             average = MovingAverage(self.model, recipe.ema_decay)
 
         def train(some: range) -> float:
-            before = some.start - steps.start
+            num_before = some.start - steps.start
             with self._timed("finetune"), average.set_aside() if average else nullcontext():
                 return train_epochs(
                     self.model,
@@ -367,13 +367,12 @@ class _Run:
                     movement=self._gather_movement if self.gathers_movement else None,
                     average=average,
                     on_progress=lambda progress: self.on_progress(
-                        replace(progress, done=before + progress.done, total=length)
+                        replace(progress, done=num_before + progress.done, total=length)
                     ),
                 )
 
         if recipe.patience == 0:
             return train(steps)
-        known = accuracy is not None and loss is not None
         outcome = train_until_stale(
             self.model,
             self.optimizer,
@@ -382,7 +381,8 @@ class _Run:
             patience=recipe.patience,
             train=train,
             validate=self._evaluate,
-            start=(accuracy, loss) if known else self._evaluate(),  # type: ignore[arg-type]
+            start=before or self._evaluate(),
+            rank=self.metrics[0].rank,
         )
         self.kept_step = outcome.kept_step
         return outcome.train_loss
@@ -394,7 +394,7 @@ class _Run:
             gathered = local(self.movement[unit.name])
             gathered += movement_statistic(local(weight), local(gradient))
 
-    def _evaluate_recalibrated(self) -> tuple[float | None, float | None]:
+    def _evaluate_recalibrated(self) -> Evaluation | None:
         """Measures the dense network recalibrated like pruned ones, and restores it.
 
         Returns None where statistics are not recalibrated or the loss is not finite.
@@ -402,9 +402,9 @@ class _Run:
         with keeping_statistics(self.model):
             with self._timed("batchnorm"):
                 if not recalibrate_as_asked(self.job, self.model, self.workload, self.ranks):
-                    return None, None
-            accuracy, loss, _ = self._measure(self.split)
-        return (accuracy, loss) if math.isfinite(loss) else (None, None)
+                    return None
+            found = self._measure(self.split)
+        return found if math.isfinite(found.loss) else None
 
     def _measure(self, split: str, sample: Tensor | None = None) -> Evaluation:
         with self._timed("evaluate"):
@@ -418,16 +418,16 @@ class _Run:
                 sample=sample,
             )
 
-    def _evaluate(self) -> tuple[float, float]:
-        accuracy, loss, _ = self._measure(self.split)
-        if not math.isfinite(loss):
+    def _evaluate(self) -> Evaluation:
+        found = self._measure(self.split)
+        if not math.isfinite(found.loss):
             kept = dict(self.model.named_parameters())
             weights = {name: kept[name] for name, _ in self.masks.items()}
             why = why_not_finite(weights) or (
                 "the weights diverged, lower pretrain.learning_rate or finetune.learning_rate"
             )
-            raise PruneError(f"round {self.number}: the {self.split} loss is {loss:g}; {why}")
-        return accuracy, loss
+            raise PruneError(f"round {self.number}: the {self.split} loss is {found.loss:g}; {why}")
+        return found
 
     def _attack(self) -> float | None:
         if self.job.attack.kind == "none":
@@ -449,14 +449,19 @@ class _Run:
         if distillation.is_on and self.job.finetune.epochs > 0:
             self.teacher = Teacher(copy_frozen(self.model), distillation)
 
-    def _finish_round(self, train_loss: float, **measured: Any) -> RoundState:
-        train_accuracy: float | None = None
+    def _finish_round(self, train_loss: float, found: Evaluation, **measured: Any) -> RoundState:
+        train_score: float | None = None
         if len(self.sample):
-            train_accuracy = self._measure("train", self.sample).score
+            train_score = self._measure("train", self.sample).score
         record = RoundRecord(
             round=self.number,
             judged_on=self.split,
-            train_accuracy=train_accuracy,
+            metric=self.metrics[0],
+            other_metrics=self.metrics[1:],
+            score=found.score,
+            loss=found.loss,
+            metrics=found.metrics,
+            train_score=train_score,
             robust_accuracy=self._attack(),
             train_loss=train_loss if math.isfinite(train_loss) else None,
             cost=measure(self.model, self.units, self.macs, self.unpruned),
@@ -476,3 +481,14 @@ class _Run:
         yield
         elapsed = time.perf_counter() - started
         self.seconds[phase] = round(self.seconds.get(phase, 0.0) + elapsed, 3)
+
+
+def _name(found: Evaluation | None, when: str) -> dict[str, Any]:
+    """Names what was measured at another moment than a round's end, as its record does."""
+    if found is None:
+        return {}
+    return {
+        f"score_{when}": found.score,
+        f"loss_{when}": found.loss,
+        f"metrics_{when}": found.several,
+    }

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from gbp_ray.config.metrics import ACCURACY, MetricSpec
 from gbp_ray.errors import name_some
 from gbp_ray.report import figures
-from gbp_ray.report.curves import WorkloadCurves, pick_targets, write_percent
+from gbp_ray.report.curves import WorkloadCurves, pick_targets, write_score
 from gbp_ray.report.details import CloseUp
 from gbp_ray.report.drawing import Draw, Sketch, style_curves
 
@@ -22,7 +23,7 @@ def sketch_workload(curves: WorkloadCurves, close_ups: Sequence[CloseUp]) -> lis
     Args:
         close_ups: The sparsities at which layers and masks are shown, as `look_closely` picks them.
     """
-    styles = style_curves(curves.curves)
+    styles, metric = style_curves(curves.curves), curves.metric
     targets = [close_up.target for close_up in close_ups] or pick_targets(curves.curves, 3)
     words = _word_figures(curves, targets)
     sketches: list[Sketch] = []
@@ -32,10 +33,11 @@ def sketch_workload(curves: WorkloadCurves, close_ups: Sequence[CloseUp]) -> lis
 
     # One point has nothing to be seen against; the table has its numbers.
     if sum(len(curve.points) for curve in curves.curves) > 1:
-        accuracy = partial(figures.draw_accuracy, curves, styles)
+        name = _name_scores(metric)
+        scores = partial(figures.draw_scores, curves, styles)
         tradeoffs = partial(figures.draw_tradeoffs, curves, styles)
-        add("accuracy", "Accuracy against sparsity", accuracy)
-        add("tradeoffs", "Accuracy against size and arithmetic", tradeoffs)
+        add(name, f"{metric.title} against sparsity", scores)
+        add("tradeoffs", f"{metric.title} against size and arithmetic", tradeoffs)
     rounds = partial(figures.draw_rounds, curves, targets, styles)
     add("rounds", "Training over the rounds", rounds)
     if close_ups:
@@ -46,20 +48,26 @@ def sketch_workload(curves: WorkloadCurves, close_ups: Sequence[CloseUp]) -> lis
     return sketches
 
 
+def _name_scores(metric: MetricSpec) -> str:
+    """Returns the name of the figure that shows the metric."""
+    return "accuracy" if metric == ACCURACY else "scores"
+
+
 def _word_figures(curves: WorkloadCurves, targets: Sequence[float]) -> dict[str, tuple[str, str]]:
     """Write for each figure its alternative text and its caption."""
-    judged = curves.judged_on.capitalize()
+    metric = curves.metric
+    judged = f"{curves.judged_on.capitalize()} {metric.name}"
+    most = "accurate" if metric == ACCURACY else "good"
     names = name_some([curve.label for curve in curves.curves], 8)
     best = []
     for target in targets:
         points = [(c.label, p) for c in curves.curves if (p := c.at(target))]
         if points:
-            label, point = max(points, key=lambda pair: pair[1].accuracy.mean)
-            best.append(
-                f"{label} with {write_percent(point.accuracy)} at sparsity {100 * target:.4g} %"
-            )
-    found = f"Best: {'; '.join(best)}. Dense: {write_percent(curves.dense)}."
-    is_spread = any(p.accuracy.num > 1 for c in curves.curves for p in c.points)
+            label, point = max(points, key=lambda pair: curves.rank(pair[1]))
+            reached = write_score(point.score, metric)
+            best.append(f"{label} with {reached} at sparsity {100 * target:.4g} %")
+    found = f"Best: {'; '.join(best)}. Dense: {write_score(curves.dense, metric)}."
+    is_spread = any(p.score.num > 1 for c in curves.curves for p in c.points)
     spread = (
         "Bars are one sample standard deviation over seeds."
         if is_spread
@@ -75,33 +83,34 @@ def _word_figures(curves: WorkloadCurves, targets: Sequence[float]) -> dict[str,
                 ", each with a learning-rate schedule of its own: comparable, though pruned in "
                 "fewer rounds."
                 if all(own)
-                else ", measured before the learning rate had come down: lower bounds, not "
-                "comparable with last rounds."
+                else ", measured before the learning rate had come down: "
+                f"{'lower' if metric.higher_is_better else 'upper'} bounds, not comparable with "
+                "last rounds."
                 if not any(own)
                 else "; comparable only where each round has a learning-rate schedule of its own."
             )
             + " They are not part of the front."
         )
     front = (
-        " Rings mark the Pareto front: no other point is as sparse and as accurate."
+        f" Rings mark the Pareto front: no other point is as sparse and as {most}."
         if len(curves.front) > 1
         else ""
     )
     at = ", ".join(f"{100 * target:.4g} %" for target in targets)
     return {
-        "accuracy": (
-            f"{judged} accuracy against sparsity of {names}. {found}",
+        _name_scores(metric): (
+            f"{judged} against sparsity of {names}. {found}",
             f"{spread}{front}{way}",
         ),
         "tradeoffs": (
-            f"{judged} accuracy against compression and theoretical speed-up of {names}. {found}",
+            f"{judged} against compression and theoretical speed-up of {names}. {found}",
             "Compression counts every parameter of the model; the speed-up counts multiply-adds "
             f"and is theory, not a measured time. {spread}",
         ),
         "rounds": (
-            f"{judged} accuracy and loss after each round of {names}, for trials to sparsity {at}.",
-            "Lines are means over seeds, bands one sample standard deviation. Dotted: accuracy "
-            "before the round's fine-tuning; training loss of the fine-tuning.",
+            f"{judged} and loss after each round of {names}, for trials to sparsity {at}.",
+            "Lines are means over seeds, bands one sample standard deviation. Dotted: "
+            f"{metric.name} before the round's fine-tuning; training loss of the fine-tuning.",
         ),
         "layers": (
             f"Sparsity of each layer after the last round of {names}, at sparsity {at}; the "

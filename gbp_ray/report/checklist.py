@@ -7,11 +7,13 @@ same fine-tuning. Every answer is computed from what was run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from gbp_ray.config.criteria import BASELINES
+from gbp_ray.config.metrics import ACCURACY
 from gbp_ray.report.curves import Point, WorkloadCurves
 
 __all__ = [
@@ -59,6 +61,7 @@ def answer_checklist(
         _check_grid(curves, num_unfinished),
         _check_versions(versions),
         _check_claims(curves),
+        *_check_metric(curves),
     ]
 
 
@@ -71,15 +74,13 @@ def find_clear_winners(curves: WorkloadCurves) -> tuple[list[float], list[float]
     """
     clear, compared = [], []
     for target in curves.targets:
-        points = [
-            p for c in curves.curves if (p := c.at(target)) and p.accuracy.deviation is not None
-        ]
+        points = [p for c in curves.curves if (p := c.at(target)) and p.score.deviation is not None]
         if len(points) < 2:
             continue
         compared.append(target)
-        best, second = sorted(points, key=lambda p: p.accuracy.mean, reverse=True)[:2]
-        lead = best.accuracy.mean - second.accuracy.mean
-        if lead > (best.accuracy.deviation or 0.0) + (second.accuracy.deviation or 0.0):
+        best, second = sorted(points, key=curves.rank, reverse=True)[:2]
+        lead = curves.rank(best) - curves.rank(second)
+        if lead > (best.score.deviation or 0.0) + (second.score.deviation or 0.0):
             clear.append(target)
     return clear, compared
 
@@ -91,8 +92,19 @@ def _check_workload(curves: WorkloadCurves) -> Check:
         "Architecture, data and metric are named",
         "partly",
         f"{curves.title}: {dense.num_parameters:,} parameters, {dense.num_units:,} of them "
-        f"prunable, {macs}. Accuracy is the share of the whole test split that is right after "
-        "the last epoch. How the data are prepared, the factory's own code says.",
+        f"prunable, {macs}. {_describe_metric(curves)} How the data are prepared, the factory's "
+        "own code says.",
+    )
+
+
+def _describe_metric(curves: WorkloadCurves) -> str:
+    metric = curves.metric
+    if metric == ACCURACY:
+        return "Accuracy is the share of the whole test split that is right after the last epoch."
+    best = "highest" if metric.higher_is_better else "lowest"
+    return (
+        f"{metric.title} is measured on the whole {curves.judged_on} split after the last epoch; "
+        f"the {best} is best."
     )
 
 
@@ -149,21 +161,27 @@ def _check_baselines(curves: WorkloadCurves) -> Check:
 
 def _check_targets(curves: WorkloadCurves) -> Check:
     counts = [len(curve.points) for curve in curves.curves]
-    worst = min(point.drop.mean for curve in curves.curves for point in curve.points)
+    metric, dense = curves.metric, curves.dense.mean
+    sign = 1 if metric.higher_is_better else -1
+    drops = [sign * point.drop.mean for point in _points(curves)]
+    worst = min((drop for drop in drops if not math.isnan(drop)), default=0.0)
+    is_share = metric.unit == "%"
+    falls = worst < (-0.01 if is_share else -0.01 * abs(dense))
     is_enough = min(counts) >= _ENOUGH_TARGETS
-    falls = worst < -0.01
     answer = (
         f"{_range(counts)} sparsities per curve"
         f" ({curves.targets[0]:.4g} to {curves.targets[-1]:.4g}). "
     )
     answer += (
-        f"Accuracy falls by {-100 * worst:.1f} points at worst."
+        f"{metric.title} {metric.worsens} by "
+        f"{f'{-100 * worst:.1f} points' if is_share else f'{-worst:.4g}'} at worst."
         if falls
-        else "Accuracy falls by no more than a point anywhere: the sparsities do not reach the end "
-        "of what the network bears."
+        else f"{metric.title} {metric.worsens} by no more than {'a point' if is_share else '1 %'} "
+        "anywhere: the sparsities do not reach the end of what the network bears."
     )
     state: State = "yes" if is_enough and falls else "partly" if max(counts) > 1 else "no"
-    return Check(f"At least {_ENOUGH_TARGETS} sparsities, some where accuracy falls", state, answer)
+    question = f"At least {_ENOUGH_TARGETS} sparsities, some where {metric.name} {metric.worsens}"
+    return Check(question, state, answer)
 
 
 def _check_costs(curves: WorkloadCurves) -> Check:
@@ -273,6 +291,13 @@ def _check_claims(curves: WorkloadCurves) -> Check:
         f"{_count(len(compared), 'sparsity', 'sparsities')}{where}; elsewhere the order of the "
         "best two means little.",
     )
+
+
+def _check_metric(curves: WorkloadCurves) -> list[Check]:
+    """Says what makes the metric doubtful, if anything does."""
+    doubt = curves.metric_fault or curves.metric_doubt
+    question = "The metric tells networks apart"
+    return [Check(question, "no", f"{doubt[0].upper()}{doubt[1:]}.")] if doubt else []
 
 
 # -- words -----------------------------------------------------------------------------------------

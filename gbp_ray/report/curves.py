@@ -21,8 +21,10 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from gbp_ray.config.criteria import CRITERIA
+from gbp_ray.config.metrics import ACCURACY, MetricSpec, find_constant
+from gbp_ray.results.index import specs_in
 from gbp_ray.results.query import Results, name_values
-from gbp_ray.results.records import DenseReference, find_accuracy_fault, write_share
+from gbp_ray.results.scores import DenseReference, write_share
 
 __all__ = [
     "Curve",
@@ -36,7 +38,9 @@ __all__ = [
     "has_own_schedule",
     "pick_targets",
     "spread_out",
+    "write_change",
     "write_percent",
+    "write_score",
     "write_spread",
 ]
 
@@ -55,10 +59,12 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Spread | None:
-        """Average the known values; None without any."""
-        known = [value for value in values if value is not None and math.isfinite(value)]
+        """Average the known values; None without any. Of an infinite one or NaN so is the mean."""
+        known = [value for value in values if value is not None]
         if not known:
             return None
+        if not all(map(math.isfinite, known)):
+            return cls(sum(known) / len(known), None, len(known))
         # Not in fractions, as statistics.stdev is: there are thousands of these to take.
         deviation = float(np.std(known, ddof=1)) if len(known) > 1 else None
         return cls(statistics.fmean(known), deviation, len(known))
@@ -69,14 +75,14 @@ class Round(NamedTuple):
 
     round: int
     sparsity: float
-    accuracy: float
-    accuracy_pruned: float | None
+    score: float
+    score_pruned: float | None
     loss: float
-    accuracy_recalibrated: float | None
+    score_recalibrated: float | None
     loss_recalibrated: float | None
     train_loss: float | None
-    train_accuracy: float | None
-    test_accuracy: float | None
+    train_score: float | None
+    test_score: float | None
     judged_on: str
     is_chosen: bool
     num_parameters: int
@@ -85,6 +91,8 @@ class Round(NamedTuple):
     macs: int
     macs_nonzero: int
     weights_sha256: str | None
+    metric: MetricSpec = ACCURACY
+    metric_fault: str = ""
 
     @property
     def compression(self) -> float:
@@ -95,7 +103,7 @@ class Round(NamedTuple):
     def reference(self) -> DenseReference:
         """The measurement of the dense network that other rounds are compared with."""
         return DenseReference.of(
-            self.accuracy, self.loss, self.accuracy_recalibrated, self.loss_recalibrated
+            self.score, self.loss, self.score_recalibrated, self.loss_recalibrated, self.metric
         )
 
     @property
@@ -134,9 +142,9 @@ class Trial:
         return self.rounds[-1]
 
     @property
-    def test_accuracy(self) -> float | None:
-        """Accuracy of the chosen round on the test split, where one was measured."""
-        return next((item.test_accuracy for item in self.rounds if item.is_chosen), None)
+    def test_score(self) -> float | None:
+        """Score of the chosen round on the test split, where one was measured."""
+        return next((item.test_score for item in self.rounds if item.is_chosen), None)
 
 
 @dataclass(frozen=True)
@@ -146,9 +154,9 @@ class Point:
     Attributes:
         target: The sparsity that was asked for.
         round: The round; None for each trial's last.
-        test_accuracy: On the test split, of the rounds chosen; only for a trial's last round.
-        gap: Accuracy on training examples minus accuracy: overfitting.
-        drop: Accuracy minus the dense network's of the same seed, see `records.DenseReference`.
+        test_score: On the test split, of the rounds chosen; only for a trial's last round.
+        gap: Score on training examples minus score: overfitting.
+        drop: Score minus the dense network's of the same seed, see `scores.DenseReference`.
         worker_seconds: Of the whole trials.
         phases: The mean of them by phase.
     """
@@ -157,9 +165,9 @@ class Point:
     round: int | None
     trials: tuple[Trial, ...]
     sparsity: Spread
-    accuracy: Spread
-    accuracy_pruned: Spread | None
-    test_accuracy: Spread | None
+    score: Spread
+    score_pruned: Spread | None
+    test_score: Spread | None
     gap: Spread | None
     drop: Spread
     loss: Spread | None
@@ -205,13 +213,14 @@ class WorkloadCurves:
 
     Attributes:
         title: The factory, with the options that tell it from the other workloads.
-        dense: Accuracy of the dense networks over seeds, see `records.DenseReference`.
+        dense: Score of the dense networks over seeds, see `scores.DenseReference`.
         dense_ways: The same with BatchNorm's statistics as stored and as re-estimated, where both
             were measured.
-        front: The Pareto front of sparsity and accuracy, by sparsity.
-        judged_on: The split of all accuracies: "test", or "validation".
+        front: The Pareto front of sparsity and score, by sparsity.
+        judged_on: The split of all scores: "test", or "validation".
         num_repeats: Trials left out because the same configuration was run before.
         varying: The fields in which the curves differ.
+        metric: What all scores are of.
     """
 
     title: str
@@ -224,11 +233,27 @@ class WorkloadCurves:
     num_repeats: int
     judged_on: str = "test"
     varying: list[str] = field(default_factory=list)
+    metric: MetricSpec = ACCURACY
 
     @property
-    def accuracy_fault(self) -> str:
-        """The reason why accuracy has no meaning for this workload, or ""."""
-        return find_accuracy_fault([self.dense.mean])
+    def metric_fault(self) -> str:
+        """The reason why the metric has no meaning for this workload, or ""."""
+        return self.metric.find_fault([self.dense.mean])
+
+    @property
+    def metric_doubt(self) -> str:
+        """The reason why the metric tells nothing here although it is possible, or ""."""
+        dense = [trial.dense.metric_fault for trial in self.trials if trial.dense.metric_fault]
+        if dense:
+            return dense[0]
+        if all(trial.dense.num_nonzero == trial.final.num_nonzero for trial in self.trials):
+            return ""
+        rounds = (item.score for trial in self.trials for item in trial.rounds)
+        return find_constant(self.metric, rounds)
+
+    def rank(self, point: Point) -> float:
+        """Returns a number that is greater for a point with a better mean score."""
+        return self.metric.rank(point.score.mean)
 
     @property
     def targets(self) -> list[float]:
@@ -247,14 +272,17 @@ def gather_curves(results: Results) -> list[WorkloadCurves]:
     workload = [name for name in varying if name.startswith("workload.")]
     groups: dict[tuple[Any, ...], list[Trial]] = {}
     for trial in _read_trials(results, varying):
-        key = tuple(trial.setting[name] for name in workload)
+        key = trial.dense.metric, *(trial.setting[name] for name in workload)
         groups.setdefault(key, []).append(trial)
     factory = results.table["workload.factory"][0].as_py()
     curves = []
-    for key, trials in groups.items():
-        named = dict(zip(workload, key, strict=True))
+    num_metrics = len({key[0] for key in groups})
+    for (metric, *values), trials in groups.items():
+        named = dict(zip(workload, values, strict=True))
         title = [str(named.pop("workload.factory", factory))]
         title += name_values(named)
+        if num_metrics > 1:
+            title.append(metric.name)
         curves.append(_compare(", ".join(title), trials))
     return curves
 
@@ -309,9 +337,16 @@ def _read_trials(results: Results, varying: list[str]) -> list[Trial]:
     columns = {
         name: table[name].to_pylist() for name in {*names, *varying, *schedule, "trial_seconds"}
     }
-    rounds = list(
-        map(Round._make, zip(*(table[n].to_pylist() for n in Round._fields), strict=True))
-    )
+    texts = [None] * len(table)
+    if "metric_specs" in table.column_names:
+        texts = table["metric_specs"].to_pylist()
+    specs = {text: specs[0] for text, specs in specs_in(table).items()}
+    faults = [""] * len(table)
+    if "metric_fault" in table.column_names:
+        faults = [fault or "" for fault in table["metric_fault"].to_pylist()]
+    own = {"metric": [specs[text] for text in texts], "metric_fault": faults}
+    values = (own[name] if name in own else _read_column(results, name) for name in Round._fields)
+    rounds = list(map(Round._make, zip(*values, strict=True)))
     phases = {
         name.removeprefix("seconds."): table[name].to_pylist()
         for name in table.column_names
@@ -340,6 +375,12 @@ def _read_trials(results: Results, varying: list[str]) -> list[Trial]:
     return trials
 
 
+def _read_column(results: Results, field: str) -> list[Any]:
+    if "score" in field.split("_"):
+        return results.scores(field)
+    return results.table[field].to_pylist()
+
+
 def _compare(title: str, trials: list[Trial]) -> WorkloadCurves:
     varying = _find_varying(trials)
     groups: dict[tuple[Any, ...], dict[float, dict[int, Trial]]] = {}
@@ -354,8 +395,9 @@ def _compare(title: str, trials: list[Trial]) -> WorkloadCurves:
     _tell_apart(curves)
     counted = [t for curve in curves for point in curve.points for t in point.trials]
     pairs = [(curve, point) for curve in curves for point in curve.points]
-    front = find_front([(p.sparsity.mean, p.accuracy.mean) for _, p in pairs])
-    dense = _average_dense(counted, lambda dense: dense.reference.accuracy)
+    metric = trials[0].dense.metric
+    front = find_front([(p.sparsity.mean, metric.rank(p.score.mean)) for _, p in pairs])
+    dense = _average_dense(counted, lambda dense: dense.reference.score)
     assert dense is not None
     return WorkloadCurves(
         title=title,
@@ -368,6 +410,7 @@ def _compare(title: str, trials: list[Trial]) -> WorkloadCurves:
         num_repeats=num_repeats,
         judged_on=trials[0].final.judged_on,
         varying=varying,
+        metric=metric,
     )
 
 
@@ -408,7 +451,7 @@ def _make_point(target: float, trials: tuple[Trial, ...], number: int | None) ->
 
     def spread(values: Iterable[float | None]) -> Spread:
         found = Spread.of(values)
-        # Counts, sparsities and accuracies are always there and always finite.
+        # Counts, sparsities and scores are always there.
         assert found is not None
         return found
 
@@ -421,16 +464,14 @@ def _make_point(target: float, trials: tuple[Trial, ...], number: int | None) ->
         round=number,
         trials=trials,
         sparsity=spread(item.sparsity for item in rounds),
-        accuracy=spread(item.accuracy for item in rounds),
-        accuracy_pruned=Spread.of(item.accuracy_pruned for item in rounds),
-        test_accuracy=None if number else Spread.of(trial.test_accuracy for trial in trials),
+        score=spread(item.score for item in rounds),
+        score_pruned=Spread.of(item.score_pruned for item in rounds),
+        test_score=None if number else Spread.of(trial.test_score for trial in trials),
         gap=Spread.of(
-            item.train_accuracy - item.accuracy
-            for item in rounds
-            if item.train_accuracy is not None
+            item.train_score - item.score for item in rounds if item.train_score is not None
         ),
         drop=spread(
-            item.accuracy - trial.dense.reference.accuracy
+            item.score - trial.dense.reference.score
             for item, trial in zip(rounds, trials, strict=True)
         ),
         loss=Spread.of(item.loss for item in rounds),
@@ -452,8 +493,8 @@ def _average_dense(trials: list[Trial], measure: Callable[[Round], float | None]
 
 
 def _average_ways(trials: list[Trial]) -> dict[str, Spread]:
-    stored = _average_dense(trials, lambda dense: dense.accuracy)
-    recalibrated = _average_dense(trials, lambda dense: dense.accuracy_recalibrated)
+    stored = _average_dense(trials, lambda dense: dense.score)
+    recalibrated = _average_dense(trials, lambda dense: dense.score_recalibrated)
     if stored is None or recalibrated is None:
         return {}
     return {"as stored": stored, "with BatchNorm re-estimated": recalibrated}
@@ -498,6 +539,23 @@ def write_percent(spread: Spread | None) -> str:
     if spread is not None and not 0 <= spread.mean <= 1:
         return write_share(spread.mean)
     return write_spread(spread, lambda value: f"{100 * value:.2f}", 100) + (" %" if spread else "")
+
+
+def write_score(spread: Spread | None, metric: MetricSpec) -> str:
+    """Writes a score with its deviation: a share as a percentage, another value in its unit."""
+    if metric.unit == "%" or spread is None:
+        return write_percent(spread)
+    if spread.deviation is None:
+        return metric.write(spread.mean)
+    return f"{spread.mean:.4g} ± {spread.deviation:.2g}" + f" {metric.unit}".rstrip()
+
+
+def write_change(spread: Spread | None, metric: MetricSpec) -> str:
+    """Writes a difference of scores with its deviation: of shares in percentage points."""
+    if metric.unit == "%" or spread is None:
+        return write_spread(spread, lambda value: f"{100 * value:+.2f}", 100)
+    deviation = "" if spread.deviation is None else f" ± {spread.deviation:.2g}"
+    return f"{spread.mean:+.4g}{deviation}"
 
 
 def write_spread(

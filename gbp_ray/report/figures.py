@@ -1,4 +1,4 @@
-"""The report's figures: accuracy, rounds, layers, overlaps and cost of one workload's curves."""
+"""The report's figures: scores, rounds, layers, overlaps and cost of one workload's curves."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from gbp_ray.config.metrics import MetricSpec
 from gbp_ray.report.curves import Curve, Point, WorkloadCurves
 from gbp_ray.report.details import CloseUp
 from gbp_ray.report.drawing import (
@@ -31,11 +32,11 @@ from gbp_ray.report.drawing import (
 )
 
 __all__ = [
-    "draw_accuracy",
     "draw_cost",
     "draw_layers",
     "draw_overlaps",
     "draw_rounds",
+    "draw_scores",
     "draw_tradeoffs",
 ]
 
@@ -43,37 +44,45 @@ _TICKS = (0.9, 0.5, 0.99, 0.8, 0.95, 0, 0.999, 0.98, 0.7, 0.995, 0.9999, 0.3, 0.
 """Sparsities worth a tick, the most wanted first."""
 
 _HATCHES = ("", "///", "\\\\\\", "xx", "---", "|||", "++", "//")
+_MANY_TIMES = 20
 _MOST_CURVES, _MOST_LAYER_NAMES, _MOST_BARS = 60, 40, 40
 
 
-# -- accuracy --------------------------------------------------------------------------------------
+# -- scores ----------------------------------------------------------------------------------------
 
 
-def draw_accuracy(curves: WorkloadCurves, styles: dict[str, Style]) -> list[Axes]:
-    """Draw accuracy against sparsity: all of it, and what is close to the dense network."""
-    shown = _most_telling(curves)
-    lowest = min(p.accuracy.mean for c in shown for p in c.points)
-    top = max([curves.dense.mean, *(p.accuracy.mean for c in shown for p in c.points)])
-    floor = curves.dense.mean - 0.05
-    legend = [*_curve_handles(shown, styles), *_accuracy_handles(curves, shown)]
-    if not (lowest < floor - 0.05 and top > floor):
+def draw_scores(curves: WorkloadCurves, styles: dict[str, Style]) -> list[Axes]:
+    """Draw the metric against sparsity: all of it, and what is close to the dense network."""
+    shown, metric = _most_telling(curves), curves.metric
+    sign = 1 if metric.higher_is_better else -1
+    ranks = [rank for c in shown for p in c.points if math.isfinite(rank := curves.rank(p))]
+    dense = metric.rank(curves.dense.mean)
+    ranks += [dense] * math.isfinite(dense)
+    # Five points of a share, or five percent of another value.
+    whole = 1.0 if metric.unit == "%" else abs(dense)
+    top, floor = max(ranks, default=0.0), dense - 0.05 * whole
+    legend = [*_curve_handles(shown, styles), *_score_handles(curves, shown)]
+    if not (min(ranks, default=0.0) < floor - 0.05 * whole and top > floor):
         panels = [add_panel(2.6, legend=legend)]
     else:
+        close = "5 points" if metric.unit == "%" else "5 %"
         panels = [
             add_panel(2.6, title="All", legend=legend),
-            add_panel(2.6, title="Within 5 points of dense"),
+            add_panel(2.6, title=f"Within {close} of dense"),
         ]
-        panels[1].set_ylim(100 * floor, 100 * (top + 0.004))
+        ends = sorted(sign * metric.scale * end for end in (floor, top + 0.004 * whole))
+        panels[1].set_ylim(*ends)
+    _set_scale(panels[0], curves, ranks)
     front = [point for _, point in curves.front] if len(curves.front) > 1 else []
     for ax in panels:
         _draw_dense(ax, curves)
-        x, y = _place_all(front)
+        x, y = _place_all(front, metric)
         ax.plot(x, y, color=GRID, linewidth=6, zorder=1, solid_capstyle="round")
         for curve in shown:
             style = styles[curve.label]
-            _draw_spread(ax, curve.points, style, _sparsity_depth)
+            _draw_spread(ax, curve.points, style, metric, _sparsity_depth)
             ax.plot(
-                *_place_all(curve.on_the_way),
+                *_place_all(curve.on_the_way, metric),
                 linestyle="",
                 marker=style.marker,
                 markersize=3.2,
@@ -94,12 +103,12 @@ def draw_accuracy(curves: WorkloadCurves, styles: dict[str, Style]) -> list[Axes
             zorder=5,
         )
         _set_sparsity_axis(ax, shown)
-        ax.set_ylabel(f"{curves.judged_on} accuracy, %")
+        ax.set_ylabel(f"{curves.judged_on} {metric.label}")
     return panels
 
 
 def draw_tradeoffs(curves: WorkloadCurves, styles: dict[str, Style]) -> list[Axes]:
-    """Draw accuracy against compression and against the theoretical speed-up."""
+    """Draw the metric against compression and against the theoretical speed-up."""
     shown = _most_telling(curves)
     measures = {"compression, parameters before / left": _compression_depth}
     if all(trial.dense.macs > 0 for trial in curves.trials):
@@ -110,14 +119,15 @@ def draw_tradeoffs(curves: WorkloadCurves, styles: dict[str, Style]) -> list[Axe
         ax = add_panel(2.4, legend=() if panels else legend)
         _draw_dense(ax, curves)
         for curve in shown:
-            _draw_spread(ax, curve.points, styles[curve.label], measure)
+            _draw_spread(ax, curve.points, styles[curve.label], curves.metric, measure)
+        _set_scale(ax, curves, [curves.rank(p) for c in shown for p in c.points])
         high = max(measure(point) for curve in shown for point in curve.points)
         high = max(1, math.ceil(high - 0.05))
         ticks = list(range(0, high + 1, max(1, math.ceil(high / 7))))
         ax.set_xticks(ticks, [f"{2**tick:,}x" for tick in ticks])
         ax.set_xlim(-0.05 * high, high * 1.05)
         ax.set_xlabel(name)
-        ax.set_ylabel(f"{curves.judged_on} accuracy, %")
+        ax.set_ylabel(f"{curves.judged_on} {curves.metric.label}")
         panels.append(ax)
     return panels
 
@@ -125,7 +135,7 @@ def draw_tradeoffs(curves: WorkloadCurves, styles: dict[str, Style]) -> list[Axe
 def draw_rounds(
     curves: WorkloadCurves, targets: Sequence[float], styles: dict[str, Style]
 ) -> list[Axes]:
-    """Draw accuracy and loss over the rounds, for some sparsities; nothing where none has two."""
+    """Draw metric and loss over the rounds, for some sparsities; nothing where none has two."""
     by_target = {
         target: [(c, point) for c in _most_telling(curves) if (point := c.at(target))]
         for target in targets
@@ -136,8 +146,8 @@ def draw_rounds(
     panels: list[Axes] = []
     for target, pairs in by_target.items():
         for measure, dotted, scale, what in (
-            ("accuracy", "accuracy_pruned", 100, "accuracy, %"),
-            ("loss", "train_loss", 1, "loss"),
+            ("score", "score_pruned", curves.metric.scale, curves.metric.label),
+            ("loss", "train_loss", 1.0, "loss"),
         ):
             title = f"To sparsity {_percent(target)}"
             legend = () if panels else _curve_handles(shown, styles)
@@ -289,13 +299,18 @@ def draw_cost(curves: WorkloadCurves, targets: Sequence[float]) -> list[Axes]:
 
 
 def _draw_spread(
-    ax: Axes, points: Sequence[Point], style: Style, measure: Callable[[Point], float]
+    ax: Axes,
+    points: Sequence[Point],
+    style: Style,
+    metric: MetricSpec,
+    measure: Callable[[Point], float],
 ) -> None:
+    points = [point for point in points if math.isfinite(point.score.mean)]
     ax.errorbar(
         [measure(point) for point in points],
-        [100 * point.accuracy.mean for point in points],
+        [metric.scale * point.score.mean for point in points],
         # Without caps, so that there is nothing to see where one seed has no deviation.
-        yerr=[100 * (point.accuracy.deviation or 0.0) for point in points],
+        yerr=[metric.scale * (point.score.deviation or 0.0) for point in points],
         color=style.colour,
         marker=style.marker,
         linestyle=style.dash,
@@ -305,7 +320,7 @@ def _draw_spread(
 
 
 def _draw_rounds(
-    ax: Axes, point: Point, style: Style, measure: str, scale: int, *, is_dotted: bool
+    ax: Axes, point: Point, style: Style, measure: str, scale: float, *, is_dotted: bool
 ) -> None:
     x, means, low, high = [], [], [], []
     for number in range(max(len(trial.rounds) for trial in point.trials)):
@@ -332,14 +347,26 @@ def _draw_rounds(
 
 
 def _draw_dense(ax: Axes, curves: WorkloadCurves) -> None:
-    mean, deviation = 100 * curves.dense.mean, 100 * (curves.dense.deviation or 0.0)
+    scale = curves.metric.scale
+    mean, deviation = scale * curves.dense.mean, scale * (curves.dense.deviation or 0.0)
+    if not math.isfinite(mean):
+        return
     ax.axhline(mean, color=INK, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)
     if deviation:
         ax.axhspan(mean - deviation, mean + deviation, color=QUIET, alpha=0.18, linewidth=0)
 
 
-def _place_all(points: Sequence[Point]) -> tuple[list[float], list[float]]:
-    return [_sparsity_depth(p) for p in points], [100 * p.accuracy.mean for p in points]
+def _place_all(points: Sequence[Point], metric: MetricSpec) -> tuple[list[float], list[float]]:
+    points = [point for point in points if math.isfinite(point.score.mean)]
+    return [_sparsity_depth(p) for p in points], [metric.scale * p.score.mean for p in points]
+
+
+def _set_scale(ax: Axes, curves: WorkloadCurves, ranks: Sequence[float]) -> None:
+    """Takes a logarithmic axis for errors that grow to many times the dense network's."""
+    if not curves.metric.higher_is_better:
+        values = [-rank for rank in ranks if math.isfinite(rank)]
+        if values and 0 < min(values) < max(values) / _MANY_TIMES:
+            ax.set_yscale("log")
 
 
 def _set_sparsity_axis(ax: Axes, shown: Sequence[Curve]) -> None:
@@ -375,7 +402,7 @@ def _curve_handles(curves: Sequence[Curve], styles: dict[str, Style]) -> list[tu
     ]
 
 
-def _accuracy_handles(curves: WorkloadCurves, shown: Sequence[Curve]) -> list[tuple[Any, str]]:
+def _score_handles(curves: WorkloadCurves, shown: Sequence[Curve]) -> list[tuple[Any, str]]:
     handles = [_dense_handle()]
     if len(curves.front) > 1:
         ring = Line2D(

@@ -23,6 +23,7 @@ import jinja2
 
 from gbp_ray import __version__
 from gbp_ray.config.job import JobConfig, load_job, trial_id
+from gbp_ray.config.metrics import ACCURACY
 from gbp_ray.errors import ConfigError, StoreError
 from gbp_ray.report.captions import sketch_workload
 from gbp_ray.report.checklist import Check, answer_checklist
@@ -32,7 +33,9 @@ from gbp_ray.report.curves import (
     Trial,
     WorkloadCurves,
     gather_curves,
+    write_change,
     write_percent,
+    write_score,
     write_spread,
 )
 from gbp_ray.report.details import CloseUp, look_closely
@@ -43,7 +46,8 @@ from gbp_ray.results.index import map_in_threads
 from gbp_ray.results.lease import is_held
 from gbp_ray.results.objects import is_key
 from gbp_ray.results.query import Results, read_results
-from gbp_ray.results.records import dump_job, write_share
+from gbp_ray.results.records import dump_job
+from gbp_ray.results.scores import write_share
 from gbp_ray.results.store import Store, locate_jobs
 
 __all__ = [
@@ -283,23 +287,25 @@ def _fill_section(
     )
     files |= {figure.name: figure.png for figure in section.figures}
 
+    best = "most accurate" if curves.metric == ACCURACY else "best"
     pairs = [(curve, point) for curve in curves.curves for point in curve.points]
     front = {id(point) for _, point in curves.front}
     section.rows = pairs
     if len(pairs) > _MOST_POINTS:
-        ranked = sorted(pairs, key=lambda pair: (id(pair[1]) not in front, -pair[1].accuracy.mean))
+        ranked = sorted(pairs, key=lambda pair: (id(pair[1]) not in front, -curves.rank(pair[1])))
         kept = {id(point) for _, point in ranked[:_MOST_POINTS]}
         section.rows = [pair for pair in pairs if id(pair[1]) in kept]
         left_out.append(
-            f"table of points: {len(pairs) - _MOST_POINTS} of {len(pairs)}; the front and the most "
-            "accurate are there"
+            f"table of points: {len(pairs) - _MOST_POINTS} of {len(pairs)}; the front and the "
+            f"{best} are there"
         )
     trials = [(curve, trial) for curve, point in pairs for trial in point.trials]
-    trials.sort(key=lambda pair: (-pair[1].final.accuracy, pair[1].trial_id))
+    rank = curves.metric.rank
+    trials.sort(key=lambda pair: (-rank(pair[1].final.score), pair[1].trial_id))
     if len(trials) > _MOST_TRIALS:
         left_out.append(
-            f"table of trials: {len(trials) - _MOST_TRIALS:,} of {len(trials):,}; the most "
-            "accurate are there, and gbp-ray results --csv lists all"
+            f"table of trials: {len(trials) - _MOST_TRIALS:,} of {len(trials):,}; the {best} are "
+            "there, and gbp-ray results --csv lists all"
         )
     section.trials = trials[:_MOST_TRIALS]
     _add_recipes(section, stores, files, left_out)
@@ -410,7 +416,8 @@ def _template(name: str) -> jinja2.Template:
     )
     environment.filters |= {
         "percent": write_percent,
-        "points": lambda spread: write_spread(spread, lambda value: f"{100 * value:+.2f}", 100),
+        "score": write_score,
+        "change": write_change,
         "times": lambda spread: write_spread(spread, lambda v: f"{v:.2f}x", 1, is_quiet=True),
         "sparsity": lambda spread: write_spread(
             spread, lambda v: f"{100 * v:.2f}", 100, is_quiet=True
@@ -430,9 +437,9 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _find_within_a_point(curves: WorkloadCurves) -> tuple[Curve, Point] | None:
-    """Finds the sparsest point that loses no more than a percentage point of accuracy.
+    """Finds the sparsest point that loses no more than a percentage point, or a percent of dense.
 
-    Of equally sparse ones the most accurate, then the one with the least loss, then the first.
+    Of equally sparse ones the one with the best score, then with the least loss, then the first.
     """
 
     def rank(pair: tuple[Curve, Point]) -> tuple[float, float, float]:
@@ -440,13 +447,16 @@ def _find_within_a_point(curves: WorkloadCurves) -> tuple[Curve, Point] | None:
         # Measured sparsities of equal jobs may differ by a weight.
         return (
             round(point.sparsity.mean, 4),
-            point.accuracy.mean,
+            curves.rank(point),
             -math.inf if point.loss is None else -point.loss.mean,
         )
 
-    if curves.accuracy_fault:
+    if curves.metric_fault or curves.metric_doubt:
         return None
-    pairs = [(c, p) for c in curves.curves for p in c.points if p.drop.mean >= -0.01 - 1e-9]
+    metric = curves.metric
+    allowed = 0.01 * (1.0 if metric.unit == "%" else abs(curves.dense.mean)) + 1e-9
+    sign = 1 if metric.higher_is_better else -1
+    pairs = [(c, p) for c in curves.curves for p in c.points if sign * p.drop.mean >= -allowed]
     return max(pairs, key=rank) if pairs else None
 
 

@@ -1,4 +1,4 @@
-"""The figure of `gbp-ray stability`: overlap against examples, accuracy, layers, seeds.
+"""The figure of `gbp-ray stability`: overlap against examples, scores, layers, seeds.
 
 Drawn from plain values, as `Stability.to_dict` gives them and `stability.json` holds them.
 """
@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from gbp_ray.config.metrics import ACCURACY, MetricSpec
 from gbp_ray.report.drawing import (
     INK,
     QUIET,
@@ -47,9 +48,11 @@ def draw_stability(found: Mapping[str, Any]) -> list[Axes]:
     if samples:
         panels.append(add_panel(2.4, title="Masks of two samples", legend=legend))
         _draw_overlaps(panels[0], samples, styles, found["stable"])
-        if any(size["accuracy"]["num"] for one in samples.values() for size in one["sizes"]):
-            panels.append(add_panel(2.4, title="Accuracy under the mask, not fine-tuned"))
-            _draw_accuracies(panels[1], samples, styles)
+        metric = MetricSpec.model_validate(found.get("metric", ACCURACY))
+        if any(size[metric.name]["num"] for one in samples.values() for size in one["sizes"]):
+            title = f"{metric.title} under the mask, not fine-tuned"
+            panels.append(add_panel(2.4, title=title))
+            _draw_scores(panels[1], samples, styles, metric)
     title, legend = "By layer, with most examples", [] if panels else legend
     panels.append(add_panel(2.4, title=title, legend=legend, foot_in=1.3))
     _draw_layers(panels[-1], found, styles)
@@ -87,21 +90,23 @@ def _draw_overlaps(
     ax.set_ylabel("overlap of two samples, %")
 
 
-def _draw_accuracies(ax: Axes, samples: Mapping[str, Any], styles: Mapping[str, Style]) -> None:
+def _draw_scores(
+    ax: Axes, samples: Mapping[str, Any], styles: Mapping[str, Style], metric: MetricSpec
+) -> None:
     for name, one in samples.items():
-        sizes = [size for size in one["sizes"] if size["accuracy"]["num"]]
-        mean = [100 * size["accuracy"]["mean"] for size in sizes]
+        sizes = [size for size in one["sizes"] if size[metric.name]["num"]]
+        mean = [metric.scale * size[metric.name]["mean"] for size in sizes]
         ax.errorbar(
             [size["examples"] for size in sizes],
             mean,
-            yerr=[100 * (size["accuracy"]["deviation"] or 0.0) for size in sizes],
+            yerr=[metric.scale * (size[metric.name]["deviation"] or 0.0) for size in sizes],
             color=styles[name].colour,
             marker=styles[name].marker,
             capsize=2,
             linewidth=1.2,
         )
     _set_examples(ax, samples)
-    ax.set_ylabel("accuracy, %")
+    ax.set_ylabel(metric.label)
 
 
 def _set_examples(ax: Axes, samples: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from gbp_ray.errors import StoreError
 from gbp_ray.report import trial_figures
 from gbp_ray.report.drawing import Sketch, draw_figures
 from gbp_ray.results.findings import Findings, read_findings
-from gbp_ray.results.records import RoundRecord, TrialRecord, write_share
+from gbp_ray.results.records import RoundRecord, TrialRecord
 from gbp_ray.results.store import Store
 from gbp_ray.results.tensors import WEIGHTS, read_masks, read_weight
 
@@ -67,7 +67,7 @@ def make_trial_page(
     sketches += _sketch_filters(store, trial, record, masks)
     figures = draw_figures(sketches, lambda name: f"{stem}-{name}.png", "trial", num_processes)
     page = template.render(
-        write_share=write_share,
+        metric=trial.metric,
         version=__version__,
         made=made,
         trial=trial,

@@ -10,6 +10,7 @@ from typing import Any
 
 from gbp_ray.results.index import flatten
 from gbp_ray.results.records import RoundRecord
+from gbp_ray.results.scores import name_score
 from gbp_ray.results.store import Store, locate_trial
 from gbp_ray.results.tensors import compare_masks, read_masks, sum_shared
 
@@ -18,7 +19,7 @@ __all__ = [
 ]
 
 _METRICS = (
-    *("round", "sparsity", "accuracy", "loss", "accuracy_pruned", "loss_pruned"),
+    *("round", "sparsity", "score", "loss", "score_pruned", "loss_pruned"),
     *("robust_accuracy", "train_loss"),
 )
 
@@ -64,7 +65,7 @@ def compare_trials(one: str | Path, other: str | Path) -> dict[str, Any]:
     return {
         "trials": [store.trial_uri(trial) for store, trial, _ in sides],
         "config": _compare_config([_job_of(store, trial) for store, trial, _ in sides]),
-        "metrics": {name: [getattr(record, name) for record in rounds] for name in _METRICS}
+        "metrics": _compare_metrics(rounds)
         | {name: [getattr(record.cost, name) for record in rounds] for name in _COSTS},
         "masks": layers,
         "overlap": sum_shared(shared.values()).overlap if shared else None,
@@ -82,6 +83,15 @@ def _job_of(store: Store, trial: str) -> dict[str, Any] | None:
         # What was asked for is part of the trial's record, which comes last.
         return None
     return flatten(record.job.model_dump(mode="json", exclude={"storage"}))
+
+
+def _compare_metrics(rounds: list[RoundRecord]) -> dict[str, list[Any]]:
+    """Names what two rounds measured; None is what only the other one did."""
+    found = []
+    for record in rounds:
+        own = {name_score(name, record.metric.name): getattr(record, name) for name in _METRICS}
+        found.append(own | record.metrics)
+    return {name: [own.get(name) for own in found] for name in found[0] | found[1]}
 
 
 def _compare_config(jobs: list[dict[str, Any] | None]) -> dict[str, list[Any]] | None:

@@ -5,6 +5,9 @@ job under its dotted name, digests. It is sorted by trial and round, and pyarrow
 Polars read it as it is. Its metadata hold a SHA-256 of the file, taken with zeros in the checksum's
 own place.
 
+Scores are named by their metric. Where more than the accuracy was measured, `metric` names what
+judged a round and `metric_specs` describes all metrics as JSON; both are null in other rounds.
+
 A trial announces itself in `unindexed/<trial_id>` before its record is written, and whoever writes
 an index with that trial in it removes the announcement afterwards. So a reader that first lists the
 announcements and then reads the index misses nothing that had finished, in two requests, however
@@ -27,10 +30,13 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
+from gbp_ray.config.metrics import ACCURACY, MetricSpec
 from gbp_ray.errors import StoreError
 from gbp_ray.results.objects import Objects, is_key
 from gbp_ray.results.records import RoundRecord, TrialRecord, read_record
+from gbp_ray.results.scores import name_score, read_specs, write_specs
 
 __all__ = [
     "INDEX",
@@ -38,9 +44,11 @@ __all__ = [
     "is_current",
     "is_sound",
     "map_in_threads",
+    "name_measured",
     "read_index",
     "rebuild_index",
     "refresh_index",
+    "specs_in",
     "stream_in_threads",
     "tabulate",
 ]
@@ -55,40 +63,49 @@ _BLANK = b"gbp_ray-sha256-" + b"0" * 64
 
 _FLOATS = (
     "sparsity_target",
-    "accuracy",
+    "score",
     "loss",
-    "accuracy_pruned",
+    "score_pruned",
     "loss_pruned",
-    "accuracy_recalibrated",
+    "score_recalibrated",
     "loss_recalibrated",
     "robust_accuracy",
     "train_loss",
-    "train_accuracy",
+    "train_score",
 )
 
-_TESTED = ("test_accuracy", "test_loss")
+_TESTED = ("test_score", "test_loss")
 """Known of one round where rounds were judged by other examples, and of all where they were not."""
 
 _COUNTS = ("num_parameters", "num_nonzero", "macs", "macs_nonzero", "num_bytes", "num_bytes_sparse")
 
-_SCHEMA = pa.schema(
-    [
-        ("trial_id", pa.string()),
-        ("round", pa.int64()),
-        ("is_final", pa.bool_()),
-        ("sparsity", pa.float64()),
-        *((name, pa.float64()) for name in (*_FLOATS, *_TESTED)),
-        ("judged_on", pa.string()),
-        ("is_chosen", pa.bool_()),
-        ("compression", pa.float64()),
-        ("num_units", pa.int64()),
-        *((name, pa.int64()) for name in _COUNTS),
-        ("mask_digest", pa.string()),
-        ("weights_sha256", pa.string()),
-        ("held_back", pa.string()),
-        ("trial_seconds", pa.float64()),
-    ]
-)
+
+def _make_schema(specs: Iterable[tuple[MetricSpec, ...]]) -> pa.Schema:
+    """Makes the columns that an index has whatever its jobs, for what is measured in it."""
+    specs = list(specs) or [(ACCURACY,)]
+    judges = sorted({own[0].name for own in specs})
+    others = sorted({other.name for own in specs for other in own[1:]})
+    floats = [name_score(field, name) for field in (*_FLOATS, *_TESTED) for name in judges]
+    floats += [name for other in others for name in (*_name_other(other), f"test_{other}")]
+    return pa.schema(
+        [
+            ("trial_id", pa.string()),
+            ("round", pa.int64()),
+            ("is_final", pa.bool_()),
+            ("sparsity", pa.float64()),
+            *((name, pa.float64()) for name in dict.fromkeys(floats)),
+            ("judged_on", pa.string()),
+            ("is_chosen", pa.bool_()),
+            ("compression", pa.float64()),
+            ("num_units", pa.int64()),
+            *((name, pa.int64()) for name in _COUNTS),
+            ("mask_digest", pa.string()),
+            ("weights_sha256", pa.string()),
+            ("held_back", pa.string()),
+            ("trial_seconds", pa.float64()),
+        ]
+    )
+
 
 _TYPES = {pa.string(), pa.int64(), pa.float64(), pa.bool_()}
 _TRIALS_PER_PART = 200
@@ -154,14 +171,23 @@ def tabulate(records: Iterable[TrialRecord]) -> pa.Table:
 
 
 def _tabulate(records: Iterable[TrialRecord]) -> pa.Table:
+    records = list(records)
     rows = [row for record in records for row in _rows_of(record)]
-    names = sorted({name for row in rows for name in row} - set(_SCHEMA.names))
-    columns = {name: [row.get(name) for row in rows] for name in (*_SCHEMA.names, *names)}
+    schema = _make_schema({item.specs for record in records for item in record.rounds})
+    names = sorted({name for row in rows for name in row} - set(schema.names))
+    columns = {name: [row.get(name) for row in rows] for name in (*schema.names, *names)}
     arrays = [
-        pa.array(values, _SCHEMA.field(name).type) if name in _SCHEMA.names else _infer(values)
+        pa.array(values, schema.field(name).type) if name in schema.names else _infer(values)
         for name, values in columns.items()
     ]
     return pa.table(arrays, names=list(columns))
+
+
+def specs_in(table: pa.Table) -> dict[str | None, tuple[MetricSpec, ...]]:
+    """Reads the descriptions of all metrics that were measured, by their text in `metric_specs`."""
+    if "metric_specs" not in table.column_names:
+        return {None: (ACCURACY,)}
+    return {text: read_specs(text) for text in pc.unique(table["metric_specs"]).to_pylist()}
 
 
 def map_in_threads(
@@ -227,15 +253,22 @@ def read_stored(objects: Objects) -> pa.Table | None:
 
 def is_current(table: pa.Table) -> bool:
     """Check whether a stored index has all columns; one of an earlier version is made anew."""
-    return is_sound(table) and set(_SCHEMA.names) <= set(table.column_names)
+    if not is_sound(table):
+        return False
+    return set(_make_schema(specs_in(table).values()).names) <= set(table.column_names)
 
 
 def is_sound(table: pa.Table) -> bool:
     """Check whether some version writes the columns that a stored index has."""
     names = table.column_names
+    if len(set(names)) < len(names):
+        return False
+    try:
+        own = _make_schema(specs_in(table).values())
+    except ValidationError:
+        return False
     return (
-        len(set(names)) == len(names)
-        and all(table.schema.field(o.name).type == o.type for o in _SCHEMA if o.name in names)
+        all(table.schema.field(o.name).type == o.type for o in own if o.name in names)
         and {field.type for field in table.schema} <= _TYPES
     )
 
@@ -268,8 +301,8 @@ def _rows_of(record: TrialRecord) -> Iterable[dict[str, Any]]:
         yield {
             **shared,
             **{f"seconds.{name}": value for name, value in item.seconds.items()},
-            **{name: getattr(item, name) for name in _FLOATS},
-            **dict(zip(_TESTED, _tested(record, item), strict=True)),
+            **name_measured(item),
+            **_tested(record, item),
             "judged_on": item.judged_on,
             "is_chosen": item is record.chosen,
             **{name: getattr(item.cost, name) for name in _COUNTS},
@@ -284,14 +317,36 @@ def _rows_of(record: TrialRecord) -> Iterable[dict[str, Any]]:
         }
 
 
-def _tested(record: TrialRecord, item: RoundRecord) -> tuple[float | None, float | None]:
-    """Finds accuracy and loss of a round on the test split, as far as they were measured."""
+def name_measured(item: RoundRecord) -> dict[str, Any]:
+    """Names what was measured in a round as its columns: metrics, losses, what they are."""
+    name = item.metric.name
+    row: dict[str, Any] = {name_score(field, name): getattr(item, field) for field in _FLOATS}
+    for other in item.other_metrics:
+        found = (item.metrics, item.metrics_pruned, item.metrics_recalibrated)
+        values = (measured.get(other.name) for measured in found)
+        row |= zip(_name_other(other.name), values, strict=True)
+    if item.specs != (ACCURACY,):
+        row |= {"metric": name, "metric_specs": write_specs(item.specs)}
+    return row | {"metric_fault": item.metric_fault} if item.metric_fault else row
+
+
+def _name_other(metric: str) -> tuple[str, str, str]:
+    return metric, f"{metric}_pruned", f"{metric}_recalibrated"
+
+
+def _tested(record: TrialRecord, item: RoundRecord) -> dict[str, float | None]:
+    """Names what a round reached on the test split, as far as it was measured."""
     test = record.test
+    found: tuple[float | None, float | None, dict[str, float]] = None, None, {}
     if test is None:
-        return item.accuracy, item.loss
-    if item.round == test.round:
-        return test.accuracy, test.loss
-    return (test.dense_accuracy, test.dense_loss) if item.round == 0 else (None, None)
+        found = item.score, item.loss, item.metrics
+    elif item.round == test.round:
+        found = test.score, test.loss, test.metrics
+    elif item.round == 0:
+        found = test.dense_score, test.dense_loss, test.dense_metrics
+    score, loss, metrics = found
+    others = {f"test_{other.name}": metrics.get(other.name) for other in item.other_metrics}
+    return {name_score("test_score", item.metric.name): score, "test_loss": loss, **others}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -337,9 +392,14 @@ def _join(tables: Sequence[pa.Table]) -> pa.Table:
     """Puts tables of trials under each other; a column that is there in several types is text."""
     if len(tables) == 1:
         return tables[0]
-    names = sorted({name for table in tables for name in table.column_names} - set(_SCHEMA.names))
+    specs = {own for table in tables if len(table) for own in specs_in(table).values()}
+    if specs - {(ACCURACY,)}:
+        # Else an index without rows would bring the columns of an accuracy.
+        tables = [table for table in tables if len(table)]
+    schema = _make_schema(specs)
+    names = sorted({name for table in tables for name in table.column_names} - set(schema.names))
     columns = {}
-    for name in (*_SCHEMA.names, *names):
+    for name in (*schema.names, *names):
         parts = [_column(table, name) for table in tables]
         kinds = {part.type for part in parts if part.null_count < len(part)}
         if len(kinds) < 2:
@@ -351,8 +411,8 @@ def _join(tables: Sequence[pa.Table]) -> pa.Table:
             columns[name] = pa.chunked_array(
                 [_infer([value for part in parts for value in _plain(part)])]
             )
-    for name in _SCHEMA.names:
-        columns[name] = columns[name].cast(_SCHEMA.field(name).type)
+    for name in schema.names:
+        columns[name] = columns[name].cast(schema.field(name).type)
     return pa.table(columns)
 
 

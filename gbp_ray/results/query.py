@@ -10,6 +10,7 @@ neither Ray nor torch is needed, and no record is opened until it is asked for.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,14 +20,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gbp_ray.config.metrics import ACCURACY, MetricSpec
 from gbp_ray.config.schema import nearest_name
 from gbp_ray.errors import ConfigError, StoreError
-from gbp_ray.results.index import map_in_threads, read_index, refresh_index
-from gbp_ray.results.records import TrialRecord, find_accuracy_fault, write_value
+from gbp_ray.results.index import map_in_threads, read_index, refresh_index, specs_in
+from gbp_ray.results.records import TrialRecord, write_value
+from gbp_ray.results.scores import name_score, spec_of
 from gbp_ray.results.store import Store, locate_jobs
 
 __all__ = [
     "Results",
+    "name_columns",
     "name_values",
     "open_results",
     "read_results",
@@ -45,17 +49,8 @@ _COMPARE = {
     "!=": pc.not_equal,
 }
 
-_MOST_IS_BEST = (
-    "accuracy",
-    "accuracy_pruned",
-    "accuracy_recalibrated",
-    "robust_accuracy",
-    "train_accuracy",
-    "test_accuracy",
-    "sparsity",
-    "compression",
-)
-
+_MOST_IS_BEST = ("robust_accuracy", "sparsity", "compression")
+"""Columns whose greatest values are best, beside those of metrics, which have a direction."""
 
 _NO_WORKLOAD = ("workload.eval_batch_size", "workload.train_sample")
 """Fields that do not make a workload another one."""
@@ -76,6 +71,19 @@ class Results:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @property
+    def metrics(self) -> tuple[MetricSpec, ...]:
+        """Metrics that rounds were judged by, one where all can be compared."""
+        return tuple(dict.fromkeys(specs[0] for specs in specs_in(self.table).values()))
+
+    def scores(self, field: str = "score") -> list[float | None]:
+        """Lists a score of each round, such as "score_pruned", whatever its metric."""
+        columns = {m.name: self.table[name_score(field, m.name)].to_pylist() for m in self.metrics}
+        if len(columns) == 1:
+            return next(iter(columns.values()))
+        names = self.table["metric"].to_pylist()
+        return [columns[name or ACCURACY.name][place] for place, name in enumerate(names)]
 
     @property
     def _num_trials(self) -> int:
@@ -149,7 +157,7 @@ class Results:
         return Results(self._uri, self._stores, table)
 
     def best(self, wanted: str) -> dict[str, Any]:
-        """Finds the best round, as "accuracy@sparsity>=0.9" or "loss" asks.
+        """Finds the best round, as "accuracy@sparsity>=0.9", "perplexity" or "loss" asks.
 
         Args:
             wanted: A metric, and after "@" conditions as for `where`.
@@ -159,7 +167,7 @@ class Results:
 
         Raises:
             ConfigError: There is no such metric, a condition is wrong, or rounds of several
-                workloads meet them, see `by_workload`.
+                workloads or metrics meet them, see `by_workload`.
             StoreError: No round meets the conditions.
         """
         metric, _, condition = wanted.partition("@")
@@ -177,16 +185,16 @@ class Results:
                 f"'{self._uri}': none of {len(self)} rounds has {condition or metric}"
                 f"{_nearest_miss(self.table, condition)}"
             )
-        if metric.endswith("accuracy"):
+        if (spec := self._spec_of(metric)) is not None:
             # Where all are 0, others may tell whether that has a meaning.
             judged = ranked.table if ranked.table[metric][0].as_py() else self.table
             values = [value for value in judged[metric].to_pylist() if value is not None]
-            if fault := find_accuracy_fault(values):
+            if fault := spec.find_fault(values):
                 raise StoreError(f"'{self._uri}': none is best: {fault}; ask for loss")
         return ranked.head(1).to_rows()[0]
 
     def by_workload(self) -> list[tuple[str, Results]]:
-        """Parts rounds that cannot be ranked together: of other data, or judged by another split.
+        """Parts rounds that cannot be ranked together: of other data, split or metric.
 
         Trials of one job are of one workload, whatever options its sweep varies; of several jobs
         those are whose workload sections agree.
@@ -197,7 +205,7 @@ class Results:
         is_one_job = len(pc.unique(self.table["job"])) < 2
         fields = ["workload.validation"] if is_one_job else self.find_varying()
         names = [n for n in fields if n.startswith("workload.") and n not in _NO_WORKLOAD]
-        names = [n for n in ("judged_on", *names) if n in self.table.column_names]
+        names = [n for n in ("judged_on", "metric", *names) if n in self.table.column_names]
         keys = list(zip(*(self.table[name].to_pylist() for name in names), strict=True))
         places: dict[tuple[Any, ...], list[int]] = {}
         for place, key in enumerate(keys):
@@ -211,20 +219,23 @@ class Results:
                 "workload.factory": table["workload.factory"][0].as_py()
             }
             title = [str(named.pop("workload.factory"))]
-            if len({other[0] for other in places}) == 1:
-                del named["judged_on"]
+            for place, name in enumerate(names):
+                if name in ("judged_on", "metric") and len({key[place] for key in places}) == 1:
+                    del named[name]
             title += name_values(named)
             parts.append((", ".join(title), Results(self._uri, self._stores, table)))
         return parts
 
     def sort(self, column: str) -> Results:
-        """Puts the best first: the greatest accuracies, the least losses; other columns ascend.
+        """Puts the best first: the greatest accuracies, the least errors; other columns ascend.
 
         Raises:
             ConfigError: There is no such column.
         """
         name = self._column(column)
-        order = "descending" if name in _MOST_IS_BEST else "ascending"
+        spec = self._spec_of(name)
+        is_most = name in _MOST_IS_BEST if spec is None else spec.higher_is_better
+        order = "descending" if is_most else "ascending"
         keys = [(name, order), ("job", "ascending"), ("trial_id", "ascending")]
         keys.append(("round", "ascending"))
         # Not sort_by, which starts threads; see read_stored.
@@ -260,6 +271,27 @@ class Results:
         ]
         varying = [name for name in fields if len(pc.unique(self.table[name])) > 1]
         return sorted(varying, key=lambda name: (name not in first, varying.index(name)))
+
+    def _spec_of(self, column: str) -> MetricSpec | None:
+        """Finds the metric that a column holds values of.
+
+        Raises:
+            ConfigError: The column holds several, of which other values are best.
+        """
+        found = dict.fromkeys(
+            spec
+            for specs in specs_in(self.table).values()
+            for place, spec in enumerate(specs)
+            if column in name_columns(spec.name, is_first=place == 0)
+        )
+        if len({spec.higher_is_better for spec in found}) > 1:
+            raise ConfigError(
+                f"'{self._uri}': {column} is best where it is highest in some workloads and where "
+                "it is lowest in others; add a condition, such as job=NAME"
+            )
+        if column == "robust_accuracy":
+            return ACCURACY
+        return next(iter(found), None)
 
     def _column(self, name: str) -> str:
         names = self.table.column_names
@@ -395,10 +427,17 @@ def _nearest_miss(table: pa.Table, condition: str) -> str:
     return f"; the {'greatest' if is_floor else 'least'} {parts[1]} is {extreme:.4g}"
 
 
+def name_columns(metric: str, *, is_first: bool = True) -> list[str]:
+    """Names the columns that hold values of a metric, of the first one or of another."""
+    fields = ["score", "test_score", "score_pruned", "score_recalibrated"]
+    fields += ["train_score"] if is_first else []
+    return [name_score(field, metric) for field in fields]
+
+
 _MEASURED = (
-    "accuracy",
-    "test_accuracy",
-    "train_accuracy",
+    "score",
+    "test_score",
+    "train_score",
     "loss",
     "sparsity",
     "macs_nonzero",
@@ -419,15 +458,17 @@ def summarize(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> list[
         One row per combination: its fields, `num_seeds`, and of each measurement the mean and,
         as `..._deviation`, the sample standard deviation, None for a single trial. What only some
         jobs measure is there if any of these trials has it, None where not all have. Sorted by
-        sparsity, then by accuracy, the best first.
+        sparsity, then by score, the best first; trials of different metrics are kept apart.
     """
     rows = list(rows)
-    measured = [*_MEASURED]
+    specs = dict.fromkeys(spec_of(row).name for row in rows) or {ACCURACY.name: None}
+    measured = list(dict.fromkeys(name_score(n, metric) for n in _MEASURED for metric in specs))
     measured += [n for n in _MEASURED_BY_SOME if any(row.get(n) is not None for row in rows)]
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     kept = [field for field in fields if field != "seed"]
     for row in rows:
-        groups.setdefault(tuple(repr(row[field]) for field in kept), []).append(row)
+        key = (spec_of(row).name, *(repr(row[field]) for field in kept))
+        groups.setdefault(key, []).append(row)
     lines = []
     for members in groups.values():
         line: dict[str, Any] = {field: members[0][field] for field in kept}
@@ -436,9 +477,16 @@ def summarize(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> list[
             values = [row[name] for row in members if row.get(name) is not None]
             is_whole = len(values) == len(members)
             line[name] = statistics.fmean(values) if is_whole else None
-            has_spread = is_whole and len(values) > 1
+            has_spread = is_whole and len(values) > 1 and all(map(math.isfinite, values))
             line[f"{name}_deviation"] = statistics.stdev(values) if has_spread else None
         line["judged_on"] = members[0].get("judged_on", "test")
+        if (text := members[0].get("metric_specs")) is not None:
+            line["metric_specs"] = text
         lines.append(line)
-    # Measured sparsities of equal jobs may differ by a weight.
-    return sorted(lines, key=lambda line: (round(line["sparsity"], 3), -line["accuracy"]))
+
+    def place(line: Mapping[str, Any]) -> tuple[int, float, float]:
+        spec = spec_of(line)
+        # Measured sparsities of equal jobs may differ by a weight.
+        return [*specs].index(spec.name), round(line["sparsity"], 3), -spec.rank(line[spec.name])
+
+    return sorted(lines, key=place)

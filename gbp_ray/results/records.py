@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import (
@@ -36,13 +37,14 @@ from pydantic import (
 )
 
 from gbp_ray.config.job import SCHEMA_VERSION, JobConfig
+from gbp_ray.config.metrics import LOSS, MetricSpec, find_constant
 from gbp_ray.errors import GbpError, StoreError, name_some, printable
 from gbp_ray.results.objects import Objects, is_key
+from gbp_ray.results.scores import DenseReference, Scored, as_accuracy, get_name
 
 __all__ = [
     "AnyRecord",
     "CostRecord",
-    "DenseReference",
     "FailureRecord",
     "FileRecord",
     "FinalTest",
@@ -55,15 +57,12 @@ __all__ = [
     "choose_round",
     "describe_unpruned",
     "dump_job",
-    "find_accuracy_fault",
     "parse_record",
     "read_record",
     "seal_record",
-    "write_share",
     "write_value",
 ]
 
-_STORED, _RECALIBRATED = "as stored", "with BatchNorm re-estimated"
 _SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n}\n\Z')
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -196,26 +195,6 @@ class FileRecord(_Record):
         return {name: value for name, value in write(self).items() if value != ""}
 
 
-def find_accuracy_fault(accuracies: Iterable[float]) -> str:
-    """Return the reason why accuracies, the dense network's included, have no meaning, or "".
-
-    Since they are checked none is above 1, but older records may hold such.
-    """
-    values = list(accuracies)
-    if strange := [value for value in values if not 0 <= value <= 1]:
-        return f"accuracy {strange[0]:g} is no share of examples, so it tells nothing"
-    if values and not any(values):
-        return "accuracy is 0 throughout, so it tells nothing here: only the loss does"
-    return ""
-
-
-def write_share(share: float | None) -> str:
-    """Writes a share in percent, and what cannot be one as a word."""
-    if share is None:
-        return ""
-    return f"{share:.2%}" if 0 <= share <= 1 else "no share"
-
-
 def write_value(value: Any) -> str:
     """Writes the value of a field for people to read; nothing for one that is not set."""
     if value is None:
@@ -223,83 +202,36 @@ def write_value(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-class DenseReference(NamedTuple):
-    """The measurement of the dense network that pruned ones are compared with.
-
-    After each prune BatchNorm's running statistics are re-estimated, but the dense network keeps
-    those that it was trained or loaded with, which may be stale. So it is measured with both, and
-    the better measurement counts: the more accurate one, of equals the one with the lesser loss, of
-    equals the stored one. Otherwise what re-estimation gives would be taken for a gain of pruning.
-    """
-
-    accuracy: float
-    loss: float
-    is_recalibrated: bool = False
-    other_accuracy: float | None = None
-
-    @classmethod
-    def of(
-        cls,
-        accuracy: float,
-        loss: float,
-        accuracy_recalibrated: float | None,
-        loss_recalibrated: float | None,
-    ) -> DenseReference:
-        """Chooses between what stored and re-estimated statistics gave, where both are known.
-
-        Older records, and networks without such statistics, have only the first.
-        """
-        if accuracy_recalibrated is None or loss_recalibrated is None:
-            return cls(accuracy, loss)
-        stored = cls(accuracy, loss, False, accuracy_recalibrated)
-        other = cls(accuracy_recalibrated, loss_recalibrated, True, accuracy)
-        return max(stored, other, key=lambda one: (one.accuracy, -one.loss))
-
-    @property
-    def has_gap(self) -> bool:
-        """Whether the two measurements differ by over half a point: both are then shown."""
-        return self.other_accuracy is not None and abs(self.accuracy - self.other_accuracy) > 0.005
-
-    @property
-    def text(self) -> str:
-        """Writes the accuracy, how it was measured, and the other one where that differs."""
-        how, other = (_RECALIBRATED, _STORED)[:: 1 if self.is_recalibrated else -1]
-        if self.has_gap:
-            return f"{write_share(self.accuracy)} {how}; {other} {write_share(self.other_accuracy)}"
-        return write_share(self.accuracy) + (f" {how}" if self.is_recalibrated else "")
-
-    @property
-    def name(self) -> str:
-        """Name the dense network and how it was measured."""
-        if self.has_gap:
-            return f"dense at {self.text}"
-        return f"dense {_RECALIBRATED}" if self.is_recalibrated else "dense"
-
-
-class RoundRecord(_Record):
+class RoundRecord(Scored, _Record):
     """One whole round; round 0 is the dense network.
 
-    Accuracies are shares of the split in `judged_on`, losses means over it. `accuracy_pruned` is
-    measured after the prune and the BatchNorm re-estimation, before any fine-tuning;
-    `robust_accuracy` is the share of attacked examples that stay right, where the job has an
-    attack; `train_accuracy` on a fixed sample of the training split, not augmented. Where
-    fine-tuning may stop early, `kept_step` says after how many steps the weights are that were
-    kept. Round 0 has `accuracy_recalibrated` and `loss_recalibrated` as well where its network has
-    BatchNorm statistics and the job re-estimates them after pruning: with such statistics in place
-    of the stored ones. Its `fingerprints` say what network and data it was made with.
+    Scores are values of the workload's first metric on the split in `judged_on`, losses means over
+    it. `score_pruned` is measured after the prune and the BatchNorm re-estimation, before any
+    fine-tuning; `robust_accuracy` is the share of attacked examples that stay right, where the job
+    has an attack; `train_score` is measured on a fixed sample of the training split, not augmented.
+    Where fine-tuning may stop early, `kept_step` says after how many steps the weights are that
+    were kept. Round 0 has `score_recalibrated` and `loss_recalibrated` as well where its network
+    has BatchNorm statistics and the job re-estimates them after pruning: with such statistics in
+    place of the stored ones. Its `fingerprints` say what network and data it was made with.
+
+    Attributes:
+        other_metrics: What the workload measures beside `metric`.
+        metrics: All metrics by name, at the end of the round; likewise `metrics_pruned` and
+            `metrics_recalibrated`, which only hold something where there are other metrics.
+        metric_fault: Of round 0, why its score tells nothing although it is possible, or "".
     """
 
     round: Count
     sparsity_target: float
-    accuracy: float
+    score: float
     loss: float
-    accuracy_pruned: float | None = None
+    score_pruned: float | None = None
     loss_pruned: float | None = None
-    accuracy_recalibrated: float | None = None
+    score_recalibrated: float | None = None
     loss_recalibrated: float | None = None
     robust_accuracy: float | None = None
     train_loss: float | None = None
-    train_accuracy: float | None = None
+    train_score: float | None = None
     judged_on: str = "test"
     kept_step: int | None = None
     cost: CostRecord
@@ -308,6 +240,18 @@ class RoundRecord(_Record):
     fingerprints: dict[str, str] = {}
     seconds: dict[str, float] = {}
     files: dict[Name, FileRecord] = {}
+    other_metrics: tuple[MetricSpec, ...] = ()
+    metrics: dict[str, float] = {}
+    metrics_pruned: dict[str, float] = {}
+    metrics_recalibrated: dict[str, float] = {}
+    metric_fault: str = ""
+
+    @classmethod
+    def _read(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        tree = super()._read(tree)
+        if not tree.get("metrics") and "score" in tree:
+            tree["metrics"] = {get_name(tree): tree["score"]}
+        return tree
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -319,26 +263,54 @@ class RoundRecord(_Record):
     def reference(self) -> DenseReference:
         """The measurement of round 0 that later rounds are compared with."""
         return DenseReference.of(
-            self.accuracy, self.loss, self.accuracy_recalibrated, self.loss_recalibrated
+            self.score, self.loss, self.score_recalibrated, self.loss_recalibrated, self.metric
         )
 
+    def _shorten(self, tree: dict[str, Any]) -> dict[str, Any]:
+        tree = super()._shorten(tree)
+        if not self.other_metrics:
+            del tree["metrics"]
+        others = ("other_metrics", "metrics_pruned", "metrics_recalibrated", "metric_fault")
+        return _without_empty(tree, *others)
 
-class FinalTest(_Record):
+    @property
+    def values(self) -> dict[str, float]:
+        """All metrics by name, and the loss."""
+        return {**self.metrics, LOSS.name: self.loss}
+
+    @property
+    def specs(self) -> tuple[MetricSpec, ...]:
+        """All metrics that were measured, the one that judges first."""
+        return (self.metric, *self.other_metrics)
+
+
+def _without_empty(tree: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in tree.items() if value or key not in names}
+
+
+class FinalTest(Scored, _Record):
     """The one use of the test split by a trial whose rounds were judged by other examples.
 
     Attributes:
         round: The one that was chosen, see `choose_round`.
-        dense_accuracy: Of round 0, measured at the same time.
-        dense_accuracy_recalibrated: Likewise, as `RoundRecord.accuracy_recalibrated`.
+        dense_score: Of round 0, measured at the same time.
+        dense_score_recalibrated: Likewise, as `RoundRecord.score_recalibrated`.
+        metrics: All metrics of the chosen round, where there are several.
+        dense_metrics: Likewise of the dense network.
     """
 
     round: Count
-    accuracy: float
+    score: float
     loss: float
-    dense_accuracy: float
+    dense_score: float
     dense_loss: float
-    dense_accuracy_recalibrated: float | None = None
+    dense_score_recalibrated: float | None = None
     dense_loss_recalibrated: float | None = None
+    metrics: dict[str, float] = {}
+    dense_metrics: dict[str, float] = {}
+
+    def _shorten(self, tree: dict[str, Any]) -> dict[str, Any]:
+        return _without_empty(super()._shorten(tree), "metrics", "dense_metrics")
 
 
 class TrialRecord(_Record):
@@ -362,7 +334,7 @@ class TrialRecord(_Record):
     def __repr__(self) -> str:
         return (
             f"<TrialRecord {self.trial_id}: sparsity {self.chosen.sparsity:.2%}, "
-            f"accuracy {self.test_accuracy:.2%}>"
+            f"{self.metric.name} {self.metric.write(self.test_score)}>"
         )
 
     @field_validator("job", mode="before")
@@ -401,15 +373,40 @@ class TrialRecord(_Record):
         return self.final if self.test is None else self.rounds[self.test.round]
 
     @property
-    def test_accuracy(self) -> float:
-        """Accuracy of the chosen round on the test split."""
-        return self.final.accuracy if self.test is None else self.test.accuracy
+    def metric(self) -> MetricSpec:
+        """What rounds were judged by."""
+        return self.dense.metric
 
     @property
-    def accuracy_fault(self) -> str:
-        """The reason why accuracy has no meaning for this trial, or ""."""
-        tested = [] if self.test is None else [self.test.accuracy, self.test.dense_accuracy]
-        return find_accuracy_fault([*(record.accuracy for record in self.rounds), *tested])
+    def test_score(self) -> float:
+        """Score of the chosen round on the test split."""
+        return self.final.score if self.test is None else self.test.score
+
+    @property
+    def test_accuracy(self) -> float:
+        """The same, where it is the accuracy."""
+        return as_accuracy(self.metric, self.test_score)
+
+    @property
+    def metric_fault(self) -> str:
+        """The reason why the metric has no meaning for this trial, or ""."""
+        tested = [] if self.test is None else [self.test.score, self.test.dense_score]
+        return self.metric.find_fault([*(record.score for record in self.rounds), *tested])
+
+    @property
+    def metric_doubt(self) -> str:
+        """The reason why the metric tells nothing here although it is possible, or "".
+
+        The dense network is at chance level, or all measurements are the same.
+        """
+        found = [self.dense.score]
+        for record in self.rounds[1:]:
+            # Without fine-tuning both are one measurement.
+            is_trained = record.loss_pruned not in (None, record.loss)
+            found += [record.score_pruned or math.nan] * is_trained + [record.score]
+        if self.dense.metric_fault or self.final.cost.num_kept == self.dense.cost.num_kept:
+            return self.dense.metric_fault
+        return find_constant(self.metric, found)
 
     @property
     def dense_reference(self) -> DenseReference:
@@ -417,15 +414,16 @@ class TrialRecord(_Record):
         if (test := self.test) is None:
             return self.dense.reference
         return DenseReference.of(
-            test.dense_accuracy,
+            test.dense_score,
             test.dense_loss,
-            test.dense_accuracy_recalibrated,
+            test.dense_score_recalibrated,
             test.dense_loss_recalibrated,
+            test.metric,
         )
 
 
 def choose_round(rounds: Sequence[RoundRecord]) -> RoundRecord:
-    """Chooses among the rounds that are as sparse as the last: the most accurate one.
+    """Chooses among the rounds that are as sparse as the last: the one with the best score.
 
     Of equals the one with the least loss, then the later. Rounds judged by the test split leave no
     choice: it must not be made by what it is reported on.
@@ -435,7 +433,7 @@ def choose_round(rounds: Sequence[RoundRecord]) -> RoundRecord:
         return last
     kept = last.cost.num_kept
     finished = [record for record in rounds if record.cost.num_kept == kept]
-    return max(finished, key=lambda record: (record.accuracy, -record.loss, record.round))
+    return max(finished, key=lambda r: (r.metric.rank(r.score), -r.loss, r.round))
 
 
 def dump_job(job: JobConfig) -> str:

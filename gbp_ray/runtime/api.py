@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from gbp_ray.config.job import JobConfig, check_importable, load_job, trial_id
+from gbp_ray.config.metrics import ACCURACY, MetricSpec
 from gbp_ray.config.schema import find_idle_options
 from gbp_ray.config.sweep import SweepConfig
 from gbp_ray.config.workload import TransferConfig
@@ -41,11 +42,11 @@ from gbp_ray.runtime.estimate import (
 )
 from gbp_ray.runtime.live import load_live_job
 from gbp_ray.runtime.on_ray.optuna import OptunaPlan, make_search
+from gbp_ray.runtime.outcomes import Outcome, find_judge, warn_of_idle_metric
 from gbp_ray.runtime.progress import ProgressBoard, SweepBoard
 from gbp_ray.runtime.search import (
     Answer,
     Bisection,
-    Outcome,
     SearchPlan,
     Sparsities,
     TrialHistory,
@@ -54,7 +55,6 @@ from gbp_ray.runtime.search import (
     check_extras,
     describe_answer,
     first_of_each_group,
-    warn_of_idle_metric,
 )
 from gbp_ray.runtime.submission import prepare_submission
 from gbp_ray.runtime.trial import finish_trial, work_trial
@@ -68,6 +68,7 @@ from gbp_ray.workloads.loading import (
     warn_of_changed_code,
     warn_of_shadowed_modules,
 )
+from gbp_ray.workloads.metrics import metrics_of
 
 __all__ = [
     "PruneResult",
@@ -96,8 +97,13 @@ class PruneResult:
     trusted: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @property
+    def score(self) -> float:
+        """The workload's first metric on the test split, of the pruned network."""
+        return self.record.test_score
+
+    @property
     def accuracy(self) -> float:
-        """Test accuracy of the pruned network, in [0, 1]."""
+        """The same in [0, 1] where it is the accuracy; else a GbpError."""
         return self.record.test_accuracy
 
     @property
@@ -270,7 +276,7 @@ class SweepResult:
             "answers": [describe_answer(answer, self.answers) for answer in self.answers],
             "finished": [outcome.trial_id for outcome in states["finished"]],
             **{
-                state: [{name: getattr(outcome, name) for name in _SHOWN} for outcome in outcomes]
+                state: list(map(_describe_outcome, outcomes))
                 for state, outcomes in states.items()
                 if state != "finished"
             },
@@ -298,23 +304,26 @@ def sweep(
     job, trials, store, known, import_paths = _load_sweep(job, overrides)
     plan = _plan(job, trials, known)
     queue = TrialQueue(plan, known)
-    with SweepBoard(is_quiet, job.sweep.metric) as board:
+    with SweepBoard(is_quiet) as board:
         first = queue.next()
-        values = ((o.trial_id, getattr(o, job.sweep.metric)) for o in queue.outcomes.values())
-        board.begin(plan.total, values)
+        known_specs = [outcome.specs for outcome in queue.outcomes.values()]
         if first is not None:
             queue.put_back(first)
             store.preflight()
-            if not queue.outcomes:
+            if not known_specs:
                 # Reports an error of all trials once; each trial is checked again as it starts.
-                load_checked(first)
+                known_specs = [_read_specs(first)]
+        judge = find_judge(job.sweep, known_specs[0] if known_specs else (ACCURACY,))
+        values = ((o.trial_id, o.values.get(judge.name)) for o in queue.outcomes.values())
+        board.begin(plan.total, values, judge)
+        if first is not None:
             warn_of_shadowed_modules(first, import_paths[-1], stacklevel=3)
             store.claim(first)
             # Ray takes seconds to import; a sweep that has ended does not need it.
             from gbp_ray.runtime.on_ray.tune import run_sweep
 
             board.note(f"{job.name}  starting Ray")
-            run_sweep(job, queue, import_paths, board, is_debug=is_debug)
+            run_sweep(job, queue, import_paths, board, judge=judge, is_debug=is_debug)
     order = {trial_id(trial): number for number, trial in enumerate(trials)}
     outcomes = sorted(
         queue.outcomes.values(), key=lambda o: (order.get(o.trial_id, -1), o.trial_id)
@@ -369,19 +378,31 @@ def _load_sweep(
     return job, trials, store, TrialHistory(store, job.sweep), import_paths
 
 
-_SHOWN = ("trial_id", "state", "round", "accuracy", "cause")
-
-
 def _plan(job: JobConfig, trials: list[JobConfig], known: TrialHistory) -> SearchPlan:
-    if job.sweep.target.max_drop is not None:
+    if job.sweep.target.is_on:
         return Bisection(trials, Sparsities(job))
     if job.sweep.search == "optuna":
-        return OptunaPlan(job, known.find_in(job), make_search)
+        return OptunaPlan(job, known.find_in(job), make_search, _read_specs)
     groups = {trial_id(trial): dense_folder(trial) for trial in trials}
     # Trials that have ended come first, so that the board starts with their number.
     return TrialList(
         sorted(first_of_each_group(trials, groups), key=lambda trial: known(trial) is None)
     )
+
+
+def _read_specs(job: JobConfig) -> tuple[MetricSpec, ...]:
+    """Checks a job, and describes the metrics of its workload."""
+    return tuple(metric.describe() for metric in metrics_of(load_checked(job)[0]))
+
+
+def _describe_outcome(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "trial_id": outcome.trial_id,
+        "state": outcome.state,
+        "round": outcome.round,
+        outcome.metric.name: outcome.score,
+        "cause": outcome.cause,
+    }
 
 
 def _refuse_failure_of_all(outcomes: list[Outcome]) -> None:

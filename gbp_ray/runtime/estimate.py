@@ -23,6 +23,7 @@ from gbp_ray.pruning.criteria import criterion
 from gbp_ray.results.store import Store
 from gbp_ray.runtime.cache import dense_folder, scores_key
 from gbp_ray.runtime.memory import Memory, Phase, bytes_of
+from gbp_ray.runtime.outcomes import Outcome
 from gbp_ray.runtime.placement import (
     Machine,
     count_trials,
@@ -30,7 +31,7 @@ from gbp_ray.runtime.placement import (
     pretend_cpus,
     worker_resources,
 )
-from gbp_ray.runtime.search import Bisection, Outcome, Sparsities, TrialQueue
+from gbp_ray.runtime.search import Bisection, Sparsities, TrialQueue
 from gbp_ray.training.network import network_of_seed
 from gbp_ray.training.optimizer import num_steps
 from gbp_ray.workloads.contract import Portion, Workload

@@ -21,6 +21,7 @@ from rich import progress as bars
 from rich.console import Console
 from rich.text import Text
 
+from gbp_ray.config.metrics import ACCURACY, MetricSpec
 from gbp_ray.errors import printable
 from gbp_ray.results.records import RoundRecord
 from gbp_ray.runtime.bootstrap import SUBMITTED
@@ -104,17 +105,21 @@ class ProgressBoard:
 
     def show_round(self, trial: str, record: RoundRecord) -> None:
         """Prints the result of a finished round."""
+        metric = record.metric
         if record.round == 0:
             dense = record.reference
-            reached = f"accuracy {dense.text}" if dense.accuracy else f"loss {dense.loss:.4f}"
+            is_telling = not metric.find_fault([dense.score])
+            reached = f"{metric.name} {dense.text}" if is_telling else f"loss {dense.loss:.4f}"
             self.note(f"{trial}  dense  {reached}{_attacked(record)}")
+            if record.metric_fault:
+                self.note(f"{trial}  {record.metric_fault}")
             return
         # Where accuracy is 0, such as where nothing measures it, the loss says more.
         pruned, reached = "", f"loss {record.loss:.4f}"
-        if record.accuracy:
-            reached = f"accuracy {record.accuracy:.2%}"
-            if record.accuracy_pruned is not None:
-                pruned = f"  ({record.accuracy_pruned:.2%} before fine-tuning)"
+        if not metric.find_fault([record.score]):
+            reached = f"{metric.name} {metric.write(record.score)}"
+            if record.score_pruned is not None:
+                pruned = f"  ({metric.write(record.score_pruned)} before fine-tuning)"
         self.note(
             f"{trial}  round {record.round}  sparsity {record.sparsity:.4f}  "
             f"{reached}{pruned}{_attacked(record)}"
@@ -127,11 +132,11 @@ def _attacked(record: RoundRecord) -> str:
 
 
 class SweepBoard(ProgressBoard):
-    """Shows the progress of a sweep; `metric` decides on the best trial: accuracy or loss."""
+    """Shows the progress of a sweep."""
 
-    def __init__(self, is_quiet: bool = False, metric: str = "accuracy") -> None:
+    def __init__(self, is_quiet: bool = False) -> None:
         super().__init__(is_quiet)
-        self._metric = metric
+        self._judge = ACCURACY
         self._total: int | None = None
         self._num_known, self._ended = 0, Counter[str]()
         self._begun = time.monotonic()
@@ -140,13 +145,20 @@ class SweepBoard(ProgressBoard):
         self._running: dict[str, Progress] = {}
         self._last_note_s = self._begun
 
-    def begin(self, total: int | None, known: Iterable[tuple[str, float]]) -> None:
+    def begin(
+        self,
+        total: int | None,
+        known: Iterable[tuple[str, float | None]],
+        judge: MetricSpec = ACCURACY,
+    ) -> None:
         """Starts the clock.
 
         Args:
             total: Number of trials, or None where it is not known yet.
             known: (trial, metric) of those that are finished already.
+            judge: The metric, which decides on the best trial.
         """
+        self._judge = judge
         self._total, self._begun = total, time.monotonic()
         self._last_note_s = self._begun
         for trial, value in known:
@@ -179,8 +191,7 @@ class SweepBoard(ProgressBoard):
         self._running.pop(trial, None)
         self._last_note_s = time.monotonic()
         self._ended[state] += 1
-        if value is not None:
-            self._rank(trial, value)
+        self._rank(trial, value)
         self.note(f"{self._count()}  {trial}  {state}  {detail}{self._left()}")
         if self._is_live and (task := self._tasks.pop(trial, None)) is not None:
             self._bars.remove_task(task)
@@ -196,9 +207,11 @@ class SweepBoard(ProgressBoard):
         listed = ", ".join(named) + (f" and {more} more" if more else "")
         self.note(f"{self._count()}  {len(self._running)} running: {listed}{self._left()}")
 
-    def _rank(self, trial: str, value: float) -> None:
-        sign = 1 if self._metric == "accuracy" else -1
-        if self._best is None or sign * value > sign * self._best[0]:
+    def _rank(self, trial: str, value: float | None) -> None:
+        if value is None:
+            return
+        rank = self._judge.rank
+        if self._best is None or rank(value) > rank(self._best[0]):
             self._best = (value, trial)
 
     @property
@@ -225,8 +238,7 @@ class SweepBoard(ProgressBoard):
         best = ""
         if self._best is not None:
             value, trial = self._best
-            worded = f"{value:.2%}" if self._metric == "accuracy" else f"{value:.4f}"
-            best = f", best {worded} by {trial}"
+            best = f", best {self._judge.write(value)} by {trial}"
         self._bars.update(
             self._summary,
             completed=self._num_ended / self._total if self._total else 0.0,

@@ -8,7 +8,7 @@ at a time.
 from __future__ import annotations
 
 import importlib.util
-import warnings
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,16 +19,17 @@ from operator import getitem
 from typing import Any, Literal
 
 from gbp_ray.config.job import JobConfig, load_job, trial_id
+from gbp_ray.config.metrics import ACCURACY, MetricSpec
 from gbp_ray.config.sweep import SweepConfig, parse_space
 from gbp_ray.errors import ConfigError
-from gbp_ray.results.index import flatten, read_index
-from gbp_ray.results.records import DenseReference, find_accuracy_fault, write_share
+from gbp_ray.results.index import flatten, name_measured, read_index
+from gbp_ray.results.scores import as_accuracy, name_score, read_specs
 from gbp_ray.results.store import Store
+from gbp_ray.runtime.outcomes import Outcome, dense_values, find_judge, values_in
 
 __all__ = [
     "Answer",
     "Bisection",
-    "Outcome",
     "SearchPlan",
     "Sparsities",
     "TrialHistory",
@@ -40,37 +41,7 @@ __all__ = [
     "job_at",
     "space_fields",
     "values_at",
-    "warn_of_idle_metric",
 ]
-
-
-_MEASURED = ("accuracy", "loss", "accuracy_recalibrated", "loss_recalibrated")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The end of a trial in a sweep, with its last whole round and the worker time of all phases.
-
-    `cause` is the reason of a failure; `is_new` is False if an earlier sweep ran the trial.
-    """
-
-    trial_id: str
-    job: JobConfig
-    state: Literal["finished", "stopped", "failed"]
-    round: int | None = None
-    accuracy: float | None = None
-    loss: float | None = None
-    dense_accuracy: float | None = None
-    dense_is_recalibrated: bool = False
-    cause: str = ""
-    seconds: float = 0.0
-    is_new: bool = True
-
-    @property
-    def accuracy_fault(self) -> str:
-        """The reason why accuracy is meaningless for this trial, or ""."""
-        values = [v for v in (self.accuracy, self.dense_accuracy) if v is not None]
-        return find_accuracy_fault(values)
 
 
 class SearchPlan(ABC):
@@ -124,7 +95,8 @@ class Answer:
         job: The combination, at the answer's sparsity or, without an answer, at the lowest.
         sparsity: None if the lowest loses too much or a trial failed; `cause` tells why.
         trial_id: None at sparsity 0, which is the dense network.
-        dense_accuracy: Of the dense network compared with; see `records.DenseReference`.
+        dense_score: Of the dense network compared with; see `records.DenseReference`.
+        metric: What it was judged by, the loss perhaps.
         is_highest: True at the upper end of the search.
         seconds: Worker time of all its trials, those of earlier sweeps included.
     """
@@ -132,13 +104,24 @@ class Answer:
     job: JobConfig
     sparsity: float | None
     trial_id: str | None
-    accuracy: float | None
-    dense_accuracy: float | None
+    score: float | None
+    dense_score: float | None
     is_highest: bool
     num_trials: int
     seconds: float
     cause: str = ""
     dense_is_recalibrated: bool = False
+    metric: MetricSpec = ACCURACY
+
+    @property
+    def accuracy(self) -> float | None:
+        """The score, where it is the accuracy; else a GbpError. Likewise `dense_accuracy`."""
+        return as_accuracy(self.metric, self.score)
+
+    @property
+    def dense_accuracy(self) -> float | None:
+        """The dense network's."""
+        return as_accuracy(self.metric, self.dense_score)
 
 
 @dataclass
@@ -164,12 +147,13 @@ class _Search:
 
 
 class Bisection(SearchPlan):
-    """Finds for each job the largest sparsity that loses no more accuracy than allowed.
+    """Finds for each job the largest sparsity that is worse than dense by no more than allowed.
 
-    There is no answer if accuracy is not a fraction of the examples, always 0, or equal at all
-    sparsities tried. Accuracy is assumed to fall with sparsity. If noise makes it rise again, the
-    answer is still a sparsity within the target next to one outside. With room left, both trials
-    that may come next are run; this changes the cost and not the answer.
+    There is no answer if the metric is impossible, tells nothing, as an accuracy that is always 0
+    or that of chance, or is equal at all sparsities tried. It is assumed to get worse with
+    sparsity. If noise makes it better again, the answer is still a sparsity within the target next
+    to one outside. With room left, both trials that may come next are run; this changes the cost
+    and not the answer.
     """
 
     def __init__(self, jobs: Iterable[JobConfig], sparsities: Sparsities) -> None:
@@ -200,7 +184,7 @@ class Bisection(SearchPlan):
         while not search.is_over and (known := search.started.get(search.middle)) is not None:
             if known.state != "finished":
                 search.cause = known.cause or known.state
-            elif fault := known.accuracy_fault or find_accuracy_fault([known.dense_accuracy or 0]):
+            elif fault := self._sparsities.find_fault(known):
                 search.cause = fault
             elif self._sparsities.is_within(known):
                 search.low = search.middle
@@ -226,34 +210,38 @@ class Bisection(SearchPlan):
     def _answer(self, search: _Search) -> Answer:
         ended = [outcome for outcome in search.started.values() if outcome is not None]
         best, num = search.started.get(search.low), self._sparsities.num
-        cause = search.cause or ("" if search.low < num - 1 else _constant(ended))
+        first = ended[0] if ended else None
+        judge = ACCURACY if first is None else self._sparsities.judge(first)
+        cause = search.cause or ("" if search.low < num - 1 else _constant(ended, judge))
         is_dense = search.low == 0 and self._sparsities.first == 0
         has_answer = not cause and (best is not None or is_dense)
-        first = ended[0] if ended else None
-        dense = None if first is None else first.dense_accuracy
+        dense = None if first is None else first.dense.get(judge.name)
         return Answer(
             job=self._sparsities.at(search.job, max(search.low, 0)),
             sparsity=self._sparsities[search.low] if has_answer else None,
             trial_id=best.trial_id if best and has_answer else None,
-            accuracy=(best.accuracy if best else dense) if has_answer else None,
-            dense_accuracy=dense,
+            score=(best.values.get(judge.name) if best else dense) if has_answer else None,
+            dense_score=dense,
             is_highest=has_answer and search.low == num - 1,
             num_trials=len(ended),
             seconds=sum(outcome.seconds for outcome in ended),
             cause=cause,
             dense_is_recalibrated=first is not None and first.dense_is_recalibrated,
+            metric=judge,
         )
 
 
-def _constant(ended: Sequence[Outcome]) -> str:
-    """Explains that all trials and their dense network have equal accuracy; else returns ""."""
-    found = {outcome.accuracy for outcome in ended} | {outcome.dense_accuracy for outcome in ended}
+def _constant(ended: Sequence[Outcome], judge: MetricSpec) -> str:
+    """Explains that all trials and their dense network have an equal value; else returns ""."""
+    sides = [side for outcome in ended for side in (outcome.values, outcome.dense)]
+    found = {side.get(judge.name) for side in sides}
     if len(ended) < 2 or len(found) > 1 or None in found:
         return ""
+    other = "give another count_correct" if judge == ACCURACY else "judge by another metric"
     return (
-        f"accuracy is {write_share(found.pop())} at all {len(ended)} sparsities that were tried "
-        "and of the dense network, so it cannot tell them apart; raise sweep.target.highest or "
-        "give another count_correct"
+        f"{judge.name} is {judge.write(found.pop())} at all {len(ended)} sparsities that were "
+        f"tried and of the dense network, so it cannot tell them apart; raise "
+        f"sweep.target.highest or {other}"
     )
 
 
@@ -271,24 +259,13 @@ def describe_answer(answer: Answer, others: Sequence[Answer]) -> dict[str, Any]:
     return {
         "label": label or answer.job.name,
         "fields": {name: own[name] for name in varying},
-        **{name: value for name, value in vars(answer).items() if name != "job"},
+        **{
+            name_score(name, answer.metric.name): value
+            for name, value in vars(answer).items()
+            if name not in ("job", "metric")
+        },
+        **({} if answer.metric == ACCURACY else {"metric": answer.metric.model_dump()}),
     }
-
-
-def warn_of_idle_metric(outcomes: Iterable[Outcome], sweep: SweepConfig) -> None:
-    """Warns if a sweep's metric cannot tell its trials apart."""
-    ended = [outcome for outcome in outcomes if outcome.state != "failed"]
-    values = {getattr(outcome, sweep.metric) for outcome in ended}
-    is_chosen_by = sweep.search == "optuna" or sweep.scheduler != "fifo"
-    remedy = "; set sweep.metric to loss" if is_chosen_by else ""
-    if ended and sweep.metric == "accuracy" and all(o.accuracy_fault for o in ended):
-        warnings.warn(f"sweep: {ended[0].accuracy_fault}{remedy}", stacklevel=3)
-    elif is_chosen_by and len(ended) > 1 and len(values) == 1:
-        warnings.warn(
-            f"sweep.metric = {sweep.metric}: is {values.pop():g} in all {len(ended)} trials, so "
-            "nothing was chosen by it",
-            stacklevel=3,
-        )
 
 
 class Sparsities:
@@ -299,9 +276,8 @@ class Sparsities:
     """
 
     def __init__(self, job: JobConfig) -> None:
-        target = job.sweep.target
-        assert target.max_drop is not None
-        self._lowest, self._step, self._max_drop = target.lowest, target.tolerance, target.max_drop
+        self._sweep, target = job.sweep, job.sweep.target
+        self._lowest, self._step = target.lowest, target.tolerance
         self.num = int((target.highest - target.lowest) / target.tolerance + 1e-9) + 1
         self.first = 0 if target.lowest == 0 else -1
 
@@ -314,11 +290,37 @@ class Sparsities:
         tree["prune"]["sparsity"] = self[number]
         return JobConfig.model_validate(tree)
 
+    def judge(self, outcome: Outcome) -> MetricSpec:
+        """Finds what a trial is judged by; its first metric where the job names none that it has.
+
+        The sweep's own checks refuse such a job.
+        """
+        with suppress(ConfigError):
+            return find_judge(self._sweep, outcome.specs)
+        return outcome.metric
+
+    def find_fault(self, outcome: Outcome) -> str:
+        """Returns why a trial cannot be judged, or ""."""
+        try:
+            judge = find_judge(self._sweep, outcome.specs)
+        except ConfigError as error:
+            return str(error)
+        dense = outcome.dense.get(judge.name)
+        fault = outcome.find_fault(judge) or judge.find_fault(
+            [math.nan if dense is None else dense]
+        )
+        # What is known of chance is known of the first metric.
+        return fault or (outcome.doubt if judge == outcome.metric else "")
+
     def is_within(self, outcome: Outcome) -> bool:
-        """Decides if a trial lost no more accuracy than allowed, up to a rounding error."""
-        assert outcome.accuracy is not None
-        assert outcome.dense_accuracy is not None
-        return outcome.accuracy >= outcome.dense_accuracy - self._max_drop - 1e-9
+        """Decides if a trial is no worse than allowed, up to a rounding error."""
+        judge, target = self.judge(outcome), self._sweep.target
+        value, dense = outcome.values[judge.name], outcome.dense[judge.name]
+        allowed = target.max_drop
+        if allowed is None:
+            assert target.max_relative_drop is not None
+            allowed = target.max_relative_drop * abs(dense)
+        return judge.rank(value) >= judge.rank(dense) - allowed - 1e-9
 
 
 def first_of_each_group(
@@ -407,7 +409,9 @@ class TrialHistory:
         self._there = set(store.objects.list_folders("trials/"))
         phases = [name for name in self._table.column_names if name.startswith("seconds.")]
         self._rounds: dict[str, list[dict[str, Any]]] = {}
-        for row in self._table.select(["trial_id", "round", *_MEASURED, *phases]).to_pylist():
+        # Not the job's fields, of which there are many.
+        names = [name for name in self._table.column_names if "." not in name]
+        for row in self._table.select([*names, *phases]).to_pylist():
             row["spent_s"] = sum(row[phase] or 0 for phase in phases)
             self._rounds.setdefault(row["trial_id"], []).append(row)
         # Without a scheduler, trials that one has stopped go on.
@@ -427,17 +431,22 @@ class TrialHistory:
                 return None
             records = self._store.read_rounds(name)
             state, last = "stopped", min(stop.round, len(records) - 1)
-            rows = [r.model_dump() | {"spent_s": sum(r.seconds.values())} for r in records]
-        reference = DenseReference.of(*(rows[0][field] for field in _MEASURED))
+            rows = [
+                {**name_measured(r), "round": r.round, "spent_s": sum(r.seconds.values())}
+                for r in records
+            ]
+        specs = read_specs(rows[0].get("metric_specs"))
+        dense, is_recalibrated = dense_values(rows[0], specs)
         return Outcome(
             trial_id=name,
             job=job,
             state=state,
             round=rows[last]["round"],
-            accuracy=rows[last]["accuracy"],
-            loss=rows[last]["loss"],
-            dense_accuracy=reference.accuracy,
-            dense_is_recalibrated=reference.is_recalibrated,
+            specs=specs,
+            values=values_in(rows[last], specs),
+            dense=dense,
+            dense_is_recalibrated=is_recalibrated,
+            doubt=rows[0].get("metric_fault") or "",
             seconds=sum(row["spent_s"] for row in rows) * max(1, job.cluster.max_workers),
             is_new=False,
         )

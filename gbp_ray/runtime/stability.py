@@ -2,7 +2,7 @@
 
 *Samples*: one dense network is scored on samples of growing size, and the masks are compared
 without fine-tuning. *Seeds*: the job runs once per seed, stored like any other trial, and the last
-masks and accuracies are compared. Both run in this process, unless a sweep runs the seeds.
+masks and scores are compared. Both run in this process, unless a sweep runs the seeds.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gbp_ray.config.job import JobConfig, load_job, trial_id
+from gbp_ray.config.metrics import ACCURACY, MetricSpec
 from gbp_ray.distributed.ranks import Ranks, fixed_kernels, own_device
 from gbp_ray.errors import ConfigError
 from gbp_ray.pruning.analysis import Overlap, SizeStability, compare_samples, measure_overlap
@@ -25,6 +26,7 @@ from gbp_ray.runtime.api import open_result, prune, sweep
 from gbp_ray.training.progress import OnProgress, Progress, ignore_progress
 from gbp_ray.workloads.contract import num_examples
 from gbp_ray.workloads.loading import add_job_folders, load_workload
+from gbp_ray.workloads.metrics import metrics_of
 
 __all__ = ["SIZES", "STABLE", "SeedStability", "Stability", "measure_stability"]
 
@@ -37,7 +39,7 @@ SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 @dataclass(frozen=True)
 class SeedStability:
-    """The trial of each seed (id, accuracies, sparsity), and the overlap of their last masks."""
+    """The trial of each seed (id, scores, sparsity), and the overlap of their last masks."""
 
     trials: tuple[dict[str, Any], ...]
     overlap: Overlap
@@ -47,13 +49,14 @@ class SeedStability:
 class Stability:
     """The result of `measure_stability`; a part that did not run is empty or None.
 
-    `samples` are by criterion and size, drawn from `available` examples.
+    `samples` are by criterion and size, drawn from `available` examples; scores are of `metric`.
     """
 
     job: JobConfig
     samples: dict[str, list[SizeStability]]
     seeds: SeedStability | None
     available: int = 0
+    metric: MetricSpec = ACCURACY
 
     def __repr__(self) -> str:
         return f"<Stability of {self.job.name}: {', '.join(self.samples) or 'seeds'}>"
@@ -83,12 +86,16 @@ class Stability:
             "job": self.job.name,
             "sparsity": self.job.prune.sparsity,
             "stable": STABLE,
+            **({} if self.metric == ACCURACY else {"metric": self.metric.model_dump()}),
             "available_examples": self.available,
             "samples": {
                 criterion: {
                     "enough_examples": self.enough_examples(criterion),
                     "sizes": [
-                        {**_describe_size(size), "is_whole": self.is_whole(size.examples)}
+                        {
+                            **self._describe_size(size),
+                            "is_whole": self.is_whole(size.examples),
+                        }
                         for size in sizes
                     ],
                 }
@@ -97,10 +104,20 @@ class Stability:
             "seeds": seeds
             and {
                 "trials": list(seeds.trials),
-                "accuracy": _spread([trial["accuracy"] for trial in seeds.trials]),
-                "dense_accuracy": _spread([trial["dense_accuracy"] for trial in seeds.trials]),
+                **{
+                    name: _spread([trial[name] for trial in seeds.trials])
+                    for name in (self.metric.name, f"dense_{self.metric.name}")
+                },
                 "overlap": _describe_overlap(seeds.overlap),
             },
+        }
+
+    def _describe_size(self, size: SizeStability) -> dict[str, Any]:
+        return {
+            "examples": size.examples,
+            "overlap": _describe_overlap(size.between),
+            "overlap_to_largest": _spread(size.to_largest),
+            self.metric.name: _spread(size.scores),
         }
 
 
@@ -124,7 +141,7 @@ def measure_stability(
         num_seeds: Number of samples of each size, and of seeds from the job's own upwards.
         sizes: Numbers of calibration examples.
         criteria: Score the samples; the job's own by default.
-        is_evaluated: Measures the accuracy under each sample's mask, without fine-tuning.
+        is_evaluated: Measures the first metric under each sample's mask, without fine-tuning.
         with_samples: Runs the part over samples.
         with_seeds: Runs the part over seeds.
         is_sweep: Runs the seeds as a sweep on Ray.
@@ -141,11 +158,15 @@ def measure_stability(
     loaded = load_job(job, overrides)
     seeds = range(loaded.seed, loaded.seed + num_seeds)
     samples: dict[str, list[SizeStability]] = {}
-    available = 0
+    available, metric = 0, ACCURACY
     if with_samples:
-        samples, available = _run_samples(loaded, sizes, seeds, criteria, is_evaluated, on_progress)
-    found = _run_seeds(loaded, seeds, is_sweep, on_progress) if with_seeds else None
-    return Stability(loaded, samples, found, available)
+        samples, available, metric = _run_samples(
+            loaded, sizes, seeds, criteria, is_evaluated, on_progress
+        )
+    found = None
+    if with_seeds:
+        found, metric = _run_seeds(loaded, seeds, is_sweep, on_progress)
+    return Stability(loaded, samples, found, available, metric)
 
 
 def _run_samples(
@@ -155,7 +176,7 @@ def _run_samples(
     criteria: Sequence[str],
     is_evaluated: bool,
     on_progress: OnProgress,
-) -> tuple[dict[str, list[SizeStability]], int]:
+) -> tuple[dict[str, list[SizeStability]], int, MetricSpec]:
     jobs = {
         name: load_job(job, {"prune.criterion": name})
         for name in criteria or (job.prune.criterion,)
@@ -194,7 +215,7 @@ def _run_samples(
             )
             for name, one in jobs.items()
         }
-    return found, available
+    return found, available, metrics_of(workload)[0].describe()
 
 
 def _prefix(on_progress: OnProgress, prefix: str) -> OnProgress:
@@ -203,7 +224,7 @@ def _prefix(on_progress: OnProgress, prefix: str) -> OnProgress:
 
 def _run_seeds(
     job: JobConfig, seeds: range, is_sweep: bool, on_progress: OnProgress
-) -> SeedStability:
+) -> tuple[SeedStability, MetricSpec]:
     results = []
     if is_sweep:
         sweep(job, {"sweep.space": {"seed": list(seeds)}})
@@ -217,28 +238,21 @@ def _run_seeds(
         else:
             results.append(prune(one, {"cluster.num_workers": 0}, is_quiet=True))
     on_progress(Progress(f"seed {seeds[-1]}", len(seeds), len(seeds)))
+    metric = results[0].record.metric
     trials = tuple(
         {
             "seed": seed,
             "trial_id": result.record.trial_id,
             "uri": result.uri,
-            "accuracy": result.accuracy,
-            "dense_accuracy": result.record.dense_reference.accuracy,
+            metric.name: result.score,
+            f"dense_{metric.name}": result.record.dense_reference.score,
             "dense_is_recalibrated": result.record.dense_reference.is_recalibrated,
             "sparsity": result.sparsity,
         }
         for seed, result in zip(seeds, results, strict=True)
     )
-    return SeedStability(trials, measure_overlap([result.load_masks() for result in results]))
-
-
-def _describe_size(size: SizeStability) -> dict[str, Any]:
-    return {
-        "examples": size.examples,
-        "overlap": _describe_overlap(size.between),
-        "overlap_to_largest": _spread(size.to_largest),
-        "accuracy": _spread(size.accuracies),
-    }
+    overlap = measure_overlap([result.load_masks() for result in results])
+    return SeedStability(trials, overlap), metric
 
 
 def _describe_overlap(overlap: Overlap) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def prepare_submission(
     resolved = load_job(job, overrides)
     check_importable(resolved, is_elsewhere=True)
     spec = resolved.sweep
-    spans_trials = bool(spec.space) or spec.target.max_drop is not None or spec.search != "grid"
+    spans_trials = bool(spec.space) or spec.target.is_on or spec.search != "grid"
     kind: Kind = "sweep" if is_sweep or spans_trials else "prune"
     if kind == "sweep" and spec.search == "grid":
         # Faults of single trials are found here rather than on the cluster.

@@ -22,7 +22,7 @@ from gbp_ray.distributed.ranks import Ranks, fixed_kernels, own_device
 from gbp_ray.distributed.sharding import is_sharded
 from gbp_ray.errors import StoreError
 from gbp_ray.pruning.checkpoint import SHARDS, Checkpoint
-from gbp_ray.pruning.checks import load_checked
+from gbp_ray.pruning.checks import check_metric, load_checked
 from gbp_ray.pruning.rounds import RoundState, ScoreCache, needs_dense_weights, run_rounds
 from gbp_ray.results.records import RoundRecord, TrialRecord, choose_round
 from gbp_ray.results.store import Store
@@ -197,6 +197,9 @@ def iterate_trial(
             workload = ranks.run_collectively(lambda: load_workload(job.workload, job.seed))
         # Rank 0 decides, since a round may be committed between the reads of two ranks.
         records = ranks.broadcast_object(ranks.run_collectively(lambda: store.read_rounds(name)))
+        if records:
+            # Round 0 may be another trial's, made before the workload was changed.
+            check_metric(workload, records[0], f"trial {name}")
         # The driver that holds the trial now must hold it at each commit.
         driver = ranks.run_collectively(lambda: store.read_driver(name))
         in_trial = _InTrial(job, workload, on_progress)

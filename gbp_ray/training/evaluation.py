@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gbp_ray.config.job import JobConfig
+from gbp_ray.config.metrics import MetricSpec
 from gbp_ray.distributed.ranks import Ranks, isolated
 from gbp_ray.distributed.sharding import is_sharded
 from gbp_ray.errors import PruneError, WorkloadError
@@ -34,11 +35,20 @@ class Evaluation(NamedTuple):
         score: The value of the workload's first metric, which judges.
         loss: The mean over all items of the split.
         metrics: The values of all metrics by name, the first one's included.
+        specs: What they are, with their values by chance, in order.
+        num_items: The items that the loss is a mean over.
     """
 
     score: float
     loss: float
     metrics: dict[str, float]
+    specs: tuple[MetricSpec, ...] = ()
+    num_items: float = math.nan
+
+    @property
+    def several(self) -> dict[str, float]:
+        """All metrics where there are more than the first, else nothing."""
+        return self.metrics if len(self.metrics) > 1 else {}
 
 
 @torch.no_grad()
@@ -73,6 +83,7 @@ def evaluate(
     metrics = metrics_of(workload)
     # The first batch says how many sums a metric has.
     sums: list[Tensor] = []
+    specs: list[MetricSpec] = []
     model.eval()
 
     def measure(item: int, *, is_counted: bool) -> None:
@@ -92,6 +103,7 @@ def evaluate(
             if is_counted or not sums:
                 found = [update_metric(m, workload, split, outputs, targets) for m in metrics]
                 if not sums:
+                    specs.extend(metric.describe(outputs) for metric in metrics)
                     zeros = [values.new_zeros(len(batches), len(values)) for values in found]
                     sums.extend(zeros)
                 for rows, values in zip(sums, found, strict=True):
@@ -134,7 +146,8 @@ def evaluate(
             f"workload.metrics: {empty[0]} is NaN on workload.{split}, whose {total} examples hold "
             "nothing that it can be computed of; give others, or another metric"
         )
-    return Evaluation(values[metrics[0].name], loss, values)
+    score = values[metrics[0].name]
+    return Evaluation(score, loss, values, tuple(specs), items.sum().item())
 
 
 def _keep(rows: Tensor, item: int, values: Tensor) -> None:
@@ -173,21 +186,26 @@ def measure_final_test(
         weights = ranks.run_collectively(lambda number=number: read_weights(number))  # type: ignore[misc]
         load_weights(model, weights, source)
         of_round = with_changes(on_progress, round=number)
-        accuracy, loss, _ = evaluate(model, workload, ranks, batch_size, of_round)
-        if not math.isfinite(loss):
-            raise PruneError(f"round {number}: the test loss is {loss:g}; its weights diverged")
-        measured.append((accuracy, loss))
-    (accuracy, loss), (dense_accuracy, dense_loss) = measured
-    recalibrated: tuple[float | None, float | None] = None, None
+        found = evaluate(model, workload, ranks, batch_size, of_round)
+        if not math.isfinite(found.loss):
+            raise PruneError(
+                f"round {number}: the test loss is {found.loss:g}; its weights diverged"
+            )
+        measured.append(found)
+    found, dense = measured
+    recalibrated: Evaluation | None = None
     if recalibrate_as_asked(job, model, workload, ranks):
         again = evaluate(model, workload, ranks, batch_size, on_progress)
-        recalibrated = (again.score, again.loss) if math.isfinite(again.loss) else recalibrated
+        recalibrated = again if math.isfinite(again.loss) else None
     return FinalTest(
+        metric=metrics_of(workload)[0].describe(),
         round=chosen,
-        accuracy=accuracy,
-        loss=loss,
-        dense_accuracy=dense_accuracy,
-        dense_loss=dense_loss,
-        dense_accuracy_recalibrated=recalibrated[0],
-        dense_loss_recalibrated=recalibrated[1],
+        score=found.score,
+        loss=found.loss,
+        dense_score=dense.score,
+        dense_loss=dense.loss,
+        dense_score_recalibrated=recalibrated and recalibrated.score,
+        dense_loss_recalibrated=recalibrated and recalibrated.loss,
+        metrics=found.several,
+        dense_metrics=dense.several,
     )

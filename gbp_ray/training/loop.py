@@ -29,6 +29,7 @@ from gbp_ray.distributed.sums import GradientReducer, OrderedSum
 from gbp_ray.errors import PruneError
 from gbp_ray.training.buffers import TrainedBuffers
 from gbp_ray.training.distillation import Teacher
+from gbp_ray.training.evaluation import Evaluation
 from gbp_ray.training.loss import emphases_of, training_loss
 from gbp_ray.training.non_finite import why_not_finite
 from gbp_ray.training.optimizer import (
@@ -203,22 +204,18 @@ def _find_non_finite(loss_1: Tensor, gradients: Mapping[str, Tensor], ranks: Ran
     return next((f"gradient of '{name}' is not finite" for name in bad), None)
 
 
-Validation = tuple[float, float]
-"""(accuracy, loss) on examples that are not trained on."""
-
-
 @dataclass(frozen=True)
 class Outcome:
     """The end of a training that may have stopped early.
 
     Attributes:
         kept_step: Steps after which the network was kept; 0 is the start.
-        validation: Of that network.
+        validation: Of that network, on examples that are not trained on.
         train_loss: Of the last steps trained; NaN without any.
     """
 
     kept_step: int
-    validation: Validation
+    validation: Evaluation
     train_loss: float
 
 
@@ -230,19 +227,25 @@ def train_until_stale(
     every: int,
     patience: int,
     train: Callable[[range], float],
-    validate: Callable[[], Validation],
-    start: Validation,
+    validate: Callable[[], Evaluation],
+    start: Evaluation,
+    rank: Callable[[float], float],
 ) -> Outcome:
     """Trains until `patience` validations in a row were no better, or to the end; keeps the best.
 
-    Better is more accurate, and of equals with less loss.
+    Better is a better score, and of equals less loss.
 
     Args:
         steps: All that may be taken.
         every: Steps between validations; the last step is validated, too.
         train: Takes some steps, and returns their training loss.
         start: The validation before the first step.
+        rank: Gives the greater number for the better score.
     """
+
+    def merit(found: Evaluation) -> tuple[float, float]:
+        return rank(found.score), -found.loss
+
     best, kept_step, kept = start, 0, _Snapshot(model, optimizer)
     stale, done, train_loss = 0, 0, math.nan
     while done < len(steps) and stale < patience:
@@ -250,7 +253,7 @@ def train_until_stale(
         train_loss = train(next_steps)
         done += len(next_steps)
         found = validate()
-        if (found[0], -found[1]) > (best[0], -best[1]):
+        if merit(found) > merit(best):
             best, kept_step, stale = found, done, 0
             kept = _Snapshot(model, optimizer)
         else:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gbp_ray.config.metrics import ACCURACY, MetricSpec
+from gbp_ray.config.metrics import ACCURACY, MetricSpec, is_free
 from gbp_ray.config.schema import nearest_name
 from gbp_ray.errors import GbpError, WorkloadError, in_one_line
 from gbp_ray.workloads.batch import kind_of, labels_of, logits_of, tensors_in
@@ -25,13 +25,12 @@ from gbp_ray.workloads.losses import (
     class_labels,
     count_batch,
     count_right,
+    cross_entropy_options,
     ignored_label,
     mean_loss,
 )
 
 __all__ = ["Metric", "compute_metric", "metrics_of", "update_metric"]
-
-_RESERVED = ("job", "loss", "round", "seed", "sparsity", "sparsity_target", "train_loss")
 
 
 @dataclass(frozen=True)
@@ -54,17 +53,26 @@ class Metric:
     compute: Callable[[Tensor], float]
     higher_is_better: bool = True
     unit: str = ""
-    chance: float | Callable[[Any], float] | None = None
+    chance: float | Callable[[Any], float | None] | None = None
 
     def describe(self, outputs: Any = None) -> MetricSpec:
         """Describes it without torch.
 
         Args:
             outputs: Of a batch, for the value by chance.
+
+        Raises:
+            WorkloadError: `chance` fails.
         """
         chance = self.chance
         if callable(chance):
-            chance = None if outputs is None else chance(outputs)
+            try:
+                chance = None if outputs is None else chance(outputs)
+            except Exception as error:
+                raise WorkloadError(
+                    f"workload.metrics: {self.name}.chance raised {in_one_line(error)} for outputs "
+                    f"{kind_of(outputs)}; it must return the value of a network that knows nothing"
+                ) from error
         return MetricSpec(
             name=self.name,
             higher_is_better=self.higher_is_better,
@@ -85,7 +93,7 @@ def metrics_of(workload: Workload) -> tuple[Metric, ...]:
     found = tuple(_make(entry, workload) for entry in given or ("accuracy",))
     names = [metric.name for metric in found]
     for name in names:
-        if not name.isidentifier() or name in _RESERVED or name.endswith(("_pruned", "_deviation")):
+        if not name.isidentifier() or not is_free(name):
             raise WorkloadError(
                 f"workload.metrics: '{name}' cannot name a metric; give an identifier that is no "
                 "field of a record"
@@ -187,10 +195,18 @@ def _accuracy(workload: Workload) -> Metric:
     return Metric("accuracy", update, _ratio, unit=ACCURACY.unit, chance=chance)
 
 
-def _uniform(outputs: Any) -> float:
-    """Returns the accuracy of a guess among classes; named logits of words have them last."""
+def _uniform(outputs: Any) -> float | None:
+    """Returns the accuracy of a guess among classes."""
+    number = _count_logits(outputs)
+    return None if number is None else 1 / number
+
+
+def _count_logits(outputs: Any) -> int | None:
+    """Counts the classes that logits are of; named logits of words have them last."""
     logits = logits_of(outputs)
-    return 1 / logits.shape[-1 if logits is not outputs and logits.ndim == 3 else 1]
+    if not isinstance(logits, Tensor) or logits.ndim < 2:
+        return None
+    return logits.shape[-1 if logits is not outputs and logits.ndim == 3 else 1]
 
 
 def _top5(workload: Workload) -> Metric:
@@ -206,7 +222,11 @@ def _top5(workload: Workload) -> Metric:
         is_right = (best == labels.unsqueeze(1)).any(dim=1) & is_asked
         return torch.stack([is_right.sum(), is_asked.sum()]).double()
 
-    return Metric("top5", update, _ratio, unit="%")
+    def chance(outputs: Any) -> float | None:
+        number = _count_logits(outputs)
+        return None if number is None else min(5, number) / number
+
+    return Metric("top5", update, _ratio, unit="%", chance=chance)
 
 
 def _perplexity(workload: Workload) -> Metric:
@@ -219,7 +239,12 @@ def _perplexity(workload: Workload) -> Metric:
         mean = _ratio(sums)
         return math.exp(mean) if mean < 700 else math.inf
 
-    return Metric("perplexity", update, compute, higher_is_better=False)
+    def chance(outputs: Any) -> float | None:
+        # Only the cross entropy of a guess among classes is the logarithm of their number.
+        is_entropy = cross_entropy_options(workload.loss) is not None
+        return _count_logits(outputs) if is_entropy else None
+
+    return Metric("perplexity", update, compute, higher_is_better=False, chance=chance)
 
 
 def _errors(

@@ -99,6 +99,8 @@ def test_a_search_that_has_ended_answers_from_its_trials(run: Run, tmp_path: Pat
     (tmp_path / "job.toml").write_text(JOB.split("[sweep.space]")[0])
     target = ["target.max_drop=0.9", "target.highest=0.4", "target.tolerance=0.1"]
     settings = [f"sweep.{text}" for text in target]
+    # A network that has learned nothing has nothing to lose, and would give no answer.
+    settings += ["pretrain.epochs=3"]
     settings += ["prune.criterion=taylor", f"storage={tmp_path / 'results'}"]
     # With so much to lose, all of its trials are within the target: 0.2 and then 0.3 and 0.4.
     for sparsity in (0.2, 0.3, 0.4):

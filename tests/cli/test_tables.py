@@ -148,7 +148,7 @@ def test_the_summary_compares_the_last_round_with_the_dense_network(trial: Trial
 def test_the_dense_network_is_the_better_of_its_two_measurements(
     trial: TrialRecord, recalibrated: float | None, loss: float | None, words: str
 ) -> None:
-    changed = {"accuracy_recalibrated": recalibrated, "loss_recalibrated": loss}
+    changed = {"score_recalibrated": recalibrated, "loss_recalibrated": loss}
     dense = trial.dense.model_copy(update={"loss": 0.2, **changed})
     whole = trial.model_copy(update={"rounds": (dense, *trial.rounds[1:])})
     assert words in summary_line(whole)
@@ -168,7 +168,7 @@ def test_an_accuracy_that_tells_nothing_is_not_told(
     trial: TrialRecord, accuracies: tuple[float, ...], words: str
 ) -> None:
     rounds = tuple(
-        record.model_copy(update={"accuracy": accuracy, "accuracy_pruned": None})
+        record.model_copy(update={"score": accuracy, "score_pruned": None})
         for record, accuracy in zip(trial.rounds, accuracies, strict=True)
     )
     odd = trial.model_copy(update={"rounds": rounds})

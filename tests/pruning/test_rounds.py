@@ -107,7 +107,7 @@ def test_the_dense_network_is_measured_as_pruned_ones_are_and_stays_as_it_was(
     assert dense.reference.accuracy == max(dense.accuracy, dense.accuracy_recalibrated or 0)
     assert all(record.accuracy_recalibrated is None for record, _ in states[1:])
 
-    monkeypatch.setattr(rounds._Run, "_evaluate_recalibrated", lambda run: (None, None))
+    monkeypatch.setattr(rounds._Run, "_evaluate_recalibrated", lambda run: None)
     for (_, ours), other in zip(states, run_rounds(job, workload, Ranks()), strict=True):
         theirs = other.to_files()
         assert all(ours[name] == theirs[name] for name in ours if name != "state.pt")

@@ -36,13 +36,18 @@ def test_the_front_is_what_nothing_beats(pairs: list[tuple[float, float]]) -> No
 @settings(deadline=None)
 @given(st.lists(st.none() | st.floats(-1e6, 1e6) | st.just(math.nan), max_size=9))
 def test_a_spread_is_mean_and_sample_deviation(values: list[float | None]) -> None:
-    known = [v for v in values if v is not None and not math.isnan(v)]
+    known = [v for v in values if v is not None]
     spread = Spread.of(values)
     if not known:
         assert spread is None
         return
     assert spread is not None
     assert spread.num == len(known)
+    if any(map(math.isnan, known)):
+        # Left out, it would make the others look like all there are.
+        assert math.isnan(spread.mean)
+        assert spread.deviation is None
+        return
     assert spread.mean == pytest.approx(sum(known) / len(known), abs=1e-6)
     if len(known) == 1:
         assert spread.deviation is None
@@ -78,8 +83,8 @@ def test_points_are_those_of_the_records(sweep: Store, curves: WorkloadCurves) -
             ]
             assert point.seeds == (0, 1, 2)
             accuracies = [r.final.accuracy for r in own]
-            assert point.accuracy.mean == pytest.approx(statistics.fmean(accuracies))
-            assert point.accuracy.deviation == pytest.approx(statistics.stdev(accuracies))
+            assert point.score.mean == pytest.approx(statistics.fmean(accuracies))
+            assert point.score.deviation == pytest.approx(statistics.stdev(accuracies))
             drops = [r.final.accuracy - r.dense.accuracy for r in own]
             assert point.drop.mean == pytest.approx(statistics.fmean(drops))
             assert point.drop.deviation == pytest.approx(statistics.stdev(drops))
@@ -97,12 +102,12 @@ def test_points_are_compared_with_the_better_measurement_of_the_dense_network(
 ) -> None:
     store = Store(tmp_path, "stale")
     for seed, anew in enumerate((0.6, 0.7, 0.05)):
-        dense = {"accuracy": 0.1, "loss": 3.0, "accuracy_recalibrated": anew}
+        dense = {"score": 0.1, "loss": 3.0, "score_recalibrated": anew}
         write_sweep_trial(
             store,
             sweep_job("stale", seed=seed, rounds=1),
             dense={**dense, "loss_recalibrated": 1.0},
-            final={"accuracy": 0.4},
+            final={"score": 0.4},
         )
     (found,) = gather_curves(open_results(store.uri))
     ((point,),) = (curve.points for curve in found.curves)
@@ -139,7 +144,7 @@ def test_a_trial_of_two_jobs_is_one_seed(tmp_path: Path) -> None:
     (found,) = gather_curves(open_results(tmp_path))
     assert len(found.trials) == 2
     assert found.num_repeats == 2
-    assert found.curves[0].points[0].accuracy.num == 2
+    assert found.curves[0].points[0].score.num == 2
 
 
 def test_curves_are_told_apart_by_what_differs(tmp_path: Path) -> None:
@@ -193,8 +198,8 @@ def test_of_equally_sparse_points_the_most_accurate_is_named(tmp_path: Path) -> 
             store,
             sweep_job("ties", criterion=criterion, rounds=1),
             shapes={"a.weight": (8, 8)},
-            dense={"accuracy": 0.99},
-            final={"accuracy": accuracy, "loss": loss},
+            dense={"score": 0.99},
+            final={"score": accuracy, "loss": loss},
         )
     (found,) = gather_curves(open_results(store.uri))
     close = _find_within_a_point(found)

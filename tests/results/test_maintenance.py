@@ -207,7 +207,7 @@ def test_records_that_disagree_are_found(tmp_path: Path) -> None:
     trial = write_trial(store, sample_job())
     finished = store.read_trial(trial)
     assert finished is not None
-    better = finished.rounds[2].model_copy(update={"accuracy": 1.0})
+    better = finished.rounds[2].model_copy(update={"score": 1.0})
     boast = finished.model_copy(update={"rounds": (*finished.rounds[:2], better)})
     store.objects.put(f"trials/{trial}/trial.json", seal_record(boast))
     faults = [fault for _, fault in find_faults(tmp_path).faults]

@@ -421,7 +421,7 @@ def write_many(objects: Objects, number: int) -> None:
     for seed in range(number):
         job = sample_job(seed=seed)
         varied = tuple(
-            item.model_copy(update={"accuracy": 0.5 + 0.5 * math.sin(seed) ** 2}) for item in rounds
+            item.model_copy(update={"score": 0.5 + 0.5 * math.sin(seed) ** 2}) for item in rounds
         )
         records.append(sample_trial(job, varied))
         if seed % 100 == 0:

@@ -53,14 +53,14 @@ def test_the_choice_is_the_most_accurate_round_at_the_last_sparsity(result: Prun
 
     def with_accuracies(*accuracies: float) -> int:
         pairs = zip(rounds, accuracies, strict=True)
-        changed = [r.model_copy(update={"accuracy": a, "loss": 1.0}) for r, a in pairs]
+        changed = [r.model_copy(update={"score": a, "loss": 1.0}) for r, a in pairs]
         return choose_round(changed).round
 
     assert with_accuracies(1.0, 0.99, 0.8, 0.7) == 2, "sparser rounds alone are candidates"
     assert with_accuracies(1.0, 0.99, 0.7, 0.8) == 3
     assert with_accuracies(1.0, 0.99, 0.8, 0.8) == 3, "of equals the later"
     tested = [
-        r.model_copy(update={"judged_on": "test", "accuracy": a})
+        r.model_copy(update={"judged_on": "test", "score": a})
         for r, a in zip(rounds, (1.0, 1.0, 0.9, 0.1), strict=True)
     ]
     assert choose_round(tested).round == 3, "what is reported on must not choose"
@@ -84,8 +84,8 @@ def test_the_index_tells_test_from_validation(result: PruneResult) -> None:
     (curves,) = gather_curves(results)
     assert curves.judged_on == "validation"
     (point,) = curves.curves[0].points
-    assert point.test_accuracy is not None
-    assert point.test_accuracy.mean == test.accuracy
+    assert point.test_score is not None
+    assert point.test_score.mean == test.accuracy
     final = result.record.final
     assert point.gap is not None
     assert final.train_accuracy is not None

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from gbp_ray.config.metrics import ACCURACY, LOSS, MetricSpec
 from gbp_ray.results.records import CostRecord, LayerRecord, RoundRecord
 from gbp_ray.runtime import progress
 from gbp_ray.runtime.progress import ProgressBoard, Screen, SweepBoard
@@ -270,23 +271,23 @@ def test_a_quiet_sweep_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("metric", "values", "best"),
     [
-        ("accuracy", {"known": 0.5, "taylor-x": 0.875}, "best 87.50% by taylor-x"),
-        ("accuracy", {"known": 0.9, "taylor-x": 0.875}, "best 90.00% by known"),
-        ("loss", {"known": 0.5, "taylor-x": 0.875}, "best 0.5000 by known"),
+        (ACCURACY, {"known": 0.5, "taylor-x": 0.875}, "best 87.50% by taylor-x"),
+        (ACCURACY, {"known": 0.9, "taylor-x": 0.875}, "best 90.00% by known"),
+        (LOSS, {"known": 0.5, "taylor-x": 0.875}, "best 0.5 by known"),
     ],
 )
 def test_a_terminal_shows_the_sweep_as_a_whole_and_what_runs(
     monkeypatch: pytest.MonkeyPatch,
     clock: Clock,
-    metric: str,
+    metric: MetricSpec,
     values: dict[str, float],
     best: str,
 ) -> None:
     monkeypatch.setattr(
         progress, "Screen", lambda **options: Screen(file=io.StringIO(), force_terminal=True)
     )
-    with SweepBoard(metric=metric) as board:
-        board.begin(10, [("known", values["known"])])
+    with SweepBoard() as board:
+        board.begin(10, [("known", values["known"])], metric)
         for trial in ("taylor-x", "b", "c"):
             board.show(replace(FOUR_STEPS, trial=trial))
         clock.now_s += 30

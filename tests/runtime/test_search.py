@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import re
 import warnings
 from typing import Any
 
@@ -11,14 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gbp_ray.config.job import JobConfig, expand, load_job, trial_id
+from gbp_ray.config.metrics import ACCURACY, LOSS, MetricSpec
+from gbp_ray.config.sweep import SweepConfig
+from gbp_ray.errors import ConfigError, GbpError
+from gbp_ray.runtime.outcomes import Outcome, find_judge, warn_of_idle_metric
 from gbp_ray.runtime.search import (
     Bisection,
-    Outcome,
     Sparsities,
     TrialList,
     TrialQueue,
+    describe_answer,
     first_of_each_group,
-    warn_of_idle_metric,
 )
 
 
@@ -32,8 +37,11 @@ def job_with(**changed: Any) -> JobConfig:
 
 
 def outcome_of(job: JobConfig, accuracy: float = 0.9, **changed: Any) -> Outcome:
-    found = {"accuracy": accuracy, "dense_accuracy": 0.95, "seconds": 2.0} | changed
-    return Outcome(trial_id(job), job, found.pop("state", "finished"), **found)
+    found = {"dense_accuracy": 0.95, "loss": 0.5, "seconds": 2.0} | changed
+    values = {"accuracy": accuracy, "loss": found.pop("loss")}
+    dense = {"accuracy": found.pop("dense_accuracy"), "loss": 0.4}
+    state = found.pop("state", "finished")
+    return Outcome(trial_id(job), job, state, **{"values": values, "dense": dense, **found})
 
 
 def run(plan: Any, truth: Any, num_slots: int, order: random.Random) -> tuple[int, list[float]]:
@@ -247,3 +255,112 @@ def test_an_answer_names_its_trial() -> None:
     assert answer.dense_is_recalibrated
     assert answer.trial_id == trial_id(job_with(**{"prune.sparsity": 0.6}))
     assert (answer.accuracy, answer.dense_accuracy) == (0.95, 0.95)
+
+
+# -- other metrics than the accuracy ---------------------------------------------------------------
+
+RMSE = MetricSpec(name="rmse", higher_is_better=False)
+R2 = MetricSpec(name="r2")
+
+
+def errors_of(job: JobConfig, **changed: Any) -> Outcome:
+    """Makes an outcome whose errors double between sparsity 0 and 0.9, r2 falls and the loss."""
+    grown = 1 + job.prune.sparsity / 0.9
+    values = {"rmse": 2 * grown, "r2": 0.98 / grown, "loss": grown**2}
+    dense = {"rmse": 2.0, "r2": 0.98, "loss": 1.0}
+    found = {"values": values, "dense": dense, "specs": (RMSE, R2)} | changed
+    return Outcome(trial_id(job), job, "finished", **found)
+
+
+def search_with(target: dict[str, Any], **sweep: Any) -> Bisection:
+    whole = {"tolerance": 0.01, **target}
+    job = job_with(**{"sweep.target": whole, **{f"sweep.{k}": v for k, v in sweep.items()}})
+    return Bisection(expand(job), Sparsities(job))
+
+
+@pytest.mark.parametrize(
+    ("target", "metric", "largest"),
+    [
+        # rmse 2 (1 + s / 0.9): up by 0.5 at s = 0.225, by a tenth at s = 0.09.
+        ({"max_drop": 0.5}, None, 0.22),
+        ({"max_drop": 0.5}, "rmse", 0.22),
+        ({"max_relative_drop": 0.1}, None, 0.09),
+        ({"max_drop": 1.5}, "rmse", 0.67),
+        # r2 0.98 / (1 + s / 0.9): down by 0.1 at s = 0.1023.
+        ({"max_drop": 0.1}, "r2", 0.10),
+        # The loss (1 + s / 0.9)^2: up by a half at s = 0.2023.
+        ({"max_relative_drop": 0.5}, "loss", 0.20),
+    ],
+)
+def test_the_target_is_in_the_metric_s_direction_and_unit(
+    target: dict[str, Any], metric: str | None, largest: float
+) -> None:
+    plan = search_with(target, metric=metric)
+    run(plan, errors_of, 2, random.Random(1))
+    (answer,) = plan.answers()
+    assert answer.sparsity == largest
+    name = metric or "rmse"
+    assert answer.metric.name == name
+    grown = 1 + largest / 0.9
+    expected = {"rmse": 2 * grown, "r2": 0.98 / grown, "loss": grown**2}[name]
+    assert answer.score == pytest.approx(expected)
+    described = describe_answer(answer, [answer])
+    assert described[name] == answer.score
+    assert described[f"dense_{name}"] == answer.dense_score
+    assert "accuracy" not in described
+    with pytest.raises(GbpError, match=f"judged by {name}"):
+        _ = answer.accuracy
+
+
+@pytest.mark.parametrize(
+    ("changed", "cause"),
+    [
+        ({"doubt": "rmse of the dense network is 9, no better than by chance"}, "by chance"),
+        ({"dense": {"rmse": math.inf, "loss": 1.0}}, "rmse is inf throughout"),
+        ({"dense": {"loss": 1.0}}, "rmse is nan throughout"),
+        ({"specs": (R2,)}, "sweep.metric = rmse: is no metric of this workload"),
+    ],
+)
+def test_no_search_answers_from_a_metric_that_tells_nothing(
+    changed: dict[str, Any], cause: str
+) -> None:
+    plan = search_with({"max_drop": 0.5}, metric="rmse")
+    _, tried = run(plan, lambda job: errors_of(job, **changed), 1, random.Random(0))
+    (answer,) = plan.answers()
+    assert cause in answer.cause
+    assert answer.sparsity is None
+    assert len(tried) == 1
+
+
+def test_a_constant_metric_gives_no_answer() -> None:
+    values = {"rmse": 2.0, "loss": 1.0}
+    plan = search_with({"max_relative_drop": 0.1})
+    run(plan, lambda job: errors_of(job, values=values), 1, random.Random(0))
+    (answer,) = plan.answers()
+    assert answer.sparsity is None
+    assert "rmse is 2 at all" in answer.cause
+    assert "judge by another metric" in answer.cause
+
+
+def test_what_is_not_a_number_is_outside_of_every_target() -> None:
+    job = job_with(**{"sweep.target.max_relative_drop": 0.9})
+    for value in (math.nan, math.inf):
+        outcome = errors_of(job, values={"rmse": value, "loss": 1.0})
+        assert not Sparsities(job).is_within(outcome)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "specs", "words"),
+    [
+        ({"metric": "rmsee"}, (RMSE, R2), "did you mean 'rmse'? (allowed: rmse, r2, loss)"),
+        ({"metric": "accuracy"}, (RMSE,), "is no metric of this workload (allowed: rmse, loss)"),
+        ({"target": {"max_drop": 2.0}}, (ACCURACY,), "max_drop = 2: must be below 1 for accuracy"),
+    ],
+)
+def test_a_metric_that_the_workload_has_not_is_refused(
+    sweep: dict[str, Any], specs: tuple[MetricSpec, ...], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        find_judge(SweepConfig.model_validate(sweep), specs)
+    assert find_judge(SweepConfig(), specs) == specs[0]
+    assert find_judge(SweepConfig(metric="loss"), specs) == LOSS

@@ -153,7 +153,7 @@ def test_evaluation_equals_a_direct_computation(batch_size: int) -> None:
     twin = copy.deepcopy(model).eval()
     before = copy.deepcopy(model.state_dict())
     told: list[Progress] = []
-    accuracy, loss, _ = evaluate(model, workload, ONE_RANK, batch_size, on_progress=told.append)
+    accuracy, loss = evaluate(model, workload, ONE_RANK, batch_size, on_progress=told.append)[:2]
     pixels, labels = workload.test
     with torch.no_grad():
         outputs = twin(pixels)
@@ -227,7 +227,7 @@ def test_a_loss_is_that_of_the_whole_split_whatever_the_batch_size(
     workload, model = uneven(kind), in_float64(UNEVEN[kind].build)
     inputs, targets = workload.test
     outputs = model(inputs)
-    accuracy, loss, _ = evaluate(model, workload, ONE_RANK, batch_size)
+    accuracy, loss = evaluate(model, workload, ONE_RANK, batch_size)[:2]
     assert loss == pytest.approx(UNEVEN[kind].loss(outputs, targets).item(), rel=1e-12)
     if workload.count_correct is count_top1:
         asked = targets != UNEVEN[kind].ignored

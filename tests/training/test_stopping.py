@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +13,13 @@ from small_networks import ConvNet, built, images, job_config
 from torch import Tensor, nn
 
 from gbp_ray.config.job import JobConfig
+from gbp_ray.config.metrics import ACCURACY, MetricSpec
 from gbp_ray.config.training import FinetuneConfig, PretrainConfig
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import ConfigError
 from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.training.evaluation import evaluate
+from gbp_ray.training.evaluation import Evaluation, evaluate
 from gbp_ray.training.loop import train_until_stale
 from gbp_ray.training.optimizer import make_optimizer
 from gbp_ray.workloads.contract import Workload, judged_split, num_examples
@@ -34,12 +36,22 @@ class Validate:
         self.model, self.validations = model, list(validations)
         self.seen: list[dict[str, Tensor]] = []
 
-    def __call__(self) -> tuple[float, float]:
+    def __call__(self) -> Evaluation:
         self.seen.append(copy.deepcopy(self.model.state_dict()))
-        return self.validations[len(self.seen) - 1]
+        return as_evaluation(self.validations[len(self.seen) - 1])
 
 
-def train_with(validations: list[tuple[float, float]], patience: int, every: int = 2) -> Any:
+def as_evaluation(found: tuple[float, float]) -> Evaluation:
+    return Evaluation(*found, {"accuracy": found[0]})
+
+
+def train_with(
+    validations: list[tuple[float, float]],
+    patience: int,
+    every: int = 2,
+    start: tuple[float, float] = (0.5, 1.0),
+    metric: MetricSpec = ACCURACY,
+) -> Any:
     model = built(ConvNet)
     optimizer = make_optimizer(model, FinetuneConfig())
     validate, steps_taken = Validate(model, validations), []
@@ -61,7 +73,8 @@ def train_with(validations: list[tuple[float, float]], patience: int, every: int
         patience=patience,
         train=train,
         validate=validate,
-        start=(0.5, 1.0),
+        start=as_evaluation(start),
+        rank=metric.rank,
     )
     return outcome, model, optimizer, [first, *validate.seen], steps_taken
 
@@ -74,7 +87,7 @@ def test_training_stops_when_nothing_better_came_for_a_while() -> None:
     found = [(0.6, 1.0), (0.7, 1.0), (0.7, 1.0), (0.6, 0.1), (0.9, 1.0)]
     outcome, model, _, states, steps = train_with(found, patience=2)
     assert steps == list(range(10, 18)), "two validations after the second brought nothing"
-    assert (outcome.kept_step, outcome.validation) == (4, (0.7, 1.0))
+    assert (outcome.kept_step, outcome.validation) == (4, as_evaluation((0.7, 1.0)))
     assert same(model.state_dict(), states[2])
     assert not same(states[2], states[4])
     assert outcome.train_loss == 16.0
@@ -88,9 +101,26 @@ def test_of_equally_accurate_networks_the_one_with_less_loss_is_better() -> None
     assert same(model.state_dict(), states[2])
 
 
+@pytest.mark.parametrize(
+    ("values", "kept_step"),
+    [
+        ([9.0, 8.0, 8.5, 9.0, 8.5], 4),
+        # What is NaN or infinite is worse than any number.
+        ([math.nan, 9.0, math.inf, 9.5, math.nan], 4),
+        ([12.0, 11.0, 13.0, 14.0], 0),
+    ],
+)
+def test_of_errors_the_lowest_is_kept(values: list[float], kept_step: int) -> None:
+    rmse = MetricSpec(name="rmse", higher_is_better=False)
+    found = [(value, 1.0) for value in values]
+    outcome, model, _, states, _ = train_with(found, patience=4, start=(10.0, 1.0), metric=rmse)
+    assert outcome.kept_step == kept_step
+    assert same(model.state_dict(), states[kept_step // 2])
+
+
 def test_the_start_is_kept_where_training_only_hurts() -> None:
     outcome, model, optimizer, states, _ = train_with([(0.4, 1.0), (0.5, 1.0)], patience=2)
-    assert (outcome.kept_step, outcome.validation) == (0, (0.5, 1.0))
+    assert (outcome.kept_step, outcome.validation) == (0, as_evaluation((0.5, 1.0)))
     assert same(model.state_dict(), states[0])
     assert not optimizer.state, "momentum of steps that were taken back is gone with them"
 
@@ -160,7 +190,7 @@ def test_a_trial_is_judged_by_what_was_held_out() -> None:
 
 def test_the_accuracy_on_record_is_that_of_the_weights_that_were_kept() -> None:
     for state in run_rounds(job_of(), HELD_OUT, Ranks()):
-        accuracy, loss, _ = evaluate(state.model, HELD_OUT, Ranks(), 7, split="validation")
+        accuracy, loss = evaluate(state.model, HELD_OUT, Ranks(), 7, split="validation")[:2]
         assert state.record.accuracy == accuracy
         assert state.record.loss == pytest.approx(loss)
 

@@ -29,7 +29,7 @@ from gbp_ray.errors import ConfigError, GbpError, WorkloadError
 from gbp_ray.pruning.analysis import _name_classes
 from gbp_ray.results.findings import Findings
 from gbp_ray.runtime.api import SweepResult
-from gbp_ray.runtime.search import Outcome
+from gbp_ray.runtime.outcomes import Outcome
 from gbp_ray.workloads.checks import blaming_labels, check_finite, check_labels, check_workload
 from gbp_ray.workloads.contract import Workload, count_top1, num_examples
 from gbp_ray.workloads.data import take_batch, without_loaders

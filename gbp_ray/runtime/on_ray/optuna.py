@@ -7,14 +7,17 @@ before, is reported to Optuna at once and costs nothing.
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gbp_ray.config.job import JobConfig, takes_whole_numbers, trial_id
+from gbp_ray.config.metrics import ACCURACY, MetricSpec
 from gbp_ray.config.sweep import Axis, parse_space
 from gbp_ray.errors import ConfigError
-from gbp_ray.runtime.search import Outcome, SearchPlan, job_at, space_fields, values_at
+from gbp_ray.runtime.outcomes import Outcome, find_judge
+from gbp_ray.runtime.search import SearchPlan, job_at, space_fields, values_at
 
 __all__ = ["OptunaPlan", "make_search"]
 
@@ -25,16 +28,19 @@ _MOST_ATTEMPTS = 100
 class OptunaPlan(SearchPlan):
     """Plans `num_samples` trials, finished ones of this space included.
 
-    `make_search`, normally this module's, is called only if trials are left.
+    `make_search`, normally this module's, is called only if trials are left, and so is `read_specs`
+    only where no finished trial tells which metrics the workload has.
     """
 
     def __init__(
         self,
         base: JobConfig,
         earlier: Iterable[JobConfig],
-        make_search: Callable[[JobConfig], Any],
+        make_search: Callable[[JobConfig, MetricSpec], Any],
+        read_specs: Callable[[JobConfig], Sequence[MetricSpec]] = lambda job: (ACCURACY,),
     ) -> None:
-        self._base, self._make_search = base, make_search
+        self._base, self._make_search, self._read_specs = base, make_search, read_specs
+        self._judge = ACCURACY
         self.total = base.sweep.num_samples
         self._earlier = deque(list(earlier)[: self.total])
         self._num_given = 0
@@ -69,7 +75,10 @@ class OptunaPlan(SearchPlan):
 
     def _suggest(self) -> JobConfig | None:
         if self._search is None:
-            self._search = self._make_search(self._base)
+            known = next((outcome.specs for outcome in self._told.values()), None)
+            specs = self._read_specs(self._base) if known is None else known
+            self._judge = find_judge(self._base.sweep, specs)
+            self._search = self._make_search(self._base, self._judge)
             fields = space_fields(self._base)
             for outcome in self._told.values():
                 if (value := self._value_of(outcome)) is not None:
@@ -95,17 +104,18 @@ class OptunaPlan(SearchPlan):
 
     def _report(self, key: str, outcome: Outcome) -> None:
         if (value := self._value_of(outcome)) is not None:
-            self._search.on_trial_complete(key, {self._base.sweep.metric: value})
+            self._search.on_trial_complete(key, {self._judge.name: value})
         else:
             self._search.on_trial_complete(key, error=True)
 
     def _value_of(self, outcome: Outcome) -> float | None:
-        is_finished = outcome.state == "finished"
-        return getattr(outcome, self._base.sweep.metric) if is_finished else None
+        value = outcome.values.get(self._judge.name)
+        is_told = outcome.state == "finished" and value is not None and not math.isnan(value)
+        return value if is_told else None
 
 
-def make_search(base: JobConfig) -> Any:
-    """Makes Tune's Optuna search over the space of a sweep."""
+def make_search(base: JobConfig, judge: MetricSpec) -> Any:
+    """Makes Tune's Optuna search over the space of a sweep, for what judges its trials."""
     # Optuna is an extra.
     import optuna
 
@@ -118,8 +128,8 @@ def make_search(base: JobConfig) -> Any:
     space = {axis.fields[0]: _domain(tune, axis) for axis in parse_space(sweep.space)}
     return OptunaSearch(
         OptunaSearch.convert_search_space(space),
-        metric=sweep.metric,
-        mode="max" if sweep.metric == "accuracy" else "min",
+        metric=judge.name,
+        mode="max" if judge.higher_is_better else "min",
         seed=base.seed,
     )
 

@@ -1,9 +1,9 @@
 """Early stopping of a sweep's trials, guarded to be fair to pruning.
 
-Accuracy falls at each prune and recovers with fine-tuning, and it falls with sparsity. So a round
-is judged only
+A metric gets worse at each prune and recovers with fine-tuning, and it gets worse with sparsity. So
+a round is judged only
 
-- by its accuracy after fine-tuning,
+- by its score after fine-tuning,
 - after `grace_rounds` pruned rounds,
 - after `recovery_rounds` fine-tunings since the last prune, the round's own included (without
   fine-tuning there is nothing to wait for),
@@ -26,12 +26,14 @@ from typing import Any
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from gbp_ray.config.job import JobConfig
+from gbp_ray.config.metrics import MetricSpec
 from gbp_ray.config.prune import sparsity_schedule
 from gbp_ray.config.sweep import SweepConfig
 from gbp_ray.results.records import RoundRecord
 
 __all__ = ["GuardedScheduler", "MedianRule", "is_judged", "sparsity_path"]
 
+_RANK, _WORST = "rank", 1e300
 _LEAST_COMPANY = 3
 """Number of other trials that a median needs."""
 
@@ -56,17 +58,20 @@ def is_judged(sweep: SweepConfig, job: JobConfig, number: int) -> bool:
 class GuardedScheduler(FIFOScheduler):  # type: ignore[misc]
     """Applies a stopping rule to the rounds that may be judged, one rule per list of sparsities.
 
-    `job_of` returns the job of a Tune trial; `stopped` is called with job and round of each stop.
+    `judge` describes the metric that judges; `job_of` returns the job of a Tune trial; `stopped` is
+    called with job and round of each stop. Rules are given ranks, of which the greatest is best.
     """
 
     def __init__(
         self,
         sweep: SweepConfig,
+        judge: MetricSpec,
         job_of: Callable[[Any], JobConfig],
         stopped: Callable[[JobConfig, int], None],
     ) -> None:
         super().__init__()
-        self._sweep, self._job_of, self._stopped = sweep, job_of, stopped
+        self._sweep, self._judged_by = sweep, judge
+        self._job_of, self._stopped = job_of, stopped
         self._rules: dict[tuple[tuple[float, ...], str], Any] = {}
         self._is_over: set[str] = set()
 
@@ -83,7 +88,7 @@ class GuardedScheduler(FIFOScheduler):  # type: ignore[misc]
         earlier = SimpleNamespace(trial_id=f"earlier {job.model_dump_json()}")
         self._rule(job).on_trial_add(None, earlier)
         for record in records:
-            self._judge(None, earlier, job, record.round, getattr(record, self._sweep.metric))
+            self._judge(None, earlier, job, record.round, record.values.get(self._judged_by.name))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Enters a trial."""
@@ -91,10 +96,10 @@ class GuardedScheduler(FIFOScheduler):  # type: ignore[misc]
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Judges a round."""
-        if self._sweep.metric not in result or trial.trial_id in self._is_over:
+        if trial.trial_id in self._is_over:
             return str(TrialScheduler.CONTINUE)
-        job, number = self._job_of(trial), result["round"]
-        decision = self._judge(tune_controller, trial, job, number, result[self._sweep.metric])
+        job, number, value = self._job_of(trial), result["round"], result.get(self._judged_by.name)
+        decision = self._judge(tune_controller, trial, job, number, value)
         if decision != TrialScheduler.STOP or result.get("is_old"):
             return str(TrialScheduler.CONTINUE)
         self._is_over.add(trial.trial_id)
@@ -102,25 +107,28 @@ class GuardedScheduler(FIFOScheduler):  # type: ignore[misc]
         return str(TrialScheduler.STOP)
 
     def _judge(
-        self, tune_controller: Any, trial: Any, job: JobConfig, number: int, value: float
+        self, tune_controller: Any, trial: Any, job: JobConfig, number: int, value: float | None
     ) -> str:
-        if not is_judged(self._sweep, job, number):
+        # Trials of another workload may not have the metric.
+        if value is None or not is_judged(self._sweep, job, number):
             return str(TrialScheduler.CONTINUE)
-        result = {"round": number, self._sweep.metric: value}
+        # Finite, as rules take means of neighbours.
+        rank = min(max(self._judged_by.rank(value), -_WORST), _WORST)
+        result = {"round": number, _RANK: rank}
         return str(self._rule(job).on_trial_result(tune_controller, trial, result))
 
     def _rule(self, job: JobConfig) -> Any:
         # Initial masks decide where the sparsities begin.
         path = (sparsity_path(job), job.prune.initial_masks_digest)
         if path not in self._rules:
-            sweep, mode = self._sweep, "max" if self._sweep.metric == "accuracy" else "min"
+            sweep = self._sweep
             if sweep.scheduler == "median":
-                self._rules[path] = MedianRule(sweep.metric, mode)
+                self._rules[path] = MedianRule()
             else:
                 self._rules[path] = ASHAScheduler(
                     time_attr="round",
-                    metric=sweep.metric,
-                    mode=mode,
+                    metric=_RANK,
+                    mode="max",
                     # Beyond the last round, since ASHA stops every trial there.
                     max_t=max(job.prune.rounds, sweep.grace_rounds) + 1,
                     grace_period=sweep.grace_rounds,
@@ -132,14 +140,13 @@ class GuardedScheduler(FIFOScheduler):  # type: ignore[misc]
 class MedianRule(FIFOScheduler):  # type: ignore[misc]
     """Stops a trial that is worse than the median of the others at the same round."""
 
-    def __init__(self, metric: str, mode: str) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._metric, self._sign = metric, 1 if mode == "max" else -1
         self._values: dict[int, dict[str, float]] = defaultdict(dict)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Compares a round with the same round of the others."""
-        values, value = self._values[result["round"]], self._sign * result[self._metric]
+        values, value = self._values[result["round"]], result[_RANK]
         others = [other for name, other in values.items() if name != trial.trial_id]
         values[trial.trial_id] = value
         is_weak = len(others) >= _LEAST_COMPANY and value < statistics.median(others)

@@ -236,7 +236,7 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
     def round_done(record: RoundRecord) -> None:
         if ranks.is_first:
             mailbox.put.remote((trial_id(job), record))
-        ray.train.report({"round": record.round, "accuracy": record.accuracy})
+        ray.train.report({"round": record.round, **record.metrics})
         if gate is not None:
             if ranks.is_first:
                 gate.put.remote(record)

@@ -33,9 +33,12 @@ from ray.tune.logger import TBXLoggerCallback
 from ray.tune.search import Searcher
 
 from gbp_ray.config.job import JobConfig, trial_id
+from gbp_ray.config.metrics import ACCURACY, MetricSpec
 from gbp_ray.errors import BusyError, GbpError, TrialError, in_one_line
+from gbp_ray.results.index import name_measured
 from gbp_ray.results.lease import hold_lease
-from gbp_ray.results.records import FailureRecord, RoundRecord, StopRecord, write_share
+from gbp_ray.results.records import FailureRecord, RoundRecord, StopRecord
+from gbp_ray.results.scores import read_specs
 from gbp_ray.results.store import Store
 from gbp_ray.runtime.on_ray.failures import first_line, may_pass, unwrap
 from gbp_ray.runtime.on_ray.machines import (
@@ -48,9 +51,10 @@ from gbp_ray.runtime.on_ray.mailbox import Mailbox, Relay
 from gbp_ray.runtime.on_ray.schedulers import GuardedScheduler
 from gbp_ray.runtime.on_ray.session import fit_interruptibly, ray_session, run_beside
 from gbp_ray.runtime.on_ray.train import StoppedError, fit_trial
+from gbp_ray.runtime.outcomes import Outcome, dense_values, values_in
 from gbp_ray.runtime.placement import count_trials, worker_resources
 from gbp_ray.runtime.progress import SweepBoard
-from gbp_ray.runtime.search import Outcome, TrialQueue, space_fields, values_at
+from gbp_ray.runtime.search import TrialQueue, space_fields, values_at
 from gbp_ray.runtime.trial import Step, run_solo, run_whole
 from gbp_ray.training.progress import OnProgress, Progress
 from gbp_ray.workloads.loading import add_import_paths
@@ -71,10 +75,14 @@ def run_sweep(
     import_paths: list[str],
     board: SweepBoard,
     *,
+    judge: MetricSpec = ACCURACY,
     is_debug: bool = False,
     run: RunTrial = run_solo,
 ) -> None:
-    """Runs the trials of the queue, which then has all outcomes; `run` those without workers."""
+    """Runs the trials of the queue, which then has all outcomes; `run` those without workers.
+
+    `judge` describes the metric that schedulers and the board judge by.
+    """
     store = Store(base.storage, base.name)
     if not is_debug:
         # It would repeat at the end what the board has shown.
@@ -100,7 +108,7 @@ def run_sweep(
                 tune_config=tune.TuneConfig(
                     num_samples=-1,
                     search_alg=_QueueSearch(base, queue, slots),
-                    scheduler=_make_scheduler(base, queue, store),
+                    scheduler=_make_scheduler(base, judge, queue, store),
                     reuse_actors=True,
                     trial_name_creator=_name_of,
                     trial_dirname_creator=_name_of,
@@ -112,7 +120,7 @@ def run_sweep(
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                     failure_config=tune.FailureConfig(max_failures=base.sweep.max_failures),
                     callbacks=[
-                        _Bookkeeper(base, queue, store, board),
+                        _Bookkeeper(judge, queue, store, board),
                         *make_loggers(base, store),
                     ],
                 ),
@@ -179,7 +187,7 @@ class _QueueSearch(_Unsaved, Searcher):  # type: ignore[misc]
         is_bounded = not base.cluster.fits_one_process or base.sweep.max_concurrent is not None
         self._num_waiting = int(not is_bounded)
         self._fields = space_fields(base)
-        if base.sweep.target.max_drop is not None:
+        if base.sweep.target.is_on:
             self._fields.append("prune.sparsity")
 
     def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
@@ -219,8 +227,10 @@ def _name_of(trial: Any) -> str:
 class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
     """Passes the end of each trial to the queue, the store and the board."""
 
-    def __init__(self, base: JobConfig, queue: TrialQueue, store: Store, board: SweepBoard) -> None:
-        self._base, self._queue, self._store, self._board = base, queue, store, board
+    def __init__(
+        self, judge: MetricSpec, queue: TrialQueue, store: Store, board: SweepBoard
+    ) -> None:
+        self._judge, self._queue, self._store, self._board = judge, queue, store, board
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         result = trial.last_result
@@ -239,15 +249,16 @@ class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
         self._end(trial, "failed", result, text)
 
     def _end(self, trial: Any, state: Any, result: dict[str, Any], cause: str) -> None:
-        name = _name_of(trial)
+        name, specs = _name_of(trial), read_specs(result.get("metric_specs"))
         outcome = Outcome(
             trial_id=name,
             job=self._queue.job_of(name),
             state=state,
             round=result.get("round"),
-            accuracy=result.get("accuracy"),
-            loss=result.get("loss"),
-            dense_accuracy=result.get("dense_accuracy"),
+            specs=specs,
+            values=values_in(result, specs),
+            dense=values_in(result, specs, before="dense_"),
+            doubt=result.get("metric_fault", ""),
             dense_is_recalibrated=result.get("dense_is_recalibrated", False),
             cause=cause,
             seconds=result.get("spent_s", 0.0),
@@ -259,12 +270,12 @@ class _Bookkeeper(_Unsaved, tune.Callback):  # type: ignore[misc]
         trial.run_metadata.metric_analysis.clear()
         trial.run_metadata.metric_n_steps.clear()
         detail, value = cause, None
-        reached = f"accuracy {write_share(outcome.accuracy)}"
-        if fault := outcome.accuracy_fault:
-            reached = f"loss {outcome.loss:.4f} ({fault})"
+        reached = f"{outcome.metric.name} {outcome.metric.write(outcome.score)}"
+        if fault := outcome.find_fault(outcome.metric):
+            reached = f"loss {outcome.values['loss']:.4f} ({fault})"
         if state == "finished":
-            if not fault or self._base.sweep.metric == "loss":
-                value = getattr(outcome, self._base.sweep.metric)
+            if not outcome.find_fault(self._judge):
+                value = outcome.values.get(self._judge.name)
             detail = reached
         elif state == "stopped":
             detail = f"after round {outcome.round}, {reached}"
@@ -284,7 +295,9 @@ def _cause_of(trial: Any) -> str:
     return f"{type(cause).__name__}: {first_line(cause)}"
 
 
-def _make_scheduler(base: JobConfig, queue: TrialQueue, store: Store) -> GuardedScheduler | None:
+def _make_scheduler(
+    base: JobConfig, judge: MetricSpec, queue: TrialQueue, store: Store
+) -> GuardedScheduler | None:
     if base.sweep.scheduler == "fifo":
         return None
 
@@ -293,7 +306,9 @@ def _make_scheduler(base: JobConfig, queue: TrialQueue, store: Store) -> Guarded
             StopRecord(trial_id=trial_id(job), round=number, scheduler=base.sweep.scheduler)
         )
 
-    scheduler = GuardedScheduler(base.sweep, lambda trial: queue.job_of(_name_of(trial)), stopped)
+    scheduler = GuardedScheduler(
+        base.sweep, judge, lambda trial: queue.job_of(_name_of(trial)), stopped
+    )
     for outcome in queue.outcomes.values():
         scheduler.remember(outcome.job, store.read_rounds(outcome.trial_id))
     return scheduler
@@ -372,14 +387,19 @@ class _TuneTrial(tune.Trainable):  # type: ignore[misc]
 def _as_result(job: JobConfig, step: Step, before: dict[str, Any]) -> dict[str, Any]:
     record = step.record
     spent_s = sum(record.seconds.values()) * max(1, job.cluster.max_workers)
-    dense = record.reference  # of round 0, which comes first
+    # The dense network is round 0, which comes first.
+    dense = {key: value for key, value in before.items() if key.startswith("dense_")}
+    if not dense:
+        row = name_measured(record)
+        values, is_recalibrated = dense_values(row, record.specs)
+        dense = {f"dense_{name}": value for name, value in values.items()}
+        dense["dense_is_recalibrated"] = is_recalibrated
+        dense |= {key: row[key] for key in ("metric_specs", "metric_fault") if key in row}
     return {
         "round": record.round,
         "sparsity": record.sparsity,
-        "accuracy": record.accuracy,
-        "loss": record.loss,
-        "dense_accuracy": before.get("dense_accuracy", dense.accuracy),
-        "dense_is_recalibrated": before.get("dense_is_recalibrated", dense.is_recalibrated),
+        **record.values,
+        **dense,
         "spent_s": round(before.get("spent_s", 0.0) + spent_s, 3),
         "is_old": step.is_old,
         "done": False,

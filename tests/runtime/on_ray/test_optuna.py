@@ -9,7 +9,7 @@ import pytest
 
 from gbp_ray.config.job import JobConfig, load_job, trial_id
 from gbp_ray.runtime.on_ray.optuna import OptunaPlan, make_search
-from gbp_ray.runtime.search import Outcome
+from gbp_ray.runtime.outcomes import Outcome
 
 pytest.importorskip("optuna")
 
@@ -35,7 +35,8 @@ def drive(plan: OptunaPlan) -> list[JobConfig]:
     done = []
     while (job := plan.next()) is not None:
         done.append(job)
-        plan.tell(Outcome(trial_id(job), job, "finished", accuracy=truth(job), loss=1.0))
+        values = {"accuracy": truth(job), "loss": 1.0}
+        plan.tell(Outcome(trial_id(job), job, "finished", values=values))
     assert plan.is_over
     return done
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from gbp_ray.config.job import JobConfig, load_job
+from gbp_ray.config.metrics import ACCURACY, LOSS, MetricSpec
 from gbp_ray.config.sweep import SweepConfig
 from gbp_ray.runtime.on_ray.schedulers import GuardedScheduler, is_judged, sparsity_path
 
@@ -26,10 +28,11 @@ def job_with(**changed: Any) -> JobConfig:
 class Race:
     """Trials that report rounds to a scheduler, in a drawn order, until they end or are stopped."""
 
-    def __init__(self, **sweep: Any) -> None:
+    def __init__(self, judge: MetricSpec = ACCURACY, **sweep: Any) -> None:
         self.stopped: list[tuple[int, int]] = []
         self.scheduler = GuardedScheduler(
             SweepConfig.model_validate(sweep),
+            judge,
             lambda trial: trial.job,
             lambda job, number: self.stopped.append((job.seed, number)),
         )
@@ -123,7 +126,7 @@ def test_a_fall_right_after_a_prune_stops_nobody(scheduler: str) -> None:
 
 
 def test_the_loss_is_better_when_it_is_less() -> None:
-    race = Race(scheduler="median", metric="loss")
+    race = Race(LOSS, scheduler="median")
     jobs = [job_with(seed=seed) for seed in range(6)]
     for seed, job in enumerate(jobs):
         trial = SimpleNamespace(trial_id=str(seed), job=job)
@@ -136,7 +139,8 @@ def test_the_loss_is_better_when_it_is_less() -> None:
 def test_earlier_trials_count_and_old_rounds_stop_nobody(scheduler: str) -> None:
     race = Race(scheduler=scheduler)
     for seed in range(6):
-        records: Any = [SimpleNamespace(round=n, accuracy=0.9, loss=0.1) for n in range(10)]
+        values = {"accuracy": 0.9, "loss": 0.1}
+        records: Any = [SimpleNamespace(round=n, values=values) for n in range(10)]
         race.scheduler.remember(job_with(seed=seed), records)
     weak = SimpleNamespace(trial_id="weak", job=job_with(seed=9))
     race.scheduler.on_trial_add(None, weak)
@@ -145,3 +149,31 @@ def test_earlier_trials_count_and_old_rounds_stop_nobody(scheduler: str) -> None
     new = [{"round": n, "accuracy": 0.1, "loss": 2.0} for n in (2, 3)]
     assert "STOP" in [race.scheduler.on_trial_result(None, weak, result) for result in new]
     assert len(race.stopped) == 1
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "median"])
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_the_weak_are_those_at_the_metric_s_other_end(
+    scheduler: str, higher_is_better: bool
+) -> None:
+    judge = MetricSpec(name="rmse", higher_is_better=higher_is_better)
+    race = Race(judge, scheduler=scheduler)
+    jobs = [job_with(seed=seed) for seed in range(9)]
+    for seed, job in enumerate(jobs):
+        trial = SimpleNamespace(trial_id=str(seed), job=job)
+        race.scheduler.on_trial_add(None, trial)
+        # Trials come from the best to the worst.
+        value = 9.0 - seed if higher_is_better else 1.0 + seed
+        race.scheduler.on_trial_result(None, trial, {"round": 1, "rmse": value, "loss": 1.0})
+    assert (0, 1) not in race.stopped
+    assert {(seed, 1) for seed in range(4, 9)} <= set(race.stopped)
+
+
+def test_what_is_no_number_is_weak_and_what_is_missing_is_not_judged() -> None:
+    race = Race(MetricSpec(name="rmse", higher_is_better=False), scheduler="median")
+    values = {"rmse": 1.0}, {"rmse": 2.0}, {"rmse": math.inf}, {"rmse": math.nan}, {"rmse": 1.5}, {}
+    for seed, measured in enumerate(values):
+        trial = SimpleNamespace(trial_id=str(seed), job=job_with(seed=seed))
+        race.scheduler.on_trial_add(None, trial)
+        race.scheduler.on_trial_result(None, trial, {"round": 1, "accuracy": 0.0, **measured})
+    assert race.stopped == [(3, 1)]
