@@ -64,15 +64,15 @@ class WorkloadConfig(Section):
     """Groups of layers that share one weight, by name or glob: [["layer1.*.conv2"]]. Their shapes
     must be equal; the weight is that of the first layer."""
     eval_batch_size: int = Field(256, ge=1, le=MOST_EXAMPLES)
-    """Examples per batch when accuracy is measured, on each worker."""
+    """Examples per batch when metrics are measured, on each worker."""
     transfer: TransferConfig = TransferConfig()
     encoding: EncodingConfig = EncodingConfig()
     validation: float = Field(0.0, ge=0.0, lt=1.0)
     """Fraction of the training examples that the seed holds out, never trained or scored on. Rounds
     are then judged by them, and the test split is used once, at the end, for the chosen round."""
     train_sample: int = Field(1000, ge=0, le=MOST_EXAMPLES)
-    """Training examples, not augmented, on which accuracy is measured after each round, too; the
-    gap to the held-out accuracy is overfitting. 0 leaves it out."""
+    """Training examples, not augmented, on which the metric is measured after each round, too; the
+    gap to the held-out one is overfitting. 0 leaves it out."""
 
     @field_validator("factory")
     @classmethod

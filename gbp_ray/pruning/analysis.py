@@ -338,6 +338,11 @@ class SizeStability:
     to_largest: tuple[float, ...]
     scores: tuple[float, ...]
 
+    @property
+    def accuracies(self) -> tuple[float, ...]:
+        """The scores, by the name that they have where they are accuracies."""
+        return self.scores
+
 
 def compare_samples(
     job: JobConfig,

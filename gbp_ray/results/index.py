@@ -25,6 +25,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -32,6 +33,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from gbp_ray.config.job import JobConfig
 from gbp_ray.config.metrics import ACCURACY, MetricSpec
 from gbp_ray.errors import StoreError
 from gbp_ray.results.objects import Objects, is_key
@@ -255,7 +257,20 @@ def is_current(table: pa.Table) -> bool:
     """Check whether a stored index has all columns; one of an earlier version is made anew."""
     if not is_sound(table):
         return False
-    return set(_make_schema(specs_in(table).values()).names) <= set(table.column_names)
+    wanted = {*_make_schema(specs_in(table).values()).names, *_job_columns()}
+    return not len(table) or wanted <= set(table.column_names)
+
+
+@cache
+def _job_columns() -> frozenset[str]:
+    """Names the columns of the fields that every job has."""
+    prune = {"criterion": "magnitude", "sparsity": 0.5}
+    job = {"name": "any", "workload": {"factory": "any:any"}, "prune": prune}
+    return frozenset(_describe_job(JobConfig.model_validate(job)))
+
+
+def _describe_job(job: JobConfig) -> dict[str, Any]:
+    return flatten(job.model_dump(mode="json", exclude=set(_OUTSIDE)))
 
 
 def is_sound(table: pa.Table) -> bool:
@@ -289,9 +304,8 @@ def _stream_trials(objects: Objects, trials: Sequence[str]) -> Iterator[TrialRec
 
 
 def _rows_of(record: TrialRecord) -> Iterable[dict[str, Any]]:
-    job = flatten(record.job.model_dump(mode="json", exclude=set(_OUTSIDE)))
     shared = {
-        **job,
+        **_describe_job(record.job),
         **{f"versions.{name}": text for name, text in record.versions.items()},
         "trial_id": record.trial_id,
         "trial_seconds": record.seconds,

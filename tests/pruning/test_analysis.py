@@ -87,7 +87,7 @@ def test_more_examples_make_samples_agree_more() -> None:
     assert large.between.chance < large.between.mean
     assert large.to_largest == tuple(p for p in large.to_largest), "against the other samples"
     assert sorted(set(large.to_largest)) == sorted(set(large.between.pairs))
-    assert len(large.accuracies) == 3
+    assert len(large.scores) == len(large.accuracies) == 3
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 

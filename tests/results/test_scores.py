@@ -19,7 +19,8 @@ from gbp_ray.config.metrics import ACCURACY, MetricSpec, is_free
 from gbp_ray.errors import ConfigError, GbpError, StoreError
 from gbp_ray.report.page import write_report
 from gbp_ray.results.compare import compare_trials
-from gbp_ray.results.index import is_current, rebuild_index, tabulate
+from gbp_ray.results.index import INDEX, _dump, is_current, is_sound, rebuild_index, tabulate
+from gbp_ray.results.maintenance import find_faults
 from gbp_ray.results.query import Results, open_results, summarize
 from gbp_ray.results.records import (
     FinalTest,
@@ -217,6 +218,21 @@ def test_columns_are_named_by_the_metrics(regression: Store) -> None:
     assert [spec["name"] for spec in json.loads(rows[0]["metric_specs"])] == ["rmse", "r2"]
     assert sorted(row["rmse"] for row in rows if row["round"] == 2) == [1.0, 2.0, 3.0]
     assert is_current(open_results(regression.uri).table)
+
+
+def test_an_index_without_a_field_that_jobs_have_today_is_made_anew(tmp_path: Path) -> None:
+    store = write_job(tmp_path, [ACCURACY], {0: [(0.75,), (0.5,)], 1: [(0.75,), (0.25,)]})
+    rebuild_index(store.objects)
+    whole = open_results(store.uri).table
+    # As a version without the field has written it; then a trial of today's comes.
+    old = whole.drop_columns(["job", "prune.include"])
+    assert is_sound(old)
+    store.objects.put(INDEX, _dump(old))
+    assert find_faults(store.uri).faults == []
+    write_job(tmp_path, [ACCURACY], {2: [(0.75,), (0.5,)]})
+    found = open_results(store.uri)
+    assert found.table["prune.include"].null_count == 0
+    assert found.find_varying() == ["seed"]
 
 
 def test_the_best_is_the_lowest_error_and_the_highest_r2(regression: Store) -> None:
