@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ from gbp_ray.pruning.selection import check_reachable, check_selectable, select_
 from gbp_ray.pruning.statistics import movement_statistic
 from gbp_ray.pruning.units import SlicedScores, num_to_prune, survey
 from gbp_ray.workloads.batch import Batch, forward, kind_of, size_of
-from gbp_ray.workloads.checks import Checked, check_labels, find_unreached
+from gbp_ray.workloads.checks import Checked, check_labels, check_means, find_unreached
 from gbp_ray.workloads.contract import in_mode
 from gbp_ray.workloads.losses import mean_loss
 
@@ -356,9 +357,10 @@ class Pruner:
             try:
                 with torch.no_grad():
                     outputs = forward(model, workload, batch)
-                    rows = torch.arange(size_of(batch.targets))
-                    check_labels(workload, "train", rows, outputs, batch.targets)
+                    size = size_of(batch.targets)
+                    check_labels(workload, "train", torch.arange(size), outputs, batch.targets)
                     loss = mean_loss(workload, outputs, batch.targets)
+                    check_means(workload, model, batch, outputs, (), partial(batch.part, size=size))
             except GbpError:
                 raise
             except Exception as error:

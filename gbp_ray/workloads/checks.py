@@ -38,6 +38,7 @@ __all__ = [
     "blaming_labels",
     "check_finite",
     "check_labels",
+    "check_means",
     "check_workload",
     "find_unreached",
 ]
@@ -134,7 +135,7 @@ def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: i
                 def retake(rows: slice) -> Batch:
                     return take_batch(workload, data, indices[rows], augment_seed=seed)
 
-                _check_means(workload, model, batch, outputs, metrics, retake)
+                check_means(workload, model, batch, outputs, metrics, retake)
     except GbpError:
         raise
     except Exception as error:
@@ -255,7 +256,7 @@ def _check_right(workload: Workload, split: str, outputs: Any, targets: Any) -> 
     check_share(split, int(right), int(asked), shapes)
 
 
-def _check_means(
+def check_means(
     workload: Workload,
     model: nn.Module,
     batch: Batch,
@@ -268,6 +269,10 @@ def _check_means(
     Both are compared with those of two halves of the batch and, where they can be made up, once
     more with labels of all classes, and with outputs that differ more than those of an untrained
     network do.
+
+    Args:
+        outputs: Of the network for the batch, without a graph.
+        retake: Reads some examples of the batch anew, where parts of it do not do.
     """
     size = size_of(batch.targets)
     if size < 2:

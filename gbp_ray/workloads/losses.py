@@ -114,14 +114,15 @@ def count_items(workload: Workload, targets: Any) -> Tensor | None:
         counts = [_count_own(workload, part) for part in parts]
         device = next(tensors_in(targets)).device
         return torch.tensor(counts, dtype=torch.float64, device=device)
-    if isinstance(targets, Mapping) and workload.loss is functional.cross_entropy:
+    is_carried = isinstance(targets, Mapping) and workload.loss is functional.cross_entropy
+    if is_carried:
         # The loss that outputs carry is taken for a mean over labels that are not ignored.
         targets = targets.get("labels")
     options = cross_entropy_options(workload.loss)
     if options is None or not isinstance(targets, Tensor) or targets.is_floating_point():
         return None
     weight, ignored = options.get("weight"), options.get("ignore_index", _IGNORED)
-    if targets.ndim == 1 and weight is None and ignored == _IGNORED:
+    if targets.ndim == 1 and weight is None and ignored == _IGNORED and not is_carried:
         return None
     is_labelled = targets != ignored
     items = is_labelled.double()

@@ -303,6 +303,10 @@ def test_arguments_that_cannot_be_right_are_refused(name: str) -> None:
     assert str(caught.value).startswith(text)
 
 
+def summed(outputs: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs, targets) * len(targets)
+
+
 INPUTS, TARGETS = batch_of(1, 0)
 STEP: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "no batch": ((), {}, "batch: criterion = taylor reads the batches of the training loop; "),
@@ -317,6 +321,11 @@ STEP: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
         ((INPUTS, TARGETS),),
         {"loss": lambda outputs, targets: outputs},
         "loss: must return the mean over the batch, a scalar tensor, not torch.float32 of ",
+    ),
+    "sum": (
+        ((INPUTS, TARGETS),),
+        {"loss": summed},
+        "loss: the loss is no mean over examples: ",
     ),
     "detached": (
         ((INPUTS, TARGETS),),
@@ -404,3 +413,27 @@ def test_a_network_that_was_changed_since_is_refused() -> None:
     model.head = nn.Linear(12, 4)
     with pytest.raises(GbpError, match=r"^model: 'head.weight' is another parameter than when"):
         pruner.step()
+
+
+class Carrying(Net):
+    """Takes a dict and returns its loss, as networks of Hugging Face do."""
+
+    def forward(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = super().forward(pixels)
+        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_loss_that_outputs_carry_is_taken() -> None:
+    pairs = [batch_of(1, 0), batch_of(1, 1)]
+    pairs[0][1][:2] = -100
+    plain = gbp_ray.Pruner(
+        built(Net),
+        sparsity=0.6,
+        end=1,
+        loss=lambda logits, labels: functional.cross_entropy(logits, labels),
+        count=lambda labels: (labels != -100).sum(),
+    )
+    plain.step(*pairs)
+    carrying = gbp_ray.Pruner(built(Carrying), sparsity=0.6, end=1)
+    carrying.step(*({"pixels": x, "labels": y} for x, y in pairs))
+    assert carrying.masks == plain.masks

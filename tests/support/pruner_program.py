@@ -39,7 +39,7 @@ class Net(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         hidden = torch.relu(self.norm(self.conv(inputs))).flatten(1)
-        return self.head(self.body(hidden)) + self.shift
+        return self.head(self.body(hidden + self.shift))
 
 
 def batch_of(step: int, rank: int) -> tuple[Tensor, Tensor]:
