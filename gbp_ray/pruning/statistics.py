@@ -140,8 +140,11 @@ def summed_gradient(probe: Probe, inputs: Any, targets: Any) -> Tensor:
 def squared_example_gradients(probe: Probe, inputs: Any, targets: Any) -> Tensor:
     """Computes sum_i n_i g_i^2 over the batch's examples, vectorised in chunks.
 
-    Batches that are no pairs of tensors are taken example by example: networks for them are rarely
-    fit to be vectorised.
+    Batches that are no pairs of tensors, and those of networks that torch cannot vectorise, are
+    taken example by example.
+
+    Raises:
+        PruneError: The network writes buffers in eval mode.
     """
     if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor) and inputs is not targets):
         return _squares_one_by_one(probe)
@@ -164,12 +167,9 @@ def squared_example_gradients(probe: Probe, inputs: Any, targets: Any) -> Tensor
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError) as error:
-            first = Batch(inputs[:1], targets[:1])
-            reason = _why_not_by_example(probe, slots, first, error)
-            raise PruneError(
-                "prune.criterion = fisher: single examples of this model cannot be differentiated, "
-                f"{reason}, or choose taylor_squared"
-            ) from error
+            _check_buffers(probe, slots, Batch(inputs[:1], targets[:1]), error)
+            # Torch has no rule for one of the operations, such as those of recurrent layers.
+            return _squares_one_by_one(probe)
         squares = [gradients[name].square() for name in prunable]
         if probe.counts is not None:
             squares = [_weigh(square, probe.counts[start:stop]) for square in squares]
@@ -205,13 +205,13 @@ def _weigh(square: Tensor, counts: Tensor) -> Tensor:
     return torch.where(counts > 0, square * counts, 0)
 
 
-def _why_not_by_example(
+def _check_buffers(
     probe: Probe,
     slots: list[tuple[dict[str, Tensor | None], str, Tensor]],
     example: Batch,
     error: Exception,
-) -> str:
-    """Names the buffers that a forward pass writes in eval mode, or else repeats torch's error."""
+) -> None:
+    """Refuses buffers that a forward pass writes in eval mode, which one example has for all."""
     model = probe.model
     # The failed pass may have put another tensor in a buffer's place.
     for owner, name, buffer in slots:
@@ -226,12 +226,11 @@ def _why_not_by_example(
         or not torch.allclose(buffer, before[name][1], rtol=0, atol=0, equal_nan=True)
     ]
     if written:
-        return (
-            f"it writes {'buffers' if len(written) > 1 else 'buffer'} {', '.join(written)} in eval "
-            "mode; write such only while self.training"
-        )
-    text = textwrap.shorten(in_one_line(error), 200, placeholder=" ...")
-    return f"torch says {text}; mend the model"
+        raise PruneError(
+            "prune.criterion = fisher: single examples of this model cannot be differentiated, it "
+            f"writes {'buffers' if len(written) > 1 else 'buffer'} {', '.join(written)} in eval "
+            "mode; write such only while self.training, or choose taylor_squared"
+        ) from error
 
 
 def hessian_diagonal(probe: Probe, inputs: Any, targets: Any) -> Tensor:

@@ -212,11 +212,6 @@ def test_scores_of_every_kind_of_layer_are_those_of_the_network_written_out(
         hessian_NN = torch.autograd.functional.hessian(loss_of, weights_N)
         expected_N = weights_N * (hessian_NN @ gradient_N)
     config = prune_config(rule, include=KINDS[kind][1], calibration_batch_size=10)
-    if rule == "fisher" and kind in ("lstm", "gru", "rnn"):
-        # Torch has no batching rule for its recurrent layers.
-        with pytest.raises(PruneError, match="single examples of this model cannot be diff"):
-            scores_of(model, workload, config)
-        return
     assert_scores(scores_of(model, workload, config), expected_N, rtol=2e-5)
 
 
