@@ -48,9 +48,9 @@ from gbp_ray.pruning.scoring import check_criterion
 from gbp_ray.pruning.selection import check_reachable, check_selectable
 from gbp_ray.pruning.units import UNREACHED, Prunable, Survey, survey
 from gbp_ray.results.records import RoundRecord
-from gbp_ray.training.adversarial import check_attack
+from gbp_ray.training.adversarial import check_answers, check_attack
 from gbp_ray.training.distillation import check_distillation
-from gbp_ray.training.loss import check_loss
+from gbp_ray.training.loss import check_loss, find_varying_counts
 from gbp_ray.training.network import network_of_seed, unused_layers
 from gbp_ray.training.optimizer import check_freeze, trainable_parameters
 from gbp_ray.training.side_effects import Watch, check_readings, check_training_passes
@@ -234,6 +234,7 @@ def _check(
         check_loss(recipe, section, workload, checked.first_batch)
     if not attacked:
         check_attack(workload, model, job.attack, "attack")
+    check_answers(job.attack, checked)
     if "finetune" in recipes:
         check_distillation(job.finetune.distillation, checked)
     if job.finetune.patience and workload.validation is None:
@@ -242,6 +243,7 @@ def _check(
             "workload.validation, such as 0.1"
         )
     _check_norms(job, recipes, checked)
+    _warn_of_varying_counts(job, recipes, workload)
     unreached = check_training_passes(job, recipes, checked, watch)
     check_criterion(model, units, workload, job.prune, seed=job.seed)
     if job.cluster.strategy == "fsdp" and not dist.is_initialized():
@@ -348,6 +350,23 @@ def _check_norms(job: JobConfig, recipes: Mapping[str, Recipe], checked: Checked
         if size // min(recipe.microbatches, size) == 1:
             _check_lone_example(section, recipe, size, checked)
             return
+
+
+def _warn_of_varying_counts(
+    job: JobConfig, recipes: Mapping[str, Recipe], workload: Workload
+) -> None:
+    """Warns where examples are weighted by a number of labels that another reading gives."""
+    parted = [name for name, recipe in recipes.items() if recipe.microbatches > 1]
+    exact = [f"{name}.microbatches = 1" for name in parted]
+    if job.prune.spec.needs_data and job.prune.calibration_augment:
+        exact.append("prune.calibration_augment = false")
+    if exact and find_varying_counts(workload):
+        warnings.warn(
+            "workload.train: examples have another number of labels each time they are trained on, "
+            "so the weights of microbatches and calibration batches are not exact; draw equally "
+            f"many labels each time, or set {' and '.join(exact)}",
+            stacklevel=2,
+        )
 
 
 def _check_lone_example(section: str, recipe: Recipe, size: int, checked: Checked) -> None:

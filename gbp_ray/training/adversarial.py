@@ -30,8 +30,8 @@ from gbp_ray.distributed.ranks import Ranks, isolated
 from gbp_ray.distributed.sharding import is_sharded
 from gbp_ray.errors import ConfigError, WorkloadError
 from gbp_ray.training.progress import OnProgress, deal_batches, ignore_progress
-from gbp_ray.workloads.batch import Batch, forward, kind_of, take_part, tensors_in
-from gbp_ray.workloads.checks import blaming_labels, check_labels
+from gbp_ray.workloads.batch import Batch, forward, kind_of, size_of, take_part, tensors_in
+from gbp_ray.workloads.checks import Checked, blaming_labels, check_labels
 from gbp_ray.workloads.contract import (
     Workload,
     bounds_of_inputs,
@@ -45,6 +45,7 @@ from gbp_ray.workloads.data import cut_batches, derive_seed, first_example, take
 from gbp_ray.workloads.losses import check_share, count_right, loss_of, mark_right, mean_loss
 
 __all__ = [
+    "check_answers",
     "check_attack",
     "num_attacked",
     "perturb",
@@ -120,6 +121,22 @@ def check_attack(workload: Workload, model: nn.Module, attack: Perturbation, key
         raise ConfigError(
             f"{key}.kind = {attack.kind}: the loss has no gradient in the network's inputs, so no "
             "attack finds its way; set it to none"
+        ) from error
+
+
+def check_answers(attack: AttackConfig, checked: Checked) -> None:
+    """Raises ConfigError where right answers under attack could not be counted."""
+    if attack.kind == "none":
+        return
+    batch = checked.first_batch
+    try:
+        _find_right(
+            checked.workload, "train", checked.outputs, batch.targets, size_of(batch.targets)
+        )
+    except WorkloadError as error:
+        raise ConfigError(
+            f"attack.kind = {attack.kind}: right answers cannot be counted ({error}); set it to "
+            "none"
         ) from error
 
 

@@ -24,7 +24,7 @@ from gbp_ray.training.distillation import Teacher, capture_outputs, run_in_preci
 from gbp_ray.workloads.batch import Batch, kind_of
 from gbp_ray.workloads.checks import blaming_labels, check_labels
 from gbp_ray.workloads.contract import Workload, num_examples
-from gbp_ray.workloads.data import derive_seed, first_example, seeded, take_batch
+from gbp_ray.workloads.data import derive_seed, seeded, take_batch
 from gbp_ray.workloads.losses import count_items, cross_entropy_options, mean_loss, zero_loss
 
 __all__ = [
@@ -33,8 +33,13 @@ __all__ = [
     "counts_of",
     "draw_mix",
     "emphases_of",
+    "find_varying_counts",
     "training_loss",
 ]
+
+
+_NUM_COUNTED = 8
+"""Examples whose items are counted twice, to see whether they vary."""
 
 
 def training_loss(
@@ -248,8 +253,21 @@ def _may_differ(workload: Workload) -> bool:
     if options.get("weight") is not None or options.get("ignore_index", -100) != -100:
         return True
     # Labels of positions, of which some may be ignored; an example's only one must not be.
-    targets = first_example(replace(workload, prepare=None)).targets
+    targets = _targets(workload, torch.zeros(1, dtype=torch.long))
     return not isinstance(targets, Tensor) or targets.ndim > 1
+
+
+def find_varying_counts(workload: Workload) -> bool:
+    """Returns whether examples have another number of items each time they are trained on."""
+    few = torch.arange(min(_NUM_COUNTED, num_examples(workload.train)))
+    if isinstance(workload.train, tuple) or not _may_differ(workload):
+        return False
+    found = []
+    for seed in (None, 0, 1):
+        batch = take_batch(workload, workload.train, few, augment_seed=seed)
+        counts = count_items(workload, batch.targets)
+        found.append(None if counts is None else counts.tolist())
+    return any(counts != found[0] for counts in found)
 
 
 def _count(workload: Workload, indices: Tensor) -> Tensor:
@@ -263,4 +281,8 @@ def _count(workload: Workload, indices: Tensor) -> Tensor:
 
 
 def _targets(workload: Workload, indices: Tensor) -> Any:
-    return take_batch(replace(workload, prepare=None), workload.train, indices).targets
+    raw = take_batch(replace(workload, prepare=None), workload.train, indices)
+    # Of pairs `prepare` is given the inputs only; of other batches it may make the labels.
+    if raw.is_pair or workload.prepare is None:
+        return raw.targets
+    return take_batch(workload, workload.train, indices).targets

@@ -129,7 +129,7 @@ def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: i
                     metric, update_metric(metric, workload, split, outputs, targets), split
                 )
             if not isinstance(data, tuple):
-                _check_collate(workload, data, split, indices, batch)
+                _check_collate(workload, data, split, indices, batch, seed)
             if is_train and total > 1:
 
                 def retake(rows: slice) -> Batch:
@@ -158,19 +158,19 @@ def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: i
 
 
 def _check_collate(
-    workload: Workload, data: Any, split: str, indices: Tensor, batch: Batch
+    workload: Workload, data: Any, split: str, indices: Tensor, batch: Batch, seed: int | None
 ) -> None:
     """Refuses a batch that has not the items of its examples together."""
     if count_items(workload, batch.targets) is None:
         return
-    singles = [take_batch(workload, data, indices[row : row + 1]) for row in range(len(indices))]
+    singles = [take_batch(workload, data, index, augment_seed=seed) for index in indices.split(1)]
     alone = sum(count_batch(workload, single.targets) for single in singles)
     together = count_batch(workload, batch.targets)
     if not math.isclose(alone, together):
         raise WorkloadError(
             f"workload.collate: {len(indices)} examples of workload.{split} have {together:g} "
-            f"items in one batch, and {alone:g} one by one; let it keep all, or correct "
-            "workload.count"
+            f"items in one batch, and {alone:g} one by one; let it keep all, correct "
+            "workload.count, or draw labels at random in the data set only"
         )
 
 

@@ -214,9 +214,8 @@ class _Windows:
         labels = window
         if self.mask is not None:
             draws, kinds = torch.rand(2, len(window))
-            chosen = draws < 0.15
-            # At least one, for a loss of no token is none.
-            chosen[draws.argmin()] = True
+            # As many in each draw, since losses are weighted by the number of labels.
+            chosen = draws.argsort().argsort() < max(1, round(0.15 * len(window)))
             labels = window.where(chosen, _IGNORED)
             others = torch.randint(self.num_tokens, window.shape).where(kinds < 0.9, window)
             window = torch.where(kinds < 0.8, self.mask, others).where(chosen, window)

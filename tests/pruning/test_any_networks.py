@@ -145,7 +145,7 @@ def test_scores_of_dicts_are_those_of_their_labels_whatever_the_padding(name: st
         batches.append([min(by_sum.items(), key=lambda pair: abs(pair[0] - s))[1] for s in sums])
         return batch
 
-    scores = scores_of(model, replace(workload, prepare=remember), config_of(name))
+    scores = scores_of(model, replace(workload, augment=remember), config_of(name))
     weights_N = weights_of(model)
 
     def gradient_of(items: list[dict[str, Tensor]]) -> Tensor:

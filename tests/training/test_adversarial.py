@@ -306,3 +306,18 @@ def test_a_loss_without_a_gradient_in_the_inputs_is_refused() -> None:
 
     with pytest.raises(ConfigError, match=r"attack\.kind = pgd: the loss has no gradient"):
         check_attack(bright_images(), Deaf(), pgd(), "attack")
+
+
+def test_an_attack_that_right_answers_cannot_be_counted_under_is_refused_before_training() -> None:
+    regression = Workload(
+        lambda: nn.Linear(4, 1),
+        train=(torch.rand(16, 4), torch.rand(16, 1)),
+        test=(torch.rand(16, 4), torch.rand(16, 1)),
+        loss=functional.mse_loss,
+        input_range=(0.0, 1.0),
+        metrics=("rmse",),
+    )
+    job = job_config(attack={"kind": "fgsm"})
+    with pytest.raises(ConfigError, match=r"^attack\.kind = fgsm: right answers cannot.*to none$"):
+        check_job(job, regression)
+    check_job(job_config(finetune={"epochs": 1, "adversarial": {"kind": "fgsm"}}), regression)

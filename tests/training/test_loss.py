@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import ConfigError
 from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.training.loss import check_loss, draw_mix
+from gbp_ray.training.loss import check_loss, counts_of, draw_mix, find_varying_counts
 from gbp_ray.training.optimizer import make_optimizer
 from gbp_ray.training.progress import Progress
 from gbp_ray.workloads.batch import Batch
@@ -251,3 +253,55 @@ def test_what_cannot_be_mixed_is_refused_by_name() -> None:
         "finetune",
         *tried(images()),
     )
+
+
+def sentences_of(prepare: Any) -> Workload:
+    words = [{"words": draw(6, 3, seed=seed)} for seed in range(8)]
+    network = nn.Linear(3, 2)
+    return Workload(
+        build_model=lambda: network,
+        train=words,
+        test=words,
+        forward=lambda model, batch: model(batch["words"]).transpose(1, 2),
+        loss=lambda outputs, batch: functional.cross_entropy(outputs, batch["labels"]),
+        count=lambda batch: (batch["labels"] != -100).sum(),
+        prepare=prepare,
+        metrics=("perplexity",),
+    )
+
+
+def label(batch: dict[str, Tensor], least: float) -> dict[str, Tensor]:
+    first = batch["words"][..., 0]
+    return {**batch, "labels": (first > 0).long().where(first > least, -100)}
+
+
+def test_labels_that_prepare_makes_of_a_dict_are_counted() -> None:
+    workload = sentences_of(lambda batch: label(batch, -0.5))
+    counts = counts_of(workload, torch.arange(8), Ranks())
+    expected = [int((item["words"][:, 0] > -0.5).sum()) for item in workload.train]
+    assert len(set(expected)) > 1
+    assert counts is not None
+    assert counts.tolist() == expected
+    assert not find_varying_counts(workload)
+
+
+class Masked(list[dict[str, Tensor]]):
+    """Sentences that have labels for another few words each time they are read."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return label(super().__getitem__(index), float(torch.randn(())))
+
+
+def test_labels_that_vary_between_readings_are_warned_of() -> None:
+    plain = sentences_of(None)
+    workload = dataclasses.replace(plain, train=Masked(plain.train), test=Masked(plain.test))
+    recipe = {"epochs": 1, "microbatches": 2, "batch_size": 4}
+    job = job_config(finetune=recipe, prune={"criterion": "taylor"})
+    exact = r"finetune\.microbatches = 1 and prune\.calibration_augment = false$"
+    with pytest.warns(UserWarning, match=rf"another number of labels each time.*{exact}"):
+        check_job(job, workload)
+    exactly = {"criterion": "taylor", "calibration_augment": False}
+    still = job_config(finetune={**recipe, "microbatches": 1}, prune=exactly)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*another number of labels")
+        check_job(still, workload)

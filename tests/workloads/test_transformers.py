@@ -20,8 +20,10 @@ from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.training.evaluation import evaluate
 from gbp_ray.workloads import huggingface
+from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.data import take_batch
 from gbp_ray.workloads.images import import_vision
+from gbp_ray.workloads.transformers import _Windows
 
 WORDS = [f"w{number}" for number in range(20)]
 
@@ -248,6 +250,18 @@ def test_masks_of_words_differ_between_passes_and_not_between_evaluations(folder
     assert set(whole[:, 0].tolist()) == {2}
     assert set(whole[:, -1].tolist()) == {3}
     assert int(whole[:, 1:-1].min()) >= 5
+
+
+def test_as_many_words_are_masked_each_time():
+    data = _Windows(torch.randint(5, 50, (6, 30)), (2, 3), 4, 50)
+    workload = Workload(torch.nn.Identity, data, data)
+    masked = [
+        take_batch(workload, data, torch.arange(6), augment_seed=seed).inputs["labels"] != -100
+        for seed in (None, 0, 1)
+    ]
+    assert not torch.equal(masked[0], masked[1])
+    # 15 % of 30 words, rounded.
+    assert {int(number) for found in masked for number in found.sum(dim=1)} == {4}
 
 
 def test_what_cannot_be_used_is_refused_in_one_line(folder, tmp_path):
