@@ -371,11 +371,13 @@ def _print_results(rows: list[dict[str, Any]], fields: list[str]) -> None:
 def _describe_trial(store: Any, name: str) -> dict[str, object]:
     record = store.read_trial(name)
     last = store.read_rounds(name)[-1]
+    # An error may be far below 1.
+    score = round(last.score, 4) if last.metric.unit == "%" else float(f"{last.score:.6g}")
     return {
         "trial": name,
         "finished": record is not None,
         "round": last.round,
         "sparsity": round(last.sparsity, 4),
-        last.metric.name: round(last.score, 4),
+        last.metric.name: score,
         "uri": store.trial_uri(name),
     }

@@ -223,7 +223,7 @@ class _Comparison:
             inputs = batch.inputs.detach().requires_grad_(True)
             with torch.enable_grad(), isolated(model, 0):
                 outputs = logits_of(forward(model, self.workload, batch._replace(inputs=inputs)))
-                chosen = outputs.gather(1, batch.targets.view(-1, 1)).sum()
+                chosen = outputs.gather(1, labels_of(batch.targets).view(-1, 1)).sum()
                 (gradient,) = torch.autograd.grad(chosen, inputs)
             gradients.append(gradient.detach().cpu())
         return gradients[0], gradients[1]

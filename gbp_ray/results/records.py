@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -402,8 +401,9 @@ class TrialRecord(_Record):
         found = [self.dense.score]
         for record in self.rounds[1:]:
             # Without fine-tuning both are one measurement.
-            is_trained = record.loss_pruned not in (None, record.loss)
-            found += [record.score_pruned or math.nan] * is_trained + [record.score]
+            if record.score_pruned is not None and record.loss_pruned != record.loss:
+                found.append(record.score_pruned)
+            found.append(record.score)
         if self.dense.metric_fault or self.final.cost.num_kept == self.dense.cost.num_kept:
             return self.dense.metric_fault
         return find_constant(self.metric, found)

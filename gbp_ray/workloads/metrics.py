@@ -335,6 +335,11 @@ def _same_shape(name: str, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
 def _from_torchmetrics(metric: Any) -> Metric:
     """Adapts a torchmetrics metric; its states must be tensors that are summed over processes."""
     defaults, name = dict(metric._defaults), type(metric).__name__
+    if not isinstance(getattr(metric, "higher_is_better", None), bool):
+        raise WorkloadError(
+            f"workload.metrics: torchmetrics' {name} does not say whether higher is better; set "
+            "its higher_is_better to True or False, or give a gbp_ray.Metric"
+        )
     for state, reduction in metric._reductions.items():
         is_sum = getattr(reduction, "__name__", "") == "dim_zero_sum"
         if not is_sum or not isinstance(defaults[state], Tensor):
@@ -365,8 +370,7 @@ def _from_torchmetrics(metric: Any) -> Metric:
         own.reset()
         return value
 
-    is_higher = getattr(metric, "higher_is_better", None)
-    return Metric(name, update, compute, higher_is_better=is_higher is not False)
+    return Metric(name, update, compute, higher_is_better=metric.higher_is_better)
 
 
 _MAKERS: dict[str, Callable[[Workload], Metric]] = {

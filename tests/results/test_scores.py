@@ -386,3 +386,17 @@ def test_a_constant_metric_is_named_and_gives_no_answer(tmp_path: Path) -> None:
     assert "accuracy is 75.00% in all rounds" in constant.metric_doubt
     page = write_report(store.uri, tmp_path / "report").page.read_text()
     assert "accuracy is 75.00% in all rounds" in page
+
+
+def test_a_metric_that_is_always_zero_is_constant(tmp_path: Path) -> None:
+    store = write_job(tmp_path, [R2], {0: [(0.0,), (0.0,), (0.0,)]}, "job")
+    (trial,) = open_results(store.uri)
+    assert {record.score_pruned for record in trial.rounds[1:]} == {0.0}
+    assert "r2 is 0 in all rounds" in trial.metric_doubt
+
+
+def test_a_list_of_trials_shows_small_errors(tmp_path: Path, shell: Shell) -> None:
+    by_seed = {seed: [(0.5,), (0.0000123456789,)] for seed in range(2)}
+    store = write_job(tmp_path, [RMSE], by_seed, "job")
+    rows = json.loads(shell("show", store.uri, "--json")[1])["trials"]
+    assert [row["rmse"] for row in rows] == [0.0000123457] * 2

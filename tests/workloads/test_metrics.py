@@ -258,6 +258,10 @@ def test_a_metric_of_torchmetrics_is_taken_as_it_is() -> None:
     assert not found[0].specs[0].higher_is_better
     with pytest.raises(WorkloadError, match="state 'error' of torchmetrics' MeanAbsoluteError"):
         metrics_of(workload_of(outputs, targets, [MeanAbsoluteError(dim_zero_cat)]))
+    undirected = MeanAbsoluteError()
+    undirected.higher_is_better = None  # type: ignore[assignment]
+    with pytest.raises(WorkloadError, match="does not say whether higher is better"):
+        metrics_of(workload_of(outputs, targets, [undirected]))
 
 
 @pytest.mark.parametrize(
