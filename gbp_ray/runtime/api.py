@@ -359,9 +359,13 @@ def plan_sweep(
     if found.left:
         store.check_claim(JobRecord(factory=job.workload.factory))
     machines = see_machines(job)
-    return make_sweep_plan(
-        job, found, store, machines, lambda trial: _load_checked(trial, import_paths)[0]
-    )
+
+    def load(trial: JobConfig) -> Workload:
+        workload = _load_checked(trial, import_paths)[0]
+        find_judge(job.sweep, [metric.describe() for metric in metrics_of(workload)])
+        return workload
+
+    return make_sweep_plan(job, found, store, machines, load)
 
 
 def _load_sweep(

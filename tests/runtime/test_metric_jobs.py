@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gbp_ray.config.job import JobConfig, expand, load_job, trial_id
-from gbp_ray.errors import GbpError, WorkloadError
+from gbp_ray.errors import ConfigError, GbpError, WorkloadError
 from gbp_ray.results.query import open_results
 from gbp_ray.results.store import Store
 from gbp_ray.runtime import api
@@ -186,6 +186,21 @@ def test_the_answer_is_the_largest_sparsity_that_is_no_worse(
 
     assert is_within(answer.sparsity)
     assert not is_within(round(answer.sparsity + 0.05, 6))
+
+
+def test_a_metric_that_the_workload_has_not_is_refused_before_ray_starts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*arguments: Any, **options: Any) -> None:
+        pytest.fail("Ray was started")
+
+    monkeypatch.setattr("gbp_ray.runtime.on_ray.tune.run_sweep", start)
+    monkeypatch.setattr("gbp_ray.runtime.api.see_machines", lambda job: [])
+    changed = {"sweep.space": {"seed": [0, 1]}, "sweep.metric": "rsme"}
+    job = job_in(folder, "mistyped", ["rmse"], **changed)
+    for run in (api.sweep, api.plan_sweep):
+        with pytest.raises(ConfigError, match=r"sweep\.metric = rsme: is no metric.*'rmse'"):
+            run(job)
 
 
 def test_what_no_accuracy_can_judge_gives_no_answer(folder: Path) -> None:
