@@ -45,7 +45,7 @@ from gbp_ray.errors import ConfigError, WorkloadError, in_one_line, name_some
 from gbp_ray.pruning.criteria import criterion
 from gbp_ray.pruning.masks import read_initial_masks
 from gbp_ray.pruning.scoring import check_criterion
-from gbp_ray.pruning.selection import check_reachable, check_selectable
+from gbp_ray.pruning.selection import check_units
 from gbp_ray.pruning.units import UNREACHED, Prunable, Survey, survey
 from gbp_ray.results.records import RoundRecord
 from gbp_ray.training.adversarial import check_answers, check_attack
@@ -208,13 +208,7 @@ def _check(
             )
     check_metric(workload, dense, source)
     check_on_record(fingerprints_of_network(model, is_blank=is_blank), stored, source)
-    check_selectable(
-        shapes,
-        job.prune,
-        {unit.name: unit.input_dim for unit in units},
-        {unit.name: unit.num_groups for unit in units},
-    )
-    check_reachable(shapes, job.prune)
+    check_units(units, job.prune)
     read_initial_masks(job, units, unused)
     if job.cluster.strategy == "fsdp":
         _check_shards(job, model, units)

@@ -45,7 +45,12 @@ from gbp_ray.pruning.checkpoint import shard_masks
 from gbp_ray.pruning.checks import warn_of_unusual_weights
 from gbp_ray.pruning.criteria import criterion as find_criterion
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.pruning.selection import check_reachable, check_selectable, select_masks
+from gbp_ray.pruning.selection import (
+    check_reachable,
+    check_selectable,
+    check_units,
+    select_masks,
+)
 from gbp_ray.pruning.units import (
     Prunable,
     SlicedScores,
@@ -179,10 +184,7 @@ def prune_model(
         )
         task = _prepare(model, data, config, seed, loss, forward, collate, count)
         before = _checked_masks(masks, MaskSet.dense(task.units), config)
-        shapes = {unit.name: tuple(unit.parameter.shape) for unit in task.units}
-        groups = {unit.name: unit.num_groups for unit in task.units}
-        check_selectable(shapes, config, task.input_dims, groups)
-        check_reachable(shapes, config)
+        check_units(task.units, config)
         if masks is not None:
             before.apply_(task.model)
             before = shard_masks(before, task.model)

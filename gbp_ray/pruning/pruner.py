@@ -54,7 +54,7 @@ from gbp_ray.pruning.in_memory import (
     network_in,
 )
 from gbp_ray.pruning.masks import MaskSet, forget_pruned
-from gbp_ray.pruning.selection import check_reachable, check_selectable, select_masks
+from gbp_ray.pruning.selection import check_units, select_masks
 from gbp_ray.pruning.statistics import movement_statistic
 from gbp_ray.pruning.units import SlicedScores, num_to_prune, survey
 from gbp_ray.workloads.batch import Batch, forward, kind_of, size_of
@@ -143,11 +143,8 @@ class Pruner:
             self._workload = make_workload(self._model, None, loss, forward, None, count)
             self._rule = find_criterion(self._config.criterion)
             self._check_criterion(optimizer)
-            shapes = {unit.name: tuple(unit.parameter.shape) for unit in self._units}
+            check_units(self._units, self._config)
             self._axes = {unit.name: unit.input_dim for unit in self._units}
-            groups = {unit.name: unit.num_groups for unit in self._units}
-            check_selectable(shapes, self._config, self._axes, groups)
-            check_reachable(shapes, self._config)
         self._schedule = sparsity_schedule(schedule, sparsity, len(self._rounds))
         self._settings = {
             **self._config.model_dump(mode="json"),

@@ -23,7 +23,7 @@ Shape suffixes: N = prunable weights of the model, L = weights of one layer in t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,9 +45,9 @@ from gbp_ray.errors import ConfigError, PruneError, name_some
 from gbp_ray.pruning.counting import ScoreView, as_score_view
 from gbp_ray.pruning.masks import MaskSet, Removal
 from gbp_ray.pruning.thresholds import Cut, Pool, find_cuts
-from gbp_ray.pruning.units import SlicedScores, num_to_prune
+from gbp_ray.pruning.units import Prunable, SlicedScores, num_to_prune
 
-__all__ = ["check_reachable", "check_selectable", "select_masks"]
+__all__ = ["check_reachable", "check_selectable", "check_units", "select_masks"]
 
 _NOTHING = Cut(-math.inf, 0, 0)
 
@@ -144,6 +144,14 @@ def select_masks(
     chosen = MaskSet(found, masks.round + 1, config.criterion, masks.digest).to(device)
     assert chosen.num_pruned == max(k, sum(layer.num_pruned for layer in layers))
     return Removal(chosen, capped_layers=tuple(capped_layers))
+
+
+def check_units(units: Collection[Prunable], config: PruneConfig) -> None:
+    """Checks what no scores could make possible; see `check_selectable`, `check_reachable`."""
+    shapes = {unit.name: tuple(unit.parameter.shape) for unit in units}
+    axes = {unit.name: unit.input_dim for unit in units}
+    check_selectable(shapes, config, axes, {unit.name: unit.num_groups for unit in units})
+    check_reachable(shapes, config)
 
 
 def check_selectable(

@@ -37,11 +37,8 @@ _SPECS = TypeAdapter(tuple[MetricSpec, ...])
 _STORED, _RECALIBRATED = "as stored", "with BatchNorm re-estimated"
 
 
-def write_share(share: float | None) -> str:
-    """Writes a share in percent, and what cannot be one as a word."""
-    if share is None:
-        return ""
-    return f"{share:.2%}" if 0 <= share <= 1 else "no share"
+write_share = ACCURACY.write
+"""Writes a share in percent, and what cannot be one as a word; "" for None."""
 
 
 def name_score(field: str, metric: str) -> str:

@@ -68,8 +68,8 @@ class Batch(NamedTuple):
 
     def part(self, rows: slice, size: int) -> Batch:
         """Takes some of `size` examples; see `take_part`."""
-        inputs = take_part(self.inputs, rows, size)
-        return Batch(inputs, take_part(self.targets, rows, size) if self.is_pair else inputs)
+        part: Batch = take_part(self, rows, size)
+        return part
 
 
 def forward(model: nn.Module, workload: Workload, batch: Batch) -> Any:
@@ -172,16 +172,11 @@ def take_part(nest: Any, rows: slice, size: int) -> Any:
     Args:
         size: Examples in the nest; tensors whose first axis is as long have one row for each.
     """
-    if isinstance(nest, Tensor) and nest.ndim and len(nest) == size:
-        return nest[rows]
-    if isinstance(nest, Tensor):
-        return nest
-    if isinstance(nest, Mapping):
-        return {key: take_part(value, rows, size) for key, value in nest.items()}
-    if isinstance(nest, (tuple, list)):
-        values = [take_part(value, rows, size) for value in nest]
-        return values if isinstance(nest, list) else tuple(values)
-    return nest
+
+    def take(tensor: Tensor) -> Tensor:
+        return tensor[rows] if tensor.ndim and len(tensor) == size else tensor
+
+    return map_tensors(nest, take)
 
 
 def kind_of(value: object) -> str:
