@@ -150,13 +150,21 @@ def is_matched(name: str, patterns: Iterable[str]) -> bool:
 
 
 def nearest_glob(pattern: str, names: Iterable[str]) -> str:
-    """Returns a suggestion like `nearest_name`, escaped to a glob of exactly that name."""
-    near = difflib.get_close_matches(pattern, list(names), n=1, cutoff=0.5)
-    if not near:
+    """Returns a suggestion like `nearest_name`: the glob with its brackets escaped, or a name so.
+
+    The first where that matches a name; the second is a glob of exactly the nearest name.
+    """
+    names = list(names)
+    near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.5)
+    escaped = pattern.replace("[", "[[]")
+    if match_names(escaped, names):
+        suggested = escaped
+    elif near:
+        suggested = glob.escape(near[0])
+    else:
         return ""
-    glob_of_it = glob.escape(near[0])
-    note = "" if glob_of_it == near[0] else " ([[] stands for a bracket in a name)"
-    return f", did you mean '{glob_of_it}'{note}?"
+    note = " ([[] stands for a bracket in a name)" if "[[]" in suggested else ""
+    return f", did you mean '{suggested}'{note}?"
 
 
 def dotted(path: Iterable[int | str]) -> str:

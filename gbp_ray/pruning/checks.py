@@ -381,7 +381,7 @@ def _check_lone_example(section: str, recipe: Recipe, size: int, checked: Checke
 
 
 def warn_of_unusual_weights(checked: Checked, found: Survey, unreached: Sequence[str] = ()) -> None:
-    """Warns of weights that no pass reaches, and of embeddings.
+    """Warns of weights that no pass reaches, and of embeddings that a layer shares.
 
     Args:
         unreached: Parameters that the loss does not depend on in training.
@@ -410,8 +410,11 @@ def warn_of_unusual_weights(checked: Checked, found: Survey, unreached: Sequence
                 "pass uses",
                 stacklevel=2,
             )
-    tables = {m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
-    if embedded := [unit for unit in units if unit.parameter in tables]:
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    tables = {module.weight for module in model.modules() if isinstance(module, kinds)}
+    layers = (module for module in model.modules() if not isinstance(module, kinds))
+    shared = {weight for layer in layers for weight in layer.parameters(recurse=False)} & tables
+    if embedded := [unit for unit in units if unit.parameter in shared]:
         warnings.warn(
             f"prune: {_name_some(embedded)}, which a layer shares with an embedding, loses weights "
             "in both; name it in prune.exclude to keep it",

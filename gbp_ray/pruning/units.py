@@ -257,10 +257,15 @@ def survey(
 
     Raises:
         ConfigError: A glob matches no parameter, one of `include` matches none that can be pruned,
-            or nothing is left to prune.
+            nothing is left to prune, or the network is a program of TorchScript.
         PruneError: A weight is computed from other tensors, so that zeros in it would not stay, or
             is not a plain tensor of floats.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError(
+            f"workload.factory: the network is a {_kind_of(model)} of TorchScript, which hides its "
+            "layers; give the nn.Module that was scripted or traced"
+        )
     names_of: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(parameter, []).append(name)

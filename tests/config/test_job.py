@@ -141,12 +141,17 @@ def test_a_number_too_long_to_be_written_is_refused(job_file: Path) -> None:
 
 
 def test_a_glob_with_brackets_is_suggested_as_it_must_be_written() -> None:
-    names = ["parts.a[0].weight", "parts.b.weight"]
-    for near in ("parts.a[0].weight", "parts.a[0].*"):
-        text = nearest_glob(near, names)
-        assert "did you mean 'parts.a[[]0].weight' ([[] stands for a bracket" in text
-    assert fnmatch.filter(names, "parts.a[[]0].weight") == names[:1]
-    assert nearest_glob("parts.c.weight", names[1:]) == ", did you mean 'parts.b.weight'?"
+    names = ["parts.a[0].bias", "parts.a[0].weight", "parts.b.weight"]
+    meant = {
+        "parts.a[0].weight": ("parts.a[[]0].weight", names[1:2]),
+        "parts.a[0].*": ("parts.a[[]0].*", names[:2]),
+        "part.a[0].weight": ("parts.a[[]0].weight", names[1:2]),
+    }
+    for pattern, (suggested, matched) in meant.items():
+        text = nearest_glob(pattern, names)
+        assert text == f", did you mean '{suggested}' ([[] stands for a bracket in a name)?"
+        assert fnmatch.filter(names, suggested) == matched
+    assert nearest_glob("parts.c.weight", names[2:]) == ", did you mean 'parts.b.weight'?"
 
 
 def test_minus_zero_is_zero(job_file: Path) -> None:

@@ -488,12 +488,17 @@ def test_nothing_to_prune_is_refused(model: nn.Module, exclude: list[str], messa
         prunable_parameters(model, exclude)
 
 
-def test_a_network_of_torchscript_is_built_and_refused_by_its_layers() -> None:
+@pytest.mark.parametrize(
+    "compiled",
+    [torch.jit.script, lambda layer: torch.jit.trace(layer, torch.zeros(1, 2))],
+    ids=["script", "trace"],
+)
+def test_a_network_of_torchscript_is_built_and_refused_by_its_name(compiled: Any) -> None:
     data = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
-    workload = Workload(lambda: torch.jit.trace(nn.Linear(2, 3), torch.zeros(1, 2)), data, data)
-    model, _ = network_of_seed(workload, 0)
-    with pytest.raises(ConfigError, match="its parameters are 'weight' of TopLevelTraced"):
-        prunable_parameters(model, [])
+    model, _ = network_of_seed(Workload(lambda: compiled(nn.Linear(2, 3)), data, data), 0)
+    for include in ([], ["weight"]):
+        with pytest.raises(ConfigError, match=r"of TorchScript, .*nn\.Module that was scripted"):
+            prunable_parameters(model, [], include)
 
 
 def named(**layers: nn.Module) -> nn.Module:

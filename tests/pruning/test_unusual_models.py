@@ -341,6 +341,22 @@ def test_weights_without_gradients_and_pruned_embeddings_are_told_before_trainin
     assert embedded.startswith("prune: '2.weight' (8), which a layer shares with an embedding")
 
 
+class Lookup(nn.Sequential):
+    """A table that no layer shares."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Embedding(5, 4), nn.Linear(4, 2))
+
+
+def test_an_embedding_of_its_own_is_not_said_to_be_shared(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    words = torch.arange(8) % 5
+    workload = Workload(Lookup, (words, words % 2), (words, words % 2))
+    check_job(small_job(prune={"include": ["0.weight"]}), workload)
+    assert not [str(told.message) for told in recwarn if "embedding" in str(told.message)]
+
+
 class Stateful(TanhNet):
     """Keeps something beside its tensors."""
 
