@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from shell import Shell
@@ -29,6 +30,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Ray's workers give way to everything else, and its tests, which take longest, would wait.
 os.environ.setdefault("RAY_worker_niceness", "0")
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
+# Other processes share the cores, so a time limit would fail tests by chance.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 # Ranks are forked from a server that imports this once. It silently leaves out what it cannot
 # import, and it looks for installed modules alone: a test's own would be left out.
 multiprocessing.set_forkserver_preload(

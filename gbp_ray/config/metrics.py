@@ -75,7 +75,7 @@ class MetricSpec(BaseModel):
 
     @property
     def worsens(self) -> str:
-        """What the metric does when a network gets worse."""
+        """The verb for values of a network that gets worse."""
         return "falls" if self.higher_is_better else "rises"
 
     def rank(self, value: float) -> float:
@@ -147,19 +147,20 @@ class MetricSpec(BaseModel):
         )
 
 
-def find_constant(metric: MetricSpec, values: Iterable[float]) -> str:
+def find_constant(
+    metric: MetricSpec,
+    values: Iterable[float],
+    where: str = "in all rounds, the dense network's included",
+) -> str:
     """Returns that a metric is the same wherever it was measured, three times or more, or ""."""
     found = list(values)
     if len(found) < 3 or len(set(found)) > 1:
         return ""
-    return (
-        f"{metric.name} is {metric.write(found[0])} in all rounds, the dense network's included, "
-        "so it cannot tell them apart"
-    )
+    return f"{metric.name} is {metric.write(found[0])} {where}, so it cannot tell them apart"
 
 
 ACCURACY = MetricSpec(name="accuracy", unit="%")
-"""What rounds are judged by unless a workload names another metric."""
+"""The metric that judges rounds unless a workload names another."""
 
 LOSS = MetricSpec(name="loss", higher_is_better=False)
-"""What a sweep is judged by where its job asks for it."""
+"""The metric that judges a sweep where its job asks for it."""

@@ -125,7 +125,7 @@ class TargetConfig(Section):
 
     @property
     def is_on(self) -> bool:
-        """Whether there is a search."""
+        """Returns True if there is a search."""
         return self.max_drop is not None or self.max_relative_drop is not None
 
     @model_validator(mode="after")

@@ -46,7 +46,7 @@ from gbp_ray.pruning.criteria import criterion
 from gbp_ray.pruning.masks import read_initial_masks
 from gbp_ray.pruning.scoring import check_criterion
 from gbp_ray.pruning.selection import check_units
-from gbp_ray.pruning.units import UNREACHED, Prunable, Survey, survey
+from gbp_ray.pruning.units import UNUSED, Prunable, Survey, survey
 from gbp_ray.results.records import RoundRecord
 from gbp_ray.training.adversarial import check_answers, check_attack
 from gbp_ray.training.distillation import check_distillation
@@ -388,7 +388,7 @@ def warn_of_unusual_weights(checked: Checked, found: Survey, unreached: Sequence
     """
     model, units = checked.model, found.units
     total = sum(unit.parameter.numel() for unit in units)
-    free = {name: n for name, (n, reason) in found.unpruned.items() if reason == UNREACHED}
+    free = {name: n for name, (n, reason) in found.unpruned.items() if reason == UNUSED}
     if free:
         named = name_some([f"'{name}' ({n:,})" for name, n in free.items()])
         warnings.warn(

@@ -329,7 +329,7 @@ def _in_arguments(text: str, split: str = "data") -> str:
 
 @contextmanager
 def _naming_arguments(split: str) -> Iterator[None]:
-    """Has the errors and warnings of a job's checks name arguments."""
+    """Makes the errors and warnings of a job's checks name arguments."""
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -433,7 +433,7 @@ def make_workload(
 
 
 def in_arguments(unpruned: Mapping[str, tuple[int, str]]) -> dict[str, tuple[int, str]]:
-    """Has the reasons of a `Survey` name arguments."""
+    """Makes the reasons of a `Survey` name arguments."""
     return {name: (number, _in_arguments(why)) for name, (number, why) in unpruned.items()}
 
 

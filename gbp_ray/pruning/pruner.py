@@ -422,7 +422,7 @@ def _list_rounds(start: int, end: int, every: int) -> dict[int, int]:
 
 @contextmanager
 def _buffers_of_first(model: nn.Module, ranks: Ranks) -> Iterator[None]:
-    """Has every rank compute with the buffers of rank 0 in the block. Communicates."""
+    """Makes every rank compute with the buffers of rank 0 in the block. Communicates."""
     buffers = list(model.buffers())
     if ranks.world_size == 1 or not buffers:
         yield

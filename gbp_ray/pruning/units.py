@@ -211,13 +211,13 @@ class Prunable:
     num_groups: int = 1
 
 
-UNREACHED = "no pass reaches it"
+UNUSED = "no pass reaches it"
 """The reason of `Survey.unpruned` for layers that the network does not use."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What of a network is prunable, and what is not.
+    """The prunable parameters of a network, and the reasons why others are not.
 
     Attributes:
         units: In name order, which is the order of the global flat index.
@@ -232,27 +232,27 @@ def prunable_parameters(
     model: nn.Module,
     exclude: Iterable[str] = (),
     include: Iterable[str] = (),
-    unreached: Collection[str] = (),
+    unused: Collection[str] = (),
 ) -> list[Prunable]:
     """Lists the prunable parameters in name order; see `survey`."""
-    return survey(model, exclude, include, unreached).units
+    return survey(model, exclude, include, unused).units
 
 
 def survey(
     model: nn.Module,
     exclude: Iterable[str] = (),
     include: Iterable[str] = (),
-    unreached: Collection[str] = (),
+    unused: Collection[str] = (),
 ) -> Survey:
     """Finds the prunable parameters, and says of other matrices why they are not prunable.
 
     Prunable are the non-empty weights of convolutions and linear layers, and what `include` names:
     any parameter of floating point with two axes or more. A parameter tied under several names
     counts once, under the first; a glob that matches any of its names includes or excludes it.
-    `exclude` wins over `include`, and `include` over `unreached`.
+    `exclude` wins over `include`, and `include` over `unused`.
 
     Args:
-        unreached: First names of parameters that no pass reaches. Their removal would be free, so
+        unused: First names of parameters that no pass reaches. Their removal would be free, so
             they are left out.
 
     Raises:
@@ -283,7 +283,7 @@ def survey(
                 f"parametrization); name '{max(sizes, key=lambda n: sizes[n], default=name)}' in "
                 "prune.include to prune that, or name it in prune.exclude"
             )
-    left_out = set(unreached) - {unit.name for unit in included.values()}
+    left_out = set(unused) - {unit.name for unit in included.values()}
     kept = [
         unit
         for weight, unit in found.items()
@@ -305,7 +305,7 @@ def survey(
             parameter.numel(),
             "prune.exclude"
             if not excluded.isdisjoint(names)
-            else UNREACHED
+            else UNUSED
             if names[0] in left_out
             else _say_why_unpruned(model, names[0], parameter),
         )

@@ -294,7 +294,7 @@ def _check_claims(curves: WorkloadCurves) -> Check:
 
 
 def _check_metric(curves: WorkloadCurves) -> list[Check]:
-    """Says what makes the metric doubtful, if anything does."""
+    """Returns a check that names what makes the metric doubtful; none if nothing does."""
     doubt = curves.metric_fault or curves.metric_doubt
     question = "The metric tells networks apart"
     return [Check(question, "no", f"{doubt[0].upper()}{doubt[1:]}.")] if doubt else []

@@ -373,7 +373,7 @@ class TrialRecord(_Record):
 
     @property
     def metric(self) -> MetricSpec:
-        """What rounds were judged by."""
+        """The metric that judged the rounds."""
         return self.dense.metric
 
     @property

@@ -123,7 +123,7 @@ class DenseReference(NamedTuple):
 
     @property
     def has_gap(self) -> bool:
-        """Whether the two measurements differ by over half a point: both are then shown."""
+        """Returns True if both measurements are shown, as they differ; see `MetricSpec.has_gap`."""
         return self.other_score is not None and self.metric.has_gap(self.score, self.other_score)
 
     @property

@@ -19,7 +19,7 @@ from operator import getitem
 from typing import Any, Literal
 
 from gbp_ray.config.job import JobConfig, load_job, trial_id
-from gbp_ray.config.metrics import ACCURACY, MetricSpec
+from gbp_ray.config.metrics import ACCURACY, MetricSpec, find_constant
 from gbp_ray.config.sweep import SweepConfig, parse_space
 from gbp_ray.errors import ConfigError
 from gbp_ray.results.index import flatten, name_measured, read_index
@@ -234,15 +234,11 @@ class Bisection(SearchPlan):
 def _constant(ended: Sequence[Outcome], judge: MetricSpec) -> str:
     """Explains that all trials and their dense network have an equal value; else returns ""."""
     sides = [side for outcome in ended for side in (outcome.values, outcome.dense)]
-    found = {side.get(judge.name) for side in sides}
-    if len(ended) < 2 or len(found) > 1 or None in found:
-        return ""
+    values = [side.get(judge.name, math.nan) for side in sides]
+    where = f"at all {len(ended)} sparsities that were tried and of the dense network"
+    fault = "" if any(map(math.isnan, values)) else find_constant(judge, values, where)
     other = "give another count_correct" if judge == ACCURACY else "judge by another metric"
-    return (
-        f"{judge.name} is {judge.write(found.pop())} at all {len(ended)} sparsities that were "
-        f"tried and of the dense network, so it cannot tell them apart; raise "
-        f"sweep.target.highest or {other}"
-    )
+    return fault and f"{fault}; raise sweep.target.highest or {other}"
 
 
 def describe_answer(answer: Answer, others: Sequence[Answer]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ __all__ = ["Evaluation", "evaluate", "measure_final_test"]
 
 
 class Evaluation(NamedTuple):
-    """What was measured on a split.
+    """The measurements of a network on a split.
 
     Attributes:
         score: The value of the workload's first metric, which judges.

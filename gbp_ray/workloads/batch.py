@@ -53,7 +53,7 @@ class Batch(NamedTuple):
 
     @property
     def is_pair(self) -> bool:
-        """Whether inputs and targets are two things."""
+        """Returns True if inputs and targets are two things."""
         return self.inputs is not self.targets
 
     @property

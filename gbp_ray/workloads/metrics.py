@@ -278,7 +278,7 @@ def _r2(workload: Workload) -> Metric:
 
 
 def _f1(workload: Workload) -> Metric:
-    """Over labels that outputs above 0 stand for together; over classes the mean of each one's."""
+    """Makes F1: of labels at once over all of them (outputs above 0), of classes the mean."""
 
     def update(outputs: Any, targets: Any) -> Tensor:
         logits, labels = logits_of(outputs), labels_of(targets)

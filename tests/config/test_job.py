@@ -791,7 +791,7 @@ KEYS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(KEYS, ANYTHING, max_size=5))
 def test_garbage_is_a_job_or_a_config_error(overrides: dict[str, Any]) -> None:
     try:
@@ -806,7 +806,7 @@ def test_garbage_is_a_job_or_a_config_error(overrides: dict[str, Any]) -> None:
         find_idle_options(job)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.text(max_size=20) | st.builds("{}={}".format, KEYS, st.text(max_size=8))))
 def test_garbage_overrides_are_a_job_or_a_config_error(texts: list[str]) -> None:
     try:

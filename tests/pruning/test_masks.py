@@ -78,7 +78,6 @@ def decode(data: bytes) -> tuple[dict[str, list[bool]], dict[str, Any], dict[str
 
 
 @given(masks=mask_sets())
-@settings(deadline=None)
 def test_the_file_holds_what_its_specification_says(masks: MaskSet) -> None:
     bits, metadata, packed = decode(masks.to_bytes())
     assert bits == {name: mask.flatten().tolist() for name, mask in masks.items()}
@@ -113,7 +112,6 @@ def test_the_order_in_memory_does_not_matter() -> None:
 
 
 @given(masks=mask_sets())
-@settings(deadline=None)
 def test_masks_survive_the_round_trip(masks: MaskSet) -> None:
     read = MaskSet.from_bytes(masks.to_bytes())
     assert list(read) == sorted(masks)
@@ -156,7 +154,7 @@ def test_an_appended_byte_is_refused() -> None:
 
 
 @given(position=st.integers(0, len(FILE) - 1), byte=st.integers(0, 255))
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_an_altered_byte_never_alters_masks(position: int, byte: int) -> None:
     altered = FILE[:position] + bytes([byte]) + FILE[position + 1 :]
     # Round, criterion and parent stand in the header without a checksum, as specified.

@@ -56,7 +56,6 @@ def test_the_threshold_is_the_kth_lowest_with_its_ties(values: list[float], data
 
 
 @given(scores=layered_scores(), data=st.data())
-@settings(deadline=None)
 def test_global_scope_removes_the_k_lowest_with_ties_by_flat_index(
     scores: dict[str, Tensor], data: Any
 ) -> None:
@@ -83,7 +82,6 @@ def test_global_scope_removes_the_k_lowest_with_ties_by_flat_index(
 
 
 @given(scores=layered_scores(max_size=12), data=st.data())
-@settings(deadline=None)
 def test_layer_scope_removes_the_lowest_of_each_layer_in_equal_shares(
     scores: dict[str, Tensor], data: Any
 ) -> None:
@@ -103,7 +101,6 @@ def test_layer_scope_removes_the_lowest_of_each_layer_in_equal_shares(
     scope=st.sampled_from(["global", "layer"]),
     data=st.data(),
 )
-@settings(deadline=None)
 def test_no_layer_is_emptied_and_the_count_stays_exact(
     scores: dict[str, Tensor], scope: str, data: Any
 ) -> None:
@@ -119,7 +116,6 @@ def test_no_layer_is_emptied_and_the_count_stays_exact(
     shares=st.lists(st.floats(0, 0.5), min_size=4, max_size=4),
     scope=st.sampled_from(["global", "layer"]),
 )
-@settings(deadline=None)
 def test_pruned_weights_stay_pruned_whatever_they_score_later(
     rounds: list[dict[str, Tensor]], shares: list[float], scope: str
 ) -> None:
@@ -248,7 +244,7 @@ def as_fractions(scores: Scores, bounds: Mapping[str, tuple[int, int]], which: i
 
 
 @given(case=bounded_cases())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_global_scope_finds_the_cheapest_choice_within_the_bounds(case: Any) -> None:
     scores, bounds, k = case
     expected = cheapest(scores, bounds, k)
@@ -272,7 +268,6 @@ def test_global_scope_finds_the_cheapest_choice_within_the_bounds(case: Any) -> 
 
 
 @given(case=bounded_cases())
-@settings(deadline=None)
 def test_layer_scope_keeps_the_bounds_and_the_count(case: Any) -> None:
     scores, bounds, k = case
     fields = {
@@ -299,7 +294,6 @@ def test_layer_scope_keeps_the_bounds_and_the_count(case: Any) -> None:
 
 
 @given(case=bounded_cases(), scope=st.sampled_from(["global", "layer"]))
-@settings(deadline=None)
 def test_an_early_round_asks_for_no_more_than_its_sparsity_even_of_floors(
     case: Any, scope: str
 ) -> None:
@@ -407,7 +401,6 @@ def test_an_impossible_sparsity_is_refused(scope: str) -> None:
 
 
 @given(case=bounded_cases(), scope=st.sampled_from(["global", "layer"]))
-@settings(deadline=None)
 def test_what_cannot_be_reached_shows_without_scores(case: Any, scope: str) -> None:
     scores, bounds, k = case
     config = prune_config(

@@ -56,7 +56,7 @@ PATTERNS = {"2:4": 0.5, "1:4": 0.75, "4:8": 0.5, "3:4": 0.25, "1:2": 0.5}
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @given(seed=st.integers(0, 10**6), is_tied=st.booleans())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_every_group_keeps_its_n_highest(
     pattern: str, scope: str, seed: int, is_tied: bool
 ) -> None:
@@ -75,7 +75,7 @@ def test_every_group_keeps_its_n_highest(
     shares=st.lists(st.floats(0, 1), max_size=4).map(sorted),
     is_tied=st.booleans(),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_no_round_on_the_way_breaks_the_pattern(
     pattern: str, scope: str, seed: int, shares: list[float], is_tied: bool
 ) -> None:

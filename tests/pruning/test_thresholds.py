@@ -75,7 +75,7 @@ def dealt_scores(draw_from: st.DrawFn) -> tuple[np.ndarray, list[int]]:
     most_kept=st.sampled_from([0.0, 0.3, 1.0]),
     data=st.data(),
 )
-@settings(max_examples=75, deadline=None)
+@settings(max_examples=75)
 def test_a_threshold_is_that_of_sorting_on_any_number_of_ranks(
     case: tuple[np.ndarray, list[int]], deviations: float | None, most_kept: float, data: Any
 ) -> None:
@@ -95,7 +95,6 @@ def test_a_threshold_is_that_of_sorting_on_any_number_of_ranks(
 
 
 @given(case=dealt_scores(), data=st.data())
-@settings(deadline=None)
 def test_layers_that_share_a_pool_are_cut_at_one_value_within_their_bounds(
     case: tuple[np.ndarray, list[int]], data: Any
 ) -> None:
@@ -163,7 +162,7 @@ def decide(scores: dict[str, Tensor], world_size: int, shares: list[float], **fi
     granularity=st.sampled_from(["weight", "2:4"]),
     is_bracketed=st.booleans(),
 )
-@settings(max_examples=13, deadline=None)
+@settings(max_examples=13)
 def test_decisions_are_the_same_bits_on_any_number_of_ranks(
     scores: dict[str, Tensor], scope: str, granularity: str, is_bracketed: bool
 ) -> None:
@@ -176,7 +175,7 @@ def test_decisions_are_the_same_bits_on_any_number_of_ranks(
 
 
 @given(scores=networks(), data=st.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_decision_among_ranks_removes_the_first_of_a_stable_sort(
     scores: dict[str, Tensor], data: Any
 ) -> None:
@@ -289,7 +288,6 @@ class Crowd(Ranks):
 
 
 @given(values=st.lists(any_score(np.float32), min_size=1, max_size=20), data=st.data())
-@settings(deadline=None)
 def test_counts_of_more_weights_than_32_bits_hold_stay_exact(
     values: list[float], data: Any
 ) -> None:

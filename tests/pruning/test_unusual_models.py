@@ -719,7 +719,7 @@ TANH_WEIGHTS = save(built(TanhNet).state_dict())
 
 
 @given(data=st.data(), byte=st.integers(0, 255))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_damaged_weights_are_refused_with_one_kind_of_error(data: st.DataObject, byte: int) -> None:
     """A store checks sums as well, so here it is enough that nothing else is raised."""
     position = data.draw(st.integers(0, len(TANH_WEIGHTS) - 1))

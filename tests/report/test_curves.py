@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sample_sweep import CRITERIA, SPARSITIES, sweep_job, write_sweep, write_sweep_trial
 
@@ -33,7 +33,6 @@ def test_the_front_is_what_nothing_beats(pairs: list[tuple[float, float]]) -> No
     assert [pairs[i][0] for i in front] == sorted(pairs[i][0] for i in front)
 
 
-@settings(deadline=None)
 @given(st.lists(st.none() | st.floats(-1e6, 1e6) | st.just(math.nan), max_size=9))
 def test_a_spread_is_mean_and_sample_deviation(values: list[float | None]) -> None:
     known = [v for v in values if v is not None]

@@ -304,7 +304,7 @@ def test_records_of_a_later_version_still_open(store: Store) -> None:
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     loss=finite,
     accuracy=finite,

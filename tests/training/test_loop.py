@@ -400,7 +400,7 @@ def test_step_drops_at_the_milestones_of_what_follows_the_warm_up() -> None:
     assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     schedule=st.sampled_from(["constant", "cosine", "step"]),
     total=st.integers(1, 50),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -29,7 +29,6 @@ def test_batches_cover_every_position_once_and_only_the_last_is_short(
 
 
 @given(total=st.integers(0, 200), seed=st.integers(0, 2**63 - 1))
-@settings(deadline=None)
 def test_a_shuffle_is_a_permutation_decided_by_its_seed(total: int, seed: int) -> None:
     torch.manual_seed(total)
     first = shuffled_indices(total, seed)
