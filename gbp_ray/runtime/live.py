@@ -1,9 +1,10 @@
 """Workloads that are objects of this process, which a job can name but nothing can import.
 
-Such a workload is known as "live:NAME_DIGEST". The digest covers its first weights, its data as far
-as `fingerprints_of_data` reads them and the code of its functions, and the name is part of the
-trial's id. So another workload is another trial, and another job: it never goes on with results, or
-answers with them, that are not its own.
+Such a workload is known as "live:NAME_DIGEST". The digest covers its network with its first
+weights, its data as far as `fingerprints_of_data` reads them, and the code of its functions and
+classes with the functions, classes and plain values of the user's own that this code names. The
+name is part of the trial's id. So another workload is another trial, and another job: it never goes
+on with results, or answers with them, that are not its own.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -141,7 +145,7 @@ def _fill_in(
 def _digest(workload: Workload) -> str:
     model, is_blank = network_of_seed(workload, 0)
     found: dict[str, Any] = {
-        "weights": digest_weights(model),
+        "model": _describe(model),
         **fingerprints_of_network(model, is_blank=is_blank),
         **fingerprints_of_data(workload),
     }
@@ -156,8 +160,12 @@ def _digest(workload: Workload) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _describe(value: Any, depth: int = 0) -> Any:
-    """Describes a function or a value by what it does, for a digest; the same in every process."""
+def _describe(value: Any, path: tuple[int, ...] = ()) -> Any:
+    """Describes a function or a value by what it does, for a digest; the same in every process.
+
+    Args:
+        path: Addresses of what the value is part of.
+    """
     if value is None or isinstance(value, (bool, int, float, str)):
         return repr(value)
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
@@ -165,14 +173,20 @@ def _describe(value: Any, depth: int = 0) -> Any:
     if isinstance(value, Tensor):
         return digest_tensor(value)
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    if depth > _MOST_DEPTH:
-        return kind
+    name = [kind, getattr(value, "__module__", ""), getattr(value, "__qualname__", "")]
+    if len(path) > _MOST_DEPTH or id(value) in path:
+        return name
 
     def inner(other: Any) -> Any:
-        return _describe(other, depth + 1)
+        return _describe(other, (*path, id(value)))
 
     if isinstance(value, nn.Module):
-        return [kind, str(value), digest_weights(value)]
+        owners = {type(module): None for module in value.modules() if _is_own(type(module))}
+        plain = [
+            sorted((key, repr(v)) for key, v in vars(module).items() if isinstance(v, _PLAIN))
+            for module in value.modules()
+        ]
+        return [kind, str(value), digest_weights(value), list(map(inner, owners)), plain]
     if isinstance(value, CodeType):
         # Without line numbers and paths.
         return [value.co_code.hex(), list(value.co_names), [inner(c) for c in value.co_consts]]
@@ -181,7 +195,8 @@ def _describe(value: Any, depth: int = 0) -> Any:
     if isinstance(value, FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
         held = [value.__code__, cells, value.__defaults__, value.__kwdefaults__]
-        return [value.__module__, value.__qualname__, *(inner(part) for part in held)]
+        held += [_named_by(value)] if _is_own(value) else []
+        return [*name, *(inner(part) for part in held)]
     if isinstance(value, functools.partial):
         return [kind, inner(value.func), inner(value.args), inner(value.keywords)]
     if isinstance(value, (list, tuple)):
@@ -190,6 +205,46 @@ def _describe(value: Any, depth: int = 0) -> Any:
         return [kind, *sorted(str(inner(item)) for item in value)]
     if isinstance(value, Mapping):
         return [kind, *sorted((str(key), str(inner(item))) for key, item in value.items())]
+    if isinstance(value, type) and _is_own(value):
+        # Methods lie in static ones, class methods and properties, too.
+        parts = ((key, getattr(v, "__func__", getattr(v, "fget", v))) for key, v in _items(value))
+        return [*name, inner(value.__bases__), inner(dict(parts))]
     if isinstance(value, type) or not hasattr(value, "__dict__"):
-        return [kind, getattr(value, "__module__", ""), getattr(value, "__qualname__", "")]
-    return [kind, inner(vars(value))]
+        return name
+    return [kind, inner(vars(value)), inner(type(value))]
+
+
+_PLAIN = (type(None), bool, int, float, str)
+_NAMED = (*_PLAIN, list, tuple, dict, set, frozenset, type, FunctionType, functools.partial)
+"""Kinds of globals that code is described with; others, such as loggers, change by themselves."""
+
+
+def _items(owner: type) -> Iterator[tuple[str, Any]]:
+    """Lists what a class itself holds, without what Python puts there."""
+    held = ("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__")
+    return ((k, v) for k, v in vars(owner).items() if k not in held and "line" not in k)
+
+
+def _named_by(function: FunctionType) -> dict[str, Any]:
+    """Returns the globals that a function names and that decide what it does."""
+    names: set[str] = set()
+    left = [function.__code__]
+    while left:
+        code = left.pop()
+        names.update(code.co_names)
+        left += [const for const in code.co_consts if isinstance(const, CodeType)]
+    found = {name: function.__globals__[name] for name in names & function.__globals__.keys()}
+    kinds = (*_NAMED, Tensor, np.ndarray)
+    return {name: value for name, value in found.items() if isinstance(value, kinds)}
+
+
+def _is_own(code: Any) -> bool:
+    """Returns True for a function or class that is neither built in nor installed."""
+    name = str(code.__module__)
+    if name == "__main__" or name not in sys.modules:
+        return True
+    path = getattr(sys.modules[name], "__file__", None)
+    if path is None or name.partition(".")[0] == "gbp_ray":
+        return False
+    folders = map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))
+    return not any(Path(path).is_relative_to(folder) for folder in folders)

@@ -124,7 +124,46 @@ class Doubled:
         return inputs * self.factor
 
 
+CELL = """
+from torch import nn
+from torch.nn import functional
+
+SCALE = 1.0
+
+def smooth(outputs, targets):
+    return functional.cross_entropy(outputs, targets, label_smoothing=0.1)
+
+def loss(outputs, targets):
+    return SCALE * smooth(outputs, targets)
+
+class Net(nn.Module):
+    factor = 2
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.drop, self.power = nn.Linear(3, 2), nn.Dropout(0.1), 1
+
+    def forward(self, inputs):
+        return self.factor * self.drop(self.linear(inputs)) ** self.power
+"""
+
+
+def of_cell(old: str = "", new: str = "") -> gbp_ray.Workload:
+    """The workload of a notebook's cell, edited."""
+    assert old in CELL
+    found: dict[str, Any] = {"__name__": "__main__"}
+    exec(CELL.replace(old, new, 1), found)
+    return workload(build_model=found["Net"], loss=found["loss"])
+
+
 OTHERS: dict[str, Any] = {
+    "a cell": of_cell(),
+    "a global": of_cell("SCALE = 1.0", "SCALE = 2.0"),
+    "a helper": of_cell("label_smoothing=0.1", "label_smoothing=0.2"),
+    "a layer": of_cell("Dropout(0.1)", "Dropout(0.2)"),
+    "a field": of_cell("1\n\n    def forward", "2\n\n    def forward"),
+    "a constant of a class": of_cell("factor = 2", "factor = 3"),
+    "a method": of_cell("return self.factor * self", "return self"),
     "weights": workload(1),
     "an input": workload(train=(draw(40, 3, seed=1).index_fill(0, torch.tensor([17]), 3.0), None)),
     "a label": workload(),
@@ -153,6 +192,7 @@ def test_no_two_workloads_share_a_name() -> None:
     }
     assert len(set(names.values())) == len(names)
     assert load_live_job(workload(), JOB).workload.factory == names["the first"]
+    assert load_live_job(of_cell("\n", "\n\n"), JOB).workload.factory == names["a cell"]
     other_seed = load_live_job(workload(), {**JOB, "seed": 7})
     assert other_seed.workload.factory == names["the first"]
 
