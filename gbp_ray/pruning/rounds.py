@@ -303,7 +303,8 @@ class _Run:
         scores = self.score_cache.fetch(
             self.job, self.model, lambda: self._score().gather(self.ranks)
         )
-        if scores is None:
+        # A trial that an earlier version began may have layers that no pass uses.
+        if scores is None or not self.masks.keys() <= scores.keys():
             return None
         return SlicedScores.from_full({n: scores[n].to(self.ranks.device) for n in self.masks})
 

@@ -210,7 +210,8 @@ class Bisection(SearchPlan):
     def _answer(self, search: _Search) -> Answer:
         ended = [outcome for outcome in search.started.values() if outcome is not None]
         best, num = search.started.get(search.low), self._sparsities.num
-        first = ended[0] if ended else None
+        # A trial that failed may not know what it is judged by.
+        first = next((outcome for outcome in ended if outcome.state != "failed"), None)
         judge = ACCURACY if first is None else self._sparsities.judge(first)
         cause = search.cause or ("" if search.low < num - 1 else _constant(ended, judge))
         is_dense = search.low == 0 and self._sparsities.first == 0

@@ -278,6 +278,19 @@ def search_with(target: dict[str, Any], **sweep: Any) -> Bisection:
     return Bisection(expand(job), Sparsities(job))
 
 
+def test_a_search_that_failed_is_told_in_the_metric_of_its_other_trials() -> None:
+    plan = search_with({"max_drop": 0.5})
+
+    def truth(job: JobConfig) -> Outcome:
+        if job.prune.sparsity == 0.5:
+            return Outcome(trial_id(job), job, "failed", cause="broke")
+        return errors_of(job)
+
+    run(plan, truth, 2, random.Random(0))
+    (answer,) = plan.answers()
+    assert (answer.cause, answer.metric, answer.dense_score) == ("broke", RMSE, 2.0)
+
+
 @pytest.mark.parametrize(
     ("target", "metric", "largest"),
     [
