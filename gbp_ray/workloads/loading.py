@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -249,19 +250,29 @@ def import_attribute(path: str, key: str) -> Any:
     return getattr(module, attribute)
 
 
+_HIDING = {("ignore", None, kind, None, 0) for kind in (Warning, UserWarning)}
+
+
 @contextmanager
 def _staying(what: str) -> Iterator[None]:
-    """Undoes a change of the working folder by the user's code `what`: it moves relative paths."""
-    before = Path.cwd()
+    """Undoes what the user's code `what` must not change for this package.
+
+    Another working folder would move relative paths. A rule of that code against all warnings would
+    hide this package's, too; it stays in force for those of others.
+    """
+    before, rules = Path.cwd(), list(warnings.filters)
     try:
         yield
     finally:
+        new = takewhile(lambda rule: rule not in rules[:1], warnings.filters)
+        if not _HIDING.isdisjoint(new):
+            warnings.filterwarnings("default", category=UserWarning, module=r"gbp_ray\.")
         if (now := Path.cwd()) != before:
             os.chdir(before)
             warnings.warn(
                 f"{what}: changes the working folder to '{now}', which would move relative paths "
                 "such as that of storage; it was changed back, so let the code give whole paths",
-                stacklevel=2,
+                stacklevel=3,
             )
 
 
