@@ -59,8 +59,8 @@ from gbp_ray.workloads.checks import Checked, check_workload
 from gbp_ray.workloads.contract import Workload, in_mode, num_examples
 from gbp_ray.workloads.data import take_batch
 from gbp_ray.workloads.loading import load_workload
-from gbp_ray.workloads.losses import mean_loss
-from gbp_ray.workloads.metrics import metrics_of
+from gbp_ray.workloads.losses import batch_loss
+from gbp_ray.workloads.metrics import specs_of
 from gbp_ray.workloads.weights import tensor_state
 
 __all__ = [
@@ -172,7 +172,7 @@ def check_metric(workload: Workload, dense: RoundRecord | None, source: str) -> 
     Raises:
         WorkloadError: They were.
     """
-    metric = metrics_of(workload)[0].describe()
+    metric = specs_of(workload)[0]
     if dense is not None and dense.metric != metric:
         raise WorkloadError(
             f"{source}: its rounds were judged by {_name(dense.metric)}, but now "
@@ -259,7 +259,7 @@ def _check_shardable(checked: Checked) -> None:
     try:
         shard_network(twin, torch.device("cpu"), 1)
         with isolated(twin, 0):
-            loss = mean_loss(workload, forward(twin, workload, example), example.targets)
+            loss = batch_loss(twin, workload, example)
             trained = [leaf for leaf in leaves(twin).values() if leaf.requires_grad]
             if loss.requires_grad:
                 # As in training, where FSDP2 adds up no gradients itself.

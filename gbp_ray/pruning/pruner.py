@@ -60,7 +60,7 @@ from gbp_ray.pruning.units import SlicedScores, num_to_prune, survey
 from gbp_ray.workloads.batch import Batch, forward, kind_of, size_of
 from gbp_ray.workloads.checks import Checked, check_labels, check_means, find_unreached
 from gbp_ray.workloads.contract import in_mode
-from gbp_ray.workloads.losses import mean_loss
+from gbp_ray.workloads.losses import batch_loss, mean_loss
 
 __all__ = ["Pruner"]
 
@@ -370,10 +370,7 @@ class Pruner:
                     "workload.loss: must return the mean over the batch, a scalar tensor, not "
                     f"{kind_of(loss)}"
                 )
-            unreached = find_unreached(
-                model,
-                lambda: mean_loss(workload, forward(model, workload, batch), batch.targets),
-            )
+            unreached = find_unreached(model, lambda: batch_loss(model, workload, batch))
         check_reached(self._units, unreached)
         warn_of_unusual_weights(Checked(workload, model, batch, outputs, unreached), self._found)
 

@@ -43,7 +43,7 @@ from gbp_ray.training.optimizer import MovingAverage, make_optimizer, num_steps
 from gbp_ray.training.progress import OnProgress, ignore_progress
 from gbp_ray.workloads.contract import Workload, judged_split, num_examples
 from gbp_ray.workloads.data import derive_seed, shuffled_indices
-from gbp_ray.workloads.metrics import metrics_of
+from gbp_ray.workloads.metrics import specs_of
 from gbp_ray.workloads.weights import tensor_state
 
 __all__ = ["RoundState", "ScoreCache", "needs_dense_weights", "run_rounds"]
@@ -167,7 +167,7 @@ class _Run:
         self.is_teacher_ready = False
         self.seconds: dict[str, float] = {}
         self.kept_step: int | None = None
-        self.metrics = tuple(metric.describe() for metric in metrics_of(workload))
+        self.metrics = specs_of(workload)
         self.split = judged_split(workload)
         total = num_examples(workload.train)
         self.sample = shuffled_indices(total, derive_seed(job.seed, "train sample"))[

@@ -34,7 +34,7 @@ from gbp_ray.workloads.batch import (
 )
 from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.data import derive_seed, first_example
-from gbp_ray.workloads.losses import mean_loss
+from gbp_ray.workloads.losses import batch_loss
 
 __all__ = [
     "BatchStatistic",
@@ -84,8 +84,7 @@ class Probe:
 
     def loss(self, inputs: Any, targets: Any) -> Tensor:
         """Passes a batch, as `Batch` holds it, through the network; returns its mean loss."""
-        outputs = forward(self.model, self.workload, Batch(inputs, targets))
-        return mean_loss(self.workload, outputs, targets)
+        return batch_loss(self.model, self.workload, Batch(inputs, targets))
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -68,7 +68,7 @@ from gbp_ray.workloads.loading import (
     warn_of_changed_code,
     warn_of_shadowed_modules,
 )
-from gbp_ray.workloads.metrics import metrics_of
+from gbp_ray.workloads.metrics import specs_of
 
 __all__ = [
     "PruneResult",
@@ -362,7 +362,7 @@ def plan_sweep(
 
     def load(trial: JobConfig) -> Workload:
         workload = _load_checked(trial, import_paths)[0]
-        find_judge(job.sweep, [metric.describe() for metric in metrics_of(workload)])
+        find_judge(job.sweep, specs_of(workload))
         return workload
 
     return make_sweep_plan(job, found, store, machines, load)
@@ -396,7 +396,7 @@ def _plan(job: JobConfig, trials: list[JobConfig], known: TrialHistory) -> Searc
 
 def _read_specs(job: JobConfig) -> tuple[MetricSpec, ...]:
     """Checks a job, and describes the metrics of its workload."""
-    return tuple(metric.describe() for metric in metrics_of(load_checked(job)[0]))
+    return specs_of(load_checked(job)[0])
 
 
 def _describe_outcome(outcome: Outcome) -> dict[str, Any]:

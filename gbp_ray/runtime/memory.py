@@ -45,7 +45,7 @@ from gbp_ray.training.optimizer import make_optimizer, num_steps, trainable_para
 from gbp_ray.workloads.batch import Batch, forward, logits_of
 from gbp_ray.workloads.contract import Portion, Workload, judged_split, num_examples
 from gbp_ray.workloads.data import take_batch
-from gbp_ray.workloads.losses import mean_loss
+from gbp_ray.workloads.losses import batch_loss
 
 __all__ = ["Memory", "Phase", "bytes_of"]
 
@@ -183,8 +183,7 @@ class Memory:
         return perturb(model, lambda seen: self._loss(batch._replace(inputs=seen)), *given)
 
     def _loss(self, batch: Batch) -> Tensor:
-        outputs = forward(self._model.eval(), self._workload, batch)
-        return mean_loss(self._workload, outputs, batch.targets)
+        return batch_loss(self._model.eval(), self._workload, batch)
 
     def _measure_scoring(self) -> Footprint:
         gathered = {

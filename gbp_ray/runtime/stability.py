@@ -26,7 +26,7 @@ from gbp_ray.runtime.api import open_result, prune, sweep
 from gbp_ray.training.progress import OnProgress, Progress, ignore_progress
 from gbp_ray.workloads.contract import num_examples
 from gbp_ray.workloads.loading import add_job_folders, load_workload
-from gbp_ray.workloads.metrics import metrics_of
+from gbp_ray.workloads.metrics import specs_of
 
 __all__ = ["SIZES", "STABLE", "SeedStability", "Stability", "measure_stability"]
 
@@ -215,7 +215,7 @@ def _run_samples(
             )
             for name, one in jobs.items()
         }
-    return found, available, metrics_of(workload)[0].describe()
+    return found, available, specs_of(workload)[0]
 
 
 def _prefix(on_progress: OnProgress, prefix: str) -> OnProgress:

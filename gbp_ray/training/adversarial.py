@@ -42,7 +42,7 @@ from gbp_ray.workloads.contract import (
     num_examples,
 )
 from gbp_ray.workloads.data import cut_batches, derive_seed, first_example, take_batch
-from gbp_ray.workloads.losses import check_share, count_right, loss_of, mark_right, mean_loss
+from gbp_ray.workloads.losses import batch_loss, check_share, count_right, loss_of, mark_right
 
 __all__ = [
     "check_answers",
@@ -112,7 +112,7 @@ def check_attack(workload: Workload, model: nn.Module, attack: Perturbation, key
     try:
         perturb(
             model,
-            lambda seen: _loss_under(model, workload, batch, seen),
+            lambda seen: batch_loss(model, workload, batch._replace(inputs=seen)),
             *(workload, inputs, briefly, 0, key),
         )
     except RuntimeError as error:
@@ -147,11 +147,6 @@ def _attackable(batch: Batch, key: str) -> Tensor:
             f"{kind_of(batch.nest)}; set it to none"
         )
     return batch.inputs
-
-
-def _loss_under(model: nn.Module, workload: Workload, batch: Batch, seen: Tensor) -> Tensor:
-    outputs = forward(model, workload, batch._replace(inputs=seen))
-    return mean_loss(workload, outputs, batch.targets)
 
 
 def robust_accuracy(

@@ -23,7 +23,7 @@ from gbp_ray.workloads.checks import blaming_labels, check_finite, check_labels
 from gbp_ray.workloads.contract import Workload, count_top1, num_examples
 from gbp_ray.workloads.data import cut_batches, derive_seed, take_batch
 from gbp_ray.workloads.losses import check_share, count_items, mean_loss
-from gbp_ray.workloads.metrics import compute_metric, metrics_of, update_metric
+from gbp_ray.workloads.metrics import compute_metric, metrics_of, specs_of, update_metric
 
 __all__ = ["Evaluation", "evaluate", "measure_final_test"]
 
@@ -198,7 +198,7 @@ def measure_final_test(
         again = evaluate(model, workload, ranks, batch_size, on_progress)
         recalibrated = again if math.isfinite(again.loss) else None
     return FinalTest(
-        metric=metrics_of(workload)[0].describe(),
+        metric=specs_of(workload)[0],
         round=chosen,
         score=found.score,
         loss=found.loss,

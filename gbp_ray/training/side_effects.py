@@ -24,7 +24,7 @@ from gbp_ray.workloads.batch import Batch, forward, size_of, tensors_in
 from gbp_ray.workloads.checks import Checked, find_unreached
 from gbp_ray.workloads.contract import Workload, in_mode
 from gbp_ray.workloads.data import compare_readings, is_alike
-from gbp_ray.workloads.losses import mean_loss
+from gbp_ray.workloads.losses import batch_loss, mean_loss
 
 __all__ = [
     "Watch",
@@ -159,10 +159,7 @@ def check_training_passes(
         # One example has no variance over a batch.
         if not recipes or size_of(batch.inputs) < 2:
             with isolated(model, 0):
-                return find_unreached(
-                    model,
-                    lambda: mean_loss(workload, forward(model, workload, batch), batch.targets),
-                )
+                return find_unreached(model, lambda: batch_loss(model, workload, batch))
         with isolated(model, 0):
             outputs, loss, changed = _pass(checked, watch)
             _warn_of_outside_parameters(model, loss)

@@ -17,10 +17,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gbp_ray.errors import WorkloadError
-from gbp_ray.workloads.batch import kind_of, labels_of, logits_of, size_of, take_part, tensors_in
+from gbp_ray.workloads.batch import (
+    Batch,
+    forward,
+    kind_of,
+    labels_of,
+    logits_of,
+    size_of,
+    take_part,
+    tensors_in,
+)
 from gbp_ray.workloads.contract import Workload, count_top1
 
 __all__ = [
+    "batch_loss",
     "check_share",
     "class_labels",
     "count_batch",
@@ -73,6 +83,11 @@ def mean_loss(workload: Workload, outputs: Any, targets: Any) -> Tensor:
     if workload.loss is functional.cross_entropy:
         return functional.cross_entropy(logits_of(outputs), targets)
     return workload.loss(outputs, targets)
+
+
+def batch_loss(model: nn.Module, workload: Workload, batch: Batch) -> Tensor:
+    """Passes a batch through a network, and computes its loss, a mean over its items."""
+    return mean_loss(workload, forward(model, workload, batch), batch.targets)
 
 
 def loss_of(workload: Workload, outputs: Any, targets: Any) -> Tensor:

@@ -30,7 +30,7 @@ from gbp_ray.workloads.losses import (
     mean_loss,
 )
 
-__all__ = ["Metric", "compute_metric", "metrics_of", "update_metric"]
+__all__ = ["Metric", "compute_metric", "metrics_of", "specs_of", "update_metric"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,11 @@ def metrics_of(workload: Workload) -> tuple[Metric, ...]:
         if names.count(name) > 1:
             raise WorkloadError(f"workload.metrics: '{name}' is there twice; name each once")
     return found
+
+
+def specs_of(workload: Workload) -> tuple[MetricSpec, ...]:
+    """Describes the metrics of a workload, the one that judges first; see `metrics_of`."""
+    return tuple(metric.describe() for metric in metrics_of(workload))
 
 
 def update_metric(
