@@ -70,6 +70,9 @@ def mean_loss(workload: Workload, outputs: Any, targets: Any) -> Tensor:
 
     Without a loss of the workload's own, outputs for a mapping must carry theirs, as those of
     Hugging Face's models do; of others the logits are taken.
+
+    Raises:
+        WorkloadError: Outputs for a mapping carry no loss, or other targets are no tensor.
     """
     if workload.loss is functional.cross_entropy and isinstance(targets, Mapping):
         carried = outputs.get("loss") if isinstance(outputs, Mapping) else None
@@ -81,6 +84,11 @@ def mean_loss(workload: Workload, outputs: Any, targets: Any) -> Tensor:
             )
         return carried
     if workload.loss is functional.cross_entropy:
+        if not isinstance(targets, Tensor):
+            raise WorkloadError(
+                f"workload.loss: cross entropy takes a tensor of labels, not {kind_of(targets)}; "
+                "give Workload a loss(outputs, targets)"
+            )
         return functional.cross_entropy(logits_of(outputs), targets)
     return workload.loss(outputs, targets)
 

@@ -530,6 +530,10 @@ UNUSABLE = {
         {"train": [(INPUTS[0], 1, 2)] * 4},
         ["workload.forward: a batch is a tuple of 3", "forward(model, batch)"],
     ),
+    "three in a row without a loss": (
+        {"train": [(INPUTS[0], 1, 2)] * 4, "forward": lambda m, b: m(b[0])},
+        ["workload.loss: cross entropy takes a tensor of labels, not a tuple of 3", "a loss("],
+    ),
     "a dict without a loss": (
         {"train": [{"input": INPUTS[0], "labels": 1}] * 4, "forward": lambda m, b: m(b["input"])},
         ["workload.loss: outputs (torch.float32 of shape (4, 3)) carry no loss", "a loss(outputs"],
