@@ -196,8 +196,8 @@ class SweepConfig(Section):
         refuse(
             has_target
             and any("prune.sparsity" in axis.fields for axis in axes)
-            and "space.prune.sparsity: the target finds the sparsity; leave it out, or unset "
-            "target.max_drop",
+            and "space.prune.sparsity: the target finds the sparsity; leave it out, or unset the "
+            "target",
             has_target
             and self.scheduler != "fifo"
             and f"scheduler = {self.scheduler}: would stop trials that the target needs whole; "

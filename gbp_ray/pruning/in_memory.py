@@ -74,11 +74,11 @@ __all__ = [
     "check_same_replicas",
     "check_whole",
     "config_of",
-    "in_arguments",
     "keeping_gradients",
     "make_workload",
     "network_in",
     "prune_model",
+    "reword_reasons",
     "score",
     "select",
 ]
@@ -320,7 +320,7 @@ _ARGUMENTS = (
 """Fields of a job, as its checks name them, and the arguments that take their place."""
 
 
-def _in_arguments(text: str, split: str = "data") -> str:
+def _reword(text: str, split: str = "data") -> str:
     text = re.sub(r"\bworkload\.(?:train|test)\b", split, text)
     for pattern, argument in _ARGUMENTS:
         text = re.sub(pattern, argument, text)
@@ -335,14 +335,12 @@ def _naming_arguments(split: str) -> Iterator[None]:
             warnings.simplefilter("always")
             yield
     except GbpError as error:
-        error.args = (_in_arguments(str(error), split),)
+        error.args = (_reword(str(error), split),)
         raise
     finally:
         for warning in caught:
             # Where the caller of the public function is: above the generator and its block.
-            warnings.warn(
-                _in_arguments(str(warning.message), split), warning.category, stacklevel=7
-            )
+            warnings.warn(_reword(str(warning.message), split), warning.category, stacklevel=7)
 
 
 def config_of(fields: Mapping[str, Any], **given: Any) -> PruneConfig:
@@ -432,9 +430,9 @@ def make_workload(
     return replace(workload, test=workload.train)
 
 
-def in_arguments(unpruned: Mapping[str, tuple[int, str]]) -> dict[str, tuple[int, str]]:
+def reword_reasons(unpruned: Mapping[str, tuple[int, str]]) -> dict[str, tuple[int, str]]:
     """Makes the reasons of a `Survey` name arguments."""
-    return {name: (number, _in_arguments(why)) for name, (number, why) in unpruned.items()}
+    return {name: (number, _reword(why)) for name, (number, why) in unpruned.items()}
 
 
 def _checked_masks(masks: MaskSet | None, dense: MaskSet, config: PruneConfig) -> MaskSet:
@@ -474,7 +472,7 @@ class _Task:
 
     @property
     def unpruned(self) -> dict[str, tuple[int, str]]:
-        return in_arguments(self.found.unpruned)
+        return reword_reasons(self.found.unpruned)
 
     @property
     def input_dims(self) -> dict[str, int | None]:

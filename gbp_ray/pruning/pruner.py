@@ -36,7 +36,7 @@ from gbp_ray.distributed.sharding import (
     local,
     shard_like,
 )
-from gbp_ray.errors import ConfigError, GbpError, PruneError, WorkloadError, in_one_line
+from gbp_ray.errors import ConfigError, PruneError, WorkloadError
 from gbp_ray.pruning import scoring
 from gbp_ray.pruning.checkpoint import shard_masks
 from gbp_ray.pruning.checks import warn_of_unusual_weights
@@ -48,17 +48,24 @@ from gbp_ray.pruning.in_memory import (
     check_same_replicas,
     check_whole,
     config_of,
-    in_arguments,
     keeping_gradients,
     make_workload,
     network_in,
+    reword_reasons,
 )
 from gbp_ray.pruning.masks import MaskSet, forget_pruned
 from gbp_ray.pruning.selection import check_units, select_masks
 from gbp_ray.pruning.statistics import movement_statistic
 from gbp_ray.pruning.units import SlicedScores, num_to_prune, survey
 from gbp_ray.workloads.batch import Batch, forward, kind_of, size_of
-from gbp_ray.workloads.checks import Checked, check_labels, check_means, find_unreached
+from gbp_ray.workloads.checks import (
+    Checked,
+    blaming_batch,
+    check_labels,
+    check_means,
+    check_scalar,
+    find_unreached,
+)
 from gbp_ray.workloads.contract import in_mode
 from gbp_ray.workloads.losses import batch_loss, mean_loss
 
@@ -139,7 +146,7 @@ class Pruner:
             self._model = network_in(model)
             self._found = survey(self._model, self._config.exclude, self._config.include)
             self._units = self._found.units
-            self._unpruned = in_arguments(self._found.unpruned)
+            self._unpruned = reword_reasons(self._found.unpruned)
             self._workload = make_workload(self._model, None, loss, forward, None, count)
             self._rule = find_criterion(self._config.criterion)
             self._check_criterion(optimizer)
@@ -351,25 +358,13 @@ class Pruner:
         device = self._ranks.device
         batch = batch.map(lambda tensor: tensor.to(device))
         with in_mode(model, is_training=False), isolated(model, 0):
-            try:
-                with torch.no_grad():
-                    outputs = forward(model, workload, batch)
-                    size = size_of(batch.targets)
-                    check_labels(workload, "train", torch.arange(size), outputs, batch.targets)
-                    loss = mean_loss(workload, outputs, batch.targets)
-                    check_means(workload, model, batch, outputs, (), partial(batch.part, size=size))
-            except GbpError:
-                raise
-            except Exception as error:
-                raise WorkloadError(
-                    f"workload.train: a pass of {size_of(batch.targets)} examples failed with "
-                    f"{in_one_line(error)}"
-                ) from error
-            if not isinstance(loss, Tensor) or loss.ndim:
-                raise WorkloadError(
-                    "workload.loss: must return the mean over the batch, a scalar tensor, not "
-                    f"{kind_of(loss)}"
-                )
+            with blaming_batch(batch), torch.no_grad():
+                outputs = forward(model, workload, batch)
+                size = size_of(batch.targets)
+                check_labels(workload, "train", torch.arange(size), outputs, batch.targets)
+                loss = mean_loss(workload, outputs, batch.targets)
+                check_means(workload, model, batch, outputs, (), partial(batch.part, size=size))
+                check_scalar(loss)
             unreached = find_unreached(model, lambda: batch_loss(model, workload, batch))
         check_reached(self._units, unreached)
         warn_of_unusual_weights(Checked(workload, model, batch, outputs, unreached), self._found)

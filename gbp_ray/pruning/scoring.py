@@ -39,7 +39,7 @@ from gbp_ray.distributed.sharding import (
     unsharded,
 )
 from gbp_ray.distributed.sums import GradientReducer, OrderedSum
-from gbp_ray.errors import GbpError, PruneError, WorkloadError, in_one_line
+from gbp_ray.errors import PruneError, WorkloadError
 from gbp_ray.pruning.criteria import Criterion, criterion
 from gbp_ray.pruning.statistics import Probe
 from gbp_ray.pruning.units import Layout, Prunable, SlicedScores
@@ -47,7 +47,7 @@ from gbp_ray.training.loss import counts_of
 from gbp_ray.training.non_finite import why_not_finite
 from gbp_ray.training.progress import OnProgress, Progress, ignore_progress
 from gbp_ray.workloads.batch import Batch, forward, size_of
-from gbp_ray.workloads.checks import blaming_labels, check_labels
+from gbp_ray.workloads.checks import blaming_batch, blaming_labels, check_labels
 from gbp_ray.workloads.contract import Workload, in_mode, num_examples
 from gbp_ray.workloads.data import cut_batches, derive_seed, shuffled_indices, take_batch
 from gbp_ray.workloads.losses import count_items, mean_loss, zero_loss
@@ -290,15 +290,8 @@ class _Given:
     @contextmanager
     def batch(self, model: nn.Module, item: int, device: torch.device) -> Iterator[Batch]:
         batch = self.given[item // self.world_size].map(lambda tensor: tensor.to(device))
-        try:
+        with blaming_batch(batch):
             yield batch
-        except (GbpError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
-        except Exception as error:
-            raise WorkloadError(
-                f"workload.train: a pass of {size_of(batch.targets)} examples failed with "
-                f"{in_one_line(error)}"
-            ) from error
 
 
 @dataclass(frozen=True)

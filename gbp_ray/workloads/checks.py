@@ -35,10 +35,12 @@ from gbp_ray.workloads.metrics import Metric, compute_metric, metrics_of, update
 
 __all__ = [
     "Checked",
+    "blaming_batch",
     "blaming_labels",
     "check_finite",
     "check_labels",
     "check_means",
+    "check_scalar",
     "check_workload",
     "find_unreached",
 ]
@@ -143,11 +145,7 @@ def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: i
             f"workload.{split}: one batch of {len(indices)} examples failed with "
             f"{in_one_line(error)}{_remedy(workload, model, batch, outputs, error)}"
         ) from error
-    if not isinstance(loss, Tensor) or loss.ndim != 0:
-        raise WorkloadError(
-            "workload.loss: must return the mean over the batch, a scalar tensor, not "
-            f"{kind_of(loss)}"
-        )
+    check_scalar(loss)
 
     def loss_of_graph() -> Tensor:
         seen = forward(model, workload, batch) if graph is None else graph
@@ -155,6 +153,29 @@ def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: i
 
     unreached = find_unreached(model, loss_of_graph) if is_train else ()
     return Checked(workload, model, batch, outputs, unreached)
+
+
+def check_scalar(loss: Any) -> None:
+    """Raises WorkloadError for a loss that is no scalar tensor."""
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
+        raise WorkloadError(
+            "workload.loss: must return the mean over the batch, a scalar tensor, not "
+            f"{kind_of(loss)}"
+        )
+
+
+@contextmanager
+def blaming_batch(batch: Batch) -> Iterator[None]:
+    """Raises WorkloadError naming a batch that no data set gave, if its pass fails the block."""
+    try:
+        yield
+    except (GbpError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        raise WorkloadError(
+            f"workload.train: a pass of {size_of(batch.targets)} examples failed with "
+            f"{in_one_line(error)}"
+        ) from error
 
 
 def _check_collate(
