@@ -149,7 +149,7 @@ def results_table(
     def add(heading: str, name: str, spec: MetricSpec) -> None:
         columns.append(column(heading, lambda row: spec.write(row[name])))
 
-    for spec in dict.fromkeys(map(spec_of, rows)):
+    for spec in _specs_of(rows):
         add(spec.name, spec.name, spec)
         # Where rounds were judged by other examples, the test split has its own column.
         if any(row.get("judged_on", "test") != "test" for row in rows):
@@ -290,7 +290,7 @@ def summary_table(
     is_attacked = any("robust_accuracy" in line for line in lines)
     sparsities = [f"{line['sparsity']:.2%}" for line in lines]
     shown = ["" if i and text == sparsities[i - 1] else text for i, text in enumerate(sparsities)]
-    specs = dict.fromkeys(map(spec_of, lines)) or {ACCURACY: None}
+    specs = _specs_of(lines) or [ACCURACY]
     columns = [TableColumn("sparsity", shown)]
     for field in fields:
         if field not in ("seed", "prune.sparsity"):
@@ -315,6 +315,11 @@ def summary_table(
         TableColumn("weights left", [f"{line['num_nonzero']:,.0f}" for line in lines], "right", 4),
     ]
     return fit_table(columns, width)[0]
+
+
+def _specs_of(rows: Sequence[Mapping[str, Any]]) -> list[MetricSpec]:
+    """Lists what judged rows, each name once: jobs may describe one metric differently."""
+    return list({spec.name: spec for spec in map(spec_of, rows)}.values())
 
 
 def answers_table(lines: Sequence[Mapping[str, Any]]) -> Table:

@@ -335,6 +335,18 @@ def test_verbs_speak_of_the_metric(regression: Store, shell: Shell, tmp_path: Pa
     assert "accuracy or rmse" in text or "rmse or accuracy" in text
 
 
+def test_a_metric_that_jobs_describe_differently_has_one_column(
+    tmp_path: Path, shell: Shell
+) -> None:
+    for number in range(2):
+        spec = RMSE.model_copy(update={"chance": float(number)})
+        write_job(tmp_path, [spec], {0: [(1.0,), (2.0 + number,)]}, f"job{number}")
+    _, text, _ = shell("results", str(tmp_path))
+    assert text.count("rmse") == 1
+    assert "2 m" in text
+    assert "3 m" in text
+
+
 def test_the_report_is_in_the_metric_s_name_and_direction(
     tmp_path: Path,
 ) -> None:
