@@ -21,7 +21,7 @@ from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import ConfigError
 from gbp_ray.training.adversarial import perturb
 from gbp_ray.training.distillation import Teacher, capture_outputs, run_in_precision
-from gbp_ray.workloads.batch import Batch, kind_of
+from gbp_ray.workloads.batch import Batch, kind_of, logits_of
 from gbp_ray.workloads.checks import blaming_labels, check_labels
 from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import derive_seed, seeded, take_batch
@@ -74,7 +74,7 @@ def training_loss(
             smoothing = recipe.label_smoothing
             if smoothing == 0:
                 return mean_loss(workload, outputs, targets)
-            return functional.cross_entropy(outputs, targets, label_smoothing=smoothing)
+            return functional.cross_entropy(logits_of(outputs), targets, label_smoothing=smoothing)
 
         if emphasis == 0:
             return zero_loss(outputs)

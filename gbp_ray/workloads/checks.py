@@ -17,6 +17,7 @@ from gbp_ray.workloads.batch import (
     Batch,
     forward,
     kind_of,
+    logits_of,
     size_of,
     take_part,
     tensors_in,
@@ -438,6 +439,7 @@ def _check_sums(
 
 
 def _check_labels(workload: Workload, split: str, outputs: Any, targets: Any) -> None:
+    outputs = logits_of(outputs)
     if not _is_classifier(workload, outputs, targets):
         return
     options = cross_entropy_options(workload.loss) or {}
@@ -488,7 +490,7 @@ def check_labels(
     Checks only data sets: `check_workload` has seen all labels of tuples. On a GPU the loss itself
     would say nothing and leave the device unusable.
     """
-    is_tuple = isinstance(getattr(workload, split), tuple)
+    outputs, is_tuple = logits_of(outputs), isinstance(getattr(workload, split), tuple)
     if is_tuple or not _is_classifier(workload, outputs, targets):
         return
     is_strange = _are_out_of_range(workload, targets, outputs)
@@ -545,7 +547,7 @@ def _find_refused_target(
     if next(model.parameters()).is_cuda:
         # A failed kernel has left the device unusable, or memory is short.
         return None
-    size, what = len(indices), "the loss refuses the target"
+    size = len(indices)
     with torch.no_grad(), in_mode(model, is_training=False):
         try:
             batch = take_batch(workload, getattr(workload, split), indices)
@@ -556,14 +558,16 @@ def _find_refused_target(
             outputs = forward(model, workload, batch)
         if outputs is None and batch.is_pair:
             return None
+        # Others may carry their own loss, which is computed on the way.
+        what = (
+            "the loss refuses the target" if batch.is_pair else "network or loss refuse the batch"
+        )
         for row, index in enumerate(indices.tolist()):
             part = batch.part(slice(row, row + 1), size)
             try:
-                if batch.is_pair:
-                    seen = take_part(outputs, slice(row, row + 1), size)
+                if batch.is_pair and isinstance(outputs, Tensor):
+                    seen: Any = outputs[row : row + 1]
                 else:
-                    # It may carry its own loss, which is computed on the way.
-                    what = "network or loss refuse the batch"
                     seen = forward(model, workload, part)
                 mean_loss(workload, seen, part.targets)
             except Exception as error:  # noqa: BLE001 - told by name

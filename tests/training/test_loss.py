@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from torch.nn import functional
 
 from gbp_ray.config.training import FinetuneConfig, PretrainConfig
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.errors import ConfigError
+from gbp_ray.errors import ConfigError, WorkloadError
 from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.rounds import run_rounds
+from gbp_ray.training.evaluation import evaluate
 from gbp_ray.training.loss import check_loss, counts_of, draw_mix, find_varying_counts
 from gbp_ray.training.optimizer import make_optimizer
 from gbp_ray.training.progress import Progress
@@ -253,6 +255,31 @@ def test_what_cannot_be_mixed_is_refused_by_name() -> None:
         "finetune",
         *tried(images()),
     )
+
+
+class Named(nn.Module):
+    """Gives its logits by name, in an object that cannot be cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = plain_convnet()
+
+    def forward(self, inputs: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.plain(inputs))
+
+
+def test_named_logits_are_smoothed_as_plain_ones() -> None:
+    recipe = recipe_of(label_smoothing=0.2)
+    losses = [train(built(kind), images(), recipe, steps(2)) for kind in (plain_convnet, Named)]
+    assert losses[0] == losses[1]
+
+
+def test_a_label_without_an_output_is_named_where_logits_are_named() -> None:
+    inputs, labels = images().train
+    items = list(zip(inputs, labels.index_fill(0, torch.tensor([9]), 77), strict=True))
+    workload = dataclasses.replace(images(), build_model=Named, train=items, test=items)
+    with pytest.raises(WorkloadError, match=r"workload\.test: example 9 has label 77, but the"):
+        evaluate(built(Named), workload, Ranks(), 16)
 
 
 def sentences_of(prepare: Any) -> Workload:
