@@ -229,6 +229,8 @@ def _remedy(
         return ""
     inputs = batch.inputs
     if not isinstance(inputs, Tensor):
+        if isinstance(error, KeyError) and isinstance(inputs, Mapping):
+            return f"; a batch is {kind_of(inputs)}"
         if workload.forward is not None or batch.is_pair or not isinstance(error, TypeError):
             return ""
         return f"; a batch is {kind_of(inputs)}: give Workload a forward(model, batch)"
@@ -312,7 +314,10 @@ def check_means(
                 parts = [retake(half) for half in halves]
                 found = [forward(model, workload, part) for part in parts]
             pairs = [(seen, part.targets) for seen, part in zip(found, parts, strict=True)]
-        _check_halves(workload, outputs, targets, pairs, halves, metrics)
+        # The loss first, since perplexity is made of it.
+        _check_halves(workload, outputs, targets, pairs, halves)
+        for metric in metrics:
+            _check_sums(workload, metric, outputs, targets, pairs, _shapes(outputs, targets))
 
     targets = batch.targets
     check(outputs, targets)
@@ -355,12 +360,9 @@ def _check_halves(
     targets: Any,
     pairs: list[tuple[Any, Any]],
     halves: tuple[slice, slice],
-    metrics: Sequence[Metric],
 ) -> None:
     size = size_of(targets)
     shapes = _shapes(outputs, targets)
-    for metric in metrics:
-        _check_sums(workload, metric, outputs, targets, pairs, shapes)
     is_known = workload.count is None and cross_entropy_options(workload.loss) is not None
     if (is_known and isinstance(targets, Tensor)) or workload.count is len:
         return

@@ -332,3 +332,15 @@ def test_labels_that_vary_between_readings_are_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*another number of labels")
         check_job(still, workload)
+
+
+def test_a_missing_count_is_named_before_the_perplexity_that_it_spoils() -> None:
+    workload = dataclasses.replace(sentences_of(lambda batch: label(batch, -0.5)), count=None)
+    with pytest.raises(WorkloadError, match=r"^workload\.loss: the loss is no mean .* count=len"):
+        check_job(job_config(), workload)
+
+
+def test_a_key_that_batches_have_not_is_told_with_those_that_they_have() -> None:
+    workload = dataclasses.replace(sentences_of(None), forward=lambda model, batch: batch["word"])
+    with pytest.raises(WorkloadError, match=r"KeyError: 'word'; a batch is a dict with keys 'wo"):
+        check_job(job_config(), workload)
