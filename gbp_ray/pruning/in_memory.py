@@ -260,9 +260,17 @@ def select(
                 f"{kind_of(scores)}"
             )
         for name, values in scores.items():
-            if not isinstance(values, Tensor) or not values.is_floating_point():
+            is_fit = isinstance(values, Tensor) and values.is_floating_point()
+            is_fit = is_fit and values.layout is torch.strided and not values.is_meta
+            if not is_fit or not isinstance(name, str):
                 raise ConfigError(
-                    f"scores: '{name}' is {kind_of(values)}; give tensors of floating point"
+                    f"scores: {name!r} is {kind_of(values)}; give dense tensors of floating point "
+                    "by parameter name"
+                )
+            if number := int((~torch.isfinite(values)).sum()):
+                raise PruneError(
+                    f"scores of '{name}': {number} are NaN or infinite, which have no order; "
+                    "replace them"
                 )
         if not isinstance(scores, Scores):
             scores = Scores(scores, "given scores", (), {})
@@ -387,6 +395,11 @@ def network_in(model: nn.Module) -> nn.Module:
             f"model: its parameters are on {where}; move the network to one device, with weights"
         )
     for name, parameter in plain.named_parameters():
+        if parameter.is_inference():
+            raise WorkloadError(
+                f"model: '{name}' was made under torch.inference_mode and has no gradients; make "
+                "the network outside"
+            )
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise WorkloadError(
                 f"model: '{name}' has a hook that runs when its gradient is there, such as an "

@@ -220,6 +220,9 @@ class Pruner:
         """
         masks = {name: gather_whole(mask).cpu() for name, mask in self.masks.items()}
         movement = {name: gather_whole(value).cpu() for name, value in self._movement.items()}
+        return {**self._plain_state(), "masks": masks, "movement": movement}
+
+    def _plain_state(self) -> dict[str, Any]:
         return {
             "format": _FORMAT,
             "settings": self._settings,
@@ -228,8 +231,6 @@ class Pruner:
             "sparsity": self.sparsity,
             "round": self.masks.round,
             "parent": self.masks.parent,
-            "masks": masks,
-            "movement": movement,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -241,7 +242,13 @@ class Pruner:
             ConfigError: It is no such state, or of other arguments.
             PruneError: It is of another network.
         """
-        if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
+        if (
+            not isinstance(state, Mapping)
+            or not state.keys() >= self._plain_state().keys()
+            or not isinstance(state.get("masks"), Mapping)
+            or not isinstance(state.get("movement"), Mapping)
+            or state["format"] != _FORMAT
+        ):
             raise ConfigError(
                 f"state: must be what Pruner.state_dict() returned, not {kind_of(state)}"
             )
@@ -314,15 +321,20 @@ class Pruner:
 
     @torch.no_grad()
     def _before_update(self) -> None:
-        self._num_updates += 1
+        # A GradScaler leaves it to fused optimizers to unscale gradients and to skip steps.
+        found_inf = getattr(self._optimizer, "found_inf", None)
+        scale = getattr(self._optimizer, "grad_scale", None)
+        is_skipped = found_inf is not None and bool(found_inf)
+        self._num_updates += not is_skipped
         for unit in self._units:
             gradient = unit.parameter.grad
             if gradient is None:
                 continue
             rows = local(gradient)
-            if unit.name in self._movement:
+            if unit.name in self._movement and not is_skipped:
+                part = movement_statistic(local(unit.parameter.detach()), rows)
                 gathered = local(self._movement[unit.name])
-                gathered += movement_statistic(local(unit.parameter.detach()), rows)
+                gathered += part if scale is None else part / scale
             rows.masked_fill_(~local(self.masks[unit.name]).to(rows.device), 0)
 
     def _blank_movement(self) -> dict[str, Tensor]:

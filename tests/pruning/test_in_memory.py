@@ -275,8 +275,18 @@ def with_hook() -> nn.Module:
     return model
 
 
+def made_for_inference() -> nn.Module:
+    with torch.inference_mode():
+        return network()
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module] | Any, dict[str, Any], str]] = {
     "sparsity": (network, {"sparsity": 1.5}, "sparsity = 1.5: should be less than 1"),
+    "inference": (
+        made_for_inference,
+        {},
+        "model: 'conv1.weight' was made under torch.inference_mode and has no gradients; make ",
+    ),
     "criterion": (
         network,
         {"criterion": "tailor"},
@@ -378,6 +388,9 @@ def test_what_cannot_be_right_is_refused_by_argument(name: str) -> None:
         ([1.0], {}, "scores: must be tensors by parameter name, as score() gives, not a list of 1"),
         ({"a": torch.ones(2, 2, dtype=torch.long)}, {}, "scores: 'a' is torch.int64 of shape "),
         ({"a": torch.full((2, 2), torch.nan)}, {}, "scores of 'a': 4 are NaN or infinite"),
+        ({"a": torch.eye(2).to_sparse()}, {}, "scores: 'a' is torch.float32 of shape (2, 2); give"),
+        ({"a": torch.ones(2, 2, device="meta")}, {}, "scores: 'a' is torch.float32 of shape (2, "),
+        ({1: torch.ones(2, 2)}, {}, "scores: 1 is torch.float32 of shape (2, 2); give dense "),
         ({"a": torch.ones(2, 6)}, {"granularity": "2:4"}, "granularity = '2:4': needs input sizes"),
         (
             {"a": torch.ones(2, 4)},

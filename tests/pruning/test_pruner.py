@@ -169,6 +169,33 @@ def test_movement_is_gathered_from_what_the_optimizer_is_given() -> None:
     assert pruner.masks.round == 2
 
 
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_movement_is_the_same_under_a_scaler_that_grows_and_skips(is_fused: bool) -> None:
+    """Fused optimizers are given scaled gradients, and skip a step by themselves."""
+
+    def masks(scaler: torch.amp.GradScaler | None) -> gbp_ray.MaskSet:
+        model = built(Net)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=is_fused)
+        pruner = pruner_of(model, optimizer, "movement", sparsity=0.5, start=0, end=6, every=6)
+        for step in range(1, 7):
+            inputs, targets = batch_of(step, 0)
+            is_skipped = step == 2
+            loss = functional.cross_entropy(model(inputs), targets)
+            loss = loss * torch.inf if is_skipped else loss
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            if scaler is not None:
+                scaler.step(optimizer)
+                scaler.update()
+            elif not is_skipped:
+                optimizer.step()
+            pruner.step()
+            optimizer.zero_grad()
+        return pruner.masks
+
+    # Powers of two change no bit.
+    assert masks(torch.amp.GradScaler("cpu", 16.0, growth_interval=1)) == masks(None)
+
+
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_pruned_weights_and_the_state_for_them_stay_zero(kind: str) -> None:
     model = built(Net)
@@ -403,6 +430,9 @@ def test_a_state_of_other_arguments_or_networks_is_refused() -> None:
         assert str(caught.value).startswith(text)
     with pytest.raises(GbpError, match="has no"):
         gbp_ray.Pruner(nn.Linear(2, 3), sparsity=0.5, end=6).load_state_dict(state)
+    for cut in ({"format": 1}, {k: v for k, v in state.items() if k != "masks"}):
+        with pytest.raises(GbpError, match=r"^state: must be what Pruner\.state_dict\(\) returned"):
+            gbp_ray.Pruner(built(Net), sparsity=0.5, end=6).load_state_dict(cut)
     with pytest.raises(GbpError, match=r"^state: must be what Pruner\.state_dict\(\) returned"):
         gbp_ray.Pruner(built(Net), sparsity=0.5, end=6).load_state_dict({})
 
