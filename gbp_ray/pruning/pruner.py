@@ -62,12 +62,12 @@ from gbp_ray.workloads.checks import (
     Checked,
     blaming_batch,
     check_labels,
-    check_means,
     check_scalar,
     find_unreached,
 )
 from gbp_ray.workloads.contract import in_mode
 from gbp_ray.workloads.losses import batch_loss, mean_loss
+from gbp_ray.workloads.means import check_means
 
 __all__ = ["Pruner"]
 

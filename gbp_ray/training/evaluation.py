@@ -20,10 +20,16 @@ from gbp_ray.training.network import load_weights
 from gbp_ray.training.progress import OnProgress, deal_batches, ignore_progress, with_changes
 from gbp_ray.workloads.batch import forward
 from gbp_ray.workloads.checks import blaming_labels, check_finite, check_labels
-from gbp_ray.workloads.contract import Workload, count_top1, num_examples
+from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import cut_batches, derive_seed, take_batch
 from gbp_ray.workloads.losses import check_share, count_items, mean_loss
-from gbp_ray.workloads.metrics import compute_metric, metrics_of, specs_of, update_metric
+from gbp_ray.workloads.metrics import (
+    compute_metric,
+    is_share_of_right,
+    metrics_of,
+    specs_of,
+    update_metric,
+)
 
 __all__ = ["Evaluation", "evaluate", "measure_final_test"]
 
@@ -120,7 +126,7 @@ def evaluate(
         for item in (~torch.isfinite(losses)).nonzero().flatten().tolist():
             check_finite(workload, split, chosen[batches[item].start : batches[item].stop])
         for metric, rows in zip(metrics, sums, strict=True):
-            if metric.name == "accuracy" and workload.count_correct is not count_top1:
+            if is_share_of_right(metric, workload):
                 for item, (right, asked) in enumerate(rows.long().tolist()):
                     check_share(split, right, asked, f"in batch {item + 1} of {len(batches)}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,6 @@ from gbp_ray.workloads.batch import (
     kind_of,
     logits_of,
     size_of,
-    take_part,
     tensors_in,
 )
 from gbp_ray.workloads.contract import Workload, count_rows, count_top1, in_mode, num_examples
@@ -32,7 +31,8 @@ from gbp_ray.workloads.losses import (
     cross_entropy_options,
     mean_loss,
 )
-from gbp_ray.workloads.metrics import Metric, compute_metric, metrics_of, update_metric
+from gbp_ray.workloads.means import check_means
+from gbp_ray.workloads.metrics import compute_metric, metrics_of, update_metric
 
 __all__ = [
     "Checked",
@@ -40,15 +40,12 @@ __all__ = [
     "blaming_labels",
     "check_finite",
     "check_labels",
-    "check_means",
     "check_scalar",
     "check_workload",
     "find_unreached",
 ]
 
 _OPTIONAL = ("prepare", "augment", "count", "forward", "collate")
-# By chance a loss may be a mean over one draw.
-_NUM_MADE_UP = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +125,7 @@ def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: i
             loss = _checked_loss(workload, outputs, targets)
             _check_right(workload, split, outputs, targets)
             for metric in metrics:
+                metric.describe(outputs)
                 compute_metric(
                     metric, update_metric(metric, workload, split, outputs, targets), split
                 )
@@ -278,166 +276,6 @@ def _check_right(workload: Workload, split: str, outputs: Any, targets: Any) -> 
     except Exception:  # noqa: BLE001 - it may want other outputs than these
         return
     check_share(split, int(right), int(asked), shapes)
-
-
-def check_means(
-    workload: Workload,
-    model: nn.Module,
-    batch: Batch,
-    outputs: Any,
-    metrics: Sequence[Metric],
-    retake: Callable[[slice], Batch],
-) -> None:
-    """Refuses a loss that is no mean over its items, and metrics that are no sums.
-
-    Both are compared with those of two halves of the batch and, where they can be made up, once
-    more with labels of all classes, and with outputs that differ more than those of an untrained
-    network do.
-
-    Args:
-        outputs: Of the network for the batch, without a graph.
-        retake: Reads some examples of the batch anew, where parts of it do not do.
-    """
-    size = size_of(batch.targets)
-    if size < 2:
-        return
-    halves = (slice(0, size // 2), slice(size // 2, size))
-
-    def check(outputs: Any, targets: Any) -> None:
-        if isinstance(outputs, Tensor):
-            pairs = [(outputs[half], take_part(targets, half, size)) for half in halves]
-        else:
-            parts = [batch.part(half, size) for half in halves]
-            try:
-                found = [forward(model, workload, part) for part in parts]
-            except Exception:  # noqa: BLE001 - rows of a padded batch may not do for a batch
-                parts = [retake(half) for half in halves]
-                found = [forward(model, workload, part) for part in parts]
-            pairs = [(seen, part.targets) for seen, part in zip(found, parts, strict=True)]
-        # The loss first, since perplexity is made of it.
-        _check_halves(workload, outputs, targets, pairs, halves)
-        for metric in metrics:
-            _check_sums(workload, metric, outputs, targets, pairs, _shapes(outputs, targets))
-
-    targets = batch.targets
-    check(outputs, targets)
-    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
-        return
-    if targets.ndim == 1 and not targets.is_floating_point() and outputs.ndim == 2:
-        check(outputs, (torch.arange(size) % outputs.shape[1]).to(targets))
-    if outputs.is_floating_point() and outputs.ndim:
-        for number in range(_NUM_MADE_UP):
-            try:
-                check(_made_up_outputs(outputs, number), targets)
-            except GbpError:
-                raise
-            except Exception:  # noqa: BLE001 - it may want other outputs than these
-                return
-
-
-def _made_up_outputs(outputs: Tensor, seed: int) -> Tensor:
-    """Draws outputs of the kind of these: shares, logarithms of shares, or any numbers."""
-    own = torch.Generator().manual_seed(seed)
-    draws = torch.randn(outputs.shape, generator=own)
-    # Examples of many positions would be alike if each position were drawn by itself only.
-    draws += 2 * torch.randn(outputs.shape[:2] + (1,) * (outputs.ndim - 2), generator=own)
-    draws = draws.to(outputs)
-    axis = min(1, outputs.ndim - 1)
-    tolerance = torch.finfo(outputs.dtype).eps ** 0.5
-    if bool((outputs >= 0).all()):
-        are_shares = bool(((outputs.sum(dim=axis) - 1).abs() <= tolerance).all())
-        if are_shares:
-            return draws.softmax(dim=axis)
-        return draws.sigmoid() if bool((outputs <= 1).all()) else draws.abs()
-    if bool((outputs.logsumexp(dim=axis).abs() <= tolerance).all()):
-        return draws.log_softmax(dim=axis)
-    return draws
-
-
-def _check_halves(
-    workload: Workload,
-    outputs: Any,
-    targets: Any,
-    pairs: list[tuple[Any, Any]],
-    halves: tuple[slice, slice],
-) -> None:
-    size = size_of(targets)
-    shapes = _shapes(outputs, targets)
-    is_known = workload.count is None and cross_entropy_options(workload.loss) is not None
-    if (is_known and isinstance(targets, Tensor)) or workload.count is len:
-        return
-    counts = count_items(workload, targets)
-    counts = torch.ones(size) if counts is None else counts.cpu()
-    if not all(counts[half].any() for half in halves):
-        return
-    found = mean_loss(workload, outputs, targets)
-    if not isinstance(found, Tensor) or found.ndim:
-        return
-    loss, *own = (float(found), *(float(mean_loss(workload, *pair)) for pair in pairs))
-    weights = [float(counts[half].sum() / counts.sum()) for half in halves]
-    mean = sum(weight * value for weight, value in zip(weights, own, strict=True))
-    tolerance = torch.finfo(found.dtype).eps ** 0.5 * max(abs(loss), *map(abs, own))
-    if math.isfinite(loss) and not abs(loss - mean) <= tolerance:
-        raise WorkloadError(
-            f"workload.{'loss' if workload.count is None else 'count'}: the loss is no mean over "
-            f"{'examples' if workload.count is None else 'what it counts'}: {loss:.6g} over "
-            f"{size} of them, but {mean:.6g} as the mean of their halves ({shapes}), so it "
-            "would depend on the batch size; give Workload a count, targets -> number of items "
-            "that their loss is a mean over, or count=len to let each example count alike"
-            f"{_fitting_count(targets, loss, own, halves, tolerance)}"
-        )
-
-
-def _fitting_count(
-    targets: Any,
-    loss: float,
-    own: list[float],
-    halves: tuple[slice, slice],
-    tolerance: float,
-) -> str:
-    """Names a count of labels that a loss for a mapping turns out to be a mean over."""
-    labels = targets.get("labels") if isinstance(targets, Mapping) else None
-    if not isinstance(labels, Tensor) or labels.ndim < 2:
-        return ""
-    for text, counted in (
-        ("batch['labels'] != -100", labels != -100),
-        ("batch['labels'][:, 1:] != -100", labels[:, 1:] != -100),
-    ):
-        weights = [float(counted[half].sum()) for half in halves]
-        mean = sum(w * value for w, value in zip(weights, own, strict=True)) / sum(weights)
-        if abs(loss - mean) <= tolerance:
-            return f"; here count=lambda batch: ({text}).sum() fits"
-    return ""
-
-
-def _check_sums(
-    workload: Workload,
-    metric: Metric,
-    outputs: Any,
-    targets: Any,
-    pairs: list[tuple[Any, Any]],
-    shapes: str,
-) -> None:
-    whole, *split = (
-        update_metric(metric, workload, "train", *pair) for pair in ((outputs, targets), *pairs)
-    )
-    total = split[0] + split[1] if split[0].shape == split[1].shape else split[0]
-    if metric.name == "accuracy" and workload.count_correct is not count_top1:
-        counts = [int(sums[0]) for sums in (whole, *split)]
-        if counts[0] != counts[1] + counts[2]:
-            raise WorkloadError(
-                f"workload.count_correct: is no sum over examples: {counts[0]} over "
-                f"{size_of(targets)} of them, but {counts[1]} and {counts[2]} over their halves "
-                f"({shapes}); it must return how many of the examples are right"
-            )
-    elif whole.shape != total.shape or not torch.allclose(
-        whole, total, rtol=1e-4, atol=1e-6 * float(whole.nan_to_num().abs().max()), equal_nan=True
-    ):
-        raise WorkloadError(
-            f"workload.metrics: {metric.name}.update is no sum over examples: over "
-            f"{size_of(targets)} of them it is not what it is over their halves together "
-            f"({shapes}); it must return sums that batches add to"
-        )
 
 
 def _check_labels(workload: Workload, split: str, outputs: Any, targets: Any) -> None:

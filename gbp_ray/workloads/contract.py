@@ -40,7 +40,7 @@ InputRange = tuple[float | Sequence[float], float | Sequence[float]]
 
 
 def bounds_of_inputs(
-    input_range: InputRange | None, inputs: Tensor, key: str
+    input_range: InputRange | None, inputs: Any, key: str
 ) -> tuple[Tensor, Tensor]:
     """Returns the values of the darkest and the brightest intensity, shaped to spread over inputs.
 
@@ -49,10 +49,10 @@ def bounds_of_inputs(
         key: Dotted name of the option that needs the range, for messages.
 
     Raises:
-        ConfigError: The workload names no range, or its inputs are not floating point.
+        ConfigError: The workload names no range, or its inputs are no tensor of floating point.
         WorkloadError: The range does not fit the inputs.
     """
-    if input_range is None or not inputs.is_floating_point():
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or input_range is None:
         raise ConfigError(
             f"{key}: needs a workload of floating-point inputs that says what its darkest and "
             "brightest are; give Workload(input_range=(low, high)), as the network is given them"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from gbp_ray.config.metrics import ACCURACY, MetricSpec, is_free
@@ -30,7 +31,14 @@ from gbp_ray.workloads.losses import (
     mean_loss,
 )
 
-__all__ = ["Metric", "compute_metric", "metrics_of", "specs_of", "update_metric"]
+__all__ = [
+    "Metric",
+    "compute_metric",
+    "is_share_of_right",
+    "metrics_of",
+    "specs_of",
+    "update_metric",
+]
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class Metric:
             outputs: Of a batch, for the value by chance.
 
         Raises:
-            WorkloadError: `chance` fails.
+            WorkloadError: `chance` fails, or direction, unit or chance are of another type.
         """
         chance = self.chance
         if callable(chance):
@@ -73,12 +81,19 @@ class Metric:
                     f"workload.metrics: {self.name}.chance raised {in_one_line(error)} for outputs "
                     f"{kind_of(outputs)}; it must return the value of a network that knows nothing"
                 ) from error
-        return MetricSpec(
-            name=self.name,
-            higher_is_better=self.higher_is_better,
-            unit=self.unit,
-            chance=chance,
-        )
+        try:
+            return MetricSpec(
+                name=self.name,
+                higher_is_better=self.higher_is_better,
+                unit=self.unit,
+                chance=chance,
+            )
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise WorkloadError(
+                f"workload.metrics: {self.name}.{fault['loc'][0]} = {fault['input']!r}: "
+                f"{fault['msg'].lower()}"
+            ) from None
 
 
 def metrics_of(workload: Workload) -> tuple[Metric, ...]:
@@ -106,6 +121,16 @@ def metrics_of(workload: Workload) -> tuple[Metric, ...]:
 def specs_of(workload: Workload) -> tuple[MetricSpec, ...]:
     """Describes the metrics of a workload, the one that judges first; see `metrics_of`."""
     return tuple(metric.describe() for metric in metrics_of(workload))
+
+
+def is_share_of_right(metric: Metric, workload: Workload) -> bool:
+    """Returns whether the sums of a metric are those of the workload's own `count_correct`."""
+    is_named = metric.name == ACCURACY.name and not isinstance(workload.metrics, Metric)
+    return (
+        is_named
+        and workload.count_correct is not count_top1
+        and all(metric is not entry for entry in workload.metrics)
+    )
 
 
 def update_metric(
@@ -345,6 +370,8 @@ def _from_torchmetrics(metric: Any) -> Metric:
             f"workload.metrics: torchmetrics' {name} does not say whether higher is better; set "
             "its higher_is_better to True or False, or give a gbp_ray.Metric"
         )
+    # It would add up the states of all processes once more.
+    metric.sync_on_compute = metric._to_sync = False
     for state, reduction in metric._reductions.items():
         is_sum = getattr(reduction, "__name__", "") == "dim_zero_sum"
         if not is_sum or not isinstance(defaults[state], Tensor):
@@ -353,29 +380,57 @@ def _from_torchmetrics(metric: Any) -> Metric:
                 "cannot be added over batches and workers; choose a metric with a binned or summed "
                 "state (such as thresholds=100), or give a gbp_ray.Metric"
             )
+    # A state may take its shape from the first batch.
     shapes = {state: default.shape for state, default in defaults.items()}
 
+    def states_of(outputs: Any, labels: Any) -> Tensor:
+        own = metric.to(outputs.device) if isinstance(outputs, Tensor) else metric
+        own.reset()
+        own.update(outputs, labels)
+        states = {state: getattr(own, state) for state in shapes}
+        shapes.update((state, value.shape) for state, value in states.items())
+        own.reset()
+        return torch.cat([value.double().reshape(-1) for value in states.values()])
+
     def update(outputs: Any, targets: Any) -> Tensor:
-        logits = logits_of(outputs)
-        own = metric.to(logits.device) if isinstance(logits, Tensor) else metric
-        own.reset()
-        own.update(logits, labels_of(targets))
-        states = [getattr(own, state).double().reshape(-1) for state in shapes]
-        own.reset()
-        return torch.cat(states)
+        logits, labels = logits_of(outputs), labels_of(targets)
+        states = states_of(logits, labels)
+        num_shares, num_logits = _count_as_taken(logits, labels, states, states_of)
+        return torch.cat([states, states.new_tensor([num_shares, num_logits])])
 
     def compute(sums: Tensor) -> float:
         own = metric.to(sums.device)
         own.reset()
+        *states, num_shares, num_logits = sums.tolist()
+        if num_shares and num_logits:
+            raise WorkloadError(
+                f"workload.metrics: torchmetrics' {name} takes the outputs of a batch for shares "
+                f"where all lie in [0, 1], as those of {num_shares:.0f} examples do, and for "
+                "logits otherwise; give it shares in a gbp_ray.Metric, as by softmax"
+            )
+        sums = sums[: len(states)]
         parts = sums.split([shape.numel() for shape in shapes.values()])
         for (state, shape), part in zip(shapes.items(), parts, strict=True):
             setattr(own, state, part.view(shape).to(defaults[state].dtype))
-        own._update_called, own._update_count = True, 1
+        own._update_count = 1
         value = float(own.compute())
         own.reset()
         return value
 
     return Metric(name, update, compute, higher_is_better=metric.higher_is_better)
+
+
+def _count_as_taken(
+    logits: Any, labels: Any, states: Tensor, states_of: Callable[[Any, Any], Tensor]
+) -> tuple[int, int]:
+    """Counts examples that torchmetrics takes shares of, if that matters, and logits of."""
+    are_tensors = isinstance(logits, Tensor) and isinstance(labels, Tensor)
+    if not are_tensors or labels.is_floating_point() or not logits.is_floating_point():
+        return 0, 0
+    if not bool(((logits >= 0) & (logits <= 1)).all()):
+        return 0, len(labels)
+    shares = logits.sigmoid() if labels.shape == logits.shape else logits.softmax(dim=1)
+    return (0 if torch.equal(states_of(shares, labels), states) else len(labels)), 0
 
 
 _MAKERS: dict[str, Callable[[Workload], Metric]] = {

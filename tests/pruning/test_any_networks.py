@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from any_networks import KINDS, any_program, outcome
+from any_networks import KINDS, NUM_WORDS, Reader, any_program, language_model, outcome
 from oracles import (
     DATA_FREE_CRITERIA,
     GRADIENT_CRITERIA,
@@ -18,16 +18,18 @@ from oracles import (
     weights_of,
 )
 from rank_program import reports_of_world
-from small_networks import Tagger, draw, in_float64, job_config, scores_of, uneven
+from small_networks import Tagger, built, draw, in_float64, job_config, scores_of, uneven
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.errors import WorkloadError
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.pruning.units import prunable_parameters
 from gbp_ray.training.evaluation import evaluate
+from gbp_ray.workloads.checks import check_workload
 from gbp_ray.workloads.contract import Workload
 
 
@@ -185,6 +187,19 @@ def test_a_dict_is_scored_as_the_pair_with_the_same_tensors(name: str) -> None:
     bound = 1e-6 if name == "fisher" else 0
     for key, values in expected.items():
         torch.testing.assert_close(found[key], values, rtol=bound, atol=0)
+
+
+@pytest.mark.parametrize("lengths", ["alike", "as many in both halves"])
+def test_a_shifted_loss_without_its_count_is_refused_whatever_the_lengths(lengths: str) -> None:
+    """Both halves of the batch then have as many words by either count."""
+    sizes = [6] * 8 if lengths == "alike" else [2, 9, 6, 5, 7, 8, 5, 2]
+    items = [1 + torch.arange(size) % (NUM_WORDS - 1) for size in sizes]
+    workload = replace(language_model(), train=items, test=items, count=None)
+    words = (
+        r"loss: .*; here count=lambda batch: \(batch\['labels'\]\[:, 1:\] != -100\)\.sum\(\) fits"
+    )
+    with pytest.raises(WorkloadError, match=words):
+        check_workload(workload, built(Reader), 8)
 
 
 def test_movement_gathered_from_dicts_is_that_of_pairs() -> None:

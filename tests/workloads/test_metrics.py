@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.nn import functional
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import WorkloadError
 from gbp_ray.training.evaluation import Evaluation, evaluate
+from gbp_ray.workloads.checks import check_workload
 from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.metrics import Metric, metrics_of
 
@@ -224,28 +226,52 @@ def dim_zero_cat(values: Tensor) -> Tensor:
     return values
 
 
-class MeanAbsoluteError:
-    """Has what torchmetrics' classes have."""
+class Summed:
+    """Has what torchmetrics' classes of version 1 have."""
 
     higher_is_better = False
 
     def __init__(self, reduction: Callable[[Tensor], Tensor] = dim_zero_sum) -> None:
         self._defaults = {"error": torch.tensor(0.0), "total": torch.tensor(0)}
         self._reductions = {"error": reduction, "total": dim_zero_sum}
+        self.sync_on_compute = self._to_sync = True
         self.reset()
 
-    def to(self, device: Any) -> MeanAbsoluteError:
+    @property
+    def _update_called(self) -> bool:
+        return self._update_count > 0
+
+    def to(self, device: Any) -> Summed:
         return self
 
     def reset(self) -> None:
         self.error, self.total = self._defaults["error"].clone(), self._defaults["total"].clone()
+        self._update_count = 0
 
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
-        self.error += (outputs - targets).abs().sum()
-        self.total += outputs.numel()
+    def add(self, error: Tensor, number: int) -> None:
+        self.error, self.total = self.error + error, self.total + number
+        self._update_count += 1
 
     def compute(self) -> Tensor:
-        return self.error / self.total
+        assert self._update_called
+        # In a group of processes it would add the states of all of them.
+        assert not self._to_sync
+        return (self.error / self.total).mean()
+
+
+class MeanAbsoluteError(Summed):
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        # The state takes its shape from the first batch, as that of R2Score.
+        self.add((outputs - targets).abs().sum(dim=0), len(outputs))
+
+
+class ShareOfOthers(Summed):
+    """Takes outputs for shares where all of a batch lie in [0, 1], as torchmetrics does."""
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        if not bool(((outputs >= 0) & (outputs <= 1)).all()):
+            outputs = outputs.softmax(dim=1)
+        self.add((1 - outputs[torch.arange(len(targets)), targets]).sum(), len(targets))
 
 
 def test_a_metric_of_torchmetrics_is_taken_as_it_is() -> None:
@@ -262,6 +288,42 @@ def test_a_metric_of_torchmetrics_is_taken_as_it_is() -> None:
     undirected.higher_is_better = None  # type: ignore[assignment]
     with pytest.raises(WorkloadError, match="does not say whether higher is better"):
         metrics_of(workload_of(outputs, targets, [undirected]))
+
+
+def test_a_metric_that_takes_some_outputs_for_shares_is_refused() -> None:
+    targets = torch.arange(NUM) % 3
+    logits = draw(NUM, 3).sigmoid()
+    few = workload_of(logits, targets, [ShareOfOthers()], functional.cross_entropy)
+    assert measure(few, 4).score == pytest.approx(measure(few, NUM).score, rel=1e-5)
+    logits[NUM // 2] = 3 * draw(3, seed=1)
+    some = workload_of(logits, targets, [ShareOfOthers()], functional.cross_entropy)
+    with pytest.raises(WorkloadError, match=r"ShareOfOthers takes .* of 19 examples do, and for"):
+        measure(some, 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"unit": 3}, r"m\.unit = 3: input should be a valid string"),
+        ({"chance": "none"}, r"m\.chance = 'none': input should be a valid number"),
+        ({"higher_is_better": "maybe"}, r"m\.higher_is_better = 'maybe': input should be"),
+    ],
+)
+def test_a_description_of_another_type_is_refused_before_training(
+    fields: dict[str, Any], words: str
+) -> None:
+    metric = Metric("m", lambda o, t: torch.ones(1), lambda sums: 1.0, **fields)
+    with pytest.raises(WorkloadError, match=words):
+        check_workload(workload_of(draw(NUM, 1), draw(NUM, 1), [metric]), Answers(), 8)
+
+
+def test_a_metric_named_accuracy_is_its_own_beside_a_count_of_right_answers() -> None:
+    targets = torch.arange(NUM) % 3
+    own = Metric("accuracy", lambda o, t: torch.tensor([1.0, 0, 0]) * len(t), lambda s: s[0].item())
+    workload = workload_of(draw(NUM, 3), targets, [own], functional.cross_entropy)
+    workload = replace(workload, count_correct=lambda o, t: (o.argmax(dim=1) == t).sum())
+    check_workload(workload, Answers(), 8)
+    assert measure(workload, 7).score == NUM
 
 
 @pytest.mark.parametrize(
