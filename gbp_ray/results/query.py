@@ -180,7 +180,12 @@ class Results:
                 f"together ({names}); add a condition, such as job={parts[0][1].table['job'][0]}"
             )
         ranked = met.sort(metric)
-        if not len(ranked) or ranked.table[metric][0].as_py() is None:
+        if len(ranked) and ranked.table[metric][0].as_py() is None:
+            raise StoreError(
+                f"'{self._uri}': none of the {len(ranked)} rounds that are meant has a {metric}; "
+                "gbp-ray results shows what they were judged by"
+            )
+        if not len(ranked):
             raise StoreError(
                 f"'{self._uri}': none of {len(self)} rounds has {condition or metric}"
                 f"{_nearest_miss(self.table, condition)}"

@@ -28,7 +28,7 @@ from gbp_ray.errors import ConfigError
 from gbp_ray.training.network import load_rows
 from gbp_ray.training.optimizer import num_steps
 from gbp_ray.training.progress import OnProgress, deal_batches, ignore_progress
-from gbp_ray.workloads.batch import Batch, forward, kind_of, logits_of, tensors_in
+from gbp_ray.workloads.batch import Batch, forward, kind_of, logits_of, tensors_in, with_logits
 from gbp_ray.workloads.checks import Checked
 from gbp_ray.workloads.contract import Workload, in_mode, num_examples
 from gbp_ray.workloads.data import compare_readings, cut_batches, derive_seed, take_batch
@@ -296,8 +296,9 @@ def run_in_precision(model: nn.Module, workload: Workload, batch: Batch, recipe:
     device = next(tensors_in(batch.inputs)).device
     with torch.autocast(device.type, dtype=torch.bfloat16):
         outputs = forward(model, workload, batch)
-    is_narrow = isinstance(outputs, Tensor) and outputs.dtype is torch.bfloat16
-    return outputs.float() if is_narrow else outputs
+    logits = logits_of(outputs)
+    is_narrow = isinstance(logits, Tensor) and logits.dtype is torch.bfloat16
+    return with_logits(outputs, logits.float()) if is_narrow else outputs
 
 
 def distillation_loss(outputs: Tensor, taught: Tensor, temperature: float) -> Tensor:

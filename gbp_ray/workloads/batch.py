@@ -6,6 +6,7 @@ targets. Any other batch, such as a dict, is passed to all of them whole.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +30,7 @@ __all__ = [
     "size_of",
     "take_part",
     "tensors_in",
+    "with_logits",
 ]
 
 
@@ -129,6 +131,18 @@ def logits_of(outputs: Any) -> Any:
     if isinstance(outputs, Mapping):
         return outputs.get("logits", outputs)
     return getattr(outputs, "logits", outputs)
+
+
+def with_logits(outputs: Any, logits: Tensor) -> Any:
+    """Puts other logits in the place of those that `logits_of` finds."""
+    if isinstance(outputs, Tensor):
+        return logits
+    changed = copy.copy(outputs)
+    if isinstance(outputs, Mapping):
+        changed["logits"] = logits
+    else:
+        changed.logits = logits
+    return changed
 
 
 def map_tensors(nest: Any, function: Callable[[Tensor], Tensor]) -> Any:

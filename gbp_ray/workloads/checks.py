@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,7 @@ from gbp_ray.workloads.losses import (
     mean_loss,
 )
 from gbp_ray.workloads.means import check_means
-from gbp_ray.workloads.metrics import compute_metric, metrics_of, update_metric
+from gbp_ray.workloads.metrics import Metric, compute_metric, metrics_of, update_metric
 
 __all__ = [
     "Checked",
@@ -122,6 +122,8 @@ def _check_split(workload: Workload, model: nn.Module, split: str, batch_size: i
             outputs = forward(model, workload, batch) if graph is None else graph.detach()
             targets = batch.targets
             _check_labels(workload, split, outputs, targets)
+            _check_shares(workload, outputs, targets)
+            _check_axis(workload, metrics, outputs, targets)
             loss = _checked_loss(workload, outputs, targets)
             _check_right(workload, split, outputs, targets)
             for metric in metrics:
@@ -309,6 +311,45 @@ def _is_classifier(workload: Workload, outputs: Any, targets: Any) -> bool:
         and isinstance(targets, Tensor)
         and outputs.ndim >= 2
         and not targets.is_floating_point()
+    )
+
+
+def _check_shares(workload: Workload, outputs: Any, targets: Any) -> None:
+    """Refuses numbers that cross entropy would take for shares of classes."""
+    if cross_entropy_options(workload.loss) is None or not isinstance(outputs, Tensor):
+        return
+    if not isinstance(targets, Tensor) or not targets.is_floating_point():
+        return
+    if targets.shape != outputs.shape or targets.ndim < 2:
+        return
+    sums = targets.double().sum(dim=1)
+    are_shares = bool((targets >= 0).all()) and bool(((sums - 1).abs() <= 1e-2).all())
+    if not are_shares or outputs.shape[1] == 1:
+        raise WorkloadError(
+            f"workload.loss: cross entropy takes targets of {kind_of(targets)} for shares of "
+            "classes, and these are none; give a loss for numbers, such as "
+            "torch.nn.functional.mse_loss with metrics=['rmse'], or for several labels, such as "
+            "binary_cross_entropy_with_logits with metrics=['f1']"
+        )
+
+
+def _check_axis(workload: Workload, metrics: Sequence[Metric], outputs: Any, targets: Any) -> None:
+    """Refuses outputs of positions whose axis of classes is not known, where labels are judged."""
+    names = {metric.name for metric in metrics}
+    is_judged = names & {"f1", "mIoU", "top5"} or (
+        "accuracy" in names and workload.count_correct is count_top1
+    )
+    if not (is_judged and isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
+        return
+    if outputs.ndim < 3 or targets.shape != outputs.shape[:-1]:
+        return
+    is_second = targets.shape == outputs.shape[:1] + outputs.shape[2:]
+    if is_second and cross_entropy_options(workload.loss) is not None:
+        return  # torch's own reading
+    raise WorkloadError(
+        f"workload.metrics: outputs are {kind_of(outputs)} for labels {tuple(targets.shape)}, and "
+        "classes are looked for on axis 1; move them there, as by forward=lambda model, batch: "
+        "model(batch[0]).movedim(-1, 1), or return them as the `logits` of an object"
     )
 
 

@@ -328,7 +328,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module] | Any, dict[str, Any], str]] = 
                 functional.cross_entropy(outputs, targets) * len(targets)
             )
         },
-        "loss: the loss is no mean over examples: ",
+        "loss: is a sum over the batch, ",
     ),
     "no data": (network, {"data": None}, "data: criterion = taylor reads examples; give "),
     "empty": (

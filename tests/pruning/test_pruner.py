@@ -352,7 +352,7 @@ STEP: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "sum": (
         ((INPUTS, TARGETS),),
         {"loss": summed},
-        "loss: the loss is no mean over examples: ",
+        "loss: is a sum over the batch, ",
     ),
     "detached": (
         ((INPUTS, TARGETS),),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from small_networks import ConvNet, built, draw, images, in_float64, job_config
+from small_networks import ConvNet, TanhNet, built, draw, images, in_float64, job_config
 from small_trainings import SEED, first_batch, recipe_of, steps, tanh_workload, train
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,11 +21,12 @@ from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import ConfigError, WorkloadError
 from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.rounds import run_rounds
+from gbp_ray.training.distillation import run_in_precision
 from gbp_ray.training.evaluation import evaluate
 from gbp_ray.training.loss import check_loss, counts_of, draw_mix, find_varying_counts
 from gbp_ray.training.optimizer import make_optimizer
 from gbp_ray.training.progress import Progress
-from gbp_ray.workloads.batch import Batch
+from gbp_ray.workloads.batch import Batch, logits_of
 from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.data import derive_seed, first_example, seeded
 
@@ -344,3 +346,30 @@ def test_a_key_that_batches_have_not_is_told_with_those_that_they_have() -> None
     workload = dataclasses.replace(sentences_of(None), forward=lambda model, batch: batch["word"])
     with pytest.raises(WorkloadError, match=r"KeyError: 'word'; a batch is a dict with keys 'wo"):
         check_job(job_config(), workload)
+
+
+@dataclasses.dataclass
+class Answer:
+    logits: Tensor
+
+
+@pytest.mark.parametrize(
+    "wrap", [Answer, lambda logits: {"logits": logits}], ids=["object", "dict"]
+)
+def test_the_loss_of_named_logits_gets_float32_as_well(wrap: Callable[[Tensor], Any]) -> None:
+    class Net(TanhNet):
+        def forward(self, inputs: Tensor) -> Any:
+            return wrap(super().forward(inputs))
+
+    seen: list[torch.dtype] = []
+
+    def loss(outputs: Any, targets: Tensor) -> Tensor:
+        logits = logits_of(outputs)
+        seen.append(logits.dtype)
+        return functional.mse_loss(logits, targets)
+
+    workload = dataclasses.replace(tanh_workload(torch.float32), build_model=Net, loss=loss)
+    batch = first_example(workload)
+    outputs = run_in_precision(built(Net), workload, batch, recipe_of(precision="bfloat16"))
+    loss(outputs, batch.targets)
+    assert seen == [torch.float32]

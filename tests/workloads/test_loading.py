@@ -371,6 +371,11 @@ ALIKE = nn.Sequential(nn.Linear(4, 3), nn.Hardtanh(0, 1e-9))
 APART, NEST = "examples 0 and 3 cannot be put into one batch", "examples are (input, target)"
 
 
+LABELLED = (torch.arange(40).view(10, 4) % 3).where(
+    torch.arange(4) < torch.arange(10).view(-1, 1) % 4 + 1, -100
+)
+
+
 def ZERO(outputs: Tensor, targets: Tensor) -> int:
     return 0
 
@@ -468,7 +473,7 @@ UNUSABLE = {
         {"loss": partial(functional.cross_entropy, reduction="sum")},
         ["workload.loss: is a"],
     ),
-    "a sum unseen": ({"loss": summed}, ["workload.loss: the loss is no mean over examples"]),
+    "a sum unseen": ({"loss": summed}, ["workload.loss: is a sum over the batch", "divide it by"]),
     "hidden weights of classes": (
         {"loss": lambda o, t: functional.cross_entropy(o, t, weight=torch.tensor([1.0, 9, 1]))}
         | {"train": (INPUTS, TARGETS * 0)},
@@ -592,6 +597,34 @@ UNUSABLE = {
         {"train": Squares(9), "collate": lambda items: default_collate(items[-4:])}
         | {"count": lambda targets: len(targets) + 0.5, "loss": plain_loss},
         ["workload.collate: 8 examples of workload.train have 6 items in one batch, and 12 one"],
+    ),
+    "numbers for cross entropy": (
+        {"train": (INPUTS, INPUTS[:, :3] / 10), "metrics": ["rmse"]},
+        ["workload.loss: cross entropy takes targets of", "shares of classes", "mse_loss"],
+    ),
+    "one number for cross entropy": (
+        {"train": (INPUTS, torch.ones(10, 1)), "metrics": ["rmse"], **LINE},
+        ["workload.loss: cross entropy takes targets of", "of shape (8, 1)"],
+    ),
+    "a mean over labels of dicts, not counted": (
+        {
+            "train": [{"x": INPUTS[i], "labels": LABELLED[i]} for i in range(10)],
+            "forward": lambda model, batch: model(batch["x"]).unsqueeze(1).expand(-1, 4, -1),
+            "loss": lambda o, b: functional.cross_entropy(o.transpose(1, 2), b["labels"]),
+            "metrics": ["perplexity"],
+        },
+        [
+            "workload.loss: the loss is no mean over examples",
+            "count=lambda batch: (batch['labels']",
+        ],
+    ),
+    "classes on the last of equal axes": (
+        {
+            "train": (INPUTS, TARGETS.view(-1, 1).expand(-1, 3).contiguous()),
+            "forward": lambda model, batch: model(batch[0]).unsqueeze(1).expand(-1, 3, -1),
+            "loss": lambda o, t: functional.cross_entropy(o.transpose(1, 2), t),
+        },
+        ["workload.metrics: outputs are torch.float32 of shape (8, 3, 3)", "axis 1", "movedim"],
     ),
     "a metric by a taken name": (
         {"metrics": [Metric("loss", lambda o, t: o.sum().view(1), float)]},
