@@ -90,7 +90,9 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         f"It takes prepared inputs: {_describe_inputs(facts)}, and gives outputs of shape "
         f"`(examples, {', '.join(map(str, facts.output_shape))})`. `example.safetensors` holds "
         "`inputs` that were prepared as in the test, and the `outputs` that belong to them; "
-        "preparing (scaling, normalising) is the workload's own and not part of the network.",
+        "preparing (scaling, normalising) is the workload's own and not part of the network. "
+        "`masks.safetensors` holds a bit for each weight, 1 = kept: "
+        "`numpy.unpackbits(mask, count=weight.size, bitorder='little').reshape(weight.shape)`.",
         "",
         "## What it was made from",
         "",

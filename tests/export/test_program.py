@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save, save_file
 from small_digits import prune_digits
 from torch import nn
@@ -457,3 +458,17 @@ def test_damaged_findings_are_said_and_left_out(result: PruneResult, tmp_path: P
         read_findings(store, str(name))
     report = write_report(store.uri, tmp_path / "report")
     assert any("findings.json" in text for text in report.left_out)
+
+
+def test_the_cards_line_reads_the_masks_without_the_package(
+    result: PruneResult, tmp_path: Path
+) -> None:
+    export_round(result.uri, tmp_path / "net")
+    card = (tmp_path / "net" / "README.md").read_text()
+    line = re.search(r"`(numpy\.unpackbits\(.*?\))`\.", card)
+    assert line is not None
+    packed = load_numpy(tmp_path / "net" / "masks.safetensors")
+    for name, mask in result.load_masks().items():
+        weight = np.empty(tuple(mask.shape))
+        found = eval(line[1], {"numpy": np, "mask": packed[name], "weight": weight})
+        assert (found == mask.numpy()).all()

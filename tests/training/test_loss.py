@@ -353,9 +353,7 @@ class Answer:
     logits: Tensor
 
 
-@pytest.mark.parametrize(
-    "wrap", [Answer, lambda logits: {"logits": logits}], ids=["object", "dict"]
-)
+@pytest.mark.parametrize("wrap", [Answer, lambda logits: {"logits": logits}])
 def test_the_loss_of_named_logits_gets_float32_as_well(wrap: Callable[[Tensor], Any]) -> None:
     class Net(TanhNet):
         def forward(self, inputs: Tensor) -> Any:
