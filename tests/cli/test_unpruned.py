@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from shell import Shell
+from user_files import files_of_a_user
 
 MODULE = """
 import torch
@@ -55,12 +55,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:prune. 'spare.weight'")
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    (tmp_path / "tagger_of_a_user.py").write_text(MODULE)
-    (tmp_path / "job.toml").write_text(JOB)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    sys.modules.pop("tagger_of_a_user", None)
+    with files_of_a_user(tmp_path, "tagger_of_a_user", MODULE, JOB):
+        yield tmp_path
 
 
 def test_every_verb_lists_what_is_left_alone(shell: Shell, folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import shutil
 import sys
 import warnings
@@ -16,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from user_files import USER_JOB, USER_MODULE
+from user_files import USER_JOB, USER_MODULE, files_of_a_user
 
 import gbp_ray
 from gbp_ray.config.job import load_job, trial_id
@@ -32,13 +31,9 @@ def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     folder, elsewhere = tmp_path / "mine", tmp_path / "elsewhere"
     folder.mkdir()
     elsewhere.mkdir()
-    (folder / "rings_of_a_user.py").write_text(USER_MODULE)
-    (folder / "job.toml").write_text(USER_JOB)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(elsewhere)
-    yield folder
-    sys.modules.pop("rings_of_a_user", None)
-    importlib.invalidate_caches()
+    with files_of_a_user(folder):
+        yield folder
 
 
 def run(folder: Path, **changed: Any) -> PruneResult:

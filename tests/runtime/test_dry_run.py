@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from shell import Shell
-from user_files import USER_JOB, USER_MODULE
+from user_files import files_of_a_user
 
 from gbp_ray.errors import GbpError
 from gbp_ray.runtime.api import plan_prune, prune
@@ -21,12 +20,9 @@ from gbp_ray.runtime.api import plan_prune, prune
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working folder of a user, with a module and a job file."""
-    (tmp_path / "rings_of_a_user.py").write_text(USER_MODULE)
-    (tmp_path / "job.toml").write_text(USER_JOB)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    sys.modules.pop("rings_of_a_user", None)
+    with files_of_a_user(tmp_path):
+        yield tmp_path
 
 
 def plan_of(shell: Shell, *arguments: str) -> str:

@@ -1,5 +1,15 @@
 """The module and the job file of a user, as the tests of the verbs write them into a folder."""
 
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
 USER_MODULE = '''
 import torch
 from torch import nn
@@ -57,3 +67,17 @@ batch_size = 50
 [cluster]
 num_workers = 0
 """
+
+
+@contextmanager
+def files_of_a_user(
+    folder: Path, name: str = "rings_of_a_user", module: str = USER_MODULE, job: str = USER_JOB
+) -> Iterator[None]:
+    """A module and job.toml in a folder; after the block the module is not imported any more."""
+    (folder / f"{name}.py").write_text(module)
+    (folder / "job.toml").write_text(job)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        yield
+    sys.modules.pop(name, None)
+    importlib.invalidate_caches()
