@@ -316,6 +316,7 @@ def _is_classifier(workload: Workload, outputs: Any, targets: Any) -> bool:
 
 def _check_shares(workload: Workload, outputs: Any, targets: Any) -> None:
     """Refuses numbers that cross entropy would take for shares of classes."""
+    outputs = logits_of(outputs)
     if cross_entropy_options(workload.loss) is None or not isinstance(outputs, Tensor):
         return
     if not isinstance(targets, Tensor) or not targets.is_floating_point():

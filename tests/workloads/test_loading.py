@@ -602,6 +602,11 @@ UNUSABLE = {
         {"train": (INPUTS, INPUTS[:, :3] / 10), "metrics": ["rmse"]},
         ["workload.loss: cross entropy takes targets of", "shares of classes", "mse_loss"],
     ),
+    "numbers for cross entropy of named logits": (
+        {"train": (INPUTS, INPUTS[:, :3] / 10), "metrics": ["rmse"]}
+        | {"forward": lambda model, batch: {"logits": model(batch[0])}},
+        ["workload.loss: cross entropy takes targets of", "shares of classes"],
+    ),
     "one number for cross entropy": (
         {"train": (INPUTS, torch.ones(10, 1)), "metrics": ["rmse"], **LINE},
         ["workload.loss: cross entropy takes targets of", "of shape (8, 1)"],
