@@ -56,7 +56,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:prune. 'spare.weight'")
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
-    with files_of_a_user(tmp_path, "tagger_of_a_user", MODULE, JOB):
+    with files_of_a_user(tmp_path, monkeypatch, "tagger_of_a_user", MODULE, JOB):
         yield tmp_path
 
 

@@ -32,7 +32,7 @@ def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     folder.mkdir()
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    with files_of_a_user(folder):
+    with files_of_a_user(folder, monkeypatch):
         yield folder
 
 

@@ -21,7 +21,7 @@ from gbp_ray.runtime.api import plan_prune, prune
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working folder of a user, with a module and a job file."""
     monkeypatch.chdir(tmp_path)
-    with files_of_a_user(tmp_path):
+    with files_of_a_user(tmp_path, monkeypatch):
         yield tmp_path
 
 

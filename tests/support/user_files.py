@@ -71,13 +71,19 @@ num_workers = 0
 
 @contextmanager
 def files_of_a_user(
-    folder: Path, name: str = "rings_of_a_user", module: str = USER_MODULE, job: str = USER_JOB
+    folder: Path,
+    patch: pytest.MonkeyPatch,
+    name: str = "rings_of_a_user",
+    module: str = USER_MODULE,
+    job: str = USER_JOB,
 ) -> Iterator[None]:
-    """A module and job.toml in a folder; after the block the module is not imported any more."""
+    """A module and job.toml in a folder; after the block the module is not imported any more.
+
+    `patch` is the test's own, which undoes what the test does to `sys.path` in the right order.
+    """
     (folder / f"{name}.py").write_text(module)
     (folder / "job.toml").write_text(job)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", list(sys.path))
-        yield
+    patch.setattr(sys, "path", list(sys.path))
+    yield
     sys.modules.pop(name, None)
     importlib.invalidate_caches()
