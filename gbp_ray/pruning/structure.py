@@ -166,10 +166,11 @@ class Structure:
             if name not in stays:
                 continue
             shape = self.shapes[name]
-            mask = np.ones(shape, dtype=bool)
+            mask = torch.ones(shape, dtype=torch.bool)
             for dim, kept in stays[name].items():
-                mask &= kept.reshape([-1 if axis == dim else 1 for axis in range(len(shape))])
-            masks[name] = torch.from_numpy(mask)
+                spread = [-1 if axis == dim else 1 for axis in range(len(shape))]
+                mask &= torch.from_numpy(kept).view(spread)
+            masks[name] = mask
         return masks
 
     def units_in(self, masks: Mapping[str, Tensor]) -> np.ndarray:
@@ -181,9 +182,9 @@ class Structure:
         kept = []
         for group in self.groups:
             part = next(part for part in group.slices if part.name in masks)
-            mask = masks[part.name].numpy()
-            others = tuple(axis for axis in range(mask.ndim) if axis != part.dim)
-            kept.append(mask.any(axis=others)[part.positions].any(axis=1))
+            mask = masks[part.name].movedim(part.dim, 0)
+            rows = mask.reshape(len(mask), -1).any(dim=1).numpy()
+            kept.append(rows[part.positions].any(axis=1))
         kept_U = np.concatenate(kept) if kept else np.ones(0, dtype=bool)
         for name, mask in self.masks(kept_U, masks).items():
             if not torch.equal(mask, masks[name]):
