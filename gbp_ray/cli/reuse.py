@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
@@ -17,6 +17,13 @@ from gbp_ray.cli.terminal import (
     progress_printer,
     say,
     warnings_in_lines,
+)
+from gbp_ray.errors import ConfigError
+from gbp_ray.results.measurements import (
+    MeasurementsRecord,
+    latency_rows,
+    size_rows,
+    speed_sentence,
 )
 
 __all__ = [
@@ -154,10 +161,32 @@ def explain_network(
 def export_network(
     uri: Round,
     folder: Annotated[str, typer.Argument(help="Folder that receives it.", metavar="DIR")],
+    to: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="onnx: a model.onnx beside the program, for ONNX Runtime; program: only what is "
+            "always written; repeatable.",
+        ),
+    ] = None,
     is_folded: Annotated[
         bool,
-        typer.Option("--fold-batchnorm", help="Fold BatchNorm into the layers, in model.pt2."),
+        typer.Option(
+            "--fold-batchnorm", help="Fold BatchNorm into the layers, in model.pt2 and model.onnx."
+        ),
     ] = False,
+    is_measured: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Time this and the dense network on this machine, and compare their sizes; takes "
+            "some seconds.",
+        ),
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option("--threads", metavar="N", help="Threads for --measure; 1.")
+    ] = None,
     code: Code = "",
     trusted: Trusted = None,
     as_json: AsJson = False,
@@ -168,26 +197,71 @@ def export_network(
     network's class, and as a state dict (model.safetensors). Both are loaded
     again and compared with the pruned network before anything is written.
 
+    --to onnx adds model.onnx, which is opened in ONNX Runtime and compared
+    as well; it needs this package's extra "onnx". Weights that were pruned
+    one by one are stored as zeros: they make no file smaller and no pass
+    faster by themselves. --measure shows what a pass takes: median and range
+    of dense and pruned in turn, for 1 and 32 examples, in PyTorch and, if it
+    is installed, in ONNX Runtime.
+
     Examples:
 
       gbp-ray export gbp-results/digits my-network
 
+      gbp-ray export gbp-results/digits my-network --to onnx --measure
+
       python -c "import torch; torch.export.load('my-network/model.pt2').module()"
     """
+    if threads is not None and not is_measured:
+        raise ConfigError(f"--threads = {threads}: is for --measure; give that as well")
     # torch takes seconds to import; --help and a mistyped option should not.
     from gbp_ray.export.program import export_round
 
     with warnings_in_lines():
-        export = export_round(uri, folder, is_folded=is_folded, code=code, trust_code=trusted or ())
+        export = export_round(
+            uri,
+            folder,
+            to=to or ("program",),
+            is_folded=is_folded,
+            is_measured=is_measured,
+            threads=1 if threads is None else threads,
+            code=code,
+            trust_code=trusted or (),
+        )
         if export.program_fault:
             warnings.warn(f"no model.pt2: {export.program_fault}", stacklevel=1)
+        if export.onnx_fault:
+            warnings.warn(f"no model.onnx: {export.onnx_fault}", stacklevel=1)
+    measured = export.measurements
     if as_json:
-        print_json(asdict(export))
+        print_json(
+            asdict(replace(export, measurements=None))
+            | {"measurements": measured.model_dump(mode="json") if measured else None}
+        )
         return
     same = "to the bit" if export.difference == 0 else f"to within {export.difference:.1e}"
+    if export.onnx_difference is not None:
+        same += f", in ONNX Runtime to within {export.onnx_difference:.1e}"
     say(
         f"{export.folder}: round {export.round} of {export.trial_id}, outputs as the pruned "
         f"network's {same}"
     )
     for name, num_bytes in export.files.items():
         say(f"  {name}  {num_bytes:,} bytes")
+    if measured is not None:
+        _show_measurements(measured)
+
+
+def _show_measurements(measured: MeasurementsRecord) -> None:
+    headings, rows = latency_rows(measured)
+    console().print(make_table(rows, headings[:1], headings[1:]))
+    console().print(make_table(size_rows(measured.networks), [""], list(measured.networks)))
+    first, versions = measured.latency[0], measured.versions.items()
+    say(
+        f"milliseconds of a pass: median (10th to 90th percentile) of up to "
+        f"{max(item.repetitions for item in measured.latency)}, networks in turn; {first.device}, "
+        f"{first.threads} {'thread' if first.threads == 1 else 'threads'}, "
+        f"{', '.join(f'{name} {version}' for name, version in versions)}",
+        speed_sentence(measured),
+        *(f"not measured: {text}" for text in measured.left_out),
+    )

@@ -9,6 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gbp_ray.config.metrics import ACCURACY
+from gbp_ray.results.measurements import (
+    MeasurementsRecord,
+    latency_rows,
+    size_rows,
+    speed_sentence,
+)
 from gbp_ray.results.records import RoundRecord, TrialRecord, dump_job
 from gbp_ray.results.scores import write_share
 
@@ -34,6 +40,10 @@ class ExportFacts:
         difference: Greatest difference of the program's outputs from the pruned network's.
         has_tied_weights: Whether layers share a weight.
         notes: Changes made on the way, a sentence each.
+        onnx_difference: Greatest difference of the ONNX file's outputs; None without a file.
+        onnx_fault: The reason for a missing model.onnx that was asked for, or "".
+        onnx_inputs: Names of the ONNX file's inputs.
+        measurements: What was measured, if that was asked for.
     """
 
     class_name: str
@@ -46,6 +56,10 @@ class ExportFacts:
     difference: float = 0.0
     has_tied_weights: bool = False
     notes: tuple[str, ...] = ()
+    onnx_difference: float | None = None
+    onnx_fault: str = ""
+    onnx_inputs: Sequence[str] = ()
+    measurements: MeasurementsRecord | None = None
 
 
 def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> str:
@@ -83,9 +97,11 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         *((f"Multiply-adds: {cost.macs_fault}.", "") if cost.macs_fault else ()),
         _how_measured(trial, record, facts),
         "",
+        *(_describe_speed(facts.measurements) if facts.measurements else ()),
         "## How to load it",
         "",
         *_how_to_load(facts),
+        *_how_to_load_onnx(facts),
         "",
         f"It takes prepared inputs: {_describe_inputs(facts)}, and gives outputs of shape "
         f"`(examples, {', '.join(map(str, facts.output_shape))})`. `example.safetensors` holds "
@@ -119,8 +135,9 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         *((f"{cost.unpruned_in_words}.", "") if cost.unpruned else ()),
         "## Limits",
         "",
-        "- Removed weights are stored as zeros. Files compress well, but a dense library computes "
-        "with the zeros: the multiply-adds above are no measured time.",
+        "- Removed weights are stored as zeros, which make no pass faster: a dense library "
+        "computes with them, and the multiply-adds above are no measured time. Files compress "
+        "well.",
         f"- {trial.metric.title} is a mean. Pruning hurts some classes and rare examples first "
         "(Hooker et al. 2019, arXiv 1911.05248); `gbp-ray explain` measures which.",
         "- Measured on one test split, for one seed of one job; other data were not looked at, nor "
@@ -201,6 +218,63 @@ def _how_measured(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -
             f"The test split, {facts.num_test:,} examples, was used once, for the round so chosen."
         )
     return text + "This round is not the one that was chosen, and was not tested."
+
+
+def _describe_speed(measured: MeasurementsRecord) -> list[str]:
+    headings, rows = latency_rows(measured)
+    first = measured.latency[0]
+    machine = measured.machine
+    versions = ", ".join(f"{name} {version}" for name, version in measured.versions.items())
+    names = list(measured.networks)
+    return [
+        "## How fast and how large it is",
+        "",
+        f"Measured on {measured.date} on {machine.processor}, {machine.num_cores} "
+        f"core{'' if machine.num_cores == 1 else 's'}, {machine.system}, with {versions}; "
+        f"{first.device}, {first.threads} thread{'' if first.threads == 1 else 's'}. Milliseconds "
+        "of one pass: median (10th to 90th percentile), the networks timed in turn.",
+        "",
+        *_table(headings, rows),
+        "",
+        speed_sentence(measured),
+        "",
+        *(f"Not measured: {text}.\n" for text in measured.left_out),
+        *_table(["", *names], size_rows(measured.networks)),
+        "",
+        "Memory of a pass is counted in eager PyTorch: tensors that live at once, without weights "
+        "and inputs. All of this is in `measurements.json`.",
+        "",
+    ]
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def _how_to_load_onnx(facts: ExportFacts) -> list[str]:
+    if facts.onnx_fault:
+        return [
+            "",
+            f"There is no `model.onnx`: the network cannot be converted ({facts.onnx_fault}).",
+        ]
+    if facts.onnx_difference is None:
+        return []
+    fed = ", ".join(f'"{name}": {name}' for name in facts.onnx_inputs)
+    return [
+        "",
+        "In ONNX Runtime, with NumPy arrays:",
+        "",
+        "```python",
+        "import onnxruntime",
+        "",
+        'session = onnxruntime.InferenceSession("model.onnx")',
+        f"(outputs,) = session.run(None, {{{fed}}})",
+        "```",
+        "",
+        "Before it was written, ONNX Runtime gave the pruned network's outputs to within "
+        f"{facts.onnx_difference:.1e} of each value.",
+    ]
 
 
 def _how_to_load(facts: ExportFacts) -> list[str]:

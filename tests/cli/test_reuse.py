@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 from gbp_ray.cli.app import app
 from gbp_ray.config.job import trial_id
 from gbp_ray.errors import ConfigError, StoreError
+from gbp_ray.export.onnx import missing_onnx
 from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.results.measurements import MeasurementsRecord, latency_rows, speed_sentence
 from gbp_ray.results.store import Store
 from gbp_ray.runtime.stability import measure_stability
 
@@ -38,9 +40,44 @@ def test_the_verbs_say_what_they_did(uri: str, tmp_path: Path) -> None:
     )
     assert applied["sparsity"] == pytest.approx(0.9, abs=0.01)
     assert applied["num_changed"] > 0
+    with pytest.raises(ConfigError, match=r"--threads = 2: is for --measure"):
+        run("export", uri, str(tmp_path / "net"), "--threads=2")
     explained = run("explain", uri, "-q")
     assert "of 500 answers changed" in explained
     assert "cosine of the input gradients" in explained
+
+
+def test_measuring_prints_times_and_sizes_and_writes_them(uri: str, tmp_path: Path) -> None:
+    to = [] if missing_onnx() else ["--to=onnx", "--to=program"]
+    text = run("export", uri, str(tmp_path / "net"), "--measure", *to)
+    written = (tmp_path / "net" / "measurements.json").read_text()
+    measured = MeasurementsRecord.model_validate_json(written)
+    card = (tmp_path / "net" / "README.md").read_text()
+    engines = ["eager"] if missing_onnx() else ["eager", "onnxruntime"]
+    assert [(i.engine, i.batch_size, i.network) for i in measured.latency] == [
+        (engine, size, name)
+        for engine in engines
+        for size in (1, 32)
+        for name in ("dense", "pruned")
+    ]
+    for shown in (text, card):
+        assert speed_sentence(measured) in shown
+        assert "Zeros do not make it faster" in shown
+    for cells in latency_rows(measured)[1]:
+        assert f"| {' | '.join(cells)} |" in card
+        assert cells[2] in text
+    dense, pruned = measured.networks["dense"], measured.networks["pruned"]
+    assert (dense.round, dense.num_parameters) == (0, pruned.num_parameters)
+    assert pruned.num_nonzero < 0.2 * dense.num_nonzero
+    for name, size in pruned.file_bytes.items():
+        assert size == (tmp_path / "net" / name).stat().st_size
+    assert set(dense.file_bytes) == set(pruned.file_bytes)
+    found = json.loads(run("export", uri, str(tmp_path / "net"), "--measure", "--json"))
+    again = MeasurementsRecord.model_validate(found["measurements"])
+    assert again.networks.keys() == measured.networks.keys()
+    assert again.networks["pruned"].forward_bytes == pruned.forward_bytes
+    # It is made for the comparison, and not written unasked.
+    assert "model.onnx" not in found["files"]
 
 
 def test_stability_compares_samples_and_seeds(
