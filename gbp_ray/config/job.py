@@ -72,8 +72,8 @@ class JobConfig(Section):
     def __repr__(self) -> str:
         prune = self.prune
         return (
-            f"<JobConfig {self.name}: {self.workload.factory}, {prune.criterion} to sparsity "
-            f"{prune.sparsity:g} in {prune.rounds} rounds, seed {self.seed}>"
+            f"<JobConfig {self.name}: {self.workload.factory}, {prune.criterion} to "
+            f"{prune.goal.replace(' = ', ' ')} in {prune.rounds} rounds, seed {self.seed}>"
         )
 
     @field_validator("storage")
@@ -107,6 +107,10 @@ class JobConfig(Section):
         criterion = f"prune.criterion = {prune.criterion}"
         refuse(
             *faults,
+            prune.target.kind is not None
+            and self.sweep.target.is_on
+            and "sweep.target: finds prune.sparsity, which goes with no prune.target; unset one of "
+            "them",
             prune.spec.needs_history
             and recipe.patience > 0
             and f"finetune.patience = {recipe.patience} takes steps back that {criterion} has "
@@ -199,7 +203,7 @@ def expand(job: JobConfig) -> list[JobConfig]:
 
 
 def trial_id(job: JobConfig) -> str:
-    """Returns the name of a trial, such as "taylor-s0.90-r5-3f9c1a2b".
+    """Returns the name of a trial, such as "taylor-s0.90-r5-3f9c1a2b" or "taylor-macs0.50-r5-...".
 
     The hash covers all fields that change the result and differ from their defaults, so a new field
     with a default keeps old names.
@@ -214,14 +218,20 @@ def trial_id(job: JobConfig) -> str:
         identity["workload"]["transfer"].pop("checkpoint", None)
     if job.finetune.distillation.teacher_digest:
         identity["finetune"]["distillation"].pop("teacher", None)
+    goal, value = "s", job.prune.sparsity
+    if job.prune.target.is_of_cost:
+        identity["prune"].pop("sparsity", None)
+        goal, value = str(job.prune.target.kind), job.prune.target.value
+    else:
+        identity["prune"].pop("target", None)  # It says what prune.sparsity says.
     identity["schema_version"] = SCHEMA_VERSION
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     criterion = job.prune.criterion.rpartition(":")[2]
-    sparsity = f"{job.prune.sparsity:.2f}"
-    if float(sparsity) != job.prune.sparsity:
-        sparsity = f"{job.prune.sparsity:g}"
-    return f"{criterion}-s{sparsity}-r{job.prune.rounds}-{digest}"
+    amount = f"{value:.2f}" if value <= 1 else f"{value:.0f}"
+    if float(amount) != value:
+        amount = f"{value:g}"
+    return f"{criterion}-{goal}{amount}-r{job.prune.rounds}-{digest}"
 
 
 def list_code(job: JobConfig) -> dict[str, str]:
@@ -288,13 +298,20 @@ def _fill_in(tree: dict[str, Any]) -> None:
     if isinstance(target := sweep.get("target"), dict) and target.keys() & _TARGETS:
         missing["prune.sparsity"] = target.get("highest", TargetConfig().highest)
     for key, value in missing.items():
-        if (field := find_field(key.split("."), JobConfig)) is None or not field.is_required():
+        field = find_field(key.split("."), JobConfig)
+        is_target = key.startswith("prune.target.") and not _says_how_sparse(tree)
+        if field is None or not (field.is_required() or is_target):
             continue
         node: Any = tree
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else None
         if node is None:
             _set_dotted(tree, key, value)
+
+
+def _says_how_sparse(tree: dict[str, Any]) -> bool:
+    prune = tree.get("prune")
+    return isinstance(prune, dict) and bool(prune.keys() & {"sparsity", "target"})
 
 
 def _read_toml(source: str | Path | None) -> dict[str, Any]:

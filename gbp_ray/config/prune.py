@@ -1,12 +1,18 @@
-"""The section of a job for pruning: criterion, schedule, scope, granularity, calibration."""
+"""The section of a job for pruning: criterion, schedule, scope, granularity, target, examples."""
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from gbp_ray.config.criteria import CRITERIA, CriterionSpec, describe_criterion
 from gbp_ray.config.schema import (
@@ -20,7 +26,7 @@ from gbp_ray.config.schema import (
 )
 from gbp_ray.errors import ConfigError
 
-__all__ = ["SCHEDULES", "PruneConfig", "sparsity_schedule"]
+__all__ = ["SCHEDULES", "Cost", "PruneConfig", "PruneTarget", "sparsity_schedule"]
 
 _PATTERN_N_M = re.compile(r"([0-9]{1,6}):([0-9]{1,6})")
 _NO_DATA = Idle("criterion = {criterion}", lambda prune: not prune.spec.needs_data)
@@ -34,8 +40,69 @@ _NO_RATE = Idle(
     lambda job: job.prune.rewind == "learning_rate" and job.finetune.epochs == 0,
     of_job=True,
 )
+_OF_COST = Idle("target.{target}", lambda prune: prune.target.is_of_cost and prune.sparsity > 0)
+_NO_UNITS = Idle("granularity = {granularity}", lambda prune: not prune.unit_kinds)
 _NO_MASKS = Idle("initial_masks unset", lambda prune: not prune.initial_masks)
 _BOUNDS = Worded("must be a number, or a table of name globs with a number each")
+_UNITS = {"channel": ("channel",), "head": ("head",), "channel+head": ("channel", "head")}
+
+
+Cost = Literal["sparsity", "parameters", "macs", "bytes"]
+"""What a target limits."""
+
+
+class PruneTarget(Section):
+    """What stays where whole units go: one of these, met to within one unit, never exceeded."""
+
+    sparsity: float | None = Field(None, ge=0.0, lt=1.0)
+    """Removed units / units after the last round; another way to write prune.sparsity, which
+    counts where no target is set."""
+    parameters: float | None = Field(None, gt=0.0)
+    """Weights that stay, of all parameters, also those that are never pruned: up to 1 a part of
+    the dense network's, 0.3 keeps 30 % of them; above 1 a number, 2e6 keeps two million."""
+    macs: float | None = Field(None, gt=0.0)
+    """Multiply-adds of one example that stay: up to 1 a part of the dense network's, 0.5 makes
+    half; above 1 a number."""
+    bytes: float | None = Field(None, gt=0.0)
+    """Bytes of all parameters that stay, as macs: up to 1 a part of the dense network's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _offers_no_latency(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "latency_ms" in given:
+            raise ValueError(
+                "latency_ms: is not offered, as a latency is measured after a decision; set macs, "
+                "and measure the result with gbp-ray export"
+            )
+        return given
+
+    @model_validator(mode="after")
+    def _is_one(self) -> PruneTarget:
+        named = [name for name, value in self if value is not None]
+        if len(named) > 1:
+            raise ValueError(
+                f"{', '.join(named[:-1])} and {named[-1]}: are {len(named)} targets; leave one"
+            )
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.kind} = {self.value:.15g}" if self.kind else "unset"
+
+    @property
+    def kind(self) -> Cost | None:
+        """Returns the name of the field that is set, None for none."""
+        kinds: tuple[Cost, ...] = ("sparsity", "parameters", "macs", "bytes")
+        return next((kind for kind in kinds if getattr(self, kind) is not None), None)
+
+    @property
+    def value(self) -> float:
+        """Returns the value of the field that is set, NaN for none."""
+        return math.nan if self.kind is None else float(getattr(self, self.kind))
+
+    @property
+    def is_of_cost(self) -> bool:
+        """Returns True if what counts is another cost than the number of units."""
+        return self.kind not in (None, "sparsity")
 
 
 class PruneConfig(Section):
@@ -43,20 +110,32 @@ class PruneConfig(Section):
 
     criterion: str
     """A built-in criterion (see `gbp-ray criteria`) or your own as "module:attr"."""
-    sparsity: float = Field(ge=0.0, lt=1.0)
-    """Removed units / prunable units after the last round."""
+    sparsity: Annotated[float, _OF_COST] = Field(ge=0.0, lt=1.0)
+    """Removed units / prunable units after the last round. Required, unless a target is set."""
     rounds: int = Field(1, ge=1, le=999)
     """How often score, select and fine-tune are repeated."""
     schedule: Annotated[Literal["one_shot", "linear", "cubic", "geometric"], _ONE_ROUND] = (
         "geometric"
     )
-    """Sparsity after each round; one_shot removes everything in round 1 and fine-tunes on."""
+    """Sparsity after each round, or, with a target, the part of its cost that is gone; one_shot
+    removes everything in round 1 and fine-tunes on."""
     ramp_rounds: Annotated[int | None, _ONE_ROUND, _ONE_SHOT] = Field(None, ge=1, le=999)
     """Rounds after which the sparsity is reached; later ones only fine-tune. Unset: all rounds."""
     scope: Literal["global", "layer"] = "global"
-    """Which scores compete: those of all weights, or of each layer at the same sparsity."""
+    """Which scores compete: those of all weights, or of each layer at the same sparsity. Of whole
+    units: all by score per cost, or each group at the same sparsity of its units."""
     granularity: str = "weight"
-    """Unit of removal: "weight", or "n:m" such as "2:4", which keeps n of every m inputs."""
+    """Unit of removal: "weight", or "n:m" such as "2:4", which keeps n of every m inputs; or whole
+    units with all that is coupled to them: "channel" (output channels, neurons, hidden units),
+    "head" (attention heads), "channel+head" (both, in one decision)."""
+    round_to: Annotated[int, _NO_UNITS] = Field(1, ge=1, le=4096)
+    """Widths that pruning may leave: multiples of this many units, as hardware likes 8 or 32. A
+    group that loses no unit keeps its width, whatever that is."""
+    min_width: Annotated[int, _NO_UNITS] = Field(1, ge=1, le=MOST_EXAMPLES)
+    """Least number of units that stay in a group; a smaller group loses none."""
+    compact: Annotated[bool, _NO_UNITS] = True
+    """Whether removed units leave the network after each round, so that later rounds train a
+    smaller one, or stay in it as zeros."""
     calibration_examples: Annotated[int, _NO_DATA] = Field(512, ge=1, le=MOST_EXAMPLES)
     """Training examples the scores are computed on."""
     calibration_batch_size: int = Field(64, ge=1, le=MOST_EXAMPLES)
@@ -82,9 +161,12 @@ class PruneConfig(Section):
     exclude: tuple[str, ...] = ()
     """Name globs of parameters that are never pruned, such as "conv1.*"; wins over include."""
     layer_min_sparsity: Annotated[float | dict[str, float], _BOUNDS] = 0.0
-    """Least sparsity of every layer, or of those matching a glob: { "layer3.*" = 0.5 }."""
+    """Least sparsity of every layer, or of those matching a glob: { "layer3.*" = 0.5 }. Of whole
+    units: of every group, or of those with a tensor that matches; the last match counts."""
     layer_max_sparsity: Annotated[float | dict[str, float], _BOUNDS] = 1.0
-    """Greatest sparsity of every layer, or of those matching a glob. One weight always stays."""
+    """Greatest sparsity of every layer, or of those matching a glob. One weight always stays, of
+    whole units one unit of each group, or round_to."""
+    target: PruneTarget = PruneTarget()
 
     @field_validator("criterion")
     @classmethod
@@ -100,8 +182,12 @@ class PruneConfig(Section):
     @classmethod
     def _is_granularity(cls, value: str) -> str:
         match = _PATTERN_N_M.fullmatch(value)
-        if value != "weight" and not (match and 0 < int(match[1]) < int(match[2])):
-            raise ValueError('must be "weight" or "n:m" with 0 < n < m, such as "2:4"')
+        is_known = value == "weight" or value in _UNITS
+        if not is_known and not (match and 0 < int(match[1]) < int(match[2])):
+            raise ValueError(
+                'must be "weight" or "n:m" with 0 < n < m, such as "2:4"; or, of whole units, '
+                '"channel", "head" or "channel+head"'
+            )
         return value
 
     @field_validator("layer_min_sparsity", "layer_max_sparsity")
@@ -112,13 +198,44 @@ class PruneConfig(Section):
                 raise ValueError(f"{bound} is outside [0, 1]")
         return value
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _needs_no_sparsity_beside_a_target(
+        cls, given: Any, handler: ModelWrapValidatorHandler[PruneConfig]
+    ) -> PruneConfig:
+        if not isinstance(given, dict) or "sparsity" in given:
+            return handler(given)
+        target = given.get("target")
+        named = dict(target) if isinstance(target, dict | PruneTarget) else {}
+        if all(value is None for value in named.values()):
+            return handler(given)
+        try:
+            sparsity = PruneTarget.model_validate(named).sparsity or 0.0
+        except ValidationError:
+            sparsity = 0.0  # The section's own check names the fault.
+        made = handler({**given, "sparsity": sparsity})
+        # It counts as unset, or an override of the target would contradict it.
+        made.model_fields_set.discard("sparsity")
+        return made
+
     @model_validator(mode="after")
     def _agree(self) -> PruneConfig:
         n, m = self.pattern or (0, 0)
         implied = 1 - n / m if m else self.sparsity
-        low, high = self.layer_min_sparsity, self.layer_max_sparsity
+        # Bounds are shares of units, which say little of a cost.
+        low = None if self.target.is_of_cost else self.layer_min_sparsity
+        high = None if self.target.is_of_cost else self.layer_max_sparsity
         refuse(
-            not math.isclose(self.sparsity, implied, abs_tol=1e-9)
+            self.target.kind is not None
+            and not self.unit_kinds
+            and f"target.{self.target}: is met by removing whole units, not with granularity = "
+            f'"{self.granularity}"; set granularity to channel, head or channel+head',
+            self.target.kind == "sparsity"
+            and self.target.sparsity != self.sparsity
+            and f"target.{self.target}: contradicts sparsity = "
+            f"{self.sparsity:g}; leave one of them out",
+            self.target.kind is None
+            and not math.isclose(self.sparsity, implied, abs_tol=1e-9)
             and f'granularity = "{self.granularity}" means sparsity = {implied:g}, not '
             f"{self.sparsity:g}; set prune.sparsity={implied:g}",
             bool(self.initial_masks and m)
@@ -144,6 +261,16 @@ class PruneConfig(Section):
     def num_finetunings(self) -> int:
         """Counts the fine-tunings; movement needs one before the first prune, too."""
         return self.rounds + self.spec.needs_history
+
+    @property
+    def unit_kinds(self) -> tuple[str, ...]:
+        """Returns the kinds of whole units that are removed; empty where weights are."""
+        return _UNITS.get(self.granularity, ())
+
+    @property
+    def goal(self) -> str:
+        """Returns what pruning ends at, such as "sparsity = 0.9" or "macs = 0.5"."""
+        return str(self.target) if self.target.kind else f"sparsity = {self.sparsity:.15g}"
 
     @property
     def pattern(self) -> tuple[int, int] | None:

@@ -171,6 +171,11 @@ def check_selectable(
         ConfigError: An n:m pattern does not divide a layer, the axis of its inputs is unknown, or a
             bound's glob matches no layer.
     """
+    if config.unit_kinds:
+        raise ConfigError(
+            f"prune.granularity = '{config.granularity}': removes whole units, and this is a "
+            'choice of single weights; set it to "weight" or "n:m"'
+        )
     for key in ("layer_min_sparsity", "layer_max_sparsity"):
         bound = getattr(config, key)
         for pattern in bound if isinstance(bound, dict) else ():

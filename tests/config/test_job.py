@@ -308,7 +308,7 @@ FAULTS = [
     ("prune.layer_max_sparsity", {"a.*": "x"}, "prune.layer_max_sparsity: must be a number"),
     ("prune.layer_min_sparsity", 0.9, "prune.layer_min_sparsity = 0.9 exceeds sparsity = 0.5"),
     ("prune.layer_max_sparsity", 0.1, "prune.layer_max_sparsity = 0.1 is below sparsity = 0.5"),
-    ("prune.granularity", "channel", 'must be "weight" or "n:m"'),
+    ("prune.granularity", "channels", '"channel", "head" or "channel+head"'),
     ("prune.granularity", "4:4", "0 < n < m"),
     ("prune.granularity", "0:4", "0 < n < m"),
     ("prune.granularity", "2:4 ", 'must be "weight" or "n:m"'),
@@ -643,6 +643,9 @@ def test_trial_id_changes_with_every_field_that_decides_the_result(job_file: Pat
         "prune.ramp_rounds": 1,
         "prune.scope": "layer",
         "prune.granularity": "2:4",
+        "prune.round_to": 8,
+        "prune.min_width": 2,
+        "prune.compact": False,
         "prune.calibration_examples": 7,
         "prune.calibration_batch_size": 7,
         "prune.calibration_augment": False,
@@ -701,13 +704,18 @@ def test_trial_id_changes_with_every_field_that_decides_the_result(job_file: Pat
         "attack.restarts": 3,
         "attack.examples": 3,
     }
+    of_units = {f"prune.target.{cost}": 0.25 for cost in ("parameters", "macs", "bytes")}
     fields = {row[0] for row in describe_fields() if not row[0].startswith("[")}
+    fields.remove("prune.target.sparsity")  # Another way to write prune.sparsity.
     outside = {
         f for f in fields if f.startswith(("cluster.", "sweep.")) or f in ("name", "storage")
     }
-    named = {key if key in fields else key.rpartition(".")[0] for key in changes}
+    named = {key if key in fields else key.rpartition(".")[0] for key in [*changes, *of_units]}
     assert named == fields - outside, "a new field belongs in this test, on one side or the other"
     ids = [trial_id(load_job(job_file, {key: value})) for key, value in changes.items()]
+    channel = {"prune.granularity": "channel"}
+    ids += [trial_id(load_job(job_file, channel | {key: of_units[key]})) for key in of_units]
+    ids.append(trial_id(load_job(job_file, channel)))
     assert len({*ids, trial_id(load_job(job_file))}) == len(ids) + 1
 
 

@@ -39,9 +39,16 @@ _LEAST_COMPANY = 3
 
 
 def sparsity_path(job: JobConfig) -> tuple[float, ...]:
-    """Lists the sparsities after each round; trials with equal ones can be compared."""
-    prune = job.prune
-    return tuple(sparsity_schedule(prune.schedule, prune.sparsity, prune.rounds, prune.ramp_rounds))
+    """Lists the sparsities after each round; trials with equal ones can be compared.
+
+    With a target, of its cost; of a number that is no part of the dense network's, which is not
+    known here, they only rise when the right ones do, and equal numbers have equal ones.
+    """
+    prune, last = job.prune, job.prune.sparsity
+    if prune.target.is_of_cost:
+        value = prune.target.value
+        last = 1 - value if value <= 1 else 1 - 1 / value
+    return tuple(sparsity_schedule(prune.schedule, last, prune.rounds, prune.ramp_rounds))
 
 
 def is_judged(sweep: SweepConfig, job: JobConfig, number: int) -> bool:
@@ -72,7 +79,7 @@ class GuardedScheduler(FIFOScheduler):  # type: ignore[misc]
         super().__init__()
         self._sweep, self._judged_by = sweep, judge
         self._job_of, self._stopped = job_of, stopped
-        self._rules: dict[tuple[tuple[float, ...], str], Any] = {}
+        self._rules: dict[tuple[tuple[float, ...], str, str], Any] = {}
         self._is_over: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,7 +126,8 @@ class GuardedScheduler(FIFOScheduler):  # type: ignore[misc]
 
     def _rule(self, job: JobConfig) -> Any:
         # Initial masks decide where the sparsities begin.
-        path = (sparsity_path(job), job.prune.initial_masks_digest)
+        cost = str(job.prune.target.kind or "sparsity")
+        path = (sparsity_path(job), cost, job.prune.initial_masks_digest)
         if path not in self._rules:
             sweep = self._sweep
             if sweep.scheduler == "median":
