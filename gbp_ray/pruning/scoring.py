@@ -20,13 +20,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, reduce
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gbp_ray.config.prune import PruneConfig
 from gbp_ray.distributed.ranks import Ranks, isolated
@@ -39,18 +37,18 @@ from gbp_ray.distributed.sharding import (
     unsharded,
 )
 from gbp_ray.distributed.sums import GradientReducer, OrderedSum
-from gbp_ray.errors import PruneError, WorkloadError
+from gbp_ray.errors import PruneError
+from gbp_ray.pruning.calibration import Calibration, Given, scoring_mode, take_calibration
 from gbp_ray.pruning.criteria import Criterion, criterion
 from gbp_ray.pruning.statistics import Probe
 from gbp_ray.pruning.units import Layout, Prunable, SlicedScores
-from gbp_ray.training.loss import counts_of
 from gbp_ray.training.non_finite import why_not_finite
 from gbp_ray.training.progress import OnProgress, Progress, ignore_progress
-from gbp_ray.workloads.batch import Batch, forward, size_of
-from gbp_ray.workloads.checks import blaming_batch, blaming_labels, check_labels
-from gbp_ray.workloads.contract import Workload, in_mode, num_examples
-from gbp_ray.workloads.data import cut_batches, derive_seed, shuffled_indices, take_batch
-from gbp_ray.workloads.losses import count_items, mean_loss, zero_loss
+from gbp_ray.workloads.batch import Batch, forward
+from gbp_ray.workloads.checks import check_labels
+from gbp_ray.workloads.contract import Workload, num_examples
+from gbp_ray.workloads.data import derive_seed
+from gbp_ray.workloads.losses import mean_loss, zero_loss
 
 __all__ = ["check_criterion", "score", "score_prefixes"]
 
@@ -92,7 +90,7 @@ def score(
     """
     rule = criterion(config.criterion)
     scorer = _Scorer(rule, model, units, workload, config, ranks, seed, on_progress)
-    with _scoring_mode(model, units):
+    with scoring_mode(model, units):
         statistic, total = scorer.compute_statistic(round_number, movement, batches)
     scores = ranks.run_collectively(lambda: scorer.finish(statistic, total))
     ranks.run_collectively(lambda: scorer.check_finite(scores))
@@ -125,7 +123,7 @@ def score_prefixes(
     available = num_examples(workload.train)
     wanted = sorted({min(size, available) for size in sizes})
     of_size = {n: config.model_copy(update={"calibration_examples": n}) for n in wanted}
-    largest = _Calibration(workload, of_size[wanted[-1]], seed, ranks)
+    largest = Calibration(workload, of_size[wanted[-1]], seed, ranks)
     # Whether all examples have equally many items may depend on the size, and the last bits on it.
     is_one_sum = rule.spec.num_passes == 1 and largest.counts is None
     nested = [
@@ -151,7 +149,7 @@ def score_prefixes(
 
     scorer = _Scorer(rule, model, units, workload, config, ranks, seed, of_all)
     if nested:
-        with _scoring_mode(model, units):
+        with scoring_mode(model, units):
             scorer.sum_batches(largest, keep)
         before = num_batches[wanted[-1]]
     for size in wanted:
@@ -188,110 +186,9 @@ def check_criterion(
         return
     ranks = Ranks(device=units[0].parameter.device)
     scorer = _Scorer(rule, model, units, workload, small, ranks, seed)
-    with _scoring_mode(model, units):
+    with scoring_mode(model, units):
         statistic, total = scorer.compute_statistic(1, None)
     scorer.finish(statistic, total)
-
-
-class _Calibration:
-    """The calibration examples, cut into batches that depend only on the job."""
-
-    def __init__(self, workload: Workload, config: PruneConfig, seed: int, ranks: Ranks) -> None:
-        self.workload, self.config, self.seed = workload, config, seed
-        available = num_examples(workload.train)
-        self.num_examples = min(config.calibration_examples, available)
-        order = shuffled_indices(available, derive_seed(seed, "calibration"))
-        cuts = cut_batches(self.num_examples, config.calibration_batch_size)
-        self.batches = [order[cut.start : cut.stop] for cut in cuts]
-        counts = counts_of(workload, order[: self.num_examples], ranks)
-        self.counts = None if counts is None else counts.split([len(cut) for cut in cuts])
-        # The number of items that the loss of each batch is a mean over.
-        self.items = [
-            len(cut) if self.counts is None else self.counts[number].sum().item()
-            for number, cut in enumerate(cuts)
-        ]
-        if sum(self.items) == 0:
-            raise WorkloadError(
-                f"workload.train: none of {self.num_examples} calibration examples has a label "
-                "that counts; raise prune.calibration_examples, or leave such examples out"
-            )
-
-    def draws(self, item: int) -> int:
-        return derive_seed(self.seed, "calibration", "augment", item)
-
-    def counts_in(self, item: int) -> Tensor | None:
-        return None if self.counts is None else self.counts[item]
-
-    @contextmanager
-    def batch(self, model: nn.Module, item: int, device: torch.device) -> Iterator[Batch]:
-        indices = self.batches[item]
-        with blaming_labels(self.workload, model, "train", indices):
-            yield self._take(item, indices, device)
-
-    def single(self, item: int, device: torch.device, row: int) -> Batch:
-        """Reads one example of a batch by itself."""
-        return self._take(item, self.batches[item][row : row + 1], device)
-
-    def _take(self, item: int, indices: Tensor, device: torch.device) -> Batch:
-        return take_batch(
-            self.workload,
-            self.workload.train,
-            indices,
-            device=device,
-            augment_seed=self.draws(item) if self.config.calibration_augment else None,
-        )
-
-
-class _Given:
-    """Batches that each rank has of its own, as calibration examples cut into batches.
-
-    With W ranks, item k * W + r is the k-th batch of rank r.
-    """
-
-    def __init__(self, workload: Workload, given: Sequence[Batch], seed: int, ranks: Ranks) -> None:
-        self.given, self.seed, self.world_size = given, seed, ranks.world_size
-        sizes = [size_of(batch.targets) for batch in given]
-        self.own_counts = ranks.run_collectively(
-            lambda: [count_items(workload, batch.targets) for batch in given]
-        )
-        items = [
-            float(size if counts is None else counts.sum())
-            for size, counts in zip(sizes, self.own_counts, strict=True)
-        ]
-        everyone = ranks.all_gather_objects(list(zip(sizes, items, strict=True)))
-        numbers = [len(of_rank) for of_rank in everyone]
-        if len(set(numbers)) > 1 or not numbers[0]:
-            raise WorkloadError(
-                f"workload.train: the ranks give {', '.join(map(str, numbers))} batches; each must "
-                "give as many as the others, and at least one"
-            )
-        in_turn = [of_rank[k] for k in range(numbers[0]) for of_rank in everyone]
-        self.batches = [torch.arange(size) for size, _ in in_turn]
-        self.items = [number for _, number in in_turn]
-        if sum(self.items) == 0:
-            raise WorkloadError("workload.train: holds no label that counts; give one that does")
-
-    def draws(self, item: int) -> int:
-        return derive_seed(self.seed, "given", item)
-
-    def counts_in(self, item: int) -> Tensor | None:
-        return self.own_counts[item // self.world_size]
-
-    def single(self, item: int, device: torch.device, row: int) -> Batch:
-        """Takes one example of a batch by itself."""
-        batch, size = self.given[item // self.world_size], len(self.batches[item])
-        if size_of(batch.inputs) != size:
-            raise WorkloadError(
-                f"workload.train: {size} examples have {size_of(batch.inputs)} rows of inputs, and "
-                "this criterion takes them one by one; choose one that reads gradients"
-            )
-        return batch.part(slice(row, row + 1), size).map(lambda tensor: tensor.to(device))
-
-    @contextmanager
-    def batch(self, model: nn.Module, item: int, device: torch.device) -> Iterator[Batch]:
-        batch = self.given[item // self.world_size].map(lambda tensor: tensor.to(device))
-        with blaming_batch(batch):
-            yield batch
 
 
 @dataclass(frozen=True)
@@ -337,15 +234,11 @@ class _Scorer:
             return self.layout.split_own(self.layout.by_owner(vector_N)[start:stop]), 1
         if not self.rule.spec.needs_data:
             return {own.name: torch.zeros(()) for own in self.layout.own}, 1
-        calibration: _Calibration | _Given
-        if batches is None:
-            calibration = _Calibration(self.workload, self.config, self.seed, self.ranks)
-        else:
-            calibration = _Given(self.workload, batches, self.seed, self.ranks)
+        calibration = take_calibration(self.workload, self.config, self.seed, self.ranks, batches)
         return self.sum_batches(calibration), sum(calibration.items)
 
     def sum_batches(
-        self, calibration: _Calibration | _Given, keep: _Keep | None = None
+        self, calibration: Calibration | Given, keep: _Keep | None = None
     ) -> Mapping[str, Tensor]:
         """Sums over the batches; returns this rank's slices of the sum, (L,) by layer."""
         if self.rule.of_gradients is not None:
@@ -403,7 +296,7 @@ class _Scorer:
         return [replace(unit, parameter=model.get_parameter(unit.name)) for unit in self.units]
 
     def _sum_gradients(
-        self, calibration: _Calibration | _Given, keep: _Keep | None
+        self, calibration: Calibration | Given, keep: _Keep | None
     ) -> Mapping[str, Tensor]:
         model, ranks, workload = self.model, self.ranks, self.workload
         assert self.rule.of_gradients is not None
@@ -449,7 +342,7 @@ class _Scorer:
         return sums.owned()
 
     def _sum_passes(
-        self, model: nn.Module, calibration: _Calibration | _Given, keep: _Keep | None
+        self, model: nn.Module, calibration: Calibration | Given, keep: _Keep | None
     ) -> Mapping[str, Tensor]:
         ranks, layout, units = self.ranks, self.layout, self._units_of(model)
         batches = calibration.batches
@@ -496,22 +389,3 @@ class _Scorer:
 
     def _split_sum(self, sums: OrderedSum) -> Mapping[str, Tensor]:
         return self.layout.split_own(sums.so_far())
-
-
-@contextmanager
-def _scoring_mode(model: nn.Module, units: list[Prunable]) -> Iterator[None]:
-    """Sets eval mode and kernels that can be differentiated twice in the block.
-
-    Frozen weights are scored like the others, so they get a gradient here.
-    """
-    differentiated = leaves(model)
-    scored = [tensor for unit in units for tensor in (unit.parameter, differentiated[unit.name])]
-    frozen = [parameter for parameter in scored if not parameter.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        with in_mode(model, is_training=False), sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
