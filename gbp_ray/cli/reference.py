@@ -30,13 +30,14 @@ def list_criteria(as_json: AsJson = False) -> None:
 
       gbp-ray prune --set prune.criterion=fisher
     """
-    fields = ("name", "formula", "summed", "cost", "is_signed", "source")
+    fields = ("name", "formula", "summed", "cost", "is_signed", "gate", "source")
     rows = [{field: getattr(rule, field) for field in fields} for rule in CRITERIA.values()]
     if as_json:
         print_json({"criteria": rows})
         return
     for row in rows:
         row["score"] = row["formula"] + (", signed" if row["is_signed"] else "")
+        row["score"] += f"; of a whole unit {row['gate']}" if row["gate"] else ""
     names = ("name", "score", "cost", "source")
     cells = ([str(row[name]) for name in names] for row in rows)
     console().print(make_table(cells, ("criterion", *names[1:])))
@@ -44,7 +45,8 @@ def list_criteria(as_json: AsJson = False) -> None:
         "The lowest scores are removed first. Cost counts forward and backward passes over the",
         'calibration examples. Your own criterion: prune.criterion = "module:function".',
         "w weight, g gradient of the mean loss of a batch, g_i of one example, H Hessian,",
-        "b batches of n_b examples, n in all, z random signs.",
+        "b batches of n_b examples, n in all, z random signs; d gradient in a whole unit's gate, a",
+        "factor on all that reads it. Others sum the scores of its weights (magnitude: L2 norm).",
     )
 
 

@@ -5,7 +5,9 @@ outside this module and `pruning.criteria`, which holds the functions, compares 
 
 Symbols of the formulas: w weight, g gradient of the mean loss over a batch, g_i of one example,
 H Hessian, sum_b over batches, n_b items in batch b, n in all, z random signs. An item is an
-example, or what else the loss is a mean over (`metrics`); example i counts as n_i.
+example, or what else the loss is a mean over (`metrics`); example i counts as n_i. Of a whole unit,
+d is the gradient in its gate, a factor of 1 on all that reads the unit: the sum of w g over the
+weights that read it.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ class CriterionSpec:
         source: Authors, year, arXiv id or venue, equation.
         num_passes: Passes over the calibration data; 0 reads none of them.
         is_signed: Scores below zero have a meaning: removal is expected to help.
+        gate: The formula for a whole unit, where it has one by the gate of the unit.
         options: Fields of [prune] that only this criterion reads.
     """
 
@@ -44,6 +47,7 @@ class CriterionSpec:
     reads: Reads
     num_passes: int = 0
     is_signed: bool = False
+    gate: str = ""
     options: tuple[str, ...] = ()
 
     @property
@@ -63,6 +67,7 @@ class CriterionSpec:
 
 
 _TAYLOR = "|w * (1/n) sum_b n_b g_b|"
+_TAYLOR_GATE = "|(1/n) sum_b n_b d_b|"
 
 CRITERIA: dict[str, CriterionSpec] = {
     spec.name: spec
@@ -82,6 +87,7 @@ CRITERIA: dict[str, CriterionSpec] = {
             "Molchanov et al. 2017 (1611.06440), eq. 7, per weight",
             reads="gradients",
             num_passes=1,
+            gate=_TAYLOR_GATE,
         ),
         CriterionSpec(
             *("snip", f"{_TAYLOR}, on untrained weights (pretrain.epochs = 0)"),
@@ -89,6 +95,7 @@ CRITERIA: dict[str, CriterionSpec] = {
             "Lee et al. 2019 (1810.02340), eq. 5, without its normalising factor",
             reads="gradients",
             num_passes=1,
+            gate=_TAYLOR_GATE,
         ),
         CriterionSpec(
             *("taylor_squared", "sum_b (w g_b)^2"),
@@ -96,6 +103,7 @@ CRITERIA: dict[str, CriterionSpec] = {
             "Molchanov et al. 2019 (1906.10771), eq. 8",
             reads="gradients",
             num_passes=1,
+            gate="sum_b d_b^2",
         ),
         CriterionSpec(
             *("fisher", "w^2 * (1/n) sum_i g_i^2", "squared gradients of single examples"),
@@ -103,6 +111,7 @@ CRITERIA: dict[str, CriterionSpec] = {
             "Theis et al. 2018 (1801.05787), eq. 6, per weight, empirical Fisher diagonal",
             reads="passes",
             num_passes=1,
+            gate="(1/n) sum_i n_i d_i^2",
         ),
         CriterionSpec(
             *("obd", "w^2 * h / 2, h = (1/n) sum_b n_b mean_z z * (H_b z)"),

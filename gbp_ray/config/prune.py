@@ -35,6 +35,7 @@ _ONE_SHOT = Idle("schedule = one_shot", lambda prune: prune.schedule == "one_sho
 _NO_PROBES = Idle(
     "criterion = {criterion}", lambda prune: "hutchinson_probes" not in prune.spec.options
 )
+_NO_GATE = Idle("criterion = {criterion}", lambda prune: not prune.spec.gate)
 _NO_RATE = Idle(
     "finetune.epochs = 0",
     lambda job: job.prune.rewind == "learning_rate" and job.finetune.epochs == 0,
@@ -136,6 +137,9 @@ class PruneConfig(Section):
     compact: Annotated[bool, _NO_UNITS] = True
     """Whether removed units leave the network after each round, so that later rounds train a
     smaller one, or stay in it as zeros."""
+    unit_score: Annotated[Literal["gate", "sum"], _NO_UNITS, _NO_GATE] = "gate"
+    """Score of a whole unit: "gate" takes the criterion of the unit's gate, a factor on all that
+    reads it; "sum" sums the scores of its weights."""
     calibration_examples: Annotated[int, _NO_DATA] = Field(512, ge=1, le=MOST_EXAMPLES)
     """Training examples the scores are computed on."""
     calibration_batch_size: int = Field(64, ge=1, le=MOST_EXAMPLES)

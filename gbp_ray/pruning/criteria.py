@@ -39,7 +39,7 @@ from gbp_ray.pruning.units import Prunable
 from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.loading import import_attribute
 
-__all__ = ["CRITERIA", "Criterion", "Finish", "criterion", "own_criterion"]
+__all__ = ["CRITERIA", "Criterion", "Finish", "GateRule", "criterion", "own_criterion"]
 
 Finish = Callable[[Tensor, Tensor, float], Tensor]
 """(weights_L, statistic_L, num_items) -> scores_L, weight by weight.
@@ -55,6 +55,21 @@ _OWN = describe_criterion("own")
 
 
 @dataclass(frozen=True)
+class GateRule:
+    """The score of a whole unit by the gradient in its gate, see `gates`.
+
+    Attributes:
+        fold: (gradient_U of a mean loss, the items that it is a mean over) -> what it adds, (U,).
+        finish: (sum_U, items in all) -> scores, (U,).
+        is_by_example: Gradients are those of single examples, not of batches.
+    """
+
+    fold: Callable[[Tensor, float], Tensor]
+    finish: Callable[[Tensor, float], Tensor]
+    is_by_example: bool = False
+
+
+@dataclass(frozen=True)
 class Criterion:
     """The functions that compute scores.
 
@@ -64,6 +79,8 @@ class Criterion:
         of_gradients: The statistic of a batch, from its gradients weight by weight.
         passes: Otherwise one statistic for each pass over the calibration data.
         of_network: Otherwise a statistic of the network by itself.
+        gate: How whole units are scored by their gates; None sums the scores of their weights.
+        power: Of the scores of a unit's weights, before they are summed; its root is taken after.
     """
 
     spec: CriterionSpec = _OWN
@@ -71,6 +88,8 @@ class Criterion:
     of_gradients: Fold | None = None
     passes: tuple[BatchStatistic, ...] = ()
     of_network: NetworkStatistic | None = None
+    gate: GateRule | None = None
+    power: int = 1
 
 
 def criterion(name: str) -> Criterion:
@@ -236,23 +255,38 @@ _TAYLOR = Criterion(
     SPECS["taylor"],
     of_gradients=lambda gradient_L, weight_L, num_items: gradient_L * num_items,
     finish=lambda weights_L, statistic_L, total: (weights_L * statistic_L / total).abs(),
+    gate=GateRule(
+        fold=lambda gradient_U, num_items: gradient_U * num_items,
+        finish=lambda sum_U, total: (sum_U / total).abs(),
+    ),
 )
 
 CRITERIA: dict[str, Criterion] = {
     rule.spec.name: rule
     for rule in (
-        Criterion(SPECS["magnitude"], lambda weights_L, statistic_L, total: weights_L.abs()),
+        Criterion(
+            SPECS["magnitude"], lambda weights_L, statistic_L, total: weights_L.abs(), power=2
+        ),
         Criterion(SPECS["random"]),
         _TAYLOR,
         replace(_TAYLOR, spec=SPECS["snip"]),
         Criterion(
             SPECS["taylor_squared"],
             of_gradients=lambda gradient_L, weight_L, num_items: (gradient_L * weight_L).square_(),
+            gate=GateRule(
+                fold=lambda gradient_U, num_items: gradient_U.square(),
+                finish=lambda sum_U, total: sum_U,
+            ),
         ),
         Criterion(
             SPECS["fisher"],
             lambda weights_L, statistic_L, total: weights_L.square() * statistic_L / total,
             passes=(squared_example_gradients,),
+            gate=GateRule(
+                fold=lambda gradient_U, num_items: gradient_U.square() * num_items,
+                finish=lambda sum_U, total: sum_U / total,
+                is_by_example=True,
+            ),
         ),
         Criterion(
             SPECS["obd"],
