@@ -3,7 +3,7 @@
 A convolution's output channel is one row of its weight, one entry of the BatchNorm behind it, and
 one column of every layer that reads it; on a residual stream it is a row of every layer that adds
 to the stream, too. Such slices are coupled: a network without all of them is a smaller network, and
-it computes the same function as one where they are zero. `axes` finds them in a graph.
+it computes the same function as one where they are zero. `graph` finds them.
 
 A group holds the units of the same tensors and axes. Units are numbered through all groups, in
 order: that number is the place of a unit in every vector of shape (U,).

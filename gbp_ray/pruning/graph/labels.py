@@ -1,34 +1,23 @@
-"""Finds the units of a network: follows every axis of every weight through its graph.
+"""Labels of axes: which positions of which weights go together.
 
-The graph is that of `torch.export`, in eval mode. Each position of each axis of a weight is an
-element; rules (`axis_rules`) say for each operator which elements it couples, and those end in one
-set of a union-find. A set is a unit if some weight makes it and some weight reads it. An operator
-without a rule, or one that looks at an axis as a whole, such as a softmax, freezes what it touches,
-and the reason is kept.
-
-The axes of a value in the graph are labelled with elements. Axes that a reshape has split are
-labelled together: of the heads and channels (H, D) of attention, each pair has its own element,
-until an operator couples all channels of a head. What stays undecided at the end is decided so that
-most units remain, and always so that the elements that go form whole rows of such a table.
+Each position of each axis of a weight is an element; elements that are coupled form the sets of a
+union-find. The axes of a value in the graph are labelled with elements. Axes that a reshape has
+split are labelled together: of the heads and channels (H, D) of attention, each pair has its own
+element, until an operator couples all channels of a head. What stays undecided at the end is
+decided so that most units remain, and always so that the elements that go form whole rows of such a
+table.
 """
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from gbp_ray.errors import PruneError, in_one_line
-from gbp_ray.pruning.structure import Axis, Group, Product, Role, Slice, Structure
-from gbp_ray.workloads.contract import in_mode
+from gbp_ray.pruning.structure import Role
 
-__all__ = ["FIXED", "Block", "Elements", "Labelled", "Tracing", "Work", "find_structure"]
+__all__ = ["FIXED", "Block", "Elements", "Labelled", "Tracing", "Work"]
 
 FIXED = 0
 """The element of positions that no weight makes."""
@@ -120,19 +109,21 @@ class Labelled:
 
     Attributes:
         weight: First name of the parameter that this is a view of, or "".
+        buffer: First name of the buffer that this is, of whatever shape, or "".
     """
 
     shape: tuple[int, ...]
     blocks: tuple[Block, ...] = ()
     weight: str = ""
+    buffer: str = ""
 
     def block_of(self, dim: int) -> Block | None:
         """Returns the block that an axis lies in."""
         return next((block for block in self.blocks if dim in block.dims), None)
 
     def as_value(self) -> Labelled:
-        """Drops the name of the weight: this is computed from it."""
-        return replace(self, weight="")
+        """Drops the name of the weight or buffer: this is computed from it."""
+        return replace(self, weight="", buffer="")
 
     def moved(self, shape: Sequence[int], to: Mapping[int, int]) -> Labelled:
         """Renumbers axes; blocks of an axis that `to` lacks are dropped."""
@@ -161,6 +152,7 @@ class Tracing:
         where: Of the operation at hand, for reasons.
         roles: Element of a weight to its roles, once a rule has used it.
         tables: Of axes that are labelled together, to be decided at the end.
+        ids: The elements of (tensor, axis), of weights and of those buffers that have channels.
     """
 
     elements: Elements = field(default_factory=Elements)
@@ -168,6 +160,25 @@ class Tracing:
     roles: dict[int, set[Role]] = field(default_factory=dict)
     tables: list[np.ndarray] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
+    ids: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
+
+    def label(self, name: str, shape: tuple[int, ...]) -> tuple[Block, ...]:
+        """Returns the blocks of a weight or buffer; an axis of size 1 has none."""
+        blocks = []
+        for dim, size in enumerate(shape):
+            if size > 1:
+                if (name, dim) not in self.ids:
+                    self.ids[name, dim] = self.elements.new(size)
+                blocks.append(Block((dim,), self.ids[name, dim]))
+        return tuple(blocks)
+
+    def label_buffer(self, value: Labelled) -> Labelled:
+        """Labels a buffer of one axis, whatever axes of size 1 it has been given."""
+        axes = [dim for dim, size in enumerate(value.shape) if size > 1]
+        if not value.buffer or len(axes) != 1 or value.blocks:
+            return value
+        (block,) = self.label(value.buffer, (value.shape[axes[0]],))
+        return replace(value, blocks=(Block((axes[0],), block.ids),))
 
     def simplify(self, value: Labelled) -> Labelled:
         """Drops the axes along which all elements are coupled: these stay whole."""
@@ -290,225 +301,3 @@ def _spread(ids: np.ndarray, key: tuple[str, ...], joint: tuple[str, ...]) -> np
     order = sorted(range(len(key)), key=lambda place: joint.index(key[place]))
     sizes = dict(zip(key, ids.shape, strict=True))
     return ids.transpose(order).reshape([sizes.get(letter, 1) for letter in joint])
-
-
-# -- the graph -------------------------------------------------------------------------------------
-
-
-def find_structure(
-    model: nn.Module,
-    inputs: Sequence[Tensor],
-    run: Callable[..., Sequence[Tensor]],
-    exclude: Iterable[str] = (),
-) -> Structure:
-    """Finds the units of a network and what they cost, from one example.
-
-    Args:
-        model: Unsharded, on any device, the meta device included. It is left as it is.
-        inputs: The tensors of one example.
-        run: (model, *inputs) -> the outputs that count.
-        exclude: First names of parameters that no unit may lie in.
-
-    Raises:
-        PruneError: torch.export cannot follow the network.
-    """
-    from gbp_ray.pruning.axis_rules import apply_rule
-
-    program = _export(model, inputs, run)
-    tracing = Tracing()
-    names = _first_names(model)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    ids: dict[tuple[str, int], np.ndarray] = {}
-    env: dict[Any, Any] = {}
-    signature = program.graph_signature
-    of_inputs = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    program.graph.eliminate_dead_code()
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            name = names.get(of_inputs.get(node.name, "").removeprefix("network."), "")
-            env[node] = _label(node, name, tracing, ids)
-        elif node.op == "output":
-            tracing.where = "the network's outputs"
-            for source in node.all_input_nodes:
-                if isinstance(env[source], Labelled):
-                    tracing.freeze(env[source])
-        else:
-            tracing.where = _describe(node)
-            env[node] = apply_rule(tracing, node, env)
-    for name in exclude:
-        for (owner, _), own in ids.items():
-            if owner == name:
-                tracing.elements.freeze(own, "prune.exclude")
-    _decide_tables(tracing)
-    return _build(tracing, ids, tensors, {n for n, _ in model.named_parameters()})
-
-
-class _Passing(nn.Module):
-    """A network with the pass that a workload makes through it."""
-
-    def __init__(self, network: nn.Module, run: Callable[..., Sequence[Tensor]]) -> None:
-        super().__init__()
-        self.network, self._run = network, run
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self._run(self.network, *inputs))
-
-
-def _export(
-    model: nn.Module, inputs: Sequence[Tensor], run: Callable[..., Sequence[Tensor]]
-) -> Any:
-    # The copy shares the tensors: export puts others in their place while it looks.
-    tensors = (*model.parameters(), *model.buffers())
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    try:
-        with warnings.catch_warnings(), in_mode(twin, is_training=False), torch.no_grad():
-            warnings.simplefilter("ignore")
-            return torch.export.export(_Passing(twin, run).eval(), tuple(inputs), strict=False)
-    except Exception as error:
-        raise PruneError(
-            "prune.granularity: torch.export cannot follow this network "
-            f"({in_one_line(error)[:200]}); units of it are not known, so set granularity to "
-            '"weight", or avoid what it names'
-        ) from error
-
-
-def _first_names(model: nn.Module) -> dict[str, str]:
-    """Maps every name of a parameter or buffer to its first one."""
-    first: dict[int, str] = {}
-    pairs = (
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    )
-    return {name: first.setdefault(id(tensor), name) for name, tensor in pairs}
-
-
-def _label(
-    node: Any, name: str, tracing: Tracing, ids: dict[tuple[str, int], np.ndarray]
-) -> Labelled | None:
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return None
-    shape = tuple(int(size) for size in value.shape)
-    if not name:
-        return Labelled(shape)
-    blocks = []
-    for dim, size in enumerate(shape):
-        if size > 1:
-            if (name, dim) not in ids:
-                ids[name, dim] = tracing.elements.new(size)
-            blocks.append(Block((dim,), ids[name, dim]))
-    return Labelled(shape, tuple(blocks), name)
-
-
-def _describe(node: Any) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()]
-    path = paths[-1].removeprefix("network").lstrip(".") if paths else ""
-    name = getattr(node.target, "_opname", getattr(node.target, "__name__", str(node.target)))
-    return f"{name} in '{path}'" if path else str(name)
-
-
-def _decide_tables(tracing: Tracing) -> None:
-    """Couples elements until those of each table go by whole rows of one of its axes."""
-    elements, is_changed = tracing.elements, True
-    while is_changed:
-        is_changed = False
-        for table in tracing.tables:
-            (block,) = tracing.simplify(
-                Labelled(table.shape, (Block(tuple(range(table.ndim)), table),))
-            ).blocks or (None,)
-            if block is None or block.ids.ndim == 1:
-                continue
-            kept = int(np.argmax(block.ids.shape))
-            rows = np.moveaxis(block.ids, kept, 0).reshape(block.ids.shape[kept], -1)
-            elements.tie_together(rows, 1, "a reshape")
-            is_changed = True
-
-
-def _build(
-    tracing: Tracing,
-    ids: Mapping[tuple[str, int], np.ndarray],
-    tensors: Mapping[str, Tensor],
-    parameters: set[str],
-) -> Structure:
-    elements = tracing.elements
-    places: dict[int, list[tuple[str, int, list[int]]]] = {}
-    for (name, dim), own in ids.items():
-        roots = elements.find_all(own)
-        if (roots == roots[0]).all():
-            elements.freeze(roots[:1], "would leave nothing of the axis")
-        by_root: dict[int, list[int]] = {}
-        for position, root in enumerate(roots.tolist()):
-            by_root.setdefault(root, []).append(position)
-        for root, positions in by_root.items():
-            places.setdefault(root, []).append((name, dim, positions))
-
-    def role_of(name: str, dim: int) -> set[Role]:
-        return tracing.roles.get(int(ids[name, dim][0]), set())
-
-    units: dict[tuple[Any, ...], list[int]] = {}
-    for root, found in places.items():
-        roles = {r for name, dim, _ in found if name in parameters for r in role_of(name, dim)}
-        if not {"in", "out"} <= roles:
-            elements.freeze(np.array([root]), "no weight both makes and reads it")
-        if not elements.why_frozen(root):
-            signature = tuple((name, dim, len(positions)) for name, dim, positions in found)
-            units.setdefault(signature, []).append(root)
-    groups: list[Group] = []
-    group_of: dict[int, int] = {}
-    for signature, members in units.items():
-        slices = tuple(
-            Slice(
-                name,
-                dim,
-                np.array([places[root][number][2] for root in members]),
-                "in" if "in" in role_of(name, dim) else "out",
-            )
-            for number, (name, dim, _) in enumerate(signature)
-        )
-        makers = [name for name, dim, _ in signature if "out" in role_of(name, dim)]
-        kind = "head" if elements.is_head(members[0]) else "channel"
-        group_of.update(dict.fromkeys(members, len(groups)))
-        groups.append(Group(makers[0], kind, len(members), slices))  # type: ignore[arg-type]
-
-    def axis_of(table: np.ndarray) -> Axis:
-        roots = elements.find_all(table).reshape(-1).tolist()
-        counts: dict[int, int] = {}
-        for root in roots:
-            if root in group_of:
-                counts[group_of[root]] = counts.get(group_of[root], 0) + 1
-        per_unit = tuple((g, n // groups[g].num_units) for g, n in sorted(counts.items()))
-        return Axis(len(roots) - sum(counts.values()), per_unit)
-
-    def product_of(factor: int, tables: Iterable[np.ndarray], name: str) -> Product:
-        axes = []
-        for table in tables:
-            axis = axis_of(table)
-            if axis.per_unit:
-                axes.append(axis)
-            else:
-                factor *= axis.fixed
-        return Product(factor, tuple(axes), name)
-
-    weights = []
-    for name in sorted(parameters):
-        shape = tensors[name].shape
-        known = [ids[name, dim] for dim in range(len(shape)) if (name, dim) in ids]
-        factor = int(
-            np.prod([n for dim, n in enumerate(shape) if (name, dim) not in ids], initial=1)
-        )
-        weights.append(product_of(factor, known, name))
-    shapes = {part.name: tuple(tensors[part.name].shape) for g in groups for part in g.slices}
-    frozen = {
-        f"{name}[{dim}]": elements.why_frozen(int(own[0]))
-        for (name, dim), own in ids.items()
-        if "out" in role_of(name, dim) and all(map(elements.why_frozen, own.tolist()))
-    }
-    return Structure(
-        tuple(groups),
-        tuple(product_of(work.factor, work.tables, work.name) for work in tracing.work),
-        tuple(weights),
-        {name: tensors[name].element_size() for name in parameters},
-        shapes,
-        frozen,
-    )
