@@ -1,0 +1,308 @@
+"""Removes units physically: a smaller network in memory, proven to compute what the masked one did.
+
+The network is the user's own module, changed in place: parameters and buffers are cut along the
+axes that units lie in, the optimizer's state and the movement statistic with them, and attributes
+that hold widths follow. Then a real batch passes through, and the outputs are compared with those
+of the masked network. A difference undoes everything.
+
+Shape suffixes as in `structure`: U = units of the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from gbp_ray.errors import PruneError
+from gbp_ray.pruning.comparison import Fault, Passed, Run, compare, observe
+from gbp_ray.pruning.cutting import Axes, cut_tensor, is_moment, removed_axes
+from gbp_ray.pruning.layers import KEPT_AS_ZEROS, refresh, why_not_cut, widths_of
+from gbp_ray.pruning.structure import Structure
+from gbp_ray.pruning.widths import Search, Spot, Widths, apply_widths
+
+__all__ = ["Compacted", "compact"]
+
+Places = list[tuple[nn.Module, dict[str, Any], str]]
+"""(module, its dict of parameters or buffers, key) of each place that holds a tensor."""
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """What a removal did.
+
+    Attributes:
+        difference: Largest difference of outputs from those of the masked network, over their
+            greatest magnitude.
+        attributes: New values of modules' attributes by dotted path, such as "conv1.out_channels".
+    """
+
+    difference: float
+    attributes: Mapping[str, Any]
+
+
+def compact(
+    model: nn.Module,
+    structure: Structure,
+    kept_U: np.ndarray,
+    run: Run,
+    *,
+    optimizer: Optimizer | None = None,
+    movement: dict[str, Tensor] | None = None,
+    hints: Mapping[str, Sequence[int]] | None = None,
+) -> Compacted:
+    """Removes units from a network, in place, and checks that it computes the same.
+
+    Cut parameters are new objects; the optimizer is given them in the places of the old ones.
+    Tied ones stay tied. Every rank removes the same units, and passes the same batch.
+
+    Args:
+        model: Masked: its weights are zero where units are removed.
+        structure: Of the network as it is; of one that has lost units, `shrink_structure`.
+        kept_U: Bool, the units to keep.
+        run: Passes a real batch, always the same, through a network; returns its outputs.
+        optimizer: Of the network's parameters; its state is cut in place.
+        movement: By parameter name; its tensors are cut in place.
+        hints: Constants that the network's graph uses, by the path of the module that uses them;
+            where attributes must be searched for, these are tried first.
+
+    Raises:
+        PruneError: The network cannot be cut, or computes something else then; names the layer.
+            Network, optimizer and movement are as they were.
+    """
+    lost = removed_axes(structure, kept_U)
+    if not lost:
+        return Compacted(0.0, {})
+    _check_shapes(model, structure)
+    _check_tensors(model, lost)
+    if optimizer is not None:
+        _check_optimizer(model, optimizer)
+    masked = observe(model, run)
+    cut = _Cut()
+    try:
+        cut.network(model, lost)
+        if optimizer is not None:
+            cut.optimizer(optimizer)
+        if movement is not None:
+            cut.movement(movement, lost)
+        return _settle(model, structure, kept_U, run, masked, cut, hints)
+    except BaseException:
+        cut.undo()
+        raise
+
+
+def _settle(
+    model: nn.Module,
+    structure: Structure,
+    kept_U: np.ndarray,
+    run: Run,
+    masked: Passed,
+    cut: _Cut,
+    hints: Mapping[str, Sequence[int]] | None,
+) -> Compacted:
+    """Compares a cut network with the masked one, and changes attributes until they agree."""
+    found = compare(masked, observe(model, run, masked))
+    if isinstance(found, float):
+        return Compacted(found, cut.attributes)
+
+    def attempt(widths: Widths, is_strict: bool) -> float | Fault:
+        undo = apply_widths(model, widths)
+        try:
+            passed = observe(model, run, masked, is_strict=is_strict)
+            return compare(masked, passed, is_strict=is_strict)
+        finally:
+            undo()
+
+    search = Search(model, structure, kept_U, cut.settled, attempt, hints)
+    agreed = search.find()
+    if agreed is None:
+        fault = search.furthest
+        raise PruneError(
+            f"'{fault.path or 'the network'}': without its removed units {fault.what}, and no "
+            f"number of heads or channels in the modules around it mends that; {KEPT_AS_ZEROS}"
+        )
+    widths, difference = agreed
+    apply_widths(model, widths)
+    changed = {_attribute_of(spot): _value_of(model, spot) for spot in widths}
+    return Compacted(difference, cut.attributes | changed)
+
+
+def _attribute_of(spot: Spot) -> str:
+    return f"{spot.path}.{spot.name}".lstrip(".")
+
+
+def _value_of(model: nn.Module, spot: Spot) -> Any:
+    return vars(model.get_submodule(spot.path))[spot.name]
+
+
+def _check_shapes(model: nn.Module, structure: Structure) -> None:
+    tensors = _tensors_of(model)
+    for name, shape in structure.shapes.items():
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if found != shape:
+            raise PruneError(
+                f"'{name}': the network has {found or 'no such tensor'}, and its structure "
+                f"{shape}; find the structure of this very network"
+            )
+
+
+@dataclass
+class _Cut:
+    """A cut in the making, and how to undo it.
+
+    Attributes:
+        replaced: New parameter and axes by the old parameter.
+        settled: Attributes that follow from a layer's weights, as (path of the layer, name).
+        attributes: New values by dotted path.
+    """
+
+    replaced: dict[Tensor, tuple[Tensor, Axes]] = field(default_factory=dict)
+    settled: set[tuple[str, str]] = field(default_factory=set)
+    attributes: dict[str, Any] = field(default_factory=dict)
+    _undoing: list[Callable[[], None]] = field(default_factory=list)
+
+    def undo(self) -> None:
+        """Puts everything back that was replaced; the old tensors were never written."""
+        while self._undoing:
+            self._undoing.pop()()
+
+    def network(self, model: nn.Module, lost: Mapping[str, Axes]) -> None:
+        """Cuts parameters and buffers, and sets the attributes of layers that are known."""
+        tensors = _tensors_of(model)
+        places = _places_of(model)
+        paths = {module: path for path, module in model.named_modules()}
+        losing: dict[nn.Module, dict[str, Axes]] = {}
+        for name, axes in lost.items():
+            for module, _, key in places[id(tensors[name])]:
+                losing.setdefault(module, {})[key] = axes
+        # Undone last, when a layer holds its old tensors again.
+        self._undoing.append(lambda: _refresh_all(losing))
+        for name, axes in lost.items():
+            old = tensors[name]
+            new = _cut_whole(old, axes)
+            self.replaced[old] = (new, axes)
+            for _, owner, key in places[id(old)]:
+                self._put(owner, key, new)
+        _refresh_all(losing)
+        for module, own in losing.items():
+            for name, value in widths_of(module, own, paths[module]).items():
+                self.settled.add((paths[module], name))
+                if vars(module).get(name, value) != value:
+                    self._put(vars(module), name, value)
+                    self.attributes[f"{paths[module]}.{name}".lstrip(".")] = value
+
+    def optimizer(self, optimizer: Optimizer) -> None:
+        """Puts the cut parameters into the optimizer, with their state cut alike."""
+        for group in optimizer.param_groups:
+            old = group["params"]
+            new = [self.replaced[p][0] if p in self.replaced else p for p in old]
+            self._put(group, "params", new)
+        state = optimizer.state
+        before = list(state.items())
+        moved = []
+        for parameter, own in before:
+            if parameter in self.replaced:
+                new_parameter, axes = self.replaced[parameter]
+                own = {key: _cut_moment(v, parameter, axes, key) for key, v in own.items()}
+                parameter = new_parameter
+            moved.append((parameter, own))
+
+        def restore() -> None:
+            state.clear()
+            state.update(before)
+
+        self._undoing.append(restore)
+        state.clear()
+        state.update(moved)
+
+    def movement(self, movement: dict[str, Tensor], lost: Mapping[str, Axes]) -> None:
+        """Cuts the movement statistic."""
+        for name in movement.keys() & lost.keys():
+            self._put(movement, name, cut_tensor(movement[name], lost[name]))
+
+    def _put(self, owner: dict[str, Any], key: str, value: Any) -> None:
+        old = owner[key]
+        self._undoing.append(lambda: owner.__setitem__(key, old))
+        owner[key] = value
+
+
+def _refresh_all(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        refresh(module)
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _places_of(model: nn.Module) -> dict[int, Places]:
+    places: dict[int, Places] = {}
+    for module in model.modules():
+        owners: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for owner in owners:
+            for key, tensor in owner.items():
+                if tensor is not None:
+                    places.setdefault(id(tensor), []).append((module, owner, key))
+    return places
+
+
+def _check_tensors(model: nn.Module, lost: Mapping[str, Axes]) -> None:
+    """Raises PruneError for the first tensor that cannot be cut."""
+    tensors = _tensors_of(model)
+    places = _places_of(model)
+    at_address: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.device.type == "meta" or not tensor.numel() or tensor.is_quantized:
+            continue
+        first = at_address.setdefault(tensor.data_ptr(), name)
+        if first != name and (name in lost or first in lost):
+            raise PruneError(
+                f"'{name}': shares the memory of '{first}', but is another parameter; tie them as "
+                f"one parameter, or {KEPT_AS_ZEROS}"
+            )
+    for name in lost:
+        for module, _, _ in places[id(tensors[name])]:
+            if why := why_not_cut(module, tensors[name]):
+                raise PruneError(f"'{name}': {why}, and cannot be cut; {KEPT_AS_ZEROS}")
+
+
+def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    """Raises PruneError for an optimizer whose state cannot be cut, or of another network."""
+    if isinstance(optimizer, LBFGS):
+        raise PruneError(f"LBFGS: its state joins all weights; {KEPT_AS_ZEROS}")
+    own = set(model.parameters())
+    if not any(p in own for group in optimizer.param_groups for p in group["params"]):
+        raise PruneError(
+            f"{type(optimizer).__name__}: has no parameter of this network; make it from the "
+            "parameters that the network has now"
+        )
+
+
+def _cut_whole(old: Tensor, axes: Axes) -> Tensor:
+    """Cuts a parameter with its gradient, or a buffer; attributes that people set on it stay."""
+    values = cut_tensor(old, axes)
+    if not isinstance(old, nn.Parameter):
+        values.__dict__.update(old.__dict__)
+        return values
+    new = nn.Parameter(values, requires_grad=old.requires_grad)
+    new.__dict__.update(old.__dict__)
+    if old.grad is not None:
+        new.grad = cut_tensor(old.grad, axes)
+    return new
+
+
+def _cut_moment(value: Any, parameter: Tensor, axes: Axes, key: str) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if not is_moment(value, parameter):
+        if value.numel() == 1:
+            return value
+        raise PruneError(
+            f"optimizer state '{key}': has shape {tuple(value.shape)}, its parameter "
+            f"{tuple(parameter.shape)}, so it cannot be cut; {KEPT_AS_ZEROS}"
+        )
+    return cut_tensor(value, axes)
