@@ -10,16 +10,18 @@ Shape suffixes as in `structure`: U = units of the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import LBFGS, Optimizer
 
 from gbp_ray.errors import PruneError
-from gbp_ray.pruning.comparison import Fault, Passed, Run, compare, observe
+from gbp_ray.pruning.comparison import Fault, Run, compare, observe
 from gbp_ray.pruning.cutting import Axes, cut_tensor, is_moment, removed_axes
 from gbp_ray.pruning.layers import KEPT_AS_ZEROS, refresh, why_not_cut, widths_of
 from gbp_ray.pruning.structure import Structure
@@ -81,7 +83,7 @@ def compact(
     _check_tensors(model, lost)
     if optimizer is not None:
         _check_optimizer(model, optimizer)
-    masked = observe(model, run)
+    judge = _Judge(model, run, structure.masks(kept_U, dict(model.named_parameters())))
     cut = _Cut()
     try:
         cut.network(model, lost)
@@ -89,7 +91,8 @@ def compact(
             cut.optimizer(optimizer)
         if movement is not None:
             cut.movement(movement, lost)
-        return _settle(model, structure, kept_U, run, masked, cut, hints)
+        with cut.following_inputs(model):
+            return _settle(model, structure, kept_U, judge, cut, hints)
     except BaseException:
         cut.undo()
         raise
@@ -99,21 +102,19 @@ def _settle(
     model: nn.Module,
     structure: Structure,
     kept_U: np.ndarray,
-    run: Run,
-    masked: Passed,
+    judge: _Judge,
     cut: _Cut,
     hints: Mapping[str, Sequence[int]] | None,
 ) -> Compacted:
     """Compares a cut network with the masked one, and changes attributes until they agree."""
-    found = compare(masked, observe(model, run, masked))
+    found = judge.compare(is_strict=False)
     if isinstance(found, float):
         return Compacted(found, cut.attributes)
 
     def attempt(widths: Widths, is_strict: bool) -> float | Fault:
         undo = apply_widths(model, widths)
         try:
-            passed = observe(model, run, masked, is_strict=is_strict)
-            return compare(masked, passed, is_strict=is_strict)
+            return judge.compare(is_strict=is_strict)
         finally:
             undo()
 
@@ -129,6 +130,56 @@ def _settle(
     apply_widths(model, widths)
     changed = {_attribute_of(spot): _value_of(model, spot) for spot in widths}
     return Compacted(difference, cut.attributes | changed)
+
+
+class _Judge:
+    """Compares a network, once cut, with what it was when this was made.
+
+    Parameters that are zero throughout, as networks may begin with, hide what is multiplied by
+    them. Where there are any, networks are compared a second time, with ones in their place.
+
+    Args:
+        model: Masked.
+        masks: By parameter name, of those that are about to be cut.
+    """
+
+    def __init__(self, model: nn.Module, run: Run, masks: Mapping[str, Tensor]) -> None:
+        self._model, self._run = model, run
+        self._masked = observe(model, run)
+        self._blank = [
+            name
+            for name, parameter in model.named_parameters()
+            if not name.endswith("bias") and parameter.numel() and not bool(parameter.any())
+        ]
+        if self._blank:
+            with self._lit(masks):
+                self._lit_masked = observe(model, run)
+
+    def compare(self, *, is_strict: bool) -> float | Fault:
+        """Returns the difference of outputs, or the first fault."""
+        if self._blank:
+            with self._lit({}):
+                passed = observe(self._model, self._run, self._lit_masked, is_strict=is_strict)
+            found = compare(self._lit_masked, passed, is_strict=is_strict)
+            if isinstance(found, Fault):
+                return found
+        passed = observe(self._model, self._run, self._masked, is_strict=is_strict)
+        return compare(self._masked, passed, is_strict=is_strict)
+
+    @contextmanager
+    def _lit(self, masks: Mapping[str, Tensor]) -> Iterator[None]:
+        """Puts ones in the place of zeros, where kept, in the block."""
+        parameters = dict(self._model.named_parameters())
+        before = {name: parameters[name].detach().clone() for name in self._blank}
+        try:
+            for name in self._blank:
+                own = parameters[name].detach().fill_(1)
+                if name in masks:
+                    own.masked_fill_(~masks[name].to(own.device), 0)
+            yield
+        finally:
+            for name, values in before.items():
+                parameters[name].detach().copy_(values)
 
 
 def _attribute_of(spot: Spot) -> str:
@@ -223,6 +274,36 @@ class _Cut:
         """Cuts the movement statistic."""
         for name in movement.keys() & lost.keys():
             self._put(movement, name, cut_tensor(movement[name], lost[name]))
+
+    @contextmanager
+    def following_inputs(self, model: nn.Module) -> Iterator[None]:
+        """Has norms without tensors of their own note the channels that they are called with.
+
+        They compute the same whatever they note, but warn.
+        """
+
+        def follow(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+                if not inputs or not isinstance(module, _InstanceNorm):
+                    return
+                width = inputs[0].shape[inputs[0].ndim - module._get_no_batch_dim()]
+                if width != module.num_features:
+                    self._put(vars(module), "num_features", width)
+                    self.attributes[f"{path}.num_features".lstrip(".")] = width
+
+            return note
+
+        handles = [
+            module.register_forward_pre_hook(follow(path))
+            for path, module in model.named_modules()
+            if isinstance(module, _InstanceNorm)
+            and not (module.affine or module.track_running_stats)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _put(self, owner: dict[str, Any], key: str, value: Any) -> None:
         old = owner[key]

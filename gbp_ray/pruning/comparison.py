@@ -172,10 +172,6 @@ def compare(masked: Passed, compacted: Passed, *, is_strict: bool = False) -> fl
     found = _difference(masked.outputs, compacted.outputs)
     if isinstance(found, float):
         return found
-    # A layer with other shapes that differs is the likelier cause.
-    for one, other in pairs:
-        if one.differs(other):
-            return _fault(number, one.path, found, masked, compacted, [])
     return _fault(number, "", found, masked, compacted, [])
 
 
@@ -187,6 +183,9 @@ def check_same(masked: Passed, compacted: Passed) -> float:
     """
     found = compare(masked, compacted)
     if isinstance(found, Fault):
+        # A layer before it that differs in another shape is the likelier cause.
+        strict = compare(masked, compacted, is_strict=True)
+        found = strict if isinstance(strict, Fault) else found
         raise PruneError(f"'{found.path or 'the network'}': without its removed units {found.what}")
     return found
 
