@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import LBFGS, Optimizer
 
 from gbp_ray.errors import PruneError
-from gbp_ray.pruning.comparison import Fault, Run, compare, observe
+from gbp_ray.pruning.comparison import Fault, Run, compare, observe, why_not_trained
 from gbp_ray.pruning.cutting import Axes, cut_tensor, is_moment, removed_axes
 from gbp_ray.pruning.layers import KEPT_AS_ZEROS, refresh, why_not_cut, widths_of
 from gbp_ray.pruning.structure import Structure
@@ -41,10 +41,13 @@ class Compacted:
         difference: Largest difference of outputs from those of the masked network, over their
             greatest magnitude.
         attributes: New values of modules' attributes by dotted path, such as "conv1.out_channels".
+        uncalled: Paths of cut modules that the batch did not go through, as experts that it was
+            not sent to: nothing is proven of them.
     """
 
     difference: float
     attributes: Mapping[str, Any]
+    uncalled: tuple[str, ...] = ()
 
 
 def compact(
@@ -92,7 +95,9 @@ def compact(
         if movement is not None:
             cut.movement(movement, lost)
         with cut.following_inputs(model):
-            return _settle(model, structure, kept_U, judge, cut, hints)
+            found = _settle(model, structure, kept_U, judge, cut, hints)
+        judge.check_training()
+        return replace(found, uncalled=tuple(p for p in cut.paths if p not in judge.called))
     except BaseException:
         cut.undo()
         raise
@@ -146,6 +151,7 @@ class _Judge:
     def __init__(self, model: nn.Module, run: Run, masks: Mapping[str, Tensor]) -> None:
         self._model, self._run = model, run
         self._masked = observe(model, run)
+        self._is_trained = not self._calls_all() and not why_not_trained(model, run)
         self._blank = [
             name
             for name, parameter in model.named_parameters()
@@ -154,6 +160,29 @@ class _Judge:
         if self._blank:
             with self._lit(masks):
                 self._lit_masked = observe(model, run)
+
+    @property
+    def called(self) -> set[str]:
+        """Returns the paths of the modules that the batch went through."""
+        return self._masked.called
+
+    def check_training(self) -> None:
+        """Checks that a pass in training mode does not fail, where it calls more modules.
+
+        Raises:
+            PruneError: It fails, and did not in the masked network.
+        """
+        if self._is_trained and (why := why_not_trained(self._model, self._run)):
+            raise PruneError(
+                "the network: without its removed units a pass in training mode, which calls "
+                f"modules that evaluation does not, fails with {why}; {KEPT_AS_ZEROS}"
+            )
+
+    def _calls_all(self) -> bool:
+        return all(
+            path in self._masked.called or not module._parameters
+            for path, module in self._model.named_modules()
+        )
 
     def compare(self, *, is_strict: bool) -> float | Fault:
         """Returns the difference of outputs, or the first fault."""
@@ -209,11 +238,13 @@ class _Cut:
         replaced: New parameter and axes by the old parameter.
         settled: Attributes that follow from a layer's weights, as (path of the layer, name).
         attributes: New values by dotted path.
+        paths: Of the modules that are cut.
     """
 
     replaced: dict[Tensor, tuple[Tensor, Axes]] = field(default_factory=dict)
     settled: set[tuple[str, str]] = field(default_factory=set)
     attributes: dict[str, Any] = field(default_factory=dict)
+    paths: list[str] = field(default_factory=list)
     _undoing: list[Callable[[], None]] = field(default_factory=list)
 
     def undo(self) -> None:
@@ -230,6 +261,7 @@ class _Cut:
         for name, axes in lost.items():
             for module, _, key in places[id(tensors[name])]:
                 losing.setdefault(module, {})[key] = axes
+        self.paths = [paths[module] for module in losing]
         # Undone last, when a layer holds its old tensors again.
         self._undoing.append(lambda: _refresh_all(losing))
         for name, axes in lost.items():

@@ -22,13 +22,23 @@ from gbp_ray.errors import PruneError, in_one_line
 from gbp_ray.workloads.batch import logits_of, tensors_in
 from gbp_ray.workloads.contract import in_mode
 
-__all__ = ["Fault", "Passed", "Run", "check_same", "compare", "observe", "tolerance_of"]
+__all__ = [
+    "Fault",
+    "Passed",
+    "Run",
+    "check_same",
+    "compare",
+    "observe",
+    "tolerance_of",
+    "why_not_trained",
+]
 
 Run = Callable[[nn.Module], Any]
 """Passes one batch, always the same, through a network; returns its outputs."""
 
 _TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float64: 1e-10}
 _DEFAULT_TOLERANCE = 1e-5
+_MOST_TOLERATED = 0.05
 
 
 @dataclass(frozen=True)
@@ -48,9 +58,8 @@ class _Event:
     def differs(self, other: _Event) -> bool:
         if self.path != other.path or len(self.moments) != len(other.moments):
             return True
-        # Sums of many elements are compared, with rounding of their own; sums of squares are twice
-        # as sensitive.
-        bound = 20 * max(self.tolerance, other.tolerance)
+        # Layers inside may have more rounding than the outputs, and squares have twice as much.
+        bound = min(20 * max(self.tolerance, other.tolerance), _MOST_TOLERATED)
         for (number, total, squares), (_, other_total, other_squares) in zip(
             self.moments, other.moments, strict=True
         ):
@@ -75,6 +84,7 @@ class Passed:
         events: Calls of layers with parameters, in order of execution.
         entered: Paths of the modules that were called since the last event.
         open: Paths of the modules whose call has not returned.
+        called: Paths of all modules that were called.
         error: What ended it before its end.
     """
 
@@ -82,6 +92,7 @@ class Passed:
     events: list[_Event] = field(default_factory=list)
     entered: list[str] = field(default_factory=list)
     open: list[str] = field(default_factory=list)
+    called: set[str] = field(default_factory=set)
     error: Exception | None = None
 
 
@@ -143,6 +154,16 @@ def observe(
             raise
         watch.passed.error = error
     return watch.passed
+
+
+def why_not_trained(model: nn.Module, run: Run) -> str:
+    """Passes the batch in training mode; words the exception that ends it, "" for none."""
+    try:
+        with in_mode(model, is_training=True), isolated(model, 0), torch.no_grad():
+            run(model)
+    except Exception as error:  # noqa: BLE001 - a network may raise anything
+        return in_one_line(error)
+    return ""
 
 
 def compare(masked: Passed, compacted: Passed, *, is_strict: bool = False) -> float | Fault:
@@ -291,6 +312,7 @@ class _Watch:
         def enter(module: nn.Module, inputs: Any) -> None:
             self.passed.entered.append(path)
             self.passed.open.append(path)
+            self.passed.called.add(path)
 
         return enter
 

@@ -31,6 +31,7 @@ from gbp_ray.errors import PruneError
 from gbp_ray.pruning.compact import compact
 from gbp_ray.pruning.comparison import check_same, observe
 from gbp_ray.pruning.cutting import cut_state, expand_optimizer, expand_state, shrink_structure
+from gbp_ray.training.network import distinct_state
 
 
 def flattened() -> Case:
@@ -253,6 +254,31 @@ def test_dense_shapes_come_back_and_are_cut_to_the_same_bits(case: Case) -> None
         assert torch.equal(parameter, dict(case.model.named_parameters())[name]), name
     outputs = wide.eval()(case.inputs)
     assert largest_difference(outputs, small.eval()(case.inputs)) <= 1e-6
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_resumed_network_is_cut_to_the_same_bits(case: Case, kind: str) -> None:
+    """From files of dense shapes: weights, and the optimizer's state."""
+    structure, keep, inputs = case.structure, case.kept_U, case.inputs
+    mask(case.model, structure, keep)
+    small = copy.deepcopy(case.model)
+    optimizer = OPTIMIZERS[kind](small.parameters())
+    compact(small, structure, keep, lambda model: model(inputs), optimizer=optimizer)
+    train(small, optimizer, inputs, {}, 1)
+    files = copy.deepcopy(expand_state(structure, keep, distinct_state(small)))
+    moments = copy.deepcopy(expand_optimizer(structure, keep, small, optimizer))
+
+    again = case.model
+    again.load_state_dict(files, strict=False)
+    resumed = OPTIMIZERS[kind](again.parameters())
+    resumed.load_state_dict(moments)
+    compact(again, structure, keep, lambda model: model(inputs), optimizer=resumed)
+    for network, stepped in ((small, optimizer), (again, resumed)):
+        train(network, stepped, inputs, {}, 1)
+    for (name, one), other in zip(
+        small.state_dict().items(), again.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
 
 
 def test_a_structure_shrinks_in_steps_as_at_once(case: Case) -> None:

@@ -210,3 +210,30 @@ def test_a_unit_that_shares_positions_with_a_removed_one_is_refused() -> None:
     structure = structure_of(model, [("0.weight", 0, np.array([[0, 1], [1, 2]]))])
     with pytest.raises(PruneError, match="has positions of a removed one"):
         shrink_structure(structure, np.array([True, False]))
+
+
+class Auxiliary(nn.Module):
+    """Reads the channels in the middle, too, but only in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.aux = nn.Linear(5, 7), nn.Linear(7, 3), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.a(x)
+        return self.b(hidden) + (self.aux(hidden) if self.training else 0)
+
+
+@pytest.mark.parametrize("is_found", [True, False])
+def test_layers_that_only_training_calls(is_found: bool) -> None:
+    torch.manual_seed(0)
+    model = randomize(Auxiliary())
+    parts = [*channels("a", 7), ("b.weight", 1, blocks(7))]
+    parts += [("aux.weight", 1, blocks(7))] if is_found else []
+    structure = structure_of(model, parts)
+    case = Case(model, torch.randn(4, 5), structure, kept(structure, [1]), {})
+    if not is_found:
+        check_refused(case, "a pass in training mode, .* fails with RuntimeError")
+        return
+    mask(model, structure, case.kept_U)
+    assert compact(model, structure, case.kept_U, lambda m: m(case.inputs)).uncalled == ("aux",)
