@@ -83,6 +83,15 @@ class Calibration:
         with blaming_labels(self.workload, model, "train", indices):
             yield self._take(item, indices, device)
 
+    @contextmanager
+    def few(
+        self, model: nn.Module, item: int, device: torch.device, rows: Sequence[int]
+    ) -> Iterator[tuple[Batch, Sequence[int]]]:
+        """Yields some examples of a batch as a batch, and which they are; blames as `batch`."""
+        indices = self.batches[item][list(rows)]
+        with blaming_labels(self.workload, model, "train", indices):
+            yield self._take(item, indices, device), rows
+
     def single(self, item: int, device: torch.device, row: int) -> Batch:
         """Reads one example of a batch by itself."""
         return self._take(item, self.batches[item][row : row + 1], device)
@@ -133,6 +142,19 @@ class Given:
     def counts_in(self, item: int) -> Tensor | None:
         """Returns the items of each example of a batch, (B,); None where all are equal."""
         return self.own_counts[item // self.world_size]
+
+    @contextmanager
+    def few(
+        self, model: nn.Module, item: int, device: torch.device, rows: Sequence[int]
+    ) -> Iterator[tuple[Batch, Sequence[int]]]:
+        """Yields some examples of a batch, from the first on, or all where they are packed."""
+        size = len(self.batches[item])
+        with self.batch(model, item, device) as batch:
+            if size_of(batch.inputs) != size:
+                yield batch, range(size)
+            else:
+                stop = max(rows) + 1
+                yield batch.part(slice(0, stop), size), range(stop)
 
     def single(self, item: int, device: torch.device, row: int) -> Batch:
         """Takes one example of a batch by itself."""

@@ -17,6 +17,7 @@ positions along a weight's axis of inputs, B = examples of a batch.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.backends import mha
 from torch.nn.utils.parametrize import ParametrizationList
 
 from gbp_ray.distributed.sharding import is_sharded, leaves, only_requiring
@@ -123,6 +125,7 @@ class Gates:
 
     Attributes:
         by_weight: Numbers of the readers whose weights are differentiated themselves.
+        differentiates_all: Gradients of all weights are taken, and let go.
         trusted: Numbers of the layers in which examples were told apart.
         is_by_row: All examples of a batch may pass at once.
 
@@ -135,8 +138,10 @@ class Gates:
         self._readers = _find_readers(model, structure, device)
         self._modules = [site.module for reader in self._readers for site in reader.sites]
         self.by_weight: frozenset[int] = frozenset()
+        self.differentiates_all = False
         self.trusted: frozenset[int] = frozenset()
         self.is_by_row = False
+        self._expected = Heard()
 
     def listen(self, once: Pass, num_rows: int | None = None) -> Heard:
         """Passes forward and backward once, and hears the gates.
@@ -163,17 +168,34 @@ class Gates:
             Their numbers, for `by_weight`.
         """
         every = range(len(self._readers))
-        heard = self._pass(once, every, every)
+        heard = self._pass(once, every, every, differentiates_all=True)
+        self._expected = heard
         found = []
         for number, reader in enumerate(self._readers):
             through_C = _gradient(heard.gates[number]) + heard.made_by(number)
-            own_C = heard.products.get(number, torch.zeros_like(through_C))
-            gap = float((through_C - own_C).abs().max())
             has_fired = any(site.module in heard.fired for site in reader.sites)
-            # A gap that is NaN is no agreement either.
-            if not (has_fired and gap <= self._tolerance(number) * heard.sizes.get(number, 0.0)):
+            if not (has_fired and self._is_close(number, through_C, heard)):
                 found.append(number)
         return found
+
+    def check_quiet(self, once: Pass) -> bool:
+        """Passes the batch of `check_hooks` as `listen` will; returns True if gradients got lost.
+
+        Where no weight is differentiated, no gradient may pass: a re-entrant checkpoint lets none
+        through whose inputs need none, and some layers take other kernels. `differentiates_all`
+        is for such networks.
+        """
+        heard = self._pass(
+            once, [n for n in range(len(self._readers)) if n not in self.by_weight], self.by_weight
+        )
+        is_alike = True
+        for number in range(len(self._readers)):
+            if number in self.by_weight:
+                found_C = heard.products.get(number, torch.zeros(()))
+            else:
+                found_C = _gradient(heard.gates[number]) + self._expected.made_by(number)
+            is_alike &= self._is_close(number, found_C, self._expected)
+        return not is_alike
 
     def check_mixed(self) -> None:
         """Refuses weights that read and make the same units, where the two cannot be told apart.
@@ -247,16 +269,26 @@ class Gates:
         by_hook: Collection[int],
         by_weight: Collection[int],
         num_rows: int | None = None,
+        *,
+        differentiates_all: bool = False,
     ) -> Heard:
         heard = Heard()
         names = {self._readers[number].name for number in by_weight}
+        if differentiates_all or self.differentiates_all:
+            floats = (n for n, p in self.model.named_parameters() if p.is_floating_point())
+            names.update(floats)
         with only_requiring(self.model, names), ExitStack() as stack:
+            # Where no weight needs a gradient, layers of attention are passed by.
+            stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+            mha.set_fastpath_enabled(False)
+            if "torch._dynamo" in sys.modules:  # its import takes seconds
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             for number in by_hook:
                 self._hook_inputs(heard, number, num_rows, stack)
             # Its own gradient holds what an embedding makes with it, too.
             for number in by_weight:
                 self._hook_makers(heard, number, stack)
-            stack.enter_context(self._hooked_weights(heard, by_weight))
+            stack.enter_context(self._hooked_weights(heard, by_weight, names))
             once()
         return heard
 
@@ -288,14 +320,13 @@ class Gates:
             stack.callback(maker.register_forward_hook(multiply).remove)
 
     @contextmanager
-    def _hooked_weights(self, heard: Heard, by_weight: Collection[int]) -> Iterator[None]:
+    def _hooked_weights(
+        self, heard: Heard, by_weight: Collection[int], names: Collection[str]
+    ) -> Iterator[None]:
         """Takes gradients the moment they are complete, before FSDP2 sees them, and frees them."""
-        by_name: dict[str, list[int]] = {}
+        by_name: dict[str, list[int]] = {name: [] for name in names}
         for number in by_weight:
-            by_name.setdefault(self._readers[number].name, []).append(number)
-        if not by_name:
-            yield
-            return
+            by_name[self._readers[number].name].append(number)
         differentiated = leaves(self.model)
         kept = {name: differentiated[name].grad for name in by_name}
 
@@ -304,9 +335,9 @@ class Gates:
             def take(leaf: Tensor) -> None:
                 gradient, leaf.grad = leaf.grad, None
                 assert gradient is not None
-                product = leaf.detach() * gradient
                 for number in numbers:
-                    rows = product.movedim(self._readers[number].dim, 0).flatten(1)
+                    product = (leaf.detach() * gradient).movedim(self._readers[number].dim, 0)
+                    rows = product.flatten(1)
                     sum_C = rows.sum(dim=1, dtype=torch.float64)
                     size = float(rows.abs().sum(dim=1, dtype=torch.float64).max())
                     # Re-entrant checkpointing gives it in pieces.
@@ -332,6 +363,12 @@ class Gates:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         device = reader.parts[0][1].device
         return torch.ones(*rows, reader.length, dtype=dtype, device=device, requires_grad=True)
+
+    def _is_close(self, number: int, found_C: Tensor, expected: Heard) -> bool:
+        """Returns whether a sum of w g agrees with that of the weight itself; NaN never does."""
+        own_C = expected.products.get(number, torch.zeros_like(found_C))
+        gap = float((found_C.to(own_C.device) - own_C).abs().max())
+        return gap <= self._tolerance(number) * expected.sizes.get(number, 0.0)
 
     def _tolerance(self, number: int) -> float:
         dtype = self.model.get_parameter(self._readers[number].name).dtype

@@ -43,6 +43,9 @@ from gbp_ray.workloads.losses import mean_loss, zero_loss
 
 __all__ = ["score_units"]
 
+_NUM_CHECKED = 8
+"""Examples of the batch that gates are checked on."""
+
 
 def score_units(
     model: nn.Module,
@@ -111,13 +114,14 @@ def score_units(
         )
         scores_U = _sum_weights(scores, units, structure, kept_U, ranks, rule.power)
     scores_U = np.where(kept_U, scores_U, 0.0)
-    ranks.run_collectively(lambda: _check_finite(model, structure, scores_U, config, ranks))
+    _check_finite(model, structure, scores_U, config, ranks)
     return scores_U
 
 
 def _check_finite(
     model: nn.Module, structure: Structure, scores_U: np.ndarray, config: PruneConfig, ranks: Ranks
 ) -> None:
+    """Raises PruneError, alike on all ranks, for scores that are not finite. Communicates then."""
     bad = [
         group.name
         for group, scores_G in zip(structure.groups, structure.split(scores_U), strict=True)
@@ -125,18 +129,18 @@ def _check_finite(
     ]
     if not bad:
         return
-    # This rank's rows only, as the other ranks may not be here.
-    rows = {name: local(parameter.detach()) for name, parameter in model.named_parameters()}
-    broken = (name for name, rows_L in rows.items() if not bool(torch.isfinite(rows_L).all()))
-    seen = f", seen by worker {ranks.rank}" if ranks.world_size > 1 else ""
-    matrices = {name: rows_L for name, rows_L in rows.items() if rows_L.ndim > 1}
-    why = why_not_finite(matrices) or (
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    # One weight that is not finite makes all gradients so: name that one.
+    own = [name for name, w in weights.items() if not bool(torch.isfinite(local(w)).all())]
+    broken = {name for of_rank in ranks.all_gather_objects(own) for name in of_rank}
+    name = next((name for name in weights if name in broken), bad[0])
+    why = why_not_finite({n: w for n, w in weights.items() if w.ndim > 1}) or (
         "the weights diverged or the criterion overflowed; lower the learning rate, or try "
         "another criterion"
     )
     raise PruneError(
-        f"scores of the units of '{next(broken, bad[0])}': NaN or infinite under "
-        f"prune.criterion = {config.criterion}{seen}; {why}"
+        f"scores of the units of '{name}': NaN or infinite under prune.criterion = "
+        f"{config.criterion}; {why}"
     )
 
 
@@ -197,22 +201,35 @@ class _GateScorer:
             )
             return frozenset(ranks.all_gather_objects(found)[judge])
 
-        gates.by_weight = hear(lambda: gates.check_hooks(partial(self._pass_batch, own)))
+        once = partial(self._pass_few, own)
+        gates.by_weight = hear(lambda: gates.check_hooks(once))
         gates.check_mixed()
+        gates.differentiates_all = bool(hear(lambda: [0] * gates.check_quiet(once)))
         if not self.rule.is_by_example or gates.by_weight:
             return
         gates.trusted = hear(lambda: self._check_rows(own))
         gates.is_by_row = bool(gates.trusted)
 
+    def _few(self, number: int) -> list[int]:
+        """Chooses examples of a batch to check gates on: the first that have items."""
+        rows = [row for row, count in enumerate(self._counts(number)) if count > 0]
+        return rows[:_NUM_CHECKED] or [0]
+
     def _check_rows(self, number: int) -> list[int]:
-        counts_B = self._counts(number)
-        rows = [row for row, count in enumerate(counts_B) if count > 0] or [0]
+        held: list[int] = []
+        counts = self._counts(number)
+        rows = self._few(number)
+        with self.calibration.few(self.model, number, self.ranks.device, rows) as (_, found):
+            held.extend(found)
         # Two on all ranks, which pass through a sharded network together.
-        alone = [(row, partial(self._pass_alone, number, row)) for row in (rows[0], rows[-1])]
+        ends = rows[0], rows[-1]
+        alone = [(held.index(row), partial(self._pass_alone, number, row)) for row in ends]
         if self.config.calibration_augment and self.workload.augment is not None:
             # Read by themselves they would be augmented otherwise.
-            alone = [(row, partial(self._pass_part, number, row)) for row, _ in alone]
-        return self.gates.check_rows(partial(self._pass_batch, number), counts_B, alone)
+            alone = [(place, partial(self._pass_few, number, place)) for place, _ in alone]
+        return self.gates.check_rows(
+            partial(self._pass_few, number), [counts[row] for row in held], alone
+        )
 
     def _add_up(self, number: int) -> Tensor:
         """Computes what a batch adds, (U,)."""
@@ -256,10 +273,13 @@ class _GateScorer:
         with calibration.batch(self.model, number, self.ranks.device) as batch:
             self._pass(number, batch, calibration.batches[number], calibration.items[number] > 0)
 
-    def _pass_part(self, number: int, row: int) -> None:
-        size = len(self.calibration.batches[number])
-        with self.calibration.batch(self.model, number, self.ranks.device) as batch:
-            self._pass(number, batch.part(slice(row, row + 1), size))
+    def _pass_few(self, number: int, place: int | None = None) -> None:
+        """Passes a few examples of a batch, or the one of them at `place`, cut out."""
+        device, few = self.ranks.device, self._few(number)
+        with self.calibration.few(self.model, number, device, few) as (batch, rows):
+            if place is not None:
+                batch, rows = batch.part(slice(place, place + 1), len(rows)), [rows[place]]
+            self._pass(number, batch, self.calibration.batches[number][list(rows)])
 
     def _pass_alone(self, number: int, row: int) -> None:
         self._pass(number, self.calibration.single(number, self.ranks.device, row))

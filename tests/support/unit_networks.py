@@ -11,6 +11,7 @@ import torch
 from small_networks import Block, draw, in_float64, prune_config
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.distributed.sharding import shard_network
@@ -273,6 +274,34 @@ OF_TURNED = (
 )
 
 
+def encoder() -> Net:
+    """Begins with a layer that torch passes in one kernel where no weight needs a gradient."""
+    return Net(
+        lambda net, x: net.head(net.layer(x)).mean(dim=1),
+        layer=nn.TransformerEncoderLayer(4, 2, 7, 0.0, batch_first=True),
+        head=nn.Linear(4, 3),
+    )
+
+
+OF_ENCODER = (
+    slices_of(
+        ("layer.linear1.weight", 0, range(7), "out"),
+        ("layer.linear1.bias", 0, range(7), "out"),
+        ("layer.linear2.weight", 1, range(7), "in"),
+    ),
+)
+
+
+def checkpointed() -> Net:
+    """Recomputes a part that lets no gradient through unless its inputs need one."""
+
+    def passing(net: Any, x: Tensor) -> Tensor:
+        hidden = checkpoint(lambda h: net.b(torch.tanh(net.a(h))), net.stem(x), use_reentrant=True)
+        return hidden.mean(dim=1)
+
+    return Net(passing, stem=nn.Linear(4, 4), a=nn.Linear(4, 5), b=nn.Linear(5, 3))
+
+
 class AttentionBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -335,6 +364,8 @@ UNIT_CASES = {
     "gated ffn": UnitCase(gated_ffn, OF_FFN, is_by_row=True),
     "attention": UnitCase(attention, OF_ATTENTION, is_by_row=True),
     "turned": UnitCase(turned, OF_TURNED, (2, 5, 5), is_by_row=True),
+    "encoder": UnitCase(encoder, OF_ENCODER, is_by_row=True),
+    "checkpointed": UnitCase(checkpointed, OF_TWO, is_by_row=True),
     "multihead": UnitCase(multihead, OF_MULTIHEAD),
     "recurrent": UnitCase(recurrent, OF_RECURRENT),
     "stepwise": UnitCase(stepwise, OF_TWO),
