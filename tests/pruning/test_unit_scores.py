@@ -107,9 +107,7 @@ def by_definition(
 
 @pytest.mark.parametrize("name", ["taylor", "taylor_squared", "fisher"])
 @pytest.mark.parametrize("case", UNIT_CASES)
-def test_a_score_is_the_criterion_of_the_slope_of_the_loss_in_the_gate(
-    case: str, name: str
-) -> None:
+def test_a_score_is_the_criterion_of_the_slope_in_the_gate(case: str, name: str) -> None:
     model, structure = UNIT_CASES[case].made()
     workload = UNIT_CASES[case].workload()
     expected_U = by_definition(model, structure, workload, name)
@@ -421,7 +419,7 @@ def smaller(model: nn.Module, structure: Structure, kept_U: np.ndarray) -> tuple
 @pytest.mark.parametrize(
     "name", [*(n for n in CRITERIA if n != "movement"), f"{__name__}:weights_alone"]
 )
-def test_units_that_are_masked_score_nothing_and_the_others_as_if_they_were_gone(
+def test_masked_units_score_nothing_and_the_others_as_if_they_were_gone(
     name: str, way: str
 ) -> None:
     model, structure = UNIT_CASES["gated ffn"].made()
