@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import LBFGS, Optimizer
 
-from gbp_ray.errors import PruneError
-from gbp_ray.pruning.comparison import Fault, Run, compare, observe, why_not_trained
+from gbp_ray.errors import PruneError, in_one_line
+from gbp_ray.pruning.comparison import Fault, Run, compare, observe, observe_training
 from gbp_ray.pruning.cutting import Axes, cut_tensor, is_moment, removed_axes
 from gbp_ray.pruning.layers import KEPT_AS_ZEROS, refresh, why_not_cut, widths_of
 from gbp_ray.pruning.structure import Structure
@@ -151,7 +151,7 @@ class _Judge:
     def __init__(self, model: nn.Module, run: Run, masks: Mapping[str, Tensor]) -> None:
         self._model, self._run = model, run
         self._masked = observe(model, run)
-        self._is_trained = not self._calls_all() and not why_not_trained(model, run)
+        self._is_trained = not self._calls_all() and observe_training(model, run).error is None
         self._blank = [
             name
             for name, parameter in model.named_parameters()
@@ -172,10 +172,14 @@ class _Judge:
         Raises:
             PruneError: It fails, and did not in the masked network.
         """
-        if self._is_trained and (why := why_not_trained(self._model, self._run)):
+        if not self._is_trained:
+            return
+        passed = observe_training(self._model, self._run)
+        if passed.error is not None:
+            path = passed.open[-1] if passed.open else ""
             raise PruneError(
-                "the network: without its removed units a pass in training mode, which calls "
-                f"modules that evaluation does not, fails with {why}; {KEPT_AS_ZEROS}"
+                f"'{path or 'the network'}': is called in training only, and without the removed "
+                f"units around it fails with {in_one_line(passed.error)}; {KEPT_AS_ZEROS}"
             )
 
     def _calls_all(self) -> bool:

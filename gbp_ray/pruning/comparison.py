@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ __all__ = [
     "check_same",
     "compare",
     "observe",
+    "observe_training",
     "tolerance_of",
-    "why_not_trained",
 ]
 
 Run = Callable[[nn.Module], Any]
@@ -106,6 +106,8 @@ class Fault:
         path: The layer, "" for the network as a whole.
         what: In words.
         nearby: Paths of the modules that may be at fault, the likeliest first.
+        is_soft: A layer's outputs have other shapes, so only their sums were compared.
+        traces: What else shows a change in what the network computes up to the fault.
     """
 
     num_agreed: int
@@ -113,6 +115,8 @@ class Fault:
     path: str
     what: str
     nearby: tuple[str, ...]
+    is_soft: bool = False
+    traces: tuple[object, ...] = ()
 
     def is_before(self, other: Fault) -> bool:
         """Returns True if a pass with the other fault got further.
@@ -124,6 +128,12 @@ class Fault:
         if self.num_entered is None or other.num_entered is None:
             return False
         return self.num_entered < other.num_entered
+
+    def is_another(self, other: Fault) -> bool:
+        """Returns True if the network computed something else up to the other fault."""
+        return (self.num_agreed, self.num_entered, self.what, self.traces) != (
+            *(other.num_agreed, other.num_entered, other.what, other.traces),
+        )
 
 
 class _DivergedError(Exception):
@@ -142,11 +152,7 @@ def observe(
     """
     watch = _Watch(model, masked, is_strict)
     try:
-        with in_mode(model, is_training=False), isolated(model, 0), torch.no_grad():
-            with _in_full_precision(), watch.hooked():
-                outputs = logits_of(run(model))
-            # Outputs may be buffers of the network.
-            watch.passed.outputs = [tensor.detach().clone() for tensor in tensors_in(outputs)]
+        _pass(model, run, watch, is_training=False)
     except _DivergedError:
         pass
     except Exception as error:
@@ -156,14 +162,22 @@ def observe(
     return watch.passed
 
 
-def why_not_trained(model: nn.Module, run: Run) -> str:
-    """Passes the batch in training mode; words the exception that ends it, "" for none."""
+def observe_training(model: nn.Module, run: Run) -> Passed:
+    """Passes the batch in training mode, and catches the exception that may end it."""
+    watch = _Watch(model, None, is_strict=False)
     try:
-        with in_mode(model, is_training=True), isolated(model, 0), torch.no_grad():
-            run(model)
+        _pass(model, run, watch, is_training=True)
     except Exception as error:  # noqa: BLE001 - a network may raise anything
-        return in_one_line(error)
-    return ""
+        watch.passed.error = error
+    return watch.passed
+
+
+def _pass(model: nn.Module, run: Run, watch: _Watch, *, is_training: bool) -> None:
+    with in_mode(model, is_training=is_training), isolated(model, 0), torch.no_grad():
+        with _in_full_precision(), watch.hooked():
+            outputs = logits_of(run(model))
+        # Outputs may be buffers of the network.
+        watch.passed.outputs = [tensor.detach().clone() for tensor in tensors_in(outputs)]
 
 
 def compare(masked: Passed, compacted: Passed, *, is_strict: bool = False) -> float | Fault:
@@ -181,7 +195,9 @@ def compare(masked: Passed, compacted: Passed, *, is_strict: bool = False) -> fl
     for number, (one, other) in enumerate(pairs):
         if one.differs(other) and (is_strict or one.shapes == other.shapes):
             what = "its outputs differ from those of the masked network"
-            return _fault(number, one.path, what, masked, compacted, [other.path])
+            fault = _fault(number, one.path, what, masked, compacted, [other.path])
+            is_soft = one.shapes != other.shapes
+            return replace(fault, is_soft=is_soft, traces=(other.path, other.shapes, other.moments))
     number = len(pairs)
     if compacted.error is not None:
         path = compacted.open[-1] if compacted.open else ""

@@ -27,10 +27,10 @@ __all__ = ["Search", "Spot", "apply_widths"]
 Outcome = float | Fault
 Widths = Mapping["Spot", int]
 
-_MOST_PASSES = 400
-"""To mend one fault; and three times as many to mend all."""
+_MOST_PASSES = 500
+_MOST_STEPS = 3
+"""Changes at a fault that only show effect, before one that mends it."""
 
-_MOST_TOGETHER = 4
 _MOST_RULES = 4
 _LONGEST_TUPLE = 8
 
@@ -132,6 +132,8 @@ class Search:
         self._attempt = attempt
         self._hints = hints or {}
         self._passes_left = 0
+        self._tried: set[frozenset[tuple[Spot, int]]] = set()
+        self._is_spoilt = False
         self.furthest = Fault(-1, None, "", "", ())
 
     def find(self) -> tuple[dict[Spot, int], float] | None:
@@ -140,45 +142,74 @@ class Search:
         Then `furthest` is the last fault that could not be mended.
         """
         for is_class_wide, is_strict in itertools.product((True, False), (True, False)):
-            self._passes_left = 3 * _MOST_PASSES
+            if not is_strict and not self.furthest.is_soft:
+                continue
+            if not is_class_wide and not self._is_spoilt:
+                break
+            self._passes_left = _MOST_PASSES
+            self._tried.clear()
             start = self._attempt({}, is_strict)
             if isinstance(start, float):
                 return {}, start
             if self.furthest.num_agreed < 0:
                 self.furthest = start
-            found = self._extend({}, start, is_class_wide, is_strict)
+            found = self._extend({}, start, _MOST_STEPS, is_class_wide, is_strict)
             if found is not None:
                 return found
         return None
 
     def _extend(
-        self, widths: dict[Spot, int], fault: Fault, is_class_wide: bool, is_strict: bool
+        self,
+        widths: dict[Spot, int],
+        fault: Fault,
+        steps: int,
+        is_class_wide: bool,
+        is_strict: bool,
     ) -> tuple[dict[Spot, int], float] | None:
-        """Adds changes that mend a fault; then, if another comes later, changes that mend it."""
-        left = _MOST_PASSES
+        """Adds changes that mend a fault; then, if another comes later, changes that mend it.
+
+        A change that only makes the same layers compute something else may be one of several that
+        are needed together, so further ones are added to it.
+
+        Args:
+            steps: How many such changes may still be made.
+        """
+        others: list[tuple[dict[Spot, int], Fault]] = []
         for change in self._changes(widths, fault, is_class_wide):
-            if left == 0 or self._passes_left == 0:
-                return None
-            left -= 1
-            self._passes_left -= 1
             more = widths | change
+            key = frozenset(more.items())
+            if key in self._tried:
+                continue
+            if self._passes_left == 0:
+                return None
+            self._tried.add(key)
+            self._passes_left -= 1
             outcome = self._attempt(more, is_strict)
             if isinstance(outcome, float):
                 return more, outcome
             if fault.is_before(outcome):
                 if is_strict and is_class_wide and self.furthest.is_before(outcome):
                     self.furthest = outcome
-                found = self._extend(more, outcome, is_class_wide, is_strict)
+                found = self._extend(more, outcome, _MOST_STEPS, is_class_wide, is_strict)
                 if found is not None:
                     return found
+            elif outcome.num_agreed < fault.num_agreed:
+                # It harms another module of the class.
+                self._is_spoilt = True
+            elif outcome.is_another(fault):
+                others.append((more, outcome))
+        for more, outcome in others if steps else ():
+            found = self._extend(more, outcome, steps - 1, is_class_wide, is_strict)
+            if found is not None:
+                return found
         return None
 
     def _changes(
         self, widths: Mapping[Spot, int], fault: Fault, is_class_wide: bool
-    ) -> Iterator[dict[Spot, int]]:
-        """Yields changes of one attribute, then of two, and so on, nearest to the fault first."""
-        choices: list[list[dict[Spot, int]]] = []
-        hinted: list[list[dict[Spot, int]]] = []
+    ) -> list[dict[Spot, int]]:
+        """Lists changes of one attribute each, nearest to the fault first."""
+        hinted: list[dict[Spot, int]] = []
+        plain: list[dict[Spot, int]] = []
         seen: set[tuple[type, str, int | None]] = set()
         for path in fault.nearby:
             module = self._modules.get(path)
@@ -191,13 +222,8 @@ class Search:
                 changes = self._follow(spot, value, fault.nearby, widths, is_class_wide)
                 if changes:
                     seen.add(kind)
-                    is_hinted = value in self._hints.get(path, ())
-                    (hinted if is_hinted else choices).append(changes)
-        ordered = hinted + choices
-        for size in range(1, _MOST_TOGETHER + 1):
-            for some in itertools.combinations(ordered, size):
-                for picked in itertools.product(*some):
-                    yield {spot: width for change in picked for spot, width in change.items()}
+                (hinted if value in self._hints.get(path, ()) else plain).extend(changes)
+        return hinted + plain
 
     def _follow(
         self,

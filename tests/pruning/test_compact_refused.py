@@ -233,7 +233,7 @@ def test_layers_that_only_training_calls(is_found: bool) -> None:
     structure = structure_of(model, parts)
     case = Case(model, torch.randn(4, 5), structure, kept(structure, [1]), {})
     if not is_found:
-        check_refused(case, "a pass in training mode, .* fails with RuntimeError")
+        check_refused(case, "'aux': is called in training only, .* fails with RuntimeError")
         return
     mask(model, structure, case.kept_U)
     assert compact(model, structure, case.kept_U, lambda m: m(case.inputs)).uncalled == ("aux",)

@@ -231,3 +231,31 @@ def test_numbers_of_the_network_itself_follow_layer_by_layer() -> None:
     structure = structure_of(model, *groups)
     check_compacts(model, structure, kept(structure, [0], [1, 2], [0, 1, 2]), torch.randn(5, 6))
     assert (model.first, model.second, model.third) == (3, 2, 1)
+
+
+class Half(nn.Module):
+    """Uses its number as the size of a split, or to multiply by."""
+
+    def __init__(self, is_split: bool) -> None:
+        super().__init__()
+        self.is_split, self.number = is_split, 6
+        self.a, self.b = nn.Linear(4, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.is_split:
+            return self.b(torch.cat([part.cos() for part in x.split(self.number, 1)][::-1], 1))
+        return self.b(x * self.number)
+
+
+def test_a_module_of_the_same_class_may_stay_as_it_is() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Half(False), Half(True))
+    halves = [
+        (f"{n}.{name}", dim, repeated(6, 2))
+        for n in range(2)
+        for name, dim in (("a.weight", 0), ("a.bias", 0), ("b.weight", 1))
+    ]
+    structure = structure_of(model, halves[:3], halves[3:])
+    check_compacts(model, structure, kept(structure, [0], [2, 3]), torch.randn(5, 4))
+    assert [model[0].number, model[1].number] == [6, 4]
