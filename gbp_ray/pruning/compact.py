@@ -132,7 +132,7 @@ def _settle(
             f"number of heads or channels in the modules around it mends that; {KEPT_AS_ZEROS}"
         )
     widths, difference = agreed
-    apply_widths(model, widths)
+    cut.undo_with(apply_widths(model, widths))
     changed = {_attribute_of(spot): _value_of(model, spot) for spot in widths}
     return Compacted(difference, cut.attributes | changed)
 
@@ -255,6 +255,10 @@ class _Cut:
         """Puts everything back that was replaced; the old tensors were never written."""
         while self._undoing:
             self._undoing.pop()()
+
+    def undo_with(self, action: Callable[[], None]) -> None:
+        """Notes how to undo something that was done now."""
+        self._undoing.append(action)
 
     def network(self, model: nn.Module, lost: Mapping[str, Axes]) -> None:
         """Cuts parameters and buffers, and sets the attributes of layers that are known."""

@@ -218,9 +218,10 @@ class Auxiliary(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.aux = nn.Linear(5, 7), nn.Linear(7, 3), nn.Linear(7, 3)
+        self.width = 7
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.a(x)
+        hidden = self.a(x).view(len(x), self.width)
         return self.b(hidden) + (self.aux(hidden) if self.training else 0)
 
 
@@ -236,4 +237,6 @@ def test_layers_that_only_training_calls(is_found: bool) -> None:
         check_refused(case, "'aux': is called in training only, .* fails with RuntimeError")
         return
     mask(model, structure, case.kept_U)
-    assert compact(model, structure, case.kept_U, lambda m: m(case.inputs)).uncalled == ("aux",)
+    found = compact(model, structure, case.kept_U, lambda m: m(case.inputs))
+    assert found.uncalled == ("aux",)
+    assert found.attributes["width"] == model.width == 6

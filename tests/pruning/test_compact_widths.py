@@ -244,7 +244,7 @@ class Half(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
         if self.is_split:
-            return self.b(torch.cat([part.cos() for part in x.split(self.number, 1)][::-1], 1))
+            return self.b(torch.cat([part.tanh() for part in x.split(self.number, 1)][::-1], 1))
         return self.b(x * self.number)
 
 
