@@ -6,7 +6,7 @@ Markdown with the front matter that model hubs read. Made from records, without 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gbp_ray.config.metrics import ACCURACY
 from gbp_ray.results.measurements import (
@@ -43,6 +43,9 @@ class ExportFacts:
         onnx_difference: Greatest difference of the ONNX file's outputs; None without a file.
         onnx_fault: The reason for a missing model.onnx that was asked for, or "".
         onnx_inputs: Names of the ONNX file's inputs.
+        csr_ratios: Of layers that are CSR: by name and batch size, how many times as long they
+            take dense.
+        csr_fault: The reason for missing CSR layers that were asked for, or "".
         measurements: What was measured, if that was asked for.
     """
 
@@ -59,6 +62,8 @@ class ExportFacts:
     onnx_difference: float | None = None
     onnx_fault: str = ""
     onnx_inputs: Sequence[str] = ()
+    csr_ratios: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    csr_fault: str = ""
     measurements: MeasurementsRecord | None = None
 
 
@@ -102,6 +107,7 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         "",
         *_how_to_load(facts),
         *_how_to_load_onnx(facts),
+        *_how_to_load_csr(facts),
         "",
         f"It takes prepared inputs: {_describe_inputs(facts)}, and gives outputs of shape "
         f"`(examples, {', '.join(map(str, facts.output_shape))})`. `example.safetensors` holds "
@@ -135,7 +141,8 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         *((f"{cost.unpruned_in_words}.", "") if cost.unpruned else ()),
         "## Limits",
         "",
-        "- Removed weights are stored as zeros, which make no pass faster: a dense library "
+        "- Removed weights are stored as zeros, which make no pass faster"
+        f"{', except in the CSR layers above' if facts.csr_ratios else ''}: a dense library "
         "computes with them, and the multiply-adds above are no measured time. Files compress "
         "well.",
         f"- {trial.metric.title} is a mean. Pruning hurts some classes and rare examples first "
@@ -274,6 +281,36 @@ def _how_to_load_onnx(facts: ExportFacts) -> list[str]:
         "",
         "Before it was written, ONNX Runtime gave the pruned network's outputs to within "
         f"{facts.onnx_difference:.1e} of each value.",
+    ]
+
+
+def _how_to_load_csr(facts: ExportFacts) -> list[str]:
+    if facts.csr_fault:
+        return ["", f"There is no `model.csr.safetensors`: {facts.csr_fault}."]
+    if not facts.csr_ratios:
+        return []
+    sizes = list(next(iter(facts.csr_ratios.values())))
+    rows = [
+        [name, *(f"{ratios[size]:.2f}" for size in sizes)]
+        for name, ratios in facts.csr_ratios.items()
+    ]
+    return [
+        "",
+        "With sparse linear layers as compressed sparse rows, which compute with the weights that "
+        "are left only (for inference on the processor):",
+        "",
+        "```python",
+        "from load_csr import load_csr",
+        "from safetensors.torch import load_file",
+        "",
+        f"model = {facts.class_name}(...)  # the class that it was made from",
+        'model = load_csr(model, load_file("model.csr.safetensors"))',
+        "```",
+        "",
+        "These layers were faster so on the machine that wrote this; others stay dense. Measured, "
+        "dense / CSR:",
+        "",
+        *_table(["layer", *(f"batch {size}" for size in sizes)], rows),
     ]
 
 

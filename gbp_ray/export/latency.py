@@ -42,19 +42,21 @@ class Deliverable:
         model: As it is run in eager PyTorch.
         record: Of its round.
         file_bytes: Size of each file by name.
-        onnx: Its ONNX file; None where ONNX Runtime is not installed.
+        onnx: Its ONNX file; None where it has none.
+        macs_saved: Multiply-adds with zeros that it leaves out.
     """
 
     model: nn.Module
     record: RoundRecord
     file_bytes: Mapping[str, int]
-    onnx: OnnxFile | None
+    onnx: OnnxFile | None = None
+    macs_saved: int = 0
 
 
 def measure_networks(
     networks: Mapping[str, Deliverable], call: Call, *, threads: int = 1
 ) -> MeasurementsRecord:
-    """Measures networks against each other: eager, and in ONNX Runtime where all have a file.
+    """Measures networks against each other: eager, and in ONNX Runtime those with a file.
 
     Args:
         networks: By name, dense first.
@@ -64,18 +66,18 @@ def measure_networks(
     models = {name: network.model for name, network in networks.items()}
     latency = measure_latency(models, call, engine=EAGER, threads=threads)
     versions, left_out = {"torch": str(torch.__version__)}, []
-    files = {name: network.onnx for name, network in networks.items()}
-    if all(file is not None and file.data for file in files.values()):
-        sessions = {n: open_session(file.data, threads) for n, file in files.items() if file}
+    files = {name: network.onnx for name, network in networks.items() if network.onnx}
+    faults = [f"the {name} network: {file.fault}" for name, file in files.items() if file.fault]
+    if files and not faults:
+        sessions = {name: open_session(file.data, threads) for name, file in files.items()}
         device = describe_device(torch.device("cpu"))
         latency += measure_latency(
             sessions, call, engine=ONNX_RUNTIME, device=device, threads=threads
         )
         versions[ONNX_RUNTIME] = runtime_version()
-    elif None in files.values():
+    elif not files:
         left_out.append("ONNX Runtime, which is not installed whole (pip install 'gbp-ray[onnx]')")
     else:
-        faults = [f"the {n} network: {file.fault}" for n, file in files.items() if file]
         left_out.append(f"ONNX Runtime, which cannot take {faults[0]}")
     return MeasurementsRecord(
         date=datetime.now(UTC).date().isoformat(),
@@ -93,7 +95,7 @@ def _sizes_of(network: Deliverable, call: Call) -> NetworkRecord:
         round=network.record.round,
         num_parameters=sum(p.numel() for p in network.model.parameters()),
         num_nonzero=sum(int(p.count_nonzero()) for p in network.model.parameters()),
-        macs=cost.macs,
+        macs=cost.macs - network.macs_saved,
         macs_nonzero=cost.macs_nonzero,
         file_bytes=dict(network.file_bytes),
         forward_bytes=forward_bytes(network.model, call, BATCH_SIZES),

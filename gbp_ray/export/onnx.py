@@ -48,11 +48,13 @@ class OnnxFile:
     Attributes:
         data: The file; empty where `fault` says why there is none.
         difference: Greatest difference of its outputs in ONNX Runtime from the network's.
+        has_one_length: Whether it takes sequences of the traced length only.
     """
 
     data: bytes
     difference: float = 0.0
     fault: str = ""
+    has_one_length: bool = False
 
 
 def missing_onnx() -> list[str]:
@@ -109,7 +111,8 @@ def make_onnx(traced: ExportedProgram, model: nn.Module, call: Call) -> OnnxFile
         raise
     except Exception as error:  # noqa: BLE001 - converter and runtime raise errors of their own
         return OnnxFile(b"", fault=in_one_line(error)[:160])
-    return OnnxFile(data, max(found.difference, more.difference))
+    difference = max(found.difference, more.difference)
+    return OnnxFile(data, difference, has_one_length=found.has_one_length)
 
 
 def open_session(data: bytes, threads: int = 1) -> Callable[..., Tensor]:

@@ -4,6 +4,9 @@
     model.pt2            the network as a program (torch.export), for those without the class; with
                          BatchNorm folded into the layers before it, if that is asked for; `traced`
     model.onnx           the same program for ONNX Runtime, if it is asked for; see `onnx`
+    model.csr.safetensors, load_csr.py
+                         the state dict with sparse linear layers as CSR, and what loads it, if it
+                         is asked for and some are faster so; see `csr`
     masks.safetensors    which weights stay zero
     example.safetensors  prepared inputs with the outputs that belong to them
     measurements.json    speed and size beside the dense network's, if asked for; see `latency`
@@ -15,7 +18,7 @@ Everything is made and compared in memory; a folder is written whole or not at a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors.torch import save as save_tensors
@@ -25,6 +28,7 @@ from gbp_ray.config.schema import nearest_name
 from gbp_ray.distributed.agreement import check_data
 from gbp_ray.errors import ConfigError, ExportError
 from gbp_ray.export.card import ExportFacts, write_card
+from gbp_ray.export.csr import CSR_FILES, CsrFile, make_csr
 from gbp_ray.export.fold import fold_batchnorm
 from gbp_ray.export.latency import Deliverable, measure_networks
 from gbp_ray.export.onnx import OnnxFile, check_onnx, make_onnx, missing_onnx
@@ -32,7 +36,7 @@ from gbp_ray.export.traced import Program, make_program
 from gbp_ray.export.weights import beside_tensors, check_state, complete_state
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.results.folder import check_target, write_target
-from gbp_ray.results.measurements import DENSE, PRUNED, MeasurementsRecord
+from gbp_ray.results.measurements import CSR, DENSE, PRUNED, MeasurementsRecord
 from gbp_ray.results.records import RoundRecord
 from gbp_ray.results.store import locate_finished
 from gbp_ray.training.latency import BATCH_SIZES, check_threads
@@ -47,13 +51,14 @@ __all__ = [
     "export_round",
 ]
 
-FORMATS = ("program", "onnx")
-"""What `to` may name: the program, which is always made, and an ONNX file beside it."""
+FORMATS = ("program", "onnx", "csr")
+"""What `to` may name: the program, which is always made, an ONNX file, CSR layers beside it."""
 
 _FILES = (
     "model.safetensors",
     "model.pt2",
     "model.onnx",
+    *CSR_FILES,
     "masks.safetensors",
     "example.safetensors",
     "measurements.json",
@@ -63,7 +68,7 @@ _NUM_EXAMPLES = 8
 
 _FOLDED = "In {files} each BatchNorm is folded into the layer before it; no zero was lost."
 _ONE_LENGTH = (
-    "{files} takes sequences of the length in `example.safetensors` only, since torch.export "
+    "{files}: sequences of the length in `example.safetensors` only, since torch.export "
     "fixes that of recurrent layers."
 )
 
@@ -81,6 +86,9 @@ class Export:
         program_fault: The reason for a missing program, or "".
         onnx_difference: Likewise of the ONNX file's outputs in ONNX Runtime; None without one.
         onnx_fault: The reason for a missing ONNX file that was asked for, or "".
+        csr_ratios: Of layers that are CSR: by name and batch size, how many times as long they
+            take dense.
+        csr_fault: The reason for missing CSR layers that were asked for, or "".
         measurements: What was measured, if that was asked for.
     """
 
@@ -92,6 +100,8 @@ class Export:
     program_fault: str
     onnx_difference: float | None = None
     onnx_fault: str = ""
+    csr_ratios: dict[str, dict[int, float]] = field(default_factory=dict)
+    csr_fault: str = ""
     measurements: MeasurementsRecord | None = None
 
 
@@ -115,7 +125,7 @@ def export_round(
         is_folded: Folds every BatchNorm of the program into the layer before it, and of the ONNX
             file. The state dict stays that of the network's own class.
         is_measured: Times this and the dense network, and writes measurements.json; takes seconds.
-        threads: Of the engines that are timed.
+        threads: Of the engines and layers that are timed.
         code: A folder of the job's own modules, searched in addition to the working folder.
         trust_code: Code that may run though only the record names it; see `admit_code`.
 
@@ -128,7 +138,7 @@ def export_round(
             written.
     """
     _check_formats(to)
-    if is_measured:
+    if is_measured or "csr" in to:
         check_threads(threads, "--threads")
     target = check_target(folder, "DIR", "export", lambda target: set(_FILES))
     store, trial, record = locate_finished(uri)
@@ -160,6 +170,10 @@ def export_round(
     }
     own = made.files_of("onnx" in to)
     files |= own
+    csr = CsrFile()
+    if "csr" in to:
+        csr = make_csr(trial.job, model, state, call, threads=threads)
+        files |= csr.files()
     measurements = None
     if is_measured:
         data = store.read_file(name, trial.dense, "weights.safetensors")
@@ -169,11 +183,18 @@ def export_round(
             DENSE: beside.deliver(complete_state(dense, data), trial.dense),
             PRUNED: made.deliver(state, record),
         }
+        if csr.model is not None:
+            sides[CSR] = _deliver_csr(csr, csr.model, record)
         sample = Call.of(model, workload, max(BATCH_SIZES))
         measurements = measure_networks(sides, sample, threads=threads)
         files["measurements.json"] = measurements.model_dump_json(indent=1).encode() + b"\n"
     program, onnx = made.program, made.onnx if "onnx" in to else None
     listed = " and ".join(f"`{file}`" for file in own)
+    one_length = {
+        "model.pt2": program.has_one_length,
+        "model.onnx": onnx is not None and onnx.has_one_length,
+    }
+    fixed = " and ".join(f"`{file}`" for file, is_fixed in one_length.items() if is_fixed)
     facts = ExportFacts(
         class_name=type(model).__name__,
         inputs={name: (str(t.dtype), tuple(t.shape[1:])) for name, t in given.items()},
@@ -186,7 +207,7 @@ def export_round(
         has_tied_weights=state != weights,
         notes=(
             *((_FOLDED.format(files=listed),) if is_folded and own else ()),
-            *((_ONE_LENGTH.format(files=listed),) if program.has_one_length else ()),
+            *((_ONE_LENGTH.format(files=fixed),) if fixed else ()),
             *(
                 f"`{name}` is no tensor and not in `model.safetensors`; load with `strict=False`."
                 for name in beside_tensors(model)
@@ -195,6 +216,8 @@ def export_round(
         onnx_difference=onnx.difference if onnx and onnx.data else None,
         onnx_fault=onnx.fault if onnx else "",
         onnx_inputs=tuple(call.leaves()),
+        csr_ratios=csr.ratios,
+        csr_fault=csr.fault,
         measurements=measurements,
     )
     files["README.md"] = write_card(trial, trial.rounds[record.round], facts).encode()
@@ -208,8 +231,17 @@ def export_round(
         program_fault=program.fault,
         onnx_difference=facts.onnx_difference,
         onnx_fault=facts.onnx_fault,
+        csr_ratios=csr.ratios,
+        csr_fault=csr.fault,
         measurements=measurements,
     )
+
+
+def _deliver_csr(csr: CsrFile, model: nn.Module, record: RoundRecord) -> Deliverable:
+    layers = {layer.name.removesuffix(".weight"): layer for layer in record.cost.layers}
+    chosen = [layers[name] for name in csr.ratios if name in layers]
+    saved = sum(layer.macs - layer.macs_nonzero for layer in chosen)
+    return Deliverable(model, record, {CSR_FILES[0]: len(csr.data)}, macs_saved=saved)
 
 
 def _check_formats(to: Sequence[str]) -> None:

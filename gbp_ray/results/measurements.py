@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 
 __all__ = [
+    "CSR",
     "DENSE",
     "PRUNED",
     "LatencyRecord",
@@ -25,6 +26,7 @@ __all__ = [
     "speed_sentence",
 ]
 
+CSR = "csr"
 DENSE = "dense"
 PRUNED = "pruned"
 
@@ -79,7 +81,7 @@ class NetworkRecord(_Record):
         round: Of the trial.
         num_parameters: All that are stored, zeros among them.
         num_nonzero: Those that are not zero.
-        macs: Multiply-adds of one example with zeros among them, 0 where not counted.
+        macs: Multiply-adds of one example that are computed, most with zeros; 0 where not counted.
         macs_nonzero: Without zeros, in theory.
         file_bytes: Size of each file, whether written or made for the comparison.
         forward_bytes: By batch size, the most bytes of tensors that a pass in eager PyTorch holds
@@ -185,14 +187,23 @@ def size_rows(networks: Mapping[str, NetworkRecord]) -> list[tuple[str, ...]]:
 
 def speed_sentence(record: MeasurementsRecord) -> str:
     """Says what the times mean: nothing that was not measured, and no gain from zeros."""
-    ratios = ratios_of(record.latency)
-    listed = ", ".join(
-        f"{ratio:.2f} ({engine}, batch {size})" for (engine, size), ratio in ratios.items()
-    )
+    listed = _list_ratios(record.latency, PRUNED)
+    sparse = _list_ratios(record.latency, CSR)
+    if sparse:
+        sparse = f" With CSR layers, which compute without zeros, dense / csr: {sparse}."
     if record.is_smaller:
-        return f"The dense network takes this many times as long as the pruned one: {listed}."
+        return (
+            f"The dense network takes this many times as long as the pruned one: {listed}.{sparse}"
+        )
     return (
-        "Zeros do not make it faster: both engines compute with them as with any other number, so "
+        "Zeros do not make it faster: engines compute with them as with any other number, so "
         "dense and pruned network run the same kernels on the same shapes. Measured, dense / "
-        f"pruned: {listed}; what differs from 1 is noise of the machine."
+        f"pruned: {listed}; what differs from 1 is noise of the machine.{sparse}"
+    )
+
+
+def _list_ratios(latency: Sequence[LatencyRecord], network: str) -> str:
+    return ", ".join(
+        f"{ratio:.2f} ({engine}, batch {size})"
+        for (engine, size), ratio in ratios_of(latency, network).items()
     )

@@ -35,6 +35,7 @@ __all__ = [
     "measure_latency",
     "read_machine",
     "time_in_turn",
+    "torch_threads",
 ]
 
 BATCH_SIZES = (1, 32)
@@ -72,7 +73,7 @@ def measure_latency(
     """
     place = next(_devices_of(models), torch.device("cpu"))
     found = []
-    with _threads(threads):
+    with torch_threads(threads):
         for size in batch_sizes:
             some = call.resized(size)
             runs = {name: partial(some.pass_through, model) for name, model in models.items()}
@@ -193,7 +194,8 @@ def _devices_of(models: Mapping[str, object]) -> Iterator[torch.device]:
 
 
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
+def torch_threads(number: int) -> Iterator[None]:
+    """Sets the threads of torch inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

@@ -40,7 +40,7 @@ def test_the_verbs_say_what_they_did(uri: str, tmp_path: Path) -> None:
     )
     assert applied["sparsity"] == pytest.approx(0.9, abs=0.01)
     assert applied["num_changed"] > 0
-    with pytest.raises(ConfigError, match=r"--threads = 2: is for --measure"):
+    with pytest.raises(ConfigError, match=r"--threads = 2: is for --measure and --to csr"):
         run("export", uri, str(tmp_path / "net"), "--threads=2")
     explained = run("explain", uri, "-q")
     assert "of 500 answers changed" in explained
