@@ -300,11 +300,11 @@ def _how_to_load_csr(facts: ExportFacts) -> list[str]:
         "are left only (for inference on the processor):",
         "",
         "```python",
-        "from load_csr import load_csr",
+        "from load_csr import load_network",
         "from safetensors.torch import load_file",
         "",
         f"model = {facts.class_name}(...)  # the class that it was made from",
-        'model = load_csr(model, load_file("model.csr.safetensors"))',
+        'model = load_network(model, load_file("model.csr.safetensors"))',
         "```",
         "",
         "These layers were faster so on the machine that wrote this; others stay dense. Measured, "

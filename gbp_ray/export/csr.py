@@ -4,7 +4,7 @@ A linear layer of which 90 % and more is zero can compute with the weights that 
 pays for large layers and costs time in small ones, so each candidate is timed on this machine with
 the inputs that it meets, dense and CSR in turn, for 1 and 32 examples; it becomes CSR only if that
 is faster for both. `load_csr.py`, which is written beside it, is what measures and checks it, too.
-Figures for common shapes are in tests/benchmarks/README.md. Blocks (BSR) never were faster.
+Figures for common shapes are in tests/benchmarks/README.md. Blocks (BSR) were not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gbp_ray.config.job import JobConfig
 from gbp_ray.errors import name_some
 from gbp_ray.export import load_csr as loader
-from gbp_ray.export.load_csr import PARTS, CsrLinear, load_csr
+from gbp_ray.export.load_csr import PARTS, CsrLinear, load_network
 from gbp_ray.export.traced import compare_outputs
 from gbp_ray.training.latency import BATCH_SIZES, time_in_turn, torch_threads
 from gbp_ray.training.network import network_of_seed
@@ -51,7 +51,7 @@ class CsrFile:
 
     Attributes:
         data: The file; empty where `fault` says why there is none.
-        model: The network as `load_csr` makes it of the file; None likewise.
+        model: The network as `load_network` makes it of the file; None likewise.
         ratios: By layer and batch size, how many times as long it takes dense.
         difference: Greatest difference of its outputs from the network's.
     """
@@ -103,7 +103,7 @@ def make_csr(
     # As whoever loads it: into a fresh network of the class, which knows nothing of tied layers.
     workload = load_workload(job.workload.model_copy(update={"tie": ()}), job.seed + 1)
     fresh, _ = network_of_seed(workload, job.seed + 1)
-    made = load_csr(fresh, load_tensors(data))
+    made = load_network(fresh, load_tensors(data))
     found = compare_outputs(CSR_FILES[0], made, model, call, _TOLERANCE)
     return CsrFile(data, made, chosen, found.difference)
 

@@ -1,6 +1,6 @@
 """Load model.csr.safetensors: a network whose sparsest linear layers are CSR tensors.
 
-    model = load_csr(Network(...), load_file("model.csr.safetensors"))  # safetensors.torch
+    model = load_network(Network(...), load_file("model.csr.safetensors"))  # safetensors.torch
 
 It takes a network of the class that was pruned and needs PyTorch only. For inference on the
 processor: such layers compute with the weights that are left, and learn nothing.
@@ -49,7 +49,7 @@ class CsrLinear(nn.Module):
         return outputs if self.bias is None else outputs + self.bias
 
 
-def load_csr(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+def load_network(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """Puts the weights of model.csr.safetensors into a network, and returns it in eval mode."""
     for name in [key.removesuffix(".crow") for key in tensors if key.endswith(".crow")]:
         path, _, own = name.rpartition(".")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gbp_ray.export import csr as csr_module
 from gbp_ray.export.csr import CSR_FILES
-from gbp_ray.export.load_csr import CsrLinear, load_csr
+from gbp_ray.export.load_csr import CsrLinear, load_network
 from gbp_ray.export.program import Export, export_round
 from gbp_ray.results.measurements import speed_sentence
 from gbp_ray.runtime.api import PruneResult
@@ -66,7 +66,7 @@ def export(result: PruneResult, folder: Path, **options: object) -> Export:
 WITHOUT_PACKAGE = """
 import sys, torch
 sys.modules["gbp_ray"] = None
-from load_csr import load_csr
+from load_csr import load_network
 """
 
 
@@ -82,7 +82,7 @@ def test_what_is_written_loads_into_the_class_without_the_package(
     model = load_workload(job.workload, 5).build_model()
     tensors = load_file(tmp_path / "net" / "model.csr.safetensors")
     assert f"{name}.weight" not in tensors
-    load_csr(model, tensors)
+    load_network(model, tensors)
     assert isinstance(model.get_submodule(name), CsrLinear)
     example = load_file(tmp_path / "net" / "example.safetensors")
     with torch.no_grad():
