@@ -253,6 +253,9 @@ def export_network(
     )
     for name, num_bytes in export.files.items():
         say(f"  {name}  {num_bytes:,} bytes")
+    for name, ratios in export.csr_ratios.items():
+        listed = ", ".join(f"{ratio:.2f} (batch {size})" for size, ratio in ratios.items())
+        say(f"{name} as CSR, measured, dense / CSR: {listed}")
     if measured is not None:
         _show_measurements(measured)
 

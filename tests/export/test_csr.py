@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from small_digits import prune_digits
 from small_networks import draw
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from gbp_ray.cli.app import app
 from gbp_ray.export import csr as csr_module
 from gbp_ray.export.csr import CSR_FILES
 from gbp_ray.export.load_csr import CsrLinear, load_network
@@ -110,6 +112,21 @@ def test_what_is_written_loads_into_the_class_without_the_package(
     assert stored.num_nonzero == pruned.num_nonzero
     assert stored.macs == pruned.macs - layer.macs + layer.macs_nonzero
     assert stored.file_bytes == {"model.csr.safetensors": len_of(tmp_path / "net")}
+
+
+@pytest.mark.filterwarnings("default:no model.csr.safetensors")
+def test_the_command_says_which_layers_and_why_none(
+    result: PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = [result.uri, str(tmp_path / "net"), "--to=csr", "--threads=1"]
+    pretend({1: 0.5, 32: 0.25}, monkeypatch)
+    done = CliRunner().invoke(app, ["export", *target], catch_exceptions=False)
+    assert "as CSR, measured, dense / CSR: 2.00 (batch 1), 4.00 (batch 32)" in done.stdout
+    pretend({1: 2, 32: 2}, monkeypatch)
+    done = CliRunner().invoke(app, ["export", *target], catch_exceptions=False)
+    assert "as CSR" not in done.stdout
+    assert "warning: no model.csr.safetensors: no linear layer was faster; dense" in done.stderr
+    assert not (tmp_path / "net" / "load_csr.py").exists()
 
 
 def len_of(folder: Path) -> int:
