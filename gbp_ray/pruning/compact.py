@@ -27,7 +27,7 @@ from gbp_ray.pruning.layers import KEPT_AS_ZEROS, refresh, why_not_cut, widths_o
 from gbp_ray.pruning.structure import Structure
 from gbp_ray.pruning.widths import Search, Spot, Widths, apply_widths
 
-__all__ = ["Compacted", "compact"]
+__all__ = ["Compacted", "remove_units", "try_removal"]
 
 Places = list[tuple[nn.Module, dict[str, Any], str]]
 """(module, its dict of parameters or buffers, key) of each place that holds a tensor."""
@@ -50,7 +50,7 @@ class Compacted:
     uncalled: tuple[str, ...] = ()
 
 
-def compact(
+def remove_units(
     model: nn.Module,
     structure: Structure,
     kept_U: np.ndarray,
@@ -79,9 +79,40 @@ def compact(
         PruneError: The network cannot be cut, or computes something else then; names the layer.
             Network, optimizer and movement are as they were.
     """
+    found, _ = _remove(model, structure, kept_U, run, optimizer, movement, hints)
+    return found
+
+
+def try_removal(
+    model: nn.Module,
+    structure: Structure,
+    kept_U: np.ndarray,
+    run: Run,
+    *,
+    hints: Mapping[str, Sequence[int]] | None = None,
+) -> Compacted:
+    """Removes units as `remove_units`, and puts them back.
+
+    Raises:
+        PruneError: As `remove_units`; its attribute `path` is the layer.
+    """
+    found, cut = _remove(model, structure, kept_U, run, None, None, hints)
+    cut.undo()
+    return found
+
+
+def _remove(
+    model: nn.Module,
+    structure: Structure,
+    kept_U: np.ndarray,
+    run: Run,
+    optimizer: Optimizer | None,
+    movement: dict[str, Tensor] | None,
+    hints: Mapping[str, Sequence[int]] | None,
+) -> tuple[Compacted, _Cut]:
     lost = removed_axes(structure, kept_U)
     if not lost:
-        return Compacted(0.0, {})
+        return Compacted(0.0, {}), _Cut()
     _check_shapes(model, structure)
     _check_tensors(model, lost)
     if optimizer is not None:
@@ -97,7 +128,8 @@ def compact(
         with cut.following_inputs(model):
             found = _settle(model, structure, kept_U, judge, cut, hints)
         judge.check_training()
-        return replace(found, uncalled=tuple(p for p in cut.paths if p not in judge.called))
+        uncalled = tuple(path for path in cut.paths if path not in judge.called)
+        return replace(found, uncalled=uncalled), cut
     except BaseException:
         cut.undo()
         raise
@@ -129,7 +161,8 @@ def _settle(
         fault = search.furthest
         raise PruneError(
             f"'{fault.path or 'the network'}': without its removed units {fault.what}, and no "
-            f"number of heads or channels in the modules around it mends that; {KEPT_AS_ZEROS}"
+            f"number of heads or channels in the modules around it mends that; {KEPT_AS_ZEROS}",
+            path=fault.path,
         )
     widths, difference = agreed
     cut.undo_with(apply_widths(model, widths))
@@ -179,7 +212,8 @@ class _Judge:
             path = passed.open[-1] if passed.open else ""
             raise PruneError(
                 f"'{path or 'the network'}': is called in training only, and without the removed "
-                f"units around it fails with {in_one_line(passed.error)}; {KEPT_AS_ZEROS}"
+                f"units around it fails with {in_one_line(passed.error)}; {KEPT_AS_ZEROS}",
+                path=path,
             )
 
     def _calls_all(self) -> bool:
@@ -375,6 +409,7 @@ def _check_tensors(model: nn.Module, lost: Mapping[str, Axes]) -> None:
     """Raises PruneError for the first tensor that cannot be cut."""
     tensors = _tensors_of(model)
     places = _places_of(model)
+    paths = {module: path for path, module in model.named_modules()}
     at_address: dict[int, str] = {}
     for name, tensor in tensors.items():
         if tensor.device.type == "meta" or not tensor.numel() or tensor.is_quantized:
@@ -388,7 +423,9 @@ def _check_tensors(model: nn.Module, lost: Mapping[str, Axes]) -> None:
     for name in lost:
         for module, _, _ in places[id(tensors[name])]:
             if why := why_not_cut(module, tensors[name]):
-                raise PruneError(f"'{name}': {why}, and cannot be cut; {KEPT_AS_ZEROS}")
+                raise PruneError(
+                    f"'{name}': {why}, and cannot be cut; {KEPT_AS_ZEROS}", path=paths[module]
+                )
 
 
 def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:

@@ -56,6 +56,7 @@ class _Event:
     tolerance: float
 
     def differs(self, other: _Event) -> bool:
+        """Returns True if outputs of the other call differ by more than rounding."""
         if self.path != other.path or len(self.moments) != len(other.moments):
             return True
         # Layers inside may have more rounding than the outputs, and squares have twice as much.

@@ -22,10 +22,12 @@ from gbp_ray.errors import PruneError
 from gbp_ray.pruning.structure import Group, Slice, Structure
 
 __all__ = [
+    "Axes",
     "cut_state",
     "cut_tensor",
     "expand_optimizer",
     "expand_state",
+    "is_moment",
     "removed_axes",
     "shrink_structure",
 ]

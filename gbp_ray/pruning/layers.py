@@ -130,7 +130,8 @@ def _groups_left(groups: int, axes: Axes, path: str) -> int:
     if len(set(left.tolist())) > 1:
         raise PruneError(
             f"'{path}': its {groups} groups are left with different numbers of channels "
-            f"({', '.join(map(str, sorted(set(left.tolist()))))}); {KEPT_AS_ZEROS}"
+            f"({', '.join(map(str, sorted(set(left.tolist()))))}); {KEPT_AS_ZEROS}",
+            path=path,
         )
     return int(np.count_nonzero(left))
 
@@ -150,7 +151,8 @@ def _recurrent_widths(module: nn.RNNBase | nn.RNNCellBase, path: str) -> dict[st
         raise PruneError(
             f"'{path}': its layers are left with different numbers of units "
             f"({', '.join(map(str, sorted(hidden)))}), and all have one hidden_size; "
-            f"{KEPT_AS_ZEROS}"
+            f"{KEPT_AS_ZEROS}",
+            path=path,
         )
     widths = {"input_size": read.shape[1], "hidden_size": hidden.pop()}
     if getattr(module, "proj_size", 0):

@@ -131,7 +131,7 @@ class Structure:
 
     def split(self, values_U: np.ndarray) -> list[np.ndarray]:
         """Splits a vector of all units by group."""
-        return np.split(values_U, self.bounds[1:-1])
+        return np.split(values_U, self.bounds[1:-1])[: len(self.groups)]
 
     def widths(self, kept_U: np.ndarray) -> list[int]:
         """Counts the kept units of each group."""

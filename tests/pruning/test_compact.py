@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from gbp_ray.errors import PruneError
-from gbp_ray.pruning.compact import compact
+from gbp_ray.pruning.compact import remove_units
 from gbp_ray.pruning.comparison import check_same, observe
 from gbp_ray.pruning.cutting import cut_state, expand_optimizer, expand_state, shrink_structure
 from gbp_ray.training.network import distinct_state
@@ -223,7 +223,7 @@ def test_training_goes_on_as_that_of_the_masked_network(case: Case, kind: str) -
     groups = moments.param_groups
     moments.param_groups[0]["params"] = list(small.parameters())
     run = lambda model: model(case.inputs)  # noqa: E731
-    compact(small, case.structure, keep, run, optimizer=moments)
+    remove_units(small, case.structure, keep, run, optimizer=moments)
     assert moments.param_groups is groups
     assert [id(p) for p in groups[0]["params"]] == [id(p) for p in small.parameters()]
     assert {p: v.keys() for p, v in moments.state.items()}.keys() == set(small.parameters())
@@ -263,7 +263,7 @@ def test_a_resumed_network_is_cut_to_the_same_bits(case: Case, kind: str) -> Non
     mask(case.model, structure, keep)
     small = copy.deepcopy(case.model)
     optimizer = OPTIMIZERS[kind](small.parameters())
-    compact(small, structure, keep, lambda model: model(inputs), optimizer=optimizer)
+    remove_units(small, structure, keep, lambda model: model(inputs), optimizer=optimizer)
     train(small, optimizer, inputs, {}, 1)
     files = copy.deepcopy(expand_state(structure, keep, distinct_state(small)))
     moments = copy.deepcopy(expand_optimizer(structure, keep, small, optimizer))
@@ -272,7 +272,7 @@ def test_a_resumed_network_is_cut_to_the_same_bits(case: Case, kind: str) -> Non
     again.load_state_dict(files, strict=False)
     resumed = OPTIMIZERS[kind](again.parameters())
     resumed.load_state_dict(moments)
-    compact(again, structure, keep, lambda model: model(inputs), optimizer=resumed)
+    remove_units(again, structure, keep, lambda model: model(inputs), optimizer=resumed)
     for network, stepped in ((small, optimizer), (again, resumed)):
         train(network, stepped, inputs, {}, 1)
     for (name, one), other in zip(
@@ -299,8 +299,8 @@ def test_a_structure_shrinks_in_steps_as_at_once(case: Case) -> None:
     steps, whole = copy.deepcopy(case.model), compacted_twin(case)
     if first.all():
         return
-    compact(steps, structure, first, run)
-    compact(steps, half, keep[first], run)
+    remove_units(steps, structure, first, run)
+    remove_units(steps, half, keep[first], run)
     for (name, one), (_, other) in zip(
         steps.named_parameters(), whole.named_parameters(), strict=True
     ):
@@ -322,7 +322,7 @@ def test_what_else_belongs_to_a_parameter_moves_along() -> None:
     gradient = model.a.bias.grad.clone()
     movement = {"a.bias": torch.arange(8, dtype=torch.float64)}
     generator = torch.random.get_rng_state()
-    compact(model, structure, keep, lambda m: m(inputs), movement=movement)
+    remove_units(model, structure, keep, lambda m: m(inputs), movement=movement)
     assert torch.equal(torch.random.get_rng_state(), generator)
     assert not model.a.weight.requires_grad
     assert model.a.weight.is_special
@@ -341,7 +341,7 @@ def test_low_precision_is_compared_within_its_own(kind: torch.dtype) -> None:
     keep = kept(structure, range(13))
     mask(model, structure, keep)
     inputs = torch.randn(6, 8).to(kind)
-    assert compact(model, structure, keep, lambda m: m(inputs)).difference <= 1e-2
+    assert remove_units(model, structure, keep, lambda m: m(inputs)).difference <= 1e-2
     assert model[0].weight.dtype == kind
 
 
@@ -375,7 +375,7 @@ def test_outputs_of_other_shapes_are_compared_by_their_sums() -> None:
     mask(model, structure, keep)
     inputs = torch.randn(4, 5)
     before = observe(model, lambda m: m(inputs))
-    compact(model, structure, keep, lambda m: m(inputs))
+    remove_units(model, structure, keep, lambda m: m(inputs))
     assert check_same(before, observe(model, lambda m: m(inputs))) <= 1e-6
     with torch.no_grad():
         model.a.bias[0] += 0.1

@@ -27,7 +27,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.optim import LBFGS, Adafactor, Adam, Optimizer
 
 from gbp_ray.errors import PruneError
-from gbp_ray.pruning.compact import compact
+from gbp_ray.pruning.compact import remove_units
 from gbp_ray.pruning.cutting import cut_state, shrink_structure
 
 
@@ -46,7 +46,7 @@ def check_refused(case: Case, match: str, optimizer: Optimizer | None = None) ->
     before = copy.deepcopy(optimizer.state_dict()) if optimizer else None
     training = model.training
     with pytest.raises(PruneError, match=match):
-        compact(
+        remove_units(
             model, case.structure, case.kept_U, lambda m: m(inputs), optimizer=optimizer,
             movement=movement,
         )  # fmt: skip
@@ -180,7 +180,7 @@ def test_optimizers_whose_state_cannot_be_cut_are_refused(
     with pytest.raises(PruneError, match=r"has no parameter of this network|LBFGS"):
         compacted_twin(case, optimizer=optimizer)
     with pytest.raises(PruneError, match=match):
-        compact(
+        remove_units(
             case.model, case.structure, case.kept_U, lambda m: m(case.inputs), optimizer=optimizer
         )
 
@@ -191,18 +191,18 @@ def test_units_and_shapes_that_do_not_fit_are_refused() -> None:
     mask(case.model, case.structure, case.kept_U)
     small = compacted_twin(case)
     with pytest.raises(PruneError, match=r"'a\.weight': the network has \(5, 5\)"):
-        compact(small, case.structure, case.kept_U, run)
+        remove_units(small, case.structure, case.kept_U, run)
     with pytest.raises(PruneError, match=r"must be bool of shape \(7,\)"):
-        compact(case.model, case.structure, case.kept_U[1:], run)
+        remove_units(case.model, case.structure, case.kept_U[1:], run)
     with pytest.raises(PruneError, match="all of its 7 units are removed"):
-        compact(case.model, case.structure, np.zeros(7, dtype=bool), run)
+        remove_units(case.model, case.structure, np.zeros(7, dtype=bool), run)
     with pytest.raises(PruneError, match=r"'a\.weight': has 25 values of shape"):
         cut_state(case.structure, case.kept_U, {"a.weight": torch.zeros(5, 5)})
     shared = linear().model
     shared.act.extra = nn.Linear(5, 7)
     shared.act.extra.weight.data = shared.a.weight.data
     with pytest.raises(PruneError, match=r"'act\.extra\.weight': shares the memory of 'a\.weight'"):
-        compact(shared, case.structure, case.kept_U, run)
+        remove_units(shared, case.structure, case.kept_U, run)
 
 
 def test_a_unit_that_shares_positions_with_a_removed_one_is_refused() -> None:
@@ -237,6 +237,6 @@ def test_layers_that_only_training_calls(is_found: bool) -> None:
         check_refused(case, "'aux': is called in training only, .* fails with RuntimeError")
         return
     mask(model, structure, case.kept_U)
-    found = compact(model, structure, case.kept_U, lambda m: m(case.inputs))
+    found = remove_units(model, structure, case.kept_U, lambda m: m(case.inputs))
     assert found.uncalled == ("aux",)
     assert found.attributes["width"] == model.width == 6

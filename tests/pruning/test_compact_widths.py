@@ -9,7 +9,7 @@ from structures import blocks, check_compacts, kept, mask, randomize, repeated, 
 from torch import Tensor, nn
 
 from gbp_ray.errors import PruneError
-from gbp_ray.pruning.compact import compact
+from gbp_ray.pruning.compact import remove_units
 
 
 class Attention(nn.Module):
@@ -168,7 +168,7 @@ def test_zeros_that_hide_a_layer_are_seen_through() -> None:
     mask(model, structure, keep)
     nn.init.zeros_(attention.proj.weight)
     inputs = torch.randn(4, 5, 8)
-    compact(model, structure, keep, lambda m: m(inputs))
+    remove_units(model, structure, keep, lambda m: m(inputs))
     assert (attention.num_heads, attention.head_dim) == (2, 4)
     assert not attention.proj.weight.any()
 

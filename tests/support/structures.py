@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gbp_ray.pruning.compact import compact
+from gbp_ray.pruning.compact import remove_units
 from gbp_ray.pruning.structure import Axis, Group, Product, Slice, Structure
 
 Part = tuple[str, int, np.ndarray]
@@ -184,7 +184,7 @@ def recurrent(kind: type[nn.RNNBase], gates: int) -> Case:
 def compacted_twin(case: Case, **options: Any) -> nn.Module:
     """Copies a case's network without the removed units."""
     twin = copy.deepcopy(case.model)
-    compact(twin, case.structure, case.kept_U, lambda model: model(case.inputs), **options)
+    remove_units(twin, case.structure, case.kept_U, lambda model: model(case.inputs), **options)
     return twin
 
 
@@ -195,7 +195,7 @@ def check_compacts(
     randomize(model)
     mask(model, structure, keep)
     expected = model.eval()(inputs)
-    found = compact(model, structure, keep, lambda m: m(inputs), **options)
+    found = remove_units(model, structure, keep, lambda m: m(inputs), **options)
     assert largest_difference(expected, model(inputs)) <= 1e-6
     assert found.difference <= 1e-6
     return found.attributes

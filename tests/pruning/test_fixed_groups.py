@@ -1,0 +1,98 @@
+"""Groups that a network's code cannot go without are found by trial, and dropped."""
+
+import numpy as np
+import torch
+from structures import blocks, kept, mask, randomize, repeated, structure_of
+from torch import Tensor, nn
+
+from gbp_ray.pruning.compact import remove_units
+from gbp_ray.pruning.fixed_groups import find_fixed_groups, without_groups
+from gbp_ray.pruning.structure import Structure
+
+
+class Heads(nn.Module):
+    """Attention that takes the channels of a head from the width of its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        sizes = (batch, length, 3, self.num_heads, width // self.num_heads)
+        mixed = nn.functional.scaled_dot_product_attention(
+            *self.qkv(x).reshape(sizes).permute(2, 0, 3, 1, 4).unbind(0)
+        )
+        return self.proj(mixed.transpose(1, 2).reshape(x.shape))
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = Heads()
+        self.wide, self.narrow = nn.Linear(16, 6), nn.Linear(6, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.heads(x)
+        return x + self.narrow(torch.relu(self.wide(x)))
+
+
+class Network(nn.Module):
+    """Two such layers, and a head with another one in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(Layer(), Layer())
+        self.neck, self.head, self.aux = nn.Linear(16, 5), nn.Linear(5, 2), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.neck(self.layers(x))
+        return self.head(x) + (self.aux(x) if self.training else 0)
+
+
+def network() -> tuple[nn.Module, Structure, Tensor]:
+    torch.manual_seed(0)
+    model = randomize(Network())
+    groups = []
+    for n in range(2):
+        path = f"layers.{n}"
+        rows = repeated(4, 3, 4)
+        heads = [(f"{path}.heads.qkv.weight", 0, rows), (f"{path}.heads.qkv.bias", 0, rows)]
+        groups.append([*heads, (f"{path}.heads.proj.weight", 1, blocks(4, 4))])
+        hidden = [(f"{path}.wide.weight", 0, blocks(6)), (f"{path}.wide.bias", 0, blocks(6))]
+        groups.append([*hidden, (f"{path}.narrow.weight", 1, blocks(6))])
+    neck = [("neck.weight", 0, blocks(5)), ("neck.bias", 0, blocks(5))]
+    structure = structure_of(model, *groups, [*neck, ("head.weight", 1, blocks(5))])
+    return model, structure, torch.randn(3, 7, 16)
+
+
+def test_groups_that_cannot_be_cut_are_found_and_named() -> None:
+    model, structure, inputs = network()
+    objects = {name: id(p) for name, p in model.named_parameters()}
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fixed = find_fixed_groups(model, structure, lambda m: m(inputs))
+    assert sorted(fixed) == [0, 2, 4]
+    assert fixed[0].startswith("'layers.0.heads': without its removed units it fails")
+    assert fixed[4].startswith("'aux': is called in training only")
+    assert {name: id(p) for name, p in model.named_parameters()} == objects
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert model.layers[0].heads.num_heads == 4
+    assert model.layers[0].wide.out_features == 6
+
+
+def test_a_structure_without_them_can_be_cut_and_costs_the_same() -> None:
+    model, structure, inputs = network()
+    left = without_groups(structure, {0: "so", 2: "so", 4: "training"})
+    assert [group.name for group in left.groups] == ["layers.0.wide.weight", "layers.1.wide.weight"]
+    assert left.frozen["layers.0.heads.qkv.weight[0]"] == "so"
+    assert left.frozen["head.weight[1]"] == "training"
+    everything = np.ones(left.num_units, dtype=bool)
+    assert left.count_weights(everything) == sum(p.numel() for p in model.parameters())
+    keep = kept(left, [1], [0, 5])
+    wide = kept(structure, [], [1], [], [0, 5], [])
+    assert left.count_macs(keep) == structure.count_macs(wide)
+    mask(model, left, keep)
+    remove_units(model, left, keep, lambda m: m(inputs))
+    assert left.count_weights(keep) == sum(p.numel() for p in model.parameters())
+    assert find_fixed_groups(model, without_groups(left, {0: "", 1: ""}), lambda m: m(inputs)) == {}
