@@ -181,7 +181,7 @@ def export_network(
         typer.Option(
             "--measure",
             help="Time this and the dense network on this machine, and compare their sizes; takes "
-            "some seconds.",
+            "seconds, of a large network minutes.",
         ),
     ] = False,
     threads: Annotated[

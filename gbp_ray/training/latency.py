@@ -41,7 +41,7 @@ __all__ = [
 BATCH_SIZES = (1, 32)
 EAGER = "eager"
 
-_FEWEST, _MOST = 11, 301
+_FEWEST, _MOST = 7, 301
 _PERCENTILES = (10, 50, 90)
 
 Clock = Callable[[], float]
@@ -68,7 +68,7 @@ def measure_latency(
         engine: What runs them, for the records.
         device: Likewise; by default that of the first module's parameters.
         threads: Torch's, for the time of this call; another engine has been given its own.
-        seconds: Time to spend on a batch size; from 11 to 301 passes are made of each network.
+        seconds: Time to spend on a batch size; from 7 to 301 passes are made of each network.
         clock: Seconds, from any start.
     """
     place = next(_devices_of(models), torch.device("cpu"))
@@ -102,12 +102,14 @@ def time_in_turn(
     seconds: float = 1.0,
     clock: Clock = time.perf_counter,
     device: torch.device | None = None,
+    fewest: int = _FEWEST,
 ) -> dict[str, list[float]]:
     """Times functions in turn; returns the seconds of each pass by name.
 
     Args:
-        seconds: Time to spend on all; from 11 to 301 passes are made of each.
+        seconds: Time to spend on all; at most 301 passes are made of each.
         device: A GPU to wait for, if any.
+        fewest: Passes of each, whatever time they take; two more come before.
     """
     is_cuda = device is not None and device.type == "cuda"
 
@@ -123,7 +125,7 @@ def time_in_turn(
     for run in runs.values():
         run()
     of_all = sum(spend(run) for run in runs.values())
-    number = max(_FEWEST, min(_MOST, int(seconds / max(of_all, 1e-9))))
+    number = max(fewest, min(_MOST, int(seconds / max(of_all, 1e-9))))
     times_s: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
     for _ in range(number):

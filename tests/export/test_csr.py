@@ -144,8 +144,9 @@ def test_a_layer_that_is_not_faster_for_both_stays_dense(
     found = export(result, tmp_path / "net")
     assert not set(CSR_FILES) & set(found.files)
     assert found.csr_ratios == {}
-    one, many = (f"{1 / time:.2f}" for time in times.values())
-    assert f"({one} at batch 1, {many} at batch 32)" in found.csr_fault
+    # What is slower for one example is not timed for more.
+    timed = [f"{1 / time:.2f} at batch {size}" for size, time in times.items()]
+    assert f"({', '.join(timed[: 1 if times[1] > 1 else 2])})" in found.csr_fault
     card = (tmp_path / "net" / "README.md").read_text()
     assert f"There is no `model.csr.safetensors`: {found.csr_fault}." in card
 
