@@ -43,6 +43,7 @@ __all__ = [
     "copy_blank",
     "copy_network",
     "copy_sharded",
+    "copy_unsharded",
     "cut_rows",
     "gather_bits",
     "gather_packed",
@@ -59,6 +60,7 @@ __all__ = [
     "shard_from_rows",
     "shard_like",
     "shard_network",
+    "shard_rows",
     "unsharded",
 ]
 
@@ -132,6 +134,25 @@ def shard_like(tensor: Tensor, pattern: Tensor) -> Tensor:
     rank_slice = cut_rows("", pattern.shape, ranks.world_size)[ranks.rank]
     rows = local_slice(tensor, rank_slice).clone().view(local(pattern.detach()).shape)
     return shard_from_rows(rows.to(pattern.device), pattern)
+
+
+def shard_rows(tensor: Tensor, pattern: Tensor) -> Tensor:
+    """Shards a whole tensor over the ranks of `pattern`, which may have another shape."""
+    assert isinstance(pattern, DTensor)
+    mesh = pattern.device_mesh
+    rank_slice = cut_rows("", tensor.shape, mesh.size())[mesh.get_local_rank()]
+    row = max(math.prod(tensor.shape[1:]), 1)
+    number = rank_slice.size // row
+    rows = local_slice(tensor, rank_slice).clone().view(number, *tensor.shape[1:])
+    whole = torch.empty_like(tensor, device="meta").contiguous()
+    return DTensor.from_local(
+        rows.to(pattern.device),
+        mesh,
+        pattern.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
 
 
 def gather_whole(tensor: Tensor) -> Tensor:
@@ -416,6 +437,23 @@ def unsharded(model: nn.Module) -> Iterator[nn.Module]:
             own[name] = value
         for group in groups:
             group.reshard()
+
+
+@torch.no_grad()
+def copy_unsharded(model: nn.Module, device: torch.device) -> nn.Module:
+    """Copies a sharded network as one that is not, on every rank. Communicates."""
+    with unsharded(model) as plain:
+        copies = _copy_computed(plain)
+        for tensor in (*plain.parameters(), *plain.buffers()):
+            copied = tensor.detach().to(device, copy=True)
+            if isinstance(tensor, nn.Parameter):
+                copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
+            copies[id(tensor)] = copied
+        twin = copy.deepcopy(plain, copies)
+    for module in twin.modules():
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()  # its list still holds the sharded weights
+    return twin
 
 
 @dataclass(frozen=True)

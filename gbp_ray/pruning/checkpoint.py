@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -34,12 +34,15 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.optim import Optimizer
 
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.distributed.sharding import gather_whole, is_sharded, shard_like
+from gbp_ray.distributed.sharding import gather_whole, is_sharded, shard_like, shard_rows
 from gbp_ray.errors import StoreError
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.results.store import REMEDY
 from gbp_ray.training.network import distinct_state, load_weights
 from gbp_ray.workloads.weights import save_state
+
+if TYPE_CHECKING:
+    from gbp_ray.pruning.whole_units import WholeUnits
 
 __all__ = ["SHARDS", "Checkpoint", "damaged", "restore_state", "save_round", "shard_masks"]
 
@@ -80,27 +83,36 @@ def save_round(
     masks: MaskSet,
     optimizer: Optimizer | None,
     movement: dict[str, Tensor] | None,
+    units: WholeUnits | None = None,
 ) -> dict[str, bytes]:
     """Returns this rank's files of a round by name. Communicates where the network is sharded.
 
     Then each rank returns its shards, and rank 0 the other files as well.
+
+    Args:
+        units: Those that have left the network. All files have the dense network's shapes.
     """
     if not is_sharded(model):
         buffer = io.BytesIO()
         state = optimizer.state_dict() if optimizer else None
+        kept = distinct_state(model)
+        if units is not None:
+            kept = units.expand(kept)
+            movement = None if movement is None else units.expand(movement)
+            state = None if optimizer is None else units.expand_optimizer(model, optimizer)
         torch.save({"optimizer": state, "movement": movement}, buffer)
         return {
-            "weights.safetensors": save_state(distinct_state(model)),
+            "weights.safetensors": save_state(kept),
             "masks.safetensors": masks.to_bytes(),
             "state.pt": buffer.getvalue(),
         }
-    files = {
-        f"{SHARDS}{name}": data
-        for name, data in _save_shards(_state_by_name(model, optimizer, movement)).items()
-    }
+    state_by_name = _state_by_name(model, optimizer, movement)
+    if units is not None:
+        state_by_name = _expand_shards(state_by_name, units)
+    files = {f"{SHARDS}{name}": data for name, data in _save_shards(state_by_name).items()}
     is_first = Ranks.current().is_first
     packed = masks.to_bytes()
-    weights = _stream_weights(model, is_kept=is_first)
+    weights = _stream_weights(model, units, is_kept=is_first)
     if is_first:
         files |= {"weights.safetensors": weights, "masks.safetensors": packed}
     return files
@@ -162,7 +174,23 @@ def damaged(what: str, error: BaseException) -> StoreError:
 # -- sharded networks ------------------------------------------------------------------------------
 
 
-def _stream_weights(model: nn.Module, *, is_kept: bool) -> bytes:
+def _expand_shards(state: Mapping[str, Tensor], units: WholeUnits) -> dict[str, Tensor]:
+    """Lays the tensors of `_state_by_name` out in dense shapes, one after another."""
+    expanded = {}
+    for key, tensor in state.items():
+        kind, _, name = key.partition(".")
+        name = name.rpartition(".")[0] if kind == "optimizer" else name
+        is_like_weights = kind != "optimizer" or not key.endswith(tuple(f".{k}" for k in _SCALARS))
+        if is_like_weights and (whole := gather_whole(tensor)) is not tensor:
+            wide = units.expand({name: whole})[name]
+            tensor = tensor if wide is whole else shard_rows(wide, tensor)
+        elif is_like_weights:
+            tensor = units.expand({name: tensor})[name]
+        expanded[key] = tensor
+    return expanded
+
+
+def _stream_weights(model: nn.Module, units: WholeUnits | None, *, is_kept: bool) -> bytes:
     """Assembles weights.safetensors on disk, tensor by tensor, so that no rank holds all of it.
 
     Returns:
@@ -172,6 +200,8 @@ def _stream_weights(model: nn.Module, *, is_kept: bool) -> bytes:
         on_disk: dict[str, Tensor] = {}
         for number, (name, tensor) in enumerate(distinct_state(model).items()):
             gathered = gather_whole(tensor)
+            if units is not None:
+                gathered = units.expand({name: gathered})[name]
             if is_kept:
                 place = Path(folder) / str(number)
                 on_disk[name] = _tensor_on_disk(place, gathered).copy_(gathered)

@@ -384,7 +384,9 @@ def read_initial_masks(
         )
     shapes = {unit.name: tuple(unit.parameter.shape) for unit in units}
     masks = _fit(found, shapes, (*job.prune.exclude, *left_out), named)
-    if num_to_prune(job.prune.sparsity, masks.num_units) < masks.num_pruned:
+    # Of whole units the budget says more.
+    is_beyond = num_to_prune(job.prune.sparsity, masks.num_units) < masks.num_pruned
+    if is_beyond and not job.prune.unit_kinds:
         raise ConfigError(
             f"prune.sparsity = {job.prune.sparsity:g}: is below the {masks.sparsity:.4f} of "
             f"{_KEY}, and masks only ever remove; raise it"

@@ -30,8 +30,10 @@ from gbp_ray.pruning.masks import MaskSet, check_pruned_zero, forget_pruned, rea
 from gbp_ray.pruning.scoring import score
 from gbp_ray.pruning.selection import select_masks
 from gbp_ray.pruning.statistics import movement_statistic
+from gbp_ray.pruning.structure import Structure
 from gbp_ray.pruning.units import SlicedScores, measure, num_to_prune, survey
-from gbp_ray.results.records import RoundRecord
+from gbp_ray.pruning.whole_units import WholeUnits, find_units, scored_parameters
+from gbp_ray.results.records import CostRecord, RoundRecord
 from gbp_ray.training.adversarial import robust_accuracy
 from gbp_ray.training.batchnorm import keeping_statistics, recalibrate_as_asked
 from gbp_ray.training.distillation import Teacher, prepare_teacher
@@ -67,7 +69,8 @@ class RoundState:
 
     Attributes:
         record: What was measured.
-        model: The network itself, which the next round changes.
+        model: The network itself, which the next round changes; whole units that were removed have
+            left it, while masks and files have the dense network's shapes.
     """
 
     record: RoundRecord
@@ -75,10 +78,11 @@ class RoundState:
     masks: MaskSet
     _optimizer: Optimizer | None = field(repr=False, default=None)
     _movement: dict[str, Tensor] | None = field(repr=False, default=None)
+    _units: WholeUnits | None = field(repr=False, default=None)
 
     def to_files(self) -> dict[str, bytes]:
         """Returns the files of `checkpoint.save_round`. Communicates where it is sharded."""
-        return save_round(self.model, self.masks, self._optimizer, self._movement)
+        return save_round(self.model, self.masks, self._optimizer, self._movement, self._units)
 
 
 def run_rounds(
@@ -140,25 +144,23 @@ class _Run:
         )
         self.score_cache = score_cache
         stored = {} if resume is None else resume.fingerprints
-        self.model, self.macs, self.fingerprints, unused = build_start(
-            workload, job.seed, ranks, job.cluster.strategy, stored, "round_000"
-        )
-        # A trial goes on with the layers that it began with.
-        begun = ranks.run_collectively(lambda: resume.read_masks() if resume else MaskSet({}))
-        unused -= begun.keys()
-        found = survey(self.model, job.prune.exclude, job.prune.include, unused)
-        self.units, self.unpruned = found.units, found.unpruned
-        check_frozen_movement(job, self.model, self.units)
-        self.masks = MaskSet.dense(self.units)
-        initial = ranks.run_collectively(lambda: read_initial_masks(job, self.units, unused))
-        self.has_initial_masks = initial is not None
-        if initial is not None:
-            self.masks = shard_masks(initial, self.model).to(ranks.device)
-        self.start = self.masks.sparsity if self.has_initial_masks else 0.0
         prune = job.prune
-        self.schedule = sparsity_schedule(
-            prune.schedule, prune.sparsity, prune.rounds, prune.ramp_rounds, self.start
+        self.model, self.macs, self.fingerprints, unused, structure = build_start(
+            workload,
+            job.seed,
+            ranks,
+            job.cluster.strategy,
+            stored,
+            "round_000",
+            lambda model: find_units(workload, model, prune) if prune.unit_kinds else None,
         )
+        self.whole: WholeUnits | None = None
+        self.difference: float | None = None  # of the round's removal
+        if structure is None:
+            self._begin_weights(unused, resume)
+        else:
+            self._begin_units(structure)
+        check_frozen_movement(job, self.model, self.units)
         self.gathers_movement = job.prune.spec.needs_history
         self.movement: dict[str, Tensor] | None = None
         self.optimizer: Optimizer | None = None
@@ -174,11 +176,50 @@ class _Run:
             : job.workload.train_sample
         ]
 
+    def _begin_weights(self, unused: frozenset[str], resume: Checkpoint | None) -> None:
+        job, ranks = self.job, self.ranks
+        # A trial goes on with the layers that it began with.
+        begun = ranks.run_collectively(lambda: resume.read_masks() if resume else MaskSet({}))
+        unused -= begun.keys()
+        found = survey(self.model, job.prune.exclude, job.prune.include, unused)
+        self.units, self.unpruned = found.units, found.unpruned
+        self.masks = MaskSet.dense(self.units)
+        initial = ranks.run_collectively(lambda: read_initial_masks(job, self.units, unused))
+        self.has_initial_masks = initial is not None
+        if initial is not None:
+            self.masks = shard_masks(initial, self.model).to(ranks.device)
+        start = self.masks.sparsity if self.has_initial_masks else 0.0
+        prune = job.prune
+        ramp = (prune.schedule, prune.sparsity, prune.rounds, prune.ramp_rounds, start)
+        self.schedule = [start, *sparsity_schedule(*ramp)]
+
+    def _begin_units(self, structure: Structure) -> None:
+        job, model = self.job, self.model
+        initial = self.ranks.run_collectively(
+            lambda: read_initial_masks(job, scored_parameters(structure, model))
+        )
+        self.has_initial_masks = initial is not None
+        kept_U = None if initial is None else structure.units_in(initial)
+        self.whole = whole = WholeUnits(structure, job.prune, kept_U)
+        self.units, self.masks = whole.prunable(model), whole.dense_masks(whole.kept_U)
+        self.schedule = [whole.share_gone(number) for number in range(job.prune.rounds + 1)]
+
+    @property
+    def live_masks(self) -> MaskSet | None:
+        """Masks in the shapes of the network as it is; None where all that was removed has left."""
+        if self.whole is None:
+            return self.masks
+        if self.whole.is_cut:
+            return None
+        masks = self.whole.masks(self.model, self.whole.kept_U)
+        return shard_masks(masks, self.model).to(self.ranks.device)
+
     def train_dense(self) -> RoundState:
         recipe, seed = self.job.pretrain, self.job.seed
         train_loss = math.nan
-        if self.has_initial_masks:
-            self.masks.apply_(self.model)
+        masks = self.live_masks if self.has_initial_masks else None
+        if masks is not None:
+            masks.apply_(self.model)
         if total := num_steps(recipe, self.workload, recipe.epochs):
             with self._timed("pretrain"):
                 train_loss = train_epochs(
@@ -189,7 +230,7 @@ class _Run:
                     make_optimizer(self.model, recipe),
                     Span("pretrain", range(total), range(total)),
                     seed=seed,
-                    masks=self.masks if self.has_initial_masks else None,
+                    masks=masks,
                     on_progress=self.on_progress,
                 )
         if self.gathers_movement:
@@ -202,7 +243,7 @@ class _Run:
         return self._finish_round(
             train_loss,
             found,
-            sparsity_target=self.start,
+            sparsity_target=self.schedule[0],
             **_name(recalibrated, "recalibrated"),
             fingerprints=self.fingerprints,
             metric_fault=found.specs[0].find_chance_fault(best, found.num_items),
@@ -210,15 +251,19 @@ class _Run:
 
     def prune_round(self, number: int) -> RoundState:
         self.number = number
-        sparsity = self.schedule[number - 1]
+        sparsity = self.schedule[number]
         held_back: tuple[str, ...] = ()
         pruned: Evaluation | None = None
         # A round may only fine-tune.
-        is_pruned = num_to_prune(sparsity, self.masks.num_units) > self.masks.num_pruned
+        if self.whole is not None:
+            is_pruned = self.whole.is_due(number)
+        else:
+            is_pruned = num_to_prune(sparsity, self.masks.num_units) > self.masks.num_pruned
         if is_pruned:
-            held_back = self._prune(sparsity)
+            held_back = self._prune(sparsity) if self.whole is None else self._prune_units()
         if is_pruned or self.job.prune.rewind == "weights":
             self._rewind()
+            self._cut()
             with self._timed("batchnorm"):
                 recalibrate_as_asked(self.job, self.model, self.workload, self.ranks)
             pruned = self._evaluate()
@@ -227,7 +272,7 @@ class _Run:
         found = pruned
         if self.job.finetune.epochs > 0 or found is None:
             found = self._evaluate()
-        check_pruned_zero(self.model, self.optimizer, self.masks)
+        self._check_zeros()
         return self._finish_round(
             train_loss,
             found,
@@ -247,23 +292,29 @@ class _Run:
             raise StoreError(
                 f"{folder}/masks.safetensors: does not fit the model; was the workload changed?"
             )
-        masks = shard_masks(masks, self.model).to(self.ranks.device)
+        if self.whole is not None:
+            self.whole.kept_U = self.whole.dense.units_in(masks)
+        else:
+            masks = shard_masks(masks, self.model).to(self.ranks.device)
         self.optimizer, self.movement = restore_state(
             saved,
             self.model,
             lambda: make_optimizer(self.model, self.job.finetune),
             self.ranks.device,
         )
-        if (name := masks.find_revived(self.model)) is not None:
+        self.masks = masks
+        live = self.live_masks
+        if live is not None and (name := live.find_revived(self.model)) is not None:
             raise StoreError(
                 f"{folder}/masks.safetensors: prunes weights of '{name}' that the weights file "
                 "keeps"
             )
-        self.masks = masks
         try:
-            check_pruned_zero(self.model, self.optimizer, self.masks)
+            self._check_zeros()
         except PruneError as error:
             raise damaged(f"{folder}/state", error) from error
+        self._cut()
+        self.difference = None
 
     # -- the steps of a round --------------------------------------------------------------------
 
@@ -282,6 +333,42 @@ class _Run:
         self.ranks.check_agreement(removal.masks.digest, f"the mask of round {self.number}")
         self.masks = removal.masks
         return removal.capped_layers
+
+    def _prune_units(self) -> tuple[str, ...]:
+        assert self.whole is not None
+        with self._timed("score"):
+            scores_U = self.whole.score(
+                *(self.model, self.workload, self.ranks, self.job.seed, self.number),
+                *(self.movement, self.on_progress),
+            )
+        with self._timed("select"):
+            choice = self.whole.choose(self.number, scores_U)
+            masks = self.whole.dense_masks(choice.kept_U, self.masks)
+        self.ranks.check_agreement(masks.digest, f"the mask of round {self.number}")
+        self.masks, self.whole.kept_U = masks, choice.kept_U
+        return choice.held_back
+
+    def _cut(self) -> None:
+        """Removes from the network the units that are masked, unless the job keeps them."""
+        if self.whole is None or self.whole.is_cut or not self.job.prune.compact:
+            return
+        with self._timed("compact"):
+            removed = self.whole.remove(
+                self.whole.kept_U,
+                self.model,
+                self.workload,
+                self.ranks,
+                self.optimizer,
+                self.movement,
+                lambda model: make_optimizer(model, self.job.finetune),
+            )
+        self.model, self.optimizer, self.movement = removed[:3]
+        self.difference = removed.difference
+        self.units = self.whole.prunable(self.model)
+
+    def _check_zeros(self) -> None:
+        if (masks := self.live_masks) is not None:
+            check_pruned_zero(self.model, self.optimizer, masks)
 
     def _score(self) -> SlicedScores:
         return score(
@@ -310,12 +397,17 @@ class _Run:
 
     def _rewind(self) -> None:
         if self.job.prune.rewind == "weights":
-            self.model.load_state_dict(self.dense_state, strict=False)
+            dense = self.dense_state
+            if self.whole is not None:
+                dense = self.whole.cut(dense, self.model)
+            self.model.load_state_dict(dense, strict=False)
         if self.job.prune.rewind != "none":
             self.optimizer = None
-        self.masks.apply_(self.model)
-        if self.optimizer is not None:
-            forget_pruned(self.model, self.optimizer, self.masks)
+        masks = self.live_masks
+        if masks is not None:
+            masks.apply_(self.model)
+            if self.optimizer is not None:
+                forget_pruned(self.model, self.optimizer, masks)
 
     def _finetune(self, before: Evaluation | None = None) -> float:
         """Trains after a prune, given what was measured before it where that is known."""
@@ -363,7 +455,7 @@ class _Run:
                     optimizer,
                     Span("finetune", some, planned),
                     seed=self.job.seed,
-                    masks=self.masks,
+                    masks=self.live_masks,
                     teacher=self.teacher,
                     movement=self._gather_movement if self.gathers_movement else None,
                     average=average,
@@ -422,8 +514,7 @@ class _Run:
     def _evaluate(self) -> Evaluation:
         found = self._measure(self.split)
         if not math.isfinite(found.loss):
-            kept = dict(self.model.named_parameters())
-            weights = {name: kept[name] for name, _ in self.masks.items()}
+            weights = {unit.name: unit.parameter for unit in self.units}
             why = why_not_finite(weights) or (
                 "the weights diverged, lower pretrain.learning_rate or finetune.learning_rate"
             )
@@ -465,16 +556,21 @@ class _Run:
             train_score=train_score,
             robust_accuracy=self._attack(),
             train_loss=train_loss if math.isfinite(train_loss) else None,
-            cost=measure(self.model, self.units, self.macs, self.unpruned),
+            cost=self._measure_cost(),
             mask_digest=self.masks.digest,
             seconds=self.seconds,
             **measured,
         )
-        self.seconds = {}
+        self.seconds, self.difference = {}, None
         routes = is_sharded(self.model) and self.ranks.all_gather_objects(route_of(self.model))
         if routes and len(set(routes)) > 1:
             raise PruneError(PARTED)
-        return RoundState(record, self.model, self.masks, self.optimizer, self.movement)
+        return RoundState(record, self.model, self.masks, self.optimizer, self.movement, self.whole)
+
+    def _measure_cost(self) -> CostRecord:
+        if self.whole is not None:
+            return self.whole.measure(self.model, self.macs, self.difference)
+        return measure(self.model, self.units, self.macs, self.unpruned)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

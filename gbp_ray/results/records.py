@@ -17,15 +17,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
-    Field,
     SerializerFunctionWrapHandler,
     ValidationError,
     computed_field,
@@ -37,7 +35,17 @@ from pydantic import (
 
 from gbp_ray.config.job import SCHEMA_VERSION, JobConfig
 from gbp_ray.config.metrics import LOSS, MetricSpec, find_constant
-from gbp_ray.errors import GbpError, StoreError, name_some, printable
+from gbp_ray.errors import GbpError, StoreError, printable
+from gbp_ray.results.costs import (
+    CostRecord,
+    Count,
+    LayerRecord,
+    Record,
+    UnitsRecord,
+    WidthRecord,
+    describe_unpruned,
+    without_empty,
+)
 from gbp_ray.results.objects import Objects, is_key
 from gbp_ray.results.scores import DenseReference, Scored, as_accuracy, get_name
 
@@ -53,6 +61,8 @@ __all__ = [
     "SharedRecord",
     "StopRecord",
     "TrialRecord",
+    "UnitsRecord",
+    "WidthRecord",
     "choose_round",
     "describe_unpruned",
     "dump_job",
@@ -84,100 +94,11 @@ Name = Annotated[str, AfterValidator(_check_name)]
 Part = Annotated[str, AfterValidator(_check_part)]
 """Id of a trial: the same without "/"."""
 
-Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
-class _Record(BaseModel):
-    # "ignore": a reader of today opens the records of a later version that added fields.
-    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
-
-
-AnyRecord = TypeVar("AnyRecord", bound=_Record)
-
-
-class LayerRecord(_Record):
-    """One prunable parameter, measured from its weights."""
-
-    name: str
-    shape: tuple[Count, ...]
-    num_weights: Count
-    num_nonzero: Count
-    macs: Count
-    macs_nonzero: Count
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def sparsity(self) -> float:
-        """Zero weights / weights."""
-        return 1 - self.num_nonzero / max(1, self.num_weights)
-
-
-def describe_unpruned(unpruned: Mapping[str, tuple[int, str]], num_prunable: int) -> str:
-    """Describes matrices that cannot be pruned, naming a few; "" without any.
-
-    Args:
-        unpruned: Of each its weights, and the reason.
-        num_prunable: Weights that can be pruned.
-    """
-    if not unpruned:
-        return ""
-    number = sum(num_weights for num_weights, _ in unpruned.values())
-    named = [f"{name} ({n:,}, {why})" for name, (n, why) in unpruned.items()]
-    return (
-        f"{number:,} of {number + num_prunable:,} weights in matrices are not prunable: "
-        f"{name_some(named)}"
-    )
-
-
-class CostRecord(_Record):
-    """The cost of a network: the whole model, and its prunable layers.
-
-    Attributes:
-        macs_fault: Why multiply-adds were not counted, which then are 0 everywhere; or, of a
-            network whose were, in which layers it is not known what zeros save, so nothing.
-        unpruned: Of each other parameter of two axes or more its weights, and why they were not
-            prunable.
-    """
-
-    num_parameters: Count
-    num_nonzero: Count
-    macs: Count
-    macs_nonzero: Count
-    macs_fault: str = ""
-    num_bytes: Count
-    num_bytes_sparse: Count
-    layers: tuple[LayerRecord, ...]
-    unpruned: dict[str, tuple[int, str]] = {}
-
-    @property
-    def unpruned_in_words(self) -> str:
-        """Describe the matrices that cannot be pruned, naming a few; "" without any."""
-        return describe_unpruned(self.unpruned, self.num_units)
-
-    @property
-    def num_units(self) -> int:
-        """Prunable weights."""
-        return sum(layer.num_weights for layer in self.layers)
-
-    @property
-    def num_kept(self) -> int:
-        """Prunable weights that are not zero."""
-        return sum(layer.num_nonzero for layer in self.layers)
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def sparsity(self) -> float:
-        """Zero weights / prunable weights."""
-        return 1 - self.num_kept / max(1, self.num_units)
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def compression(self) -> float:
-        """Parameters before / parameters left, whole model."""
-        return self.num_parameters / max(1, self.num_nonzero)
-
-
-class FileRecord(_Record):
+class FileRecord(Record):
     """A file's size and checksum, as committed.
 
     Attributes:
@@ -201,7 +122,7 @@ def write_value(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-class RoundRecord(Scored, _Record):
+class RoundRecord(Scored, Record):
     """One whole round; round 0 is the dense network.
 
     Scores are values of the workload's first metric on the split in `judged_on`, losses means over
@@ -270,7 +191,7 @@ class RoundRecord(Scored, _Record):
         if not self.other_metrics:
             del tree["metrics"]
         others = ("other_metrics", "metrics_pruned", "metrics_recalibrated", "metric_fault")
-        return _without_empty(tree, *others)
+        return without_empty(tree, *others)
 
     @property
     def values(self) -> dict[str, float]:
@@ -283,11 +204,7 @@ class RoundRecord(Scored, _Record):
         return (self.metric, *self.other_metrics)
 
 
-def _without_empty(tree: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {key: value for key, value in tree.items() if value or key not in names}
-
-
-class FinalTest(Scored, _Record):
+class FinalTest(Scored, Record):
     """The one use of the test split by a trial whose rounds were judged by other examples.
 
     Attributes:
@@ -309,10 +226,10 @@ class FinalTest(Scored, _Record):
     dense_metrics: dict[str, float] = {}
 
     def _shorten(self, tree: dict[str, Any]) -> dict[str, Any]:
-        return _without_empty(super()._shorten(tree), "metrics", "dense_metrics")
+        return without_empty(super()._shorten(tree), "metrics", "dense_metrics")
 
 
-class TrialRecord(_Record):
+class TrialRecord(Record):
     """One finished trial, dense network first.
 
     Attributes:
@@ -444,7 +361,7 @@ def dump_job(job: JobConfig) -> str:
     )
 
 
-class FailureRecord(_Record):
+class FailureRecord(Record):
     """The cause of a failed trial of a sweep; the next sweep tries it again."""
 
     trial_id: Part
@@ -452,7 +369,7 @@ class FailureRecord(_Record):
     round: Count | None = None
 
 
-class StopRecord(_Record):
+class StopRecord(Record):
     """The round after which a scheduler stopped a trial; only "fifo" goes on with it."""
 
     trial_id: Part
@@ -460,7 +377,7 @@ class StopRecord(_Record):
     scheduler: Annotated[str, AfterValidator(printable)]
 
 
-class SharedRecord(_Record):
+class SharedRecord(Record):
     """Files that several trials use, and what they were made from."""
 
     files: dict[Name, FileRecord]
@@ -474,7 +391,7 @@ class SharedRecord(_Record):
         return value
 
 
-class JobRecord(_Record):
+class JobRecord(Record):
     """The claim of a job on its folder."""
 
     schema_version: int = SCHEMA_VERSION

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -70,12 +71,14 @@ class Start(NamedTuple):
 
     Attributes:
         unused: Of `unused_layers`.
+        examined: What the caller's function found.
     """
 
     model: nn.Module
     macs: Macs
     fingerprints: dict[str, str]
     unused: frozenset[str]
+    examined: Any = None
 
 
 _STARTS: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
@@ -112,6 +115,7 @@ def build_start(
     strategy: str,
     stored: Mapping[str, str] | None = None,
     source: str = "",
+    examine: Callable[[nn.Module], Any] = lambda model: None,
 ) -> Start:
     """Builds this rank's network, the same one on all ranks. Communicates.
 
@@ -119,6 +123,7 @@ def build_start(
         strategy: "fsdp" shards it.
         stored: Fingerprints on record of a trial that is resumed.
         source: Name of that record in errors.
+        examine: Looks at the network before it is sharded.
 
     Raises:
         WorkloadError: As `network_of_seed`; or network or data differ between ranks, or from what
@@ -129,6 +134,7 @@ def build_start(
     # One rank decides, for all.
     unused = unused_on_all(workload, model, ranks)
     ranks.run_collectively(lambda: check_on_record(found, stored or {}, source))
+    examined = ranks.run_collectively(partial(examine, model))
     blank = copy.deepcopy(model) if _is_blank(model) else None
     if blank is None:
         check_same_weights(ranks, digests)
@@ -141,7 +147,7 @@ def build_start(
         layers = blank
         digests = ranks.run_collectively(lambda: _fill(model, layers, seed))
         check_same_weights(ranks, digests)
-    return Start(model, macs, found, unused)
+    return Start(model, macs, found, unused, examined)
 
 
 def unused_layers(

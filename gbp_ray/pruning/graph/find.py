@@ -34,6 +34,7 @@ def find_structure(
     inputs: Sequence[Tensor],
     run: Callable[..., Sequence[Tensor]],
     exclude: Iterable[str] = (),
+    kinds: Iterable[str] = ("channel", "head"),
 ) -> Structure:
     """Finds the units of a network and what they cost, from one example.
 
@@ -42,6 +43,7 @@ def find_structure(
         inputs: The tensors of one example.
         run: (model, *inputs) -> the outputs that count.
         exclude: First names of parameters that no unit may lie in.
+        kinds: Of the groups that may lose units.
 
     Raises:
         PruneError: torch.export cannot follow the network.
@@ -72,7 +74,7 @@ def find_structure(
         if name in fixed:
             tracing.elements.freeze(own, fixed[name])
     _decide_tables(tracing)
-    return _build(tracing, tensors, set(parameters))
+    return _build(tracing, tensors, set(parameters), tuple(kinds))
 
 
 class _Passing(nn.Module):
@@ -162,7 +164,12 @@ def _decide_tables(tracing: Tracing) -> None:
             is_changed = True
 
 
-def _build(tracing: Tracing, tensors: Mapping[str, Tensor], parameters: set[str]) -> Structure:
+def _build(
+    tracing: Tracing,
+    tensors: Mapping[str, Tensor],
+    parameters: set[str],
+    kinds: tuple[str, ...],
+) -> Structure:
     elements, ids = tracing.elements, tracing.ids
     places: dict[int, list[tuple[str, int, list[int]]]] = {}
     for (name, dim), own in ids.items():
@@ -183,6 +190,9 @@ def _build(tracing: Tracing, tensors: Mapping[str, Tensor], parameters: set[str]
         roles = {r for name, dim, _ in found if name in parameters for r in role_of(name, dim)}
         if not {"in", "out"} <= roles:
             elements.freeze(np.array([root]), "no weight both makes and reads it")
+        kind = "head" if elements.is_head(root) else "channel"
+        if kind not in kinds:
+            elements.freeze(np.array([root]), f"a {kind}, which prune.granularity leaves alone")
         if not elements.why_frozen(root):
             signature = tuple((name, dim, len(positions)) for name, dim, positions in found)
             units.setdefault(signature, []).append(root)

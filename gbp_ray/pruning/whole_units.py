@@ -1,0 +1,401 @@
+"""Whole units in a trial: which there are, which of them stay, and how the network follows.
+
+A decision masks units first. Then, unless the job keeps them as zeros, they leave the network, and
+later rounds train what is left. Masks, stored weights and the optimizer's stored state keep the
+dense network's shapes, so that files mean the same in every round.
+
+Shape suffixes: U = units of the dense network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gbp_ray.config.prune import PruneConfig
+from gbp_ray.config.schema import match_names
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.distributed.sharding import (
+    add_over_ranks,
+    copy_network,
+    copy_unsharded,
+    gather_whole,
+    is_sharded,
+    local,
+    shard_like,
+    shard_network,
+)
+from gbp_ray.errors import ConfigError, name_some
+from gbp_ray.pruning.budget import (
+    Bounds,
+    UnitChoice,
+    check_budget,
+    count_cost,
+    plan_budgets,
+    select_units,
+)
+from gbp_ray.pruning.compact import compact
+from gbp_ray.pruning.comparison import Run
+from gbp_ray.pruning.cutting import cut_state, expand_optimizer, expand_state, shrink_structure
+from gbp_ray.pruning.graph.find import find_structure
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.structure import Structure
+from gbp_ray.pruning.unit_scores import score_units
+from gbp_ray.pruning.units import Prunable
+from gbp_ray.results.records import CostRecord, LayerRecord, UnitsRecord, WidthRecord
+from gbp_ray.training.passes import Macs
+from gbp_ray.training.progress import OnProgress, ignore_progress
+from gbp_ray.workloads.batch import Batch, forward, logits_of, map_tensors, tensors_in
+from gbp_ray.workloads.contract import Workload, num_examples
+from gbp_ray.workloads.data import first_example, take_batch
+
+__all__ = ["WholeUnits", "check_units_removable", "find_units", "scored_parameters"]
+
+_COMPARED = 8
+"""Examples on which the network without its removed units is compared with the masked one."""
+
+
+def find_units(workload: Workload, model: nn.Module, prune: PruneConfig) -> Structure:
+    """Finds the units of a network that a job may remove, by one training example.
+
+    Args:
+        model: Unsharded; on the meta device, too.
+
+    Raises:
+        ConfigError: It has none of the kinds that the job names, or a glob matches nothing.
+        PruneError: torch.export cannot follow it.
+    """
+    example = first_example(workload)
+    device = next(model.parameters()).device
+    inputs = [tensor.to(device) for tensor in tensors_in(example.inputs)]
+
+    def run(network: nn.Module, *tensors: Tensor) -> Sequence[Tensor]:
+        given = iter(tensors)
+        nest = map_tensors(example.inputs, lambda _: next(given))
+        batch = Batch(nest, example.targets if example.is_pair else nest)
+        return list(tensors_in(logits_of(forward(network, workload, batch))))
+
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    excluded = {name for glob in prune.exclude for name in match_names(glob, names)}
+    structure = find_structure(model, inputs, run, excluded, prune.unit_kinds)
+    if not structure.groups:
+        why = [f"'{axis}' ({reason})" for axis, reason in structure.frozen.items()]
+        raise ConfigError(
+            f"prune.granularity = '{prune.granularity}': the network has no such units that can "
+            f"go; fixed are {name_some(why, 3) or 'all of its axes'}; choose another granularity"
+        )
+    return structure
+
+
+def check_units_removable(
+    workload: Workload, model: nn.Module, prune: PruneConfig, ranks: Ranks, seed: int
+) -> Structure:
+    """Tries on a copy what a trial will do: score on few examples, decide, remove.
+
+    Raises:
+        ConfigError: The target cannot be met, or a glob matches nothing.
+        PruneError: Units cannot be scored or removed.
+    """
+    structure = find_units(workload, model, prune)
+    kept_U = np.ones(structure.num_units, dtype=bool)
+    check_budget(structure, prune, kept_U)
+    if not prune.compact:
+        return structure
+    few = WholeUnits(structure, prune)
+    choice = few.choose(len(few.plan), np.arange(structure.num_units, dtype=np.float64))
+    twin = copy_network(model)
+    few.masks(twin, choice.kept_U).apply_(twin)
+    few.remove(choice.kept_U, twin, workload, ranks)
+    return structure
+
+
+def scored_parameters(structure: Structure, model: nn.Module) -> list[Prunable]:
+    """Lists the parameters that units lie in, biases and those of norms included."""
+    return [
+        Prunable(name, parameter, None)
+        for name, parameter in sorted(model.named_parameters())
+        if name in structure.shapes
+    ]
+
+
+class Removed(NamedTuple):
+    """A network after units have left it, with what belongs to it."""
+
+    model: nn.Module
+    optimizer: Optimizer | None
+    movement: dict[str, Tensor] | None
+    difference: float
+
+
+class WholeUnits:
+    """The units of one trial on one rank; all ranks hold the same.
+
+    Attributes:
+        dense: The structure of the dense network.
+        left: That of the network as it is.
+        kept_U: bool, the units that the last decision kept.
+        plan: The budget of each round.
+    """
+
+    def __init__(self, structure: Structure, prune: PruneConfig, kept_U: np.ndarray | None = None):
+        self.dense = self.left = structure
+        everything = np.ones(structure.num_units, dtype=bool)
+        self.kept_U = everything if kept_U is None else kept_U
+        self._present_U = everything
+        self._prune = prune
+        self.plan = plan_budgets(structure, prune, self.kept_U)
+
+    @property
+    def is_cut(self) -> bool:
+        """Returns whether every unit that was removed has left the network."""
+        return bool((self._present_U == self.kept_U).all())
+
+    def is_due(self, number: int) -> bool:
+        """Returns whether round `number` has to remove anything."""
+        budget = self.plan[number - 1]
+        return count_cost(self.dense, budget.kind, self.kept_U) > budget.limit
+
+    def share_gone(self, number: int) -> float:
+        """Returns the part of the dense network's cost that is to be gone after a round."""
+        if number == 0:
+            budget, left = self.plan[0], self.kept_U
+            stays = float(count_cost(self.dense, budget.kind, left))
+        else:
+            budget = self.plan[number - 1]
+            stays = budget.limit
+        everything = np.ones(self.dense.num_units, dtype=bool)
+        return 1 - stays / count_cost(self.dense, budget.kind, everything)
+
+    def score(
+        self,
+        model: nn.Module,
+        workload: Workload,
+        ranks: Ranks,
+        seed: int,
+        number: int,
+        movement: Mapping[str, Tensor] | None,
+        on_progress: OnProgress = ignore_progress,
+    ) -> np.ndarray:
+        """Scores the units of the network as it is, (U,); 0 for those that have left."""
+        scores_U = np.zeros(self.dense.num_units)
+        scores_U[self._present_U] = score_units(
+            *(model, self.left, self.kept_U[self._present_U], workload, self._prune, ranks),
+            seed=seed,
+            round_number=number,
+            movement=movement,
+            on_progress=on_progress,
+        )
+        return scores_U
+
+    def choose(self, number: int, scores_U: np.ndarray) -> UnitChoice:
+        """Decides which units stay in round `number`."""
+        bounds = Bounds.of(self._prune)
+        budget, scope = self.plan[number - 1], self._prune.scope
+        return select_units(self.dense, scores_U, self.kept_U, budget, scope=scope, bounds=bounds)
+
+    def masks(self, model: nn.Module, kept_U: np.ndarray) -> MaskSet:
+        """Makes the masks of the network as it is for the units that stay."""
+        names = [name for name, _ in model.named_parameters()]
+        return MaskSet(self.left.masks(kept_U[self._present_U], names))
+
+    def dense_masks(self, kept_U: np.ndarray, before: MaskSet | None = None) -> MaskSet:
+        """Makes the masks in the dense network's shapes, which are stored."""
+        masks = self.dense.masks(kept_U, sorted(self.dense.bytes_per_weight))
+        if before is None:
+            return MaskSet(masks)
+        return MaskSet(masks, before.round + 1, self._prune.criterion, before.digest)
+
+    def remove(
+        self,
+        kept_U: np.ndarray,
+        model: nn.Module,
+        workload: Workload,
+        ranks: Ranks,
+        optimizer: Optimizer | None = None,
+        movement: dict[str, Tensor] | None = None,
+        make_optimizer: Callable[[nn.Module], Optimizer] | None = None,
+    ) -> Removed:
+        """Removes units from a masked network and from all that belongs to it.
+
+        A network that is not sharded is changed in place. A sharded one is gathered on every rank,
+        cut and sharded anew. Communicates then.
+
+        Args:
+            make_optimizer: Makes a fresh optimizer for the new network of a sharded one.
+
+        Raises:
+            PruneError: It cannot be cut, or computes something else then; names the layer.
+        """
+        run, stays = _passing(workload, ranks), kept_U[self._present_U]
+        if is_sharded(model):
+            removed = self._remove_sharded(stays, model, run, ranks, optimizer, movement)
+            if optimizer is not None:
+                assert make_optimizer is not None
+                removed = removed._replace(optimizer=make_optimizer(removed.model))
+                self._fill_optimizer(stays, optimizer, model, removed)
+        else:
+            done = compact(model, self.left, stays, run, optimizer=optimizer, movement=movement)
+            removed = Removed(model, optimizer, movement, done.difference)
+        self.left = shrink_structure(self.left, stays)
+        self._present_U = self.kept_U = kept_U
+        return removed
+
+    def _remove_sharded(
+        self,
+        stays: np.ndarray,
+        model: nn.Module,
+        run: Run,
+        ranks: Ranks,
+        optimizer: Optimizer | None,
+        movement: dict[str, Tensor] | None,
+    ) -> Removed:
+        whole = copy_unsharded(model, ranks.device)
+        difference = ranks.run_collectively(
+            lambda: compact(whole, self.left, stays, run).difference
+        )
+        shard_network(whole, ranks.device, ranks.world_size)
+        if movement is not None:
+            by_name = dict(whole.named_parameters())
+            movement = {
+                name: shard_like(self._cut_whole(stays, name, value), by_name[name])
+                for name, value in movement.items()
+            }
+        return Removed(whole, None, movement, difference)
+
+    def _fill_optimizer(
+        self, stays: np.ndarray, optimizer: Optimizer, model: nn.Module, removed: Removed
+    ) -> None:
+        """Gives the optimizer of a network that was sharded anew the state of the one before."""
+        assert removed.optimizer is not None
+        before = dict(model.named_parameters())
+        for name, parameter in removed.model.named_parameters():
+            own = {}
+            for key, value in optimizer.state.get(before[name], {}).items():
+                if isinstance(value, Tensor) and value.shape == before[name].shape and value.ndim:
+                    value = shard_like(self._cut_whole(stays, name, value), parameter)
+                own[key] = value
+            if own:
+                removed.optimizer.state[parameter] = own
+
+    def _cut_whole(self, stays: np.ndarray, name: str, value: Tensor) -> Tensor:
+        return cut_state(self.left, stays, {name: gather_whole(value)})[name]
+
+    def cut(self, state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """Cuts tensors of dense shapes to those of the network as it is.
+
+        Communicates where they are sharded.
+        """
+        if self._present_U.all():
+            return dict(state)
+        own = dict((*model.named_parameters(), *model.named_buffers()))
+        cut = {}
+        for name, tensor in state.items():
+            found = cut_state(self.dense, self._present_U, {name: gather_whole(tensor)})[name]
+            cut[name] = shard_like(found, own[name]) if name in own else found
+        return cut
+
+    def expand(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Lays tensors out in dense shapes, zero where units have left."""
+        return expand_state(self.dense, self._present_U, state)
+
+    def expand_optimizer(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        """Returns the optimizer's state dict in dense shapes."""
+        return expand_optimizer(self.dense, self._present_U, model, optimizer)
+
+    def prunable(self, model: nn.Module) -> list[Prunable]:
+        """Lists the matrices that units lie in, as the network has them now."""
+        return [
+            Prunable(name, parameter, None)
+            for name, parameter in sorted(model.named_parameters())
+            if name in self.dense.shapes and parameter.ndim > 1
+        ]
+
+    def measure(self, model: nn.Module, macs: Macs, difference: float | None) -> CostRecord:
+        """Measures size and multiply-adds, exact for units. Communicates where it is sharded."""
+        dense = [group.num_units for group in self.dense.groups]
+        widths = self.dense.widths(self.kept_U)
+        by_name: dict[str, list[int]] = {}
+        for product in self.dense.macs:
+            sums = by_name.setdefault(product.name, [0, 0])
+            sums[0] += product.value(dense)
+            sums[1] += product.value(widths)
+        total, left = (sum(sums[place] for sums in by_name.values()) for place in (0, 1))
+        parameters = list(model.parameters())
+        counted = [int(torch.count_nonzero(local(parameter))) for parameter in parameters]
+        nonzero = dict(zip(parameters, add_over_ranks(counted, parameters), strict=True))
+        everything = np.ones(self.dense.num_units, dtype=bool)
+        num_bytes = self._count_bytes(model, everything)
+        units = UnitsRecord(
+            num_parameters=self.dense.count_weights(self.kept_U),
+            macs=left,
+            num_bytes=self._count_bytes(model, self.kept_U),
+            is_compact=self._prune.compact,
+            difference=difference,
+            widths=tuple(
+                WidthRecord(name=group.name, kind=group.kind, num_units=before, num_kept=after)
+                for group, before, after in zip(self.dense.groups, dense, widths, strict=True)
+            ),
+        )
+        return CostRecord(
+            num_parameters=self.dense.count_weights(everything),
+            num_nonzero=sum(nonzero.values()),
+            macs=total,
+            macs_nonzero=left,
+            macs_fault=macs.fault,
+            num_bytes=num_bytes,
+            num_bytes_sparse=units.num_bytes,
+            layers=tuple(
+                LayerRecord(
+                    name=unit.name,
+                    shape=self.dense.shapes[unit.name],
+                    num_weights=math.prod(self.dense.shapes[unit.name]),
+                    num_nonzero=nonzero[unit.parameter],
+                    macs=by_name.get(unit.name, [0, 0])[0],
+                    macs_nonzero=by_name.get(unit.name, [0, 0])[1],
+                )
+                for unit in self.prunable(model)
+            ),
+            unpruned=self._unpruned(model),
+            units=units,
+        )
+
+    def _count_bytes(self, model: nn.Module, kept_U: np.ndarray) -> int:
+        """Counts the bytes of parameters and buffers of the dense network with so many units."""
+        stays = self.dense.kept_positions(kept_U)
+        total = 0
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            lengths = list(self.dense.shapes.get(name, tensor.shape))
+            for dim, kept in stays.get(name, {}).items():
+                lengths[dim] = int(kept.sum())
+            total += math.prod(lengths) * tensor.element_size()
+        return total
+
+    def _unpruned(self, model: nn.Module) -> dict[str, tuple[int, str]]:
+        """Says of matrices in which no unit lies why, where it is known."""
+        return {
+            name: (
+                parameter.numel(),
+                next(
+                    (why for axis, why in self.dense.frozen.items() if axis.startswith(f"{name}[")),
+                    "no units lie in it",
+                ),
+            )
+            for name, parameter in model.named_parameters()
+            if parameter.ndim > 1 and parameter.numel() and name not in self.dense.shapes
+        }
+
+
+def _passing(workload: Workload, ranks: Ranks) -> Run:
+    few = torch.arange(min(_COMPARED, num_examples(workload.train)))
+    batch = take_batch(workload, workload.train, few, device=ranks.device)
+
+    def run(network: nn.Module) -> Any:
+        return logits_of(forward(network, workload, batch))
+
+    return run
