@@ -47,6 +47,13 @@ from gbp_ray.pruning.masks import read_initial_masks
 from gbp_ray.pruning.scoring import check_criterion
 from gbp_ray.pruning.selection import check_units
 from gbp_ray.pruning.units import UNUSED, Prunable, Survey, survey
+from gbp_ray.pruning.whole_units import (
+    WholeUnits,
+    check_removable,
+    find_units,
+    scored_parameters,
+    unpruned_matrices,
+)
 from gbp_ray.results.records import RoundRecord
 from gbp_ray.training.adversarial import check_answers, check_attack
 from gbp_ray.training.distillation import check_distillation
@@ -195,7 +202,11 @@ def _check(
     unused = unused_layers(workload, model, is_blank=is_blank)
     # A trial goes on with the layers that it began with.
     unused -= {layer.name for layer in dense.cost.layers} if dense else set()
-    found = survey(model, job.prune.exclude, job.prune.include, unused)
+    structure = find_units(workload, model, job.prune) if job.prune.unit_kinds else None
+    if structure is None:
+        found = survey(model, job.prune.exclude, job.prune.include, unused)
+    else:
+        found = Survey(scored_parameters(structure, model), unpruned_matrices(structure, model))
     units = found.units
     check_frozen_movement(job, model, units)
     shapes = {unit.name: tuple(unit.parameter.shape) for unit in units}
@@ -208,8 +219,11 @@ def _check(
             )
     check_metric(workload, dense, source)
     check_on_record(fingerprints_of_network(model, is_blank=is_blank), stored, source)
-    check_units(units, job.prune)
-    read_initial_masks(job, units, unused)
+    initial = read_initial_masks(job, units, unused)
+    if structure is None:
+        check_units(units, job.prune)
+    elif initial is not None:
+        WholeUnits(structure, job.prune, structure.units_in(initial))
     if job.cluster.strategy == "fsdp":
         _check_shards(job, model, units)
     watch, size = Watch(model), min(8, job.prune.calibration_batch_size)
@@ -239,7 +253,10 @@ def _check(
     _check_norms(job, recipes, checked)
     _warn_of_varying_counts(job, recipes, workload)
     unreached = check_training_passes(job, recipes, checked, watch)
-    check_criterion(model, units, workload, job.prune, seed=job.seed)
+    if structure is None:
+        check_criterion(model, units, workload, job.prune, seed=job.seed)
+    elif not is_blank:
+        check_removable(workload, model, structure, job.prune, job.seed)
     if job.cluster.strategy == "fsdp" and not dist.is_initialized():
         _check_shardable(checked)
     warn_of_unusual_weights(checked, found, unreached)

@@ -50,7 +50,7 @@ from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import derive_seed
 from gbp_ray.workloads.losses import mean_loss, zero_loss
 
-__all__ = ["check_criterion", "score", "score_prefixes"]
+__all__ = ["check_criterion", "on_few_examples", "score", "score_prefixes"]
 
 _TRIAL_EXAMPLES = 8
 """Size of the batch that a criterion is tried on before any training."""
@@ -178,10 +178,7 @@ def check_criterion(
         ConfigError: The criterion cannot be found.
         PruneError: It fails, or its result does not fit the model.
     """
-    rule = criterion(config.criterion)
-    size = min(_TRIAL_EXAMPLES, config.calibration_batch_size)
-    few = {"calibration_examples": size, "calibration_batch_size": size, "hutchinson_probes": 1}
-    small = config.model_copy(update=few)
+    rule, small = criterion(config.criterion), on_few_examples(config)
     if rule.spec.needs_history:
         return
     ranks = Ranks(device=units[0].parameter.device)
@@ -189,6 +186,13 @@ def check_criterion(
     with scoring_mode(model, units):
         statistic, total = scorer.compute_statistic(1, None)
     scorer.finish(statistic, total)
+
+
+def on_few_examples(config: PruneConfig) -> PruneConfig:
+    """Returns a section that scores one small batch."""
+    size = min(_TRIAL_EXAMPLES, config.calibration_batch_size)
+    few = {"calibration_examples": size, "calibration_batch_size": size, "hutchinson_probes": 1}
+    return config.model_copy(update=few)
 
 
 @dataclass(frozen=True)

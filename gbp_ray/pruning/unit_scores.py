@@ -59,6 +59,7 @@ def score_units(
     round_number: int = 1,
     movement: Mapping[str, Tensor] | None = None,
     batches: Sequence[Batch] | None = None,
+    must_be_finite: bool = True,
     on_progress: OnProgress = ignore_progress,
 ) -> np.ndarray:
     """Scores every unit, to the same bits on every rank and any number of ranks. Communicates.
@@ -75,6 +76,7 @@ def score_units(
         round_number: Distinguishes the draws of `random`.
         movement: Its statistic by parameter name, gathered in training.
         batches: This rank's, in place of the calibration examples, as `scoring.score` takes them.
+        must_be_finite: Refuses gates that are NaN or infinite.
         on_progress: Told of this rank's batches.
 
     Returns:
@@ -114,7 +116,8 @@ def score_units(
         )
         scores_U = _sum_weights(scores, units, structure, kept_U, ranks, rule.power)
     scores_U = np.where(kept_U, scores_U, 0.0)
-    _check_finite(model, structure, scores_U, config, ranks)
+    if must_be_finite:
+        _check_finite(model, structure, scores_U, config, ranks)
     return scores_U
 
 

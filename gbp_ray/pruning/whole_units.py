@@ -45,6 +45,7 @@ from gbp_ray.pruning.comparison import Run
 from gbp_ray.pruning.cutting import cut_state, expand_optimizer, expand_state, shrink_structure
 from gbp_ray.pruning.graph.find import find_structure
 from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.scoring import on_few_examples
 from gbp_ray.pruning.structure import Structure
 from gbp_ray.pruning.unit_scores import score_units
 from gbp_ray.pruning.units import Prunable
@@ -55,7 +56,7 @@ from gbp_ray.workloads.batch import Batch, forward, logits_of, map_tensors, tens
 from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import first_example, take_batch
 
-__all__ = ["WholeUnits", "check_units_removable", "find_units", "scored_parameters"]
+__all__ = ["WholeUnits", "check_removable", "find_units", "scored_parameters", "unpruned_matrices"]
 
 _COMPARED = 8
 """Examples on which the network without its removed units is compared with the masked one."""
@@ -93,26 +94,29 @@ def find_units(workload: Workload, model: nn.Module, prune: PruneConfig) -> Stru
     return structure
 
 
-def check_units_removable(
-    workload: Workload, model: nn.Module, prune: PruneConfig, ranks: Ranks, seed: int
-) -> Structure:
-    """Tries on a copy what a trial will do: score on few examples, decide, remove.
+def check_removable(
+    workload: Workload, model: nn.Module, structure: Structure, prune: PruneConfig, seed: int
+) -> None:
+    """Tries on a copy what a trial will do: score few examples, decide, remove.
 
     Raises:
         ConfigError: The target cannot be met, or a glob matches nothing.
-        PruneError: Units cannot be scored or removed.
+        PruneError: Units cannot be scored or removed; names the layer.
     """
-    structure = find_units(workload, model, prune)
-    kept_U = np.ones(structure.num_units, dtype=bool)
-    check_budget(structure, prune, kept_U)
-    if not prune.compact:
-        return structure
-    few = WholeUnits(structure, prune)
-    choice = few.choose(len(few.plan), np.arange(structure.num_units, dtype=np.float64))
-    twin = copy_network(model)
-    few.masks(twin, choice.kept_U).apply_(twin)
-    few.remove(choice.kept_U, twin, workload, ranks)
-    return structure
+    everything = np.ones(structure.num_units, dtype=bool)
+    check_budget(structure, prune, everything)
+    ranks = Ranks(device=next(model.parameters()).device)
+    if not prune.spec.needs_history:
+        few = on_few_examples(prune)
+        score_units(
+            *(model, structure, everything, workload, few, ranks), seed=seed, must_be_finite=False
+        )
+    if prune.compact:
+        units = WholeUnits(structure, prune)
+        choice = units.choose(prune.rounds, np.arange(structure.num_units, dtype=np.float64))
+        twin = copy_network(model)
+        units.masks(twin, choice.kept_U).apply_(twin)
+        units.remove(choice.kept_U, twin, workload, ranks)
 
 
 def scored_parameters(structure: Structure, model: nn.Module) -> list[Prunable]:
@@ -361,7 +365,7 @@ class WholeUnits:
                 )
                 for unit in self.prunable(model)
             ),
-            unpruned=self._unpruned(model),
+            unpruned=unpruned_matrices(self.dense, model),
             units=units,
         )
 
@@ -376,19 +380,19 @@ class WholeUnits:
             total += math.prod(lengths) * tensor.element_size()
         return total
 
-    def _unpruned(self, model: nn.Module) -> dict[str, tuple[int, str]]:
-        """Says of matrices in which no unit lies why, where it is known."""
-        return {
-            name: (
-                parameter.numel(),
-                next(
-                    (why for axis, why in self.dense.frozen.items() if axis.startswith(f"{name}[")),
-                    "no units lie in it",
-                ),
-            )
-            for name, parameter in model.named_parameters()
-            if parameter.ndim > 1 and parameter.numel() and name not in self.dense.shapes
-        }
+
+def unpruned_matrices(structure: Structure, model: nn.Module) -> dict[str, tuple[int, str]]:
+    """Says of matrices in which no unit lies their size, and why, where it is known."""
+
+    def explain(name: str) -> str:
+        reasons = (w for axis, w in structure.frozen.items() if axis.startswith(f"{name}["))
+        return next(reasons, "no units lie in it")
+
+    return {
+        name: (parameter.numel(), explain(name))
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and parameter.numel() and name not in structure.shapes
+    }
 
 
 def _passing(workload: Workload, ranks: Ranks) -> Run:

@@ -33,7 +33,10 @@ from gbp_ray.distributed.sums import largest_exchange
 from gbp_ray.pruning.criteria import criterion
 from gbp_ray.pruning.scoring import score
 from gbp_ray.pruning.statistics import movement_statistic
+from gbp_ray.pruning.structure import Structure
+from gbp_ray.pruning.unit_scores import score_units
 from gbp_ray.pruning.units import Layout, survey
+from gbp_ray.pruning.whole_units import find_units, scored_parameters, unpruned_matrices
 from gbp_ray.training.adversarial import num_attacked, perturb
 from gbp_ray.training.batchnorm import norm_batch_size, running_statistics
 from gbp_ray.training.distillation import Teacher, answer_bytes, is_taught_once
@@ -94,8 +97,14 @@ class Memory:
         self._is_sharded = job.cluster.strategy == "fsdp"
         self._world_size = max(1, job.cluster.max_workers)
         unused = unused_layers(workload, model, is_blank=is_blank)
-        found = survey(model, job.prune.exclude, job.prune.include, unused)
-        self._units, self.unpruned = found.units, found.unpruned
+        self._structure: Structure | None = None
+        if job.prune.unit_kinds:
+            self._structure = find_units(workload, model, job.prune)
+            self._units = scored_parameters(self._structure, model)
+            self.unpruned = unpruned_matrices(self._structure, model)
+        else:
+            found = survey(model, job.prune.exclude, job.prune.include, unused)
+            self._units, self.unpruned = found.units, found.unpruned
         self._layout = Layout(self._units, Ranks(0, self._world_size))
         self.num_prunable = self._layout.num_weights
         self.num_owned = max(stop - start for start, stop in pairwise(self._layout.bounds))
@@ -197,7 +206,15 @@ class Memory:
         def run(size: int) -> object:
             few["calibration_examples"] = few["calibration_batch_size"] = size
             config = self._job.prune.model_copy(update=few)
-            return score(self._model, self._units, self._few, config, Ranks(), movement=gathered)
+            given = (self._few, config, Ranks())
+            if self._structure is not None:
+                everything = np.ones(self._structure.num_units, dtype=bool)
+                return score_units(
+                    *(self._model, self._structure, everything, *given),
+                    movement=gathered,
+                    must_be_finite=False,
+                )
+            return score(self._model, self._units, *given, movement=gathered)
 
         return self._measure(run)
 

@@ -214,7 +214,9 @@ def iterate_trial(
                 on_progress=in_trial,
                 score_cache=score_cache,
             ):
-                record, model = _commit(store, name, driver, state, ranks), state.model
+                record = _commit(store, name, driver, state, ranks)
+                # Stored weights have the dense network's shapes.
+                model = state.model if record.cost.units is None else None
                 # The next round makes masks and an optimizer of its own.
                 del state
                 yield record
