@@ -31,7 +31,7 @@ from gbp_ray.distributed.sharding import (
     shard_like,
     shard_network,
 )
-from gbp_ray.errors import ConfigError, name_some
+from gbp_ray.errors import ConfigError, PruneError, name_some
 from gbp_ray.pruning.budget import (
     Bounds,
     UnitChoice,
@@ -40,9 +40,10 @@ from gbp_ray.pruning.budget import (
     plan_budgets,
     select_units,
 )
-from gbp_ray.pruning.compact import compact
+from gbp_ray.pruning.compact import remove_units
 from gbp_ray.pruning.comparison import Run
 from gbp_ray.pruning.cutting import cut_state, expand_optimizer, expand_state, shrink_structure
+from gbp_ray.pruning.fixed_groups import find_fixed_groups
 from gbp_ray.pruning.graph.find import find_structure
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.scoring import on_few_examples
@@ -116,7 +117,21 @@ def check_removable(
         choice = units.choose(prune.rounds, np.arange(structure.num_units, dtype=np.float64))
         twin = copy_network(model)
         units.masks(twin, choice.kept_U).apply_(twin)
-        units.remove(choice.kept_U, twin, workload, ranks)
+        try:
+            units.remove(choice.kept_U, twin, workload, ranks)
+        except PruneError as error:
+            raise _name_fixed(workload, model, structure, ranks, error) from error
+
+
+def _name_fixed(
+    workload: Workload, model: nn.Module, structure: Structure, ranks: Ranks, error: PruneError
+) -> PruneError:
+    """Names all groups that a network's own code cannot go without, where one was met."""
+    fixed = find_fixed_groups(copy_network(model), structure, _passing(workload, ranks))
+    if not fixed:
+        return error
+    names = ", ".join(f'"{structure.groups[number].name}"' for number in fixed)
+    return PruneError(f"{error}; layers like this: prune.exclude = [{names}]")
 
 
 def scored_parameters(structure: Structure, model: nn.Module) -> list[Prunable]:
@@ -244,7 +259,9 @@ class WholeUnits:
                 removed = removed._replace(optimizer=make_optimizer(removed.model))
                 self._fill_optimizer(stays, optimizer, model, removed)
         else:
-            done = compact(model, self.left, stays, run, optimizer=optimizer, movement=movement)
+            done = remove_units(
+                model, self.left, stays, run, optimizer=optimizer, movement=movement
+            )
             removed = Removed(model, optimizer, movement, done.difference)
         self.left = shrink_structure(self.left, stays)
         self._present_U = self.kept_U = kept_U
@@ -261,7 +278,7 @@ class WholeUnits:
     ) -> Removed:
         whole = copy_unsharded(model, ranks.device)
         difference = ranks.run_collectively(
-            lambda: compact(whole, self.left, stays, run).difference
+            lambda: remove_units(whole, self.left, stays, run).difference
         )
         shard_network(whole, ranks.device, ranks.world_size)
         if movement is not None:

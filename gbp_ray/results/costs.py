@@ -31,6 +31,8 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Record(BaseModel):
+    """The base of all records: frozen, and open to fields of later versions."""
+
     # "ignore": a reader of today opens the records of a later version that added fields.
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
 

@@ -33,6 +33,7 @@ class Call:
         return self.given[name]
 
     def get(self, name: str, default: Any = None) -> Any:
+        """Returns an argument, or the default for one that is not given or None."""
         found = self.given.get(name)
         return default if found is None else found
 
