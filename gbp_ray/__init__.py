@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ClusterError": "gbp_ray.errors",
+    "CompactResult": "gbp_ray.pruning.compact_in_memory",
     "ConfigError": "gbp_ray.errors",
     "GbpError": "gbp_ray.errors",
     "JobConfig": "gbp_ray.config.job",
@@ -32,6 +33,7 @@ _HOMES = {
     "Workload": "gbp_ray.workloads.loading",
     "WorkloadError": "gbp_ray.errors",
     "apply_masks": "gbp_ray.export.apply",
+    "compact": "gbp_ray.pruning.compact_in_memory:compact_model",
     "explain_round": "gbp_ray.runtime.explain",
     "export_round": "gbp_ray.export.program",
     "load_job": "gbp_ray.config.job",
@@ -48,6 +50,7 @@ _HOMES = {
     "sweep": "gbp_ray.runtime.api",
     "write_report": "gbp_ray.report.page",
 }
+"""The module of each name, and after a colon the name that it has there."""
 
 __all__ = sorted([*_HOMES, "__version__"])
 
@@ -55,7 +58,8 @@ __all__ = sorted([*_HOMES, "__version__"])
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'gbp_ray' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    home, _, other = _HOMES[name].partition(":")
+    value = getattr(import_module(home), other or name)
     globals()[name] = value
     return value
 

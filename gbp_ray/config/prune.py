@@ -26,7 +26,7 @@ from gbp_ray.config.schema import (
 )
 from gbp_ray.errors import ConfigError
 
-__all__ = ["SCHEDULES", "Cost", "PruneConfig", "PruneTarget", "sparsity_schedule"]
+__all__ = ["SCHEDULES", "UNIT_KINDS", "Cost", "PruneConfig", "PruneTarget", "sparsity_schedule"]
 
 _PATTERN_N_M = re.compile(r"([0-9]{1,6}):([0-9]{1,6})")
 _NO_DATA = Idle("criterion = {criterion}", lambda prune: not prune.spec.needs_data)
@@ -45,7 +45,8 @@ _OF_COST = Idle("target.{target}", lambda prune: prune.target.is_of_cost and pru
 _NO_UNITS = Idle("granularity = {granularity}", lambda prune: not prune.unit_kinds)
 _NO_MASKS = Idle("initial_masks unset", lambda prune: not prune.initial_masks)
 _BOUNDS = Worded("must be a number, or a table of name globs with a number each")
-_UNITS = {"channel": ("channel",), "head": ("head",), "channel+head": ("channel", "head")}
+UNIT_KINDS = {"channel": ("channel",), "head": ("head",), "channel+head": ("channel", "head")}
+"""Kinds of whole units by granularity."""
 
 
 Cost = Literal["sparsity", "parameters", "macs", "bytes"]
@@ -186,7 +187,7 @@ class PruneConfig(Section):
     @classmethod
     def _is_granularity(cls, value: str) -> str:
         match = _PATTERN_N_M.fullmatch(value)
-        is_known = value == "weight" or value in _UNITS
+        is_known = value == "weight" or value in UNIT_KINDS
         if not is_known and not (match and 0 < int(match[1]) < int(match[2])):
             raise ValueError(
                 'must be "weight" or "n:m" with 0 < n < m, such as "2:4"; or, of whole units, '
@@ -269,7 +270,7 @@ class PruneConfig(Section):
     @property
     def unit_kinds(self) -> tuple[str, ...]:
         """Returns the kinds of whole units that are removed; empty where weights are."""
-        return _UNITS.get(self.granularity, ())
+        return UNIT_KINDS.get(self.granularity, ())
 
     @property
     def goal(self) -> str:

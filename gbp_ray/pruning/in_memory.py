@@ -9,38 +9,39 @@ the same network and data, and all get the masks that one process would.
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    RandomSampler,
-    SequentialSampler,
-)
 
-from gbp_ray.config.prune import PruneConfig
-from gbp_ray.config.schema import explain_faults, nearest_name
+from gbp_ray.config.prune import UNIT_KINDS, PruneConfig
 from gbp_ray.distributed.agreement import (
     check_same_start,
-    digest_tensor,
-    fingerprint,
     fingerprints_of_data,
     fingerprints_of_network,
 )
-from gbp_ray.distributed.ranks import Ranks, fixed_kernels, isolated
-from gbp_ray.distributed.sharding import adopt_sharded, is_sharded
-from gbp_ray.errors import ConfigError, GbpError, PruneError, WorkloadError
+from gbp_ray.distributed.ranks import Ranks, isolated
+from gbp_ray.distributed.sharding import is_sharded
+from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.pruning import scoring
+from gbp_ray.pruning.arguments import (
+    Loss,
+    as_in_a_job,
+    check_reached,
+    check_same_replicas,
+    check_whole,
+    check_whole_network,
+    config_of,
+    keeping_gradients,
+    make_workload,
+    network_in,
+    reword_reasons,
+)
+from gbp_ray.pruning.budget import check_budget
 from gbp_ray.pruning.checkpoint import shard_masks
 from gbp_ray.pruning.checks import warn_of_unusual_weights
 from gbp_ray.pruning.criteria import criterion as find_criterion
@@ -51,6 +52,7 @@ from gbp_ray.pruning.selection import (
     check_units,
     select_masks,
 )
+from gbp_ray.pruning.structure import Structure
 from gbp_ray.pruning.units import (
     Prunable,
     SlicedScores,
@@ -58,37 +60,19 @@ from gbp_ray.pruning.units import (
     num_to_prune,
     survey,
 )
+from gbp_ray.pruning.whole_units import (
+    WholeUnits,
+    check_choice,
+    find_units,
+    scored_parameters,
+    unpruned_matrices,
+)
 from gbp_ray.training.network import unused_on_all
 from gbp_ray.workloads.batch import kind_of
 from gbp_ray.workloads.checks import Checked, check_workload
 from gbp_ray.workloads.contract import Workload
-from gbp_ray.workloads.data import without_loaders
-from gbp_ray.workloads.loading import build_network
-from gbp_ray.workloads.metrics import Metric
-from gbp_ray.workloads.tying import unwrapped
 
-__all__ = [
-    "Scores",
-    "as_in_a_job",
-    "check_reached",
-    "check_same_replicas",
-    "check_whole",
-    "config_of",
-    "keeping_gradients",
-    "make_workload",
-    "network_in",
-    "prune_model",
-    "reword_reasons",
-    "score",
-    "select",
-]
-
-Loss = Callable[[Any, Any], Tensor]
-
-_FIELDS = ("layer_min_sparsity", "layer_max_sparsity", "hutchinson_probes")
-"""Fields of a job's [prune] that are taken beside those in the signatures."""
-
-_UNJUDGED = Metric("unjudged", lambda outputs, targets: torch.zeros(1), lambda sums: 0.0)
+__all__ = ["Scores", "prune_model", "score", "select"]
 
 
 class Scores(dict[str, Tensor]):
@@ -121,7 +105,8 @@ def prune_model(
     model: nn.Module,
     data: Any = None,
     *,
-    sparsity: float,
+    sparsity: float | None = None,
+    target: Mapping[str, float] | None = None,
     criterion: str = "taylor",
     loss: Loss = functional.cross_entropy,
     scope: str = "global",
@@ -140,29 +125,35 @@ def prune_model(
 ) -> MaskSet:
     """Sets the weights with the lowest scores to zero, in place, and returns the masks.
 
-    Training mode, gradients, buffers and `requires_grad` are as before. Communicates where
-    torch.distributed is initialised.
+    Whole units (channels, heads) go with all that is coupled to them; `gbp_ray.compact` then takes
+    them out of the network. Training mode, gradients, buffers and `requires_grad` are as before.
+    Communicates where torch.distributed is initialised.
 
     Args:
         model: On any one device, also wrapped by DDP or `torch.compile`, or sharded by FSDP2 over
             all ranks; names are those of the network inside. Of a sharded one layers that no pass
-            reaches are not found and left out; name them in `exclude`.
+            reaches are not found and left out; name them in `exclude`. Whole units need it in one
+            piece.
         data: What a split of a `Workload` may be: `(inputs, targets)`, a map-style dataset, or a
             DataLoader, of which only dataset and collate function are used. Criteria that read no
-            data need none.
-        sparsity: Zero / prunable weights afterwards, in [0, 1).
+            data need none; whole units are found by an example.
+        sparsity: Zero / prunable weights afterwards, in [0, 1); of whole units removed / all.
+        target: In its place, for whole units: what stays, {"macs": 0.5}, or "parameters" or
+            "bytes"; up to 1 a part of the dense network's, above a number. Never exceeded.
         criterion: See `gbp-ray criteria`, or your own as "module:attr"; not movement, which
             `Pruner` gathers in training.
         loss: `(outputs, targets) -> scalar`, a mean; see `Workload`, as for `forward`, `collate`
             and `count`.
         scope: "global" or "layer".
-        granularity: "weight", or "n:m".
+        granularity: "weight", "n:m"; or "channel", "head", "channel+head".
         exclude: Name globs of parameters that are not pruned.
         include: Name globs of others that are, such as embeddings and recurrent weights.
         masks: From an earlier call: what is pruned stays so and counts towards the sparsity.
         calibration_examples: How many examples the seed draws to score on.
         num_threads: CPU threads, on which the order of additions depends; jobs take 1 by default.
-        fields: `layer_min_sparsity`, `layer_max_sparsity` and `hutchinson_probes` of a job.
+        fields: `layer_min_sparsity`, `layer_max_sparsity` and `hutchinson_probes` of a job; for
+            whole units `round_to`, `min_width`, `unit_score`, and `compact=False`, which allows
+            units that only masks can remove, as `gbp_ray.compact` would fail on them.
 
     Returns:
         The masks; `unpruned` names the weight matrices that were left alone, and why.
@@ -174,6 +165,7 @@ def prune_model(
         config = config_of(
             fields,
             sparsity=sparsity,
+            target=target,
             criterion=criterion,
             scope=scope,
             granularity=granularity,
@@ -183,13 +175,15 @@ def prune_model(
             calibration_batch_size=calibration_batch_size,
         )
         task = _prepare(model, data, config, seed, loss, forward, collate, count)
+        if task.structure is not None:
+            return _prune_units(task, task.structure, masks)
         before = _checked_masks(masks, MaskSet.dense(task.units), config)
         check_units(task.units, config)
         if masks is not None:
             before.apply_(task.model)
             before = shard_masks(before, task.model)
         scores = task.score(before.round + 1)
-        removal = select_masks(scores, before, config, sparsity, task.input_dims, task.ranks)
+        removal = select_masks(scores, before, config, config.sparsity, task.input_dims, task.ranks)
         task.ranks.check_agreement(removal.masks.digest, "the mask")
         removal.masks.apply_(task.model)
         return replace(removal.masks, unpruned=task.unpruned)
@@ -214,10 +208,13 @@ def score(
 ) -> Scores:
     """Scores every prunable weight and changes nothing; arguments as for `prune_model`.
 
+    Whole units are scored and chosen at once, by `prune_model`.
+
     Returns:
         float32 tensors on the CPU by parameter name, for `select`.
     """
     with as_in_a_job(num_threads):
+        _refuse_units("score", fields.get("granularity"))
         config = config_of(
             fields,
             sparsity=0.0,
@@ -254,6 +251,7 @@ def select(
         GbpError: As for `prune_model`.
     """
     with as_in_a_job(torch.get_num_threads()):
+        _refuse_units("select", granularity)
         if not isinstance(scores, Mapping) or not scores:
             raise ConfigError(
                 f"scores: must be tensors by parameter name, as score() gives, not "
@@ -287,172 +285,53 @@ def select(
         return replace(found, criterion=scores.criterion, unpruned=scores.unpruned)
 
 
-# -- the arguments ---------------------------------------------------------------------------------
+# -- the parts -------------------------------------------------------------------------------------
 
 
-@contextmanager
-def as_in_a_job(num_threads: int, split: str = "data") -> Iterator[None]:
-    """Computes in the block as a job does, whatever surrounds it, and names arguments in errors.
-
-    Gradients are on and autocast is off.
-
-    Args:
-        num_threads: See `fixed_kernels`.
-        split: The argument that stands for a job's data.
-    """
-    check_whole("num_threads", num_threads, 1)
-    with ExitStack() as stack:
-        stack.enter_context(_naming_arguments(split))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(fixed_kernels(num_threads))
-        yield
-
-
-def check_whole(name: str, value: object, least: int, why: str = "") -> None:
-    """Raises ConfigError for an argument that is no whole number from `least` on."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} = {value!r}: must be a whole number from {least} on{why}")
-
-
-_ARGUMENTS = (
-    (r"^workload: ", "data: "),
-    (r",? in workload\.factory\b", ""),
-    (r"\bworkload\.(?:build_model|factory)\b", "model"),
-    (r"\b(?:prune|workload)\.(\w+)", r"\1"),
-    (r"^prune: ", "model: "),
-    (r"\b(give|to) Workload a\b", r"\1 a"),
-)
-"""Fields of a job, as its checks name them, and the arguments that take their place."""
-
-
-def _reword(text: str, split: str = "data") -> str:
-    text = re.sub(r"\bworkload\.(?:train|test)\b", split, text)
-    for pattern, argument in _ARGUMENTS:
-        text = re.sub(pattern, argument, text)
-    return text
-
-
-@contextmanager
-def _naming_arguments(split: str) -> Iterator[None]:
-    """Makes the errors and warnings of a job's checks name arguments."""
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield
-    except GbpError as error:
-        error.args = (_reword(str(error), split),)
-        raise
-    finally:
-        for warning in caught:
-            # Where the caller of the public function is: above the generator and its block.
-            warnings.warn(_reword(str(warning.message), split), warning.category, stacklevel=7)
-
-
-def config_of(fields: Mapping[str, Any], **given: Any) -> PruneConfig:
-    """Checks arguments as a job's [prune] is checked.
-
-    Args:
-        fields: Those beside the signature, of `_FIELDS`.
-
-    Raises:
-        ConfigError: One line that lists every fault.
-    """
-    for name in fields:
-        if name not in _FIELDS:
-            raise ConfigError(
-                f"{name}: is no argument{nearest_name(name, [*given, *_FIELDS])} "
-                f"(allowed: {', '.join([*given, *_FIELDS])})"
-            )
-    for name in ("exclude", "include"):
-        if isinstance(globs := given.get(name, ()), str):
-            given[name] = (globs,)
-        elif isinstance(globs, Iterable):
-            given[name] = tuple(globs)
-    try:
-        return PruneConfig(**given, **fields)
-    except ValidationError as error:
-        raise ConfigError("; ".join(explain_faults(error, PruneConfig))) from None
-
-
-def network_in(model: nn.Module) -> nn.Module:
-    """Returns the network inside wrappers, fit to be scored where it is. Communicates if sharded.
-
-    Raises:
-        WorkloadError: It is none, is spread over devices or has no weights yet, or would be
-            trained by a backward pass.
-    """
-    if not isinstance(model, nn.Module):
-        raise WorkloadError(f"model: must be a torch.nn.Module, not {kind_of(model)}")
-    # Refuses what no job could prune, too.
-    plain = build_network(Workload(lambda: unwrapped(model), None, None))
-    devices = {str(tensor.device) for tensor in plain.parameters()}
-    if len(devices) > 1 or "meta" in devices:
-        where = " and ".join(sorted(devices))
-        raise WorkloadError(
-            f"model: its parameters are on {where}; move the network to one device, with weights"
+def _refuse_units(function: str, granularity: object) -> None:
+    if granularity in UNIT_KINDS:
+        raise ConfigError(
+            f"granularity = '{granularity}': {function}() is of single weights, as the choice of "
+            "whole units needs their cost in the network; use prune_model, on a copy of a network "
+            "that is to stay as it is"
         )
-    for name, parameter in plain.named_parameters():
-        if parameter.is_inference():
-            raise WorkloadError(
-                f"model: '{name}' was made under torch.inference_mode and has no gradients; make "
-                "the network outside"
-            )
-        if getattr(parameter, "_post_accumulate_grad_hooks", None):
-            raise WorkloadError(
-                f"model: '{name}' has a hook that runs when its gradient is there, such as an "
-                "optimizer inside the backward pass, which scoring would set off; prune before the "
-                "hook is registered"
-            )
-    adopt_sharded(plain)
-    return plain
 
 
-def make_workload(
-    model: nn.Module,
-    data: Any,
-    loss: Loss,
-    forward: Callable[[nn.Module, Any], Any] | None,
-    collate: Callable[[list[Any]], Any] | None,
-    count: Callable[[Any], float | Tensor] | None,
-) -> Workload:
-    """Makes a workload of the arguments, which nothing judges."""
-    functions = {"loss": loss, "forward": forward, "collate": collate, "count": count}
-    for name, function in functions.items():
-        if not callable(function) and (function is not None or name == "loss"):
-            raise ConfigError(f"{name}: must be a function, not {kind_of(function)}")
-    workload = Workload(
-        lambda: model, data, data, loss, forward=forward, collate=collate, count=count
-    )
-    workload = replace(workload, metrics=(_UNJUDGED,))
-    if not isinstance(data, DataLoader):
-        return workload
-    usual = (SequentialSampler, RandomSampler, DistributedSampler)
-    own = data.sampler if type(data.batch_sampler) is BatchSampler else data.batch_sampler
-    with warnings.catch_warnings(action="ignore"):
-        workload = without_loaders(workload)
-    if own is not None and type(own) not in usual:
-        warnings.warn(
-            f"data: the DataLoader's {type(own).__name__} is not used, all examples of its dataset "
-            "may be drawn; give a torch.utils.data.Subset to draw from some only",
-            stacklevel=2,
+def _prune_units(task: _Task, structure: Structure, masks: MaskSet | None) -> MaskSet:
+    """Chooses whole units and sets them to zero; see `prune_model`."""
+    model, config, ranks = task.model, task.config, task.ranks
+    kept_U: np.ndarray | None = None
+    if masks is not None:
+        before = _as_masks(masks).to(torch.device("cpu"))
+        kept_U = structure.units_in(before)
+    whole = WholeUnits(structure, config, kept_U)
+    if masks is None:
+        before = whole.dense_masks(whole.kept_U)
+    check_budget(structure, config, whole.kept_U)
+    before.apply_(model)
+    with keeping_gradients(model):
+        scores_U = whole.score(
+            *(model, task.workload, ranks, task.seed, before.round + 1), movement=None
         )
-    # One split, which is checked and fingerprinted once.
-    return replace(workload, test=workload.train)
+    choice = whole.choose(1, scores_U)
+    if config.compact:
+        ranks.run_collectively(lambda: check_choice(task.workload, model, structure, choice.kept_U))
+    found = whole.dense_masks(choice.kept_U, before)
+    ranks.check_agreement(found.digest, "the mask")
+    found.apply_(model)
+    return replace(found.to(ranks.device), unpruned=task.unpruned)
 
 
-def reword_reasons(unpruned: Mapping[str, tuple[int, str]]) -> dict[str, tuple[int, str]]:
-    """Makes the reasons of a `Survey` name arguments."""
-    return {name: (number, _reword(why)) for name, (number, why) in unpruned.items()}
+def _as_masks(masks: object) -> MaskSet:
+    if not isinstance(masks, MaskSet):
+        raise ConfigError(f"masks: must be a MaskSet, as prune_model returns, not {kind_of(masks)}")
+    return masks
 
 
 def _checked_masks(masks: MaskSet | None, dense: MaskSet, config: PruneConfig) -> MaskSet:
     if masks is None:
         return dense
-    if not isinstance(masks, MaskSet):
-        raise ConfigError(f"masks: must be a MaskSet, as prune_model returns, not {kind_of(masks)}")
+    _as_masks(masks)
     if config.pattern is not None:
         raise ConfigError(
             f'masks with granularity = "{config.granularity}": leave no whole groups to choose '
@@ -478,6 +357,7 @@ class _Task:
     config: PruneConfig
     ranks: Ranks
     seed: int
+    structure: Structure | None = None
 
     @property
     def units(self) -> list[Prunable]:
@@ -520,6 +400,8 @@ def _prepare(
             f"criterion = {config.criterion}: is gathered while training; use gbp_ray.Pruner in "
             "your training loop, or another criterion"
         )
+    if config.unit_kinds:
+        _check_fit_for_units(plain, data, config)
     ranks = Ranks.current(next(plain.parameters()).device)
     workload = make_workload(plain, data, *functions)
     start = fingerprints_of_network(plain, is_blank=False)
@@ -539,52 +421,30 @@ def _prepare(
             start |= fingerprints_of_data(replace(workload, test=None))
     check_same_start(ranks, start)
     check_same_replicas(plain, ranks)
-    if data is not None and not is_sharded(plain):
-        unused = unused_on_all(workload, plain, ranks)
-    found = survey(plain, config.exclude, config.include, unused)
+    structure: Structure | None = None
+    if config.unit_kinds:
+        structure = ranks.run_collectively(lambda: find_units(workload, plain, config))
+        found = Survey(scored_parameters(structure, plain), unpruned_matrices(structure, plain))
+    else:
+        if data is not None and not is_sharded(plain):
+            unused = unused_on_all(workload, plain, ranks)
+        found = survey(plain, config.exclude, config.include, unused)
     if checked is not None:
         check_reached(found.units, checked.unreached)
         warn_of_unusual_weights(checked, found)
-    return _Task(plain, found, workload, config, ranks, seed)
+    return _Task(plain, found, workload, config, ranks, seed, structure)
+
+
+def _check_fit_for_units(model: nn.Module, data: Any, config: PruneConfig) -> None:
+    named = f"granularity = '{config.granularity}'"
+    check_whole_network(model, named)
+    if data is None:
+        raise ConfigError(
+            f"data: {named} finds units by passing an example through the network; give (inputs, "
+            "targets), a dataset or a DataLoader"
+        )
 
 
 def _check_data(workload: Workload, model: nn.Module, size: int) -> Checked:
     with isolated(model, 0):
         return check_workload(workload, model, size)
-
-
-def check_reached(units: Iterable[Prunable], unreached: Iterable[str]) -> None:
-    """Raises WorkloadError if a loss depends on none of the weights."""
-    if {unit.name for unit in units} <= set(unreached):
-        raise WorkloadError(
-            "loss: depends on no prunable weight, so that all scores would be 0; let model, "
-            "forward and loss keep the graph (no detach, no torch.no_grad)"
-        )
-
-
-def check_same_replicas(model: nn.Module, ranks: Ranks) -> None:
-    """Checks that all ranks of a replicated network have the same weights. Communicates.
-
-    Raises:
-        PruneError: On every rank, naming those that differ from rank 0.
-    """
-    if ranks.world_size == 1 or is_sharded(model):
-        return
-    digests = {name: digest_tensor(parameter) for name, parameter in model.named_parameters()}
-    everyone = ranks.all_gather_objects(fingerprint(digests))
-    if strays := [rank for rank, other in enumerate(everyone) if other != everyone[0]]:
-        raise PruneError(
-            f"model: its weights on ranks {strays} are not those on rank 0; wrap it in "
-            "DistributedDataParallel or shard it, so that all train one network"
-        )
-
-
-@contextmanager
-def keeping_gradients(model: nn.Module) -> Iterator[None]:
-    """Puts `grad` of each parameter back after the block."""
-    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, gradient in kept:
-            parameter.grad = gradient

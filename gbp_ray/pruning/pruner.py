@@ -38,10 +38,7 @@ from gbp_ray.distributed.sharding import (
 )
 from gbp_ray.errors import ConfigError, PruneError, WorkloadError
 from gbp_ray.pruning import scoring
-from gbp_ray.pruning.checkpoint import shard_masks
-from gbp_ray.pruning.checks import warn_of_unusual_weights
-from gbp_ray.pruning.criteria import criterion as find_criterion
-from gbp_ray.pruning.in_memory import (
+from gbp_ray.pruning.arguments import (
     Loss,
     as_in_a_job,
     check_reached,
@@ -53,6 +50,9 @@ from gbp_ray.pruning.in_memory import (
     network_in,
     reword_reasons,
 )
+from gbp_ray.pruning.checkpoint import shard_masks
+from gbp_ray.pruning.checks import warn_of_unusual_weights
+from gbp_ray.pruning.criteria import criterion as find_criterion
 from gbp_ray.pruning.masks import MaskSet, forget_pruned
 from gbp_ray.pruning.selection import check_units, select_masks
 from gbp_ray.pruning.statistics import movement_statistic

@@ -177,17 +177,24 @@ class Structure:
         """Returns which units such masks keep, bool (U,); the inverse of `masks`.
 
         Raises:
-            PruneError: They remove a part of a unit.
+            PruneError: They remove a part of a unit, or weights in which no unit lies.
         """
         kept = []
         for group in self.groups:
-            part = next(part for part in group.slices if part.name in masks)
+            part = next((part for part in group.slices if part.name in masks), None)
+            if part is None:
+                kept.append(np.ones(group.num_units, dtype=bool))
+                continue
             mask = masks[part.name].movedim(part.dim, 0)
             rows = mask.reshape(len(mask), -1).any(dim=1).numpy()
             kept.append(rows[part.positions].any(axis=1))
         kept_U = np.concatenate(kept) if kept else np.ones(0, dtype=bool)
-        for name, mask in self.masks(kept_U, masks).items():
-            if not torch.equal(mask, masks[name]):
+        # A unit that goes takes its part of every parameter that it lies in.
+        expected = self.masks(kept_U, self.bytes_per_weight)
+        for name in {**masks, **expected}:
+            pair = [of[name] for of in (masks, expected) if name in of]
+            is_same = torch.equal(*pair) if len(pair) == 2 else bool(pair[0].all())
+            if not is_same:
                 raise PruneError(
                     f"mask of '{name}': removes weights, but no whole units of this network"
                 )

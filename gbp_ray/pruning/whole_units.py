@@ -10,7 +10,7 @@ Shape suffixes: U = units of the dense network.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,23 +57,64 @@ from gbp_ray.workloads.batch import Batch, forward, logits_of, map_tensors, tens
 from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import first_example, take_batch
 
-__all__ = ["WholeUnits", "check_removable", "find_units", "scored_parameters", "unpruned_matrices"]
+__all__ = [
+    "COMPARED",
+    "WholeUnits",
+    "check_choice",
+    "check_removable",
+    "few_of",
+    "find_units",
+    "passing",
+    "scored_parameters",
+    "structure_by",
+    "unpruned_matrices",
+]
 
-_COMPARED = 8
+COMPARED = 8
 """Examples on which the network without its removed units is compared with the masked one."""
 
 
-def find_units(workload: Workload, model: nn.Module, prune: PruneConfig) -> Structure:
-    """Finds the units of a network that a job may remove, by one training example.
+def find_units(
+    workload: Workload, model: nn.Module, prune: PruneConfig, example: Batch | None = None
+) -> Structure:
+    """Finds the units of a network that a job may remove, by one example.
 
     Args:
         model: Unsharded; on the meta device, too.
+        example: By default the first training example.
 
     Raises:
         ConfigError: It has none of the kinds that the job names, or a glob matches nothing.
         PruneError: torch.export cannot follow it.
     """
-    example = first_example(workload)
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    excluded = {name for glob in prune.exclude for name in match_names(glob, names)}
+    example = first_example(workload) if example is None else example
+    structure = structure_by(workload, model, example, excluded, prune.unit_kinds)
+    if not structure.groups:
+        why = [f"'{axis}' ({reason})" for axis, reason in structure.frozen.items()]
+        raise ConfigError(
+            f"prune.granularity = '{prune.granularity}': the network has no such units that can "
+            f"go; fixed are {name_some(why, 3) or 'all of its axes'}; choose another granularity"
+        )
+    return structure
+
+
+def structure_by(
+    workload: Workload,
+    model: nn.Module,
+    example: Batch,
+    excluded: Iterable[str] = (),
+    kinds: Iterable[str] = ("channel", "head"),
+) -> Structure:
+    """Finds the groups of a network as the pass of an example shows them.
+
+    Args:
+        excluded: First names of parameters that no unit may lie in.
+
+    Raises:
+        PruneError: torch.export cannot follow it.
+    """
     device = next(model.parameters()).device
     inputs = [tensor.to(device) for tensor in tensors_in(example.inputs)]
 
@@ -83,16 +124,7 @@ def find_units(workload: Workload, model: nn.Module, prune: PruneConfig) -> Stru
         batch = Batch(nest, example.targets if example.is_pair else nest)
         return list(tensors_in(logits_of(forward(network, workload, batch))))
 
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    excluded = {name for glob in prune.exclude for name in match_names(glob, names)}
-    structure = find_structure(model, inputs, run, excluded, prune.unit_kinds)
-    if not structure.groups:
-        why = [f"'{axis}' ({reason})" for axis, reason in structure.frozen.items()]
-        raise ConfigError(
-            f"prune.granularity = '{prune.granularity}': the network has no such units that can "
-            f"go; fixed are {name_some(why, 3) or 'all of its axes'}; choose another granularity"
-        )
-    return structure
+    return find_structure(model, inputs, run, excluded, kinds)
 
 
 def check_removable(
@@ -115,23 +147,36 @@ def check_removable(
     if prune.compact:
         units = WholeUnits(structure, prune)
         choice = units.choose(prune.rounds, np.arange(structure.num_units, dtype=np.float64))
-        twin = copy_network(model)
-        units.masks(twin, choice.kept_U).apply_(twin)
-        try:
-            units.remove(choice.kept_U, twin, workload, ranks)
-        except PruneError as error:
-            raise _name_fixed(workload, model, structure, ranks, error) from error
+        check_choice(workload, model, structure, choice.kept_U)
 
 
-def _name_fixed(
-    workload: Workload, model: nn.Module, structure: Structure, ranks: Ranks, error: PruneError
-) -> PruneError:
-    """Names all groups that a network's own code cannot go without, where one was met."""
-    fixed = find_fixed_groups(copy_network(model), structure, _passing(workload, ranks))
-    if not fixed:
-        return error
-    names = ", ".join(f'"{structure.groups[number].name}"' for number in fixed)
-    return PruneError(f"{error}; layers like this: prune.exclude = [{names}]")
+def check_choice(
+    workload: Workload,
+    model: nn.Module,
+    structure: Structure,
+    kept_U: np.ndarray,
+    batch: Batch | None = None,
+) -> None:
+    """Removes units from a copy of a network, to learn if that is possible.
+
+    Args:
+        batch: Passed through it; by default the first training examples.
+
+    Raises:
+        PruneError: It is not; names all groups that the network's code cannot go without.
+    """
+    device = next(model.parameters()).device
+    run = passing(workload, few_of(workload, device) if batch is None else batch)
+    twin = copy_network(model)
+    MaskSet(structure.masks(kept_U, [name for name, _ in model.named_parameters()])).apply_(twin)
+    try:
+        remove_units(twin, structure, kept_U, run)
+    except PruneError as error:
+        fixed = find_fixed_groups(copy_network(model), structure, run)
+        if not fixed:
+            raise
+        names = ", ".join(f'"{structure.groups[number].name}"' for number in fixed)
+        raise PruneError(f"{error}; layers like this: prune.exclude = [{names}]") from error
 
 
 def scored_parameters(structure: Structure, model: nn.Module) -> list[Prunable]:
@@ -200,8 +245,13 @@ class WholeUnits:
         number: int,
         movement: Mapping[str, Tensor] | None,
         on_progress: OnProgress = ignore_progress,
+        batches: Sequence[Batch] | None = None,
     ) -> np.ndarray:
-        """Scores the units of the network as it is, (U,); 0 for those that have left."""
+        """Scores the units of the network as it is, (U,); 0 for those that have left.
+
+        Args:
+            batches: As of `score_units`.
+        """
         scores_U = np.zeros(self.dense.num_units)
         scores_U[self._present_U] = score_units(
             *(model, self.left, self.kept_U[self._present_U], workload, self._prune, ranks),
@@ -209,6 +259,7 @@ class WholeUnits:
             round_number=number,
             movement=movement,
             on_progress=on_progress,
+            batches=batches,
         )
         return scores_U
 
@@ -251,7 +302,7 @@ class WholeUnits:
         Raises:
             PruneError: It cannot be cut, or computes something else then; names the layer.
         """
-        run, stays = _passing(workload, ranks), kept_U[self._present_U]
+        run, stays = passing(workload, few_of(workload, ranks.device)), kept_U[self._present_U]
         if is_sharded(model):
             removed = self._remove_sharded(stays, model, run, ranks, optimizer, movement)
             if optimizer is not None:
@@ -412,9 +463,14 @@ def unpruned_matrices(structure: Structure, model: nn.Module) -> dict[str, tuple
     }
 
 
-def _passing(workload: Workload, ranks: Ranks) -> Run:
-    few = torch.arange(min(_COMPARED, num_examples(workload.train)))
-    batch = take_batch(workload, workload.train, few, device=ranks.device)
+def few_of(workload: Workload, device: torch.device) -> Batch:
+    """Takes the first training examples, on which networks are compared."""
+    few = torch.arange(min(COMPARED, num_examples(workload.train)))
+    return take_batch(workload, workload.train, few, device=device)
+
+
+def passing(workload: Workload, batch: Batch) -> Run:
+    """Returns what passes a batch through a network."""
 
     def run(network: nn.Module) -> Any:
         return logits_of(forward(network, workload, batch))
