@@ -10,17 +10,20 @@ Shape suffixes as in `structure`: U = units of the network.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import LBFGS, Optimizer
 
 from gbp_ray.errors import PruneError, in_one_line
+from gbp_ray.pruning.caches import drop_caches, find_caches
 from gbp_ray.pruning.comparison import Fault, Run, compare, observe, observe_training
 from gbp_ray.pruning.cutting import Axes, cut_tensor, is_moment, removed_axes
 from gbp_ray.pruning.layers import KEPT_AS_ZEROS, refresh, why_not_cut, widths_of
@@ -31,6 +34,8 @@ __all__ = ["Compacted", "remove_units", "try_removal"]
 
 Places = list[tuple[nn.Module, dict[str, Any], str]]
 """(module, its dict of parameters or buffers, key) of each place that holds a tensor."""
+
+_NEEDS_MULTIPLES = re.compile(r"multiples? of|divisible by|aligned", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def _remove(
     _check_tensors(model, lost)
     if optimizer is not None:
         _check_optimizer(model, optimizer)
-    judge = _Judge(model, run, structure.masks(kept_U, dict(model.named_parameters())))
+    judge = _Judge(model, run, structure.masks(kept_U, dict(model.named_parameters())), lost)
     cut = _Cut()
     try:
         cut.network(model, lost)
@@ -161,7 +166,8 @@ def _settle(
         fault = search.furthest
         raise PruneError(
             f"'{fault.path or 'the network'}': without its removed units {fault.what}, and no "
-            f"number of heads or channels in the modules around it mends that; {KEPT_AS_ZEROS}",
+            "number of heads or channels in the modules around it mends that; "
+            f"{_hint_at(fault)}{KEPT_AS_ZEROS}",
             path=fault.path,
         )
     widths, difference = agreed
@@ -170,29 +176,57 @@ def _settle(
     return Compacted(difference, cut.attributes | changed)
 
 
+def _hint_at(fault: Fault) -> str:
+    """Words what helps where a kernel takes only some widths."""
+    if not _NEEDS_MULTIPLES.search(fault.what):
+        return ""
+    return "set prune.round_to = 8 (or 16), as widths must be multiples here; or "
+
+
 class _Judge:
     """Compares a network, once cut, with what it was when this was made.
 
     Parameters that are zero throughout, as networks may begin with, hide what is multiplied by
-    them. Where there are any, networks are compared a second time, with ones in their place.
+    them. Where there are any, networks are compared a second time, with numbers in their place.
 
     Args:
         model: Masked.
         masks: By parameter name, of those that are about to be cut.
+        lost: What stays of their axes.
     """
 
-    def __init__(self, model: nn.Module, run: Run, masks: Mapping[str, Tensor]) -> None:
-        self._model, self._run = model, run
+    def __init__(
+        self, model: nn.Module, run: Run, masks: Mapping[str, Tensor], lost: Mapping[str, Axes]
+    ) -> None:
+        self._lost = lost
+        self._model = model
         self._masked = observe(model, run)
-        self._is_trained = not self._calls_all() and observe_training(model, run).error is None
-        self._blank = [
-            name
+        caches = find_caches(model, run)
+
+        def run_afresh(network: nn.Module) -> Any:
+            drop_caches(network, caches)
+            try:
+                return run(network)
+            finally:
+                drop_caches(network, caches)
+
+        self._run = run_afresh
+        if caches:
+            self._masked = observe(model, self._run)
+        self._is_trained = (
+            not self._calls_all() and observe_training(model, self._run).error is None
+        )
+        self._lights = {
+            name: _light_of(parameter)
             for name, parameter in model.named_parameters()
             if not name.endswith("bias") and parameter.numel() and not bool(parameter.any())
-        ]
-        if self._blank:
-            with self._lit(masks):
-                self._lit_masked = observe(model, run)
+        }
+        if self._lights:
+            for name in self._lights.keys() & masks.keys():
+                own = self._lights[name]
+                own.masked_fill_(~masks[name].to(own.device), 0)
+            with self._lit({}):
+                self._lit_masked = observe(model, self._run)
 
     @property
     def called(self) -> set[str]:
@@ -224,8 +258,8 @@ class _Judge:
 
     def compare(self, *, is_strict: bool) -> float | Fault:
         """Returns the difference of outputs, or the first fault."""
-        if self._blank:
-            with self._lit({}):
+        if self._lights:
+            with self._lit(self._lost):
                 passed = observe(self._model, self._run, self._lit_masked, is_strict=is_strict)
             found = compare(self._lit_masked, passed, is_strict=is_strict)
             if isinstance(found, Fault):
@@ -234,19 +268,23 @@ class _Judge:
         return compare(self._masked, passed, is_strict=is_strict)
 
     @contextmanager
-    def _lit(self, masks: Mapping[str, Tensor]) -> Iterator[None]:
-        """Puts ones in the place of zeros, where kept, in the block."""
+    def _lit(self, lost: Mapping[str, Axes]) -> Iterator[None]:
+        """Puts numbers in the place of zeros in the block, cut along the axes that have lost."""
         parameters = dict(self._model.named_parameters())
-        before = {name: parameters[name].detach().clone() for name in self._blank}
+        before = {name: parameters[name].detach().clone() for name in self._lights}
         try:
-            for name in self._blank:
-                own = parameters[name].detach().fill_(1)
-                if name in masks:
-                    own.masked_fill_(~masks[name].to(own.device), 0)
+            for name, light in self._lights.items():
+                parameters[name].detach().copy_(cut_tensor(light, lost.get(name, {})))
             yield
         finally:
             for name, values in before.items():
                 parameters[name].detach().copy_(values)
+
+
+def _light_of(parameter: Tensor) -> Tensor:
+    """Makes numbers of either sign that differ: of equal ones, those behind a norm add up to 0."""
+    places = torch.arange(1, parameter.numel() + 1, dtype=torch.float64)
+    return torch.cos(places * places).to(parameter).view(parameter.shape)
 
 
 def _attribute_of(spot: Spot) -> str:

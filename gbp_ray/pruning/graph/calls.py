@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils.flop_counter import FlopCounterMode
 
-from gbp_ray.pruning.graph.labels import Labelled, Tracing
+from gbp_ray.pruning.graph.labels import Labelled, Tracing, Work
 
 __all__ = ["LETTERS", "Call", "Rule", "Rules", "apply_rule", "axes_of", "freeze_all", "made"]
 
@@ -83,23 +84,64 @@ def apply_rule(
     """
     if node.target is operator.getitem:
         return _resolve(node.args[0], env)[node.args[1]]
+    tracing.is_refused = False
+    found, call = _apply(rules, pointwise, tracing, node, env)
+    if tracing.is_refused and (macs := _count(node)):
+        tracing.work.append(Work(macs, [], ""))
+    return _marked(found, all(value.is_constant for value in call.values()))
+
+
+def _apply(
+    rules: Rules, pointwise: Rule, tracing: Tracing, node: fx.Node, env: Mapping[fx.Node, Any]
+) -> tuple[Any, Call]:
     shapes = _shapes_of(node.meta.get("val"))
     if not isinstance(node.target, torch._ops.OpOverload):
-        return None if not shapes else freeze_all(tracing, Call(_look_up(node, env), shapes))
+        call = Call(_look_up(node, env), shapes)
+        return (freeze_all(tracing, call) if shapes else None), call
     given = {}
     for place, argument in enumerate(node.target._schema.arguments):
         value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
         given[argument.name] = _resolve(value, env)
     call = Call(given, shapes)
-    rule = rules.get(node.target._opname.rstrip("_"))
-    if rule is None and torch.Tag.pointwise in node.target.tags:
+    name = node.target._opname.rstrip("_")
+    rule = rules.get(name)
+    if rule is None and _is_pointwise(node.target, name):
         rule = pointwise
     if rule is None and (not call.values() or not shapes):
         rule = made  # of assertions, too, which make nothing
     if rule is None or node.target.namespace not in ("aten", "transformers"):
-        return freeze_all(tracing, call)
+        return freeze_all(tracing, call), call
     result = rule(tracing, call)
-    return result if isinstance(result, tuple) or len(shapes) < 2 else (result,)
+    return (result if isinstance(result, tuple) or len(shapes) < 2 else (result,)), call
+
+
+def _is_pointwise(target: torch._ops.OpOverload, name: str) -> bool:
+    """Asks for torch's tag, which some operators in place lack."""
+    packet = getattr(torch.ops.aten, name, None)
+    others = [] if packet is None else [getattr(packet, one) for one in packet.overloads()]
+    return any(torch.Tag.pointwise in one.tags for one in (target, *others))
+
+
+def _marked(found: Any, is_constant: bool) -> Any:
+    if isinstance(found, Labelled):
+        return replace(found, is_constant=is_constant)
+    return tuple(_marked(one, is_constant) for one in found) if isinstance(found, tuple) else found
+
+
+def _count(node: fx.Node) -> int:
+    """Counts the multiply-adds of an operation that no rule knows."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return 0
+    given: list[Any] = [
+        fx.node.map_arg(part, lambda source: source.meta["val"])
+        for part in (node.args, node.kwargs)
+    ]
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            node.target(*given[0], **given[1])
+    except Exception:  # noqa: BLE001 - operators of others may raise anything without data
+        return 0
+    return counter.get_total_flops() // 2
 
 
 def _resolve(value: Any, env: Mapping[fx.Node, Any]) -> Any:
@@ -127,6 +169,7 @@ def _shapes_of(value: Any) -> tuple[tuple[int, ...], ...]:
 
 def freeze_all(tracing: Tracing, call: Call) -> Any:
     """Freezes what an operation touches, for lack of a rule."""
+    tracing.is_refused = True
     for value in call.values():
         tracing.freeze(value, f"no rule for {tracing.where}")
     return made(tracing, call)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
-from gbp_ray.pruning.graph.calls import LETTERS, Call, Rules, axes_of
-from gbp_ray.pruning.graph.labels import Labelled, Tracing
+import numpy as np
+
+from gbp_ray.pruning.graph.calls import LETTERS, Call, Rules, axes_of, made
+from gbp_ray.pruning.graph.labels import FIXED, Block, Labelled, Tracing
 
 __all__ = ["RULES", "pointwise"]
 
@@ -27,10 +30,28 @@ def pointwise(tracing: Tracing, call: Call) -> Labelled:
     for number, (value, word) in enumerate(zip(values, words, strict=True)):
         if channels & {letter for letter, n in zip(word, value.shape, strict=True) if n > 1}:
             values[number] = tracing.label_buffer(value)
-    return tracing.couple(values, words, out)
+    found = tracing.couple(values, words, out)
+    sources = [value for value in call.values() if math.prod(value.shape) > 1]
+    if all(value.buffers for value in sources) and not found.blocks:
+        # Such as the scale of a BatchNorm that is frozen, which follows from its statistics.
+        names = dict.fromkeys(name for value in sources for name in value.buffers)
+        axes = {len(call.shape) - len(v.shape) + _longest(v.shape) for v in sources}
+        return replace(found, buffers=tuple(names) if len(axes) == 1 else ())
+    return found
 
 
-@RULES.of("where")
+def _longest(shape: tuple[int, ...]) -> int:
+    return max(range(len(shape)), key=lambda dim: shape[dim])
+
+
+@RULES.of("prelu")
+def _prelu(tracing: Tracing, call: Call) -> Labelled:
+    inputs, weight = call["self"], call["weight"]
+    out = LETTERS[: len(inputs.shape)]
+    return tracing.couple([inputs, weight], [out, out[min(1, len(out) - 1)]], out)
+
+
+@RULES.of("where", "hardswish", "log_sigmoid", "rsub", "floor_divide", "copy", "rrelu_with_noise")
 def _where(tracing: Tracing, call: Call) -> Labelled:
     return pointwise(tracing, call)
 
@@ -39,7 +60,8 @@ def _where(tracing: Tracing, call: Call) -> Labelled:
     *("dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "alias", "detach"),
     *("to", "_to_copy", "type_as", "lift_fresh_copy", "native_dropout", "float", "double", "half"),
     *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
-    *("requires_grad", "positive", "conj", "resolve_conj", "resolve_neg"),
+    *("requires_grad", "positive", "conj", "resolve_conj", "resolve_neg", "fill", "zero"),
+    *("bernoulli", "fake_quantize_per_tensor_affine"),
 )
 def _same(tracing: Tracing, call: Call) -> Labelled:
     return call.values()[0]
@@ -87,6 +109,16 @@ def _along(tracing: Tracing, call: Call) -> Any:
     return value if len(call.shapes) == 1 else (value,) * len(call.shapes)
 
 
+@RULES.of("triu", "tril")
+def _triangle(tracing: Tracing, call: Call) -> Labelled:
+    return tracing.whole(call["self"], -2, -1)
+
+
+@RULES.of("new_zeros", "new_ones", "new_full", "new_empty")
+def _new(tracing: Tracing, call: Call) -> Any:
+    return made(tracing, call)
+
+
 @RULES.of("roll")
 def _roll(tracing: Tracing, call: Call) -> Labelled:
     value: Labelled = call["self"]
@@ -124,7 +156,9 @@ def _reduce(tracing: Tracing, call: Call) -> Any:
     *("_adaptive_avg_pool2d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
     *("upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d"),
     *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "max_pool2d_with_indices"),
-    *("reflection_pad1d", "reflection_pad2d", "replication_pad2d", "grid_sampler"),
+    *("adaptive_max_pool1d", "adaptive_max_pool3d", "upsample_nearest_exact2d", "lp_pool2d"),
+    *("reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d"),
+    *("replication_pad2d", "replication_pad3d", "grid_sampler"),
 )
 def _spatial(tracing: Tracing, call: Call) -> Any:
     """Operations on the axes behind batch and channels, each channel by itself."""
@@ -139,8 +173,20 @@ def _spatial(tracing: Tracing, call: Call) -> Any:
 
 @RULES.of("pad", "constant_pad_nd")
 def _pad(tracing: Tracing, call: Call) -> Labelled:
+    """Positions that are padded in are made by no weight; as many are after a cut."""
     value, widths = call["self"], call["pad"]
     rank = len(value.shape)
-    padded = [rank - 1 - n // 2 for n, width in enumerate(widths) if width]
-    value = tracing.whole(value, *padded)
-    return replace(value, shape=call.shape).as_value()
+    sides = {rank - 1 - n // 2: tuple(widths[n : n + 2]) for n in range(0, len(widths), 2)}
+    is_constant = call.get("mode", "constant") == "constant"
+    for dim, pair in sides.items():
+        block = value.block_of(dim)
+        is_simple = is_constant and min(pair) >= 0 and block is not None and block.ids.ndim == 1
+        if any(pair) and not is_simple:
+            value = tracing.whole(value, dim)
+    blocks = tuple(
+        Block(b.dims, np.pad(b.ids, sides[b.dims[0]], constant_values=FIXED))
+        if any(sides.get(b.dims[0], ()))
+        else b
+        for b in value.blocks
+    )
+    return replace(value, shape=call.shape, blocks=blocks).as_value()

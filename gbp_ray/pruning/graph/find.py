@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from gbp_ray.errors import PruneError, in_one_line
+from gbp_ray.pruning.caches import find_caches
 from gbp_ray.pruning.graph import channels, products, shapes
 from gbp_ray.pruning.graph.calls import Rules, apply_rule
-from gbp_ray.pruning.graph.labels import Block, Labelled, Tracing
+from gbp_ray.pruning.graph.labels import Block, Elements, Labelled, Tracing
 from gbp_ray.pruning.structure import Axis, Group, Product, Role, Slice, Structure
-from gbp_ray.workloads.contract import in_mode
 
 __all__ = ["find_structure"]
 
@@ -53,28 +54,48 @@ def find_structure(
     names = _first_names(model)
     parameters = dict(model.named_parameters())
     tensors = {**parameters, **dict(model.named_buffers())}
+    program.graph.eliminate_dead_code()
+    _follow(program, tracing, names, parameters)
+    if not parameters.keys() <= tracing.seen:
+        # Layers that training alone calls read units, too, such as auxiliary heads.
+        work = list(tracing.work)
+        with suppress(PruneError):
+            both = [torch.cat([tensor, tensor]) if tensor.ndim else tensor for tensor in inputs]
+            trained = _export(model, both, run, is_training=True)
+            _follow(trained, tracing, names, parameters)
+        tracing.work = work
+    fixed = dict.fromkeys(exclude, "prune.exclude") | _fixed_by_layers(model, names)
+    for (name, _), own in tracing.ids.items():
+        if name in fixed:
+            tracing.elements.freeze(own, fixed[name])
+    _decide_tables(tracing)
+    _join_heads(tracing)
+    return _build(tracing, tensors, set(parameters), tuple(kinds))
+
+
+def _follow(
+    program: Any, tracing: Tracing, names: Mapping[str, str], parameters: Mapping[str, Tensor]
+) -> None:
+    """Applies the rule of each operation of a graph."""
     env: dict[Any, Any] = {}
     signature = program.graph_signature
     of_inputs = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    program.graph.eliminate_dead_code()
+    given = set(signature.user_inputs)
     for node in program.graph.nodes:
         if node.op == "placeholder":
             name = names.get(of_inputs.get(node.name, "").removeprefix("network."), "")
-            env[node] = _label(node, name, tracing, name in parameters)
+            is_parameter, is_constant = name in parameters, node.name not in given
+            if node.users:
+                tracing.seen.add(name)
+            env[node] = _label(node, name, tracing, is_parameter, is_constant)
         elif node.op == "output":
             tracing.where = "the network's outputs"
             for source in node.all_input_nodes:
                 if isinstance(env[source], Labelled):
                     tracing.freeze(env[source])
         else:
-            tracing.where = _describe(node)
+            tracing.where, tracing.path = _describe(node)
             env[node] = apply_rule(_RULES, channels.pointwise, tracing, node, env)
-    fixed = dict.fromkeys(exclude, "prune.exclude") | _fixed_by_layers(model, names)
-    for (name, _), own in tracing.ids.items():
-        if name in fixed:
-            tracing.elements.freeze(own, fixed[name])
-    _decide_tables(tracing)
-    return _build(tracing, tensors, set(parameters), tuple(kinds))
 
 
 class _Passing(nn.Module):
@@ -89,15 +110,21 @@ class _Passing(nn.Module):
 
 
 def _export(
-    model: nn.Module, inputs: Sequence[Tensor], run: Callable[..., Sequence[Tensor]]
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    run: Callable[..., Sequence[Tensor]],
+    *,
+    is_training: bool = False,
 ) -> Any:
     # The copy shares the tensors: export puts others in their place while it looks.
     tensors = (*model.parameters(), *model.buffers())
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     try:
-        with warnings.catch_warnings(), in_mode(twin, is_training=False), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return torch.export.export(_Passing(twin, run).eval(), tuple(inputs), strict=False)
+            find_caches(twin, lambda network: run(network, *inputs))  # which takes them out
+            passing = _Passing(twin, run).train(is_training)
+            return torch.export.export(passing, tuple(inputs), strict=False)
     except Exception as error:
         raise PruneError(
             "prune.granularity: torch.export cannot follow this network "
@@ -128,23 +155,27 @@ def _fixed_by_layers(model: nn.Module, names: Mapping[str, str]) -> dict[str, st
     }
 
 
-def _label(node: Any, name: str, tracing: Tracing, is_parameter: bool) -> Labelled | None:
+def _label(
+    node: Any, name: str, tracing: Tracing, is_parameter: bool, is_constant: bool
+) -> Labelled | None:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return None
     shape = tuple(int(size) for size in value.shape)
     if not is_parameter:
         # A buffer is labelled where it meets channels, since most have none.
-        return Labelled(shape, buffer=name if len(shape) == 1 else "")
-    return Labelled(shape, tracing.label(name, shape), name)
+        buffers = (name,) if name and len(shape) == 1 else ()
+        return Labelled(shape, buffers=buffers, is_constant=is_constant)
+    return Labelled(shape, tracing.label(name, shape), name, is_constant=True)
 
 
-def _describe(node: Any) -> str:
+def _describe(node: Any) -> tuple[str, str]:
+    """Names an operation with the module that it is in, and gives the path of that."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
     path = paths[-1].removeprefix("network").lstrip(".") if paths else ""
     name = getattr(node.target, "_opname", getattr(node.target, "__name__", str(node.target)))
-    return f"{name} in '{path}'" if path else str(name)
+    return f"{name} in '{path}'" if path else str(name), path
 
 
 def _decide_tables(tracing: Tracing) -> None:
@@ -152,16 +183,45 @@ def _decide_tables(tracing: Tracing) -> None:
     elements, is_changed = tracing.elements, True
     while is_changed:
         is_changed = False
-        for table in tracing.tables:
-            (block,) = tracing.simplify(
-                Labelled(table.shape, (Block(tuple(range(table.ndim)), table),))
-            ).blocks or (None,)
-            if block is None or block.ids.ndim == 1:
+        for _, table in tracing.tables:
+            ids = _undecided(tracing, table)
+            if ids is None or ids.ndim == 1:
                 continue
-            kept = int(np.argmax(block.ids.shape))
-            rows = np.moveaxis(block.ids, kept, 0).reshape(block.ids.shape[kept], -1)
+            kept = int(np.argmax(ids.shape))
+            rows = np.moveaxis(ids, kept, 0).reshape(ids.shape[kept], -1)
             elements.tie_together(rows, 1, "a reshape")
             is_changed = True
+
+
+def _undecided(tracing: Tracing, table: np.ndarray) -> np.ndarray | None:
+    value = Labelled(table.shape, (Block(tuple(range(table.ndim)), table),))
+    blocks = tracing.simplify(value).blocks
+    return blocks[0].ids if blocks else None
+
+
+def _join_heads(tracing: Tracing) -> None:
+    """Couples heads of one module that no product couples, such as those that talk.
+
+    The module has one number of heads for queries and values.
+    """
+    by_module: dict[tuple[str, int], np.ndarray] = {}
+    for path, table in tracing.tables:
+        ids = _undecided(tracing, table)
+        if not path or ids is None or ids.ndim > 1 or not all(map(tracing.elements.is_head, ids)):
+            continue
+        roots = tracing.elements.find_all(ids)
+        heads = roots[np.sort(np.unique(roots, return_index=True)[1])]
+        first = by_module.setdefault((path, len(heads)), heads)
+        tracing.elements.tie(first, heads, f"heads of '{path}'")
+
+
+def _why_frozen(elements: Elements, own: np.ndarray) -> str:
+    """Words why positions of an axis are no units, "" where all of them are."""
+    whys = [why for why in map(elements.why_frozen, own.tolist()) if why]
+    if not whys:
+        return ""
+    part = "" if len(whys) == len(own) else f" ({len(whys)} of {len(own)})"
+    return f"{whys[0]}{part}"
 
 
 def _build(
@@ -242,9 +302,9 @@ def _build(
         weights.append(product_of(factor, known, name))
     shapes = {part.name: tuple(tensors[part.name].shape) for g in groups for part in g.slices}
     frozen = {
-        f"{name}[{dim}]": elements.why_frozen(int(own[0]))
+        f"{name}[{dim}]": why
         for (name, dim), own in ids.items()
-        if "out" in role_of(name, dim) and all(map(elements.why_frozen, own.tolist()))
+        if "out" in role_of(name, dim) and (why := _why_frozen(elements, own))
     }
     return Structure(
         tuple(groups),

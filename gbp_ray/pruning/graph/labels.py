@@ -58,7 +58,7 @@ class Elements:
             if a == b:
                 continue
             if FIXED in (a, b):
-                self._freeze(max(a, b), why)
+                self._freeze(max(a, b), f"{why}, with what no weight makes")
                 continue
             # The first made represents: it belongs to the weight that comes first.
             a, b = min(a, b), max(a, b)
@@ -109,21 +109,24 @@ class Labelled:
 
     Attributes:
         weight: First name of the parameter that this is a view of, or "".
-        buffer: First name of the buffer that this is, of whatever shape, or "".
+        buffers: First names of the buffers of one axis that this was computed from, element by
+            element, and from nothing else.
+        is_constant: It does not depend on the network's inputs.
     """
 
     shape: tuple[int, ...]
     blocks: tuple[Block, ...] = ()
     weight: str = ""
-    buffer: str = ""
+    buffers: tuple[str, ...] = ()
+    is_constant: bool = False
 
     def block_of(self, dim: int) -> Block | None:
         """Returns the block that an axis lies in."""
         return next((block for block in self.blocks if dim in block.dims), None)
 
     def as_value(self) -> Labelled:
-        """Drops the name of the weight or buffer: this is computed from it."""
-        return replace(self, weight="", buffer="")
+        """Drops the names of weights or buffers: this is computed from them."""
+        return replace(self, weight="", buffers=())
 
     def moved(self, shape: Sequence[int], to: Mapping[int, int]) -> Labelled:
         """Renumbers axes; blocks of an axis that `to` lacks are dropped."""
@@ -151,16 +154,22 @@ class Tracing:
     Attributes:
         where: Of the operation at hand, for reasons.
         roles: Element of a weight to its roles, once a rule has used it.
-        tables: Of axes that are labelled together, to be decided at the end.
+        path: Of the module that makes it, "" for the network.
+        tables: Of axes that are labelled together, with that path, to be decided at the end.
         ids: The elements of (tensor, axis), of weights and of those buffers that have channels.
+        seen: First names of the parameters that operations use.
+        is_refused: No rule could say what the operation at hand multiplies.
     """
 
     elements: Elements = field(default_factory=Elements)
     where: str = ""
+    path: str = ""
     roles: dict[int, set[Role]] = field(default_factory=dict)
-    tables: list[np.ndarray] = field(default_factory=list)
+    tables: list[tuple[str, np.ndarray]] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
     ids: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
+    is_refused: bool = False
 
     def label(self, name: str, shape: tuple[int, ...]) -> tuple[Block, ...]:
         """Returns the blocks of a weight or buffer; an axis of size 1 has none."""
@@ -173,11 +182,14 @@ class Tracing:
         return tuple(blocks)
 
     def label_buffer(self, value: Labelled) -> Labelled:
-        """Labels a buffer of one axis, whatever axes of size 1 it has been given."""
+        """Labels what buffers of one axis make, whatever axes of size 1 it has been given."""
         axes = [dim for dim, size in enumerate(value.shape) if size > 1]
-        if not value.buffer or len(axes) != 1 or value.blocks:
+        if not value.buffers or len(axes) != 1 or value.blocks:
             return value
-        (block,) = self.label(value.buffer, (value.shape[axes[0]],))
+        size = value.shape[axes[0]]
+        (block,), *others = (self.label(name, (size,)) for name in value.buffers)
+        for (other,) in others:
+            self.elements.tie(block.ids, other.ids, self.where)
         return replace(value, blocks=(Block((axes[0],), block.ids),))
 
     def simplify(self, value: Labelled) -> Labelled:
@@ -290,9 +302,9 @@ class Tracing:
         tables[key] = ids
 
     def plays(self, role: Role, value: Labelled, dim: int) -> None:
-        """Notes the role of an axis of a weight, or of a view of one."""
+        """Notes the role of an axis of a weight, or of what is computed from weights."""
         block = value.block_of(dim)
-        if value.weight and block is not None:
+        if value.is_constant and block is not None:
             for element in block.ids.reshape(-1).tolist():
                 self.roles.setdefault(element, set()).add(role)
 

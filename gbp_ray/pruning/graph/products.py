@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -27,14 +28,20 @@ def _contract(
     whole.
     """
     has_weight = any(value.weight for value in values)
+    is_of_weights = all(value.weight for value in values)
     shared = set(words[0]) & set(words[1]) & set(out)
     found = []
     for value, word in zip(values, words, strict=True):
         for dim, letter in enumerate(word):
             if value.weight:
                 tracing.plays("out" if letter in out else "in", value, dim)
-            elif letter not in out and not has_weight:
+                if is_of_weights:
+                    tracing.plays("out", value, dim)  # what one of them makes, the other reads
+            elif letter not in out and (value.is_constant or not has_weight):
+                # What is computed from weights may not be zero where they are.
                 value = tracing.whole(value, dim)
+            elif letter in out:
+                tracing.plays("out", value, dim)
         for dim, letter in enumerate(word):
             block = value.block_of(dim)
             if letter in shared and block is not None and not has_weight:
@@ -98,8 +105,11 @@ def _conv(tracing: Tracing, call: Call) -> Labelled:
         return _conv_transposed(tracing, call)
     inputs, weight, groups = call["input"], call["weight"], call.get("groups", 1)
     inputs, is_single = _with_batch(inputs, len(weight.shape))
-    if not weight.weight:
+    if not weight.is_constant:
         return freeze_all(tracing, call)
+    if not weight.weight:
+        # What is computed from weights may not be zero where they are.
+        weight = tracing.whole(weight, 1)
     # Multiply-adds of one input and output channel.
     each = math.prod(call.shape[-len(weight.shape) + 2 :]) * math.prod(weight.shape[2:])
     tracing.plays("out", weight, 0)
@@ -117,8 +127,10 @@ def _conv(tracing: Tracing, call: Call) -> Labelled:
 def _conv_transposed(tracing: Tracing, call: Call) -> Labelled:
     inputs, weight, groups = call["input"], call["weight"], call.get("groups", 1)
     inputs, is_single = _with_batch(inputs, len(weight.shape))
-    if not weight.weight:
+    if not weight.is_constant:
         return freeze_all(tracing, call)
+    if not weight.weight:
+        weight = tracing.whole(weight, 0)
     each = math.prod(inputs.shape[2:]) * math.prod(weight.shape[2:])
     if groups == 1:
         tracing.plays("in", weight, 0)
@@ -256,3 +268,33 @@ def _recurrent(tracing: Tracing, call: Call) -> tuple[Labelled, ...]:
         below = Labelled(shape, (Block((len(shape) - 1,), joint),))
     states = [Labelled(s, (Block((len(s) - 1,), units),)) for s in call.shapes[1:]]
     return (below, *states)
+
+
+@RULES.of("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def _cell(tracing: Tracing, call: Call) -> Any:
+    """Couples hidden unit i in all gates and states; zeros that a state begins with follow."""
+    inputs, own = call["input"], [call[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
+    own = [param for param in own if param is not None]
+    hidden = own[1].shape[1]
+    block, elements = own[1].block_of(1), tracing.elements
+    if block is None or any(param.block_of(0) is None for param in own):
+        return freeze_all(tracing, call)
+    for number, param in enumerate(own):
+        rows = param.block_of(0).ids.reshape(-1, hidden)
+        elements.tie(rows, block.ids[None], tracing.where)
+        tracing.plays("out", param, 0)
+        if number < 2:
+            tracing.plays("in", param, 1)
+    word = LETTERS[: len(inputs.shape)]
+    tracing.couple([inputs, own[0]], [word, f"z{word[-1]}"], "", macs_each=1)
+    steps = math.prod(inputs.shape[:-1])
+    tracing.work.append(Work(steps, [own[1].block_of(0).ids, block.ids], own[1].weight))
+    states = call["hx"] if isinstance(call["hx"], list) else [call["hx"]]
+    for state in states:
+        found = state.block_of(len(state.shape) - 1)
+        if found is not None and found.ids.ndim == 1:
+            elements.tie(found.ids, block.ids, tracing.where)
+        else:
+            tracing.freeze(state)
+    made = tuple(Labelled(s, (Block((len(s) - 1,), block.ids),)) for s in call.shapes)
+    return made[0] if len(made) == 1 else made

@@ -44,7 +44,7 @@ def _to_shape(tracing: Tracing, value: Labelled, shape: tuple[int, ...]) -> Labe
         whole = Labelled(table.shape, (Block(tuple(range(table.ndim)), table),))
         for part in tracing.simplify(whole).blocks:
             if part.ids.ndim > 1:
-                tracing.tables.append(part.ids)
+                tracing.tables.append((tracing.path, part.ids))
             blocks.append(Block(tuple(after[dim] for dim in part.dims), part.ids))
     return replace(value, shape=shape, blocks=tuple(blocks))
 
@@ -96,6 +96,16 @@ def _permute(tracing: Tracing, call: Call) -> Labelled:
     else:
         order[-2:] = order[-2:][::-1]
     return value.moved(call.shape, {dim: place for place, dim in enumerate(order)})
+
+
+@RULES.of("view_as_complex", "view_as_real")
+def _complex(tracing: Tracing, call: Call) -> Labelled:
+    """Pairs along the last axis are one complex number each."""
+    value: Labelled = call["self"]
+    if len(call.shape) < len(value.shape):
+        value = tracing.whole(value, -1)
+    shared = min(len(call.shape), len(value.shape))
+    return value.moved(call.shape, {dim: dim for dim in range(shared)}).as_value()
 
 
 @RULES.of("expand", "expand_as", "broadcast_to")
@@ -175,7 +185,7 @@ def _select(tracing: Tracing, call: Call) -> Any:
     return tuple(take(index) for index in range(value.shape[dim]))
 
 
-@RULES.of("chunk", "split", "split_with_sizes", "tensor_split")
+@RULES.of("chunk", "unsafe_chunk", "unsafe_split", "split", "split_with_sizes", "tensor_split")
 def _split(tracing: Tracing, call: Call) -> tuple[Labelled, ...]:
     """Couples the parts position by position where they are equal; else the axis stays whole."""
     value: Labelled = call["self"]
@@ -257,9 +267,31 @@ def _index_select(tracing: Tracing, call: Call) -> Labelled:
     return replace(value, shape=call.shape).as_value()
 
 
+@RULES.of("glu")
+def _glu(tracing: Tracing, call: Call) -> Labelled:
+    """Couples each gate with what it gates."""
+    value: Labelled = call["self"]
+    dim = call.get("dim", -1) % len(value.shape)
+    halves = Call({"self": value, "dim": dim}, (call.shape, call.shape))
+    return replace(_split(tracing, halves)[0], weight="")
+
+
 @RULES.of("pixel_shuffle", "pixel_unshuffle")
 def _pixel_shuffle(tracing: Tracing, call: Call) -> Labelled:
+    """Couples the channels that become pixels of one."""
     value: Labelled = call["self"]
-    rank = len(value.shape)
-    value = tracing.whole(value, rank - 3)
-    return value.moved(call.shape, {dim: dim for dim in range(rank - 3)})
+    dim = len(value.shape) - 3
+    value = tracing.whole(value, dim + 1, dim + 2)
+    block = value.block_of(dim)
+    if block is None or block.ids.ndim > 1:
+        value = tracing.whole(value, dim)
+        return value.moved(call.shape, {d: d for d in range(dim)})
+    before, after = value.shape[dim], call.shape[dim]
+    if before > after:
+        parts = block.ids.reshape(after, -1)
+        tracing.elements.tie_together(parts, 1, tracing.where)
+        made = Block((dim,), parts[:, 0])
+    else:
+        made = Block((dim,), np.repeat(block.ids, after // before))
+    kept = tuple(b for b in value.blocks if b is not block)
+    return Labelled(call.shape, (*kept, made))
