@@ -11,6 +11,12 @@ examples, at the weights of that moment. With W ranks (torch.distributed, under 
 is built on them) the statistic of each rank's k-th batch is item k * W + rank of one sum in that
 order, so one process that calls `step` with the same batches in that order gets the same mask, to
 the bit. In the forward passes all ranks have the buffers of rank 0, as under DDP.
+
+Whole units (granularity "channel", "head", "channel+head") are found at the first step, by an
+example of its batch. They stay in the network as zeros while it is trained; `Pruner.compact` takes
+them out at the end.
+
+Shape suffixes: U = units of the network.
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -44,19 +51,28 @@ from gbp_ray.pruning.arguments import (
     check_reached,
     check_same_replicas,
     check_whole,
+    check_whole_network,
     config_of,
     keeping_gradients,
     make_workload,
     network_in,
+    optimizer_in,
     reword_reasons,
 )
 from gbp_ray.pruning.checkpoint import shard_masks
 from gbp_ray.pruning.checks import warn_of_unusual_weights
+from gbp_ray.pruning.compact_in_memory import CompactResult, compact_model
 from gbp_ray.pruning.criteria import criterion as find_criterion
 from gbp_ray.pruning.masks import MaskSet, forget_pruned
 from gbp_ray.pruning.selection import check_units, select_masks
 from gbp_ray.pruning.statistics import movement_statistic
-from gbp_ray.pruning.units import SlicedScores, num_to_prune, survey
+from gbp_ray.pruning.units import Prunable, SlicedScores, Survey, num_to_prune, survey
+from gbp_ray.pruning.whole_units import (
+    WholeUnits,
+    scored_parameters,
+    units_by_batch,
+    unpruned_matrices,
+)
 from gbp_ray.workloads.batch import Batch, forward, kind_of, size_of
 from gbp_ray.workloads.checks import (
     Checked,
@@ -85,7 +101,8 @@ class Pruner:
 
     Args:
         model: As for `prune_model`; wrap, shard and move it first. Every rank makes a pruner.
-        sparsity: Zero / prunable weights after step `end`.
+        sparsity: Zero / prunable weights after step `end`; of whole units removed / all.
+        target: In its place, for whole units; as for `prune_model`.
         end: The step after which the sparsity is reached; steps are calls of `step`.
         start: The step after which pruning begins.
         every: Steps from one round to the next.
@@ -100,8 +117,9 @@ class Pruner:
 
     Attributes:
         num_steps: Calls of `step` so far.
-        masks: Of the last round; sharded where the network is.
-        sparsity: Of these masks.
+        masks: Of the last round; sharded where the network is. Of whole units none before the
+            first step.
+        sparsity: Reached so far, as in `sparsity` above.
 
     Raises:
         GbpError: One line that names the argument, what is allowed and what to do.
@@ -111,7 +129,8 @@ class Pruner:
         self,
         model: nn.Module,
         *,
-        sparsity: float,
+        sparsity: float | None = None,
+        target: Mapping[str, float] | None = None,
         end: int,
         start: int = 0,
         every: int = 1,
@@ -133,6 +152,7 @@ class Pruner:
             self._config = config_of(
                 fields,
                 sparsity=sparsity,
+                target=target,
                 schedule=schedule,
                 criterion=criterion,
                 scope=scope,
@@ -143,21 +163,32 @@ class Pruner:
             check_whole("seed", seed, 0)
             self._rounds = _list_rounds(start, end, every)
             self._seed, self._num_threads = seed, num_threads
-            self._model = network_in(model)
-            self._found = survey(self._model, self._config.exclude, self._config.include)
+            self._wrapped, self._model = model, network_in(model)
+            if self._config.unit_kinds:
+                check_whole_network(self._model, f"granularity = '{granularity}'")
+                # Until an example shows in which of them units lie.
+                parameters = sorted(self._model.named_parameters())
+                matrices = [Prunable(name, p, None) for name, p in parameters if p.ndim > 1]
+                self._found = Survey(matrices, {})
+            else:
+                self._found = survey(self._model, self._config.exclude, self._config.include)
             self._units = self._found.units
             self._unpruned = reword_reasons(self._found.unpruned)
             self._workload = make_workload(self._model, None, loss, forward, None, count)
             self._rule = find_criterion(self._config.criterion)
             self._check_criterion(optimizer)
-            check_units(self._units, self._config)
+            if not self._config.unit_kinds:
+                check_units(self._units, self._config)
             self._axes = {unit.name: unit.input_dim for unit in self._units}
-        self._schedule = sparsity_schedule(schedule, sparsity, len(self._rounds))
+        self._schedule = sparsity_schedule(schedule, self._config.sparsity, len(self._rounds))
         self._settings = {
             **self._config.model_dump(mode="json"),
             **{"start": start, "end": end, "every": every, "seed": seed},
         }
-        self.masks = replace(MaskSet.dense(self._units), unpruned=self._unpruned)
+        dense = MaskSet({}) if self._config.unit_kinds else MaskSet.dense(self._units)
+        self.masks = replace(dense, unpruned=self._unpruned)
+        self._whole: WholeUnits | None = None
+        self._is_compact = False
         self.num_steps, self.sparsity = 0, 0.0
         self._is_tried = False
         self._num_updates = 0
@@ -165,10 +196,16 @@ class Pruner:
         self._optimizer = None if optimizer is None else self._listen_to(optimizer)
 
     def __repr__(self) -> str:
+        name, last = self._config.criterion, max(self._rounds)
+        if not self._config.unit_kinds:
+            goal = f"{self._config.sparsity:.2%}"
+            reached = f"{self.sparsity:.2%} of {self.masks.num_units:,} weights"
+        else:
+            goal, reached = self._config.goal, "units are found at the first step"
+            if self._whole is not None:
+                reached = f"{self.sparsity:.2%} of {len(self._whole.kept_U):,} units"
         return (
-            f"<Pruner by {self._config.criterion} to {self._config.sparsity:.2%} at step "
-            f"{max(self._rounds)}, now at step {self.num_steps}: {self.sparsity:.2%} of "
-            f"{self.masks.num_units:,} weights>"
+            f"<Pruner by {name} to {goal} at step {last}, now at step {self.num_steps}: {reached}>"
         )
 
     @property
@@ -183,7 +220,8 @@ class Pruner:
 
         Args:
             batches: This rank's batch of the step, or several, such as its microbatches. They are
-                read only where it prunes, and at the first call, which tries the criterion.
+                read only where it prunes, and at the first call, which tries the criterion and
+                finds whole units.
 
         Returns:
             True if it pruned.
@@ -193,17 +231,19 @@ class Pruner:
                 ranks differ; the masks stay as they were.
         """
         number = self.num_steps + 1
+        if self._is_compact:
+            self.num_steps = number
+            return False
         adopt_sharded(self._model)
         is_due = number in self._rounds
         if is_due or not self._is_tried:
             with as_in_a_job(self._num_threads, "batch"):
                 self._check_parameters()
-                given = [Batch.of(batch) for batch in batches] if self._reads_batches else []
-                if self._reads_batches and not given:
-                    raise ConfigError(
-                        f"batch: criterion = {self._config.criterion} reads the batches of the "
-                        "training loop; call step(batch)"
-                    )
+                given = [Batch.of(batch) for batch in batches]
+                self._check_given(given)
+                if self._config.unit_kinds and self._whole is None:
+                    self._find_units(given[0])
+                given = given if self._reads_batches else []
                 if not self._is_tried:
                     self._try(given)
                 if is_due:
@@ -211,6 +251,39 @@ class Pruner:
         self.masks.apply_(self._model)
         self.num_steps = number
         return is_due
+
+    def compact(self, data: Any) -> CompactResult:
+        """Takes the removed units out of the network, and out of the optimizer.
+
+        Further steps then have nothing to do. Communicates with all ranks. A
+        DistributedDataParallel around the network refuses to train on: wrap the network anew.
+
+        Args:
+            data: As of `gbp_ray.compact`, which does it: one batch is enough.
+
+        Raises:
+            GbpError: Rounds are still to come, or as `gbp_ray.compact`.
+        """
+        if not self._config.unit_kinds:
+            raise ConfigError(
+                f"granularity = '{self._config.granularity}': removes single weights, which stay "
+                "in the network as zeros; only whole units can leave it (channel, head or "
+                "channel+head)"
+            )
+        if self.num_steps < max(self._rounds):
+            raise ConfigError(
+                f"compact: the last round is after step {max(self._rounds)}, now at step "
+                f"{self.num_steps}; call it after that"
+            )
+        optimizer, forward = self._optimizer, self._workload.forward
+        found = compact_model(
+            *(self._wrapped, self.masks, data),
+            optimizer=optimizer,
+            forward=forward,
+            num_threads=self._num_threads,
+        )
+        self._is_compact, self._units, self._movement = True, [], {}
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what another process goes on with to the same bits: tensors and plain values.
@@ -265,16 +338,24 @@ class Pruner:
             state["parent"],
             self._unpruned,
         )
-        MaskSet.dense(self._units).check_alike(masks)
+        kept_U = None if self._whole is None else self._whole.dense.units_in(masks)
+        if self._config.unit_kinds:
+            masks.apply_(self._model)
+        else:
+            MaskSet.dense(self._units).check_alike(masks)
         adopt_sharded(self._model)
         self.masks = shard_masks(masks, self._model).to(self._ranks.device)
+        self.masks.apply_(self._model)
+        if self._whole is not None and kept_U is not None:
+            self._whole.kept_U = kept_U
         self._movement = {
             name: shard_like(state["movement"][name].to(blank.device), blank)
             for name, blank in self._blank_movement().items()
+            # Of whole units, once found, that of the matrices that they lie in.
+            if name in state["movement"] or not self._config.unit_kinds
         }
         self.num_steps, self.sparsity = state["num_steps"], state["sparsity"]
         self._num_updates = state["num_updates"]
-        self.masks.apply_(self._model)
         if self._optimizer is not None:
             forget_pruned(self._model, self._optimizer, self.masks)
 
@@ -300,16 +381,8 @@ class Pruner:
             )
 
     def _listen_to(self, optimizer: Optimizer) -> Optimizer:
-        """Sets gradients of pruned weights to zero before each step; returns the optimizer inside.
-
-        Those of Lightning and accelerate hold torch's own.
-        """
-        while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-            optimizer = inner
-        if not isinstance(optimizer, Optimizer):
-            raise ConfigError(
-                f"optimizer: must be a torch.optim.Optimizer, not {kind_of(optimizer)}"
-            )
+        """Sets gradients of pruned weights to zero before its steps; returns the one inside."""
+        optimizer = optimizer_in(optimizer)
         updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(unit.parameter) in updated for unit in self._units):
             raise ConfigError(
@@ -335,13 +408,16 @@ class Pruner:
                 part = movement_statistic(local(unit.parameter.detach()), rows)
                 gathered = local(self._movement[unit.name])
                 gathered += part if scale is None else part / scale
-            rows.masked_fill_(~local(self.masks[unit.name]).to(rows.device), 0)
+            if unit.name in self.masks:
+                rows.masked_fill_(~local(self.masks[unit.name]).to(rows.device), 0)
 
     def _blank_movement(self) -> dict[str, Tensor]:
         return {
             unit.name: torch.zeros_like(unit.parameter.detach(), dtype=torch.float64)
             for unit in self._units
+            # Of whole units that of matrices, as in a job.
             if self._rule.spec.needs_history
+            and (unit.parameter.ndim > 1 or not self._config.unit_kinds)
         }
 
     def _check_parameters(self) -> None:
@@ -357,12 +433,43 @@ class Pruner:
         self.masks = self.masks.to(device)
         self._movement = {name: value.to(device) for name, value in self._movement.items()}
 
+    def _check_given(self, given: list[Batch]) -> None:
+        if given:
+            return
+        if self._reads_batches:
+            raise ConfigError(
+                f"batch: criterion = {self._config.criterion} reads the batches of the "
+                "training loop; call step(batch)"
+            )
+        if self._config.unit_kinds and self._whole is None:
+            raise ConfigError(
+                f"batch: granularity = '{self._config.granularity}' finds units by passing an "
+                "example through the network; call step(batch), at least the first time"
+            )
+
+    def _find_units(self, batch: Batch) -> None:
+        """Finds whole units by a batch, and makes the first masks if no state had any."""
+        ranks = self._ranks
+        self._whole = whole = units_by_batch(
+            *(self._model, self._workload, self._config, len(self._rounds)),
+            *(batch, self.masks, ranks),
+        )
+        unpruned = unpruned_matrices(whole.dense, self._model)
+        self._found = Survey(scored_parameters(whole.dense, self._model), unpruned)
+        self._units, self._unpruned = self._found.units, reword_reasons(unpruned)
+        if not self.masks:
+            self.masks = whole.dense_masks(whole.kept_U).to(ranks.device)
+        self.masks = replace(self.masks, unpruned=self._unpruned)
+
     def _try(self, given: list[Batch]) -> None:
         """Tries loss and criterion, so that they do not fail after hours."""
         if given:
             if not is_sharded(self._model):
                 self._ranks.run_collectively(lambda: self._check_loss(given[0]))
-            self._score(1, given)
+            if self._whole is None:
+                self._score(1, given)
+            else:
+                self._score_units(self._whole, 1, given)
         self._is_tried = True
 
     def _check_loss(self, batch: Batch) -> None:
@@ -383,20 +490,46 @@ class Pruner:
 
     def _prune(self, number: int, given: list[Batch]) -> None:
         ranks, sparsity = self._ranks, self._schedule[number - 1]
-        if num_to_prune(sparsity, self.masks.num_units) > self.masks.num_pruned:
+        if self._whole is not None:
+            is_due = self._whole.is_due(number)
+        else:
+            is_due = num_to_prune(sparsity, self.masks.num_units) > self.masks.num_pruned
+        if is_due:
             if self._rule.spec.needs_history and not self._num_updates:
                 raise PruneError(
                     f"criterion = {self._config.criterion}: the optimizer has taken no step since "
                     "the last round; call optimizer.step() before pruner.step()"
                 )
-            scores = self._score(number, given)
-            removal = select_masks(scores, self.masks, self._config, sparsity, self._axes, ranks)
-            ranks.check_agreement(removal.masks.digest, f"the mask of step {self.num_steps + 1}")
-            self.masks = replace(removal.masks, unpruned=self._unpruned)
-            self.sparsity = self.masks.sparsity
+            kept_U: np.ndarray | None = None
+            if self._whole is not None:
+                scores_U = self._score_units(self._whole, number, given)
+                kept_U = self._whole.choose(number, scores_U).kept_U
+                masks = self._whole.dense_masks(kept_U, self.masks).to(ranks.device)
+            else:
+                scores = self._score(number, given)
+                removal = select_masks(
+                    scores, self.masks, self._config, sparsity, self._axes, ranks
+                )
+                masks = removal.masks
+            ranks.check_agreement(masks.digest, f"the mask of step {self.num_steps + 1}")
+            self.masks = replace(masks, unpruned=self._unpruned)
+            if self._whole is not None and kept_U is not None:
+                self._whole.kept_U = kept_U
+                self.sparsity = int(np.count_nonzero(~kept_U)) / len(kept_U)
+            else:
+                self.sparsity = self.masks.sparsity
             if self._optimizer is not None:
                 forget_pruned(self._model, self._optimizer, self.masks)
         self._movement, self._num_updates = self._blank_movement(), 0
+
+    def _score_units(self, whole: WholeUnits, number: int, given: list[Batch]) -> np.ndarray:
+        ranks = self._ranks
+        check_same_replicas(self._model, ranks)
+        with keeping_gradients(self._model), _buffers_of_first(self._model, ranks):
+            return whole.score(
+                *(self._model, self._workload, ranks, self._seed, number, self._movement or None),
+                batches=given or None,
+            )
 
     def _score(self, number: int, given: list[Batch]) -> SlicedScores:
         ranks = self._ranks

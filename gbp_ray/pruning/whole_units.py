@@ -41,7 +41,7 @@ from gbp_ray.pruning.budget import (
     select_units,
 )
 from gbp_ray.pruning.compact import remove_units
-from gbp_ray.pruning.comparison import Run
+from gbp_ray.pruning.comparison import Run, observe
 from gbp_ray.pruning.cutting import cut_state, expand_optimizer, expand_state, shrink_structure
 from gbp_ray.pruning.fixed_groups import find_fixed_groups
 from gbp_ray.pruning.graph.find import find_structure
@@ -53,7 +53,8 @@ from gbp_ray.pruning.units import Prunable
 from gbp_ray.results.records import CostRecord, LayerRecord, UnitsRecord, WidthRecord
 from gbp_ray.training.passes import Macs
 from gbp_ray.training.progress import OnProgress, ignore_progress
-from gbp_ray.workloads.batch import Batch, forward, logits_of, map_tensors, tensors_in
+from gbp_ray.workloads.batch import Batch, forward, logits_of, map_tensors, size_of, tensors_in
+from gbp_ray.workloads.checks import blaming_batch
 from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import first_example, take_batch
 
@@ -67,6 +68,7 @@ __all__ = [
     "passing",
     "scored_parameters",
     "structure_by",
+    "units_by_batch",
     "unpruned_matrices",
 ]
 
@@ -476,3 +478,44 @@ def passing(workload: Workload, batch: Batch) -> Run:
         return logits_of(forward(network, workload, batch))
 
     return run
+
+
+def units_by_batch(
+    model: nn.Module,
+    workload: Workload,
+    prune: PruneConfig,
+    num_rounds: int,
+    batch: Batch,
+    masks: MaskSet,
+    ranks: Ranks,
+) -> WholeUnits:
+    """Finds units by a batch, that of the first rank, and tries if they can go. Communicates.
+
+    Args:
+        num_rounds: In all; more than a job may have, too.
+        masks: Of a training that goes on; empty for none. The plan is that of the dense network.
+
+    Raises:
+        GbpError: As `find_units` and `check_choice`; or the batch does not suit the network.
+    """
+    batch = batch.part(slice(0, COMPARED), size_of(batch.inputs))
+    batch = ranks.broadcast_object(batch.map(lambda tensor: tensor.cpu()))
+    batch = batch.map(lambda tensor: tensor.to(ranks.device))
+    planned = prune.model_copy(update={"rounds": num_rounds})
+
+    def find() -> WholeUnits:
+        with blaming_batch(batch):
+            observe(model, passing(workload, batch))
+        structure = find_units(
+            workload, model, prune, batch.part(slice(0, 1), size_of(batch.inputs))
+        )
+        whole = WholeUnits(structure, planned)
+        check_budget(structure, planned, whole.kept_U)
+        whole.kept_U = structure.units_in(masks.to(torch.device("cpu")))
+        if prune.compact:
+            ranked_U = np.arange(structure.num_units, dtype=np.float64)
+            kept_U = whole.choose(num_rounds, ranked_U).kept_U
+            check_choice(workload, model, structure, kept_U, batch)
+        return whole
+
+    return ranks.run_collectively(find)

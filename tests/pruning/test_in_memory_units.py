@@ -227,6 +227,7 @@ def test_a_network_in_shards_is_refused_by_name(one_rank: None) -> None:
     for call in (
         lambda: prune(model),
         lambda: gbp_ray.compact(model, masks, DATA),
+        lambda: gbp_ray.Pruner(model, end=1, **HALF),
     ):
         with pytest.raises(GbpError, match=r"^model: is sharded by fully_shard, and .* in one "):
             call()

@@ -13,6 +13,7 @@ from pruner_program import (
     CRITERIA,
     NUM_STEPS,
     SHARDABLE,
+    UNIT_CASES,
     Net,
     at_once,
     batch_of,
@@ -21,6 +22,8 @@ from pruner_program import (
     pruner_program,
     strayed_buffers,
     train,
+    train_units,
+    units_at_once,
 )
 from rank_program import reports_of_world
 from small_networks import built
@@ -76,6 +79,14 @@ def test_two_ranks_get_the_masks_and_weights_of_one_process(
         assert report[kind, criterion] == alone
 
 
+@pytest.mark.parametrize("case", UNIT_CASES)
+def test_two_ranks_remove_the_units_of_one_process(case: str, two: list[dict[str, Any]]) -> None:
+    alone = train_units(case)
+    assert len(alone["masks"]) == 2
+    for report in two:
+        assert report["units", case] == alone
+
+
 def test_all_ranks_score_with_the_buffers_of_the_first(two: list[dict[str, Any]]) -> None:
     wanted = strayed_buffers(0, "alone")
     assert [report["buffers"] for report in two] == [wanted] * 2
@@ -84,6 +95,10 @@ def test_all_ranks_score_with_the_buffers_of_the_first(two: list[dict[str, Any]]
 def test_pruning_at_once_is_the_same_on_two_ranks_and_in_shards(two: list[dict[str, Any]]) -> None:
     wanted = at_once(Ranks())
     assert [report["at once"] for report in two] == [[wanted, wanted]] * 2
+
+
+def test_units_pruned_at_once_are_the_same_on_two_ranks(two: list[dict[str, Any]]) -> None:
+    assert [report["units at once"] for report in two] == [units_at_once(Ranks())] * 2
 
 
 def test_ranks_that_differ_are_refused_on_all(two: list[dict[str, Any]]) -> None:

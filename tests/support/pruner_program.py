@@ -42,6 +42,14 @@ class Net(nn.Module):
         return self.head(self.body(hidden + self.shift))
 
 
+class UnitNet(Net):
+    """The same without a norm, so that channels of the convolution can leave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Identity()
+
+
 def batch_of(step: int, rank: int) -> tuple[Tensor, Tensor]:
     size = SIZES[rank]
     inputs = draw(size, 2, 6, 6, seed=100 * step + rank)
@@ -97,6 +105,42 @@ def train(criterion: str, kind: str = "alone", rank: int = 0, **more: Any) -> di
     }
 
 
+UNIT_CASES: dict[str, dict[str, Any]] = {
+    "gate": {"criterion": "taylor", "target": {"macs": 0.5}},
+    "example": {"criterion": "fisher", "sparsity": 0.5},
+    "norm": {"criterion": "magnitude", "sparsity": 0.5, "scope": "layer"},
+    "moved": {"criterion": "movement", "target": {"parameters": 0.4}, "every": 3},
+}
+
+
+def train_units(case: str, kind: str = "alone", rank: int = 0) -> dict[str, Any]:
+    """Trains as `train`, takes the units out at the end, and trains on without them."""
+    model = built(UnitNet)
+    wrapped: nn.Module = DistributedDataParallel(model) if kind == "ddp" else model
+    optimizer = optimizer_of(model)
+    fields = {"granularity": "channel", "start": 0, "end": 4, "every": 2, **UNIT_CASES[case]}
+    pruner = gbp_ray.Pruner(wrapped, optimizer=optimizer, **fields)
+    masks, result = [], None
+    for step in range(1, NUM_STEPS + 1):
+        batches = [batch_of(step, r) for r in ((0, 1) if kind == "alone" else (rank,))]
+        for inputs, targets in batches:
+            (functional.cross_entropy(wrapped(inputs), targets) / len(batches)).backward()
+        optimizer.step()
+        if pruner.step(*batches):
+            masks.append((step, pruner.masks.digest, pruner.sparsity))
+        assert result is not None or pruner.masks.find_revived(model) is None
+        optimizer.zero_grad()
+        if step == 5:
+            result = pruner.compact(batches[0])
+            wrapped = DistributedDataParallel(model) if kind == "ddp" else model
+    assert result is not None
+    return {
+        "masks": masks,
+        "result": (result.widths, result.macs, result.num_parameters, result.difference <= 1e-5),
+        "weights": digest({n: p.detach() for n, p in model.named_parameters()}),
+    }
+
+
 def strayed_buffers(rank: int, kind: str = "ddp") -> str:
     """Decides once where each rank has another buffer."""
     model = built(Net)
@@ -121,6 +165,15 @@ def at_once(ranks: Ranks, kind: str = "alone", criterion: str = "taylor") -> str
     )
     assert masks.find_revived(model) is None
     return masks.digest
+
+
+def units_at_once(ranks: Ranks) -> tuple[Any, ...]:
+    """Prunes units of a network in memory and takes them out, with the same data everywhere."""
+    model = built(UnitNet)
+    fields = {"granularity": "channel", "target": {"macs": 0.5}, "calibration_batch_size": 7}
+    masks = gbp_ray.prune_model(model, DATA, criterion="taylor_squared", **fields)
+    result = gbp_ray.compact(model, masks, DATA)
+    return masks.digest, result, digest({n: p.detach() for n, p in model.named_parameters()})
 
 
 def told(call: Callable[[], Any]) -> str:
@@ -161,7 +214,10 @@ def pruner_program(ranks: Ranks) -> dict[str, Any]:
     more = {"scope": "layer", "optimizer": "sgd", "schedule": "geometric"}
     found["ddp", "by layer"] = train("taylor", "ddp", ranks.rank, **more)
     found["fsdp", "by layer"] = train("taylor", "fsdp", ranks.rank, **more)
+    for case in UNIT_CASES:
+        found["units", case] = train_units(case, "ddp", ranks.rank)
     found["buffers"] = strayed_buffers(ranks.rank)
     found["at once"] = [at_once(ranks, kind) for kind in ("alone", "fsdp")]
+    found["units at once"] = units_at_once(ranks)
     found["refused"] = refusals(ranks)
     return found
