@@ -44,6 +44,7 @@ from gbp_ray.pruning.arguments import (
 from gbp_ray.pruning.budget import check_budget
 from gbp_ray.pruning.checkpoint import shard_masks
 from gbp_ray.pruning.checks import warn_of_unusual_weights
+from gbp_ray.pruning.comparison import observe
 from gbp_ray.pruning.criteria import criterion as find_criterion
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.selection import (
@@ -63,13 +64,15 @@ from gbp_ray.pruning.units import (
 from gbp_ray.pruning.whole_units import (
     WholeUnits,
     check_choice,
+    few_of,
     find_units,
+    passing,
     scored_parameters,
     unpruned_matrices,
 )
 from gbp_ray.training.network import unused_on_all
 from gbp_ray.workloads.batch import kind_of
-from gbp_ray.workloads.checks import Checked, check_workload
+from gbp_ray.workloads.checks import Checked, blaming_batch, check_workload
 from gbp_ray.workloads.contract import Workload
 
 __all__ = ["Scores", "prune_model", "score", "select"]
@@ -423,6 +426,8 @@ def _prepare(
     check_same_replicas(plain, ranks)
     structure: Structure | None = None
     if config.unit_kinds:
+        if checked is None:
+            ranks.run_collectively(lambda: _check_passes(workload, plain))
         structure = ranks.run_collectively(lambda: find_units(workload, plain, config))
         found = Survey(scored_parameters(structure, plain), unpruned_matrices(structure, plain))
     else:
@@ -443,6 +448,13 @@ def _check_fit_for_units(model: nn.Module, data: Any, config: PruneConfig) -> No
             f"data: {named} finds units by passing an example through the network; give (inputs, "
             "targets), a dataset or a DataLoader"
         )
+
+
+def _check_passes(workload: Workload, model: nn.Module) -> None:
+    """Raises WorkloadError where examples do not suit a network whose criterion reads none."""
+    batch = few_of(workload, next(model.parameters()).device)
+    with blaming_batch(batch):
+        observe(model, passing(workload, batch))
 
 
 def _check_data(workload: Workload, model: nn.Module, size: int) -> Checked:

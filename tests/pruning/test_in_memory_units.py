@@ -277,6 +277,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"data": None, "criterion": "magnitude"},
         "data: granularity = 'channel' finds units by passing an example through the network; ",
     ),
+    "shapes": (
+        {"data": (DATA[0].flatten(1), DATA[1]), "criterion": "magnitude"},
+        "data: a pass of 8 examples failed with ",
+    ),
     "too little": ({"target": {"macs": 0.001}}, "target.macs: allows "),
     "too much": ({"target": {"macs": 1e12}}, "target.macs = 1e+12: is more than the "),
     "idle": (
