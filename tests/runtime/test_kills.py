@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kill_program import PHASES, Death, end_group, make_job, start_group, wait_until_met
+from kill_program import (
+    PHASES,
+    UNITS,
+    Death,
+    end_group,
+    make_job,
+    start_group,
+    wait_until_met,
+)
 from quick_trials import results_of
 
 from gbp_ray.distributed.ranks import Ranks
@@ -80,8 +88,38 @@ def test_a_worker_killed_in_any_phase_costs_its_round_alone(
     assert results_of(job) == whole
 
 
+CUTS = [Death("cut", 1, 1), Death("write", 1, 0), Death("evaluate", 2, 1), Death("cut", 2, 0)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "sizes", "deaths"),
+    [
+        ("replicated", (2,), CUTS[:1]),
+        ("fsdp", (2, 3), CUTS[2:]),
+        pytest.param("replicated", (3, 2, 1, 4), CUTS, marks=needs_kills, id="all, replicated"),
+        pytest.param("fsdp", (3, 2, 4), CUTS, marks=needs_kills, id="all, sharded"),
+    ],
+)
+def test_a_worker_killed_while_units_leave_costs_its_round_alone(
+    tmp_path: Path, strategy: str, sizes: tuple[int, ...], deaths: list[Death]
+) -> None:
+    calm = make_job(tmp_path / "calm", "replicated", UNITS)
+    work_trial(calm, Ranks())
+    whole = results_of(calm)
+    job = make_job(tmp_path / "killed", strategy, UNITS)
+    for number, planned in enumerate(deaths):
+        size = sizes[number % len(sizes)]
+        death = Death(planned.phase, planned.round, planned.rank % size)
+        codes = end_group(start_group(job, size, death))
+        assert codes[death.rank] == -signal.SIGKILL, f"nobody died of {death} among {size}"
+        assert results_of(job) == whole[: death.round]
+    assert end_group(start_group(job, sizes[-1])) == [0] * sizes[-1]
+    assert results_of(job) == whole
+
+
 def test_workers_are_killed_in_every_phase() -> None:
-    assert {death.phase for death in DEATHS} == set(PHASES)
+    assert {death.phase for death in (*DEATHS, *CUTS)} == set(PHASES)
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ import gbp_ray.pruning.rounds
 from gbp_ray.config.job import JobConfig, load_job, trial_id
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.pruning.checkpoint import SHARDS
+from gbp_ray.pruning.whole_units import WholeUnits
 from gbp_ray.results.folder import FolderObjects
 from gbp_ray.results.records import RoundRecord
 from gbp_ray.results.store import Store
@@ -42,7 +43,9 @@ SETTINGS = {
     "prune.batchnorm_examples": 64,
     "cluster.num_workers": [1, 4],
 }
-PHASES = ("build", "train", "score", "decide", "evaluate", "write", "written")
+UNITS = {"prune.granularity": "channel", "prune.target.macs": 0.5}
+"""Whole units go, and leave the network after each decision."""
+PHASES = ("build", "train", "score", "decide", "cut", "evaluate", "write", "written")
 
 _SILENCE = timedelta(seconds=120)
 """How long a rank waits for another one.
@@ -103,8 +106,9 @@ def digits() -> Workload:
     return replace(workload, build_model=build, loss=loss)
 
 
-def make_job(storage: Path, strategy: str) -> JobConfig:
-    return load_job(None, SETTINGS | {"storage": str(storage), "cluster.strategy": strategy})
+def make_job(storage: Path, strategy: str, more: dict[str, Any] | None = None) -> JobConfig:
+    own = {"storage": str(storage), "cluster.strategy": strategy}
+    return load_job(None, SETTINGS | own | (more or {}))
 
 
 def start_group(job: JobConfig, world_size: int, death: Death | None = None) -> list[BaseProcess]:
@@ -178,6 +182,12 @@ def _work(job: JobConfig, rank: int, world_size: int, meeting: Path, death: Deat
 def _die_inside_the_package() -> None:
     """Puts deaths where no code of a user's runs: in the decision, and between two files."""
     select, put = gbp_ray.pruning.rounds.select_masks, FolderObjects.put_new
+    remove = WholeUnits.remove
+
+    def remove_units(self: WholeUnits, *args: Any, **options: Any) -> Any:
+        removed = remove(self, *args, **options)
+        reach("cut")
+        return removed
 
     def select_masks(*args: Any, **options: Any) -> Any:
         if dist.get_world_size() == 1:
@@ -195,6 +205,7 @@ def _die_inside_the_package() -> None:
         return put(self, key, data)
 
     gbp_ray.pruning.rounds.select_masks = select_masks  # type: ignore[assignment]
+    WholeUnits.remove = remove_units  # type: ignore[method-assign]
     FolderObjects.put_new = put_file  # type: ignore[method-assign]
 
 
