@@ -31,7 +31,7 @@ from gbp_ray.distributed.sharding import (
     shard_like,
     shard_network,
 )
-from gbp_ray.errors import ConfigError, PruneError, name_some
+from gbp_ray.errors import ConfigError, name_some
 from gbp_ray.pruning.budget import (
     Bounds,
     UnitChoice,
@@ -43,7 +43,7 @@ from gbp_ray.pruning.budget import (
 from gbp_ray.pruning.compact import remove_units
 from gbp_ray.pruning.comparison import Run, observe
 from gbp_ray.pruning.cutting import cut_state, expand_optimizer, expand_state, shrink_structure
-from gbp_ray.pruning.fixed_groups import find_fixed_groups
+from gbp_ray.pruning.fixed_groups import find_fixed_groups, without_groups
 from gbp_ray.pruning.graph.find import find_structure
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.scoring import on_few_examples
@@ -81,6 +81,9 @@ def find_units(
 ) -> Structure:
     """Finds the units of a network that a job may remove, by one example.
 
+    Where units are to leave the network, some of each group leave a copy of it on trial. Groups
+    that its code cannot go without are left out, and named in `Structure.frozen`.
+
     Args:
         model: Unsharded; on the meta device, too.
         example: By default the first training example.
@@ -93,6 +96,12 @@ def find_units(
     excluded = {name for glob in prune.exclude for name in match_names(glob, names)}
     example = first_example(workload) if example is None else example
     structure = structure_by(workload, model, example, excluded, prune.unit_kinds)
+    if prune.compact and not any(parameter.is_meta for parameter in model.parameters()):
+        # What the graph allows, the code of the network may not.
+        run = passing(workload, few_of(workload, next(model.parameters()).device))
+        fixed = find_fixed_groups(copy_network(model), structure, run)
+        reasons = {number: why.partition(", and no number")[0] for number, why in fixed.items()}
+        structure = without_groups(structure, reasons)
     if not structure.groups:
         why = [f"'{axis}' ({reason})" for axis, reason in structure.frozen.items()]
         raise ConfigError(
@@ -165,20 +174,13 @@ def check_choice(
         batch: Passed through it; by default the first training examples.
 
     Raises:
-        PruneError: It is not; names all groups that the network's code cannot go without.
+        PruneError: It is not; names the layer.
     """
     device = next(model.parameters()).device
     run = passing(workload, few_of(workload, device) if batch is None else batch)
     twin = copy_network(model)
     MaskSet(structure.masks(kept_U, [name for name, _ in model.named_parameters()])).apply_(twin)
-    try:
-        remove_units(twin, structure, kept_U, run)
-    except PruneError as error:
-        fixed = find_fixed_groups(copy_network(model), structure, run)
-        if not fixed:
-            raise
-        names = ", ".join(f'"{structure.groups[number].name}"' for number in fixed)
-        raise PruneError(f"{error}; layers like this: prune.exclude = [{names}]") from error
+    remove_units(twin, structure, kept_U, run)
 
 
 def scored_parameters(structure: Structure, model: nn.Module) -> list[Prunable]:

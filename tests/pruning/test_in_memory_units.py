@@ -290,7 +290,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "masks": ({"masks": 3}, "masks: must be a MaskSet, as prune_model returns, not int"),
     "glob": ({"layer_max_sparsity": {"konv*": 0.5}}, "layer_max_sparsity.'konv*': matches no "),
     "movement": ({"criterion": "movement"}, "criterion = movement: is gathered while "),
-    "stiff": ({"model": Stiff}, "'"),
 }
 
 
@@ -307,9 +306,13 @@ def test_arguments_of_units_that_cannot_be_right_are_refused(name: str) -> None:
     assert "prune." not in told
     assert "workload." not in told
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    if name == "stiff":
-        assert 'layers like this: exclude = ["first.weight"]' in told
-        prune(model, exclude=["first.weight"], target=None, sparsity=0.5)
+
+
+def test_units_that_the_code_of_a_network_cannot_go_without_stay_and_are_named() -> None:
+    model = network(Stiff)
+    masks = prune(model, target=None, sparsity=0.5)
+    assert "first.weight" not in masks
+    assert "without its removed units it fails with" in masks.unpruned["first.weight"][1]
 
 
 def test_masks_of_units_below_those_of_a_call_before_are_refused() -> None:
