@@ -16,6 +16,7 @@ from gbp_ray.cli.tables import (
     overlap_table,
     results_table,
     summary_lines,
+    widths_table,
     write_megabytes,
 )
 from gbp_ray.cli.terminal import (
@@ -126,14 +127,16 @@ def list_results(
     Reads the index of the results, on a folder or under s3://, and needs
     nothing else. Any column will do for --where, --best and --sort: what was
     measured, such as accuracy or another metric of the workload, sparsity,
-    loss or macs_nonzero, and every field
-    of the job, such as prune.criterion; --csv shows them all.
+    macs_left or loss, and every field of the job, such as prune.criterion;
+    --csv shows them all.
 
     Examples:
 
       gbp-ray results gbp-results
 
       gbp-ray results s3://bucket/prefix/my-job --best "accuracy@sparsity>=0.9"
+
+      gbp-ray results gbp-results --best "accuracy@macs_left<=0.5"
 
       gbp-ray results gbp-results --where prune.criterion=taylor --sort loss --csv
     """
@@ -185,7 +188,8 @@ def make_report(
 ) -> None:
     """Write a report on the finished trials: one HTML page, its figures, the jobs.
 
-    Curves over sparsity with the spread over seeds, layers, masks, cost,
+    Curves over sparsity, or over what is left where whole units are
+    removed, with the spread over seeds, layers, widths, masks, cost,
     how to run each trial again, and what the results cannot show.
 
     Examples:
@@ -261,6 +265,8 @@ def show_difference(
     else:
         say("job: no difference")
     console().print(difference_table(found["metrics"], "measured"))
+    if "widths" in found:
+        console().print(widths_table(found["widths"]))
     console().print(overlap_table(found["masks"]))
     if found["overlap"] is not None:
         say(f"overlap of the masks {found['overlap']:.2%}")
@@ -377,7 +383,11 @@ def _describe_trial(store: Any, name: str) -> dict[str, object]:
         "trial": name,
         "finished": record is not None,
         "round": last.round,
-        "sparsity": round(last.sparsity, 4),
+        **(
+            {"sparsity": round(last.sparsity, 4)}
+            if last.cost.units is None
+            else {"left": last.reached.removesuffix(" left")}
+        ),
         last.metric.name: score,
         "uri": store.trial_uri(name),
     }

@@ -46,7 +46,8 @@ def list_criteria(as_json: AsJson = False) -> None:
         'calibration examples. Your own criterion: prune.criterion = "module:function".',
         "w weight, g gradient of the mean loss of a batch, g_i of one example, H Hessian,",
         "b batches of n_b examples, n in all, z random signs; d gradient in a whole unit's gate, a",
-        "factor on all that reads it. Others sum the scores of its weights (magnitude: L2 norm).",
+        "factor on all that reads it. A criterion without d sums the scores of the unit's weights;",
+        "magnitude takes the L2 norm of them.",
     )
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from gbp_ray.cli.columns import TableColumn, fit_table, make_table
 from gbp_ray.config.metrics import ACCURACY, MetricSpec
-from gbp_ray.results.records import RoundRecord, TrialRecord, describe_unpruned, write_value
+from gbp_ray.results.goals import COSTS, GOAL_FIELDS, Goal, has_units, write_left
+from gbp_ray.results.records import (
+    CostRecord,
+    RoundRecord,
+    TrialRecord,
+    describe_unpruned,
+    write_value,
+)
 from gbp_ray.results.scores import spec_of, write_share
 
 __all__ = [
@@ -31,31 +38,11 @@ __all__ = [
     "summary_lines",
     "summary_table",
     "sweep_plan_lines",
+    "widths_table",
     "write_megabytes",
 ]
 
 RE_ESTIMATED = "* with BatchNorm re-estimated, as after each prune"
-
-
-def make_table(
-    rows: Iterable[Sequence[str]],
-    texts: Sequence[str],
-    numbers: Sequence[str] = (),
-    last: Sequence[str] = (),
-    *,
-    title: str = "",
-) -> Table:
-    """Make a table of columns of text, then of numbers, then of text again."""
-    table = Table(box=SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
-    for heading in texts:
-        table.add_column(heading, overflow="fold")
-    for heading in numbers:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in last:
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def write_megabytes(num_bytes: float) -> str:
@@ -76,13 +63,14 @@ def round_table(trial: TrialRecord) -> Table:
         rows.append(
             (
                 (str(record.round) if record.round else "dense") + mark,
-                f"{record.sparsity:.2%}",
+                *_shares_of(cost),
                 metric.write(record.score),
                 metric.write(record.train_score),
                 metric.write(record.score_pruned),
                 *(other.write(record.metrics.get(other.name)) for other in others),
                 *((write_share(record.robust_accuracy),) if is_attacked else ()),
                 f"{record.loss:.4f}",
+                *(() if cost.units is None else (f"{cost.units.num_kept:,}",)),
                 f"{cost.num_nonzero:,}",
                 _macs_left(cost.macs, cost.macs_nonzero),
             )
@@ -91,19 +79,32 @@ def round_table(trial: TrialRecord) -> Table:
             loss = "" if record.loss_recalibrated is None else f"{record.loss_recalibrated:.4f}"
             score = metric.write(record.score_recalibrated)
             between = [""] * (2 + len(others) + is_attacked)
-            rows.append(("re-estimated", "", score, *between, loss))
+            shares = ["" for _ in _shares_of(cost)]
+            rows.append(("re-estimated", *shares, score, *between, loss))
             caption = "re-estimated: dense, with BatchNorm as it is after each prune"
     attacked = ("under attack",) if is_attacked else ()
-    headings = ["sparsity", judged, "in training", "before fine-tuning"]
-    headings += [*(other.name for other in others), *attacked, "loss", "weights left", "MACs"]
+    is_whole = trial.final.cost.units is not None
+    headings = ["MACs left", "weights left"] if is_whole else ["sparsity"]
+    headings += [judged, "in training", "before fine-tuning", *(other.name for other in others)]
+    headings += [*attacked, "loss"]
+    headings += ["units", "weights", "MACs"] if is_whole else ["weights left", "MACs"]
     table = make_table(rows, ["round"], headings, title=trial.trial_id)
     table.caption = caption
     return table
 
 
+def _shares_of(cost: CostRecord) -> tuple[str, ...]:
+    """Writes what is left of the network where it loses whole units, else the sparsity."""
+    if cost.units is None:
+        return (f"{cost.sparsity:.2%}",)
+    return write_left(cost.left["macs_left"]), write_left(cost.left["parameters_left"])
+
+
 def layer_table(record: RoundRecord) -> Table:
-    """List the prunable layers of a round."""
+    """List the prunable layers of a round, of whole units with the widths before and after."""
     title = f"layers after round {record.round}" if record.round else "layers, dense"
+    if record.cost.units is not None:
+        return _width_table(record, title)
     rows = [
         (
             layer.name + (" (held back)" if layer.name in record.held_back else ""),
@@ -121,6 +122,41 @@ def layer_table(record: RoundRecord) -> Table:
     numbers = ("weights", "left", "sparsity", "MACs left")
     table = make_table(rows, ("layer", "shape"), numbers, title=title)
     table.caption = record.cost.unpruned_in_words or None
+    table.caption_justify = "left"
+    return table
+
+
+def _width_table(record: RoundRecord, title: str) -> Table:
+    cost = record.cost
+    assert cost.units is not None
+    widths = {width.name: width for width in cost.units.widths}
+    layers = {layer.name: layer for layer in cost.layers}
+    rows = []
+    for name in dict.fromkeys((*layers, *widths)):
+        width, layer = widths.get(name), layers.get(name)
+        made = "" if width is None else f"{width.num_units:,} -> {width.num_kept:,}"
+        if width is not None and width.kind != "channel":
+            made += f" {width.kind}s"
+        cells = [""] * 4
+        if layer is not None:
+            cells = [
+                "x".join(map(str, layer.shape)),
+                f"{layer.num_weights:,}",
+                f"{layer.num_nonzero:,}",
+                f"{1 - layer.sparsity:.1%}",
+            ]
+            # What part of the network's products is the layer's may not be known.
+            is_known = bool(cost.macs and (layer.macs or not cost.macs_fault))
+            cells.append(_macs_left(is_known, layer.macs_nonzero))
+        mark = " (held back)" if name in record.held_back else ""
+        rows.append((name + mark, cells[0], made, *cells[1:]))
+    numbers = ("units", "weights", "left", "of them", "MACs left")
+    table = make_table(rows, ("layer", "shape"), numbers, title=title)
+    notes = [
+        "units: before -> after; layers without a number share those of another, or keep all",
+        cost.unpruned_in_words,
+    ]
+    table.caption = "\n".join(filter(None, notes))
     table.caption_justify = "left"
     return table
 
@@ -144,7 +180,13 @@ def results_table(
     if len({row["job"] for row in rows}) > 1:
         columns.append(TableColumn("job", [row["job"] for row in rows], "left"))
     columns.append(column("round", lambda row: str(row["round"]), 2))
-    columns.append(column("sparsity", lambda row: f"{row['sparsity']:.2%}"))
+    is_whole = all(map(has_units, rows)) and bool(rows)
+    heads = ("weights", "MACs") if is_whole else ("weights left", "MACs left")
+    if not is_whole:
+        columns.append(column("sparsity", lambda row: f"{row['sparsity']:.2%}"))
+    else:
+        columns.append(column("MACs left", lambda row: write_left(row["macs_left"])))
+        columns.append(column("weights left", lambda row: write_left(row["parameters_left"]), 1))
 
     def add(heading: str, name: str, spec: MetricSpec) -> None:
         columns.append(column(heading, lambda row: spec.write(row[name])))
@@ -158,8 +200,8 @@ def results_table(
         columns.append(column("under attack", lambda row: write_share(row["robust_accuracy"]), 1))
     columns += [
         column("loss", lambda row: f"{row['loss']:.4f}", 2),
-        column("weights left", lambda row: f"{row['num_nonzero']:,}", 3),
-        column("MACs left", lambda row: _macs_left(row["macs"], row["macs_nonzero"]), 4),
+        column(heads[0], lambda row: f"{row['num_nonzero']:,}", 3),
+        column(heads[1], lambda row: _macs_left(row["macs"], row["macs_nonzero"]), 4),
     ]
     for number, field in enumerate(fields):
         cells = [write_value(row[field]) for row in rows]
@@ -186,6 +228,16 @@ def overlap_table(layers: Sequence[Mapping[str, Any]]) -> Table:
         overlap = "" if layer["overlap"] is None else f"{layer['overlap']:.2%}"
         rows.append((layer["name"], " / ".join(sizes), *kept, overlap))
     return make_table(rows, ["mask"], ("weights", "kept by A", "kept by B", "overlap"))
+
+
+def widths_table(groups: Sequence[Mapping[str, Any]]) -> Table:
+    """List by group how many of its units two trials keep."""
+    rows = []
+    for group in groups:
+        sizes = [f"{size:,}" for size in dict.fromkeys(group["num_units"]) if size is not None]
+        kept = ["" if number is None else f"{number:,}" for number in group["num_kept"]]
+        rows.append((group["name"], " / ".join(sizes), *kept))
+    return make_table(rows, ["units of"], ("dense", "kept by A", "kept by B"))
 
 
 def plan_table(plan: Mapping[str, Any]) -> Table:
@@ -220,18 +272,23 @@ def plan_lines(planned: Mapping[str, Any]) -> list[str]:
     if plan["num_passes"]:
         times = "1 pass" if plan["num_passes"] == 1 else f"{plan['num_passes']} passes"
         passes = f"{times} over {plan['calibration_examples']:,} examples each round"
+    units = plan.get("units", "")
+    prunable = f"{plan['num_prunable']:,} {'in such units' if units else 'prunable'}"
     return [
-        f"network: {plan['num_parameters']:,} parameters, {plan['num_prunable']:,} prunable; "
+        *([f"units: {units}"] if units else []),
+        f"network: {plan['num_parameters']:,} parameters, {prunable}; "
         f"{plan['strategy']} on {workers or 1} {'worker' if workers < 2 else 'workers'}",
         *filter(None, [describe_unpruned(plan["unpruned"], plan["num_prunable"])]),
-        f"memory of a rank: {memory}; {write_megabytes(plan['data_bytes'])} MB of data on top, "
+        f"memory of a rank: {memory}{', of the dense network' if units else ''}; "
+        f"{write_megabytes(plan['data_bytes'])} MB of data on top, "
         "and the interpreter with its libraries",
         f"scoring: {plan['criterion']}, {passes}; cost {plan['criterion_cost']} against a forward "
         "and backward pass",
         f"training: {plan['pretrain_steps']:,} steps, then {plan['finetune_steps']:,} after each "
         f"of {plan['num_rounds']} rounds, {plan['num_steps']:,} in all",
         f"sent by a rank: {sent}",
-        f"stored: {write_megabytes(plan['round_bytes'])} MB each round, "
+        f"stored: {write_megabytes(plan['round_bytes'])} MB each round"
+        f"{', in dense shapes with zeros' if units else ''}, "
         f"{write_megabytes(plan['stored_bytes'])} MB in all, in {planned['uri']}",
         f"done: {progress}; {left} of {done + left} rounds would be run, the dense network's among "
         "them"
@@ -256,10 +313,29 @@ def summary_line(trial: TrialRecord) -> str:
     if fault := trial.metric_fault:
         loss = final.loss if trial.test is None else trial.test.loss
         reached = f"loss {loss:.6g} (dense {dense.loss:.6g}; {fault})"
+    if cost.units is not None:
+        return f"{_describe_units(cost)}; {reached}"
     return (
         f"sparsity {final.sparsity:.2%} of {cost.num_units:,} prunable weights, {reached}, "
         f"{cost.compression:.1f}x fewer non-zero parameters, {saved}"
     )
+
+
+def _describe_units(cost: CostRecord) -> str:
+    """Says what a network without its removed units has, beside the dense one."""
+    units = cost.units
+    assert units is not None
+    gone = units.num_units - units.num_kept
+    how = "left the network" if units.is_compact else "are zeros in the network"
+    macs = f"multiply-adds not counted{f' ({cost.macs_fault})' if cost.macs_fault else ''}"
+    if units.macs:
+        macs = f"{cost.macs / units.macs:.1f}x fewer multiply-adds"
+        macs += "" if units.is_compact else " once they are out of it"
+        macs += f" ({units.macs / cost.macs:.1%}: {_short(units.macs)} of {_short(cost.macs)})"
+    parameters = f"{cost.num_parameters / max(1, units.num_parameters):.1f}x fewer parameters"
+    parameters += f" ({units.num_parameters / max(1, cost.num_parameters):.1%})"
+    size = f"{write_megabytes(units.num_bytes)} of {write_megabytes(cost.num_bytes)} MB"
+    return f"{gone:,} of {units.num_units:,} units {how}: {macs}, {parameters}, {size}"
 
 
 def summary_lines(trial: TrialRecord) -> list[str]:
@@ -288,12 +364,21 @@ def summary_table(
     # Where rounds were judged by other examples, the test split has its own columns.
     is_tested = any(line["judged_on"] != "test" for line in lines)
     is_attacked = any("robust_accuracy" in line for line in lines)
-    sparsities = [f"{line['sparsity']:.2%}" for line in lines]
-    shown = ["" if i and text == sparsities[i - 1] else text for i, text in enumerate(sparsities)]
     specs = _specs_of(lines) or [ACCURACY]
-    columns = [TableColumn("sparsity", shown)]
+    texts = [f"{line['sparsity']:.2%}" for line in lines]
+    heading, goals, known = "sparsity", texts, {"seed", "prune.sparsity"}
+    if lines and all("goal" in line for line in lines):
+        kinds = {line["goal"]["kind"] for line in lines}
+        kind = kinds.pop() if len(kinds) == 1 else "macs"
+        kind = kind if kind in COSTS else "macs"
+        heading, known = f"{COSTS[kind]} left", {"seed", *GOAL_FIELDS}
+        texts = [write_left(line[f"{kind}_left"]) for line in lines]
+        # One goal is met to within a unit, not with one number of multiply-adds.
+        goals = [str(Goal(**line["goal"])) for line in lines]
+    shown = ["" if i and goals[i] == goals[i - 1] else text for i, text in enumerate(texts)]
+    columns = [TableColumn(heading, shown)]
     for field in fields:
-        if field not in ("seed", "prune.sparsity"):
+        if field not in known:
             cells = [write_value(line[field]) for line in lines]
             columns.append(TableColumn(field.removeprefix("prune."), cells, "left"))
 
@@ -425,63 +510,3 @@ def _machines(machines: Sequence[Sequence[Any]]) -> str:
     parts = [f"{number:g} {kind}s" for kind, number in totals.items() if number]
     count = "1 machine" if len(machines) == 1 else f"{len(machines)} machines"
     return f"{count} with {' and '.join(parts) or 'no CPUs'}"
-
-
-_BETWEEN, _NARROWEST = 3, 8
-
-
-class TableColumn(NamedTuple):
-    """A column of a table.
-
-    Attributes:
-        cells: Plain text, one a row.
-        rank: Columns of the highest rank are left out first, of rank 0 never.
-        widest: Characters that are shown of a cell.
-    """
-
-    heading: str
-    cells: Sequence[str]
-    justify: Literal["left", "right"] = "right"
-    rank: int = 0
-    widest: int = 36
-
-
-def fit_table(columns: Sequence[TableColumn], width: int) -> tuple[Table, list[str]]:
-    """Makes a table of the columns that fit into a width.
-
-    Args:
-        width: Of the terminal, in characters.
-
-    Returns:
-        The table, and the headings of the columns that it leaves out, in their order.
-    """
-    kept = list(columns)
-    # A space on either side is the table's own.
-    width += _BETWEEN - 2
-    while len(kept) > 1 and sum(map(_width, kept)) > width:
-        highest = max(column.rank for column in kept)
-        if highest == 0:
-            break
-        # Of equals the last.
-        del kept[max(i for i, column in enumerate(kept) if column.rank == highest)]
-    longest = max(range(len(kept)), key=lambda i: _width(kept[i]))
-    if (excess := sum(map(_width, kept)) - width) > 0:
-        # One long name is cut rather than every number.
-        room = max(_NARROWEST, _width(kept[longest]) - _BETWEEN - excess)
-        kept[longest] = kept[longest]._replace(widest=room)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in kept:
-        table.add_column(
-            column.heading,
-            justify=column.justify,
-            no_wrap=True,
-            max_width=column.widest,
-        )
-    for cells in zip(*(column.cells for column in kept), strict=True):
-        table.add_row(*cells)
-    shown = [column.heading for column in kept]
-    return table, [column.heading for column in columns if column.heading not in shown]
-
-
-def _width(column: TableColumn) -> int:
-    return min(column.widest, max(map(len, (column.heading, *column.cells)))) + _BETWEEN

@@ -81,7 +81,7 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         *(f"- {spec.name}" for spec in record.specs),
         "---",
         "",
-        f"# {job.name}: {facts.class_name}, {record.sparsity:.1%} sparse",
+        f"# {job.name}: {facts.class_name}, {cost.headline}",
         "",
         f"`{job.workload.factory}` pruned by `{job.prune.criterion}` in "
         f"{job.prune.rounds} round{'' if job.prune.rounds == 1 else 's'} with gbp-ray. "

@@ -7,10 +7,12 @@ from functools import partial
 
 from gbp_ray.config.metrics import ACCURACY, MetricSpec
 from gbp_ray.errors import name_some
-from gbp_ray.report import figures
-from gbp_ray.report.curves import WorkloadCurves, pick_targets, write_score
+from gbp_ray.report import figures, unit_figures
+from gbp_ray.report.curves import WorkloadCurves, pick_targets
 from gbp_ray.report.details import CloseUp
 from gbp_ray.report.drawing import Draw, Sketch, style_curves
+from gbp_ray.report.spreads import write_score
+from gbp_ray.results.goals import COSTS
 
 __all__ = [
     "sketch_workload",
@@ -36,11 +38,18 @@ def sketch_workload(curves: WorkloadCurves, close_ups: Sequence[CloseUp]) -> lis
         name = _name_scores(metric)
         scores = partial(figures.draw_scores, curves, styles)
         tradeoffs = partial(figures.draw_tradeoffs, curves, styles)
-        add(name, f"{metric.title} against sparsity", scores)
+        against = "sparsity" if curves.measure == "sparsity" else COSTS[curves.measure]
+        add(name, f"{metric.title} against {against}", scores)
         add("tradeoffs", f"{metric.title} against size and arithmetic", tradeoffs)
     rounds = partial(figures.draw_rounds, curves, targets, styles)
     add("rounds", "Training over the rounds", rounds)
-    if close_ups:
+    if networks := unit_figures.pick_networks(curves, close_ups):
+        draw = partial(unit_figures.draw_networks, networks)
+        add("network", "The network before and after", draw)
+    if close_ups and curves.has_units:
+        draw = partial(unit_figures.draw_widths, close_ups, styles)
+        add("widths", "Widths by layer", draw)
+    elif close_ups:
         add("layers", "Sparsity by layer", partial(figures.draw_layers, close_ups, styles))
     if overlapping := [close_up for close_up in close_ups if close_up.overlaps]:
         add("overlaps", "Overlap of the masks", partial(figures.draw_overlaps, overlapping))
@@ -58,14 +67,16 @@ def _word_figures(curves: WorkloadCurves, targets: Sequence[float]) -> dict[str,
     metric = curves.metric
     judged = f"{curves.judged_on.capitalize()} {metric.name}"
     most = "accurate" if metric == ACCURACY else "good"
+    small, sparsest = ("small", "smallest") if curves.has_units else ("sparse", "sparsest")
     names = name_some([curve.label for curve in curves.curves], 8)
     best = []
     for target in targets:
         points = [(c.label, p) for c in curves.curves if (p := c.at(target))]
+        where = curves.name_target(target)
         if points:
             label, point = max(points, key=lambda pair: curves.rank(pair[1]))
             reached = write_score(point.score, metric)
-            best.append(f"{label} with {reached} at sparsity {100 * target:.4g} %")
+            best.append(f"{label} with {reached} at {where}")
     found = f"Best: {'; '.join(best)}. Dense: {write_score(curves.dense, metric)}."
     is_spread = any(p.score.num > 1 for c in curves.curves for p in c.points)
     spread = (
@@ -78,7 +89,7 @@ def _word_figures(curves: WorkloadCurves, targets: Sequence[float]) -> dict[str,
     if on_the_way:
         own = [curve.has_own_schedules for curve in on_the_way]
         way = (
-            " Hollow marks are earlier rounds of the sparsest trials"
+            f" Hollow marks are earlier rounds of the {sparsest} trials"
             + (
                 ", each with a learning-rate schedule of its own: comparable, though pruned in "
                 "fewer rounds."
@@ -92,33 +103,57 @@ def _word_figures(curves: WorkloadCurves, targets: Sequence[float]) -> dict[str,
             + " They are not part of the front."
         )
     front = (
-        f" Rings mark the Pareto front: no other point is as sparse and as {most}."
+        f" Rings mark the Pareto front: no other point is as {small} and as {most}."
         if len(curves.front) > 1
         else ""
     )
     at = ", ".join(f"{100 * target:.4g} %" for target in targets)
+    at = f"sparsity {at}"
+    measure, size = "sparsity", "compression and theoretical speed-up"
+    sizes = (
+        "Compression counts every parameter of the model; the speed-up counts multiply-adds "
+        "and is theory, not a measured time."
+    )
+    if curves.has_units:
+        at = ", ".join(map(curves.name_target, targets))
+        measure = f"{COSTS[curves.measure]} left"
+        others = [COSTS[cost] for cost in curves.costs if cost != curves.measure]
+        size = f"{' and '.join(others)} left"
+        sizes = f"{_describe_costs(curves)}{front}"
     return {
         _name_scores(metric): (
-            f"{judged} against sparsity of {names}. {found}",
+            f"{judged} against {measure} of {names}. {found}",
             f"{spread}{front}{way}",
         ),
         "tradeoffs": (
-            f"{judged} against compression and theoretical speed-up of {names}. {found}",
-            "Compression counts every parameter of the model; the speed-up counts multiply-adds "
-            f"and is theory, not a measured time. {spread}",
+            f"{judged} against {size} of {names}. {found}",
+            f"{sizes} {spread}",
         ),
         "rounds": (
-            f"{judged} and loss after each round of {names}, for trials to sparsity {at}.",
+            f"{judged} and loss after each round of {names}, for trials to {at}.",
             "Lines are means over seeds, bands one sample standard deviation. Dotted: "
             f"{metric.name} before the round's fine-tuning; training loss of the fine-tuning.",
         ),
         "layers": (
-            f"Sparsity of each layer after the last round of {names}, at sparsity {at}; the "
+            f"Sparsity of each layer after the last round of {names}, at {at}; the "
             "numbers are in the table below.",
             "Layers from the input, top, to the output; means over seeds.",
         ),
+        "network": (
+            f"Units of each group before and after pruning to {at}, of the curve with the best "
+            f"{metric.name}; the numbers are in the table below.",
+            "The network from the input, top, to the output: a bar for each group of units, named "
+            "by the first weight that makes them, as wide as the dense network in grey and as "
+            "what is left in colour. Of the best curve at each target; means over seeds.",
+        ),
+        "widths": (
+            f"Share of each group's units that is left after the last round of {names}, at {at}; "
+            "the numbers are in the table below.",
+            "Groups from the input, top, to the output, named by the first weight that makes "
+            "their units; means over seeds.",
+        ),
         "overlaps": (
-            f"Matrix of the overlap of kept weights between {names}, at sparsity {at}; the numbers "
+            f"Matrix of the overlap of kept weights between {names}, at {at}; the numbers "
             "are in the table below.",
             "Kept weights in common over those that either keeps. Off the diagonal: two curves, "
             "the same seed. On it: two seeds of one curve. The table gives the overlap of random "
@@ -130,3 +165,12 @@ def _word_figures(curves: WorkloadCurves, targets: Sequence[float]) -> dict[str,
             "seeds. Start-up and waiting are not in it.",
         ),
     }
+
+
+def _describe_costs(curves: WorkloadCurves) -> str:
+    """Says what the costs of whole units are counts of."""
+    what = "without its removed units" if curves.is_compact else "as it is once its zeros are out"
+    return (
+        f"What is left of the dense network's costs, counted in the network {what}; no measured "
+        "time."
+    )

@@ -66,7 +66,7 @@ def answer_checklist(
 
 
 def find_clear_winners(curves: WorkloadCurves) -> tuple[list[float], list[float]]:
-    """Finds the sparsities at which the best curve leads by more than chance explains easily.
+    """Finds the targets at which the best curve leads by more than chance explains easily.
 
     Returns:
         Those where the best mean is ahead of the second best by more than both sample standard
@@ -168,24 +168,32 @@ def _check_targets(curves: WorkloadCurves) -> Check:
     is_share = metric.unit == "%"
     falls = worst < (-0.01 if is_share else -0.01 * abs(dense))
     is_enough = min(counts) >= _ENOUGH_TARGETS
-    answer = (
-        f"{_range(counts)} sparsities per curve"
-        f" ({curves.targets[0]:.4g} to {curves.targets[-1]:.4g}). "
-    )
+    names = curves.count_targets(2).partition(" ")[2]
+    first, last = _at(curves, curves.targets[0]), _at(curves, curves.targets[-1])
+    answer = f"{_range(counts)} {names} per curve ({first} to {last}). "
     answer += (
         f"{metric.title} {metric.worsens} by "
         f"{f'{-100 * worst:.1f} points' if is_share else f'{-worst:.4g}'} at worst."
         if falls
         else f"{metric.title} {metric.worsens} by no more than {'a point' if is_share else '1 %'} "
-        "anywhere: the sparsities do not reach the end of what the network bears."
+        "anywhere: the {names} do not reach the end of what the network bears."
     )
     state: State = "yes" if is_enough and falls else "partly" if max(counts) > 1 else "no"
-    question = f"At least {_ENOUGH_TARGETS} sparsities, some where {metric.name} {metric.worsens}"
+    question = f"At least {_ENOUGH_TARGETS} {names}, some where {metric.name} {metric.worsens}"
     return Check(question, state, answer)
 
 
 def _check_costs(curves: WorkloadCurves) -> Check:
     has_macs = all(trial.dense.macs > 0 for trial in curves.trials)
+    if curves.has_units:
+        how = "removed units have left it" if curves.is_compact else "its zeros are taken out"
+        return Check(
+            "Parameters and multiply-adds, both",
+            "yes" if has_macs else "partly",
+            f"Both are counted in the network once {how}, beside the bytes of its tensors: sizes, "
+            "not a measured time"
+            + ("." if has_macs else "; multiply-adds are not on record for all of them."),
+        )
     return Check(
         "Parameters and multiply-adds, both",
         "yes" if has_macs else "partly",
@@ -204,7 +212,7 @@ def _check_seeds(curves: WorkloadCurves) -> Check:
         "yes" if min(numbers) >= _ENOUGH_SEEDS else "partly" if max(numbers) > 1 else "no"
     )
     few = [
-        f"{curve.label} at {point.target:.4g}"
+        f"{curve.label} at {_at(curves, point.target)}"
         for curve in curves.curves
         for point in curve.points
         if len(point.trials) < _ENOUGH_SEEDS
@@ -236,7 +244,7 @@ def _check_sameness(curves: WorkloadCurves) -> Check:
 def _check_grid(curves: WorkloadCurves, num_unfinished: int) -> Check:
     seeds, targets = curves.seeds, curves.targets
     missing = [
-        f"{curve.label} at {target:.4g}, seed {seed}"
+        f"{curve.label} at {_at(curves, target)}, seed {seed}"
         for curve in curves.curves
         for target in targets
         for seed in seeds
@@ -244,7 +252,8 @@ def _check_grid(curves: WorkloadCurves, num_unfinished: int) -> Check:
     ]
     total = len(curves.curves) * len(targets) * len(seeds)
     answer = (
-        f"{total - len(missing)} of {total} combinations of curve, sparsity and seed are there."
+        f"{total - len(missing)} of {total} combinations of curve, "
+        f"{curves.count_targets(1).partition(' ')[2]} and seed are there."
     )
     if missing:
         answer += f" Missing: {_some(missing)}."
@@ -277,18 +286,19 @@ def _check_versions(versions: Sequence[str]) -> Check:
 
 def _check_claims(curves: WorkloadCurves) -> Check:
     clear, compared = find_clear_winners(curves)
+    name = curves.count_targets(1).partition(" ")[2]
     if not compared:
         return Check(
             "Differences are larger than the spread",
             "no",
-            "No sparsity has two curves with two seeds each, so no difference can be judged.",
+            f"No {name} has two curves with two seeds each, so no difference can be judged.",
         )
-    where = f" ({_some([f'{target:.4g}' for target in clear])})" if clear else ""
+    where = f" ({_some([_at(curves, target) for target in clear])})" if clear else ""
     return Check(
         "Differences are larger than the spread",
         "yes" if len(clear) == len(compared) else "partly" if clear else "no",
         f"The best curve leads the next by more than both deviations together at {len(clear)} of "
-        f"{_count(len(compared), 'sparsity', 'sparsities')}{where}; elsewhere the order of the "
+        f"{curves.count_targets(len(compared))}{where}; elsewhere the order of the "
         "best two means little.",
     )
 
@@ -301,6 +311,10 @@ def _check_metric(curves: WorkloadCurves) -> list[Check]:
 
 
 # -- words -----------------------------------------------------------------------------------------
+
+
+def _at(curves: WorkloadCurves, target: float) -> str:
+    return curves.name_target(target) if curves.has_units else f"{target:.4g}"
 
 
 def _points(curves: WorkloadCurves) -> list[Point]:

@@ -1,9 +1,10 @@
-"""Curves of many trials over sparsity, with the spread over seeds.
+"""Curves of many trials over sparsity, or over what is left, with the spread over seeds.
 
-Trials of one workload that differ only in sparsity and seed form a curve; those of them that
-differ only in the seed form one of its points, with a mean and a sample standard deviation. A
-configuration that was run twice, in two jobs say, is one seed and counts once. Means are of what
-was measured; differences to the dense network are taken seed by seed before they are averaged.
+Trials of one workload that differ only in sparsity and seed form a curve; where whole units are
+removed it goes over their target, and targets of different kinds are looked at apart. Trials that
+differ only in the seed form a point, with a mean and a sample standard deviation. A configuration
+that was run twice, in two jobs say, is one seed and counts once. Means are of what was measured;
+differences to the dense network are taken seed by seed before they are averaged.
 
 A trial's rounds before the last are points *on the way*: shown, never part of the Pareto front.
 They can be compared with last rounds where each round ran a learning-rate schedule of its own.
@@ -18,19 +19,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-
 from gbp_ray.config.criteria import CRITERIA
 from gbp_ray.config.metrics import ACCURACY, MetricSpec, find_constant
+from gbp_ray.report.spreads import Spread
+from gbp_ray.results.goals import COSTS, GOAL_FIELDS, Goal
 from gbp_ray.results.index import specs_in
 from gbp_ray.results.query import Results, name_values
-from gbp_ray.results.scores import DenseReference, write_share
+from gbp_ray.results.scores import DenseReference
 
 __all__ = [
     "Curve",
     "Point",
     "Round",
-    "Spread",
     "Trial",
     "WorkloadCurves",
     "find_front",
@@ -38,36 +38,18 @@ __all__ = [
     "has_own_schedule",
     "pick_targets",
     "spread_out",
-    "write_change",
-    "write_percent",
-    "write_score",
-    "write_spread",
 ]
 
 Item = TypeVar("Item")
-_SPARSITY, _CRITERION = "prune.sparsity", "prune.criterion"
+_CRITERION = "prune.criterion"
+_KINDS = {
+    "sparsity": "single weights",
+    "units": "whole units to a sparsity",
+    **{kind: f"whole units to {name}" for kind, name in COSTS.items()},
+}
+"""Kinds of goals, as titles tell them apart."""
 _NO_SETTING = ("cluster.", "workload.eval_batch_size", "workload.train_sample")
 """Fields that do not make a trial another one to compare with."""
-
-
-class Spread(NamedTuple):
-    """A mean with its sample standard deviation, None for a single value."""
-
-    mean: float
-    deviation: float | None
-    num: int
-
-    @classmethod
-    def of(cls, values: Iterable[float | None]) -> Spread | None:
-        """Average the known values; None without any. Of an infinite one or NaN so is the mean."""
-        known = [value for value in values if value is not None]
-        if not known:
-            return None
-        if not all(map(math.isfinite, known)):
-            return cls(sum(known) / len(known), None, len(known))
-        # Not in fractions, as statistics.stdev is: there are thousands of these to take.
-        deviation = float(np.std(known, ddof=1)) if len(known) > 1 else None
-        return cls(statistics.fmean(known), deviation, len(known))
 
 
 class Round(NamedTuple):
@@ -90,6 +72,9 @@ class Round(NamedTuple):
     num_units: int
     macs: int
     macs_nonzero: int
+    macs_left: float | None
+    parameters_left: float
+    bytes_left: float
     weights_sha256: str | None
     metric: MetricSpec = ACCURACY
     metric_fault: str = ""
@@ -117,19 +102,26 @@ class Trial:
     """One finished trial, as far as the index tells.
 
     Attributes:
-        target: The sparsity that was asked for.
+        goal: What was asked for.
         setting: The fields of its job in which the trials of all curves differ.
+        is_compact: Removed units left the network.
         worker_seconds: Seconds of each phase, over all rounds and workers.
     """
 
     job: str
     trial_id: str
     seed: int
-    target: float
+    goal: Goal
     setting: dict[str, Any]
     rounds: tuple[Round, ...]
     worker_seconds: dict[str, float]
     trial_seconds: float
+    is_compact: bool
+
+    @property
+    def target(self) -> float:
+        """The sparsity that was asked for, or what may be left."""
+        return self.goal.value
 
     @property
     def dense(self) -> Round:
@@ -152,7 +144,7 @@ class Point:
     """The same round of trials that differ only in the seed.
 
     Attributes:
-        target: The sparsity that was asked for.
+        target: The sparsity that was asked for, or what may be left.
         round: The round; None for each trial's last.
         test_score: On the test split, of the rounds chosen; only for a trial's last round.
         gap: Score on training examples minus score: overfitting.
@@ -174,6 +166,9 @@ class Point:
     num_nonzero: Spread
     compression: Spread
     speedup: Spread
+    macs_left: Spread | None
+    parameters_left: Spread
+    bytes_left: Spread
     worker_seconds: Spread
     phases: dict[str, float]
 
@@ -181,6 +176,13 @@ class Point:
     def seeds(self) -> tuple[int, ...]:
         """The seeds that were run."""
         return tuple(trial.seed for trial in self.trials)
+
+    def removed(self, measure: str) -> float:
+        """Returns the mean share that is gone: the sparsity, or of a cost of the dense network."""
+        if measure == "sparsity":
+            return self.sparsity.mean
+        left: Spread | None = getattr(self, f"{measure}_left")
+        return math.nan if left is None else 1 - left.mean
 
 
 @dataclass
@@ -190,7 +192,7 @@ class Curve:
     Attributes:
         label: What tells it from the other curves of its workload.
         setting: The fields in which the curves differ.
-        points: By sparsity.
+        points: The most that is left first.
         on_the_way: The earlier rounds of the sparsest trials, where the sparsity then went on.
         has_own_schedules: Whether those can be compared with last rounds.
     """
@@ -216,11 +218,12 @@ class WorkloadCurves:
         dense: Score of the dense networks over seeds, see `scores.DenseReference`.
         dense_ways: The same with BatchNorm's statistics as stored and as re-estimated, where both
             were measured.
-        front: The Pareto front of sparsity and score, by sparsity.
+        front: The Pareto front of sparsity, or of `measure`, and score; the most left first.
         judged_on: The split of all scores: "test", or "validation".
         num_repeats: Trials left out because the same configuration was run before.
         varying: The fields in which the curves differ.
         metric: What all scores are of.
+        kind: Of the goals of all trials, see `Goal`.
     """
 
     title: str
@@ -234,6 +237,45 @@ class WorkloadCurves:
     judged_on: str = "test"
     varying: list[str] = field(default_factory=list)
     metric: MetricSpec = ACCURACY
+    kind: str = "sparsity"
+
+    @property
+    def has_units(self) -> bool:
+        """Whether whole units are removed, not single weights."""
+        return self.kind != "sparsity"
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether the units that were removed left the networks of all trials."""
+        return self.has_units and all(trial.is_compact for trial in self.trials)
+
+    @property
+    def measure(self) -> str:
+        """What curves are drawn over: the sparsity, or what is left of this key of `COSTS`."""
+        if self.kind in ("sparsity", *COSTS):
+            return self.kind
+        return "macs" if "macs" in self.costs else "parameters"
+
+    @property
+    def costs(self) -> list[str]:
+        """Keys of `COSTS` that were counted in all trials."""
+        has_macs = all(trial.dense.macs > 0 for trial in self.trials)
+        return [cost for cost in COSTS if cost != "macs" or has_macs]
+
+    def name_target(self, target: float) -> str:
+        """Names what was asked for in words."""
+        return str(Goal(self.kind, target))
+
+    def count_targets(self, number: int) -> str:
+        """Counts sparsities, or targets of another kind."""
+        names = ("target", "targets") if self.has_units else ("sparsity", "sparsities")
+        return f"{number:,} {names[number != 1]}"
+
+    def find_front(self, measure: str) -> list[tuple[Curve, Point]]:
+        """Finds the points that no other has less left of and a better score."""
+        pairs = [(curve, point) for curve in self.curves for point in curve.points]
+        places = find_front([(p.removed(measure), self.rank(p)) for _, p in pairs])
+        return [pairs[place] for place in places]
 
     @property
     def metric_fault(self) -> str:
@@ -257,8 +299,9 @@ class WorkloadCurves:
 
     @property
     def targets(self) -> list[float]:
-        """Every sparsity that was asked for."""
-        return sorted({point.target for curve in self.curves for point in curve.points})
+        """Every sparsity or other target that was asked for, the one that leaves most first."""
+        found = {point.target for curve in self.curves for point in curve.points}
+        return sorted(found, key=lambda target: Goal(self.kind, target).depth)
 
     @property
     def seeds(self) -> list[int]:
@@ -272,17 +315,19 @@ def gather_curves(results: Results) -> list[WorkloadCurves]:
     workload = [name for name in varying if name.startswith("workload.")]
     groups: dict[tuple[Any, ...], list[Trial]] = {}
     for trial in _read_trials(results, varying):
-        key = trial.dense.metric, *(trial.setting[name] for name in workload)
+        key = trial.dense.metric, trial.goal.kind, *(trial.setting[name] for name in workload)
         groups.setdefault(key, []).append(trial)
     factory = results.table["workload.factory"][0].as_py()
     curves = []
-    num_metrics = len({key[0] for key in groups})
-    for (metric, *values), trials in groups.items():
+    num_metrics, num_kinds = (len({key[place] for key in groups}) for place in (0, 1))
+    for (metric, kind, *values), trials in groups.items():
         named = dict(zip(workload, values, strict=True))
         title = [str(named.pop("workload.factory", factory))]
         title += name_values(named)
         if num_metrics > 1:
             title.append(metric.name)
+        if num_kinds > 1:
+            title.append(_KINDS[kind])
         curves.append(_compare(", ".join(title), trials))
     return curves
 
@@ -305,13 +350,15 @@ def find_front(pairs: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def pick_targets(curves: Sequence[Curve], num_most: int) -> list[float]:
-    """Picks the sparsities to look at closely: those that most curves have, evenly spread."""
+    """Picks the targets to look at closely: those that most curves have, evenly spread."""
     counts: dict[float, int] = {}
     for curve in curves:
         for point in curve.points:
             counts[point.target] = counts.get(point.target, 0) + 1
-    shared = sorted(t for t, count in counts.items() if count == max(counts.values()))
-    return spread_out(shared, num_most)
+    shared = (target for target, count in counts.items() if count == max(counts.values()))
+    kind = curves[0].points[0].trials[0].goal.kind
+    ordered = sorted(shared, key=lambda target: Goal(kind, target).depth)
+    return spread_out(ordered, num_most)
 
 
 def spread_out(items: Sequence[Item], most: int) -> list[Item]:
@@ -333,7 +380,8 @@ def _read_trials(results: Results, varying: list[str]) -> list[Trial]:
     # Column by column: ten thousand trials are a few hundred thousand values.
     table = results.table
     schedule = ("finetune.epochs", "finetune.lr_schedule", "prune.rewind")
-    names = ("job", "trial_id", "seed", _SPARSITY, _CRITERION, "cluster.num_workers")
+    goals = (*GOAL_FIELDS, "prune.granularity", "prune.compact")
+    names = ("job", "trial_id", "seed", *goals, _CRITERION, "cluster.num_workers")
     columns = {
         name: table[name].to_pylist() for name in {*names, *varying, *schedule, "trial_seconds"}
     }
@@ -365,11 +413,12 @@ def _read_trials(results: Results, varying: list[str]) -> list[Trial]:
                 job=columns["job"][start],
                 trial_id=columns["trial_id"][start],
                 seed=columns["seed"][start],
-                target=columns[_SPARSITY][start],
+                goal=Goal.of({name: columns[name][start] for name in goals}),
                 setting={name: columns[name][start] for name in (*varying, _CRITERION, *schedule)},
                 rounds=tuple(rounds[start:stop]),
                 worker_seconds={phase: value for phase, value in spent.items() if value},
                 trial_seconds=columns["trial_seconds"][start],
+                is_compact=bool(columns["prune.compact"][start]),
             )
         )
     return trials
@@ -394,37 +443,37 @@ def _compare(title: str, trials: list[Trial]) -> WorkloadCurves:
     curves.sort(key=lambda curve: (_place(curve.criterion), curve.label))
     _tell_apart(curves)
     counted = [t for curve in curves for point in curve.points for t in point.trials]
-    pairs = [(curve, point) for curve in curves for point in curve.points]
-    metric = trials[0].dense.metric
-    front = find_front([(p.sparsity.mean, metric.rank(p.score.mean)) for _, p in pairs])
     dense = _average_dense(counted, lambda dense: dense.reference.score)
     assert dense is not None
-    return WorkloadCurves(
+    found = WorkloadCurves(
         title=title,
         curves=curves,
         dense=dense,
         dense_loss=_average_dense(counted, lambda dense: dense.reference.loss),
         dense_ways=_average_ways(counted),
-        front=[pairs[place] for place in front],
+        front=[],
         trials=counted,
         num_repeats=num_repeats,
         judged_on=trials[0].final.judged_on,
         varying=varying,
-        metric=metric,
+        metric=trials[0].dense.metric,
+        kind=trials[0].goal.kind,
     )
+    found.front = found.find_front(found.measure)
+    return found
 
 
 def _find_varying(trials: list[Trial]) -> list[str]:
-    names = [name for name in trials[0].setting if name not in ("seed", _SPARSITY)]
+    names = [name for name in trials[0].setting if name not in ("seed", *GOAL_FIELDS)]
     return [name for name in names if len({trial.setting[name] for trial in trials}) > 1]
 
 
 def _make_curve(points: dict[float, dict[int, Trial]], varying: list[str]) -> Curve:
     by_target = {
-        target: tuple(seeds[seed] for seed in sorted(seeds))
-        for target, seeds in sorted(points.items())
+        target: tuple(seeds[seed] for seed in sorted(seeds)) for target, seeds in points.items()
     }
-    sparsest = by_target[max(by_target)]
+    by_target = dict(sorted(by_target.items(), key=lambda item: item[1][0].goal.depth))
+    sparsest = list(by_target.values())[-1]
     first = sparsest[0]
     setting = {name: first.setting[name] for name in varying}
     return Curve(
@@ -478,6 +527,9 @@ def _make_point(target: float, trials: tuple[Trial, ...], number: int | None) ->
         num_nonzero=spread(item.num_nonzero for item in rounds),
         compression=spread(item.compression for item in rounds),
         speedup=spread(item.speedup for item in rounds),
+        macs_left=Spread.of(item.macs_left for item in rounds),
+        parameters_left=spread(item.parameters_left for item in rounds),
+        bytes_left=spread(item.bytes_left for item in rounds),
         worker_seconds=spread(sum(trial.worker_seconds.values()) for trial in trials),
         phases=phases,
     )
@@ -529,45 +581,3 @@ def _num_workers(value: int | str | None) -> int:
     """Reads how many workers a trial had; of a range, which the index holds as text, the most."""
     most = json.loads(value)[-1] if isinstance(value, str) else value
     return max(1, most or 0)
-
-
-# -- in words --------------------------------------------------------------------------------------
-
-
-def write_percent(spread: Spread | None) -> str:
-    """Writes a share as a percentage with its deviation, and what cannot be one as a word."""
-    if spread is not None and not 0 <= spread.mean <= 1:
-        return write_share(spread.mean)
-    return write_spread(spread, lambda value: f"{100 * value:.2f}", 100) + (" %" if spread else "")
-
-
-def write_score(spread: Spread | None, metric: MetricSpec) -> str:
-    """Writes a score with its deviation: a share as a percentage, another value in its unit."""
-    if metric.unit == "%" or spread is None:
-        return write_percent(spread)
-    if spread.deviation is None:
-        return metric.write(spread.mean)
-    return f"{spread.mean:.4g} ± {spread.deviation:.2g}" + f" {metric.unit}".rstrip()
-
-
-def write_change(spread: Spread | None, metric: MetricSpec) -> str:
-    """Writes a difference of scores with its deviation: of shares in percentage points."""
-    if metric.unit == "%" or spread is None:
-        return write_spread(spread, lambda value: f"{100 * value:+.2f}", 100)
-    deviation = "" if spread.deviation is None else f" ± {spread.deviation:.2g}"
-    return f"{spread.mean:+.4g}{deviation}"
-
-
-def write_spread(
-    spread: Spread | None, write: Callable[[float], str], scale: float, *, is_quiet: bool = False
-) -> str:
-    """Writes a mean and its deviation; a quiet one is left out where it would read as zero."""
-    if spread is None:
-        return ""
-    if spread.deviation is None:
-        return write(spread.mean)
-    digits = len(write(spread.mean).rstrip("x").rpartition(".")[2])
-    deviation = f"{scale * spread.deviation:.{digits}f}"
-    if is_quiet and not float(deviation):
-        return write(spread.mean)
-    return f"{write(spread.mean)} ± {deviation}"

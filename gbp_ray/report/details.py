@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from itertools import combinations
 
 from gbp_ray.errors import StoreError
-from gbp_ray.report.curves import Curve, Spread, Trial, WorkloadCurves, pick_targets
+from gbp_ray.report.curves import Curve, Trial, WorkloadCurves, pick_targets
+from gbp_ray.report.spreads import Spread
+from gbp_ray.results.goals import Goal
 from gbp_ray.results.index import map_in_threads
 from gbp_ray.results.records import RoundRecord
 from gbp_ray.results.store import Store
@@ -57,18 +59,27 @@ class CloseUp:
     """The trials of one sparsity.
 
     Attributes:
-        target: The sparsity that was asked for.
+        goal: What was asked for.
         layers: Layer to curve to its sparsity over seeds, in the network's order.
         unpruned: Of which matrices nothing was pruned and why, a sentence for each kind of trial.
         overlaps: Of all pairs that there are.
         num_masks: Masks that were compared.
+        widths: Of whole units, group to curve to its units left over seeds, the input's first.
+        dense: Group to its kind and its units in the dense network.
     """
 
-    target: float
+    goal: Goal
     layers: dict[str, dict[str, Spread]]
     unpruned: tuple[str, ...] = ()
     overlaps: list[Overlap] = field(default_factory=list)
     num_masks: int = 0
+    widths: dict[str, dict[str, Spread]] = field(default_factory=dict)
+    dense: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+    @property
+    def target(self) -> float:
+        """The sparsity that was asked for, or what may be left."""
+        return self.goal.value
 
 
 def look_closely(
@@ -95,19 +106,21 @@ def look_closely(
     targets = pick_targets(shown, _NUM_TARGETS)
     if len(curves.targets) > len(targets):
         words = ", ".join(f"{target:.4g}" for target in targets)
-        left_out.append(f"layers and masks: sparsities other than {words}")
-    found = [_look_at(target, shown, stores, mask_bytes, left_out) for target in targets]
+        what = f"targets of {curves.kind}" if curves.has_units else "sparsities"
+        left_out.append(f"layers and masks: {what} other than {words}")
+    goals = [Goal(curves.kind, target) for target in targets]
+    found = [_look_at(goal, shown, stores, mask_bytes, left_out) for goal in goals]
     return [item for item in found if item is not None], list(dict.fromkeys(left_out))
 
 
 def _look_at(
-    target: float,
+    goal: Goal,
     curves: Sequence[Curve],
     stores: Mapping[str, Store],
     mask_bytes: int,
     left_out: list[str],
 ) -> CloseUp | None:
-    chosen = _choose(target, curves, left_out)
+    chosen = _choose(goal.value, curves, left_out)
     objects = next(iter(stores.values())).objects
 
     def read(item: tuple[Curve, Trial]) -> RoundRecord | None:
@@ -126,22 +139,41 @@ def _look_at(
     records = [(curve, trial, record) for (curve, trial), record in pairs if record is not None]
     if not records:
         return None
-    values: dict[str, dict[str, list[float]]] = {}
+    layers, widths = _Values(), _Values()
+    dense = {}
     for curve, _, record in records:
         for layer in record.cost.layers:
-            values.setdefault(layer.name, {}).setdefault(curve.label, []).append(layer.sparsity)
+            layers.add(layer.name, curve.label, layer.sparsity)
+        for width in record.cost.units.widths if record.cost.units else ():
+            widths.add(width.name, curve.label, width.num_kept)
+            dense[width.name] = width.kind, width.num_units
     close_up = CloseUp(
-        target,
-        {
-            name: {
-                label: spread for label, found in by_curve.items() if (spread := Spread.of(found))
-            }
-            for name, by_curve in values.items()
-        },
+        goal,
+        layers.spread(),
         tuple(dict.fromkeys(w for _, _, record in records if (w := record.cost.unpruned_in_words))),
+        widths=widths.spread(),
+        dense=dense,
     )
     _compare_masks(close_up, records, stores, mask_bytes, left_out)
     return close_up
+
+
+class _Values:
+    """Values by name and curve, of which the spread over seeds is wanted."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, dict[str, list[float]]] = {}
+
+    def add(self, name: str, label: str, value: float) -> None:
+        self._values.setdefault(name, {}).setdefault(label, []).append(value)
+
+    def spread(self) -> dict[str, dict[str, Spread]]:
+        return {
+            name: {
+                label: spread for label, found in by_curve.items() if (spread := Spread.of(found))
+            }
+            for name, by_curve in self._values.items()
+        }
 
 
 def _choose(
@@ -190,8 +222,8 @@ def _compare_masks(
     fitting = mask_bytes // max(item[2].files[MASKS].num_bytes for item in stored) - 1
     if fitting < len(stored):
         left_out.append(
-            f"masks: {len(stored) - max(0, fitting)} of {len(stored)} at sparsity "
-            f"{close_up.target:.4g}, which do not fit into {mask_bytes / 1e6:.0f} MB"
+            f"masks: {len(stored) - max(0, fitting)} of {len(stored)} at {_name(close_up)}"
+            f", which do not fit into {mask_bytes / 1e6:.0f} MB"
         )
         stored = stored[: max(0, fitting)]
     objects = next(iter(stores.values())).objects
@@ -220,6 +252,11 @@ def _compare_masks(
         chance = Spread.of(shared.chance for shared in measured)
         if overlap and chance:
             close_up.overlaps.append(Overlap(one_label, other_label, overlap, chance.mean))
+
+
+def _name(close_up: CloseUp) -> str:
+    is_sparsity = close_up.goal.kind == "sparsity"
+    return f"sparsity {close_up.target:.4g}" if is_sparsity else str(close_up.goal)
 
 
 def _note(error: StoreError, left_out: list[str]) -> None:

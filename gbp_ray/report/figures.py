@@ -30,6 +30,7 @@ from gbp_ray.report.drawing import (
     set_names,
     shorten_name,
 )
+from gbp_ray.results.goals import COSTS, Goal
 
 __all__ = [
     "draw_cost",
@@ -52,8 +53,8 @@ _MOST_CURVES, _MOST_LAYER_NAMES, _MOST_BARS = 60, 40, 40
 
 
 def draw_scores(curves: WorkloadCurves, styles: dict[str, Style]) -> list[Axes]:
-    """Draw the metric against sparsity: all of it, and what is close to the dense network."""
-    shown, metric = _most_telling(curves), curves.metric
+    """Draw the metric against sparsity, or what is left: all, and what is close to dense."""
+    shown, metric, measure = _most_telling(curves), curves.metric, curves.measure
     sign = 1 if metric.higher_is_better else -1
     ranks = [rank for c in shown for p in c.points if math.isfinite(rank := curves.rank(p))]
     dense = metric.rank(curves.dense.mean)
@@ -76,13 +77,12 @@ def draw_scores(curves: WorkloadCurves, styles: dict[str, Style]) -> list[Axes]:
     front = [point for _, point in curves.front] if len(curves.front) > 1 else []
     for ax in panels:
         _draw_dense(ax, curves)
-        x, y = _place_all(front, metric)
-        ax.plot(x, y, color=GRID, linewidth=6, zorder=1, solid_capstyle="round")
+        _draw_front(ax, front, metric, measure)
         for curve in shown:
             style = styles[curve.label]
-            _draw_spread(ax, curve.points, style, metric, _sparsity_depth)
+            _draw_spread(ax, curve.points, style, metric, _depth_by(measure))
             ax.plot(
-                *_place_all(curve.on_the_way, metric),
+                *_place_all(curve.on_the_way, metric, measure),
                 linestyle="",
                 marker=style.marker,
                 markersize=3.2,
@@ -91,25 +91,16 @@ def draw_scores(curves: WorkloadCurves, styles: dict[str, Style]) -> list[Axes]:
                 markeredgewidth=0.8,
                 zorder=2,
             )
-        ax.plot(
-            x,
-            y,
-            linestyle="",
-            marker="o",
-            markersize=9,
-            markerfacecolor="none",
-            markeredgecolor=INK,
-            markeredgewidth=0.8,
-            zorder=5,
-        )
-        _set_sparsity_axis(ax, shown)
+        _set_depth_axis(ax, shown, measure)
         ax.set_ylabel(f"{curves.judged_on} {metric.label}")
     return panels
 
 
 def draw_tradeoffs(curves: WorkloadCurves, styles: dict[str, Style]) -> list[Axes]:
-    """Draw the metric against compression and against the theoretical speed-up."""
+    """Draw the metric against compression and the theoretical speed-up, or the other costs."""
     shown = _most_telling(curves)
+    if curves.has_units:
+        return _draw_costs_left(curves, shown, styles)
     measures = {"compression, parameters before / left": _compression_depth}
     if all(trial.dense.macs > 0 for trial in curves.trials):
         measures["speed-up in theory, multiply-adds before / left"] = _speedup_depth
@@ -132,6 +123,29 @@ def draw_tradeoffs(curves: WorkloadCurves, styles: dict[str, Style]) -> list[Axe
     return panels
 
 
+def _draw_costs_left(
+    curves: WorkloadCurves, shown: Sequence[Curve], styles: dict[str, Style]
+) -> list[Axes]:
+    """Draw the metric against what is left of each cost that the first figure is not of."""
+    panels: list[Axes] = []
+    for cost in curves.costs:
+        if cost == curves.measure:
+            continue
+        legend = [*_curve_handles(shown, styles), *_score_handles(curves, ())]
+        ax = add_panel(2.4, legend=() if panels else legend)
+        _draw_dense(ax, curves)
+        front = [point for _, point in curves.find_front(cost)]
+        _draw_front(ax, front if len(front) > 1 else [], curves.metric, cost)
+        for curve in shown:
+            style = styles[curve.label]
+            _draw_spread(ax, curve.points, style, curves.metric, _depth_by(cost))
+        _set_scale(ax, curves, [curves.rank(p) for c in shown for p in c.points])
+        _set_depth_axis(ax, shown, cost, is_whole=False)
+        ax.set_ylabel(f"{curves.judged_on} {curves.metric.label}")
+        panels.append(ax)
+    return panels
+
+
 def draw_rounds(
     curves: WorkloadCurves, targets: Sequence[float], styles: dict[str, Style]
 ) -> list[Axes]:
@@ -149,7 +163,7 @@ def draw_rounds(
             ("score", "score_pruned", curves.metric.scale, curves.metric.label),
             ("loss", "train_loss", 1.0, "loss"),
         ):
-            title = f"To sparsity {_percent(target)}"
+            title = f"To {curves.name_target(target)}"
             legend = () if panels else _curve_handles(shown, styles)
             ax = add_panel(1.8, title=title, legend=legend)
             for curve, point in pairs:
@@ -184,7 +198,7 @@ def draw_layers(close_ups: Sequence[CloseUp], styles: dict[str, Style]) -> list[
     for close_up in close_ups:
         ax = add_panel(
             height,
-            title=f"Sparsity {_percent(close_up.target)}",
+            title=_capitalize(str(close_up.goal)),
             legend=() if panels else legend,
             left_in=measure_names(texts),
         )
@@ -218,7 +232,7 @@ def draw_overlaps(close_ups: Sequence[CloseUp]) -> list[Axes]:
     for close_up in close_ups:
         ax = add_panel(
             0.3 + max(2, len(labels)) * 0.4,
-            title=f"Sparsity {_percent(close_up.target)}, overlap in %",
+            title=f"{_capitalize(str(close_up.goal))}, overlap in %",
             left_in=measure_names(texts),
         )
         values = np.full((len(labels), len(labels)), np.nan)
@@ -265,7 +279,7 @@ def draw_cost(curves: WorkloadCurves, targets: Sequence[float]) -> list[Axes]:
         for i in range(len(phases))
     ]
     longest = max(sum(point.phases.values()) for _, point in pairs)
-    texts = [f"{shorten_name(c.label, 14)} {_percent(p.target)}" for c, p in pairs]
+    texts = [f"{shorten_name(c.label, 14)} {Goal(curves.kind, p.target).amount}" for c, p in pairs]
     ax = add_panel(
         0.2 + max(3, len(pairs)) * 0.19,
         legend=list(zip(bars, phases, strict=True)),
@@ -356,9 +370,28 @@ def _draw_dense(ax: Axes, curves: WorkloadCurves) -> None:
         ax.axhspan(mean - deviation, mean + deviation, color=QUIET, alpha=0.18, linewidth=0)
 
 
-def _place_all(points: Sequence[Point], metric: MetricSpec) -> tuple[list[float], list[float]]:
+def _draw_front(ax: Axes, front: Sequence[Point], metric: MetricSpec, measure: str) -> None:
+    x, y = _place_all(front, metric, measure)
+    ax.plot(x, y, color=GRID, linewidth=6, zorder=1, solid_capstyle="round")
+    ax.plot(
+        x,
+        y,
+        linestyle="",
+        marker="o",
+        markersize=9,
+        markerfacecolor="none",
+        markeredgecolor=INK,
+        markeredgewidth=0.8,
+        zorder=5,
+    )
+
+
+def _place_all(
+    points: Sequence[Point], metric: MetricSpec, measure: str
+) -> tuple[list[float], list[float]]:
     points = [point for point in points if math.isfinite(point.score.mean)]
-    return [_sparsity_depth(p) for p in points], [metric.scale * p.score.mean for p in points]
+    depth = _depth_by(measure)
+    return [depth(p) for p in points], [metric.scale * p.score.mean for p in points]
 
 
 def _set_scale(ax: Axes, curves: WorkloadCurves, ranks: Sequence[float]) -> None:
@@ -369,9 +402,14 @@ def _set_scale(ax: Axes, curves: WorkloadCurves, ranks: Sequence[float]) -> None
             ax.set_yscale("log")
 
 
-def _set_sparsity_axis(ax: Axes, shown: Sequence[Curve]) -> None:
+def _set_depth_axis(
+    ax: Axes, shown: Sequence[Curve], measure: str, *, is_whole: bool = True
+) -> None:
+    """Sets an axis of halvings; unless it is whole, without the rounds on the way."""
     values = [
-        point.sparsity.mean for curve in shown for point in (*curve.points, *curve.on_the_way)
+        point.removed(measure)
+        for curve in shown
+        for point in (*curve.points, *(curve.on_the_way if is_whole else ()))
     ]
     low, high = _depth(min(values)), _depth(max(values))
     room = max(high - low, 0.4)
@@ -385,8 +423,13 @@ def _set_sparsity_axis(ax: Axes, shown: Sequence[Curve]) -> None:
     if not ticks:
         ticks = [round(float(np.mean(values)), 4)]
     ax.set_xlim(low, high)
-    ax.set_xticks([_depth(tick) for tick in ticks], [_percent(tick) for tick in ticks])
-    ax.set_xlabel("sparsity (axis: halvings of the weights left)")
+    shares = ticks if measure == "sparsity" else [1 - tick for tick in ticks]
+    ax.set_xticks([_depth(tick) for tick in ticks], [_percent(share) for share in shares])
+    ax.set_xlabel(
+        "sparsity (axis: halvings of the weights left)"
+        if measure == "sparsity"
+        else f"{COSTS[measure]} left (axis: halvings)"
+    )
 
 
 def _curve_handles(curves: Sequence[Curve], styles: dict[str, Style]) -> list[tuple[Any, str]]:
@@ -433,8 +476,8 @@ def _most_telling(curves: WorkloadCurves) -> list[Curve]:
     return [curve for curve in curves.curves if id(curve) in kept]
 
 
-def _sparsity_depth(point: Point) -> float:
-    return _depth(point.sparsity.mean)
+def _depth_by(measure: str) -> Callable[[Point], float]:
+    return lambda point: _depth(point.removed(measure))
 
 
 def _compression_depth(point: Point) -> float:
@@ -448,6 +491,10 @@ def _speedup_depth(point: Point) -> float:
 def _depth(sparsity: float) -> float:
     """Counts how often the weights were halved."""
     return -math.log2(max(1.0 - sparsity, 1e-9))
+
+
+def _capitalize(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _percent(share: float) -> str:

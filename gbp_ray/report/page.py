@@ -33,15 +33,13 @@ from gbp_ray.report.curves import (
     Trial,
     WorkloadCurves,
     gather_curves,
-    write_change,
-    write_percent,
-    write_score,
-    write_spread,
 )
 from gbp_ray.report.details import CloseUp, look_closely
 from gbp_ray.report.drawing import PageFigure, draw_figures
+from gbp_ray.report.spreads import write_change, write_percent, write_score, write_spread
 from gbp_ray.report.trial_page import make_trial_page
 from gbp_ray.results.folder import check_target, write_target
+from gbp_ray.results.goals import COSTS
 from gbp_ray.results.index import map_in_threads
 from gbp_ray.results.lease import is_held
 from gbp_ray.results.objects import is_key
@@ -374,7 +372,9 @@ def _add_recipes(
     for curve, trial in section.trials:
         if (made := jobs.get(id(curve))) is None:
             continue
-        overrides = {"prune.sparsity": trial.target, "seed": trial.seed}
+        kind = made[1].prune.target.kind
+        goal = "prune.sparsity" if kind is None else f"prune.target.{kind}"
+        overrides = {goal: trial.target, "seed": trial.seed}
         try:
             is_same = trial_id(load_job(made[1], overrides)) == trial.trial_id
         except ConfigError:
@@ -425,6 +425,12 @@ def _template(name: str) -> jinja2.Template:
         "plain": lambda spread: write_spread(spread, lambda value: f"{value:.4f}", 1),
         "seconds": lambda spread: f"{spread.mean:,.1f}",
         "share": lambda value: f"{100 * value:.4g} %",
+        "left": lambda share: "not counted" if share is None else f"{100 * share:.2f}",
+        "width": lambda spread: write_spread(spread, lambda v: f"{v:.4g}", 1, is_quiet=True),
+        "left_of": _write_left,
+        "goal_of": lambda close_up: (
+            str(close_up.goal) if close_up.widths else f"{100 * close_up.target:.4g} %"
+        ),
         "percent_of": lambda value: write_share(value).removesuffix("%"),
         "count": lambda value: f"{value:,.0f}",
         "without_sign": lambda text: text.removesuffix(" %"),
@@ -436,17 +442,24 @@ def _template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def _find_within_a_point(curves: WorkloadCurves) -> tuple[Curve, Point] | None:
-    """Finds the sparsest point that loses no more than a percentage point, or a percent of dense.
+def _write_left(removed: float, curves: WorkloadCurves) -> str:
+    """Writes a sparsity, or what is left of the cost that curves are drawn over."""
+    if curves.measure not in COSTS:
+        return f"{100 * removed:.4g} %"
+    return f"{100 * (1 - removed):.4g} % of {COSTS[curves.measure]}"
 
-    Of equally sparse ones the one with the best score, then with the least loss, then the first.
+
+def _find_within_a_point(curves: WorkloadCurves) -> tuple[Curve, Point] | None:
+    """Finds the smallest point that loses no more than a percentage point, or a percent of dense.
+
+    Of equal ones the one with the best score, then with the least loss, then the first.
     """
 
     def rank(pair: tuple[Curve, Point]) -> tuple[float, float, float]:
         point = pair[1]
         # Measured sparsities of equal jobs may differ by a weight.
         return (
-            round(point.sparsity.mean, 4),
+            round(point.removed(curves.measure), 4),
             curves.rank(point),
             -math.inf if point.loss is None else -point.loss.mean,
         )

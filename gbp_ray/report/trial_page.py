@@ -15,10 +15,10 @@ import numpy as np
 
 from gbp_ray import __version__
 from gbp_ray.errors import StoreError
-from gbp_ray.report import trial_figures
+from gbp_ray.report import trial_figures, unit_figures
 from gbp_ray.report.drawing import Sketch, draw_figures
 from gbp_ray.results.findings import Findings, read_findings
-from gbp_ray.results.records import RoundRecord, TrialRecord
+from gbp_ray.results.records import RoundRecord, TrialRecord, UnitsRecord
 from gbp_ray.results.store import Store
 from gbp_ray.results.tensors import WEIGHTS, read_masks, read_weight
 
@@ -61,6 +61,8 @@ def make_trial_page(
     if found is not None:
         left_out += found.left_out
         sketches += _sketch_differences(found)
+    if record.cost.units is not None:
+        sketches += _sketch_units(record.cost.units, masks)
     sketches += _sketch_living(masks)
     if found is not None and found.layers:
         sketches.append(_sketch_saliency(found))
@@ -138,6 +140,41 @@ def _sketch_differences(found: Findings) -> Iterator[Sketch]:
             "(size of its gradient by the input, yellow is most, each map on its own scale); the "
             "same for the pruned network. First those on which both are surest of different "
             f"answers, then some by chance.{words}",
+        )
+
+
+def _sketch_units(units: UnitsRecord, masks: Mapping[str, np.ndarray]) -> Iterator[Sketch]:
+    widths = [
+        unit_figures.Width(width.name, width.kind, width.num_units, width.num_kept)
+        for width in units.widths
+    ]
+    gone = units.num_units - units.num_kept
+    yield Sketch(
+        "network",
+        "The network before and after",
+        partial(unit_figures.draw_networks, [("", widths)]),
+        f"Units of each group, dense and left: {units.num_kept:,} of {units.num_units:,} are left.",
+        "The network from the input, top, to the output: a bar for each group of units, named by "
+        "the first weight that makes them, as wide as the dense network in grey and as what is "
+        f"left in colour. {gone:,} units "
+        + ("left the network." if units.is_compact else "are zeros in the network."),
+    )
+    living = {
+        width.name: lives
+        for width in units.widths
+        if width.name in masks
+        and (lives := unit_figures.find_living(masks[width.name], width.num_units, width.num_kept))
+        is not None
+    }
+    if living:
+        yield Sketch(
+            "units",
+            "Which units live",
+            partial(unit_figures.draw_units, living),
+            "For each group a strip of its units, coloured where they live; the numbers are in "
+            "the table below.",
+            "In the order that they have in the group's first weight, the first unit on the left. "
+            "A unit lives or goes in all weights that it lies in.",
         )
 
 

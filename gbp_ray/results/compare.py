@@ -38,6 +38,8 @@ def compare_trials(one: str | Path, other: str | Path) -> dict[str, Any]:
         `metrics` (name to the two values), `masks` (for each parameter its weights, how many each
         keeps, and `overlap`: intersection over union of the kept ones) and `overlap` over all. A
         parameter that one of the two does not have, or has in another shape, has overlap None.
+        Where whole units were removed also `widths`: for each group its units, how many each
+        keeps, None where one has no such group.
 
     Raises:
         StoreError: There is no such trial, or a record or mask is damaged.
@@ -62,6 +64,7 @@ def compare_trials(one: str | Path, other: str | Path) -> dict[str, Any]:
                 "overlap": found.overlap,
             }
         layers.append(layer)
+    widths = _compare_widths(rounds)
     return {
         "trials": [store.trial_uri(trial) for store, trial, _ in sides],
         "config": _compare_config([_job_of(store, trial) for store, trial, _ in sides]),
@@ -69,6 +72,7 @@ def compare_trials(one: str | Path, other: str | Path) -> dict[str, Any]:
         | {name: [getattr(record.cost, name) for record in rounds] for name in _COSTS},
         "masks": layers,
         "overlap": sum_shared(shared.values()).overlap if shared else None,
+        **({"widths": widths} if widths else {}),
     }
 
 
@@ -102,3 +106,19 @@ def _compare_config(jobs: list[dict[str, Any] | None]) -> dict[str, list[Any]] |
     return {
         name: [one.get(name), other.get(name)] for name in names if one.get(name) != other.get(name)
     }
+
+
+def _compare_widths(rounds: list[RoundRecord]) -> list[dict[str, Any]]:
+    """Lists the groups of whole units with what two rounds keep of each."""
+    sides = [{w.name: w for w in r.cost.units.widths} if r.cost.units else {} for r in rounds]
+    groups = []
+    for name in dict.fromkeys(name for side in sides for name in side):
+        found = [side.get(name) for side in sides]
+        groups.append(
+            {
+                "name": name,
+                "num_units": [width and width.num_units for width in found],
+                "num_kept": [width and width.num_kept for width in found],
+            }
+        )
+    return groups

@@ -109,6 +109,16 @@ class UnitsRecord(Record):
     difference: float | None = None
     widths: tuple[WidthRecord, ...]
 
+    @property
+    def num_units(self) -> int:
+        """Units of the dense network."""
+        return sum(width.num_units for width in self.widths)
+
+    @property
+    def num_kept(self) -> int:
+        """Units that are left."""
+        return sum(width.num_kept for width in self.widths)
+
 
 class CostRecord(Record):
     """The cost of a network: the whole model, and its prunable layers.
@@ -141,6 +151,32 @@ class CostRecord(Record):
     def unpruned_in_words(self) -> str:
         """Describe the matrices that cannot be pruned, naming a few; "" without any."""
         return describe_unpruned(self.unpruned, self.num_units)
+
+    @property
+    def left(self) -> dict[str, float | None]:
+        """What is left of the dense network by column of the index, None where not counted.
+
+        Of single weights what zeros could save: no measured file and no measured time.
+        """
+        return {
+            "macs_left": self.macs_nonzero / self.macs if self.macs else None,
+            "parameters_left": self.num_nonzero / max(1, self.num_parameters),
+            "bytes_left": self.num_bytes_sparse / max(1, self.num_bytes),
+        }
+
+    @property
+    def reached(self) -> str:
+        """What pruning has come to, in words: the sparsity, or of whole units what is left."""
+        if self.units is None:
+            return f"sparsity {self.sparsity:.2%}"
+        parameters = self.units.num_parameters / max(1, self.num_parameters)
+        macs = f"MACs {self.units.macs / self.macs:.1%}, " if self.macs else ""
+        return f"{macs}parameters {parameters:.1%} left"
+
+    @property
+    def headline(self) -> str:
+        """What pruning has come to, as a title says it."""
+        return f"{self.sparsity:.1%} sparse" if self.units is None else self.reached
 
     @property
     def num_units(self) -> int:

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from gbp_ray.config.metrics import ACCURACY, MetricSpec
 from gbp_ray.config.schema import nearest_name
 from gbp_ray.errors import ConfigError, StoreError
+from gbp_ray.results.goals import GOAL_FIELDS, Goal, has_units
 from gbp_ray.results.index import map_in_threads, read_index, refresh_index, specs_in
 from gbp_ray.results.records import TrialRecord, write_value
 from gbp_ray.results.scores import name_score, spec_of
@@ -266,8 +267,8 @@ class Results:
         return rows
 
     def find_varying(self) -> list[str]:
-        """Names the job's fields in which these rounds differ, criterion and sparsity first."""
-        first = ["prune.criterion", "prune.sparsity"]
+        """Names the job's fields in which these rounds differ, criterion and goal first."""
+        first = ["prune.criterion", *GOAL_FIELDS]
         skipped = ("seconds.", "versions.")
         fields = [
             name
@@ -450,6 +451,7 @@ _MEASURED = (
 )
 
 _MEASURED_BY_SOME = ("robust_accuracy",)
+_MEASURED_OF_UNITS = ("macs_left", "parameters_left", "bytes_left")
 
 
 def summarize(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> list[dict[str, Any]]:
@@ -463,12 +465,14 @@ def summarize(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> list[
         One row per combination: its fields, `num_seeds`, and of each measurement the mean and,
         as `..._deviation`, the sample standard deviation, None for a single trial. What only some
         jobs measure is there if any of these trials has it, None where not all have. Sorted by
-        sparsity, then by score, the best first; trials of different metrics are kept apart.
+        sparsity, or by the `goal` that lines of whole units have, then by score, the best first;
+        trials of different metrics are kept apart.
     """
     rows = list(rows)
     specs = dict.fromkeys(spec_of(row).name for row in rows) or {ACCURACY.name: None}
     measured = list(dict.fromkeys(name_score(n, metric) for n in _MEASURED for metric in specs))
     measured += [n for n in _MEASURED_BY_SOME if any(row.get(n) is not None for row in rows)]
+    measured += _MEASURED_OF_UNITS if any(map(has_units, rows)) else ()
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     kept = [field for field in fields if field != "seed"]
     for row in rows:
@@ -487,11 +491,16 @@ def summarize(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> list[
         line["judged_on"] = members[0].get("judged_on", "test")
         if (text := members[0].get("metric_specs")) is not None:
             line["metric_specs"] = text
+        if has_units(members[0]):
+            line["goal"] = Goal.of(members[0])._asdict()
         lines.append(line)
 
-    def place(line: Mapping[str, Any]) -> tuple[int, float, float]:
+    def place(line: Mapping[str, Any]) -> tuple[int, str, float, float]:
         spec = spec_of(line)
         # Measured sparsities of equal jobs may differ by a weight.
-        return [*specs].index(spec.name), round(line["sparsity"], 3), -spec.rank(line[spec.name])
+        kind, depth = "", round(line["sparsity"], 3)
+        if (goal := line.get("goal")) is not None:
+            kind, depth = goal["kind"], Goal(**goal).depth
+        return [*specs].index(spec.name), kind, depth, -spec.rank(line[spec.name])
 
     return sorted(lines, key=place)

@@ -180,6 +180,11 @@ class RoundRecord(Scored, Record):
         return self.cost.sparsity
 
     @property
+    def reached(self) -> str:
+        """What pruning has come to, in words, see `CostRecord.reached`."""
+        return self.cost.reached
+
+    @property
     def reference(self) -> DenseReference:
         """The measurement of round 0 that later rounds are compared with."""
         return DenseReference.of(
@@ -249,7 +254,7 @@ class TrialRecord(Record):
 
     def __repr__(self) -> str:
         return (
-            f"<TrialRecord {self.trial_id}: sparsity {self.chosen.sparsity:.2%}, "
+            f"<TrialRecord {self.trial_id}: {self.chosen.reached}, "
             f"{self.metric.name} {self.metric.write(self.test_score)}>"
         )
 

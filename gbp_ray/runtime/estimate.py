@@ -56,7 +56,7 @@ _PROCESS_BYTES = 400_000_000
 
 _RATES = {"learning_rate", "weight_decay", "lr_schedule", "lr_milestones", "lr_gamma"}
 _CHOICE = {"sparsity", "rounds", "schedule", "ramp_rounds", "scope"}
-_CHOICE |= {"layer_min_sparsity", "layer_max_sparsity"}
+_CHOICE |= {"layer_min_sparsity", "layer_max_sparsity", "target"}
 _WITHOUT_MEMORY = {"prune": _CHOICE, "pretrain": _RATES, "finetune": _RATES}
 """Fields that change what a trial reaches, and nothing of what it holds."""
 
@@ -375,6 +375,7 @@ class CostEstimate:
         num_steps: Optimizer steps, pretrain and all rounds.
         round_bytes: What one round writes to storage.
         stored_bytes: What all rounds write, the dense network's included.
+        units: Which whole units there are and what may stay of them, in words; "" for weights.
     """
 
     strategy: str
@@ -396,10 +397,12 @@ class CostEstimate:
     sent_bytes_per_round: int
     round_bytes: int
     stored_bytes: int
+    units: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON and for tables."""
-        return asdict(self)
+        tree = asdict(self)
+        return tree if self.units else {k: v for k, v in tree.items() if k != "units"}
 
 
 def make_plan(job: JobConfig, workload: Workload) -> CostEstimate:
@@ -431,7 +434,22 @@ def make_plan(job: JobConfig, workload: Workload) -> CostEstimate:
         sent_bytes_per_round=sum(p.sent_bytes for p in phases if p.name != "pretrain"),
         round_bytes=round_bytes,
         stored_bytes=dense_bytes + job.prune.rounds * round_bytes,
+        units=_describe_units(job, memory),
     )
+
+
+def _describe_units(job: JobConfig, memory: Memory) -> str:
+    """Counts the whole units that a job may remove, and says where removing ends."""
+    prune = job.prune
+    if not prune.unit_kinds:
+        return ""
+    kinds = [
+        f"{number:,} {kind}{'' if number == 1 else 's'} in {num_groups:,} "
+        f"group{'' if num_groups == 1 else 's'}"
+        for kind, (num_groups, number) in memory.count_units().items()
+    ]
+    then = "leave the network after each round" if prune.compact else "stay in it as zeros"
+    return f"{', '.join(kinds)}; pruned to {prune.goal}; removed ones {then}"
 
 
 def _columns(workload: Workload) -> Iterator[Any]:

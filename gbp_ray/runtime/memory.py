@@ -256,6 +256,14 @@ class Memory:
 
     # -- phases ----------------------------------------------------------------------------------
 
+    def count_units(self) -> dict[str, tuple[int, int]]:
+        """Counts by kind the groups of whole units, and their units; nothing of weights."""
+        counts: dict[str, tuple[int, int]] = {}
+        for group in self._structure.groups if self._structure else ():
+            groups, units = counts.get(group.kind, (0, 0))
+            counts[group.kind] = groups + 1, units + group.num_units
+        return counts
+
     def phases(self) -> list[Phase]:
         """Predict the phases of the job, in the order in which they come."""
         job = self._job

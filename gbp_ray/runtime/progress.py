@@ -120,10 +120,8 @@ class ProgressBoard:
             reached = f"{metric.name} {metric.write(record.score)}"
             if record.score_pruned is not None:
                 pruned = f"  ({metric.write(record.score_pruned)} before fine-tuning)"
-        self.note(
-            f"{trial}  round {record.round}  sparsity {record.sparsity:.4f}  "
-            f"{reached}{pruned}{_attacked(record)}"
-        )
+        left = f"sparsity {record.sparsity:.4f}" if record.cost.units is None else record.reached
+        self.note(f"{trial}  round {record.round}  {left}  {reached}{pruned}{_attacked(record)}")
 
 
 def _attacked(record: RoundRecord) -> str:

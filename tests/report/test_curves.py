@@ -14,8 +14,9 @@ from sample_sweep import CRITERIA, SPARSITIES, sweep_job, write_sweep, write_swe
 from gbp_ray.config.sweep import SweepConfig
 from gbp_ray.report.captions import sketch_workload
 from gbp_ray.report.checklist import Check, answer_checklist
-from gbp_ray.report.curves import Spread, WorkloadCurves, find_front, gather_curves
+from gbp_ray.report.curves import WorkloadCurves, find_front, gather_curves
 from gbp_ray.report.page import _find_within_a_point
+from gbp_ray.report.spreads import Spread
 from gbp_ray.results.query import open_results
 from gbp_ray.results.store import Store
 from gbp_ray.runtime.search import TrialHistory
