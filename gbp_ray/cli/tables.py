@@ -334,7 +334,9 @@ def _describe_units(cost: CostRecord) -> str:
         macs += f" ({units.macs / cost.macs:.1%}: {_short(units.macs)} of {_short(cost.macs)})"
     parameters = f"{cost.num_parameters / max(1, units.num_parameters):.1f}x fewer parameters"
     parameters += f" ({units.num_parameters / max(1, cost.num_parameters):.1%})"
-    size = f"{write_megabytes(units.num_bytes)} of {write_megabytes(cost.num_bytes)} MB"
+    digits = 1 if cost.num_bytes >= 1e7 else 3
+    sizes = [f"{size / 1e6:,.{digits}f}" for size in (units.num_bytes, cost.num_bytes)]
+    size = f"{' of '.join(sizes)} MB"
     return f"{gone:,} of {units.num_units:,} units {how}: {macs}, {parameters}, {size}"
 
 
