@@ -200,7 +200,9 @@ def export_network(
     --to onnx adds model.onnx, which is opened in ONNX Runtime and compared
     as well; it needs this package's extra "onnx". Weights that were pruned
     one by one are stored as zeros: they make no file smaller and no pass
-    faster by themselves. --to csr leaves them out of linear layers that are
+    faster by themselves. Whole channels and heads that were removed leave the
+    network; load.py, beside it, cuts the network's class to what is left, by
+    widths.json. --to csr leaves them out of linear layers that are
     90 % sparse and that are faster so on this machine, which is measured.
 
     --measure shows what a pass takes: median and range of dense and pruned in
@@ -231,6 +233,8 @@ def export_network(
             code=code,
             trust_code=trusted or (),
         )
+        if export.compact_fault:
+            warnings.warn(f"removed units are zeros: {export.compact_fault}", stacklevel=1)
         if export.program_fault:
             warnings.warn(f"no model.pt2: {export.program_fault}", stacklevel=1)
         if export.onnx_fault:

@@ -47,6 +47,9 @@ class ExportFacts:
             take dense.
         csr_fault: The reason for missing CSR layers that were asked for, or "".
         measurements: What was measured, if that was asked for.
+        loader_difference: Greatest difference of the outputs of a fresh network that load.py has
+            filled; None where no whole units have left the network.
+        compact_fault: The reason why whole units are zeros in it, or "".
     """
 
     class_name: str
@@ -65,11 +68,19 @@ class ExportFacts:
     csr_ratios: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     csr_fault: str = ""
     measurements: MeasurementsRecord | None = None
+    loader_difference: float | None = None
+    compact_fault: str = ""
+
+    @property
+    def is_compact(self) -> bool:
+        """Returns whether whole units have left the network."""
+        return self.loader_difference is not None
 
 
 def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> str:
     """Writes the card of one round of a trial."""
     job, cost = trial.job, record.cost
+    of_dense = " of the dense network" if facts.is_compact else ""
     lines = [
         "---",
         "library_name: pytorch",
@@ -81,23 +92,18 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         *(f"- {spec.name}" for spec in record.specs),
         "---",
         "",
-        f"# {job.name}: {facts.class_name}, {cost.headline}",
+        f"# {job.name}: {facts.class_name}, {_title(record, facts)}",
         "",
         f"`{job.workload.factory}` pruned by `{job.prune.criterion}` in "
         f"{job.prune.rounds} round{'' if job.prune.rounds == 1 else 's'} with gbp-ray. "
-        f"{cost.num_nonzero:,} of {cost.num_parameters:,} parameters are left "
-        f"({cost.compression:.1f}x fewer non-zero parameters); of the {cost.num_units:,} "
-        f"prunable weights {record.sparsity:.2%} are exactly zero.",
+        f"{_what_is_left(record, facts)}",
         "",
         "## What it reached",
         "",
         "| | dense | this network |",
         "|---|---|---|",
         *_list_scores(trial, record),
-        f"| parameters | {cost.num_parameters:,} | {cost.num_nonzero:,} |",
-        f"| multiply-adds | {cost.macs:,} | {cost.macs_nonzero:,} in theory |"
-        if cost.macs
-        else "| multiply-adds | not counted | not counted |",
+        *_list_costs(record, facts),
         "",
         *((f"Multiply-adds: {cost.macs_fault}.", "") if cost.macs_fault else ()),
         _how_measured(trial, record, facts),
@@ -105,7 +111,7 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         *(_describe_speed(facts.measurements) if facts.measurements else ()),
         "## How to load it",
         "",
-        *_how_to_load(facts),
+        *(_how_to_load_compact(facts) if facts.is_compact else _how_to_load(facts)),
         *_how_to_load_onnx(facts),
         *_how_to_load_csr(facts),
         "",
@@ -113,7 +119,7 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         f"`(examples, {', '.join(map(str, facts.output_shape))})`. `example.safetensors` holds "
         "`inputs` that were prepared as in the test, and the `outputs` that belong to them; "
         "preparing (scaling, normalising) is the workload's own and not part of the network. "
-        "`masks.safetensors` holds a bit for each weight, 1 = kept: "
+        f"`masks.safetensors` holds a bit for each weight{of_dense}, 1 = kept: "
         "`numpy.unpackbits(mask, count=weight.size, bitorder='little').reshape(weight.shape)`.",
         "",
         "## What it was made from",
@@ -130,21 +136,19 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         "",
         "## Layers",
         "",
-        "| layer | shape | weights left | sparsity |",
+        f"| layer | shape{of_dense} | weights left | sparsity |",
         "|---|---|---|---|",
         *(
             f"| {layer.name} | {'x'.join(map(str, layer.shape))} | {layer.num_nonzero:,} | "
             f"{layer.sparsity:.2%} |"
             for layer in cost.layers
         ),
+        *_list_widths(record),
         "",
         *((f"{cost.unpruned_in_words}.", "") if cost.unpruned else ()),
         "## Limits",
         "",
-        "- Removed weights are stored as zeros, which make no pass faster"
-        f"{', except in the CSR layers above' if facts.csr_ratios else ''}: a dense library "
-        "computes with them, and the multiply-adds above are no measured time. Files compress "
-        "well.",
+        _limit_of_speed(facts),
         f"- {trial.metric.title} is a mean. Pruning hurts some classes and rare examples first "
         "(Hooker et al. 2019, arXiv 1911.05248); `gbp-ray explain` measures which.",
         "- Measured on one test split, for one seed of one job; other data were not looked at, nor "
@@ -153,6 +157,73 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         "",
     ]
     return "\n".join(lines)
+
+
+def _title(record: RoundRecord, facts: ExportFacts) -> str:
+    # Units that are zeros have made nothing smaller.
+    return record.cost.headline if facts.is_compact else f"{record.sparsity:.1%} sparse"
+
+
+def _what_is_left(record: RoundRecord, facts: ExportFacts) -> str:
+    cost, units = record.cost, record.cost.units
+    if units is None or not facts.is_compact:
+        text = (
+            f"{cost.num_nonzero:,} of {cost.num_parameters:,} parameters are left "
+            f"({cost.compression:.1f}x fewer non-zero parameters); of the {cost.num_units:,} "
+            f"prunable weights {record.sparsity:.2%} are exactly zero."
+        )
+        if facts.compact_fault:
+            text += (
+                " Whole units were removed, and are zeros here: the network cannot go without "
+                f"them ({facts.compact_fault})."
+            )
+        return text
+    kinds = sorted({width.kind for width in units.widths})
+    return (
+        f"Whole {' and '.join(f'{kind}s' for kind in kinds)} were removed with all that is coupled "
+        f"to them: {units.num_parameters:,} of {cost.num_parameters:,} parameters are left."
+    )
+
+
+def _list_costs(record: RoundRecord, facts: ExportFacts) -> list[str]:
+    cost, units = record.cost, record.cost.units
+    if units is not None and facts.is_compact:
+        rows = [f"| parameters | {cost.num_parameters:,} | {units.num_parameters:,} |"]
+        if cost.macs:
+            rows.append(f"| multiply-adds | {cost.macs:,} | {units.macs:,} |")
+        return [
+            *rows,
+            f"| bytes of parameters and buffers | {cost.num_bytes:,} | {units.num_bytes:,} |",
+        ]
+    return [
+        f"| parameters | {cost.num_parameters:,} | {cost.num_nonzero:,} |",
+        f"| multiply-adds | {cost.macs:,} | {cost.macs_nonzero:,} in theory |"
+        if cost.macs
+        else "| multiply-adds | not counted | not counted |",
+    ]
+
+
+def _list_widths(record: RoundRecord) -> list[str]:
+    units = record.cost.units
+    if units is None:
+        return []
+    rows = [(w.name, f"{w.kind}s", f"{w.num_units:,}", f"{w.num_kept:,}") for w in units.widths]
+    return ["", *_table(["units made by", "kind", "dense", "left"], rows)]
+
+
+def _limit_of_speed(facts: ExportFacts) -> str:
+    if facts.is_compact:
+        return (
+            "- Fewer multiply-adds are no measured time: how much faster a pass is depends on the "
+            "machine, the engine and the batch size"
+            f"{', as measured above' if facts.measurements else ''}."
+        )
+    return (
+        "- Removed weights are stored as zeros, which make no pass faster"
+        f"{', except in the CSR layers above' if facts.csr_ratios else ''}: a dense library "
+        "computes with them, and the multiply-adds above are no measured time. Files compress "
+        "well."
+    )
 
 
 def _describe_inputs(facts: ExportFacts) -> str:
@@ -314,6 +385,57 @@ def _how_to_load_csr(facts: ExportFacts) -> list[str]:
     ]
 
 
+def _how_to_load_compact(facts: ExportFacts) -> list[str]:
+    """Explains the program, and the loader that cuts the user's class to the widths."""
+    program = _load_program(facts)
+    assert facts.loader_difference is not None
+    found = [_compared("a fresh network, so loaded, gave", facts.loader_difference)]
+    if program:
+        found.insert(0, _compared("the loaded program gave", facts.difference))
+    return [
+        *(program or [_missing_program(facts)]),
+        "",
+        f"{'Or, to' if program else 'To'} train on, as the class that it was made from, which "
+        "`load.py` cuts to the widths in `widths.json`; it needs PyTorch and safetensors:",
+        "",
+        "```python",
+        "from load import load_network",
+        "",
+        f"model = load_network({facts.class_name}(...))",
+        "```",
+        "",
+        "`model.safetensors` has the shapes of the smaller network. Before it was written, "
+        f"{', and '.join(found)}.",
+    ]
+
+
+def _compared(what: str, difference: float) -> str:
+    """Words how outputs differ from those of the pruned network."""
+    exact = "to the bit" if difference == 0 else f"to within {difference:.1e} of each value"
+    return f"{what} the pruned network's outputs {exact}"
+
+
+def _load_program(facts: ExportFacts) -> list[str]:
+    if facts.program_fault:
+        return []
+    return [
+        "In plain PyTorch, without this package and without the network's class:",
+        "",
+        "```python",
+        "import torch",
+        "",
+        'model = torch.export.load("model.pt2").module()',
+        f"outputs = model({facts.arguments})",
+        "```",
+    ]
+
+
+def _missing_program(facts: ExportFacts) -> str:
+    return (
+        f"There is no `model.pt2`: torch.export cannot take this network ({facts.program_fault})."
+    )
+
+
 def _how_to_load(facts: ExportFacts) -> list[str]:
     state = [
         "```python",
@@ -330,30 +452,13 @@ def _how_to_load(facts: ExportFacts) -> list[str]:
             "each, and the loaded layers are equal rather than tied.",
         ]
     if facts.program_fault:
-        return [
-            *state,
-            "",
-            f"There is no `model.pt2`: torch.export cannot take this network "
-            f"({facts.program_fault}).",
-        ]
+        return [*state, "", _missing_program(facts)]
     return [
-        "In plain PyTorch, without this package and without the network's class:",
-        "",
-        "```python",
-        "import torch",
-        "",
-        'model = torch.export.load("model.pt2").module()',
-        f"outputs = model({facts.arguments})",
-        "```",
+        *_load_program(facts),
         "",
         "Or its weights into the same class:",
         "",
         *state,
         "",
-        "Before it was written, the loaded program gave the pruned network's outputs "
-        + (
-            "to the bit."
-            if facts.difference == 0
-            else f"to within {facts.difference:.1e} of each value."
-        ),
+        f"Before it was written, {_compared('the loaded program gave', facts.difference)}.",
     ]

@@ -44,6 +44,8 @@ class Deliverable:
         file_bytes: Size of each file by name.
         onnx: Its ONNX file; None where it has none.
         macs_saved: Multiply-adds with zeros that it leaves out.
+        macs: Multiply-adds of one example, counted in it where whole units have left it; None: of
+            its record.
     """
 
     model: nn.Module
@@ -51,6 +53,7 @@ class Deliverable:
     file_bytes: Mapping[str, int]
     onnx: OnnxFile | None = None
     macs_saved: int = 0
+    macs: int | None = None
 
 
 def measure_networks(
@@ -91,12 +94,16 @@ def measure_networks(
 
 def _sizes_of(network: Deliverable, call: Call) -> NetworkRecord:
     cost = network.record.cost
+    macs, nonzero = cost.macs - network.macs_saved, cost.macs_nonzero
+    if network.macs is not None and cost.units is not None:
+        # What cannot be counted follows from the widths, as in the record.
+        macs = nonzero = network.macs or cost.units.macs
     return NetworkRecord(
         round=network.record.round,
         num_parameters=sum(p.numel() for p in network.model.parameters()),
         num_nonzero=sum(int(p.count_nonzero()) for p in network.model.parameters()),
-        macs=cost.macs - network.macs_saved,
-        macs_nonzero=cost.macs_nonzero,
+        macs=macs,
+        macs_nonzero=nonzero,
         file_bytes=dict(network.file_bytes),
         forward_bytes=forward_bytes(network.model, call, BATCH_SIZES),
     )

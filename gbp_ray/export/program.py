@@ -1,6 +1,8 @@
 """The deliverable: a pruned network that loads in plain PyTorch, checked before it is written.
 
     model.safetensors    the state dict, for the network's own class; see `weights`
+    widths.json, load.py where whole channels or heads were removed, model.safetensors holds the
+                         smaller network, and these make it of the class; see `compacted`
     model.pt2            the network as a program (torch.export), for those without the class; with
                          BatchNorm folded into the layers before it, if that is asked for; `traced`
     model.onnx           the same program for ONNX Runtime, if it is asked for; see `onnx`
@@ -17,6 +19,7 @@ Everything is made and compared in memory; a folder is written whole or not at a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,25 +28,22 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from gbp_ray.config.schema import nearest_name
-from gbp_ray.distributed.agreement import check_data
-from gbp_ray.errors import ConfigError, ExportError
+from gbp_ray.errors import ConfigError, name_some
 from gbp_ray.export.card import ExportFacts, write_card
+from gbp_ray.export.compacted import COMPACT_FILES, check_loader
 from gbp_ray.export.csr import CSR_FILES, CsrFile, make_csr
 from gbp_ray.export.fold import fold_batchnorm
 from gbp_ray.export.latency import Deliverable, measure_networks
 from gbp_ray.export.onnx import OnnxFile, check_onnx, make_onnx, missing_onnx
+from gbp_ray.export.rebuilt import StoredRound, open_round
 from gbp_ray.export.traced import Program, make_program
 from gbp_ray.export.weights import beside_tensors, check_state, complete_state
-from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.results.folder import check_target, write_target
 from gbp_ray.results.measurements import CSR, DENSE, PRUNED, MeasurementsRecord
 from gbp_ray.results.records import RoundRecord
-from gbp_ray.results.store import locate_finished
 from gbp_ray.training.latency import BATCH_SIZES, check_threads
-from gbp_ray.training.network import rebuild_network
 from gbp_ray.workloads.call import Call
 from gbp_ray.workloads.contract import judged_split, num_examples
-from gbp_ray.workloads.loading import admit_code, load_workload, warn_of_changed_code
 
 __all__ = [
     "FORMATS",
@@ -58,6 +58,7 @@ _FILES = (
     "model.safetensors",
     "model.pt2",
     "model.onnx",
+    *COMPACT_FILES,
     *CSR_FILES,
     "masks.safetensors",
     "example.safetensors",
@@ -67,6 +68,9 @@ _FILES = (
 _NUM_EXAMPLES = 8
 
 _FOLDED = "In {files} each BatchNorm is folded into the layer before it; no zero was lost."
+_UNCALLED = (
+    "The compared examples did not go through {paths}: of these cut layers nothing is proven."
+)
 _ONE_LENGTH = (
     "{files}: sequences of the length in `example.safetensors` only, since torch.export "
     "fixes that of recurrent layers."
@@ -90,6 +94,8 @@ class Export:
             take dense.
         csr_fault: The reason for missing CSR layers that were asked for, or "".
         measurements: What was measured, if that was asked for.
+        is_compact: The files hold a network without its removed units.
+        compact_fault: The reason why units that a job keeps as zeros are zeros here, too, or "".
     """
 
     folder: str
@@ -103,6 +109,8 @@ class Export:
     csr_ratios: dict[str, dict[int, float]] = field(default_factory=dict)
     csr_fault: str = ""
     measurements: MeasurementsRecord | None = None
+    is_compact: bool = False
+    compact_fault: str = ""
 
 
 def export_round(
@@ -132,7 +140,8 @@ def export_round(
     Raises:
         ConfigError: A format is unknown or needs what is not installed, or the record names code
             that is neither built in nor trusted.
-        ExportError: What was made does not compute what the pruned network does.
+        ExportError: What was made does not compute what the pruned network does, or its units
+            cannot be removed.
         PruneError: A BatchNorm cannot be folded.
         StoreError: The round cannot be read, its trial has not finished, or the folder cannot be
             written.
@@ -141,26 +150,24 @@ def export_round(
     if is_measured or "csr" in to:
         check_threads(threads, "--threads")
     target = check_target(folder, "DIR", "export", lambda target: set(_FILES))
-    store, trial, record = locate_finished(uri)
-    name = trial.trial_id
-    admit_code(trial.job, store.trial_uri(name), trust_code, [code] if code else [])
-    warn_of_changed_code(trial.sources, trial.trial_id, trial.job)
-    workload = load_workload(trial.job.workload, trial.job.seed)
-    known = trial.dense.fingerprints
-    check_data(workload, known, store.trial_uri(name))
-    weights = store.read_file(name, record, "weights.safetensors")
-    packed = store.read_file(name, record, "masks.safetensors")
-    masks = MaskSet.from_bytes(packed, "masks.safetensors")
-    model = rebuild_network(workload, trial.job.seed, weights, "weights.safetensors", known)
-    if (revived := masks.find_revived(model)) is not None:
-        raise ExportError(f"'{revived}': has weights other than zero where its mask removes them")
+    source = open_round(uri, code=code, trust_code=trust_code)
+    trial, record, workload = source.trial, source.record, source.workload
+    weights, packed = source.read("weights.safetensors"), source.read("masks.safetensors")
+    masked, masks = source.rebuild_masked(weights, packed)
+    compact, compact_fault = source.compact(masked, masks)
+    model = masked if compact is None else compact.model
     call = Call.of(model, workload, _NUM_EXAMPLES)
     outputs = call.run(model)
-    state = complete_state(model, weights)
-    check_state(trial.job, state, call, outputs)
+    loader_difference = None
+    if compact is None:
+        state = complete_state(model, weights)
+        check_state(trial.job, state, call, outputs)
+    else:
+        state = compact.state()
+        loader_difference = check_loader(trial.job, compact, state, call, masked)
     # What is measured has an ONNX file where it can have one, whether or not it is written.
     with_onnx = "onnx" in to or (is_measured and not missing_onnx())
-    made = _make(model, call, is_folded=is_folded, with_onnx=with_onnx)
+    made = _make(model, masked, call, is_folded=is_folded, with_onnx=with_onnx)
     given = call.tensors()
     example = {**given, "outputs": outputs}
     files = {
@@ -171,23 +178,29 @@ def export_round(
     own = made.files_of("onnx" in to)
     files |= own
     csr = CsrFile()
-    if "csr" in to:
+    if compact is not None:
+        files |= compact.files()
+    if "csr" in to and compact is not None:
+        csr = CsrFile(fault="whole units were removed, and what is left is dense")
+    elif "csr" in to:
         csr = make_csr(trial.job, model, state, call, threads=threads)
         files |= csr.files()
     measurements = None
     if is_measured:
-        data = store.read_file(name, trial.dense, "weights.safetensors")
-        dense = rebuild_network(workload, trial.job.seed, data, "weights.safetensors", known)
-        beside = _make(dense, call, is_folded=is_folded, with_onnx=with_onnx)
+        data = source.read("weights.safetensors", trial.dense)
+        dense = source.rebuild(data)
+        beside = _make(dense, dense, call, is_folded=is_folded, with_onnx=with_onnx)
+        macs = None if compact is None else _count_macs(source, model)
         sides = {
             DENSE: beside.deliver(complete_state(dense, data), trial.dense),
-            PRUNED: made.deliver(state, record),
+            PRUNED: made.deliver(state, record, macs),
         }
         if csr.model is not None:
             sides[CSR] = _deliver_csr(csr, csr.model, record)
         sample = Call.of(model, workload, max(BATCH_SIZES))
         measurements = measure_networks(sides, sample, threads=threads)
         files["measurements.json"] = measurements.model_dump_json(indent=1).encode() + b"\n"
+    uncalled = compact.uncalled if compact is not None else ()
     program, onnx = made.program, made.onnx if "onnx" in to else None
     listed = " and ".join(f"`{file}`" for file in own)
     one_length = {
@@ -204,13 +217,16 @@ def export_round(
         num_judged=num_examples(getattr(workload, judged_split(workload))),
         program_fault=program.fault,
         difference=program.difference,
-        has_tied_weights=state != weights,
+        has_tied_weights=compact is None and state != weights,
+        loader_difference=loader_difference,
+        compact_fault=compact_fault,
         notes=(
             *((_FOLDED.format(files=listed),) if is_folded and own else ()),
             *((_ONE_LENGTH.format(files=fixed),) if fixed else ()),
+            *((_UNCALLED.format(paths=name_some(uncalled)),) if uncalled else ()),
             *(
                 f"`{name}` is no tensor and not in `model.safetensors`; load with `strict=False`."
-                for name in beside_tensors(model)
+                for name in (beside_tensors(model) if compact is None else ())
             ),
         ),
         onnx_difference=onnx.difference if onnx and onnx.data else None,
@@ -225,8 +241,10 @@ def export_round(
     return Export(
         folder=str(target),
         files={name: len(data) for name, data in files.items()},
-        trial_id=name,
+        trial_id=trial.trial_id,
         round=record.round,
+        is_compact=compact is not None,
+        compact_fault=compact_fault,
         difference=program.difference,
         program_fault=program.fault,
         onnx_difference=facts.onnx_difference,
@@ -235,6 +253,18 @@ def export_round(
         csr_fault=csr.fault,
         measurements=measurements,
     )
+
+
+def _count_macs(source: StoredRound, model: nn.Module) -> int:
+    """Counts the multiply-adds of a compacted network, and warns where its record has others."""
+    counted, units = source.count_macs(model), source.record.cost.units
+    if counted and units is not None and counted != units.macs:
+        warnings.warn(
+            f"multiply-adds: {counted:,} were counted in the exported network, and {units.macs:,} "
+            "are on record; measurements.json has the former",
+            stacklevel=2,
+        )
+    return counted
 
 
 def _deliver_csr(csr: CsrFile, model: nn.Module, record: RoundRecord) -> Deliverable:
@@ -269,20 +299,26 @@ class _Made:
             found["model.onnx"] = self.onnx.data
         return {name: data for name, data in found.items() if data}
 
-    def deliver(self, state: bytes, record: RoundRecord) -> Deliverable:
+    def deliver(self, state: bytes, record: RoundRecord, macs: int | None = None) -> Deliverable:
         """Lists it for measuring, with the size of its weights."""
         files = {"model.safetensors": state, **self.files_of(True)}
         sizes = {name: len(data) for name, data in files.items()}
-        return Deliverable(self.lean, record, sizes, self.onnx)
+        return Deliverable(self.lean, record, sizes, self.onnx, macs=macs)
 
 
-def _make(model: nn.Module, call: Call, *, is_folded: bool, with_onnx: bool) -> _Made:
-    """Makes the program of a network, and its ONNX file."""
+def _make(
+    model: nn.Module, masked: nn.Module, call: Call, *, is_folded: bool, with_onnx: bool
+) -> _Made:
+    """Makes the program of a network, and its ONNX file.
+
+    Args:
+        masked: What both are compared with: the network itself, or what it was compacted from.
+    """
     lean = fold_batchnorm(model, call.run) if is_folded else model
-    program = make_program(lean, model, call)
+    program = make_program(lean, masked, call)
     onnx = None
     if with_onnx:
         onnx = OnnxFile(b"", fault=program.fault)
         if program.traced is not None:
-            onnx = make_onnx(program.traced, model, call)
+            onnx = make_onnx(program.traced, masked, call)
     return _Made(lean, program, onnx)

@@ -2,8 +2,7 @@
 
     model.safetensors    the state dict, with a shared weight under each of its names
 
-A network whose layers have lost channels no longer fits its class; what rebuilds the class and cuts
-it (widths.json, load.py) belongs here as well.
+A network whose layers have lost channels no longer fits its class; see `compacted` for those.
 """
 
 from __future__ import annotations
