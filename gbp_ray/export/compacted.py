@@ -127,7 +127,7 @@ def check_loader(
         # As read from the file, and on a copy: a workload may return the same network again.
         widths = json.loads(_write(compact.widths))
         made = fill_network(copy_network(fresh), widths, load_tensors(state))
-    except (ValueError, RuntimeError, KeyError) as error:
+    except (AssertionError, AttributeError, KeyError, RuntimeError, ValueError) as error:
         raise ExportError(
             f"load.py: a fresh network does not take the widths: {in_one_line(error)}"
         ) from error

@@ -41,14 +41,15 @@ def fill_network(model: nn.Module, widths: dict[str, Any], weights: dict[str, Te
                 own[key] = made[old]
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()
+    assert not left, f"{next(iter(left))}: is not in this network, and is in widths.json"
     for name, value in widths["attributes"].items():
         path, _, key = name.rpartition(".")
         held = vars(model.get_submodule(path))
         held[key] = tuple(value) if isinstance(held[key], tuple) else value
     missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = [name for name in missing if not name.endswith("_extra_state")]
-    if lacking := [*left, *missing, *unexpected]:
-        raise ValueError(f"{lacking[0]}: is not in both the network and the files")
+    if lacking := [*missing, *unexpected]:
+        raise ValueError(f"{lacking[0]}: is not in both the network and model.safetensors")
     return model.eval()
 
 

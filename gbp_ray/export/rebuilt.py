@@ -11,6 +11,7 @@ from torch import nn
 from gbp_ray.distributed.agreement import check_data
 from gbp_ray.errors import ExportError, PruneError
 from gbp_ray.export.compacted import Compact, compact_network
+from gbp_ray.pruning.layers import KEPT_AS_ZEROS
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.results.records import RoundRecord, TrialRecord
 from gbp_ray.results.store import Store, locate_finished
@@ -83,7 +84,7 @@ class StoredRound:
             return compact_network(self.trial.job, self.workload, masked, masks), ""
         except PruneError as error:
             if not self.trial.job.prune.compact:
-                return None, str(error)
+                return None, str(error).removesuffix(f"; {KEPT_AS_ZEROS}")
             raise ExportError(f"units cannot be removed as in the trial: {error}") from error
 
     def count_macs(self, model: nn.Module) -> int:

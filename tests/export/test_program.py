@@ -20,6 +20,7 @@ from torch import nn
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import ConfigError, ExportError, PruneError, StoreError
 from gbp_ray.export import program as export_module
+from gbp_ray.export import rebuilt as rebuilt_module
 from gbp_ray.export import weights as weights_module
 from gbp_ray.export.apply import apply_masks
 from gbp_ray.export.program import export_round
@@ -230,7 +231,7 @@ def _whole(model: nn.Module) -> bytes:
 def test_a_network_with_more_than_its_state_dict_is_refused(
     result: PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, fresh = export_module.rebuild_network, weights_module.network_of_seed
+    whole, fresh = rebuilt_module.rebuild_network, weights_module.network_of_seed
 
     def drawn(*arguments: object) -> nn.Module:
         model = whole(*arguments)  # type: ignore[arg-type]
@@ -250,10 +251,10 @@ def test_a_network_with_more_than_its_state_dict_is_refused(
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
             return self.linear(inputs) + self.shift
 
-    monkeypatch.setattr(export_module, "rebuild_network", drawn)
+    monkeypatch.setattr(rebuilt_module, "rebuild_network", drawn)
     monkeypatch.setattr(weights_module, "network_of_seed", drawn_anew)
     monkeypatch.setattr(export_module, "complete_state", lambda model, weights: _whole(model))
-    monkeypatch.setattr(export_module.MaskSet, "find_revived", lambda masks, model: None)
+    monkeypatch.setattr(rebuilt_module.MaskSet, "find_revived", lambda masks, model: None)
     with pytest.raises(ExportError, match=r"not in its state dict|in its state dict alone"):
         export_round(result.uri, tmp_path / "out")
 
