@@ -7,7 +7,7 @@ same entry at once, one computes it and the other waits. A damaged entry is comp
 
 `movement` fine-tunes before the first prune, so its dense network is not shared. Scores are kept
 only for criteria that pass over the data, and only for the dense network: after the first prune no
-two trials have the same weights.
+two trials have the same weights. Scores of whole units are not kept.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def dense_origin(job: JobConfig) -> dict[str, Any] | None:
         # The masks and measurements of round 0 depend on it.
         "exclude": sorted(job.prune.exclude),
         **({"include": sorted(job.prune.include)} if job.prune.include else {}),
+        # Masks and costs of round 0 are those of whole units.
+        **(_fields_of_units(job) if job.prune.unit_kinds else {}),
         **({"batchnorm": [examples, norm_batch_size(job.prune)]} if examples else {}),
         **({"masks": pinned} if (pinned := job.prune.initial_masks_digest) else {}),
         **_surroundings(job, [job.workload.factory]),
@@ -76,7 +78,7 @@ def dense_folder(job: JobConfig) -> str | None:
 
 def scores_key(job: JobConfig, dense: str) -> str | None:
     """Returns a key of the shared scores of a dense network; None if none are kept."""
-    if not job.prune.spec.needs_data:
+    if not job.prune.spec.needs_data or job.prune.unit_kinds:
         return None
     fields = _fields_of_scores(job)
     return f"{dense} {job.prune.model_dump_json(include=fields, exclude_defaults=True)}"
@@ -143,7 +145,7 @@ class SharedScores:
 
 def _scores_origin(job: JobConfig, model: nn.Module) -> dict[str, Any] | None:
     prune = job.prune
-    if not prune.spec.needs_data:
+    if not prune.spec.needs_data or prune.unit_kinds:
         return None
     fields = _fields_of_scores(job)
     return {
@@ -177,6 +179,11 @@ def _fields_of_scores(job: JobConfig) -> set[str]:
         "include",
         *prune.spec.options,
     }
+
+
+def _fields_of_units(job: JobConfig) -> dict[str, Any]:
+    """Returns the fields of [prune] that decide which units a dense network has."""
+    return {"granularity": job.prune.granularity, "compact": job.prune.compact}
 
 
 def _surroundings(job: JobConfig, plug_ins: Iterable[str]) -> dict[str, Any]:

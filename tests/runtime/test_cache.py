@@ -218,3 +218,20 @@ def test_trials_share_on_an_object_store_alike(
     alone = sharing_job(tmp_path, **first | {"prune.sparsity": 0.7})
     work_trial(alone, Ranks())
     assert found == results_of(alone)
+
+
+def test_whole_units_share_a_dense_network_among_themselves_only(
+    tmp_path: Path, counted: dict[str, int]
+) -> None:
+    units = {"prune.granularity": "channel", "prune.criterion": "taylor"}
+    alone = run(sharing_job(tmp_path / "alone", **units, **{"prune.sparsity": 0.5}))
+    counted["dense"] = 0
+    together = tmp_path / "together"
+    run(sharing_job(together, **{"prune.criterion": "taylor"}))
+    run(sharing_job(together, **units, **{"prune.sparsity": 0.25}))
+    assert counted["dense"] == 2
+    assert run(sharing_job(together, **units, **{"prune.sparsity": 0.5})) == alone
+    assert counted["dense"] == 2
+    kinds = [{}, units, {**units, "prune.compact": False}]
+    origins = [dense_origin(sharing_job(together, **kind)) for kind in kinds]
+    assert all(one != other for i, one in enumerate(origins) for other in origins[:i])
