@@ -122,9 +122,8 @@ def show_stability(
     metric = MetricSpec.model_validate(found.get("metric", ACCURACY))
     for criterion, one in found["samples"].items():
         console().print(_samples_table(criterion, one, metric))
-        say(
-            _answer(criterion, one, found["stable"], found["sparsity"], found["available_examples"])
-        )
+        goal = found.get("target", f"sparsity {found['sparsity']:.2%}")
+        say(_answer(criterion, one, found["stable"], goal, found["available_examples"]))
     if found["seeds"]:
         console().print(_seeds_table(found["seeds"], metric))
         console().print(_layers_table(found["seeds"]["overlap"]))
@@ -187,7 +186,7 @@ def _layers_table(overlap: Mapping[str, Any]) -> Table:
 
 
 def _answer(
-    criterion: str, one: Mapping[str, Any], stable: float, sparsity: float, available: int
+    criterion: str, one: Mapping[str, Any], stable: float, goal: str, available: int
 ) -> str:
     samples = [size for size in one["sizes"] if not size["is_whole"]]
     if not samples:
@@ -197,14 +196,14 @@ def _answer(
         )
     if (enough := one["enough_examples"]) is not None:
         text = (
-            f"{criterion}: from {enough:,} examples on, two samples give masks of sparsity "
-            f"{sparsity:.2%} that overlap by {stable:.0%} or more"
+            f"{criterion}: from {enough:,} examples on, two samples give masks of {goal} "
+            f"that overlap by {stable:.0%} or more"
         )
     else:
         enough = samples[-1]["examples"]
         text = (
-            f"{criterion}: two samples of {enough:,} examples still give masks of sparsity "
-            f"{sparsity:.2%} that overlap by only {samples[-1]['overlap']['mean']:.2%}"
+            f"{criterion}: two samples of {enough:,} examples still give masks of {goal} "
+            f"that overlap by only {samples[-1]['overlap']['mean']:.2%}"
         )
     if enough > available / 2:
         text += (

@@ -9,7 +9,7 @@ saliency of each layer before and after.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, permutations
 from typing import Any
@@ -25,7 +25,8 @@ from gbp_ray.distributed.sharding import copy_network
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.scoring import score, score_prefixes
 from gbp_ray.pruning.selection import select_masks
-from gbp_ray.pruning.units import prunable_parameters
+from gbp_ray.pruning.units import Prunable, prunable_parameters
+from gbp_ray.pruning.whole_units import WholeUnits, find_units
 from gbp_ray.results.findings import ClassFinding, ExampleFinding, Findings, LayerSaliency
 from gbp_ray.results.tensors import sum_shared
 from gbp_ray.training.batchnorm import recalibrate_as_asked
@@ -132,7 +133,7 @@ class _Comparison:
         scores = [
             score(
                 model,
-                prunable_parameters(model, config.exclude, config.include),
+                self._layers_of(model, masks),
                 self.workload,
                 config,
                 self.ranks,
@@ -142,7 +143,9 @@ class _Comparison:
             for name, model in (("dense", self.dense), ("pruned", self.pruned))
         ]
         layers = []
-        for name in (name for name, _ in self.dense.named_parameters() if name in masks):
+        for name in (unit.name for unit in self._layers_of(self.dense, masks)):
+            if name not in masks:
+                continue
             # Some criteria have a sign, the direction of the loss change; its size is compared.
             before, after = (values[name].double().abs() for values in scores)
             kept = masks[name].cpu()
@@ -157,6 +160,17 @@ class _Comparison:
                 )
             )
         return tuple(layers)
+
+    def _layers_of(self, model: nn.Module, masks: MaskSet) -> list[Prunable]:
+        """Lists the layers whose saliency is compared: of whole units, those that units lie in."""
+        prune = self.job.prune
+        if not prune.unit_kinds:
+            return prunable_parameters(model, prune.exclude, prune.include)
+        return [
+            Prunable(name, parameter, None)
+            for name, parameter in model.named_parameters()
+            if name in masks and parameter.ndim > 1
+        ]
 
     @torch.no_grad()
     def answer_all(self) -> _Answers | None:
@@ -369,22 +383,16 @@ def compare_samples(
         PruneError: A score is not finite, or a mask is impossible.
     """
     assert len(seeds) > 1, "one sample has nothing to be compared with"
-    unused = unused_layers(workload, model)
-    units = prunable_parameters(model, job.prune.exclude, job.prune.include, unused)
-    input_dims = {unit.name: unit.input_dim for unit in units}
-    dense = MaskSet.dense(units)
+    masks_of_sizes = _masks_of_units if job.prune.unit_kinds else _masks_of_weights
     metric = metrics_of(workload)[0].name
     masks: dict[int, list[MaskSet]] = {}
     measured: dict[int, list[float]] = {}
     for seed in seeds:
         scoring = with_changes(on_progress, phase=f"sample {seed}: scoring")
-        for size, scores in score_prefixes(
-            model, units, workload, job.prune, sizes, seed=seed, on_progress=scoring
-        ):
-            chosen = select_masks(scores, dense, job.prune, job.prune.sparsity, input_dims, ranks)
-            masks.setdefault(size, []).append(chosen.masks)
+        for size, chosen in masks_of_sizes(job, workload, model, sizes, seed, ranks, scoring):
+            masks.setdefault(size, []).append(chosen)
             if is_evaluated:
-                found = _evaluate(job, workload, model, chosen.masks, ranks)
+                found = _evaluate(job, workload, model, chosen, ranks)
                 measured.setdefault(size, []).append(found)
                 on_progress(Progress(f"sample {seed}: {metric} with {size} examples", 1, 1))
     largest = masks[max(masks)]
@@ -400,6 +408,46 @@ def compare_samples(
         )
         for size, found in sorted(masks.items())
     ]
+
+
+def _masks_of_weights(
+    job: JobConfig,
+    workload: Workload,
+    model: nn.Module,
+    sizes: Sequence[int],
+    seed: int,
+    ranks: Ranks,
+    on_progress: OnProgress,
+) -> Iterator[tuple[int, MaskSet]]:
+    """Yields the masks of each number of calibration examples, each size once."""
+    prune, unused = job.prune, unused_layers(workload, model)
+    units = prunable_parameters(model, prune.exclude, prune.include, unused)
+    input_dims = {unit.name: unit.input_dim for unit in units}
+    dense = MaskSet.dense(units)
+    for size, scores in score_prefixes(
+        model, units, workload, prune, sizes, seed=seed, on_progress=on_progress
+    ):
+        chosen = select_masks(scores, dense, prune, prune.sparsity, input_dims, ranks)
+        yield size, chosen.masks
+
+
+def _masks_of_units(
+    job: JobConfig,
+    workload: Workload,
+    model: nn.Module,
+    sizes: Sequence[int],
+    seed: int,
+    ranks: Ranks,
+    on_progress: OnProgress,
+) -> Iterator[tuple[int, MaskSet]]:
+    """Does the same of whole units: those of the last round's budget, decided at once."""
+    structure = find_units(workload, model, job.prune)
+    total = num_examples(workload.train)
+    for size in sorted({min(size, total) for size in sizes}):
+        prune = job.prune.model_copy(update={"calibration_examples": size})
+        units = WholeUnits(structure, prune)
+        scores_U = units.score(model, workload, ranks, seed, 1, None, on_progress)
+        yield size, units.dense_masks(units.choose(prune.rounds, scores_U).kept_U)
 
 
 def measure_overlap(masks: Sequence[MaskSet]) -> Overlap:

@@ -85,6 +85,8 @@ class Stability:
         return {
             "job": self.job.name,
             "sparsity": self.job.prune.sparsity,
+            # Of whole units, where another cost than their number is the target.
+            **({"target": self.job.prune.goal} if self.job.prune.target.is_of_cost else {}),
             "stable": STABLE,
             **({} if self.metric == ACCURACY else {"metric": self.metric.model_dump()}),
             "available_examples": self.available,
