@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from gbp_ray.cli.measured import print_measurements
 from gbp_ray.cli.tables import make_table
 from gbp_ray.cli.terminal import (
     AsJson,
@@ -19,12 +20,6 @@ from gbp_ray.cli.terminal import (
     warnings_in_lines,
 )
 from gbp_ray.errors import ConfigError
-from gbp_ray.results.measurements import (
-    MeasurementsRecord,
-    latency_rows,
-    size_rows,
-    speed_sentence,
-)
 
 __all__ = [
     "add_reuse_verbs",
@@ -261,19 +256,4 @@ def export_network(
         listed = ", ".join(f"{ratio:.2f} (batch {size})" for size, ratio in ratios.items())
         say(f"{name} as CSR, measured, dense / CSR: {listed}")
     if measured is not None:
-        _show_measurements(measured)
-
-
-def _show_measurements(measured: MeasurementsRecord) -> None:
-    headings, rows = latency_rows(measured)
-    console().print(make_table(rows, headings[:1], headings[1:]))
-    console().print(make_table(size_rows(measured.networks), [""], list(measured.networks)))
-    first, versions = measured.latency[0], measured.versions.items()
-    say(
-        f"milliseconds of a pass: median (10th to 90th percentile) of up to "
-        f"{max(item.repetitions for item in measured.latency)}, networks in turn; {first.device}, "
-        f"{first.threads} {'thread' if first.threads == 1 else 'threads'}, "
-        f"{', '.join(f'{name} {version}' for name, version in versions)}",
-        speed_sentence(measured),
-        *(f"not measured: {text}" for text in measured.left_out),
-    )
+        print_measurements(measured)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from gbp_ray import __version__
+from gbp_ray.cli.measured import print_beside
 from gbp_ray.cli.tables import (
     answers_table,
     ends_table,
@@ -172,6 +173,8 @@ def prune(
         return
     print_trial(result.record)
     say("", *summary_lines(result.record), f"weights and masks: {result.round_uri()}")
+    if result.record.job.prune.unit_kinds and not is_quiet:
+        print_beside(result.uri, result.trusted)
 
 
 def _print_plan(planned: Mapping[str, Any], as_json: bool) -> None:

@@ -97,7 +97,9 @@ def compact_network(
     structure = find_units(workload, masked, job.prune)
     kept_U = structure.units_in(dict(masks.items()))
     model = copy_network(masked).eval()
-    done = remove_units(model, structure, kept_U, passing(workload, few_of(workload, torch.device("cpu"))))
+    done = remove_units(
+        model, structure, kept_U, passing(workload, few_of(workload, torch.device("cpu")))
+    )
     widths = {
         "shapes": _changed_shapes(masked, model),
         "attributes": dict(sorted(done.attributes.items())),

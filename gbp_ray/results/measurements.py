@@ -24,6 +24,7 @@ __all__ = [
     "ratios_of",
     "size_rows",
     "speed_sentence",
+    "write_time",
 ]
 
 CSR = "csr"
@@ -151,14 +152,15 @@ def latency_rows(record: MeasurementsRecord) -> tuple[list[str], list[tuple[str,
     headings += [f"dense / {name}" for name in others]
     rows = []
     for key, by_name in _medians(record.latency).items():
-        times = [_write_time(by_name[name]) if name in by_name else "" for name in names]
+        times = [write_time(by_name[name]) if name in by_name else "" for name in names]
         ratios = [ratios_of(record.latency, name).get(key) for name in others]
         shown = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
         rows.append((key[0], str(key[1]), *times, *shown))
     return headings, rows
 
 
-def _write_time(record: LatencyRecord) -> str:
+def write_time(record: LatencyRecord) -> str:
+    """Writes the median of a time with its range."""
     low, high = record.low_ms, record.high_ms
     return f"{record.median_ms:.3g} ({low:.3g} to {high:.3g})"
 
