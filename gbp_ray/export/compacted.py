@@ -25,6 +25,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from gbp_ray.config.job import JobConfig
+from gbp_ray.config.schema import match_names
 from gbp_ray.distributed.sharding import copy_network
 from gbp_ray.errors import ExportError, in_one_line
 from gbp_ray.export import load as loader
@@ -33,10 +34,11 @@ from gbp_ray.export.traced import compare_outputs
 from gbp_ray.pruning.compact import remove_units
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.structure import Structure
-from gbp_ray.pruning.whole_units import few_of, find_units, passing
+from gbp_ray.pruning.whole_units import few_of, passing, structure_by
 from gbp_ray.training.network import network_of_seed
 from gbp_ray.workloads.call import Call
 from gbp_ray.workloads.contract import Workload
+from gbp_ray.workloads.data import first_example
 from gbp_ray.workloads.loading import load_workload
 from gbp_ray.workloads.weights import save_state, tensor_state
 
@@ -94,8 +96,13 @@ def compact_network(
     """
     if not job.prune.unit_kinds or not masks.num_pruned:
         return None
-    structure = find_units(workload, masked, job.prune)
-    kept_U = structure.units_in(dict(masks.items()))
+    # All groups of the network: those that the trial left out have lost nothing.
+    names = [name for name, _ in masked.named_parameters(remove_duplicate=False)]
+    excluded = {name for glob in job.prune.exclude for name in match_names(glob, names)}
+    example = first_example(workload)
+    structure = structure_by(workload, masked, example, excluded, job.prune.unit_kinds)
+    whole = structure.masks(np.ones(structure.num_units, dtype=bool), structure.bytes_per_weight)
+    kept_U = structure.units_in({**whole, **dict(masks.items())})
     model = copy_network(masked).eval()
     done = remove_units(
         model, structure, kept_U, passing(workload, few_of(workload, torch.device("cpu")))

@@ -224,6 +224,15 @@ def test_units_kept_as_zeros_leave_in_the_export_or_it_says_why_not(
     assert state["first.weight"].shape == (12, 72)
 
 
+def test_groups_that_the_trial_left_out_keep_their_width(storage: Path, tmp_path: Path) -> None:
+    result = pruned(storage, "named", target={"macs": 0.95})
+    assert "first.weight" not in result.load_masks()
+    assert export(result, tmp_path / "net").is_compact
+    made = load_network(NETWORKS["named"](), tmp_path / "net")
+    assert made.get_parameter("first.weight").shape == (12, 72)
+    assert len(made.get_parameter("second.bias")) < 10
+
+
 def test_the_dense_round_leaves_whole(storage: Path, tmp_path: Path) -> None:
     result = pruned(storage, "conv")
     found = export_round(result.round_uri(0), tmp_path / "net", trust_code=["exported_units"])

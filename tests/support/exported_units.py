@@ -52,17 +52,18 @@ class Scaled(nn.Module):
 
 
 class Named(nn.Module):
-    """Notes how many channels it has, and refuses to go without any."""
+    """Refuses to go without any feature of its first layer; the second is free."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.head = nn.Linear(72, 12), nn.Linear(12, 3)
+        self.first, self.second = nn.Linear(72, 12), nn.Linear(12, 10)
+        self.head = nn.Linear(10, 3)
 
     def forward(self, inputs: Tensor) -> Tensor:
         hidden = torch.relu(self.first(inputs.flatten(1)))
         if hidden.shape[1] != 12:
             raise ValueError("wants 12 features")
-        return self.head(hidden)
+        return self.head(torch.relu(self.second(hidden)))
 
 
 NETWORKS: dict[str, Any] = {
