@@ -1,7 +1,8 @@
 """The rules of operators: which slices they couple, each seen in the smallest network.
 
-`EXPECTED` follows by hand from what the networks of `random_networks` compute. It is held against
-the networks: without a unit's slices one must be the masked network, without a part of them not.
+`EXPECTED` was written down from what the rules give and read against the networks of
+`random_networks`. The oracle is the network itself: without a unit's slices it must compute what
+the masked one does, without a part of them not.
 """
 
 from __future__ import annotations
