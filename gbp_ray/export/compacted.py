@@ -31,8 +31,8 @@ from gbp_ray.errors import ExportError, in_one_line
 from gbp_ray.export import load as loader
 from gbp_ray.export.load import fill_network
 from gbp_ray.export.traced import compare_outputs
-from gbp_ray.pruning.compact import remove_units
 from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.removal.remove import remove_units
 from gbp_ray.pruning.structure import Structure
 from gbp_ray.pruning.whole_units import few_of, passing, structure_by
 from gbp_ray.training.network import network_of_seed

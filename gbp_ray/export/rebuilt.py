@@ -11,8 +11,8 @@ from torch import nn
 from gbp_ray.distributed.agreement import check_data
 from gbp_ray.errors import ExportError, PruneError
 from gbp_ray.export.compacted import Compact, compact_network
-from gbp_ray.pruning.layers import KEPT_AS_ZEROS
 from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.removal.layers import KEPT_AS_ZEROS
 from gbp_ray.results.records import RoundRecord, TrialRecord
 from gbp_ray.results.store import Store, locate_finished
 from gbp_ray.training.network import rebuild_network

@@ -28,10 +28,10 @@ from gbp_ray.pruning.arguments import (
     network_in,
     optimizer_in,
 )
-from gbp_ray.pruning.compact import remove_units
-from gbp_ray.pruning.comparison import observe
-from gbp_ray.pruning.layers import KEPT_AS_ZEROS
 from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.removal.comparison import observe
+from gbp_ray.pruning.removal.layers import KEPT_AS_ZEROS
+from gbp_ray.pruning.removal.remove import remove_units
 from gbp_ray.pruning.whole_units import COMPARED, few_of, passing, structure_by
 from gbp_ray.results.records import WidthRecord
 from gbp_ray.workloads.batch import Batch, kind_of, size_of

@@ -44,9 +44,9 @@ from gbp_ray.pruning.arguments import (
 from gbp_ray.pruning.budget import check_budget
 from gbp_ray.pruning.checkpoint import shard_masks
 from gbp_ray.pruning.checks import warn_of_unusual_weights
-from gbp_ray.pruning.comparison import observe
 from gbp_ray.pruning.criteria import criterion as find_criterion
 from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.removal.comparison import observe
 from gbp_ray.pruning.selection import (
     check_reachable,
     check_selectable,

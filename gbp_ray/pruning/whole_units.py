@@ -40,12 +40,17 @@ from gbp_ray.pruning.budget import (
     plan_budgets,
     select_units,
 )
-from gbp_ray.pruning.compact import remove_units
-from gbp_ray.pruning.comparison import Run, observe
-from gbp_ray.pruning.cutting import cut_state, expand_optimizer, expand_state, shrink_structure
-from gbp_ray.pruning.fixed_groups import find_fixed_groups, without_groups
 from gbp_ray.pruning.graph.find import find_structure
 from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.removal.comparison import Run, observe
+from gbp_ray.pruning.removal.cutting import (
+    cut_state,
+    expand_optimizer,
+    expand_state,
+    shrink_structure,
+)
+from gbp_ray.pruning.removal.fixed_groups import find_fixed_groups, without_groups
+from gbp_ray.pruning.removal.remove import remove_units
 from gbp_ray.pruning.scoring import on_few_examples
 from gbp_ray.pruning.structure import Structure
 from gbp_ray.pruning.unit_scores import score_units

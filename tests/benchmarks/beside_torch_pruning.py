@@ -35,8 +35,8 @@ from architectures import ARCHITECTURES, build, run, two_examples, why_missing
 from torch import Tensor, nn
 
 from gbp_ray.pruning.budget import Bounds, Budget, select_units
-from gbp_ray.pruning.compact import remove_units
 from gbp_ray.pruning.graph.find import find_structure
+from gbp_ray.pruning.removal.remove import remove_units
 from gbp_ray.training.passes import count_macs
 
 

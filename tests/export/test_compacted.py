@@ -20,8 +20,8 @@ from gbp_ray.export import load as loader
 from gbp_ray.export.load import fill_network, load_network
 from gbp_ray.export.onnx import missing_onnx
 from gbp_ray.export.program import Export, export_round
-from gbp_ray.pruning.layers import KEPT_AS_ZEROS
 from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.removal.layers import KEPT_AS_ZEROS
 from gbp_ray.results.measurements import MeasurementsRecord, speed_sentence
 from gbp_ray.runtime.api import PruneResult
 

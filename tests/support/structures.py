@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gbp_ray.pruning.compact import remove_units
+from gbp_ray.pruning.removal.remove import remove_units
 from gbp_ray.pruning.structure import Axis, Group, Product, Slice, Structure
 
 Part = tuple[str, int, np.ndarray]

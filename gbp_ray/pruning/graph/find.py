@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from gbp_ray.errors import PruneError, in_one_line
-from gbp_ray.pruning.caches import find_caches
 from gbp_ray.pruning.graph import channels, products, shapes
 from gbp_ray.pruning.graph.calls import Rules, apply_rule
 from gbp_ray.pruning.graph.labels import Block, Elements, Labelled, Tracing
+from gbp_ray.pruning.removal.caches import find_caches
 from gbp_ray.pruning.structure import Axis, Group, Product, Role, Slice, Structure
 
 __all__ = ["find_structure"]

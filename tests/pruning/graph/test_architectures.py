@@ -10,9 +10,9 @@ from structures import largest_difference, mask
 from torch import Tensor, nn
 
 from gbp_ray.pruning.budget import Bounds, Budget, select_units
-from gbp_ray.pruning.compact import remove_units
-from gbp_ray.pruning.cutting import shrink_structure
 from gbp_ray.pruning.graph.find import find_structure
+from gbp_ray.pruning.removal.cutting import shrink_structure
+from gbp_ray.pruning.removal.remove import remove_units
 from gbp_ray.pruning.structure import Structure
 from gbp_ray.training.passes import count_macs
 

@@ -14,8 +14,8 @@ from structures import largest_difference, mask
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from gbp_ray.pruning.compact import remove_units
 from gbp_ray.pruning.graph.find import find_structure
+from gbp_ray.pruning.removal.remove import remove_units
 from gbp_ray.training.passes import count_macs
 
 

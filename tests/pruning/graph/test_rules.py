@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gbp_ray.errors import PruneError
-from gbp_ray.pruning.compact import remove_units
 from gbp_ray.pruning.graph.find import find_structure
+from gbp_ray.pruning.removal.remove import remove_units
 from gbp_ray.pruning.structure import Group, Slice, Structure
 from gbp_ray.training.passes import count_macs
 

@@ -28,9 +28,14 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from gbp_ray.errors import PruneError
-from gbp_ray.pruning.compact import remove_units
-from gbp_ray.pruning.comparison import check_same, observe
-from gbp_ray.pruning.cutting import cut_state, expand_optimizer, expand_state, shrink_structure
+from gbp_ray.pruning.removal.comparison import check_same, observe
+from gbp_ray.pruning.removal.cutting import (
+    cut_state,
+    expand_optimizer,
+    expand_state,
+    shrink_structure,
+)
+from gbp_ray.pruning.removal.remove import remove_units
 from gbp_ray.training.network import distinct_state
 
 

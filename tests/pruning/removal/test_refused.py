@@ -27,8 +27,8 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.optim import LBFGS, Adafactor, Adam, Optimizer
 
 from gbp_ray.errors import PruneError
-from gbp_ray.pruning.compact import remove_units
-from gbp_ray.pruning.cutting import cut_state, shrink_structure
+from gbp_ray.pruning.removal.cutting import cut_state, shrink_structure
+from gbp_ray.pruning.removal.remove import remove_units
 
 
 def check_refused(case: Case, match: str, optimizer: Optimizer | None = None) -> None:

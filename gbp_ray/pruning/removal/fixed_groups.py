@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from gbp_ray.errors import PruneError
-from gbp_ray.pruning.compact import try_removal
-from gbp_ray.pruning.comparison import Run
+from gbp_ray.pruning.removal.comparison import Run
+from gbp_ray.pruning.removal.remove import try_removal
 from gbp_ray.pruning.structure import Axis, Product, Structure
 
 __all__ = ["find_fixed_groups", "without_groups"]

@@ -5,8 +5,8 @@ import torch
 from structures import blocks, kept, mask, randomize, repeated, structure_of
 from torch import Tensor, nn
 
-from gbp_ray.pruning.compact import remove_units
-from gbp_ray.pruning.fixed_groups import find_fixed_groups, without_groups
+from gbp_ray.pruning.removal.fixed_groups import find_fixed_groups, without_groups
+from gbp_ray.pruning.removal.remove import remove_units
 from gbp_ray.pruning.structure import Structure
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from gbp_ray.pruning.comparison import Fault
+from gbp_ray.pruning.removal.comparison import Fault
 from gbp_ray.pruning.structure import Structure
 
 __all__ = ["Search", "Spot", "apply_widths"]

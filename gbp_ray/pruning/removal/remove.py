@@ -23,12 +23,12 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import LBFGS, Optimizer
 
 from gbp_ray.errors import PruneError, in_one_line
-from gbp_ray.pruning.caches import drop_caches, find_caches
-from gbp_ray.pruning.comparison import Fault, Run, compare, observe, observe_training
-from gbp_ray.pruning.cutting import Axes, cut_tensor, is_moment, removed_axes
-from gbp_ray.pruning.layers import KEPT_AS_ZEROS, refresh, why_not_cut, widths_of
+from gbp_ray.pruning.removal.caches import drop_caches, find_caches
+from gbp_ray.pruning.removal.comparison import Fault, Run, compare, observe, observe_training
+from gbp_ray.pruning.removal.cutting import Axes, cut_tensor, is_moment, removed_axes
+from gbp_ray.pruning.removal.layers import KEPT_AS_ZEROS, refresh, why_not_cut, widths_of
+from gbp_ray.pruning.removal.widths import Search, Spot, Widths, apply_widths
 from gbp_ray.pruning.structure import Structure
-from gbp_ray.pruning.widths import Search, Spot, Widths, apply_widths
 
 __all__ = ["Compacted", "remove_units", "try_removal"]
 

@@ -9,7 +9,7 @@ from structures import blocks, check_compacts, kept, mask, randomize, repeated, 
 from torch import Tensor, nn
 
 from gbp_ray.errors import PruneError
-from gbp_ray.pruning.compact import remove_units
+from gbp_ray.pruning.removal.remove import remove_units
 
 
 class Attention(nn.Module):

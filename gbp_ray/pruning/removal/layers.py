@@ -21,7 +21,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from gbp_ray.distributed.sharding import is_shard
 from gbp_ray.errors import PruneError
-from gbp_ray.pruning.cutting import Axes
+from gbp_ray.pruning.removal.cutting import Axes
 
 __all__ = ["KEPT_AS_ZEROS", "refresh", "why_not_cut", "widths_of"]
 

@@ -12,9 +12,9 @@ from structures import channels, kept, largest_difference, mask, structure_of
 from torch import Tensor, nn
 
 from gbp_ray.errors import PruneError
-from gbp_ray.pruning.caches import Cache, drop_caches, find_caches
-from gbp_ray.pruning.compact import remove_units
 from gbp_ray.pruning.graph.find import find_structure
+from gbp_ray.pruning.removal.caches import Cache, drop_caches, find_caches
+from gbp_ray.pruning.removal.remove import remove_units
 
 
 class Keeping(nn.Module):
