@@ -43,6 +43,7 @@ _NO_RATE = Idle(
 )
 _OF_COST = Idle("target.{target}", lambda prune: prune.target.is_of_cost and prune.sparsity > 0)
 _NO_UNITS = Idle("granularity = {granularity}", lambda prune: not prune.unit_kinds)
+_UNITS = Idle("granularity = {granularity}", lambda prune: bool(prune.unit_kinds))
 _NO_MASKS = Idle("initial_masks unset", lambda prune: not prune.initial_masks)
 _BOUNDS = Worded("must be a number, or a table of name globs with a number each")
 UNIT_KINDS = {"channel": ("channel",), "head": ("head",), "channel+head": ("channel", "head")}
@@ -159,7 +160,7 @@ class PruneConfig(Section):
     weights on, in pretraining, too, and the schedule goes on from their sparsity."""
     initial_masks_digest: Annotated[str, _NO_MASKS] = ""
     """Digest of those masks, by which the trial is known; filled in when the job is read."""
-    include: tuple[str, ...] = ()
+    include: Annotated[tuple[str, ...], _UNITS] = ()
     """Name globs of parameters that are pruned beside the weights of convolutions and linear
     layers, such as "*.in_proj_weight", "rnn.weight_*", "embedding.weight" (n:m: along each entry)
     or the original of a parametrized weight; also layers that no pass in eval mode reaches."""

@@ -25,7 +25,6 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from gbp_ray.config.job import JobConfig
-from gbp_ray.config.schema import match_names
 from gbp_ray.distributed.sharding import copy_network
 from gbp_ray.errors import ExportError, in_one_line
 from gbp_ray.export import load as loader
@@ -34,6 +33,7 @@ from gbp_ray.export.traced import compare_outputs
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.removal.remove import remove_units
 from gbp_ray.pruning.structure import Structure
+from gbp_ray.pruning.units import excluded_parameters
 from gbp_ray.pruning.whole_units import few_of, passing, structure_by
 from gbp_ray.training.network import network_of_seed
 from gbp_ray.workloads.call import Call
@@ -97,8 +97,7 @@ def compact_network(
     if not job.prune.unit_kinds or not masks.num_pruned:
         return None
     # All groups of the network: those that the trial left out have lost nothing.
-    names = [name for name, _ in masked.named_parameters(remove_duplicate=False)]
-    excluded = {name for glob in job.prune.exclude for name in match_names(glob, names)}
+    excluded = excluded_parameters(masked, job.prune.exclude)
     example = first_example(workload)
     structure = structure_by(workload, masked, example, excluded, job.prune.unit_kinds)
     whole = structure.masks(np.ones(structure.num_units, dtype=bool), structure.bytes_per_weight)

@@ -151,6 +151,11 @@ def config_of(fields: Mapping[str, Any], **given: Any) -> PruneConfig:
             f"{idle[0]}: is of whole units, and granularity = '{config.granularity}' has none; "
             "leave it out, or set granularity to channel, head or channel+head"
         )
+    if config.unit_kinds and config.include:
+        raise ConfigError(
+            f"include: is of single weights, and granularity = '{config.granularity}' finds whole "
+            "units in all layers; leave it out"
+        )
     return config
 
 

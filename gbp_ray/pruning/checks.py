@@ -208,7 +208,8 @@ def _check(
     else:
         found = Survey(scored_parameters(structure, model), unpruned_matrices(structure, model))
     units = found.units
-    check_frozen_movement(job, model, units)
+    # Of whole units, too, movement scores matrices only.
+    check_frozen_movement(job, model, [unit for unit in units if unit.parameter.ndim > 1])
     shapes = {unit.name: tuple(unit.parameter.shape) for unit in units}
     for layer in dense.cost.layers if dense else ():
         if shapes.get(layer.name) != layer.shape:

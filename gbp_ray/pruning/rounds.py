@@ -202,6 +202,8 @@ class _Run:
         kept_U = None if initial is None else structure.units_in(initial)
         self.whole = whole = WholeUnits(structure, job.prune, kept_U)
         self.units, self.masks = whole.prunable(model), whole.dense_masks(whole.kept_U)
+        if initial is not None:
+            self.masks = replace(self.masks, criterion=initial.criterion, parent=initial.parent)
         self.schedule = [whole.share_gone(number) for number in range(job.prune.rounds + 1)]
 
     @property
@@ -251,6 +253,8 @@ class _Run:
 
     def prune_round(self, number: int) -> RoundState:
         self.number = number
+        # What initial masks remove leaves before the first decision.
+        self._cut()
         sparsity = self.schedule[number]
         held_back: tuple[str, ...] = ()
         pruned: Evaluation | None = None
@@ -313,7 +317,8 @@ class _Run:
             self._check_zeros()
         except PruneError as error:
             raise damaged(f"{folder}/state", error) from error
-        self._cut()
+        if saved.round:
+            self._cut()
         self.difference = None
 
     # -- the steps of a round --------------------------------------------------------------------

@@ -327,7 +327,7 @@ def _find_scored(
         if names.isdisjoint(part.name for part in group.slices):
             raise PruneError(
                 f"prune.criterion = {config.criterion}: scores no weight of the units of "
-                f"'{group.name}'; name its weights in prune.include, or the layer in prune.exclude"
+                f"'{group.name}'; choose another criterion, or name the layer in prune.exclude"
             )
     return sorted(found, key=lambda unit: unit.name)
 

@@ -31,6 +31,7 @@ __all__ = [
     "Prunable",
     "SlicedScores",
     "Survey",
+    "excluded_parameters",
     "measure",
     "num_to_prune",
     "prunable_parameters",
@@ -313,6 +314,20 @@ def survey(
         if parameter.ndim > 1 and parameter.numel() and parameter not in pruned
     }
     return Survey(sorted(kept, key=lambda unit: unit.name), unpruned)
+
+
+def excluded_parameters(model: nn.Module, exclude: Iterable[str]) -> set[str]:
+    """Returns the first names of the parameters that globs match by any of their names.
+
+    Raises:
+        ConfigError: A glob matches no parameter.
+    """
+    names_of: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(parameter, []).append(name)
+    _, computed = _find_layers(model, names_of)
+    excluded = _find_excluded(exclude, names_of, computed)
+    return {names[0] for names in names_of.values() if not excluded.isdisjoint(names)}
 
 
 def _find_layers(

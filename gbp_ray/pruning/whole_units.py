@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gbp_ray.config.prune import PruneConfig
-from gbp_ray.config.schema import match_names
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.distributed.sharding import (
     add_over_ranks,
@@ -54,7 +53,7 @@ from gbp_ray.pruning.removal.remove import remove_units
 from gbp_ray.pruning.scoring import on_few_examples
 from gbp_ray.pruning.structure import Structure
 from gbp_ray.pruning.unit_scores import score_units
-from gbp_ray.pruning.units import Prunable
+from gbp_ray.pruning.units import Prunable, excluded_parameters
 from gbp_ray.results.records import CostRecord, LayerRecord, UnitsRecord, WidthRecord
 from gbp_ray.training.passes import Macs
 from gbp_ray.training.progress import OnProgress, ignore_progress
@@ -97,8 +96,7 @@ def find_units(
         ConfigError: It has none of the kinds that the job names, or a glob matches nothing.
         PruneError: torch.export cannot follow it.
     """
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    excluded = {name for glob in prune.exclude for name in match_names(glob, names)}
+    excluded = excluded_parameters(model, prune.exclude)
     example = first_example(workload) if example is None else example
     structure = structure_by(workload, model, example, excluded, prune.unit_kinds)
     if prune.compact and not any(parameter.is_meta for parameter in model.parameters()):
@@ -371,13 +369,22 @@ class WholeUnits:
         """Cuts tensors of dense shapes to those of the network as it is.
 
         Communicates where they are sharded.
+
+        Args:
+            state: By any name of a parameter or buffer.
         """
         if self._present_U.all():
             return dict(state)
-        own = dict((*model.named_parameters(), *model.named_buffers()))
+        own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        own |= model.named_buffers(remove_duplicate=False)
+        first: dict[Tensor, str] = {}
+        for name, tensor in own.items():
+            first.setdefault(tensor, name)
         cut = {}
         for name, tensor in state.items():
-            found = cut_state(self.dense, self._present_U, {name: gather_whole(tensor)})[name]
+            # A tied tensor comes under each of its names, and is cut by the first.
+            known = first[own[name]] if name in own else name
+            found = cut_state(self.dense, self._present_U, {known: gather_whole(tensor)})[known]
             cut[name] = shard_like(found, own[name]) if name in own else found
         return cut
 
@@ -416,7 +423,7 @@ class WholeUnits:
             num_parameters=self.dense.count_weights(self.kept_U),
             macs=left,
             num_bytes=self._count_bytes(model, self.kept_U),
-            is_compact=self._prune.compact,
+            is_compact=self._prune.compact and self.is_cut,
             difference=difference,
             widths=tuple(
                 WidthRecord(name=group.name, kind=group.kind, num_units=before, num_kept=after)

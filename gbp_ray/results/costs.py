@@ -158,9 +158,10 @@ class CostRecord(Record):
 
         Of single weights what zeros could save: no measured file and no measured time.
         """
+        parameters = self.num_nonzero if self.units is None else self.units.num_parameters
         return {
             "macs_left": self.macs_nonzero / self.macs if self.macs else None,
-            "parameters_left": self.num_nonzero / max(1, self.num_parameters),
+            "parameters_left": parameters / max(1, self.num_parameters),
             "bytes_left": self.num_bytes_sparse / max(1, self.num_bytes),
         }
 
@@ -169,9 +170,8 @@ class CostRecord(Record):
         """What pruning has come to, in words: the sparsity, or of whole units what is left."""
         if self.units is None:
             return f"sparsity {self.sparsity:.2%}"
-        parameters = self.units.num_parameters / max(1, self.num_parameters)
         macs = f"MACs {self.units.macs / self.macs:.1%}, " if self.macs else ""
-        return f"{macs}parameters {parameters:.1%} left"
+        return f"{macs}parameters {self.left['parameters_left']:.1%} left"
 
     @property
     def headline(self) -> str:

@@ -183,7 +183,10 @@ def _fields_of_scores(job: JobConfig) -> set[str]:
 
 def _fields_of_units(job: JobConfig) -> dict[str, Any]:
     """Returns the fields of [prune] that decide which units a dense network has."""
-    return {"granularity": job.prune.granularity, "compact": job.prune.compact}
+    prune = job.prune
+    # What initial masks have removed is recorded as a part of the target's cost.
+    of_masks = {"cost": prune.target.kind or "sparsity"} if prune.initial_masks_digest else {}
+    return {"granularity": prune.granularity, "compact": prune.compact, **of_masks}
 
 
 def _surroundings(job: JobConfig, plug_ins: Iterable[str]) -> dict[str, Any]:

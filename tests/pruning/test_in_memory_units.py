@@ -287,6 +287,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"granularity": "weight", "target": None, "sparsity": 0.5, "round_to": 8},
         "round_to: is of whole units, and granularity = 'weight' has none; ",
     ),
+    "include": ({"include": ("conv1.bias",)}, "include: is of single weights, and granularity = "),
+    "exclude": ({"exclude": "konv1.*"}, "exclude = 'konv1.*': matches no parameter, did you mean "),
     "masks": ({"masks": 3}, "masks: must be a MaskSet, as prune_model returns, not int"),
     "glob": ({"layer_max_sparsity": {"konv*": 0.5}}, "layer_max_sparsity.'konv*': matches no "),
     "movement": ({"criterion": "movement"}, "criterion = movement: is gathered while "),

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 from rank_program import reports_of_world
+from safetensors.torch import load
+from small_networks import images, job_config
+from torch import Tensor, nn
 from unit_rounds import (
     CASES,
     case_of,
@@ -18,9 +21,16 @@ from unit_rounds import (
     weights_in,
 )
 
+from gbp_ray.config.job import JobConfig
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.pruning.rounds import run_rounds
+from gbp_ray.errors import ConfigError
+from gbp_ray.pruning.checkpoint import Checkpoint
+from gbp_ray.pruning.checks import check_job
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.rounds import RoundState, run_rounds
+from gbp_ray.pruning.whole_units import WholeUnits
 from gbp_ray.training.passes import count_macs
+from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.data import first_example
 
 SAME = ("mask", "units", "widths", "macs", "score", "loss", "weights", "shapes", "stored", "masks")
@@ -109,3 +119,105 @@ def test_stored_weights_are_those_of_a_network_that_computes_the_same(
         assert sum(p.numel() for p in last.model.parameters()) < sum(
             p.numel() for p in model.parameters()
         )
+
+
+class Tied(nn.Module):
+    """Two blocks on a stream that share their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(12, 16)
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+        self.up2, self.down2 = nn.Linear(16, 24), nn.Linear(24, 16)
+        self.up2.weight, self.down2.weight = self.up.weight, self.down.weight
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.embed(inputs.transpose(1, 2).flatten(2)).mean(1)
+        hidden = hidden + self.down(torch.relu(self.up(hidden)))
+        return self.head(hidden + self.down2(torch.relu(self.up2(hidden))))
+
+
+def tied_job(finetune: dict[str, Any] | None = None, **prune: Any) -> tuple[JobConfig, Workload]:
+    fields = {"granularity": "channel", "rounds": 2, "target": {"macs": 0.5}, "sparsity": 0.0}
+    job = job_config(
+        pretrain={"epochs": 1, "batch_size": 12},
+        prune={**fields, "criterion": "magnitude", **prune},
+        finetune={"epochs": 1, "batch_size": 12, **(finetune or {})},
+    )
+    return job, images(Tied)
+
+
+def test_tied_weights_are_rewound_in_a_network_that_has_lost_units() -> None:
+    job, workload = tied_job(rewind="weights", finetune={"epochs": 0})
+    dense, *_, last = [
+        (MaskSet(state.masks.masks), weights_of(state))
+        for state in run_rounds(job, workload, Ranks())
+    ]
+    masks, stored = last
+    for name, mask in masks.items():
+        torch.testing.assert_close(stored[name], dense[1][name] * mask, rtol=0, atol=0)
+    assert masks.num_pruned
+
+
+def weights_of(state: RoundState) -> dict[str, Tensor]:
+    return load(state.to_files()["weights.safetensors"])
+
+
+def test_globs_exclude_by_any_name_of_a_tied_weight_and_match_something() -> None:
+    job, workload = tied_job(exclude=("up2.weight",))
+    with pytest.raises(ConfigError, match="no such units that can go"):
+        check_job(job, workload)  # every unit of this network lies in it
+    job, workload = tied_job(exclude=("upp.weight",))
+    with pytest.raises(ConfigError, match=r"exclude = 'upp\.weight': matches no parameter, did"):
+        check_job(job, workload)
+
+
+def test_movement_of_units_needs_no_biases_that_move() -> None:
+    job, workload = tied_job(criterion="movement", finetune={"freeze": ("*.bias",)})
+    check_job(job, workload)
+    assert len(list(run_rounds(job, workload, Ranks()))) == 3
+    job, workload = tied_job(criterion="movement", finetune={"freeze": ("down.weight",)})
+    with pytest.raises(ConfigError, match=r"'down\.weight' is frozen"):
+        check_job(job, workload)
+
+
+def test_units_of_initial_masks_leave_before_the_first_decision(
+    alone: dict[str, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    begun = MaskSet.from_bytes(alone["gate"][1]["masks"])
+    (tmp_path / "masks.safetensors").write_bytes(begun.to_bytes())
+    given = {"initial_masks": str(tmp_path / "masks.safetensors"), "target": {"macs": 0.4}}
+    job, workload = case_of("gate", **given)
+    dense, *rest = run_rounds(job, workload, Ranks())
+    assert dense.masks == begun
+    assert (dense.masks.criterion, dense.masks.parent) == ("taylor_squared", begun.digest)
+    assert dense.record.cost.units is not None
+    assert not dense.record.cost.units.is_compact, "they are zeros in the network of round 0"
+    assert all(s.record.cost.units and s.record.cost.units.is_compact for s in rest)
+
+
+def test_a_resumed_trial_with_initial_masks_decides_on_the_network_it_would_have(
+    alone: dict[str, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "masks.safetensors").write_bytes(alone["gate"][1]["masks"])
+    given = {"initial_masks": str(tmp_path / "masks.safetensors"), "target": {"macs": 0.3}}
+    job, workload = case_of("gate", **given)
+    scored: list[int] = []
+    score = WholeUnits.score
+
+    def watched(self: WholeUnits, model: nn.Module, *given: Any) -> Any:
+        scored.append(sum(parameter.numel() for parameter in model.parameters()))
+        return score(self, model, *given)
+
+    monkeypatch.setattr(WholeUnits, "score", watched)
+    saved = None
+    for state in run_rounds(job, workload, Ranks()):
+        files = state.to_files()
+        saved = saved or Checkpoint(
+            0, files["masks.safetensors"], files["weights.safetensors"], files["state.pt"]
+        )
+    whole, scored[:] = list(scored), []
+    list(run_rounds(job, workload, Ranks(), resume=saved))
+    assert scored == whole
+    assert state.record.cost.num_parameters > whole[0] > whole[1]

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from sample_results import copy_results, sample_job, sample_round, sample_trial, write_trial
+from sample_units import units_cost
 
 import gbp_ray
 from gbp_ray.cli.tables import results_table
@@ -449,3 +450,10 @@ def test_an_index_is_read_in_a_handful_of_requests(moto_storage: str) -> None:
 def test_the_package_offers_them() -> None:
     assert gbp_ray.open_results is open_results
     assert gbp_ray.Results is Results
+
+
+def test_kept_weights_that_happen_to_be_zero_are_left_where_whole_units_go() -> None:
+    cost = units_cost(6, 3, is_compact=True)
+    with_zeros = cost.model_copy(update={"num_nonzero": cost.num_nonzero - 5})
+    assert with_zeros.left == cost.left
+    assert with_zeros.reached == cost.reached

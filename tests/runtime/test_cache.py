@@ -235,3 +235,15 @@ def test_whole_units_share_a_dense_network_among_themselves_only(
     kinds = [{}, units, {**units, "prune.compact": False}]
     origins = [dense_origin(sharing_job(together, **kind)) for kind in kinds]
     assert all(one != other for i, one in enumerate(origins) for other in origins[:i])
+
+
+def test_units_of_initial_masks_are_a_part_of_what_is_recorded_of_a_dense_network(
+    tmp_path: Path,
+) -> None:
+    def origin(cost: str, digest: str) -> Any:
+        fields = {"prune.granularity": "channel", f"prune.target.{cost}": 0.5}
+        given = {"prune.initial_masks": "masks", "prune.initial_masks_digest": digest}
+        return dense_origin(sharing_job(tmp_path, **fields, **(given if digest else {})))
+
+    assert origin("macs", "") == origin("bytes", "")
+    assert origin("macs", "a1") != origin("bytes", "a1")
