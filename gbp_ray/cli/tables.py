@@ -156,7 +156,7 @@ def _width_table(record: RoundRecord, title: str) -> Table:
         "units: before -> after; layers without a number share those of another, or keep all",
         cost.unpruned_in_words,
     ]
-    table.caption = "\n".join(filter(None, notes))
+    table.caption = ". ".join(filter(None, notes))  # printed text holds no line breaks
     table.caption_justify = "left"
     return table
 

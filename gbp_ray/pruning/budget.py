@@ -40,6 +40,7 @@ __all__ = [
     "Bounds",
     "Budget",
     "UnitChoice",
+    "can_shrink",
     "check_budget",
     "count_cost",
     "plan_budgets",
@@ -144,6 +145,23 @@ def select_units(
     choice.shrink()
     choice.put_back()
     return choice.finish()
+
+
+def can_shrink(structure: Structure, bounds: Bounds) -> list[bool]:
+    """Returns of each group whether its bounds allow it to lose a unit.
+
+    Raises:
+        ConfigError: A glob of the bounds matches no group.
+    """
+    lows = _shares(structure, bounds, "min_sparsity", 0.0)
+    highs = _shares(structure, bounds, "max_sparsity", 1.0)
+    found = []
+    for group, low, high in zip(structure.groups, lows, highs, strict=True):
+        ones_G = np.ones(group.num_units, dtype=bool)
+        line = _Line(group, 0, np.zeros(group.num_units), ones_G, bounds)
+        line.bound(bounds, low, high)
+        found.append(line.least < group.num_units)
+    return found
 
 
 def check_budget(structure: Structure, prune: PruneConfig, kept_U: np.ndarray) -> None:

@@ -49,6 +49,7 @@ from gbp_ray.pruning.selection import check_units
 from gbp_ray.pruning.units import UNUSED, Prunable, Survey, survey
 from gbp_ray.pruning.whole_units import (
     WholeUnits,
+    check_features,
     check_removable,
     find_units,
     scored_parameters,
@@ -258,6 +259,9 @@ def _check(
         check_criterion(model, units, workload, job.prune, seed=job.seed)
     elif not is_blank:
         check_removable(workload, model, structure, job.prune, job.seed)
+        taught = job.finetune.distillation
+        if "finetune" in recipes and taught.is_on and taught.features and job.prune.compact:
+            check_features(workload, model, structure, job.prune, taught.features)
     if job.cluster.strategy == "fsdp" and not dist.is_initialized():
         _check_shardable(checked)
     warn_of_unusual_weights(checked, found, unreached)

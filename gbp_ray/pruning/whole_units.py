@@ -34,6 +34,7 @@ from gbp_ray.errors import ConfigError, name_some
 from gbp_ray.pruning.budget import (
     Bounds,
     UnitChoice,
+    can_shrink,
     check_budget,
     count_cost,
     plan_budgets,
@@ -55,6 +56,7 @@ from gbp_ray.pruning.structure import Structure
 from gbp_ray.pruning.unit_scores import score_units
 from gbp_ray.pruning.units import Prunable, excluded_parameters
 from gbp_ray.results.records import CostRecord, LayerRecord, UnitsRecord, WidthRecord
+from gbp_ray.training.distillation import capture_outputs
 from gbp_ray.training.passes import Macs
 from gbp_ray.training.progress import OnProgress, ignore_progress
 from gbp_ray.workloads.batch import Batch, forward, logits_of, map_tensors, size_of, tensors_in
@@ -66,6 +68,7 @@ __all__ = [
     "COMPARED",
     "WholeUnits",
     "check_choice",
+    "check_features",
     "check_removable",
     "few_of",
     "find_units",
@@ -184,6 +187,46 @@ def check_choice(
     twin = copy_network(model)
     MaskSet(structure.masks(kept_U, [name for name, _ in model.named_parameters()])).apply_(twin)
     remove_units(twin, structure, kept_U, run)
+
+
+def check_features(
+    workload: Workload,
+    model: nn.Module,
+    structure: Structure,
+    prune: PruneConfig,
+    features: Sequence[str],
+) -> None:
+    """Refuses modules whose outputs lose units that leave, as the teacher's keep theirs.
+
+    One unit of each group that may lose any leaves a copy of the network.
+
+    Args:
+        features: Names of modules, of `finetune.distillation`.
+
+    Raises:
+        ConfigError: The outputs of one get another shape.
+    """
+    kept_U = np.ones(structure.num_units, dtype=bool)
+    kept_U[np.asarray(structure.bounds[:-1])[can_shrink(structure, Bounds.of(prune))]] = False
+    run = passing(workload, few_of(workload, next(model.parameters()).device))
+    twin = copy_network(model)
+    MaskSet(structure.masks(kept_U, [name for name, _ in model.named_parameters()])).apply_(twin)
+    before = _shapes_of(twin, run, features)
+    remove_units(twin, structure, kept_U, run)
+    after = _shapes_of(twin, run, features)
+    for name in features:
+        if before[name] != after[name]:
+            raise ConfigError(
+                f"finetune.distillation.features = '{name}': its outputs become narrower when "
+                "units leave the network, and the teacher's do not; name modules whose outputs "
+                "keep their shape, or set prune.compact to false"
+            )
+
+
+def _shapes_of(model: nn.Module, run: Run, names: Sequence[str]) -> dict[str, torch.Size]:
+    with capture_outputs(model, names) as outputs:
+        observe(model, run)
+    return {name: output.shape for name, output in outputs.items()}
 
 
 def scored_parameters(structure: Structure, model: nn.Module) -> list[Prunable]:

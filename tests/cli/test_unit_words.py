@@ -43,6 +43,16 @@ def test_rounds_and_layers_say_what_is_left(store: Store) -> None:
     assert b.split()[:6] == ["b.weight", "12x8", "4", "->", "3", "heads"]
 
 
+def test_notes_below_a_table_hold_no_line_breaks(store: Store) -> None:
+    last = write_units_trial(store, 4, 3, 0.85, target={"macs": 0.5}).final
+    named = last.model_copy(
+        update={"cost": last.cost.model_copy(update={"unpruned": {"c.weight": (8, "topk")}})}
+    )
+    caption = str(layer_table(named).caption)
+    assert "keep all. 8 of " in caption
+    assert "\n" not in caption
+
+
 def test_the_last_line_knows_what_left_from_what_is_zero(store: Store) -> None:
     trial = write_units_trial(store, 4, 3, 0.85, target={"macs": 0.5})
     line = summary_line(trial)

@@ -221,3 +221,29 @@ def test_a_resumed_trial_with_initial_masks_decides_on_the_network_it_would_have
     list(run_rounds(job, workload, Ranks(), resume=saved))
     assert scored == whole
     assert state.record.cost.num_parameters > whole[0] > whole[1]
+
+
+FEATURES = {"weight": 0.5, "features": ["1"]}
+FIXED = {"layer_max_sparsity": {"0.*": 0.0}}
+
+
+@pytest.mark.parametrize("kept", [{"compact": False}, FIXED, {"exclude": ["0.weight"]}])
+def test_features_of_a_teacher_are_those_of_layers_that_keep_their_width(
+    kept: dict[str, Any],
+) -> None:
+    workload = images(wide_net)
+    fields = {"criterion": "taylor", "granularity": "channel", "rounds": 1, "sparsity": 0.5}
+    taught = {"epochs": 1, "distillation": FEATURES}
+    with pytest.raises(ConfigError, match=r"features = '1': its outputs become narrower"):
+        check_job(job_config(prune=fields, finetune=taught), workload)
+    job = job_config(prune=fields | kept, finetune=taught)
+    check_job(job, workload)
+    *_, last = run_rounds(job, workload, Ranks())
+    assert last.record.cost.num_nonzero < last.record.cost.num_parameters
+
+
+def wide_net() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)),
+    )
