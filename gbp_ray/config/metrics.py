@@ -22,6 +22,7 @@ _TAKEN = re.compile(
     fingerprints|held_back|hostname|is_chosen|is_final|is_highest|is_new|is_old|is_recalibrated|
     is_whole|iterations_since_restore|job|judged_on|kept_step|label|loss|macs|macs_fault|
     macs_nonzero|mask_digest|metric|metric_fault|metric_specs|metrics|name|node_ip|num_bytes|
+    bytes_left|macs_left|parameters_left|
     num_bytes_sparse|num_nonzero|num_parameters|num_seeds|num_trials|num_units|num_workers|other_metrics|
     other_score|overlap|overlap_to_largest|pid|rank|robust_accuracy|round|rounds|schema_version|
     score|seconds|seed|sha256|sources|sparsity|sparsity_target|spent_s|state|storage|test|

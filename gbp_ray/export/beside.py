@@ -37,7 +37,7 @@ class Size:
     Attributes:
         parameters: Weights of all parameters.
         macs: Multiply-adds of one example; 0 where they cannot be counted.
-        num_bytes: Of parameters and buffers.
+        num_bytes: Of all parameters.
     """
 
     parameters: int
@@ -96,9 +96,9 @@ def compare_with_dense(
 
 
 def _size_of(model: nn.Module, macs: int) -> Size:
-    parameters, buffers = list(model.parameters()), list(model.buffers())
+    parameters = list(model.parameters())
     return Size(
         parameters=sum(parameter.numel() for parameter in parameters),
         macs=macs,
-        num_bytes=sum(tensor.nbytes for tensor in (*parameters, *buffers)),
+        num_bytes=sum(tensor.nbytes for tensor in parameters),
     )

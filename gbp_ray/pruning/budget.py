@@ -212,6 +212,8 @@ def plan_budgets(structure: Structure, prune: PruneConfig, kept_U: np.ndarray) -
             f"masks only ever remove; {'raise' if kind == 'sparsity' else 'lower'} it"
         )
     before = min(1 - start / dense, gone) if dense else 0.0
+    if math.isclose(before, gone, abs_tol=1e-12):
+        return [final] * prune.rounds  # a step between equal ends could round beyond them
     steps = sparsity_schedule(prune.schedule, gone, prune.rounds, prune.ramp_rounds, before)
     budgets = []
     for step in steps:

@@ -84,7 +84,7 @@ COMPARED = 8
 
 
 def find_units(
-    workload: Workload, model: nn.Module, prune: PruneConfig, example: Batch | None = None
+    workload: Workload, model: nn.Module, prune: PruneConfig, batch: Batch | None = None
 ) -> Structure:
     """Finds the units of a network that a job may remove, by one example.
 
@@ -93,18 +93,23 @@ def find_units(
 
     Args:
         model: Unsharded; on the meta device, too.
-        example: By default the first training example.
+        batch: Examples to take in place of the first training ones.
 
     Raises:
         ConfigError: It has none of the kinds that the job names, or a glob matches nothing.
         PruneError: torch.export cannot follow it.
     """
     excluded = excluded_parameters(model, prune.exclude)
-    example = first_example(workload) if example is None else example
+    if batch is None:
+        example = first_example(workload)
+    else:
+        example = batch.part(slice(0, 1), size_of(batch.inputs))
     structure = structure_by(workload, model, example, excluded, prune.unit_kinds)
     if prune.compact and not any(parameter.is_meta for parameter in model.parameters()):
         # What the graph allows, the code of the network may not.
-        run = passing(workload, few_of(workload, next(model.parameters()).device))
+        if batch is None:
+            batch = few_of(workload, next(model.parameters()).device)
+        run = passing(workload, batch)
         fixed = find_fixed_groups(copy_network(model), structure, run)
         reasons = {number: why.partition(", and no number")[0] for number, why in fixed.items()}
         structure = without_groups(structure, reasons)
@@ -478,7 +483,7 @@ class WholeUnits:
             num_nonzero=sum(nonzero.values()),
             macs=total,
             macs_nonzero=left,
-            macs_fault=macs.fault,
+            macs_fault="" if total else macs.fault,
             num_bytes=num_bytes,
             num_bytes_sparse=units.num_bytes,
             layers=tuple(
@@ -497,10 +502,10 @@ class WholeUnits:
         )
 
     def _count_bytes(self, model: nn.Module, kept_U: np.ndarray) -> int:
-        """Counts the bytes of parameters and buffers of the dense network with so many units."""
+        """Counts the bytes of all parameters of the dense network with so many units."""
         stays = self.dense.kept_positions(kept_U)
         total = 0
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        for name, tensor in model.named_parameters():
             lengths = list(self.dense.shapes.get(name, tensor.shape))
             for dim, kept in stays.get(name, {}).items():
                 lengths[dim] = int(kept.sum())
@@ -563,9 +568,7 @@ def units_by_batch(
     def find() -> WholeUnits:
         with blaming_batch(batch):
             observe(model, passing(workload, batch))
-        structure = find_units(
-            workload, model, prune, batch.part(slice(0, 1), size_of(batch.inputs))
-        )
+        structure = find_units(workload, model, prune, batch)
         whole = WholeUnits(structure, planned)
         check_budget(structure, planned, whole.kept_U)
         whole.kept_U = structure.units_in(masks.to(torch.device("cpu")))

@@ -96,7 +96,7 @@ class UnitsRecord(Record):
     Attributes:
         num_parameters: Weights of all parameters.
         macs: Multiply-adds of one example.
-        num_bytes: Of parameters and buffers.
+        num_bytes: Of all parameters, as `prune.target.bytes` limits them.
         is_compact: The removed units have left the network; else they are zeros in it.
         difference: Largest difference of outputs when units left in this round, over the greatest
             output; None where none did.

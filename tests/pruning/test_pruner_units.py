@@ -170,7 +170,6 @@ STEP: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "shapes": (((batch_of(1, 0)[0][:, :1], batch_of(1, 0)[1]),), {}, "batch: a pass of 6 "),
     "labels": (((batch_of(1, 0)[0], batch_of(1, 0)[1] + 3),), {}, "batch: example "),
     "too little": ((batch_of(1, 0),), {"target": {"macs": 1e-4}}, "target.macs: allows "),
-    "stiff": ((batch_of(1, 0),), {"model": Stiff}, "'"),
 }
 
 
@@ -186,8 +185,13 @@ def test_what_does_not_suit_is_refused_at_the_first_step(name: str) -> None:
     assert str(caught.value).startswith(text), str(caught.value)
     assert pruner.num_steps == 0
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
-    if name == "stiff":
-        assert 'layers like this: exclude = ["conv.weight"]' in str(caught.value)
+
+
+def test_units_that_the_code_of_a_network_cannot_go_without_stay() -> None:
+    pruner = gbp_ray.Pruner(built(Stiff), end=1, **{**HALF, "target": None, "sparsity": 0.5})
+    pruner.step(batch_of(1, 0))
+    assert pruner.masks.num_pruned > 0
+    assert "conv.weight" not in pruner.masks
 
 
 def test_units_leave_only_after_the_last_round_and_single_weights_never() -> None:
