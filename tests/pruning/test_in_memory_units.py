@@ -317,6 +317,27 @@ def test_units_that_the_code_of_a_network_cannot_go_without_stay_and_are_named()
     assert "without its removed units it fails with" in masks.unpruned["first.weight"][1]
 
 
+class Deciding(nn.Module):
+    """Goes one way or another by the values of an example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(72, 8), nn.Linear(8, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs.flatten(1)).relu()
+        return self.head(hidden * 2 if hidden.mean().item() > 9 else hidden)
+
+
+def test_a_network_that_cannot_be_followed_is_refused_in_one_line(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(GbpError, match=r"torch\.export cannot follow this network") as caught:
+        prune(network(Deciding))
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_masks_of_units_below_those_of_a_call_before_are_refused() -> None:
     model = network()
     masks = prune(model)

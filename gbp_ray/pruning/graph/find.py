@@ -9,9 +9,10 @@ touches, and the reason is kept.
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,8 @@ def _export(
             warnings.simplefilter("ignore")
             find_caches(twin, lambda network: run(network, *inputs))  # which takes them out
             passing = _Passing(twin, run).train(is_training)
-            return torch.export.export(passing, tuple(inputs), strict=False)
+            with redirect_stderr(io.StringIO()):  # where it prints the graph as far as it came
+                return torch.export.export(passing, tuple(inputs), strict=False)
     except Exception as error:
         raise PruneError(
             "prune.granularity: torch.export cannot follow this network "
