@@ -61,11 +61,14 @@ class Budget:
         kind: Of what: units ("sparsity"), weights, multiply-adds or bytes.
         limit: How much of it may stay, as an absolute number.
         is_final: Enforces the floors of groups; an earlier decision may leave them unmet.
+        is_by_cost: Scores count per cost saved. Those drawn at random do not, or the control would
+            take nearly all units from the dearest groups.
     """
 
     kind: Cost
     limit: float
     is_final: bool = True
+    is_by_cost: bool = True
 
     @property
     def field(self) -> str:
@@ -200,7 +203,7 @@ def plan_budgets(structure: Structure, prune: PruneConfig, kept_U: np.ndarray) -
     else:
         limit = target.value * dense if target.value <= 1 else target.value
         gone = 1 - limit / dense if dense else 0.0
-    final = Budget(kind, limit)
+    final = Budget(kind, limit, is_by_cost=prune.spec.reads != "nothing")
     named = f"{final.field} = {prune.sparsity if kind == 'sparsity' else target.value:g}"
     if limit > dense:
         raise ConfigError(
@@ -218,7 +221,8 @@ def plan_budgets(structure: Structure, prune: PruneConfig, kept_U: np.ndarray) -
     budgets = []
     for step in steps:
         stays = dense - num_to_prune(step, dense) if kind == "sparsity" else dense * (1 - step)
-        budgets.append(final if step == gone else Budget(kind, float(stays), is_final=False))
+        earlier = replace(final, limit=float(stays), is_final=False)
+        budgets.append(final if step == gone else earlier)
     return budgets
 
 
@@ -434,7 +438,7 @@ class _Choice:
         if least > budget.limit:
             sizes = [group.num_units for group in structure.groups]
             dense = sum(product.value(sizes) for product in products)
-            raise PruneError(_describe_unreachable(budget, least, dense))
+            raise PruneError(_describe_unreachable(budget, least, dense, structure.frozen))
 
     @property
     def is_met(self) -> bool:
@@ -536,7 +540,7 @@ class _Choice:
             return self._share(number)
         line = self.lines[number]
         score = line.score(line.width, line.below)
-        price = _per_cost(score, -self.costs.change(number, line.below - line.width))
+        price = self._per_cost(score, -self.costs.change(number, line.below - line.width))
         return price, line.first_unit(line.width), number
 
     def _worth(self, number: int) -> _Price:
@@ -546,28 +550,29 @@ class _Choice:
             price = line.share(line.above, line.width)
         else:
             score = line.score(line.above, line.width)
-            price = _per_cost(score, self.costs.change(number, line.above - line.width))
+            price = self._per_cost(score, self.costs.change(number, line.above - line.width))
         return -price, -line.first_unit(line.above), number
 
+    def _per_cost(self, score: float, cost: int) -> float:
+        """Returns a score per cost; a negative one as it is, so that larger gains come first."""
+        if score < 0 or not self.budget.is_by_cost:
+            return score
+        return score / cost if cost else math.inf
 
-def _per_cost(score: float, cost: int) -> float:
-    """Returns a score per cost; a negative one as it is, so that larger gains come first."""
-    if score < 0:
-        return score
-    return score / cost if cost else math.inf
 
-
-def _describe_unreachable(budget: Budget, least: int, dense: int) -> str:
+def _describe_unreachable(budget: Budget, least: int, dense: int, frozen: Mapping[str, str]) -> str:
     """Says that groups as narrow as they may be cost more than the limit."""
     share = least / dense if dense else 1.0
     if budget.kind == "sparsity":
         remedy = f"lower it to {math.floor((1 - share) * 1e4) / 1e4:g}"
     else:
         remedy = f"raise it to {math.ceil(share * 1e4) / 1e4:g}"
+    fixed = [f"'{axis}' ({why})" for axis, why in frozen.items()]
     return (
         f"{budget.field}: allows {budget.limit:,.0f} {_WORDS[budget.kind]} to stay, and at least "
         f"{least:,} of {dense:,} do, as each group keeps a unit, or what its bounds ask for; "
         f"{remedy}, raise prune.layer_max_sparsity, or lower prune.min_width or prune.round_to"
+        f"{f'; fixed are {name_some(fixed, 3)}' if fixed else ''}"
     )
 
 

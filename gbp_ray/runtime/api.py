@@ -124,7 +124,11 @@ class PruneResult:
     def load_model(
         self, round_number: int | None = None, *, trust_code: Sequence[str] = ()
     ) -> nn.Module:
-        """Builds a round's network, by default the chosen one's; see `admit_code` on trust."""
+        """Builds a round's network, by default the chosen one's; see `admit_code` on trust.
+
+        It has the dense network's shapes: whole units that were removed are zeros in it, which
+        `gbp_ray.compact` takes out.
+        """
         job = self.record.job
         admit_code(job, self.uri, [*self.trusted, *trust_code])
         # The round has all weights; the file that training began with may be gone.

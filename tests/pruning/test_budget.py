@@ -389,3 +389,20 @@ def test_targets_out_of_reach_are_refused_before_any_round() -> None:
         check_budget(
             structure, make_config(target={"parameters": 30}, layer_min_sparsity=0.5), ones_U
         )
+
+
+def test_scores_drawn_at_random_do_not_count_per_cost() -> None:
+    cheap = Group("cheap", "channel", 4, ())
+    dear = Group("dear", "channel", 4, ())
+    products = (Product(1, (Axis(0, ((0, 1),)),)), Product(100, (Axis(0, ((1, 1),)),)))
+    structure = Structure((cheap, dear), products, (), {}, {})
+    prune = PruneConfig(criterion="random", granularity="channel", target={"macs": 0.7})
+    everything = np.ones(8, dtype=bool)
+    (budget,) = plan_budgets(structure, prune, everything)
+    scores_U = np.array([0.1, 0.2, 0.3, 0.9, 0.4, 0.5, 0.8, 0.7])
+    drawn = select_units(structure, scores_U, everything, budget)
+    # The lowest go in turn until the limit is met, then what fits comes back.
+    assert drawn.kept_U.tolist() == [True, True, True, True, False, False, True, True]
+    assert not budget.is_by_cost
+    priced = plan_budgets(structure, prune.model_copy(update={"criterion": "taylor"}), everything)
+    assert priced[0].is_by_cost
