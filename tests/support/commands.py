@@ -108,7 +108,7 @@ def stop_by(process: subprocess.Popen[str], number: int, folder: Path) -> tuple[
     _, errors = process.communicate(timeout=PATIENCE_S)
     took_s = time.monotonic() - sent_s
     assert process.returncode == 128 + number, errors
-    assert "Traceback" not in errors
+    assert "Traceback" not in errors, errors
     assert errors.splitlines()[-1].startswith("error: ")
     assert errors.endswith("; run the same command again to go on\n")
     assert session_of(process.pid) == set()
