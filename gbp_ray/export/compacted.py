@@ -100,7 +100,7 @@ def compact_network(
     excluded = excluded_parameters(masked, job.prune.exclude)
     example = first_example(workload)
     structure = structure_by(workload, masked, example, excluded, job.prune.unit_kinds)
-    whole = structure.masks(np.ones(structure.num_units, dtype=bool), structure.bytes_per_weight)
+    whole = structure.masks(structure.everything, structure.bytes_per_weight)
     kept_U = structure.units_in({**whole, **dict(masks.items())})
     model = copy_network(masked).eval()
     done = remove_units(

@@ -196,7 +196,7 @@ def plan_budgets(structure: Structure, prune: PruneConfig, kept_U: np.ndarray) -
         ConfigError: The target is above what there is.
     """
     target, kind = prune.target, prune.target.kind or "sparsity"
-    dense = count_cost(structure, kind, np.ones(structure.num_units, dtype=bool))
+    dense = count_cost(structure, kind, structure.everything)
     start = count_cost(structure, kind, kept_U)
     if kind == "sparsity":
         limit, gone = float(dense - num_to_prune(prune.sparsity, dense)), prune.sparsity

@@ -52,8 +52,7 @@ from gbp_ray.pruning.whole_units import (
     check_features,
     check_removable,
     find_units,
-    scored_parameters,
-    unpruned_matrices,
+    survey_units,
 )
 from gbp_ray.results.records import RoundRecord
 from gbp_ray.training.adversarial import check_answers, check_attack
@@ -207,7 +206,7 @@ def _check(
     if structure is None:
         found = survey(model, job.prune.exclude, job.prune.include, unused)
     else:
-        found = Survey(scored_parameters(structure, model), unpruned_matrices(structure, model))
+        found = survey_units(structure, model)
     units = found.units
     # Of whole units, too, movement scores matrices only.
     check_frozen_movement(job, model, [unit for unit in units if unit.parameter.ndim > 1])

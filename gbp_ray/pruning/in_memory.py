@@ -67,8 +67,7 @@ from gbp_ray.pruning.whole_units import (
     few_of,
     find_units,
     passing,
-    scored_parameters,
-    unpruned_matrices,
+    survey_units,
 )
 from gbp_ray.training.network import unused_on_all
 from gbp_ray.workloads.batch import kind_of
@@ -429,7 +428,7 @@ def _prepare(
         if checked is None:
             ranks.run_collectively(lambda: _check_passes(workload, plain))
         structure = ranks.run_collectively(lambda: find_units(workload, plain, config))
-        found = Survey(scored_parameters(structure, plain), unpruned_matrices(structure, plain))
+        found = survey_units(structure, plain)
     else:
         if data is not None and not is_sharded(plain):
             unused = unused_on_all(workload, plain, ranks)

@@ -69,9 +69,8 @@ from gbp_ray.pruning.statistics import movement_statistic
 from gbp_ray.pruning.units import Prunable, SlicedScores, Survey, num_to_prune, survey
 from gbp_ray.pruning.whole_units import (
     WholeUnits,
-    scored_parameters,
+    survey_units,
     units_by_batch,
-    unpruned_matrices,
 )
 from gbp_ray.workloads.batch import Batch, forward, kind_of, size_of
 from gbp_ray.workloads.checks import (
@@ -454,9 +453,8 @@ class Pruner:
             *(self._model, self._workload, self._config, len(self._rounds)),
             *(batch, self.masks, ranks),
         )
-        unpruned = unpruned_matrices(whole.dense, self._model)
-        self._found = Survey(scored_parameters(whole.dense, self._model), unpruned)
-        self._units, self._unpruned = self._found.units, reword_reasons(unpruned)
+        self._found = survey_units(whole.dense, self._model)
+        self._units, self._unpruned = self._found.units, reword_reasons(self._found.unpruned)
         if not self.masks:
             self.masks = whole.dense_masks(whole.kept_U).to(ranks.device)
         self.masks = replace(self.masks, unpruned=self._unpruned)

@@ -124,6 +124,11 @@ class Structure:
         """Returns U."""
         return sum(group.num_units for group in self.groups)
 
+    @property
+    def everything(self) -> np.ndarray:
+        """Returns the units of the dense network: True (U,)."""
+        return np.ones(self.num_units, dtype=bool)
+
     @cached_property
     def bounds(self) -> list[int]:
         """Returns where each group begins in a vector of all units, and U."""

@@ -42,7 +42,8 @@ from gbp_ray.pruning.budget import (
 )
 from gbp_ray.pruning.graph.find import find_structure
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.pruning.removal.comparison import Run, observe
+from gbp_ray.pruning.removal.caches import Run
+from gbp_ray.pruning.removal.comparison import observe
 from gbp_ray.pruning.removal.cutting import (
     cut_state,
     expand_optimizer,
@@ -54,7 +55,7 @@ from gbp_ray.pruning.removal.remove import remove_units
 from gbp_ray.pruning.scoring import on_few_examples
 from gbp_ray.pruning.structure import Structure
 from gbp_ray.pruning.unit_scores import score_units
-from gbp_ray.pruning.units import Prunable, excluded_parameters
+from gbp_ray.pruning.units import Prunable, Survey, excluded_parameters
 from gbp_ray.results.records import CostRecord, LayerRecord, UnitsRecord, WidthRecord
 from gbp_ray.training.distillation import capture_outputs
 from gbp_ray.training.passes import Macs
@@ -75,8 +76,8 @@ __all__ = [
     "passing",
     "scored_parameters",
     "structure_by",
+    "survey_units",
     "units_by_batch",
-    "unpruned_matrices",
 ]
 
 COMPARED = 8
@@ -158,7 +159,7 @@ def check_removable(
         ConfigError: The target cannot be met, or a glob matches nothing.
         PruneError: Units cannot be scored or removed; names the layer.
     """
-    everything = np.ones(structure.num_units, dtype=bool)
+    everything = structure.everything
     check_budget(structure, prune, everything)
     ranks = Ranks(device=next(model.parameters()).device)
     if not prune.spec.needs_history:
@@ -211,7 +212,7 @@ def check_features(
     Raises:
         ConfigError: The outputs of one get another shape.
     """
-    kept_U = np.ones(structure.num_units, dtype=bool)
+    kept_U = structure.everything
     kept_U[np.asarray(structure.bounds[:-1])[can_shrink(structure, Bounds.of(prune))]] = False
     run = passing(workload, few_of(workload, next(model.parameters()).device))
     twin = copy_network(model)
@@ -264,7 +265,7 @@ class WholeUnits:
 
     def __init__(self, structure: Structure, prune: PruneConfig, kept_U: np.ndarray | None = None):
         self.dense = self.left = structure
-        everything = np.ones(structure.num_units, dtype=bool)
+        everything = structure.everything
         self.kept_U = everything if kept_U is None else kept_U
         self._present_U = everything
         self._prune = prune
@@ -288,7 +289,7 @@ class WholeUnits:
         else:
             budget = self.plan[number - 1]
             stays = budget.limit
-        everything = np.ones(self.dense.num_units, dtype=bool)
+        everything = self.dense.everything
         return 1 - stays / count_cost(self.dense, budget.kind, everything)
 
     def score(
@@ -465,7 +466,7 @@ class WholeUnits:
         parameters = list(model.parameters())
         counted = [int(torch.count_nonzero(local(parameter))) for parameter in parameters]
         nonzero = dict(zip(parameters, add_over_ranks(counted, parameters), strict=True))
-        everything = np.ones(self.dense.num_units, dtype=bool)
+        everything = self.dense.everything
         num_bytes = self._count_bytes(model, everything)
         units = UnitsRecord(
             num_parameters=self.dense.count_weights(self.kept_U),
@@ -511,6 +512,11 @@ class WholeUnits:
                 lengths[dim] = int(kept.sum())
             total += math.prod(lengths) * tensor.element_size()
         return total
+
+
+def survey_units(structure: Structure, model: nn.Module) -> Survey:
+    """Returns what `units.survey` does, of whole units: biases and norms are among them."""
+    return Survey(scored_parameters(structure, model), unpruned_matrices(structure, model))
 
 
 def unpruned_matrices(structure: Structure, model: nn.Module) -> dict[str, tuple[int, str]]:

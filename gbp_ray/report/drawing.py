@@ -54,8 +54,10 @@ __all__ = [
     "list_names",
     "make_handle",
     "measure_names",
+    "plot_percents",
     "render",
     "set_names",
+    "set_percents",
     "shorten_name",
     "style_curves",
 ]
@@ -266,6 +268,34 @@ def list_names(names: Sequence[str], width: int) -> list[str]:
 def measure_names(texts: Sequence[str]) -> float:
     """Return the inches that names take to the left of a panel."""
     return 0.25 + 0.068 * max(map(len, texts))
+
+
+def plot_percents(
+    ax: Axes, points: Sequence[tuple[float, int]], style: Style, place: float, *, is_line: bool
+) -> None:
+    """Plot what one curve has of each row, in percent: a line, or a mark apart from the others'.
+
+    Args:
+        points: (percent, row) pairs.
+        place: Of the curve among all of a row, from 0 to 1.
+    """
+    nudge = 0 if is_line else 0.5 * (place - 0.5)
+    ax.plot(
+        [percent for percent, _ in points],
+        [row + nudge for _, row in points],
+        color=style.colour,
+        marker=style.marker,
+        markersize=2.5 if is_line else 4.2,
+        linestyle=style.dash if is_line else "",
+        linewidth=0.9,
+    )
+
+
+def set_percents(ax: Axes, label: str) -> None:
+    """Set an axis of percent below a panel."""
+    ax.set_xlim(-3, 103)
+    ax.set_xticks([0, 25, 50, 75, 100])
+    ax.set_xlabel(label)
 
 
 def set_names(ax: Axes, texts: Sequence[str], stride: int = 1) -> None:

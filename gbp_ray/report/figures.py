@@ -27,7 +27,9 @@ from gbp_ray.report.drawing import (
     list_names,
     make_handle,
     measure_names,
+    plot_percents,
     set_names,
+    set_percents,
     shorten_name,
 )
 from gbp_ray.results.goals import COSTS, Goal
@@ -203,22 +205,15 @@ def draw_layers(close_ups: Sequence[CloseUp], styles: dict[str, Style]) -> list[
             left_in=measure_names(texts),
         )
         for number, label in enumerate(labels):
-            style = styles[label]
-            rows = [(y, s[label]) for y, s in enumerate(close_up.layers.values()) if label in s]
-            nudge = 0 if is_lines else 0.5 * ((number + 0.5) / len(labels) - 0.5)
-            ax.plot(
-                [100 * spread.mean for _, spread in rows],
-                [y + nudge for y, _ in rows],
-                color=style.colour,
-                marker=style.marker,
-                markersize=2.5 if is_lines else 4.2,
-                linestyle=style.dash if is_lines else "",
-                linewidth=0.9,
-            )
+            rows = [
+                (100 * s[label].mean, y)
+                for y, s in enumerate(close_up.layers.values())
+                if label in s
+            ]
+            place_of_curve = (number + 0.5) / len(labels)
+            plot_percents(ax, rows, styles[label], place_of_curve, is_line=is_lines)
         set_names(ax, texts, math.ceil(len(names) / _MOST_LAYER_NAMES))
-        ax.set_xlim(-3, 103)
-        ax.set_xticks([0, 25, 50, 75, 100])
-        ax.set_xlabel("layer's sparsity, %")
+        set_percents(ax, "layer's sparsity, %")
         panels.append(ax)
     return panels
 

@@ -25,7 +25,9 @@ from gbp_ray.report.drawing import (
     list_names,
     make_handle,
     measure_names,
+    plot_percents,
     set_names,
+    set_percents,
     shorten_name,
 )
 
@@ -142,21 +144,10 @@ def draw_widths(close_ups: Sequence[CloseUp], styles: Mapping[str, Style]) -> li
                 for place, name in enumerate(names)
                 if label in (spreads := close_up.widths.get(name, {}))
             ]
-            nudge = 0 if is_lines else 0.5 * ((number + 0.5) / len(labels) - 0.5)
-            style = styles[label]
-            ax.plot(
-                [share for share, _ in rows],
-                [place + nudge for _, place in rows],
-                color=style.colour,
-                marker=style.marker,
-                markersize=2.5 if is_lines else 4.2,
-                linestyle=style.dash if is_lines else "",
-                linewidth=0.9,
-            )
+            place_of_curve = (number + 0.5) / len(labels)
+            plot_percents(ax, rows, styles[label], place_of_curve, is_line=is_lines)
         set_names(ax, texts, math.ceil(len(names) / _MOST_NAMES))
-        ax.set_xlim(-3, 103)
-        ax.set_xticks([0, 25, 50, 75, 100])
-        ax.set_xlabel("units left, %")
+        set_percents(ax, "units left, %")
         panels.append(ax)
     return panels
 

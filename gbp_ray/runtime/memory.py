@@ -36,7 +36,7 @@ from gbp_ray.pruning.statistics import movement_statistic
 from gbp_ray.pruning.structure import Structure
 from gbp_ray.pruning.unit_scores import score_units
 from gbp_ray.pruning.units import Layout, survey
-from gbp_ray.pruning.whole_units import find_units, scored_parameters, unpruned_matrices
+from gbp_ray.pruning.whole_units import find_units, survey_units
 from gbp_ray.training.adversarial import num_attacked, perturb
 from gbp_ray.training.batchnorm import norm_batch_size, running_statistics
 from gbp_ray.training.distillation import Teacher, answer_bytes, is_taught_once
@@ -100,11 +100,10 @@ class Memory:
         self._structure: Structure | None = None
         if job.prune.unit_kinds:
             self._structure = find_units(workload, model, job.prune)
-            self._units = scored_parameters(self._structure, model)
-            self.unpruned = unpruned_matrices(self._structure, model)
+            found = survey_units(self._structure, model)
         else:
             found = survey(model, job.prune.exclude, job.prune.include, unused)
-            self._units, self.unpruned = found.units, found.unpruned
+        self._units, self.unpruned = found.units, found.unpruned
         self._layout = Layout(self._units, Ranks(0, self._world_size))
         self.num_prunable = self._layout.num_weights
         self.num_owned = max(stop - start for start, stop in pairwise(self._layout.bounds))
@@ -208,7 +207,7 @@ class Memory:
             config = self._job.prune.model_copy(update=few)
             given = (self._few, config, Ranks())
             if self._structure is not None:
-                everything = np.ones(self._structure.num_units, dtype=bool)
+                everything = self._structure.everything
                 return score_units(
                     *(self._model, self._structure, everything, *given),
                     movement=gathered,

@@ -9,13 +9,13 @@ from typing import Any
 
 from safetensors.torch import load
 from small_networks import ConvNet, images, job_config
-from techniques import digest
+from techniques import checkpoint_of, digest
 from torch import Tensor, nn
 from torch.nn import functional
 
 from gbp_ray.config.job import JobConfig
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.pruning.checkpoint import SHARDS, Checkpoint
+from gbp_ray.pruning.checkpoint import Checkpoint
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.workloads.contract import Workload
 
@@ -123,19 +123,6 @@ def rounds_of(
             }
         )
     return found
-
-
-def checkpoint_of(rounds: list[dict[str, Any]], number: int) -> Checkpoint:
-    """Takes a round's files as a trial that goes on finds them."""
-    files = rounds[number]["files"]
-    return Checkpoint(
-        round=number,
-        masks=files["masks.safetensors"],
-        weights=files["weights.safetensors"],
-        state=files.get("state.pt", b""),
-        shards={n.removeprefix(SHARDS): d for n, d in files.items() if n.startswith(SHARDS)},
-        dense_weights=rounds[0]["files"]["weights.safetensors"],
-    )
 
 
 SHARDED = ("gate", "moved", "heads")

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from gbp_ray.distributed.ranks import isolated
 from gbp_ray.workloads.contract import in_mode
 
-__all__ = ["Cache", "drop_caches", "find_caches"]
+__all__ = ["Cache", "Run", "drop_caches", "find_caches"]
 
 Run = Callable[[nn.Module], Any]
+"""Passes one batch, always the same, through a network; returns its outputs."""
 
 _OWN = frozenset({"_parameters", "_buffers", "_modules"})
 

@@ -19,22 +19,19 @@ from torch import Tensor, nn
 
 from gbp_ray.distributed.ranks import isolated
 from gbp_ray.errors import PruneError, in_one_line
+from gbp_ray.pruning.removal.caches import Run
 from gbp_ray.workloads.batch import logits_of, tensors_in
 from gbp_ray.workloads.contract import in_mode
 
 __all__ = [
     "Fault",
     "Passed",
-    "Run",
     "check_same",
     "compare",
     "observe",
     "observe_training",
     "tolerance_of",
 ]
-
-Run = Callable[[nn.Module], Any]
-"""Passes one batch, always the same, through a network; returns its outputs."""
 
 _TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float64: 1e-10}
 _DEFAULT_TOLERANCE = 1e-5

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from gbp_ray.errors import PruneError
-from gbp_ray.pruning.removal.comparison import Run
+from gbp_ray.pruning.removal.caches import Run
 from gbp_ray.pruning.removal.remove import try_removal
 from gbp_ray.pruning.structure import Axis, Product, Structure
 
@@ -28,7 +28,6 @@ def find_fixed_groups(
     model: nn.Module,
     structure: Structure,
     run: Run,
-    hints: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[int, str]:
     """Removes units of all groups on trial; returns the groups that cannot be cut, with the reason.
 
@@ -39,9 +38,8 @@ def find_fixed_groups(
         model: Dense, or masked.
         structure: Of the network as it is.
         run: As of `remove_units`.
-        hints: As of `remove_units`.
     """
-    trial = _Trial(model, structure, run, hints)
+    trial = _Trial(model, structure, run)
     numbers = [n for n, group in enumerate(structure.groups) if group.num_units > 1]
     return trial.find(numbers)
 
@@ -95,9 +93,8 @@ class _Trial:
         model: nn.Module,
         structure: Structure,
         run: Run,
-        hints: Mapping[str, Sequence[int]] | None,
     ) -> None:
-        self._model, self._structure, self._run, self._hints = model, structure, run, hints
+        self._model, self._structure, self._run = model, structure, run
         self._modules = dict(model.named_modules())
 
     def find(self, numbers: Sequence[int]) -> dict[int, str]:
@@ -122,7 +119,7 @@ class _Trial:
     def _try(self, numbers: Sequence[int]) -> PruneError | None:
         """Removes a unit or two of each group, and puts them back; returns the error, if any."""
         structure = self._structure
-        kept_U = np.ones(structure.num_units, dtype=bool)
+        kept_U = structure.everything
         for number in numbers:
             # Different numbers: groups that must go together would pass with the same one.
             most = min(1 + number % 2, structure.groups[number].num_units - 1)
@@ -130,7 +127,7 @@ class _Trial:
             kept_U[start : start + most] = False
         with self._masked(kept_U):
             try:
-                try_removal(self._model, structure, kept_U, self._run, hints=self._hints)
+                try_removal(self._model, structure, kept_U, self._run)
             except PruneError as error:
                 return error
         return None

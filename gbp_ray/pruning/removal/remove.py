@@ -11,7 +11,7 @@ Shape suffixes as in `structure`: U = units of the network.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,8 +23,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import LBFGS, Optimizer
 
 from gbp_ray.errors import PruneError, in_one_line
-from gbp_ray.pruning.removal.caches import drop_caches, find_caches
-from gbp_ray.pruning.removal.comparison import Fault, Run, compare, observe, observe_training
+from gbp_ray.pruning.removal.caches import Run, drop_caches, find_caches
+from gbp_ray.pruning.removal.comparison import Fault, compare, observe, observe_training
 from gbp_ray.pruning.removal.cutting import Axes, cut_tensor, is_moment, removed_axes
 from gbp_ray.pruning.removal.layers import KEPT_AS_ZEROS, refresh, why_not_cut, widths_of
 from gbp_ray.pruning.removal.widths import Search, Spot, Widths, apply_widths
@@ -63,7 +63,6 @@ def remove_units(
     *,
     optimizer: Optimizer | None = None,
     movement: dict[str, Tensor] | None = None,
-    hints: Mapping[str, Sequence[int]] | None = None,
 ) -> Compacted:
     """Removes units from a network, in place, and checks that it computes the same.
 
@@ -77,14 +76,12 @@ def remove_units(
         run: Passes a real batch, always the same, through a network; returns its outputs.
         optimizer: Of the network's parameters; its state is cut in place.
         movement: By parameter name; its tensors are cut in place.
-        hints: Constants that the network's graph uses, by the path of the module that uses them;
-            where attributes must be searched for, these are tried first.
 
     Raises:
         PruneError: The network cannot be cut, or computes something else then; names the layer.
             Network, optimizer and movement are as they were.
     """
-    found, _ = _remove(model, structure, kept_U, run, optimizer, movement, hints)
+    found, _ = _remove(model, structure, kept_U, run, optimizer, movement)
     return found
 
 
@@ -93,15 +90,13 @@ def try_removal(
     structure: Structure,
     kept_U: np.ndarray,
     run: Run,
-    *,
-    hints: Mapping[str, Sequence[int]] | None = None,
 ) -> Compacted:
     """Removes units as `remove_units`, and puts them back.
 
     Raises:
         PruneError: As `remove_units`; its attribute `path` is the layer.
     """
-    found, cut = _remove(model, structure, kept_U, run, None, None, hints)
+    found, cut = _remove(model, structure, kept_U, run, None, None)
     cut.undo()
     return found
 
@@ -113,7 +108,6 @@ def _remove(
     run: Run,
     optimizer: Optimizer | None,
     movement: dict[str, Tensor] | None,
-    hints: Mapping[str, Sequence[int]] | None,
 ) -> tuple[Compacted, _Cut]:
     lost = removed_axes(structure, kept_U)
     if not lost:
@@ -131,7 +125,7 @@ def _remove(
         if movement is not None:
             cut.movement(movement, lost)
         with cut.following_inputs(model):
-            found = _settle(model, structure, kept_U, judge, cut, hints)
+            found = _settle(model, structure, kept_U, judge, cut)
         judge.check_training()
         uncalled = tuple(path for path in cut.paths if path not in judge.called)
         return replace(found, uncalled=uncalled), cut
@@ -146,7 +140,6 @@ def _settle(
     kept_U: np.ndarray,
     judge: _Judge,
     cut: _Cut,
-    hints: Mapping[str, Sequence[int]] | None,
 ) -> Compacted:
     """Compares a cut network with the masked one, and changes attributes until they agree."""
     found = judge.compare(is_strict=False)
@@ -160,7 +153,7 @@ def _settle(
         finally:
             undo()
 
-    search = Search(model, structure, kept_U, cut.settled, attempt, hints)
+    search = Search(model, structure, kept_U, cut.settled, attempt)
     agreed = search.find()
     if agreed is None:
         fault = search.furthest

@@ -111,7 +111,6 @@ class Search:
         kept_U: The kept units.
         settled: Attributes that are set already, as (path of the module, name).
         attempt: (widths, is_strict) -> the difference of outputs with these widths, or the fault.
-        hints: Constants of the graph by the path of the module that uses them; tried first.
 
     Attributes:
         furthest: The fault of the widths that got furthest.
@@ -124,13 +123,11 @@ class Search:
         kept_U: np.ndarray,
         settled: Collection[tuple[str, str]],
         attempt: Callable[[Widths, bool], Outcome],
-        hints: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         self._modules = dict(model.named_modules())
         self._axes = _cut_axes(structure, kept_U)
         self._settled = settled
         self._attempt = attempt
-        self._hints = hints or {}
         self._passes_left = 0
         self._tried: set[frozenset[tuple[Spot, int]]] = set()
         self._is_spoilt = False
@@ -208,8 +205,7 @@ class Search:
         self, widths: Mapping[Spot, int], fault: Fault, is_class_wide: bool
     ) -> list[dict[Spot, int]]:
         """Lists changes of one attribute each, nearest to the fault first."""
-        hinted: list[dict[Spot, int]] = []
-        plain: list[dict[Spot, int]] = []
+        found: list[dict[Spot, int]] = []
         seen: set[tuple[type, str, int | None]] = set()
         for path in fault.nearby:
             module = self._modules.get(path)
@@ -222,8 +218,8 @@ class Search:
                 changes = self._follow(spot, value, fault.nearby, widths, is_class_wide)
                 if changes:
                     seen.add(kind)
-                (hinted if value in self._hints.get(path, ()) else plain).extend(changes)
-        return hinted + plain
+                found.extend(changes)
+        return found
 
     def _follow(
         self,
