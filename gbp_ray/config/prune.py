@@ -29,7 +29,11 @@ from gbp_ray.errors import ConfigError
 __all__ = ["SCHEDULES", "UNIT_KINDS", "Cost", "PruneConfig", "PruneTarget", "sparsity_schedule"]
 
 _PATTERN_N_M = re.compile(r"([0-9]{1,6}):([0-9]{1,6})")
-_NO_DATA = Idle("criterion = {criterion}", lambda prune: not prune.spec.needs_data)
+_NO_DATA = Idle(
+    "criterion = {criterion}",
+    lambda prune: not prune.spec.needs_data and prune.reconstruct == "none",
+)
+_NO_REFIT = Idle("reconstruct = none", lambda prune: prune.reconstruct == "none")
 _ONE_ROUND = Idle("rounds = 1", lambda prune: prune.rounds == 1)
 _ONE_SHOT = Idle("schedule = one_shot", lambda prune: prune.schedule == "one_shot")
 _NO_PROBES = Idle(
@@ -152,6 +156,16 @@ class PruneConfig(Section):
     """Random probes per batch for the Hessian diagonal of obd."""
     batchnorm_examples: int = Field(2048, ge=0, le=MOST_EXAMPLES)
     """Training examples that re-estimate BatchNorm statistics after each prune; 0 keeps them."""
+    reconstruct: Literal["none", "least_squares"] = "none"
+    """After each prune: "least_squares" refits the kept weights of each linear layer and
+    convolution, from input to output, to the dense network's outputs on the calibration examples.
+    It reads no labels. Set batchnorm_examples to 0 where training augments more than calibration.
+    """
+    reconstruct_damping: Annotated[float, _NO_REFIT] = Field(0.01, ge=0.0, le=1e6)
+    """Strength of the pull towards the dense weights, relative to the mean square of the inputs."""
+    reconstruct_positions: Annotated[int, _NO_REFIT] = Field(64, ge=0, le=MOST_EXAMPLES)
+    """Positions of each example, drawn by the seed, that a convolution or a layer over tokens is
+    refitted on; 0 takes all."""
     rewind: Annotated[Literal["none", "weights", "learning_rate"], _NO_RATE] = "none"
     """After each prune: "weights" puts kept weights back to their dense values, "learning_rate"
     starts the schedule anew, "none" runs one schedule through all rounds."""

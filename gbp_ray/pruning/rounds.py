@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ from gbp_ray.errors import PruneError, StoreError
 from gbp_ray.pruning.checkpoint import Checkpoint, damaged, restore_state, save_round, shard_masks
 from gbp_ray.pruning.checks import check_frozen_movement
 from gbp_ray.pruning.masks import MaskSet, check_pruned_zero, forget_pruned, read_initial_masks
-from gbp_ray.pruning.scoring import score
+from gbp_ray.pruning.reconstruction import reconstruct
+from gbp_ray.pruning.scoring import ScoreCache, score
 from gbp_ray.pruning.selection import select_masks
 from gbp_ray.pruning.statistics import movement_statistic
 from gbp_ray.pruning.structure import Structure
@@ -48,19 +49,7 @@ from gbp_ray.workloads.data import derive_seed, shuffled_indices
 from gbp_ray.workloads.metrics import specs_of
 from gbp_ray.workloads.weights import tensor_state
 
-__all__ = ["RoundState", "ScoreCache", "needs_dense_weights", "run_rounds"]
-
-
-class ScoreCache(Protocol):
-    """Shares the scores of the dense network between trials."""
-
-    def fetch(
-        self, job: JobConfig, model: nn.Module, compute: Callable[[], dict[str, Tensor]]
-    ) -> dict[str, Tensor] | None:
-        """Returns the float32 scores of a model by parameter name, computed where not stored.
-
-        Returns None for a job whose scores are not worth storing.
-        """
+__all__ = ["RoundState", "needs_dense_weights", "run_rounds"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +111,9 @@ def run_rounds(
 
 def needs_dense_weights(job: JobConfig) -> bool:
     """Returns True if resuming a job needs the weights of the dense network."""
-    return job.prune.rewind == "weights" or job.finetune.distillation.is_on
+    prune = job.prune
+    is_read = prune.rewind == "weights" or prune.reconstruct != "none"
+    return is_read or job.finetune.distillation.is_on
 
 
 class _Run:
@@ -165,6 +156,7 @@ class _Run:
         self.movement: dict[str, Tensor] | None = None
         self.optimizer: Optimizer | None = None
         self.dense_state: dict[str, Tensor] = {}
+        self.dense: nn.Module | None = None
         self.teacher: Teacher | None = None
         self.is_teacher_ready = False
         self.seconds: dict[str, float] = {}
@@ -268,6 +260,7 @@ class _Run:
         if is_pruned or self.job.prune.rewind == "weights":
             self._rewind()
             self._cut()
+            self._reconstruct()
             with self._timed("batchnorm"):
                 recalibrate_as_asked(self.job, self.model, self.workload, self.ranks)
             pruned = self._evaluate()
@@ -414,6 +407,20 @@ class _Run:
             if self.optimizer is not None:
                 forget_pruned(self.model, self.optimizer, masks)
 
+    def _reconstruct(self) -> None:
+        if self.dense is None:
+            return
+        dense = tensor_state(self.dense)
+        with self._timed("reconstruct"):
+            reconstruct(
+                *(self.model, self.dense, self.workload, self.job.prune, self.ranks),
+                masks=self.live_masks or {},
+                kept_rows={} if self.whole is None else self.whole.rows_left(),
+                dense_weights=dense if self.whole is None else self.whole.cut(dense, self.model),
+                seed=self.job.seed,
+                on_progress=self.on_progress,
+            )
+
     def _finetune(self, before: Evaluation | None = None) -> float:
         """Trains after a prune, given what was measured before it where that is known."""
         recipe = self.job.finetune
@@ -526,30 +533,26 @@ class _Run:
             raise PruneError(f"round {self.number}: the {self.split} loss is {found.loss:g}; {why}")
         return found
 
-    def _attack(self) -> float | None:
-        if self.job.attack.kind == "none":
-            return None
-        with self._timed("attack"):
-            return robust_accuracy(
-                self.model,
-                self.workload,
-                self.ranks,
-                self.job.attack,
-                self.job.workload.eval_batch_size,
-                on_progress=self.on_progress,
-            )
-
     def _keep_dense(self) -> None:
         if self.job.prune.rewind == "weights":
             self.dense_state = {k: v.detach().clone() for k, v in tensor_state(self.model).items()}
         distillation = self.job.finetune.distillation
         if distillation.is_on and self.job.finetune.epochs > 0:
             self.teacher = Teacher(copy_frozen(self.model), distillation)
+        if self.job.prune.reconstruct != "none":
+            self.dense = copy_frozen(self.model)
 
     def _finish_round(self, train_loss: float, found: Evaluation, **measured: Any) -> RoundState:
         train_score: float | None = None
         if len(self.sample):
             train_score = self._measure("train", self.sample).score
+        robust: float | None = None
+        if self.job.attack.kind != "none":
+            with self._timed("attack"):
+                robust = robust_accuracy(
+                    *(self.model, self.workload, self.ranks, self.job.attack),
+                    *(self.job.workload.eval_batch_size, self.on_progress),
+                )
         record = RoundRecord(
             round=self.number,
             judged_on=self.split,
@@ -559,7 +562,7 @@ class _Run:
             loss=found.loss,
             metrics=found.metrics,
             train_score=train_score,
-            robust_accuracy=self._attack(),
+            robust_accuracy=robust,
             train_loss=train_loss if math.isfinite(train_loss) else None,
             cost=self._measure_cost(),
             mask_digest=self.masks.digest,

@@ -22,10 +22,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, reduce
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from gbp_ray.config.job import JobConfig
 from gbp_ray.config.prune import PruneConfig
 from gbp_ray.distributed.ranks import Ranks, isolated
 from gbp_ray.distributed.sharding import (
@@ -50,13 +52,25 @@ from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import derive_seed
 from gbp_ray.workloads.losses import mean_loss, zero_loss
 
-__all__ = ["check_criterion", "on_few_examples", "score", "score_prefixes"]
+__all__ = ["ScoreCache", "check_criterion", "on_few_examples", "score", "score_prefixes"]
 
 _TRIAL_EXAMPLES = 8
 """Size of the batch that a criterion is tried on before any training."""
 
 _Keep = Callable[[int, Callable[[], Mapping[str, Tensor]]], None]
 """(batches summed, () -> a copy of the sum so far, this rank's slice (L,) by layer)."""
+
+
+class ScoreCache(Protocol):
+    """Shares the scores of the dense network between trials."""
+
+    def fetch(
+        self, job: JobConfig, model: nn.Module, compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor] | None:
+        """Returns the float32 scores of a model by parameter name, computed where not stored.
+
+        Returns None for a job whose scores are not worth storing.
+        """
 
 
 def score(

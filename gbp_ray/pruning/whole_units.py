@@ -437,6 +437,11 @@ class WholeUnits:
             cut[name] = shard_like(found, own[name]) if name in own else found
         return cut
 
+    def rows_left(self) -> dict[str, Tensor]:
+        """Returns for the tensors that lost entries of their first axis, by name, which stay."""
+        stays = self.dense.kept_positions(self._present_U)
+        return {name: torch.from_numpy(axes[0]) for name, axes in stays.items() if 0 in axes}
+
     def expand(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Lays tensors out in dense shapes, zero where units have left."""
         return expand_state(self.dense, self._present_U, state)

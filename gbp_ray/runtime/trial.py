@@ -23,7 +23,8 @@ from gbp_ray.distributed.sharding import is_sharded
 from gbp_ray.errors import StoreError
 from gbp_ray.pruning.checkpoint import SHARDS, Checkpoint
 from gbp_ray.pruning.checks import check_metric, load_checked
-from gbp_ray.pruning.rounds import RoundState, ScoreCache, needs_dense_weights, run_rounds
+from gbp_ray.pruning.rounds import RoundState, needs_dense_weights, run_rounds
+from gbp_ray.pruning.scoring import ScoreCache
 from gbp_ray.results.records import RoundRecord, TrialRecord, choose_round
 from gbp_ray.results.store import Store
 from gbp_ray.runtime.cache import SharedScores, adopt_dense, dense_origin, share_dense

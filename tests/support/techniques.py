@@ -136,6 +136,9 @@ TECHNIQUES: dict[str, Technique] = {
             "finetune": {"optimizer": "adam", "learning_rate": 0.003, "epochs": 0.7},
         }
     ),
+    "reconstructed": Technique(
+        {"prune": {"reconstruct": "least_squares", "reconstruct_positions": 5}}, images, EVERYWHERE
+    ),
     "weights rewound": Technique({"prune": {"rewind": "weights"}}),
     "learning rate rewound": Technique(
         {"prune": {"rewind": "learning_rate", "schedule": "cubic", "rounds": 3}}

@@ -79,6 +79,9 @@ CASES = {
         _ADAM,
         Attending,
     ),
+    "refitted": Case(
+        {**_HALF, "criterion": "taylor", "reconstruct": "least_squares"}, {"momentum": 0.9}
+    ),
     "zeros": Case({**_HALF, "criterion": "taylor_squared", "compact": False}, {"momentum": 0.9}),
 }
 
@@ -125,7 +128,7 @@ def rounds_of(
     return found
 
 
-SHARDED = ("gate", "moved", "heads")
+SHARDED = ("gate", "moved", "heads", "refitted")
 """Cases that are run in shards as well, and resumed there."""
 
 
