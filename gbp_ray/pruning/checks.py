@@ -44,6 +44,7 @@ from gbp_ray.distributed.sharding import (
 from gbp_ray.errors import ConfigError, WorkloadError, in_one_line, name_some
 from gbp_ray.pruning.criteria import criterion
 from gbp_ray.pruning.masks import read_initial_masks
+from gbp_ray.pruning.reconstruction import check_reconstruction
 from gbp_ray.pruning.scoring import check_criterion
 from gbp_ray.pruning.selection import check_units
 from gbp_ray.pruning.units import UNUSED, Prunable, Survey, survey
@@ -261,6 +262,8 @@ def _check(
         taught = job.finetune.distillation
         if "finetune" in recipes and taught.is_on and taught.features and job.prune.compact:
             check_features(workload, model, structure, job.prune, taught.features)
+    if job.prune.reconstruct != "none" and not is_blank:
+        check_reconstruction(model, workload, job.prune)
     if job.cluster.strategy == "fsdp" and not dist.is_initialized():
         _check_shardable(checked)
     warn_of_unusual_weights(checked, found, unreached)

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from gbp_ray.config.prune import PruneConfig
 from gbp_ray.distributed.ranks import Ranks, isolated
-from gbp_ray.distributed.sharding import gather_whole, is_sharded, unsharded
+from gbp_ray.distributed.sharding import copy_network, gather_whole, is_sharded, unsharded
 from gbp_ray.distributed.sums import OrderedSum
-from gbp_ray.errors import PruneError
+from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.pruning.activations import Lane, PatchLayer, find_patch_layers, in_step, rows_of
 from gbp_ray.pruning.calibration import Calibration
 from gbp_ray.training.network import load_rows
@@ -38,7 +38,9 @@ from gbp_ray.workloads.batch import Batch, forward
 from gbp_ray.workloads.contract import Workload, in_mode
 from gbp_ray.workloads.data import derive_seed
 
-__all__ = ["Moments", "layers_to_refit", "least_squares", "reconstruct"]
+__all__ = ["Moments", "check_reconstruction", "layers_to_refit", "least_squares", "reconstruct"]
+
+_TRIAL_EXAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,29 @@ def reconstruct(
         )
     if is_sharded(model):
         load_rows(model, found)
+
+
+def check_reconstruction(model: nn.Module, workload: Workload, config: PruneConfig) -> None:
+    """Refits a copy of a network on a few examples, to see before any training that it can.
+
+    Raises:
+        ConfigError: The network has no layer that can be refitted.
+        PruneError: Its passes cannot be stopped in step, or a layer cannot be solved for.
+    """
+    few = config.model_copy(
+        update={"calibration_examples": _TRIAL_EXAMPLES, "calibration_batch_size": 2}
+    )
+    twin, ranks = copy_network(model), Ranks(device=next(model.parameters()).device)
+    refit = _Refit(twin, model, workload, Calibration(workload, few, 0, ranks), ranks, few, 0)
+    with in_mode(twin, is_training=False), in_mode(model, is_training=False), isolated(model, 0):
+        layers = layers_to_refit(twin, partial(refit.run, twin, refit.read(0)))
+        if not layers:
+            raise ConfigError(
+                f"prune.reconstruct = {config.reconstruct}: the network has no linear layer or "
+                "convolution that a pass calls once and that owns its weight; set it to none"
+            )
+        weights = {f"{name}.weight": layer.weight.detach() for name, layer in layers.items()}
+        refit.refit_all(layers, {}, {}, weights, ignore_progress)
 
 
 def layers_to_refit(model: nn.Module, run: Callable[[], object]) -> dict[str, PatchLayer]:

@@ -524,7 +524,15 @@ IDLE = [
     ({"prune.criterion": "obd", "prune.hutchinson_probes": 9}, ""),
     ({"prune.schedule": "linear"}, "prune.schedule"),
     ({"prune.schedule": "linear", "prune.rounds": 2}, ""),
-    ({"prune.rewind": "learning_rate"}, "prune.rewind"),
+    (
+        {
+            "prune.reconstruct": "least_squares",
+            "prune.reconstruct_damping": 0.5,
+            "prune.reconstruct_positions": 9,
+            "prune.rewind": "learning_rate",
+        },
+        "prune.rewind",
+    ),
     ({"prune.rewind": "learning_rate", "finetune.epochs": 1}, ""),
     ({"prune.rewind": "weights"}, ""),
     (

@@ -12,9 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.errors import PruneError
+from gbp_ray.errors import ConfigError, PruneError
+from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.pruning.reconstruction import layers_to_refit, least_squares, reconstruct
+from gbp_ray.pruning.reconstruction import (
+    check_reconstruction,
+    layers_to_refit,
+    least_squares,
+    reconstruct,
+)
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.data import derive_seed, shuffled_indices
@@ -163,3 +169,25 @@ def test_layers_that_a_pass_calls_twice_or_never_are_left_as_they_are() -> None:
         model["twice"](hidden)
 
     assert list(layers_to_refit(model, run)) == ["once"]
+
+
+class Choosing(nn.Module):
+    """Goes another way for each other batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.calls = nn.Linear(72, 72), nn.Linear(72, 3), 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls += 1
+        hidden = inputs.flatten(1)
+        return self.second(self.first(hidden) if self.calls % 2 else hidden)
+
+
+def test_networks_that_cannot_be_refitted_are_refused_before_training() -> None:
+    job = job_config(prune={"criterion": "magnitude", "reconstruct": "least_squares"})
+    with pytest.raises(PruneError, match="cannot be passed through layer by layer"):
+        check_reconstruction(Choosing(), images(Choosing), job.prune)
+    turned = nn.Sequential(nn.ConvTranspose2d(2, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ConfigError, match=r"prune\.reconstruct = least_squares: the network"):
+        check_job(job, images(lambda: copy.deepcopy(turned)))
