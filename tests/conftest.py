@@ -86,6 +86,12 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gbp_ray.report.drawing.render", lambda draw, salt: ("<svg></svg>", b""))
 
 
+@pytest.fixture
+def few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares the seconds of timing where a test is not of the times."""
+    monkeypatch.setattr("gbp_ray.training.latency._MOST", 7)
+
+
 @pytest.fixture(scope="session")
 def moto_endpoint() -> Iterator[str]:
     """Starts moto's S3 server in this process, with a bucket `gbp`; gives host:port."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,8 @@ CASES: dict[str, dict[str, Any]] = {
     "scaled": {},
 }
 
+Exported = Callable[[str], tuple[Path, Export]]
+
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -44,6 +49,18 @@ def pruned(storage: Path, network: str, **changed: Any) -> PruneResult:
 
 def export(result: PruneResult, folder: Path, **options: Any) -> Export:
     return export_round(result.uri, folder, trust_code=["exported_units"], **options)
+
+
+@pytest.fixture(scope="module")
+def exported(storage: Path) -> Exported:
+    """Exports each network once, for all tests that read its files."""
+
+    @cache
+    def export_once(network: str) -> tuple[Path, Export]:
+        folder = storage / "exported" / network
+        return folder, export(pruned(storage, network), folder)
+
+    return export_once
 
 
 def masked_network(result: PruneResult) -> nn.Module:
@@ -80,12 +97,13 @@ assert not [name for name in sys.modules if name.startswith("gbp_ray")]
 
 
 def test_what_is_written_loads_without_the_package_and_gives_the_masked_outputs(
-    storage: Path, tmp_path: Path
+    storage: Path, exported: Exported, tmp_path: Path
 ) -> None:
     for network in CASES:
-        found = export(pruned(storage, network), tmp_path / network)
+        folder, found = exported(network)
         assert found.is_compact
         assert (found.program_fault, found.compact_fault) == ("", "")
+        shutil.copytree(folder, tmp_path / network)
         (tmp_path / network / "network.py").write_text(code_of(network))
     # -I: neither the working folder nor PYTHONPATH, only what is installed.
     folders = [str(tmp_path / network) for network in CASES]
@@ -103,13 +121,13 @@ def test_what_is_written_loads_without_the_package_and_gives_the_masked_outputs(
 
 @pytest.mark.parametrize("network", list(CASES))
 def test_the_small_network_has_the_parameters_on_record(
-    network: str, storage: Path, tmp_path: Path
+    network: str, storage: Path, exported: Exported
 ) -> None:
     result = pruned(storage, network)
-    export(result, tmp_path / "net")
+    folder, _ = exported(network)
     cost = result.record.chosen.cost
     assert cost.units is not None
-    made = load_network(NETWORKS[network](), tmp_path / "net")
+    made = load_network(NETWORKS[network](), folder)
     assert not made.training
     count = sum(parameter.numel() for parameter in made.parameters())
     assert count == cost.units.num_parameters < cost.num_parameters
@@ -123,10 +141,9 @@ def test_the_small_network_has_the_parameters_on_record(
     assert len(list(made.parameters())) == len(list(NETWORKS[network]().parameters()))
 
 
-def test_widths_list_every_changed_shape_and_attribute(storage: Path, tmp_path: Path) -> None:
+def test_widths_list_every_changed_shape_and_attribute(storage: Path, exported: Exported) -> None:
     result = pruned(storage, "attending")
-    export(result, tmp_path / "net")
-    widths = json.loads((tmp_path / "net" / "widths.json").read_text())
+    widths = json.loads((exported("attending")[0] / "widths.json").read_text())
     units = result.record.chosen.cost.units
     assert units is not None
     heads, neurons = ({w.name: w for w in units.widths}[n] for n in ("qkv.weight", "up.weight"))
@@ -151,13 +168,12 @@ def test_widths_list_every_changed_shape_and_attribute(storage: Path, tmp_path: 
 
 
 def test_a_buffer_beside_the_state_dict_is_cut_where_it_is_loaded(
-    storage: Path, tmp_path: Path
+    storage: Path, exported: Exported
 ) -> None:
     result = pruned(storage, "scaled")
-    export(result, tmp_path / "net")
     fresh = NETWORKS["scaled"]()
     kept = result.load_masks()["first.bias"]
-    made = load_network(fresh, tmp_path / "net")
+    made = load_network(fresh, exported("scaled")[0])
     assert torch.equal(made.get_buffer("scale"), torch.linspace(1, 2, 12)[kept])
     assert made.get_submodule("second").weight is made.get_submodule("third").weight
 
@@ -171,10 +187,10 @@ def test_the_loader_is_short_and_needs_only_torch_and_safetensors() -> None:
     assert imported <= {"__future__", "json", "pathlib", "typing", "torch", "safetensors"}
 
 
-def test_the_loader_refuses_another_network(storage: Path, tmp_path: Path) -> None:
-    export(pruned(storage, "conv"), tmp_path / "net")
-    widths = json.loads((tmp_path / "net" / "widths.json").read_text())
-    weights = load_file(tmp_path / "net" / "model.safetensors")
+def test_the_loader_refuses_another_network(exported: Exported) -> None:
+    folder, _ = exported("conv")
+    widths = json.loads((folder / "widths.json").read_text())
+    weights = load_file(folder / "model.safetensors")
     wider = NETWORKS["conv"]()
     wider.conv2 = nn.Conv2d(8, 9, 3, bias=False)
     with pytest.raises(ValueError, match=r"conv2\.weight: is \[9, 8, 3, 3\] here, and was \[8, 8,"):
@@ -240,6 +256,7 @@ def test_the_dense_round_leaves_whole(storage: Path, tmp_path: Path) -> None:
     assert "load.py" not in found.files
 
 
+@pytest.mark.usefixtures("few_passes")
 def test_measurements_and_card_tell_what_the_small_network_costs(
     storage: Path, tmp_path: Path
 ) -> None:
@@ -284,8 +301,7 @@ def test_batchnorm_is_folded_into_what_is_left(storage: Path, tmp_path: Path) ->
     assert largest_difference(program(example["inputs"]), example["outputs"]) <= 1e-5
 
 
-def test_masks_keep_the_dense_shapes(storage: Path, tmp_path: Path) -> None:
+def test_masks_keep_the_dense_shapes(storage: Path, exported: Exported) -> None:
     result = pruned(storage, "conv")
-    export(result, tmp_path / "net")
-    written = (tmp_path / "net" / "masks.safetensors").read_bytes()
+    written = (exported("conv")[0] / "masks.safetensors").read_bytes()
     assert MaskSet.from_bytes(written).digest == result.load_masks().digest

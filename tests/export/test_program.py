@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save, save_file
 from small_digits import prune_digits
 from torch import nn
+from without_package import run_without_package
 
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import ConfigError, ExportError, PruneError, StoreError
@@ -23,7 +23,8 @@ from gbp_ray.export import program as export_module
 from gbp_ray.export import rebuilt as rebuilt_module
 from gbp_ray.export import weights as weights_module
 from gbp_ray.export.apply import apply_masks
-from gbp_ray.export.program import export_round
+from gbp_ray.export.onnx import missing_onnx
+from gbp_ray.export.program import Export, export_round
 from gbp_ray.report.page import write_report
 from gbp_ray.results.findings import read_findings
 from gbp_ray.results.maintenance import fetch_results, find_faults
@@ -36,8 +37,6 @@ from gbp_ray.workloads import digits_recurrent
 from gbp_ray.workloads.loading import load_workload
 
 WITHOUT_PACKAGE = """
-import sys
-sys.modules["gbp_ray"] = None
 import torch
 from safetensors.torch import load_file
 example = load_file("example.safetensors")
@@ -46,7 +45,7 @@ inputs = example["inputs"]
 assert torch.equal(outputs, example["outputs"])
 assert model(inputs[:1]).shape == example["outputs"][:1].shape
 assert model(torch.cat([inputs, inputs])).shape[0] == 2 * len(inputs)
-print(sum((p == 0).sum().item() for p in model.parameters()))
+num_zeros = sum((p == 0).sum().item() for p in model.parameters())
 """
 
 
@@ -63,21 +62,17 @@ def folder(result: PruneResult, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_three_lines_of_the_card_load_the_network_without_this_package(
-    result: PruneResult, folder: Path
+    result: PruneResult, folder: Path, tmp_path: Path
 ) -> None:
+    """In this process; test_compacted loads such files in one that never had the package."""
     card = (folder / "README.md").read_text()
     block = next(b for b in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if ".pt2" in b)
     lines = [line for line in block.splitlines() if line]
     assert len(lines) == 3
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGE.format(three_lines="\n".join(lines))],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= result.load_masks().num_pruned > 0
+    shutil.copytree(folder, tmp_path / "net")
+    program = tmp_path / "net" / "program.py"
+    program.write_text(WITHOUT_PACKAGE.format(three_lines="\n".join(lines)))
+    assert run_without_package(program)["num_zeros"] >= result.load_masks().num_pruned > 0
 
 
 def test_batchnorm_is_folded_into_the_program_alone(result: PruneResult, tmp_path: Path) -> None:
@@ -155,8 +150,9 @@ def test_a_network_that_cannot_be_traced_goes_without_a_program(
 
 def test_the_cards_lines_load_a_network_whose_layers_share_weights(tmp_path: Path) -> None:
     """Into the class as it is, which knows nothing of what a job has tied."""
-    shared = {"workload.factory": "gbp_ray.zoo:digits_recurrent", "workload.options": {}}
-    by_name = {"shared": False}
+    small = {"width": 4, "steps": 2}
+    shared = {"workload.factory": "gbp_ray.zoo:digits_recurrent", "workload.options": small}
+    by_name = {"shared": False, **small}
     ties = [["layer1.kernels.*"], ["layer2.kernels.*"]]
     for number, more in enumerate(
         ({}, {"workload.options": by_name, "workload.tie": ties}),
@@ -169,13 +165,15 @@ def test_the_cards_lines_load_a_network_whose_layers_share_weights(tmp_path: Pat
                 "cluster.num_workers": 0,
                 "pretrain.epochs": 0,
                 "prune.rounds": 1,
+                "prune.calibration_examples": 32,
+                "prune.batchnorm_examples": 32,
                 "finetune.epochs": 0,
             },
             is_quiet=True,
         )
         folder = tmp_path / f"net{number}"
         export_round(result.uri, folder)
-        options = more.get("workload.options", {})
+        options = more.get("workload.options", small)
         model = digits_recurrent(**options).build_model()
         model.load_state_dict(load_file(folder / "model.safetensors"))
         example = load_file(folder / "example.safetensors")
@@ -194,10 +192,13 @@ def test_networks_of_dicts_and_sequences_are_exported_without_their_labels(
     options = {"storage": str(tmp_path), "workload.factory": factory, "cluster.num_workers": 0}
     result = prune(overrides={**options, **short}, is_quiet=True)
     folder = tmp_path / "net"
-    found = export_round(result.uri, folder, trust_code=[factory])
+    to = ["program"] if missing_onnx() or name == "language_model" else ["onnx"]
+    found = export_round(result.uri, folder, to=to, trust_code=[factory])
     example, card = load_file(folder / "example.safetensors"), (folder / "README.md").read_text()
     outputs = example.pop("outputs")
     given = {key.removeprefix("inputs."): tensor for key, tensor in example.items()}
+    if "onnx" in to:
+        check_onnx_file(folder, found, given, outputs, is_there=name != "tagger")
     workload = load_workload(result.record.job.workload, 0)
     model = workload.build_model()
     model.load_state_dict(load_file(folder / "model.safetensors"))
@@ -222,6 +223,26 @@ def test_networks_of_dicts_and_sequences_are_exported_without_their_labels(
     assert called is not None
     assert sorted(called[1].split(", ")) == sorted(names[name].split(", "))
     assert ("the length in `example.safetensors` only" in card) == (name == "language_model")
+
+
+def check_onnx_file(
+    folder: Path,
+    found: Export,
+    given: dict[str, torch.Tensor],
+    outputs: torch.Tensor,
+    is_there: bool,
+) -> None:
+    """Runs a file in ONNX Runtime; its own names are those of the arguments, or "inputs"."""
+    if not is_there:
+        assert found.onnx_fault == found.program_fault != ""
+        text = (folder / "README.md").read_text()
+        assert "There is no `model.onnx`: the network cannot be converted" in text
+        return
+    session = pytest.importorskip("onnxruntime").InferenceSession(folder / "model.onnx")
+    for number in (len(outputs), 3):
+        feed = {name: tensor[:number].numpy() for name, tensor in given.items()}
+        made = session.run(None, feed)[0]
+        assert made == pytest.approx(outputs[:number].numpy(), rel=1e-4, abs=1e-5)
 
 
 def _whole(model: nn.Module) -> bytes:
