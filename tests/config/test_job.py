@@ -526,15 +526,23 @@ IDLE = [
     ({"prune.schedule": "linear", "prune.rounds": 2}, ""),
     (
         {
-            "prune.reconstruct": "least_squares",
-            "prune.reconstruct_damping": 0.5,
-            "prune.reconstruct_positions": 9,
             "prune.rewind": "learning_rate",
         },
         "prune.rewind",
     ),
     ({"prune.rewind": "learning_rate", "finetune.epochs": 1}, ""),
     ({"prune.rewind": "weights"}, ""),
+    ({"prune.reconstruct_damping": 0.1}, "prune.reconstruct_damping"),
+    ({"prune.reconstruct_damping": 0.1, "prune.reconstruct": "least_squares"}, ""),
+    ({"prune.criterion": "magnitude", "prune.calibration_examples": 9}, "calibration_examples"),
+    (
+        {
+            "prune.criterion": "magnitude",
+            "prune.calibration_examples": 9,
+            "prune.reconstruct": "least_squares",
+        },
+        "",
+    ),
     (
         {
             "finetune.epochs": 1,
@@ -661,6 +669,9 @@ def test_trial_id_changes_with_every_field_that_decides_the_result(job_file: Pat
         "prune.unit_score": "sum",
         "prune.hutchinson_probes": 7,
         "prune.batchnorm_examples": 7,
+        "prune.reconstruct": "least_squares",
+        "prune.reconstruct_damping": 0.5,
+        "prune.reconstruct_positions": 9,
         "prune.rewind": "weights",
         "prune.include": ["a"],
         "prune.exclude": ["a"],
