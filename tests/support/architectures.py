@@ -177,7 +177,7 @@ def densenet() -> Built:
 
 def shufflenet() -> Built:
     widths = [8, 16, 32, 64, 64]
-    return vision().ShuffleNetV2([2, 2, 2], widths, num_classes=CLASSES), images(32)
+    return vision().ShuffleNetV2([2, 1, 1], widths, num_classes=CLASSES), images(32)
 
 
 def resnext() -> Built:
@@ -271,16 +271,15 @@ def swin() -> Built:
 
 
 def mobilevit() -> Built:
-    return timm_model("mobilevit_xxs"), images(64)
+    model = timm_model("mobilevit_xxs")
+    for module in model.modules():
+        if hasattr(module, "transformer"):
+            module.transformer = module.transformer[:1]
+    return model, images(64)
 
 
 def efficientformer() -> Built:
-    sizes = {"depths": (1, 1, 2, 2), "num_vit": 1, "embed_dims": (16, 16, 32, 48)}
-    return timm_model("efficientformerv2_s0", img_size=64, **sizes), images(64)
-
-
-def efficientformer_s0() -> Built:
-    return timm_model("efficientformerv2_s0"), images(224)
+    return timm_model("efficientformerv2_s0", img_size=64), images(64)
 
 
 class _Tagger(nn.Module):
@@ -335,14 +334,14 @@ def gpt2() -> Built:
     return GPT2LMHeadModel(config), sentence()
 
 
-def llama(heads: int, key_value_heads: int) -> Built:
+def llama(heads: int, key_value_heads: int, layers: int = 1) -> Built:
     vision()
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=TOKENS,
         hidden_size=8 * heads,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
         intermediate_size=96,
@@ -412,8 +411,7 @@ ARCHITECTURES: dict[str, tuple[Builder, str]] = {
     "DeiT": (deit, TIMM),
     "Swin": (swin, TIMM),
     "MobileViT": (mobilevit, TIMM),
-    "EfficientFormerV2": (efficientformer, TIMM),
-    "EfficientFormerV2 S0": (efficientformer_s0, TIMM),
+    "EfficientFormerV2 S0": (efficientformer, TIMM),
     "U-Net": (unet, ""),
     "YOLO chunk and cat": (yolo, ""),
     "Conv1d": (conv1d, ""),
@@ -426,16 +424,13 @@ ARCHITECTURES: dict[str, tuple[Builder, str]] = {
     "BERT": (bert, TRANSFORMERS),
     "GPT-2": (gpt2, TRANSFORMERS),
     "Llama 8/8": (lambda: llama(8, 8), TRANSFORMERS),
-    "Llama 8/4": (lambda: llama(8, 4), TRANSFORMERS),
+    "Llama 8/4": (lambda: llama(8, 4, layers=2), TRANSFORMERS),
     "Llama 9/3": (lambda: llama(9, 3), TRANSFORMERS),
     "Llama 8/1": (lambda: llama(8, 1), TRANSFORMERS),
     "mixture of experts": (experts, ""),
     "Mixtral": (mixtral, TRANSFORMERS),
 }
 """By name: the builder, and the package that it needs beside torch."""
-
-HEAVY = frozenset({"EfficientFormerV2 S0"})
-"""Those of full size."""
 
 
 def why_missing(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES, HEAVY, build, run, two_examples, why_missing
+from architectures import ARCHITECTURES, build, run, two_examples, why_missing
 from structures import largest_difference, mask
 from torch import Tensor, nn
 
@@ -54,13 +54,7 @@ FROZEN = {
 of torch."""
 
 CASES = [
-    pytest.param(
-        name,
-        marks=[
-            *([pytest.mark.slow] if name in HEAVY else []),
-            pytest.mark.skipif(bool(why_missing(name)), reason=why_missing(name)),
-        ],
-    )
+    pytest.param(name, marks=pytest.mark.skipif(bool(why_missing(name)), reason=why_missing(name)))
     for name in ARCHITECTURES
 ]
 
