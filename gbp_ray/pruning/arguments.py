@@ -38,6 +38,7 @@ from gbp_ray.workloads.tying import unwrapped
 __all__ = [
     "Loss",
     "as_in_a_job",
+    "buffers_of_first",
     "check_reached",
     "check_same_replicas",
     "check_whole",
@@ -53,7 +54,9 @@ __all__ = [
 Loss = Callable[[Any, Any], Tensor]
 
 _OF_UNITS = ("round_to", "min_width", "unit_score", "compact")
-_FIELDS = ("layer_min_sparsity", "layer_max_sparsity", "hutchinson_probes", *_OF_UNITS)
+_OF_REFIT = ("reconstruct_damping", "reconstruct_positions")
+_OTHERS = ("layer_min_sparsity", "layer_max_sparsity", "hutchinson_probes")
+_FIELDS = (*_OTHERS, *_OF_UNITS, *_OF_REFIT)
 """Fields of a job's [prune] that are taken beside those in the signatures."""
 
 _UNJUDGED = Metric("unjudged", lambda outputs, targets: torch.zeros(1), lambda sums: 0.0)
@@ -131,6 +134,11 @@ def config_of(fields: Mapping[str, Any], **given: Any) -> PruneConfig:
         ConfigError: One line that lists every fault.
     """
     for name in fields:
+        if name == "reconstruct":
+            raise ConfigError(
+                "reconstruct: refits weights right after a decision, which only prune_model does; "
+                "leave it out, or call prune_model"
+            )
         if name not in _FIELDS:
             raise ConfigError(
                 f"{name}: is no argument{nearest_name(name, [*given, *_FIELDS])} "
@@ -150,6 +158,11 @@ def config_of(fields: Mapping[str, Any], **given: Any) -> PruneConfig:
         raise ConfigError(
             f"{idle[0]}: is of whole units, and granularity = '{config.granularity}' has none; "
             "leave it out, or set granularity to channel, head or channel+head"
+        )
+    if config.reconstruct == "none" and (idle := [n for n in fields if n in _OF_REFIT]):
+        raise ConfigError(
+            f"{idle[0]}: is of reconstruct, which is none; leave it out, or call prune_model with "
+            'reconstruct = "least_squares"'
         )
     if config.unit_kinds and config.include:
         raise ConfigError(
@@ -287,3 +300,24 @@ def keeping_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, gradient in kept:
             parameter.grad = gradient
+
+
+@contextmanager
+def buffers_of_first(model: nn.Module, ranks: Ranks) -> Iterator[None]:
+    """Makes every rank compute with the buffers of rank 0 in the block. Communicates."""
+    buffers = list(model.buffers())
+    if ranks.world_size == 1 or not buffers:
+        yield
+        return
+    kept = [buffer.clone() for buffer in buffers]
+    _fill(buffers, ranks.broadcast_object([buffer.cpu() for buffer in buffers]))
+    try:
+        yield
+    finally:
+        _fill(buffers, kept)
+
+
+@torch.no_grad()
+def _fill(buffers: list[Tensor], values: list[Tensor]) -> None:
+    for buffer, value in zip(buffers, values, strict=True):
+        buffer.copy_(value)

@@ -31,6 +31,7 @@ from gbp_ray.pruning import scoring
 from gbp_ray.pruning.arguments import (
     Loss,
     as_in_a_job,
+    buffers_of_first,
     check_reached,
     check_same_replicas,
     check_whole,
@@ -46,6 +47,7 @@ from gbp_ray.pruning.checkpoint import shard_masks
 from gbp_ray.pruning.checks import warn_of_unusual_weights
 from gbp_ray.pruning.criteria import criterion as find_criterion
 from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.reconstruction import check_reconstruction, reconstruct
 from gbp_ray.pruning.removal.comparison import observe
 from gbp_ray.pruning.selection import (
     check_reachable,
@@ -69,7 +71,7 @@ from gbp_ray.pruning.whole_units import (
     passing,
     survey_units,
 )
-from gbp_ray.training.network import unused_on_all
+from gbp_ray.training.network import copy_frozen, unused_on_all
 from gbp_ray.workloads.batch import kind_of
 from gbp_ray.workloads.checks import Checked, blaming_batch, check_workload
 from gbp_ray.workloads.contract import Workload
@@ -116,6 +118,7 @@ def prune_model(
     exclude: Iterable[str] = (),
     include: Iterable[str] = (),
     masks: MaskSet | None = None,
+    reconstruct: str = "none",
     calibration_examples: int = 512,
     calibration_batch_size: int = 64,
     forward: Callable[[nn.Module, Any], Any] | None = None,
@@ -129,16 +132,17 @@ def prune_model(
 
     Whole units (channels, heads) go with all that is coupled to them; `gbp_ray.compact` then takes
     them out of the network. Training mode, gradients, buffers and `requires_grad` are as before.
-    Communicates where torch.distributed is initialised.
+    Kept weights are, too, unless `reconstruct` refits them. Communicates where torch.distributed is
+    initialised.
 
     Args:
         model: On any one device, also wrapped by DDP or `torch.compile`, or sharded by FSDP2 over
             all ranks; names are those of the network inside. Of a sharded one layers that no pass
-            reaches are not found and left out; name them in `exclude`. Whole units need it in one
-            piece.
+            reaches are not found and left out; name them in `exclude`. Whole units and
+            `reconstruct` need it in one piece.
         data: What a split of a `Workload` may be: `(inputs, targets)`, a map-style dataset, or a
             DataLoader, of which only dataset and collate function are used. Criteria that read no
-            data need none; whole units are found by an example.
+            data need none without `reconstruct`; whole units are found by an example.
         sparsity: Zero / prunable weights afterwards, in [0, 1); of whole units removed / all.
         target: In its place, for whole units: what stays, {"macs": 0.5}, or "parameters" or
             "bytes"; up to 1 a part of the dense network's, above a number. Never exceeded.
@@ -151,11 +155,15 @@ def prune_model(
         exclude: Name globs of parameters that are not pruned.
         include: Name globs of others that are, such as embeddings and recurrent weights.
         masks: From an earlier call: what is pruned stays so and counts towards the sparsity.
-        calibration_examples: How many examples the seed draws to score on.
+        reconstruct: "least_squares" then refits the kept weights of linear layers and convolutions
+            to the outputs that the network has when it is given, masks or not, on the calibration
+            examples; see `gbp-ray fields prune`. It reads no targets.
+        calibration_examples: How many examples the seed draws to score and refit on.
         num_threads: CPU threads, on which the order of additions depends; jobs take 1 by default.
-        fields: `layer_min_sparsity`, `layer_max_sparsity` and `hutchinson_probes` of a job; for
-            whole units `round_to`, `min_width`, `unit_score`, and `compact=False`, which allows
-            units that only masks can remove, as `gbp_ray.compact` would fail on them.
+        fields: `layer_min_sparsity`, `layer_max_sparsity` and `hutchinson_probes` of a job; of
+            `reconstruct` `reconstruct_damping` and `reconstruct_positions`; for whole units
+            `round_to`, `min_width`, `unit_score`, and `compact=False`, which allows units that only
+            masks can remove, as `gbp_ray.compact` would fail on them.
 
     Returns:
         The masks; `unpruned` names the weight matrices that were left alone, and why.
@@ -168,6 +176,7 @@ def prune_model(
             fields,
             sparsity=sparsity,
             target=target,
+            reconstruct=reconstruct,
             criterion=criterion,
             scope=scope,
             granularity=granularity,
@@ -177,18 +186,9 @@ def prune_model(
             calibration_batch_size=calibration_batch_size,
         )
         task = _prepare(model, data, config, seed, loss, forward, collate, count)
-        if task.structure is not None:
-            return _prune_units(task, task.structure, masks)
-        before = _checked_masks(masks, MaskSet.dense(task.units), config)
-        check_units(task.units, config)
-        if masks is not None:
-            before.apply_(task.model)
-            before = shard_masks(before, task.model)
-        scores = task.score(before.round + 1)
-        removal = select_masks(scores, before, config, config.sparsity, task.input_dims, task.ranks)
-        task.ranks.check_agreement(removal.masks.digest, "the mask")
-        removal.masks.apply_(task.model)
-        return replace(removal.masks, unpruned=task.unpruned)
+        prune = _prune_weights if task.structure is None else _prune_units
+        with buffers_of_first(task.model, task.ranks):
+            return replace(prune(task, masks), unpruned=task.unpruned)
 
 
 def score(
@@ -227,7 +227,8 @@ def score(
             calibration_batch_size=calibration_batch_size,
         )
         task = _prepare(model, data, config, seed, loss, forward, collate, count)
-        scores = task.score(1).gather(task.ranks)
+        with buffers_of_first(task.model, task.ranks):
+            scores = task.score(1).gather(task.ranks)
         return Scores(scores, criterion, task.units, task.unpruned)
 
 
@@ -299,9 +300,27 @@ def _refuse_units(function: str, granularity: object) -> None:
         )
 
 
-def _prune_units(task: _Task, structure: Structure, masks: MaskSet | None) -> MaskSet:
+def _prune_weights(task: _Task, masks: MaskSet | None) -> MaskSet:
+    """Chooses single weights and sets them to zero; see `prune_model`."""
+    config = task.config
+    before = _checked_masks(masks, MaskSet.dense(task.units), config)
+    check_units(task.units, config)
+    dense = task.copy_dense()
+    if masks is not None:
+        before.apply_(task.model)
+        before = shard_masks(before, task.model)
+    scores = task.score(before.round + 1)
+    removal = select_masks(scores, before, config, config.sparsity, task.input_dims, task.ranks)
+    task.ranks.check_agreement(removal.masks.digest, "the mask")
+    removal.masks.apply_(task.model)
+    task.refit(dense, removal.masks)
+    return removal.masks
+
+
+def _prune_units(task: _Task, masks: MaskSet | None) -> MaskSet:
     """Chooses whole units and sets them to zero; see `prune_model`."""
-    model, config, ranks = task.model, task.config, task.ranks
+    model, config, ranks, structure = task.model, task.config, task.ranks, task.structure
+    assert structure is not None
     kept_U: np.ndarray | None = None
     if masks is not None:
         before = _as_masks(masks).to(torch.device("cpu"))
@@ -310,6 +329,7 @@ def _prune_units(task: _Task, structure: Structure, masks: MaskSet | None) -> Ma
     if masks is None:
         before = whole.dense_masks(whole.kept_U)
     check_budget(structure, config, whole.kept_U)
+    dense = task.copy_dense()
     before.apply_(model)
     with keeping_gradients(model):
         scores_U = whole.score(
@@ -321,7 +341,9 @@ def _prune_units(task: _Task, structure: Structure, masks: MaskSet | None) -> Ma
     found = whole.dense_masks(choice.kept_U, before)
     ranks.check_agreement(found.digest, "the mask")
     found.apply_(model)
-    return replace(found.to(ranks.device), unpruned=task.unpruned)
+    found = found.to(ranks.device)
+    task.refit(dense, found)
+    return found
 
 
 def _as_masks(masks: object) -> MaskSet:
@@ -385,6 +407,29 @@ class _Task:
                 round_number=round_number,
             )
 
+    def copy_dense(self) -> nn.Module | None:
+        """Copies the network as it is given if weights are refitted to its outputs."""
+        return None if self.config.reconstruct == "none" else copy_frozen(self.model)
+
+    def refit(self, dense: nn.Module | None, masks: MaskSet) -> None:
+        """Refits kept weights to the outputs of `dense`, or puts its weights back. Communicates."""
+        if dense is None:
+            return
+        given = dict(dense.named_parameters())
+        try:
+            reconstruct(
+                *(self.model, dense, self.workload, self.config, self.ranks),
+                masks=masks,
+                kept_rows={},
+                dense_weights=given,
+                seed=self.seed,
+            )
+        except BaseException:
+            with torch.no_grad():
+                for name, parameter in self.model.named_parameters():
+                    parameter.copy_(given[name])
+            raise
+
 
 def _prepare(
     model: nn.Module,
@@ -404,12 +449,15 @@ def _prepare(
         )
     if config.unit_kinds:
         _check_fit_for_units(plain, data, config)
+    if is_refitted := config.reconstruct != "none":
+        _check_fit_for_refit(plain, data, config)
     ranks = Ranks.current(next(plain.parameters()).device)
     workload = make_workload(plain, data, *functions)
     start = fingerprints_of_network(plain, is_blank=False)
     checked: Checked | None = None
     unused: frozenset[str] = frozenset()
-    if rule.spec.needs_data or rule.of_network is not None:
+    is_scored_on_data = rule.spec.needs_data or rule.of_network is not None
+    if is_scored_on_data:
         if data is None:
             raise ConfigError(
                 f"data: criterion = {config.criterion} reads examples; give (inputs, targets), a "
@@ -419,13 +467,17 @@ def _prepare(
         if not is_sharded(plain):
             size = min(8, config.calibration_batch_size)
             checked = ranks.run_collectively(lambda: _check_data(workload, plain, size))
-        if ranks.world_size > 1:
-            start |= fingerprints_of_data(replace(workload, test=None))
+    elif is_refitted:
+        ranks.run_collectively(lambda: _check_passes(workload, plain))
+    if ranks.world_size > 1 and (is_scored_on_data or is_refitted):
+        start |= fingerprints_of_data(replace(workload, test=None))
     check_same_start(ranks, start)
     check_same_replicas(plain, ranks)
+    if is_refitted:
+        ranks.run_collectively(lambda: check_reconstruction(plain, workload, config))
     structure: Structure | None = None
     if config.unit_kinds:
-        if checked is None:
+        if checked is None and not is_refitted:
             ranks.run_collectively(lambda: _check_passes(workload, plain))
         structure = ranks.run_collectively(lambda: find_units(workload, plain, config))
         found = survey_units(structure, plain)
@@ -449,8 +501,18 @@ def _check_fit_for_units(model: nn.Module, data: Any, config: PruneConfig) -> No
         )
 
 
+def _check_fit_for_refit(model: nn.Module, data: Any, config: PruneConfig) -> None:
+    named = f"reconstruct = '{config.reconstruct}'"
+    check_whole_network(model, named)
+    if data is None:
+        raise ConfigError(
+            f"data: {named} refits weights on examples; give (inputs, targets), a dataset or a "
+            "DataLoader"
+        )
+
+
 def _check_passes(workload: Workload, model: nn.Module) -> None:
-    """Raises WorkloadError where examples do not suit a network whose criterion reads none."""
+    """Raises WorkloadError where examples do not suit a network that is not scored on them."""
     batch = few_of(workload, next(model.parameters()).device)
     with blaming_batch(batch):
         observe(model, passing(workload, batch))

@@ -22,8 +22,7 @@ Shape suffixes: U = units of the network.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -48,6 +47,7 @@ from gbp_ray.pruning import scoring
 from gbp_ray.pruning.arguments import (
     Loss,
     as_in_a_job,
+    buffers_of_first,
     check_reached,
     check_same_replicas,
     check_whole,
@@ -523,7 +523,7 @@ class Pruner:
     def _score_units(self, whole: WholeUnits, number: int, given: list[Batch]) -> np.ndarray:
         ranks = self._ranks
         check_same_replicas(self._model, ranks)
-        with keeping_gradients(self._model), _buffers_of_first(self._model, ranks):
+        with keeping_gradients(self._model), buffers_of_first(self._model, ranks):
             return whole.score(
                 *(self._model, self._workload, ranks, self._seed, number, self._movement or None),
                 batches=given or None,
@@ -532,7 +532,7 @@ class Pruner:
     def _score(self, number: int, given: list[Batch]) -> SlicedScores:
         ranks = self._ranks
         check_same_replicas(self._model, ranks)
-        with keeping_gradients(self._model), _buffers_of_first(self._model, ranks):
+        with keeping_gradients(self._model), buffers_of_first(self._model, ranks):
             return scoring.score(
                 self._model,
                 self._units,
@@ -553,24 +553,3 @@ def _list_rounds(start: int, end: int, every: int) -> dict[int, int]:
     check_whole("end", end, start + 1, " (above start)")
     number = math.ceil((end - start) / every)
     return {min(start + k * every, end): k for k in range(1, number + 1)}
-
-
-@contextmanager
-def _buffers_of_first(model: nn.Module, ranks: Ranks) -> Iterator[None]:
-    """Makes every rank compute with the buffers of rank 0 in the block. Communicates."""
-    buffers = list(model.buffers())
-    if ranks.world_size == 1 or not buffers:
-        yield
-        return
-    kept = [buffer.clone() for buffer in buffers]
-    _fill(buffers, ranks.broadcast_object([buffer.cpu() for buffer in buffers]))
-    try:
-        yield
-    finally:
-        _fill(buffers, kept)
-
-
-@torch.no_grad()
-def _fill(buffers: list[Tensor], values: list[Tensor]) -> None:
-    for buffer, value in zip(buffers, values, strict=True):
-        buffer.copy_(value)

@@ -20,6 +20,7 @@ from pruner_program import (
     optimizer_of,
     pruner_of,
     pruner_program,
+    refitted_at_once,
     strayed_buffers,
     train,
     train_units,
@@ -95,6 +96,10 @@ def test_all_ranks_score_with_the_buffers_of_the_first(two: list[dict[str, Any]]
 def test_pruning_at_once_is_the_same_on_two_ranks_and_in_shards(two: list[dict[str, Any]]) -> None:
     wanted = at_once(Ranks())
     assert [report["at once"] for report in two] == [[wanted, wanted]] * 2
+
+
+def test_weights_refitted_at_once_are_those_of_one_process(two: list[dict[str, Any]]) -> None:
+    assert [report["refitted at once"] for report in two] == [refitted_at_once(Ranks())] * 2
 
 
 def test_units_pruned_at_once_are_the_same_on_two_ranks(two: list[dict[str, Any]]) -> None:

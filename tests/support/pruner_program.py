@@ -167,6 +167,17 @@ def at_once(ranks: Ranks, kind: str = "alone", criterion: str = "taylor") -> str
     return masks.digest
 
 
+def refitted_at_once(ranks: Ranks, kind: str = "alone") -> str:
+    """Refits where each rank has another buffer; returns a digest of the weights."""
+    model = built(Net)
+    wrapped = DistributedDataParallel(model) if kind == "ddp" else model
+    model.shift.fill_(float(ranks.rank))
+    fields = {"criterion": "magnitude", "reconstruct": "least_squares"}
+    gbp_ray.prune_model(wrapped, DATA, sparsity=0.6, calibration_batch_size=7, **fields)
+    assert model.shift == ranks.rank
+    return digest({n: p.detach() for n, p in model.named_parameters()})
+
+
 def units_at_once(ranks: Ranks) -> tuple[Any, ...]:
     """Prunes units of a network in memory and takes them out, with the same data everywhere."""
     model = built(UnitNet)
@@ -218,6 +229,7 @@ def pruner_program(ranks: Ranks) -> dict[str, Any]:
         found["units", case] = train_units(case, "ddp", ranks.rank)
     found["buffers"] = strayed_buffers(ranks.rank)
     found["at once"] = [at_once(ranks, kind) for kind in ("alone", "fsdp")]
+    found["refitted at once"] = refitted_at_once(ranks, "ddp")
     found["units at once"] = units_at_once(ranks)
     found["refused"] = refusals(ranks)
     return found
