@@ -28,8 +28,9 @@ names = st.text(min_size=1, max_size=6).filter(lambda name: name != "__metadata_
 @st.composite
 def bool_tensors(draw_from: st.DrawFn, shape: tuple[int, ...]) -> Tensor:
     size = math.prod(shape)
-    bits = draw_from(st.lists(st.booleans(), min_size=size, max_size=size))
-    return torch.tensor(bits, dtype=torch.bool).reshape(shape)
+    # Drawn as bytes, since a list of booleans is drawn one by one.
+    data = draw_from(st.binary(min_size=size, max_size=size))
+    return torch.tensor([byte % 2 for byte in data], dtype=torch.bool).reshape(shape)
 
 
 @st.composite

@@ -60,8 +60,8 @@ def run(job: JobConfig) -> list[tuple[Any, dict[str, bytes]]]:
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_a_resumed_trial_ends_as_an_uninterrupted_one(name: str) -> None:
     whole = rounds_of(name, Ranks())
-    for number, report in enumerate(whole):
-        assert report["record"]["round"] == number
+    assert [report["record"]["round"] for report in whole] == list(range(len(whole)))
+    for number in range(len(whole) - 1):
         rest = rounds_of(name, Ranks(), resume=checkpoint_of(whole, number))
         assert len(rest) == len(whole) - number - 1
         for expected, found in zip(whole[number + 1 :], rest, strict=True):
@@ -69,6 +69,11 @@ def test_a_resumed_trial_ends_as_an_uninterrupted_one(name: str) -> None:
                 assert found[key] == expected[key]
             for file in ("weights.safetensors", "masks.safetensors"):
                 assert found["files"][file] == expected["files"][file], f"{file} after {number}"
+
+
+def test_nothing_follows_the_last_round() -> None:
+    whole = rounds_of("plain", Ranks())
+    assert rounds_of("plain", Ranks(), resume=checkpoint_of(whole, len(whole) - 1)) == []
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "movement"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import pytest
@@ -28,20 +30,29 @@ LAYER_SHAPES = {
 INPUT_DIMS = {name: axis for name, (_, axis) in LAYER_SHAPES.items()}
 
 
+@cache
+def places_of(name: str, m: int) -> list[list[int]]:
+    """Cuts a layer into groups of m consecutive inputs, one index at a time; gives flat indices."""
+    shape, axis = LAYER_SHAPES[name]
+    flat = torch.arange(math.prod(shape)).view(shape)
+    groups = []
+    others = [range(size) for i, size in enumerate(shape) if i != axis]
+    for place in itertools.product(*others):
+        for start in range(0, shape[axis], m):
+            group = []
+            for i in range(start, start + m):
+                index = list(place)
+                index.insert(axis, i)
+                group.append(int(flat[tuple(index)]))
+            groups.append(group)
+    return groups
+
+
 def groups_of(tensors: Mapping[str, Tensor], m: int) -> list[list[Any]]:
-    """Cuts each layer into groups of m consecutive inputs, one index at a time."""
     groups = []
     for name, tensor in tensors.items():
-        axis = INPUT_DIMS[name]
-        others = [range(size) for i, size in enumerate(tensor.shape) if i != axis]
-        for place in itertools.product(*others):
-            for start in range(0, tensor.shape[axis], m):
-                group = []
-                for i in range(start, start + m):
-                    index = list(place)
-                    index.insert(axis, i)
-                    group.append(tensor[tuple(index)].item())
-                groups.append(group)
+        values = tensor.flatten().tolist()
+        groups += [[values[place] for place in group] for group in places_of(name, m)]
     return groups
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import tracemalloc
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -201,6 +202,7 @@ def test_a_decision_among_ranks_removes_the_first_of_a_stable_sort(
 NUM_MANY = 300_000  # enough for the bracket, with the strides and the limits of real use
 
 
+@cache
 def misleading_scores() -> dict[str, np.ndarray]:
     random = np.random.default_rng(1)
     ordinary = random.standard_normal(NUM_MANY).astype(np.float32)

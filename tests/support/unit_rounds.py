@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -101,7 +102,12 @@ def case_of(name: str, strategy: str = "replicated", **prune: Any) -> tuple[JobC
 
 
 def rounds_of(
-    name: str, ranks: Ranks, strategy: str = "replicated", resume: Checkpoint | None = None
+    name: str,
+    ranks: Ranks,
+    strategy: str = "replicated",
+    resume: Checkpoint | None = None,
+    *,
+    with_model: bool = False,
 ) -> list[dict[str, Any]]:
     """Runs a case; reports of each round what has to be the same everywhere, and its files."""
     job, workload = case_of(name, strategy)
@@ -123,6 +129,8 @@ def rounds_of(
                 "stored": files["weights.safetensors"],
                 "masks": files["masks.safetensors"],
                 "files": files,
+                "cost": cost,
+                "model": copy.deepcopy(state.model) if with_model else None,
             }
         )
     return found
