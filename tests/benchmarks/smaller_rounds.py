@@ -3,7 +3,8 @@
 Dense and compacted network train the same batches in turn, so that the noise of the machine hits
 both. Prints the median and the range of the ratio of processor seconds.
 
-    python tests/benchmarks/smaller_rounds.py [--depth 20] [--macs 0.5] [--pairs 5] [--steps 8]
+    python tests/benchmarks/smaller_rounds.py [--depth 20] [--macs 0.5] [--round-to 8]
+        [--pairs 5] [--steps 8]
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--macs", type=float, default=0.5)
+    parser.add_argument("--round-to", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8)
     chosen = parser.parse_args()
@@ -50,6 +52,7 @@ def main() -> None:
         (inputs, labels),
         granularity="channel",
         target={"macs": chosen.macs},
+        round_to=chosen.round_to,
         criterion="taylor_squared",
         calibration_examples=64,
     )
