@@ -63,8 +63,8 @@ def rows_of(layer: PatchLayer, inputs: Tensor, most: int = 0, seed: int = 0) -> 
 
     Args:
         inputs: Of the layer, (B, ...) as it takes them.
-        most: Positions of each example that are taken, drawn without replacement for each example;
-            0 takes all.
+        most: Positions that are taken, the same of all examples, drawn without replacement; 0 takes
+            all.
         seed: Of that draw: equal seeds take equal positions of inputs with as many positions.
 
     Returns:
@@ -72,13 +72,11 @@ def rows_of(layer: PatchLayer, inputs: Tensor, most: int = 0, seed: int = 0) -> 
         weight[rows of group k].flatten(1).T` are the outputs without bias.
     """
     if isinstance(layer, nn.Linear):
-        patches = inputs.reshape(len(inputs), -1, 1, inputs.shape[-1])
-        num_positions = patches.shape[1]
-        chosen = _draw(len(inputs), num_positions, most, seed, inputs.device)
+        tokens = inputs.reshape(len(inputs), -1, inputs.shape[-1])
+        chosen = _draw(tokens.shape[1], most, seed, inputs.device)
         if chosen is not None:
-            examples = torch.arange(len(inputs), device=inputs.device)[:, None]
-            patches = patches[examples, chosen]
-        return patches.reshape(-1, 1, inputs.shape[-1])
+            tokens = tokens[:, chosen]
+        return tokens.reshape(-1, 1, inputs.shape[-1])
     num_axes = layer.weight.ndim - 2
     if inputs.ndim == num_axes + 1:
         inputs = inputs[None]
@@ -99,24 +97,19 @@ def rows_of(layer: PatchLayer, inputs: Tensor, most: int = 0, seed: int = 0) -> 
             *(steps[2 + axis] * dilation[axis] for axis in range(num_axes)),
         ),
     )
-    chosen = _draw(len(inputs), math.prod(lengths), most, seed, inputs.device)
+    chosen = _draw(math.prod(lengths), most, seed, inputs.device)
     if chosen is not None:
-        places = torch.unravel_index(chosen, lengths)
-        examples = torch.arange(len(inputs), device=inputs.device)[:, None]
-        patches = patches[(examples, *places)]
+        patches = patches[(slice(None), *torch.unravel_index(chosen, lengths))]
     groups = layer.groups
     return patches.reshape(-1, groups, padded.shape[1] // groups * math.prod(kernel))
 
 
-def _draw(
-    num_examples: int, num_positions: int, most: int, seed: int, device: torch.device
-) -> Tensor | None:
-    """Draws positions (B, most), ascending; None takes all."""
+def _draw(num_positions: int, most: int, seed: int, device: torch.device) -> Tensor | None:
+    """Draws positions, ascending; None takes all."""
     if not 0 < most < num_positions:
         return None
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.rand(num_examples, num_positions, generator=generator).argsort(dim=1)[:, :most]
-    return drawn.sort(dim=1).values.to(device)
+    return torch.randperm(num_positions, generator=generator)[:most].sort().values.to(device)
 
 
 def _pad(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> Tensor:
