@@ -164,7 +164,7 @@ class PruneConfig(Section):
     reconstruct_damping: Annotated[float, _NO_REFIT] = Field(0.01, ge=0.0, le=1e6)
     """Strength of the pull towards the dense weights, relative to the mean square of the inputs."""
     reconstruct_positions: Annotated[int, _NO_REFIT] = Field(16, ge=0, le=MOST_EXAMPLES)
-    """Positions of a convolution's outputs, or tokens, that it is refitted on, drawn by the seed for
+    """Positions of a convolution's outputs, or tokens, that are refitted on, drawn by the seed for
     each batch; 0 takes all."""
     rewind: Annotated[Literal["none", "weights", "learning_rate"], _NO_RATE] = "none"
     """After each prune: "weights" puts kept weights back to their dense values, "learning_rate"
