@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,8 @@ def rows_of(layer: PatchLayer, inputs: Tensor, most: int = 0, seed: int = 0) -> 
     )
     chosen = _draw(math.prod(lengths), most, seed, inputs.device)
     if chosen is not None:
-        patches = patches[(slice(None), *torch.unravel_index(chosen, lengths))]
+        places: Any = (slice(None), *torch.unravel_index(chosen, lengths))
+        patches = patches[places]
     groups = layer.groups
     return patches.reshape(-1, groups, padded.shape[1] // groups * math.prod(kernel))
 
