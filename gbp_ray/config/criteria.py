@@ -8,6 +8,10 @@ H Hessian, sum_b over batches, n_b items in batch b, n in all, z random signs. A
 example, or what else the loss is a mean over (`metrics`); example i counts as n_i. Of a whole unit,
 d is the gradient in its gate, a factor of 1 on all that reads the unit: the sum of w g over the
 weights that read it.
+
+Of a linear layer or a convolution: x is one of the r rows of its inputs (an example, a token, or
+the patch that one position of its output sees), y = W x, e the gradient in y of the sum of the
+items' losses; w multiplies x_j and adds to y_i.
 """
 
 from __future__ import annotations
@@ -17,10 +21,11 @@ from typing import Literal
 
 __all__ = ["BASELINES", "CRITERIA", "CriterionSpec", "describe_criterion"]
 
-Reads = Literal["nothing", "weights", "gradients", "passes", "history"]
-"""The source of scores. Gradients of each batch, taken weight by weight, are the cheapest, and the
-only one besides weights that never needs a sharded network whole. Passes are forward and backward
-passes of the criterion's own. History is gathered during fine-tuning."""
+Reads = Literal["nothing", "weights", "gradients", "activations", "passes", "history"]
+"""The source of scores. Gradients of each batch, taken weight by weight, and weights never need a
+sharded network whole. Activations are what goes into linear layers and convolutions, whose weights
+alone have a score then. Passes are forward and backward passes of the criterion's own. History is
+gathered during fine-tuning."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,17 @@ class CriterionSpec:
         return self.reads == "history"
 
     @property
+    def scores_layers(self) -> bool:
+        """Returns whether only weights of linear layers and convolutions have scores."""
+        return self.reads == "activations"
+
+    @property
     def feeds_ones(self) -> bool:
         """Returns whether its passes take an input of ones instead of data."""
         return self.reads == "passes" and not self.needs_data
 
 
+_OF_ROWS = ("reconstruct_damping", "reconstruct_positions")
 _TAYLOR = "|w * (1/n) sum_b n_b g_b|"
 _TAYLOR_GATE = "|(1/n) sum_b n_b d_b|"
 
@@ -136,6 +147,37 @@ CRITERIA: dict[str, CriterionSpec] = {
             *("nothing; no data is read", "1 example"),
             "Tanaka et al. 2020 (2006.05467), eq. 4 and algorithm 1; biases taken as zero",
             reads="passes",
+        ),
+        CriterionSpec(
+            *("wanda", "|w| * sqrt((1/r) sum x_j^2)"),
+            *("squares of the inputs of layers, over all rows", "1/3, no backward pass"),
+            "Sun et al. 2023 (2306.11695), eq. 1, with the mean over rows for their sum",
+            reads="activations",
+            num_passes=1,
+        ),
+        CriterionSpec(
+            *(
+                "obs",
+                "w^2 / (2 [H^-1]_jj sum |y|^2), H = sum x x', damped, of the inputs kept for y_i",
+            ),
+            *("products of the inputs of layers", "1/2, no backward pass, and an inverse for each"),
+            "Hassibi and Stork 1993 (NIPS 5); by layer Frantar et al. 2022 (2208.11580), sec. 4; "
+            "here relative to the layer's outputs, so that layers compete",
+            reads="activations",
+            num_passes=1,
+            options=_OF_ROWS,
+        ),
+        CriterionSpec(
+            *(
+                "kfac",
+                "w^2 / (2 [A^-1]_jj [B^-1]_ii), A = (1/r) sum x x', B = (1/n) sum e e', damped",
+            ),
+            *("products of the inputs of layers, and of gradients in outputs", "1.5"),
+            "Martens and Grosse 2015 (1503.05671), convolutions: Grosse and Martens 2016 "
+            "(1602.01581); for pruning Wang et al. 2019 (1905.05934)",
+            reads="activations",
+            num_passes=1,
+            options=_OF_ROWS,
         ),
         CriterionSpec(
             *("movement", "-sum_t w_t g_t over fine-tuning steps t since the last prune"),

@@ -34,7 +34,10 @@ _NO_DATA = Idle(
     lambda prune: not prune.spec.needs_data and prune.reconstruct == "none",
 )
 _REFIT = Idle("reconstruct = {reconstruct}", lambda prune: prune.reconstruct != "none")
-_NO_REFIT = Idle("reconstruct = none", lambda prune: prune.reconstruct == "none")
+_NO_REFIT = Idle(
+    "reconstruct = none",
+    lambda prune: prune.reconstruct == "none" and "reconstruct_damping" not in prune.spec.options,
+)
 _ONE_ROUND = Idle("rounds = 1", lambda prune: prune.rounds == 1)
 _ONE_SHOT = Idle("schedule = one_shot", lambda prune: prune.schedule == "one_shot")
 _NO_PROBES = Idle(
@@ -163,10 +166,11 @@ class PruneConfig(Section):
     convolution, from input to output, to the dense network's outputs on the calibration examples.
     It reads no labels, and needs no fine-tuning after it."""
     reconstruct_damping: Annotated[float, _NO_REFIT] = Field(0.01, ge=0.0, le=1e6)
-    """Strength of the pull towards the dense weights, relative to the mean square of the inputs."""
+    """Strength of the pull towards the dense weights, relative to the mean square of the inputs;
+    of criteria that invert moments of a layer, what is added to their diagonals, relative to it."""
     reconstruct_positions: Annotated[int, _NO_REFIT] = Field(16, ge=0, le=MOST_EXAMPLES)
-    """Positions of a convolution's outputs, or tokens, that are refitted on, drawn by the seed for
-    each batch; 0 takes all."""
+    """Positions of a convolution's outputs, or tokens, that are refitted on, and that obs and kfac
+    take products of inputs at, drawn by the seed for each batch; 0 takes all."""
     rewind: Annotated[Literal["none", "weights", "learning_rate"], _NO_RATE] = "none"
     """After each prune: "weights" puts kept weights back to their dense values, "learning_rate"
     starts the schedule anew, "none" runs one schedule through all rounds."""

@@ -1,8 +1,9 @@
 """The functions of every criterion: the statistic summed over the calibration data, the finish.
 
 A criterion is an additive statistic plus a finish. A batch adds either a function of its
-gradients, weight by weight, or one flat vector from a pass of the criterion's own. `scoring` makes
-sums of batches and scores of sums; `config.criteria` describes the criteria in words.
+gradients, weight by weight, or one flat vector from a pass of the criterion's own, or moments of
+what goes into the layers. `scoring` makes sums of batches and scores of sums; `config.criteria`
+describes the criteria in words.
 
 Shape suffixes: N = prunable weights of the model in the order of the global flat index, L = weights
 of one slice.
@@ -25,6 +26,7 @@ from gbp_ray.config.schema import nearest_name
 from gbp_ray.distributed.ranks import checksum
 from gbp_ray.distributed.sums import Fold
 from gbp_ray.errors import ConfigError, GbpError, PruneError, in_one_line
+from gbp_ray.pruning.moments import LayerRule, kronecker_pivots, mean_squares, relative_pivots
 from gbp_ray.pruning.statistics import (
     BatchStatistic,
     Probe,
@@ -79,6 +81,7 @@ class Criterion:
         of_gradients: The statistic of a batch, from its gradients weight by weight.
         passes: Otherwise one statistic for each pass over the calibration data.
         of_network: Otherwise a statistic of the network by itself.
+        layers: Otherwise a statistic made of sums over the rows of each layer's inputs.
         gate: How whole units are scored by their gates; None sums the scores of their weights.
         power: Of the scores of a unit's weights, before they are summed; its root is taken after.
     """
@@ -88,6 +91,7 @@ class Criterion:
     of_gradients: Fold | None = None
     passes: tuple[BatchStatistic, ...] = ()
     of_network: NetworkStatistic | None = None
+    layers: LayerRule | None = None
     gate: GateRule | None = None
     power: int = 1
 
@@ -194,8 +198,16 @@ def _guard(rule: Criterion, name: str) -> Criterion:
     spec = replace(
         rule.spec,
         name=name,
-        reads="gradients" if rule.of_gradients else "passes" if has_passes else "weights",
-        num_passes=1 if rule.of_gradients else len(rule.passes),
+        reads=(
+            "gradients"
+            if rule.of_gradients
+            else "activations"
+            if rule.layers
+            else "passes"
+            if has_passes
+            else "weights"
+        ),
+        num_passes=1 if rule.of_gradients or rule.layers else len(rule.passes),
     )
     return replace(
         rule,
@@ -299,6 +311,21 @@ CRITERIA: dict[str, Criterion] = {
             passes=(summed_gradient, hessian_gradient),
         ),
         Criterion(SPECS["synflow"], of_network=synaptic_flow),
+        Criterion(
+            SPECS["wanda"],
+            lambda weights_L, statistic_L, total: weights_L.abs() * statistic_L.sqrt(),
+            layers=LayerRule(("squares",), mean_squares),
+        ),
+        Criterion(
+            SPECS["obs"],
+            lambda weights_L, statistic_L, total: weights_L.square() * statistic_L / 2,
+            layers=LayerRule(("inputs",), relative_pivots),
+        ),
+        Criterion(
+            SPECS["kfac"],
+            lambda weights_L, statistic_L, total: weights_L.square() * statistic_L / (2 * total),
+            layers=LayerRule(("inputs", "gradients"), kronecker_pivots),
+        ),
         Criterion(SPECS["movement"]),
     )
 }

@@ -2,9 +2,9 @@
 
 A criterion is an additive statistic plus a finish. What a calibration batch adds is either a
 function of its gradients, weight by weight, which is summed as they arrive (`GradientReducer`), or
-it takes passes of its own and comes as one flat vector (`OrderedSum`). Either way the batches are
-added in batch order over all ranks, and only then comes anything non-linear. Models are scored in
-eval mode and left as they were found.
+it takes passes of its own and comes as one flat vector (`OrderedSum`), of weights or of the moments
+of layers (`LayerMoments`). Either way the batches are added in batch order over all ranks, and only
+then comes anything non-linear. Models are scored in eval mode and left as they were found.
 
 Sums are float64; what one batch adds has the weights' precision. Scores are float32.
 
@@ -22,7 +22,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, reduce
-from typing import Protocol
+from itertools import pairwise
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,8 @@ from gbp_ray.distributed.sums import GradientReducer, OrderedSum
 from gbp_ray.errors import PruneError
 from gbp_ray.pruning.calibration import Calibration, Given, scoring_mode, take_calibration
 from gbp_ray.pruning.criteria import Criterion, criterion
-from gbp_ray.pruning.statistics import Probe
+from gbp_ray.pruning.moments import LayerMoments, LayerRule
+from gbp_ray.pruning.statistics import BatchStatistic, Probe
 from gbp_ray.pruning.units import Layout, Prunable, SlicedScores
 from gbp_ray.training.non_finite import why_not_finite
 from gbp_ray.training.progress import OnProgress, Progress, ignore_progress
@@ -248,8 +250,7 @@ class _Scorer:
                 vector_N = self.ranks.run_collectively(
                     lambda: of_network(plain, units, self.workload)
                 )
-            start, stop = self.layout.bounds[self.ranks.rank : self.ranks.rank + 2]
-            return self.layout.split_own(self.layout.by_owner(vector_N)[start:stop]), 1
+            return self._take_own(vector_N), 1
         if not self.rule.spec.needs_data:
             return {own.name: torch.zeros(()) for own in self.layout.own}, 1
         calibration = take_calibration(self.workload, self.config, self.seed, self.ranks, batches)
@@ -262,6 +263,8 @@ class _Scorer:
         if self.rule.of_gradients is not None:
             return self._sum_gradients(calibration, keep)
         with unsharded(self.model) as plain:
+            if self.rule.layers is not None:
+                return self._sum_moments(self.rule.layers, plain, calibration, keep)
             return self._sum_passes(plain, calibration, keep)
 
     def finish(self, statistic: Mapping[str, Tensor], total: float) -> SlicedScores:
@@ -362,48 +365,100 @@ class _Scorer:
     def _sum_passes(
         self, model: nn.Module, calibration: Calibration | Given, keep: _Keep | None
     ) -> Mapping[str, Tensor]:
-        ranks, layout, units = self.ranks, self.layout, self._units_of(model)
-        batches = calibration.batches
-        turns = -(-len(batches) // ranks.world_size)
+        layout, units = self.layout, self._units_of(model)
         wire_dtype = reduce(torch.promote_types, (unit.parameter.dtype for unit in units))
         previous_N: Tensor | None = None
         sums: OrderedSum | None = None
+
+        def by_owner(statistic: BatchStatistic, probe: Probe, inputs: Any, targets: Any) -> Tensor:
+            if probe.num_items > 0:
+                return layout.by_owner(statistic(probe, inputs, targets))
+            return torch.zeros(layout.num_weights, dtype=wire_dtype, device=self.ranks.device)
+
         for number, statistic in enumerate(self.rule.passes):
             if sums is not None:
                 # The next pass may need the sum as a direction, all of it on every rank.
                 previous_N = layout.by_layer(sums.result())
             sums = OrderedSum(
-                ranks, layout.num_weights, len(batches), torch.float64, wire_dtype, layout.bounds
+                *(self.ranks, layout.num_weights, len(calibration.batches)),
+                *(torch.float64, wire_dtype, layout.bounds),
             )
-            for turn, item in enumerate(ranks.deal(len(batches))):
-                vector_N: Tensor | None = None
-                if item is not None:
-                    probe = Probe(
-                        *(model, units, self.workload, self.config),
-                        *(self.seed, item, previous_N),
-                        partial(calibration.single, item, ranks.device),
-                        len(batches[item]),
-                        calibration.counts_in(item),
-                    )
-                    with (
-                        sums.attempt(),
-                        calibration.batch(model, item, ranks.device) as examples,
-                        isolated(model, derive_seed(calibration.draws(item), number)),
-                    ):
-                        if calibration.items[item] > 0:
-                            vector_N = statistic(probe, *examples)
-                        else:
-                            vector_N = torch.zeros(
-                                layout.num_weights, dtype=wire_dtype, device=ranks.device
-                            )
-                        vector_N = layout.by_owner(vector_N)
-                sums.add(vector_N)
-                if keep is not None:
-                    keep(turn + 1, partial(self._split_sum, sums))
-                done = number * turns + turn + 1
-                self.on_progress(Progress("score", done, len(self.rule.passes) * turns))
+            pass_batch = partial(by_owner, statistic)
+            self._add_batches(
+                *(sums, pass_batch, layout.split_own, model, units, calibration, keep),
+                *(number, previous_N),
+            )
         assert sums is not None
         return layout.split_own(sums.owned())
 
-    def _split_sum(self, sums: OrderedSum) -> Mapping[str, Tensor]:
-        return self.layout.split_own(sums.so_far())
+    def _sum_moments(
+        self,
+        rule: LayerRule,
+        model: nn.Module,
+        calibration: Calibration | Given,
+        keep: _Keep | None,
+    ) -> Mapping[str, Tensor]:
+        ranks, units = self.ranks, self._units_of(model)
+        moments = LayerMoments(rule, model, units, self.config)
+        cuts = moments.deal(ranks.world_size)
+        sizes = [
+            sum(unit.parameter.numel() for unit in units[start:stop])
+            for start, stop in pairwise(cuts)
+        ]
+        sums = OrderedSum(
+            *(ranks, moments.size, len(calibration.batches), torch.float64, moments.dtype),
+            [moments.starts[cut] for cut in cuts],
+        )
+
+        def spread(sums_S: Tensor) -> Mapping[str, Tensor]:
+            found = ranks.run_collectively(lambda: moments.spread(sums_S, cuts[ranks.rank]))
+            return self._take_own(torch.cat(ranks.all_gather_vectors(found, sizes)))
+
+        self._add_batches(sums, moments.of_batch, spread, model, units, calibration, keep)
+        return spread(sums.owned())
+
+    def _add_batches(
+        self,
+        sums: OrderedSum,
+        statistic: BatchStatistic,
+        split: Callable[[Tensor], Mapping[str, Tensor]],
+        model: nn.Module,
+        units: list[Prunable],
+        calibration: Calibration | Given,
+        keep: _Keep | None,
+        number: int = 0,
+        previous_N: Tensor | None = None,
+    ) -> None:
+        """Adds up what all batches add in one pass, of this number, over the calibration data.
+
+        Args:
+            split: Makes slices by layer of this rank's part of the sum.
+        """
+        ranks, batches = self.ranks, calibration.batches
+        turns = -(-len(batches) // ranks.world_size)
+        total = turns * max(1, len(self.rule.passes))
+        for turn, item in enumerate(ranks.deal(len(batches))):
+            vector: Tensor | None = None
+            if item is not None:
+                probe = Probe(
+                    *(model, units, self.workload, self.config),
+                    *(self.seed, item, previous_N),
+                    partial(calibration.single, item, ranks.device),
+                    len(batches[item]),
+                    calibration.counts_in(item),
+                )
+                with (
+                    sums.attempt(),
+                    calibration.batch(model, item, ranks.device) as examples,
+                    isolated(model, derive_seed(calibration.draws(item), number)),
+                ):
+                    vector = statistic(probe, *examples)
+            sums.add(vector)
+            if keep is not None:
+                keep(turn + 1, lambda: split(sums.so_far()))
+            self.on_progress(Progress("score", number * turns + turn + 1, total))
+
+    def _take_own(self, vector_N: Tensor) -> Mapping[str, Tensor]:
+        """Returns this rank's slices, (L,) by layer, of a vector that all have."""
+        start, stop = self.layout.bounds[self.ranks.rank : self.ranks.rank + 2]
+        return self.layout.split_own(self.layout.by_owner(vector_N)[start:stop])

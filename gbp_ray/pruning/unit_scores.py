@@ -67,8 +67,9 @@ def score_units(
     Criteria with a gate (`CriterionSpec.gate`) take it, under `prune.unit_score = "gate"`. `random`
     draws once for each kept unit. Of the others the scores of all weights in a unit's slices are
     summed, each weight once: of `magnitude` their squares, and the root is taken (the L2 norm); of
-    `movement` those of the weights that it was gathered for; of a user's own criterion those of
-    matrices. Buffers and weights that lie in a pruned unit, too, add nothing.
+    `movement` those of the weights that it was gathered for; of criteria that read activations, and
+    of a user's own, those of matrices. Buffers and weights that lie in a pruned unit, too, add
+    nothing.
 
     Args:
         structure: Of this very model: of a compacted one it has the units that are left.
@@ -318,8 +319,9 @@ def _find_scored(
     found = []
     for name, parameter in model.named_parameters():
         is_known = movement is None or not config.spec.needs_history or name in movement
-        # A function of a user's own may return what `prunable_parameters` lists, and no more.
-        is_asked = ":" not in config.criterion or parameter.ndim > 1
+        # A function of a user's own may return what `prunable_parameters` lists, and no more; and
+        # biases and norms have no inputs.
+        is_asked = parameter.ndim > 1 or not (":" in config.criterion or config.spec.scores_layers)
         if name in inside and parameter.numel() and is_known and is_asked:
             found.append(Prunable(name, parameter, None))
     names = {unit.name for unit in found}

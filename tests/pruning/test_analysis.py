@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracles import LAYER_CRITERIA
 from small_networks import ConvNet, built, images, job_config, prune_config, scores_of
 
 from gbp_ray.cli.stability import _answer
@@ -21,7 +22,8 @@ SIZES = (8, 12, 16, 32, 46)
 
 
 @pytest.mark.parametrize(
-    "criterion", ["taylor", "taylor_squared", "fisher", "obd", "grasp", "magnitude", "random"]
+    "criterion",
+    ["taylor", "taylor_squared", "fisher", "obd", "grasp", "magnitude", "random", *LAYER_CRITERIA],
 )
 def test_scores_of_each_size_are_those_of_a_pass_of_its_own(criterion: str) -> None:
     model, workload = built(lambda: ConvNet(dropout=0.0)), images()

@@ -12,6 +12,7 @@ from any_networks import KINDS, NUM_WORDS, Reader, any_program, language_model, 
 from oracles import (
     DATA_FREE_CRITERIA,
     GRADIENT_CRITERIA,
+    LAYER_CRITERIA,
     NUM_EXAMPLES,
     assert_scores,
     config_of,
@@ -173,7 +174,7 @@ def test_scores_of_dicts_are_those_of_their_labels_whatever_the_padding(name: st
     assert_scores(scores, expected_N, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*GRADIENT_CRITERIA, *DATA_FREE_CRITERIA])
+@pytest.mark.parametrize("name", [*GRADIENT_CRITERIA, *LAYER_CRITERIA, *DATA_FREE_CRITERIA])
 def test_a_dict_is_scored_as_the_pair_with_the_same_tensors(name: str) -> None:
     pairs = uneven("positions", NUM_EXAMPLES)
 

@@ -8,6 +8,7 @@ import torch
 from oracles import (
     DATA_FREE_CRITERIA,
     GRADIENT_CRITERIA,
+    LAYER_CRITERIA,
     NUM_EXAMPLES,
     assert_scores,
     config_of,
@@ -48,7 +49,7 @@ from gbp_ray.workloads.losses import count_items
 # -- the frame -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*GRADIENT_CRITERIA, *DATA_FREE_CRITERIA])
+@pytest.mark.parametrize("name", [*GRADIENT_CRITERIA, *LAYER_CRITERIA, *DATA_FREE_CRITERIA])
 def test_scores_are_float32_and_shaped_and_named_like_the_weights(name: str) -> None:
     model = in_float64(TanhNet)
     scores = scores_of(model, tiny(), config_of(name))
@@ -58,7 +59,7 @@ def test_scores_are_float32_and_shaped_and_named_like_the_weights(name: str) -> 
     }
 
 
-@pytest.mark.parametrize("name", [*GRADIENT_CRITERIA, *DATA_FREE_CRITERIA])
+@pytest.mark.parametrize("name", [*GRADIENT_CRITERIA, *LAYER_CRITERIA, *DATA_FREE_CRITERIA])
 def test_excluded_parameters_get_no_score(name: str) -> None:
     model = in_float64(TanhNet)
     assert list(scores_of(model, tiny(), config_of(name, exclude=("0.*",)))) == ["2.weight"]
@@ -371,7 +372,7 @@ def test_without_curvature_second_order_scores_are_zero(name: str) -> None:
     assert not flat(scores_of(model, linear, config_of(name))).any()
 
 
-@pytest.mark.parametrize("name", ["taylor", "snip", "fisher", "grasp"])
+@pytest.mark.parametrize("name", ["taylor", "snip", "fisher", "grasp", *LAYER_CRITERIA])
 def test_the_cut_into_batches_does_not_matter(name: str) -> None:
     model = in_float64(TanhNet)
     whole = scores_of(model, tiny(), config_of(name, calibration_batch_size=NUM_EXAMPLES))
@@ -420,7 +421,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(parameter: str, value: f
         scores_of(model, tiny(), config_of("magnitude"))
 
 
-@pytest.mark.parametrize("name", [*GRADIENT_CRITERIA, "magnitude", "synflow"])
+@pytest.mark.parametrize("name", [*GRADIENT_CRITERIA, *LAYER_CRITERIA, "magnitude", "synflow"])
 def test_every_criterion_that_reads_weights_refuses_nan(name: str) -> None:
     model = in_float64(TanhNet)
     with torch.no_grad():

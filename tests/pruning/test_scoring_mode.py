@@ -10,6 +10,7 @@ import torch
 from oracles import (
     DATA_FREE_CRITERIA,
     GRADIENT_CRITERIA,
+    LAYER_CRITERIA,
     NUM_EXAMPLES,
     assert_scores,
     config_of,
@@ -30,7 +31,7 @@ def assert_mixed_modes(model: nn.Module) -> None:
     assert training == {"", "conv1", "conv2", "norm2", "dropout", "head"}
 
 
-@pytest.mark.parametrize("name", [*GRADIENT_CRITERIA, *DATA_FREE_CRITERIA])
+@pytest.mark.parametrize("name", [*GRADIENT_CRITERIA, *LAYER_CRITERIA, *DATA_FREE_CRITERIA])
 def test_scoring_leaves_modes_weights_gradients_and_random_state_alone(name: str) -> None:
     model = built(ConvNet).train()
     model.norm1.eval()
@@ -81,7 +82,7 @@ class CountingNet(nn.Module):
 @pytest.mark.parametrize(
     # A functional gradient refuses to write a buffer, so fisher is no such model's criterion.
     "name",
-    [n for n in [*GRADIENT_CRITERIA, *DATA_FREE_CRITERIA] if n != "fisher"],
+    [n for n in [*GRADIENT_CRITERIA, *LAYER_CRITERIA, *DATA_FREE_CRITERIA] if n != "fisher"],
 )
 def test_buffers_are_put_back(name: str) -> None:
     model = in_float64(CountingNet)
@@ -168,7 +169,7 @@ def triple(inputs: Tensor) -> Tensor:
     return inputs * 3
 
 
-@pytest.mark.parametrize("name", GRADIENT_CRITERIA)
+@pytest.mark.parametrize("name", [*GRADIENT_CRITERIA, *LAYER_CRITERIA])
 @pytest.mark.parametrize("is_augmented", [True, False])
 def test_calibration_augment_decides_whether_examples_are_augmented(
     name: str, is_augmented: bool

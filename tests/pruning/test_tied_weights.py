@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import assert_scores, config_of
+from oracles import LAYER_CRITERIA, assert_scores, config_of
 from safetensors.torch import load
 from small_networks import draw, in_float64, job_config, prune_config, regression, scores_of
 from techniques import rounds_of, tied_blank
@@ -109,7 +109,8 @@ def expected_scores(rule: str, direct: DirectLoss, kernel: Tensor) -> Tensor:
     return flow / flow.max()
 
 
-ORACLES = [rule for rule in CRITERIA if rule not in ("random", "movement", "obd")]
+# Those of layers are in test_moments.
+ORACLES = [r for r in CRITERIA if r not in ("random", "movement", "obd", *LAYER_CRITERIA)]
 
 
 @pytest.mark.parametrize("rule", ORACLES)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import LAYER_CRITERIA
 from safetensors.torch import load, save
 from small_networks import (
     ONE_RANK,
@@ -126,7 +127,7 @@ class HalfReached(TanhNet):
         return inputs
 
 
-@pytest.mark.parametrize("rule", sorted({*SCORED} - {"magnitude", "random"}))
+@pytest.mark.parametrize("rule", sorted({*SCORED} - {"magnitude", "random", *LAYER_CRITERIA}))
 def test_weights_that_the_loss_does_not_reach_score_zero(rule: str) -> None:
     model = built(HalfReached)
     config = prune_config(rule, calibration_batch_size=8)

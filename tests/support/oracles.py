@@ -17,6 +17,7 @@ from gbp_ray.workloads.contract import Workload
 BATCH_SIZE = 4
 NUM_EXAMPLES = 10  # Batches of 4, 4 and 2.
 GRADIENT_CRITERIA = ["taylor", "snip", "taylor_squared", "fisher", "obd", "grasp"]
+LAYER_CRITERIA = ["wanda", "obs", "kfac"]
 DATA_FREE_CRITERIA = ["magnitude", "random", "synflow"]
 
 
