@@ -47,8 +47,8 @@ def list_criteria(as_json: AsJson = False) -> None:
         "w weight, g gradient of the mean loss of a batch, g_i of one example, H Hessian,",
         "b batches of n_b examples, n in all, z random signs; d gradient in a whole unit's gate, a",
         "factor on all that reads it. A criterion without d sums the scores of the unit's weights;",
-        "magnitude takes the L2 norm of them. Of a layer: x one of r rows of its inputs (an example,",
-        "a token, a patch), y = W x, e the gradient in y; w multiplies x_j and adds to y_i.",
+        "magnitude takes the L2 norm of them. Of a layer: x one of the r rows of its inputs (an",
+        "example, a token, a patch), y = W x, e the gradient in y; w multiplies x_j, adds to y_i.",
     )
 
 

@@ -46,7 +46,7 @@ __all__ = [
 
 Moment = Literal["squares", "inputs", "gradients"]
 """A sum over rows of inputs x or of gradients e in outputs: of x^2, (K, C), over all rows; of
-x x^T, (K, C, C), over drawn positions; of e e^T, (K, M, M), over all rows."""
+x x^T, (K, C, C), at drawn positions; of e e^T, (K, M, M), over all rows."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,7 @@ class LayerMoments:
         outputs: Tensor,
     ) -> Tensor | None:
         (inputs,) = (*args, *named.values())
+        inputs = inputs[None] if inputs.ndim == 1 else inputs
         if not inputs.numel():
             return None
         num_rows, moments = self._split(vector[slice(*self.starts[number : number + 2])], number)
