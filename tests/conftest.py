@@ -36,7 +36,12 @@ settings.load_profile("patient")
 # Ranks are forked from a server that imports this once. It silently leaves out what it cannot
 # import, and it looks for installed modules alone: a test's own would be left out.
 multiprocessing.set_forkserver_preload(
-    ["gbp_ray.runtime.api", "gbp_ray.runtime.trial", "gbp_ray.workloads", "torch._dynamo"]
+    [
+        *("gbp_ray.runtime.api", "gbp_ray.runtime.trial", "gbp_ray.workloads", "torch._dynamo"),
+        # What torch.export imports at its first use.
+        *("torch.export._trace", "torch._functorch.partitioners"),
+        "torch._functorch._aot_autograd.graph_compile",
+    ]
 )
 
 
