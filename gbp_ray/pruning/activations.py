@@ -175,9 +175,8 @@ def in_step(lanes: Sequence[Lane], meet: Callable[[str, list[Tensor]], None]) ->
             if stop in seen:
                 raise PruneError(f"'{stop}': is called more than once in a pass")
             seen.add(stop)
-            inputs = [one.inputs for one in passes]
-            assert all(given is not None for given in inputs)
-            meet(stop, inputs)  # type: ignore[arg-type]
+            # Under no name here, as the passes would go on with these inputs still in memory.
+            meet(stop, [given for one in passes if (given := one.inputs) is not None])
     finally:
         for one in passes:
             one.end()

@@ -56,7 +56,7 @@ _PROCESS_BYTES = 400_000_000
 
 _RATES = {"learning_rate", "weight_decay", "lr_schedule", "lr_milestones", "lr_gamma"}
 _CHOICE = {"sparsity", "rounds", "schedule", "ramp_rounds", "scope"}
-_CHOICE |= {"layer_min_sparsity", "layer_max_sparsity", "target"}
+_CHOICE |= {"layer_min_sparsity", "layer_max_sparsity", "target", "reconstruct_damping"}
 _WITHOUT_MEMORY = {"prune": _CHOICE, "pretrain": _RATES, "finetune": _RATES}
 """Fields that change what a trial reaches, and nothing of what it holds."""
 

@@ -37,6 +37,7 @@ from gbp_ray.pruning.structure import Structure
 from gbp_ray.pruning.unit_scores import score_units
 from gbp_ray.pruning.units import Layout, survey
 from gbp_ray.pruning.whole_units import find_units, survey_units
+from gbp_ray.runtime.refit_memory import measure_refit
 from gbp_ray.training.adversarial import num_attacked, perturb
 from gbp_ray.training.batchnorm import norm_batch_size, running_statistics
 from gbp_ray.training.distillation import Teacher, answer_bytes, is_taught_once
@@ -270,6 +271,7 @@ class Memory:
         base = {"rows of the model" if self._is_sharded else "model": self._own, "masks": masks}
         later = base | {
             "dense weights": self._own * (job.prune.rewind == "weights"),
+            "dense network": self._own * (job.prune.reconstruct != "none"),
             "teacher": self._own * self._has_teacher,
             "its answers": self._answers,
             "movement": 8 * masks * self._has_movement,
@@ -281,6 +283,8 @@ class Memory:
         if self.pretrain_steps:
             phases.append(self._train("pretrain", job.pretrain, base, self.pretrain_steps))
         phases += [self._score(kept), self._decide(kept)]
+        if job.prune.reconstruct != "none":
+            phases.append(self._refit(kept))
         num_statistics = sum(s.numel() for s in running_statistics(self._model))
         examples = min(job.prune.norm_examples, num_examples(self._workload.train))
         if examples and num_statistics:
@@ -401,6 +405,19 @@ class Memory:
         sent = self._share(min(_SAMPLED_BYTES, total // 16))
         sent += 8 * self._share(2048 * len(self._units)) + (world_size - 1) * -(-owned // 8)
         return _phase("decide", kept, held, sent=sent)
+
+    def _refit(self, kept: dict[str, int]) -> Phase:
+        prune, world_size = self._job.prune, self._world_size
+        size = min(prune.calibration_batch_size, self.calibration_examples)
+        turns = self._turns(self.calibration_examples, size)
+        refit = measure_refit(self._model, self._few, prune, self._batch, turns)
+        held, sent = kept, refit.sent_bytes(turns, world_size)
+        if self._is_sharded:
+            # Both networks, the dense weights once more, and the masks.
+            gathered = 2 * (self._whole - self._buffers) + refit.weight_bytes + self.num_prunable
+            held, sent = kept | {"gathered": gathered}, sent + 3 * self._gathering
+        moments = refit.moments(self.calibration_examples, size, world_size)
+        return _phase("reconstruct", held, *moments, sent=sent)
 
 
 def _phase(name: str, held: dict[str, int], *moments: dict[str, int], sent: int = 0) -> Phase:

@@ -26,6 +26,7 @@ __all__ = [
     "Footprint",
     "count_live_bytes",
     "measure_footprint",
+    "measure_stretches",
 ]
 
 _FEW = 2
@@ -63,8 +64,47 @@ def measure_footprint(run: Callable[[int], object]) -> Footprint:
     few, more = (count_live_bytes(partial(run, size)) for size in (_FEW, MOST_MEASURED))
     if len(few) != len(more):
         few, more = [max(few)], [max(more)]
+    return _through(few, more)
+
+
+def measure_stretches(run: Callable[[int, Callable[[], None]], object]) -> list[Footprint]:
+    """Measure a pass as `measure_footprint` does, in stretches.
+
+    Args:
+        run: Runs it over so many examples, and calls its second argument where a stretch ends.
+
+    Returns:
+        Of each stretch, the last one up to the end of the pass; the first line is what lives where
+        it begins, and the last line where it ends.
+    """
+    few, more = (_count_by_stretch(partial(run, size)) for size in (_FEW, MOST_MEASURED))
+    found = []
+    for one, other in zip(few, more, strict=True):
+        if len(one) != len(other):
+            one, other = ([live[0], max(live), live[-1]] for live in (one, other))
+        found.append(_through(one, other))
+    return found
+
+
+def _through(few: list[int], more: list[int]) -> Footprint:
+    """Draw the line through both sizes for each operation."""
     each = [(b - a) / (MOST_MEASURED - _FEW) for a, b in zip(few, more, strict=True)]
     return Footprint(tuple((a - _FEW * e, e) for a, e in zip(few, each, strict=True)))
+
+
+def _count_by_stretch(action: Callable[[Callable[[], None]], object]) -> list[list[int]]:
+    ends: list[int] = []
+    with _Counter() as counter:
+
+        def mark() -> None:
+            counter.note_now()
+            ends.append(len(counter.live_after))
+
+        counter.note_now()
+        action(mark)
+        mark()
+    starts = [0, *(end - 1 for end in ends)]
+    return [counter.live_after[a:b] for a, b in zip(starts, ends, strict=False)]
 
 
 def count_live_bytes(action: Callable[[], object]) -> list[int]:
@@ -82,6 +122,10 @@ class _Counter(TorchDispatchMode):
         self.live_after: list[int] = []
         self._live = 0
         self._known: dict[int, weakref.ref[Any]] = {}
+
+    def note_now(self) -> None:
+        """Count what lives between two operations."""
+        self.live_after.append(self._live)
 
     def __torch_dispatch__(
         self,

@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from small_networks import ConvNet, TanhNet, draw, images, job_config, regression
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from gbp_ray.config.criteria import CRITERIA
 from gbp_ray.config.job import JobConfig
 from gbp_ray.config.training import DistillationConfig, FinetuneConfig, PretrainConfig
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.pruning import rounds
+from gbp_ray.pruning import activations, rounds
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.runtime.estimate import CostEstimate, make_plan
 from gbp_ray.runtime.memory import Phase
@@ -125,7 +127,8 @@ def test_a_technique_of_training_holds_what_the_plan_says(
         assert held != phase_of(make_plan(plain, workload), "finetune").held
 
 
-STANDING = {"model", "masks", "dense weights", "teacher", "its answers", "movement", "optimizer"}
+STANDING = {"model", "masks", "dense weights", "dense network", "teacher", "its answers"}
+STANDING |= {"movement", "optimizer"}
 
 
 @pytest.mark.parametrize("criterion", [rule for rule in CRITERIA if rule != "snip"])
@@ -140,6 +143,49 @@ def test_a_phase_holds_what_the_plan_says(criterion: str, monkeypatch: pytest.Mo
         made = held.get("optimizer", 0) if name in ("pretrain", "finetune") else 0
         predicted = made + sum(size for part, size in held.items() if part not in STANDING)
         assert predicted == pytest.approx(measured, rel=0.1), name
+
+
+def count_in_threads(patch: pytest.MonkeyPatch) -> None:
+    """Counts what passes make that run in threads of their own."""
+    go_on, work = activations._Pass.go_on, activations._Pass._work
+    counters: dict[activations._Pass, TorchDispatchMode | None] = {}
+
+    def going(self: activations._Pass) -> None:
+        counters[self] = _get_current_dispatch_mode()
+        go_on(self)
+
+    def working(self: activations._Pass, num_threads: int) -> None:
+        with counters[self] or nullcontext():
+            work(self, num_threads)
+
+    patch.setattr(activations._Pass, "go_on", going)
+    patch.setattr(activations._Pass, "_work", working)
+
+
+@pytest.mark.parametrize(
+    ("build", "prune"),
+    [
+        (WideNet, {"calibration_batch_size": 40}),
+        (WideNet, {"calibration_batch_size": 5, "sparsity": 0.2, "schedule": "one_shot"}),
+        (ConvNet, {}),
+        (ConvNet, {"granularity": "channel", "sparsity": 0.05}),
+    ],
+    ids=str,
+)
+def test_refitting_holds_what_the_plan_says(
+    build: Callable[[], nn.Module], prune: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refit = {"reconstruct": "least_squares", "reconstruct_positions": 9}
+    job, workload = whole_job("magnitude", prune={**refit, **prune}), images(build)
+    plan = make_plan(job, workload)
+    held = phase_of(plan, "reconstruct").held
+    assert held["dense network"] == held["model"]
+    assert "dense network" not in phase_of(plan, "pretrain").held
+    count_in_threads(monkeypatch)
+    monkeypatch.setitem(WATCHED, "reconstruct", lambda *args: "reconstruct")
+    measured = measured_peaks(job, workload, monkeypatch)["reconstruct"]
+    predicted = sum(size for part, size in held.items() if part not in STANDING)
+    assert predicted == pytest.approx(measured, rel=0.1)
 
 
 def test_what_stands_through_all_phases_is_told_by_name() -> None:
