@@ -124,7 +124,7 @@ class PruneConfig(Section):
     sparsity: Annotated[float, _OF_COST] = Field(ge=0.0, lt=1.0)
     """Removed units / prunable units after the last round. Required, unless a target is set."""
     rounds: int = Field(1, ge=1, le=999)
-    """How often score, select and fine-tune are repeated."""
+    """How often score, select, reconstruct and fine-tune are repeated."""
     schedule: Annotated[Literal["one_shot", "linear", "cubic", "geometric"], _ONE_ROUND] = (
         "geometric"
     )

@@ -1,4 +1,5 @@
-"""The choice of weights to remove: units, criteria, scores, one global decision, masks, rounds.
+"""The choice of weights to remove, and what the kept ones become: units, criteria, scores, one
+global decision, masks, reconstruction, rounds.
 
 A criterion is an additive statistic plus a finish: statistics are summed over batches in batch
 order over all ranks, and only then comes anything non-linear. The decision is exact whatever the

@@ -1,4 +1,4 @@
-"""One prune from the dense network to the last mask: score, select, apply, fine-tune, evaluate.
+"""One prune from the dense network to the last mask: score, select, refit, fine-tune, evaluate.
 
 `run_rounds` is a generator that yields one `RoundState` per round, the dense network first. The
 caller decides what to do with it: a test collects, a worker writes a checkpoint. Resumed from the

@@ -118,7 +118,9 @@ class ProgressBoard:
         pruned, reached = "", f"loss {record.loss:.4f}"
         if not metric.find_fault([record.score]):
             reached = f"{metric.name} {metric.write(record.score)}"
-            if record.score_pruned is not None:
+            # Without fine-tuning both are one measurement.
+            is_tuned = record.train_loss is not None or record.score_pruned != record.score
+            if record.score_pruned is not None and is_tuned:
                 pruned = f"  ({metric.write(record.score_pruned)} before fine-tuning)"
         left = f"sparsity {record.sparsity:.4f}" if record.cost.units is None else record.reached
         self.note(f"{trial}  round {record.round}  {left}  {reached}{pruned}{_attacked(record)}")

@@ -113,9 +113,10 @@ def test_rounds_and_notes_stay(capsys: pytest.CaptureFixture[str]) -> None:
         board.show_round("taylor-x", make_round(0))
         board.show_round("taylor-x", make_round(1, accuracy_pruned=0.5))
         board.show_round("taylor-x", make_round(2))
+        board.show_round("taylor-x", make_round(3, accuracy_pruned=0.875))
     out, err = capsys.readouterr()
     assert out == ""
-    note, dense, first, second = err.splitlines()
+    note, dense, first, second, untrained = err.splitlines()
     assert note.startswith("goes on [bold]after[/x] a long"), "brackets are not markup"
     assert dense == "taylor-x  dense  accuracy 87.50%"
     assert first.split("  ")[1:] == [
@@ -125,6 +126,7 @@ def test_rounds_and_notes_stay(capsys: pytest.CaptureFixture[str]) -> None:
         "(50.00% before fine-tuning)",
     ]
     assert "before" not in second
+    assert "before" not in untrained
 
 
 def test_a_quiet_board_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
