@@ -159,7 +159,9 @@ def config_of(fields: Mapping[str, Any], **given: Any) -> PruneConfig:
             f"{idle[0]}: is of whole units, and granularity = '{config.granularity}' has none; "
             "leave it out, or set granularity to channel, head or channel+head"
         )
-    if config.reconstruct == "none" and (idle := [n for n in fields if n in _OF_REFIT]):
+    if config.reconstruct == "none" and (
+        idle := [n for n in fields if n in _OF_REFIT and n not in config.spec.options]
+    ):
         raise ConfigError(
             f"{idle[0]}: is of reconstruct, which is none; leave it out, or call prune_model with "
             'reconstruct = "least_squares"'

@@ -161,9 +161,9 @@ def prune_model(
         calibration_examples: How many examples the seed draws to score and refit on.
         num_threads: CPU threads, on which the order of additions depends; jobs take 1 by default.
         fields: `layer_min_sparsity`, `layer_max_sparsity` and `hutchinson_probes` of a job; of
-            `reconstruct` `reconstruct_damping` and `reconstruct_positions`; for whole units
-            `round_to`, `min_width`, `unit_score`, and `compact=False`, which allows units that only
-            masks can remove, as `gbp_ray.compact` would fail on them.
+            `reconstruct`, obs and kfac `reconstruct_damping` and `reconstruct_positions`; for
+            whole units `round_to`, `min_width`, `unit_score`, and `compact=False`, which allows
+            units that only masks can remove, as `gbp_ray.compact` would fail on them.
 
     Returns:
         The masks; `unpruned` names the weight matrices that were left alone, and why.

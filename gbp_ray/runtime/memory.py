@@ -31,6 +31,7 @@ from gbp_ray.distributed.ranks import Ranks, isolated
 from gbp_ray.distributed.sharding import copy_network, cut_rows, group_parameters, only_requiring
 from gbp_ray.distributed.sums import largest_exchange
 from gbp_ray.pruning.criteria import criterion
+from gbp_ray.pruning.moments import LayerMoments
 from gbp_ray.pruning.scoring import score
 from gbp_ray.pruning.statistics import movement_statistic
 from gbp_ray.pruning.structure import Structure
@@ -364,15 +365,16 @@ class Memory:
             return _phase("score", kept, {"pass": footprint.peak_bytes(1) * owned // total})
         size = min(prune.calibration_batch_size, self.calibration_examples)
         turns = self._turns(self.calibration_examples, size)
-        # Measured with the sum over all weights; data-free criteria have none.
-        width = 8 * (self.num_passes > 0)
-        held = {"statistic": width * owned}
-        moment = {"gathered": self._gathered, "pass": footprint.peak_bytes(size, width * total)}
+        # Measured with the sum over all weights or of all layers' moments; data-free criteria have
+        # none.
+        num_summed, most, num_told = self._size_sums()
+        held = {"statistic": 8 * most}
+        moment = {"gathered": self._gathered, "pass": footprint.peak_bytes(size, 8 * num_summed)}
         scored = {unit.name: unit.parameter for unit in self._units}
         if criterion(prune.criterion).of_gradients is not None:
             bucket, in_flight = largest_exchange(scored, self._world_size)
             moment["in flight"] = in_flight
-            finish = {"scores": footprint.peak_bytes(0, width * total, owned / total)}
+            finish = {"scores": footprint.peak_bytes(0, 8 * num_summed, owned / total)}
             if self._is_sharded:
                 # Gradients leave as they arrive, or wait in a bucket for its last one.
                 moment["pass"] = self._measure(self._run_backward).peak_bytes(size)
@@ -384,13 +386,28 @@ class Memory:
             return _phase("score", kept | held, moment, finish, sent=sent)
         item = reduce(torch.promote_types, (p.dtype for p in scored.values())).itemsize
         moment["gathered"] += self._whole * self._is_sharded
-        # A batch's vector as it is made, sent and received.
+        # A batch's vector as it is made, sent and received, in equal parts, each as the largest.
         vectors = {
             "gathered": moment["gathered"],
-            "vectors": 3 * total * item * (others > 0 < self.num_passes),
+            "vectors": (num_summed + 2 * self._world_size * most) * item * (others > 0),
         }
-        sent = others * owned * (self.num_passes * turns * item + 8 * max(0, self.num_passes - 1))
+        sent = others * (most * self.num_passes * turns * item + 8 * num_told)
         return _phase("score", kept | held, moment, vectors, sent=sent + self._gathering)
+
+    def _size_sums(self) -> tuple[int, int, int]:
+        """Count elements of the sums of scoring: in all, on the rank with most, and told to all.
+
+        Between passes ranks tell each other the sums, and what they make of moments at the end.
+        """
+        if (rule := criterion(self._job.prune.criterion).layers) is None:
+            passes, owned = self.num_passes, self.num_owned
+            has_sums = passes > 0
+            return has_sums * self.num_prunable, has_sums * owned, max(0, passes - 1) * owned
+        moments = LayerMoments(rule, self._model, self._units, self._job.prune)
+        sizes = [unit.parameter.numel() for unit in self._units]
+        cuts = list(pairwise(moments.deal(self._world_size)))
+        most = max(moments.starts[stop] - moments.starts[start] for start, stop in cuts)
+        return moments.size, most, max(sum(sizes[start:stop]) for start, stop in cuts)
 
     def _decide(self, kept: dict[str, int]) -> Phase:
         total, owned, world_size = self.num_prunable, self.num_owned, self._world_size

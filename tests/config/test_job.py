@@ -534,6 +534,8 @@ IDLE = [
     ({"prune.rewind": "weights"}, ""),
     ({"prune.reconstruct_damping": 0.1}, "prune.reconstruct_damping"),
     ({"prune.reconstruct_damping": 0.1, "prune.reconstruct": "least_squares"}, ""),
+    ({"prune.reconstruct_damping": 0.1, "prune.criterion": "obs"}, ""),
+    ({"prune.reconstruct_positions": 9, "prune.criterion": "wanda"}, "prune.reconstruct_positions"),
     ({"prune.criterion": "magnitude", "prune.calibration_examples": 9}, "calibration_examples"),
     (
         {

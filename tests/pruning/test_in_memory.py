@@ -52,6 +52,7 @@ def masks_of_job(workload: Workload = PLAIN, **prune: Any) -> list[gbp_ray.MaskS
         ("taylor", {"sparsity": 0.5, "granularity": "2:4", "exclude": ["conv1.*"]}),
         ("fisher", {"sparsity": 0.7, "scope": "layer", "layer_max_sparsity": {"head*": 0.7}}),
         ("obd", {"sparsity": 0.8, "hutchinson_probes": 2}),
+        ("kfac", {"sparsity": 0.8, "reconstruct_positions": 5}),
     ],
 )
 def test_the_mask_is_that_of_a_job(criterion: str, fields: dict[str, Any]) -> None:
@@ -62,7 +63,8 @@ def test_the_mask_is_that_of_a_job(criterion: str, fields: dict[str, Any]) -> No
     assert found == wanted
     assert (found.round, found.parent, found.criterion) == (1, wanted.parent, criterion)
     assert found.find_revived(model) is None
-    of_scores = {k: v for k, v in fields.items() if k in ("exclude", "hutchinson_probes")}
+    read = ("exclude", "hutchinson_probes", "reconstruct_positions")
+    of_scores = {k: v for k, v in fields.items() if k in read}
     scores = gbp_ray.score(network(), PLAIN.train, **given, **of_scores)
     choice = {k: v for k, v in fields.items() if k not in of_scores}
     selected = gbp_ray.select(scores, **choice)

@@ -297,6 +297,11 @@ def test_what_is_sent_follows_from_sizes_alone() -> None:
     assert phase_of(plan, "score").held["in flight"] == 2 * 2 * 12 * 4
     grasp = job.model_copy(update={"prune": job.prune.model_copy(update={"criterion": "grasp"})})
     assert phase_of(make_plan(grasp, workload), "score").sent_bytes == 2 * 4 * 12 * 4 + 8 * 12
+    # A number of rows and 4 squares lie on one rank, which tells the others of its 20 weights.
+    wanda = job.model_copy(update={"prune": job.prune.model_copy(update={"criterion": "wanda"})})
+    planned = phase_of(make_plan(wanda, workload), "score")
+    assert planned.sent_bytes == 4 * 5 * 4 + 8 * 20
+    assert planned.held["statistic"] == 8 * 5
 
 
 def test_examples_in_memory_are_counted_once() -> None:

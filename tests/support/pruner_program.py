@@ -23,7 +23,10 @@ NUM_STEPS = 7
 SIZES = (6, 4)
 """Examples of each of two ranks in a batch; their means weigh alike in training."""
 
-CRITERIA = ("taylor", "taylor_squared", "fisher", "obd", "grasp", "magnitude", "random", "movement")
+CRITERIA = (
+    *("taylor", "taylor_squared", "fisher", "obd", "grasp", "wanda", "obs", "kfac"),
+    *("magnitude", "random", "movement"),
+)
 SHARDABLE = ("taylor", "taylor_squared", "magnitude", "random", "movement")
 
 

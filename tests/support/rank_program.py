@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from oracles import LAYER_CRITERIA
 from small_networks import (
     UNEVEN,
     ConvNet,
@@ -146,7 +147,7 @@ def _uneven(ranks: Ranks, *, is_sharded: bool = False) -> list[Any]:
         optimizer, span = make_optimizer(model, recipe), Span("finetune", range(3), range(3))
         found.append(train_epochs(model, workload, recipe, ranks, optimizer, span, seed=5))
         found.append(digest(model.state_dict()))
-        for rule in ("taylor", "fisher", "obd", "grasp"):
+        for rule in ("taylor", "fisher", "obd", "grasp", *LAYER_CRITERIA):
             config = prune_config(rule, calibration_examples=23, calibration_batch_size=3)
             found.append(digest(scores_of(model, workload, config, ranks=ranks)))
         found.append(evaluate(model, workload, ranks, 4))
@@ -246,7 +247,7 @@ def _float64_scores(ranks: Ranks) -> dict[str, str]:
         TanhNet, draw(11, 3, seed=1, dtype=torch.float64), draw(11, 2, seed=2, dtype=torch.float64)
     )
     found = {}
-    for rule in ("taylor", "taylor_squared", "fisher", "obd", "grasp"):
+    for rule in ("taylor", "taylor_squared", "fisher", "obd", "grasp", *LAYER_CRITERIA):
         config = prune_config(rule, calibration_batch_size=3)
         found[rule] = digest(scores_of(in_float64(TanhNet), workload, config, ranks=ranks))
     return found
