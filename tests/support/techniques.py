@@ -50,6 +50,8 @@ EVERYWHERE: tuple[World, ...] = (
     (4, "fsdp"),
 )
 WORLDS = (*EVERYWHERE, (2, "fsdp"))
+FEWER: tuple[World, ...] = ((2, "replicated"), (3, "replicated"), (4, "fsdp"))
+"""Where whole trials are run: even and uneven numbers of ranks, and shards."""
 
 
 def ranged_images() -> Workload:
@@ -129,7 +131,7 @@ def _everything(precision: str, worlds: tuple[World, ...], **prune: Any) -> Tech
 
 
 TECHNIQUES: dict[str, Technique] = {
-    "plain": Technique(worlds=EVERYWHERE),
+    "plain": Technique(worlds=FEWER),
     "movement, adam": Technique(
         {
             "prune": {"criterion": "movement", "rounds": 3},
@@ -137,7 +139,7 @@ TECHNIQUES: dict[str, Technique] = {
         }
     ),
     "reconstructed": Technique(
-        {"prune": {"reconstruct": "least_squares", "reconstruct_positions": 5}}, images, EVERYWHERE
+        {"prune": {"reconstruct": "least_squares", "reconstruct_positions": 5}}, images, FEWER
     ),
     "weights rewound": Technique({"prune": {"rewind": "weights"}}),
     "learning rate rewound": Technique(
@@ -146,9 +148,7 @@ TECHNIQUES: dict[str, Technique] = {
     "one shot": Technique({"prune": {"schedule": "one_shot", "rounds": 3}}),
     "sparse early": Technique({"prune": {"ramp_rounds": 2, "rounds": 3}}),
     "taught by each pass": Technique({"finetune": {"distillation": {"weight": 0.8}}}),
-    "taught once": Technique(
-        {"finetune": {"distillation": {"weight": 0.7}}}, plain_images, EVERYWHERE
-    ),
+    "taught once": Technique({"finetune": {"distillation": {"weight": 0.7}}}, plain_images, FEWER),
     "stopped early": Technique(
         {
             "finetune": {"epochs": 3.0, "patience": 1, "validate_every": 0.5},
@@ -169,7 +169,7 @@ TECHNIQUES: dict[str, Technique] = {
             },
             "attack": {**PGD, "steps": 3, "examples": 18},
         },
-        worlds=EVERYWHERE,
+        worlds=FEWER,
     ),
     "remembered": _remembered(parts=1),
     "remembered in parts": _remembered(parts=3),
