@@ -76,6 +76,12 @@ class JobConfig(Section):
             f"{prune.goal.replace(' = ', ' ')} in {prune.rounds} rounds, seed {self.seed}>"
         )
 
+    @property
+    def needs_dense_weights(self) -> bool:
+        """Returns True if resuming needs the weights of the dense network."""
+        is_read = self.prune.rewind == "weights" or self.prune.reconstruct != "none"
+        return is_read or self.finetune.distillation.is_on
+
     @field_validator("storage")
     @classmethod
     def _is_place(cls, value: str) -> str:

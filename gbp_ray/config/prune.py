@@ -161,10 +161,11 @@ class PruneConfig(Section):
     batchnorm_examples: Annotated[int, _REFIT] = Field(2048, ge=0, le=MOST_EXAMPLES)
     """Training examples that re-estimate BatchNorm statistics after each prune; 0 keeps them, and
     so does reconstruct, which fits the weights to them."""
-    reconstruct: Literal["none", "least_squares"] = "none"
+    reconstruct: Literal["none", "least_squares", "sparsegpt"] = "none"
     """After each prune: "least_squares" refits the kept weights of each linear layer and
-    convolution, from input to output, to the dense network's outputs on the calibration examples.
-    It reads no labels, and needs no fine-tuning after it."""
+    convolution, from input to output, to the dense network's outputs on the calibration examples;
+    "sparsegpt" takes from the criterion only how many weights each of them loses, and chooses which
+    itself. They read no labels, and need no fine-tuning after them."""
     reconstruct_damping: Annotated[float, _NO_REFIT] = Field(0.01, ge=0.0, le=1e6)
     """Strength of the pull towards the dense weights, relative to the mean square of the inputs;
     of criteria that invert moments of a layer, what is added to their diagonals, relative to it."""
@@ -263,6 +264,11 @@ class PruneConfig(Section):
             and not math.isclose(self.sparsity, implied, abs_tol=1e-9)
             and f'granularity = "{self.granularity}" means sparsity = {implied:g}, not '
             f"{self.sparsity:g}; set prune.sparsity={implied:g}",
+            self.reconstruct == "sparsegpt"
+            and bool(self.unit_kinds)
+            and f'reconstruct = "sparsegpt": chooses single weights, and granularity = '
+            f'"{self.granularity}" removes whole units; set granularity to weight or n:m, or '
+            "reconstruct to least_squares",
             bool(self.initial_masks and m)
             and f'initial_masks with granularity = "{self.granularity}": masks of single weights '
             'leave no whole groups; set granularity to "weight"',

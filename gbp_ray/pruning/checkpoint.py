@@ -61,7 +61,7 @@ class Checkpoint:
         weights: weights.safetensors; not needed where there are shards.
         state: state.pt, of a replicated network.
         shards: Files below shards/ by name, of a sharded network; read one after another.
-        dense_weights: weights.safetensors of round 0; needed only for rewinding and distillation.
+        dense_weights: weights.safetensors of round 0; see `JobConfig.needs_dense_weights`.
         fingerprints: Of the network and the data of round 0; see `RoundRecord`.
     """
 

@@ -425,10 +425,10 @@ def _fit(
 
 
 @torch.no_grad()
-def forget_pruned(model: nn.Module, optimizer: Optimizer, masks: MaskSet) -> None:
+def forget_pruned(model: nn.Module, optimizer: Optimizer | None, masks: MaskSet) -> None:
     """Zeroes the optimizer's state (momentum, second moments) of pruned weights."""
     for name, parameter in model.named_parameters():
-        if name in masks:
+        if name in masks and optimizer is not None:
             for value in _state_like(optimizer, parameter).values():
                 local(value).masked_fill_(~local(masks[name]), 0)
 

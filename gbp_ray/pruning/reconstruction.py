@@ -11,6 +11,9 @@ over rows, added in batch order: so all ranks hold the same bits. Layer-wise ref
 network's outputs is the method of He et al. 2017 (arXiv 1707.06168), section 3.1, there for
 channels.
 
+SparseGPT minimises the same and takes of a decision only how many weights each layer, or each group
+of a convolution, loses: which ones it chooses itself. The algebra is in `refit`.
+
 Shape suffixes: R = rows, K = groups of a convolution, C = inputs of one group, M = outputs of one
 group, S = kept inputs of one output.
 """
@@ -21,6 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +36,14 @@ from gbp_ray.distributed.sums import OrderedSum
 from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.pruning.activations import Lane, PatchLayer, find_patch_layers, in_step, rows_of
 from gbp_ray.pruning.calibration import Calibration
+from gbp_ray.pruning.refit import least_squares, sparsegpt
 from gbp_ray.training.network import load_rows
 from gbp_ray.training.progress import OnProgress, Progress, ignore_progress
 from gbp_ray.workloads.batch import Batch, forward
 from gbp_ray.workloads.contract import Workload, in_mode
 from gbp_ray.workloads.data import derive_seed
 
-__all__ = ["Moments", "check_reconstruction", "layers_to_refit", "least_squares", "reconstruct"]
+__all__ = ["Moments", "check_reconstruction", "layers_to_refit", "reconstruct"]
 
 _TRIAL_EXAMPLES = 4
 
@@ -55,6 +60,15 @@ class Moments:
     inputs: Tensor
     products: Tensor
 
+    def check(self, name: str) -> None:
+        """Checks that they are finite; raises PruneError that names the layer's weight."""
+        if not all(bool(torch.isfinite(values).all()) for values in (self.inputs, self.products)):
+            raise PruneError(
+                f"reconstruction of '{name}': the layer's inputs or its outputs in the dense "
+                "network are NaN or infinite on the calibration examples; check the data and the "
+                "dense network"
+            )
+
 
 def reconstruct(
     model: nn.Module,
@@ -64,22 +78,29 @@ def reconstruct(
     ranks: Ranks,
     *,
     masks: Mapping[str, Tensor],
+    masks_before: Mapping[str, Tensor] = MappingProxyType({}),
     kept_rows: Mapping[str, Tensor],
     dense_weights: Mapping[str, Tensor],
     seed: int = 0,
     on_progress: OnProgress = ignore_progress,
-) -> None:
+) -> dict[str, Tensor]:
     """Refits the weights of a pruned network in place, layer after layer. Communicates.
 
     Args:
         dense: The network before pruning, whose outputs are matched.
         masks: Of the network as it is, by parameter name; those of other layers keep all.
+        masks_before: Those before the decision, by parameter name, without which sparsegpt may
+            choose among all weights; what they prune stays pruned.
         kept_rows: Outputs of the dense network's layers that are left, bool by parameter name,
             where whole units have left the network.
         dense_weights: Weights of the dense network by parameter name, in the shapes of the network
             as it is.
         seed: Of the job; the examples are those of scoring.
         on_progress: Told of layers.
+
+    Returns:
+        The masks that sparsegpt chose, whole, by parameter name; as many weights are pruned in each
+        as in that of `masks`. Empty for least_squares.
 
     Raises:
         PruneError: A layer's inputs are not finite.
@@ -93,15 +114,19 @@ def reconstruct(
         refit = _Refit(plain, teacher, workload, calibration, ranks, config, seed)
         layers = layers_to_refit(plain, partial(refit.run, plain, refit.read(0)))
         keys = [f"{name}.weight" for name in layers]
-        found = refit.refit_all(
+        if config.reconstruct != "sparsegpt":
+            masks_before = {}
+        found, chosen = refit.refit_all(
             layers,
             {key: gather_whole(masks[key]) for key in keys if key in masks},
+            {key: gather_whole(masks_before[key]) for key in keys if key in masks_before},
             kept_rows,
             {key: gather_whole(dense_weights[key].detach()) for key in keys},
             on_progress,
         )
     if is_sharded(model):
         load_rows(model, found)
+    return chosen
 
 
 def check_reconstruction(model: nn.Module, workload: Workload, config: PruneConfig) -> None:
@@ -124,7 +149,8 @@ def check_reconstruction(model: nn.Module, workload: Workload, config: PruneConf
                 "convolution that a pass calls once and that owns its weight; set it to none"
             )
         weights = {f"{name}.weight": layer.weight.detach() for name, layer in layers.items()}
-        refit.refit_all(layers, {}, {}, weights, ignore_progress)
+        masks = {key: torch.ones_like(value, dtype=torch.bool) for key, value in weights.items()}
+        refit.refit_all(layers, masks, {}, {}, weights, ignore_progress)
 
 
 def layers_to_refit(model: nn.Module, run: Callable[[], object]) -> dict[str, PatchLayer]:
@@ -174,11 +200,12 @@ class _Refit:
         self,
         layers: Mapping[str, PatchLayer],
         masks: Mapping[str, Tensor],
+        masks_before: Mapping[str, Tensor],
         kept_rows: Mapping[str, Tensor],
         dense_weights: Mapping[str, Tensor],
         on_progress: OnProgress,
-    ) -> dict[str, Tensor]:
-        """Refits layers in the order of a pass; returns the new weights by parameter name."""
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Refits layers in the order of a pass; returns new weights and masks by parameter name."""
         found_dense = find_patch_layers(self.dense)
         originals = {name: found_dense[name] for name in layers}
         # A rank without a batch passes batch 0, to come to the layers like the others.
@@ -195,6 +222,7 @@ class _Refit:
             for network, at in ((self.model, layers), (self.dense, originals))
         ]
         found: dict[str, Tensor] = {}
+        chosen: dict[str, Tensor] = {}
 
         def meet(name: str, inputs: list[Tensor]) -> None:
             layer, key = layers[name], f"{name}.weight"
@@ -213,8 +241,14 @@ class _Refit:
             parts = sums.result().split([shape.numel() for shape in shapes])
             moments = Moments(*(p.view(s) for p, s in zip(parts, shapes, strict=True)))
             weight = layer.weight.detach()
-            mask = masks.get(key, torch.ones_like(weight, dtype=torch.bool))
-            solved = self._solve(key, moments, mask, dense_weights[key])
+            everything = torch.ones_like(weight, dtype=torch.bool)
+            mask, dense = masks.get(key, everything), dense_weights[key]
+            moments.check(key)
+            if self.config.reconstruct == "sparsegpt" and key in masks:
+                before = masks_before.get(key, everything)
+                solved, chosen[key] = self._choose(moments, mask, before, dense)
+            else:
+                solved = self._solve(moments, mask, dense)
             weight.copy_(solved)
             found[key] = solved.to(weight.dtype)
             on_progress(Progress("reconstruct", len(found), len(layers)))
@@ -222,7 +256,7 @@ class _Refit:
         self.ranks.run_collectively(
             lambda: in_step(lanes, meet), communicates=self.ranks.world_size > 1
         )
-        return found
+        return found, chosen
 
     def _moments_of(
         self,
@@ -248,15 +282,8 @@ class _Refit:
         flat = torch.cat([squares.reshape(-1), products.reshape(-1)]).float()
         return flat, (squares.shape, products.shape)
 
-    def _solve(self, name: str, moments: Moments, mask: Tensor, dense: Tensor) -> Tensor:
+    def _solve(self, moments: Moments, mask: Tensor, dense: Tensor) -> Tensor:
         """Solves for one layer, the outputs of equal supports dealt to ranks. Communicates."""
-        for values in (moments.inputs, moments.products):
-            if not bool(torch.isfinite(values).all()):
-                raise PruneError(
-                    f"reconstruction of '{name}': the layer's inputs or its outputs in the dense "
-                    "network are NaN or infinite on the calibration examples; check the data and "
-                    "the dense network"
-                )
         jobs = list(_by_support(moments.inputs.shape[0], mask.flatten(1)))
         solved = torch.zeros(mask.flatten(1).shape, dtype=torch.float64, device=mask.device)
         for number in self.ranks.deal(len(jobs)):
@@ -272,6 +299,34 @@ class _Refit:
                 )
         return self.ranks.all_reduce_disjoint(solved).view(mask.shape)
 
+    def _choose(
+        self, moments: Moments, mask: Tensor, before: Tensor, dense: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Prunes and refits one layer, its groups dealt to ranks. Communicates.
+
+        Returns:
+            Weights and mask, shaped like `mask`, with as many weights pruned in each group.
+        """
+        num_groups, _, num_outputs = moments.products.shape
+        pruned = (~mask).view(num_groups, -1).sum(dim=1).tolist()
+        # n:m groups are inputs of one place in the kernel.
+        places = torch.arange(mask[0].numel()).view(mask.shape[1], -1)
+        order = places.T.flatten() if self.config.pattern else None
+        both = torch.zeros(2, *mask.flatten(1).shape, dtype=torch.float64, device=mask.device)
+        for group in self.ranks.deal(num_groups):
+            if group is not None:
+                rows = slice(group * num_outputs, (group + 1) * num_outputs)
+                both[0, rows], both[1, rows] = sparsegpt(
+                    *(moments.inputs[group], moments.products[group]),
+                    *(dense.flatten(1)[rows], before.flatten(1)[rows]),
+                    int(pruned[group]),
+                    self.config.reconstruct_damping,
+                    pattern=self.config.pattern,
+                    order=order,
+                )
+        weights, kept = self.ranks.all_reduce_disjoint(both)
+        return weights.view(mask.shape), kept.view(mask.shape).bool()
+
 
 def _by_support(num_groups: int, mask: Tensor) -> Iterable[tuple[int, Tensor]]:
     """Yields (group of a convolution, its outputs with equal masks), in order of first outputs."""
@@ -282,48 +337,3 @@ def _by_support(num_groups: int, mask: Tensor) -> Iterable[tuple[int, Tensor]]:
         rows_of_support.setdefault(key, []).append(row)
     for (group, _), rows in rows_of_support.items():
         yield group, torch.tensor(rows, device=mask.device)
-
-
-def least_squares(
-    inputs: Tensor,
-    products: Tensor,
-    columns: Tensor,
-    support: Tensor,
-    start: Tensor,
-    damping: float,
-) -> Tensor:
-    """Solves for outputs that keep the same inputs, exactly.
-
-    Args:
-        inputs: sum x x^T, (C, C) float64.
-        products: sum x y^T, (C, M) float64.
-        columns: Which of the M outputs.
-        support: (C,) bool, the kept inputs.
-        start: (outputs, C), the weights that damping draws to.
-        damping: Relative to the mean of the diagonal of `inputs`.
-
-    Returns:
-        (outputs, C) float64, zero outside of the support.
-
-    Raises:
-        PruneError: The kept inputs are linearly dependent, and damping is 0.
-    """
-    start = start.double()
-    solution = torch.zeros_like(start)
-    (kept,) = support.nonzero(as_tuple=True)
-    strength = damping * inputs.diagonal().mean()
-    if len(kept) == 0:
-        return solution
-    system = inputs[kept][:, kept]
-    system.diagonal().add_(strength)
-    target = products[kept][:, columns] + strength * start[:, kept].T
-    factor, fault = torch.linalg.cholesky_ex(system)
-    if int(fault):
-        if float(inputs.diagonal().max()) == 0:  # Nothing ever comes in, so nothing is known.
-            solution[:, kept] = start[:, kept]
-            return solution
-        raise PruneError(
-            "prune.reconstruct_damping: the kept inputs of a layer are linearly dependent; raise it"
-        )
-    solution[:, kept] = torch.cholesky_solve(target, factor).T
-    return solution

@@ -49,7 +49,7 @@ from gbp_ray.workloads.data import derive_seed, shuffled_indices
 from gbp_ray.workloads.metrics import specs_of
 from gbp_ray.workloads.weights import tensor_state
 
-__all__ = ["RoundState", "needs_dense_weights", "run_rounds"]
+__all__ = ["RoundState", "run_rounds"]
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,6 @@ def run_rounds(
         resume = None  # Frees memory as large as the network.
     for number in range(first, job.prune.rounds + 1):
         yield run.prune_round(number)
-
-
-def needs_dense_weights(job: JobConfig) -> bool:
-    """Returns True if resuming a job needs the weights of the dense network."""
-    prune = job.prune
-    is_read = prune.rewind == "weights" or prune.reconstruct != "none"
-    return is_read or job.finetune.distillation.is_on
 
 
 class _Run:
@@ -247,7 +240,7 @@ class _Run:
         self.number = number
         # What initial masks remove leaves before the first decision.
         self._cut()
-        sparsity = self.schedule[number]
+        before, sparsity = self.masks, self.schedule[number]
         held_back: tuple[str, ...] = ()
         pruned: Evaluation | None = None
         # A round may only fine-tune.
@@ -260,7 +253,7 @@ class _Run:
         if is_pruned or self.job.prune.rewind == "weights":
             self._rewind()
             self._cut()
-            self._reconstruct()
+            self._reconstruct(before)
             with self._timed("batchnorm"):
                 recalibrate_as_asked(self.job, self.model, self.workload, self.ranks)
             pruned = self._evaluate()
@@ -321,16 +314,16 @@ class _Run:
             scores = self._recall_scores() or self._score()
         with self._timed("select"):
             removal = select_masks(
-                scores,
-                self.masks,
-                self.job.prune,
-                sparsity,
+                *(scores, self.masks, self.job.prune, sparsity),
                 {unit.name: unit.input_dim for unit in self.units},
                 self.ranks,
             )
-        self.ranks.check_agreement(removal.masks.digest, f"the mask of round {self.number}")
-        self.masks = removal.masks
+        self._take_over(removal.masks)
         return removal.capped_layers
+
+    def _take_over(self, masks: MaskSet) -> None:
+        self.ranks.check_agreement(masks.digest, f"the mask of round {self.number}")
+        self.masks = masks
 
     def _prune_units(self) -> tuple[str, ...]:
         assert self.whole is not None
@@ -342,8 +335,8 @@ class _Run:
         with self._timed("select"):
             choice = self.whole.choose(self.number, scores_U)
             masks = self.whole.dense_masks(choice.kept_U, self.masks)
-        self.ranks.check_agreement(masks.digest, f"the mask of round {self.number}")
-        self.masks, self.whole.kept_U = masks, choice.kept_U
+        self._take_over(masks)
+        self.whole.kept_U = choice.kept_U
         return choice.held_back
 
     def _cut(self) -> None:
@@ -401,25 +394,32 @@ class _Run:
             self.model.load_state_dict(dense, strict=False)
         if self.job.prune.rewind != "none":
             self.optimizer = None
-        masks = self.live_masks
-        if masks is not None:
-            masks.apply_(self.model)
-            if self.optimizer is not None:
-                forget_pruned(self.model, self.optimizer, masks)
+        self._apply_masks()
 
-    def _reconstruct(self) -> None:
+    def _apply_masks(self) -> None:
+        if (masks := self.live_masks) is not None:
+            masks.apply_(self.model)
+            forget_pruned(self.model, self.optimizer, masks)
+
+    def _reconstruct(self, before: MaskSet) -> None:
+        """Refits the kept weights, which may be others than the decision kept."""
         if self.dense is None:
             return
         dense = tensor_state(self.dense)
         with self._timed("reconstruct"):
-            reconstruct(
+            chosen = reconstruct(
                 *(self.model, self.dense, self.workload, self.job.prune, self.ranks),
                 masks=self.live_masks or {},
+                masks_before=before,
                 kept_rows={} if self.whole is None else self.whole.rows_left(),
                 dense_weights=dense if self.whole is None else self.whole.cut(dense, self.model),
                 seed=self.job.seed,
                 on_progress=self.on_progress,
             )
+        if chosen:
+            masks = replace(self.masks, masks={**self.masks, **chosen})
+            self._take_over(shard_masks(masks, self.model))
+            self._apply_masks()
 
     def _finetune(self, before: Evaluation | None = None) -> float:
         """Trains after a prune, given what was measured before it where that is known."""

@@ -47,7 +47,7 @@ from gbp_ray.pruning.masks import MaskSet, Removal
 from gbp_ray.pruning.thresholds import Cut, Pool, find_cuts
 from gbp_ray.pruning.units import Prunable, SlicedScores, num_to_prune
 
-__all__ = ["check_reachable", "check_selectable", "check_units", "select_masks"]
+__all__ = ["check_reachable", "check_selectable", "check_units", "select_masks", "share_out"]
 
 _NOTHING = Cut(-math.inf, 0, 0)
 
@@ -334,7 +334,7 @@ def _share_globally(layers: list[_Layer], k: int, ranks: Ranks) -> list[str]:
     budget = max(k - num_pruned, 0)
     # An early round may ask for less than all floors together: floors then share it by size.
     if sum(forced) > budget:
-        forced = _share_out(budget, [layer.size for layer in layers], [0] * len(layers), forced)
+        forced = share_out(budget, [layer.size for layer in layers], [0] * len(layers), forced)
     low = tuple(layer.num_pruned + n for layer, n in zip(layers, forced, strict=True))
     high = tuple(layer.ceiling for layer in layers)
     pool = Pool(tuple(range(len(layers))), max(k, num_pruned), low, high)
@@ -364,13 +364,13 @@ def _share_by_layer(layers: list[_Layer], k: int, ranks: Ranks) -> list[str]:
     ceilings = [layer.ceiling for layer in layers]
     # An early round may ask for less than all floors together, and then no layer exceeds its own.
     within = (low, floors) if sum(floors) > k else (floors, ceilings)
-    for layer, quota in zip(layers, _share_out(k, sizes, *within), strict=True):
+    for layer, quota in zip(layers, share_out(k, sizes, *within), strict=True):
         layer.quota = quota
-    wanted = _share_out(k, sizes, low, sizes)
+    wanted = share_out(k, sizes, low, sizes)
     return [layer.name for layer, n in zip(layers, wanted, strict=True) if n > layer.ceiling]
 
 
-def _share_out(total: int, sizes: list[int], low: list[int], high: list[int]) -> list[int]:
+def share_out(total: int, sizes: list[int], low: list[int], high: list[int]) -> list[int]:
     """Splits `total` in proportion to `sizes` within [low, high], exactly.
 
     Finds the common share s for which sum(clip(s * size, low, high)) = total, then hands the

@@ -23,7 +23,7 @@ from gbp_ray.distributed.sharding import is_sharded
 from gbp_ray.errors import StoreError
 from gbp_ray.pruning.checkpoint import SHARDS, Checkpoint
 from gbp_ray.pruning.checks import check_metric, load_checked
-from gbp_ray.pruning.rounds import RoundState, needs_dense_weights, run_rounds
+from gbp_ray.pruning.rounds import RoundState, run_rounds
 from gbp_ray.pruning.scoring import ScoreCache
 from gbp_ray.results.records import RoundRecord, TrialRecord, choose_round
 from gbp_ray.results.store import Store
@@ -306,7 +306,7 @@ def _read_checkpoint(
     shards = _Shards(store, name, last)
     dense = b""
     # A worker of a sharded network may have no room for a whole one, so it is read if needed.
-    if needs_dense_weights(job) or not shards:
+    if job.needs_dense_weights or not shards:
         dense = store.read_file(name, records[0], "weights.safetensors")
     return Checkpoint(
         round=last.round,

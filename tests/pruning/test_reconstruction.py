@@ -7,7 +7,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from small_networks import ConvNet, draw, images, job_config
+from pydantic import ValidationError
+from refitting import lstsq, surgeon
+from small_networks import ConvNet, GroupedNet, draw, images, job_config, prune_config
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -15,52 +17,10 @@ from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.pruning.reconstruction import (
-    check_reconstruction,
-    layers_to_refit,
-    least_squares,
-    reconstruct,
-)
+from gbp_ray.pruning.reconstruction import check_reconstruction, layers_to_refit, reconstruct
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.data import derive_seed, shuffled_indices
-
-
-def lstsq(
-    x: np.ndarray, y: np.ndarray, kept: np.ndarray, start: np.ndarray, damping: float
-) -> np.ndarray:
-    """Solves by numpy for one output: the damping is further rows of the same system."""
-    strength = np.sqrt(damping * np.mean(np.sum(x**2, axis=0)))
-    rows = np.concatenate([x[:, kept], strength * np.eye(kept.sum())])
-    wanted = np.concatenate([y, strength * start[kept]])
-    solution = np.zeros(len(kept))
-    solution[kept] = np.linalg.lstsq(rows, wanted, rcond=None)[0]
-    return solution
-
-
-@pytest.mark.parametrize("damping", [0.0, 0.01, 10.0])
-def test_a_solution_is_that_of_numpy(damping: float) -> None:
-    x, y, start = (draw(*shape, seed=3).double() for shape in ((40, 6), (40, 5), (2, 6)))
-    support = torch.tensor([True, False, True, True, False, True])
-    found = least_squares(x.T @ x, x.T @ y, torch.tensor([1, 4]), support, start, damping)
-    for row, column in enumerate((1, 4)):
-        wanted = lstsq(
-            *(x.numpy(), y[:, column].numpy(), support.numpy(), start[row].numpy(), damping)
-        )
-        np.testing.assert_allclose(found[row].numpy(), wanted, atol=1e-10)
-
-
-def test_inputs_that_decide_nothing() -> None:
-    x = draw(10, 3).double()
-    twice = torch.cat([x, x], dim=1)
-    moments, support = (twice.T @ twice, twice.T @ draw(10, 1).double()), torch.ones(6).bool()
-    start, only = draw(1, 6), torch.tensor([0])
-    with pytest.raises(PruneError, match=r"reconstruct_damping: .* linearly dependent"):
-        least_squares(moments[0], moments[1], only, support, start, 0.0)
-    assert torch.isfinite(least_squares(moments[0], moments[1], only, support, start, 1e-6)).all()
-    nothing = (torch.zeros(6, 6).double(), torch.zeros(6, 1).double())
-    assert torch.equal(least_squares(*nothing, only, support, start, 0.1).float(), start)
-    assert not least_squares(*moments, only, ~support, start, 0.1).any()
 
 
 def columns_of(layer: nn.Module, inputs: Tensor) -> np.ndarray:
@@ -72,13 +32,37 @@ def columns_of(layer: nn.Module, inputs: Tensor) -> np.ndarray:
     return unfolded.transpose(1, 2).flatten(0, 1).double().numpy()
 
 
-def test_each_layer_of_a_network_is_refitted_behind_refitted_layers() -> None:
+def refitted(
+    x: np.ndarray, y: np.ndarray, mask: Tensor, before: Tensor, original: np.ndarray, method: str
+) -> np.ndarray:
+    """Returns the weights of one group of a layer, by numpy."""
+    kept, kept_before = (of.flatten(1).numpy() for of in (mask, before))
+    if method == "least_squares" or mask.all():
+        return np.stack([lstsq(x, y[:, r], kept[r], original[r], 0.02) for r in range(len(kept))])
+    if method == "sparsegpt":
+        quota = np.count_nonzero(~kept)
+        return surgeon(x, y, kept_before, original, 0.02, [quota], 128)
+    # Four channels, at each place of the kernel.
+    order = np.arange(kept.shape[1]).reshape(mask.shape[1], -1).T.reshape(-1)
+    found = np.empty_like(original)
+    found[:, order] = surgeon(
+        *(x[:, order], y, kept_before[:, order], original[:, order], 0.02),
+        *([2 * len(mask)] * (len(order) // 4), 4, 2),
+    )
+    return found
+
+
+@pytest.mark.parametrize("method", ["least_squares", "sparsegpt", "sparsegpt, 2:4"])
+def test_each_layer_of_a_network_is_refitted_behind_refitted_layers(method: str) -> None:
     """The other way is a whole pass of all examples for each layer."""
-    workload = images(lambda: ConvNet(dropout=0.0), num_train=23)
+    workload = images(GroupedNet, num_train=23)
+    is_patterned = method.endswith("2:4")
     prune = job_config(
         prune={
             "criterion": "magnitude",
-            "reconstruct": "least_squares",
+            "sparsity": 0.5,
+            "granularity": "2:4" if is_patterned else "weight",
+            "reconstruct": method.partition(",")[0],
             "calibration_examples": 20,
             "calibration_batch_size": 6,
             "calibration_augment": False,
@@ -89,7 +73,14 @@ def test_each_layer_of_a_network_is_refitted_behind_refitted_layers() -> None:
     torch.manual_seed(0)
     dense = workload.build_model().eval()
     names = ["conv1", "conv2", "head"]
-    masks = {f"{n}.weight": draw(*dense.get_parameter(f"{n}.weight").shape) > 0 for n in names}
+    masks, before = {}, {}
+    for key in [f"{name}.weight" for name in names]:
+        shape = dense.get_parameter(key).shape
+        masks[key] = draw(*shape) > 0
+        if is_patterned:
+            channel = torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2))
+            masks[key] = (channel % 4 < 2).expand(shape).clone()
+        before[key] = masks[key] | (draw(*shape, seed=9) > 0)
     model = copy.deepcopy(dense)
     MaskSet(masks).apply_(model)
 
@@ -105,18 +96,26 @@ def test_each_layer_of_a_network_is_refitted_behind_refitted_layers() -> None:
             with torch.no_grad():
                 network(examples)
         layer, key = expected.get_submodule(name), f"{name}.weight"
-        x = columns_of(layer, seen[expected])
+        groups = getattr(layer, "groups", 1)
         original = dense.get_parameter(key).detach().flatten(1).double().numpy()
-        y = columns_of(layer, seen[dense]) @ original.T
-        mask = masks[key].flatten(1).numpy()
-        rows = [lstsq(x, y[:, r], mask[r], original[r], 0.02) for r in range(len(mask))]
+        of_groups = zip(
+            *(np.split(columns_of(layer, seen[net]), groups, axis=1) for net in (expected, dense)),
+            *(of[key].chunk(groups) for of in (masks, before)),
+            np.split(original, groups),
+            strict=True,
+        )
+        parts = [
+            refitted(x, x0 @ w0.T, mask, kept_before, w0, method)
+            for x, x0, mask, kept_before, w0 in of_groups
+        ]
         weight = expected.get_parameter(key)
-        weight.data.copy_(torch.from_numpy(np.stack(rows)).view_as(weight))
+        weight.data.copy_(torch.from_numpy(np.concatenate(parts)).view_as(weight))
 
-    before = {name: value.clone() for name, value in dense.state_dict().items()}
-    reconstruct(
+    unchanged = {name: value.clone() for name, value in dense.state_dict().items()}
+    chosen = reconstruct(
         *(model, dense, workload, prune, Ranks()),
         masks=masks,
+        masks_before=before,
         kept_rows={},
         dense_weights=dict(dense.named_parameters()),
         seed=7,
@@ -127,8 +126,14 @@ def test_each_layer_of_a_network_is_refitted_behind_refitted_layers() -> None:
             atol=2e-5,
             rtol=1e-4,
         )
-        assert torch.equal(model.get_parameter(f"{name}.weight") != 0, masks[f"{name}.weight"])
-    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    found = masks if method == "least_squares" else chosen
+    for key, mask in found.items():
+        assert torch.equal(model.get_parameter(key) != 0, mask)
+        assert mask.sum() == masks[key].sum()
+        assert not (mask & ~before[key]).any()
+    assert found.keys() == masks.keys()
+    assert bool(chosen) == (method != "least_squares")
+    assert all(torch.equal(value, unchanged[name]) for name, value in dense.state_dict().items())
 
 
 def test_batchnorm_statistics_stay_as_the_weights_are_fitted_to_them() -> None:
@@ -157,14 +162,53 @@ def error_of(workload: Workload, **prune: object) -> float:
 
 
 @pytest.mark.parametrize(
-    "prune", [{}, {"scope": "layer"}, {"granularity": "2:4"}, {"granularity": "channel"}], ids=str
+    "prune",
+    [
+        {},
+        {"scope": "layer"},
+        {"granularity": "2:4"},
+        {"granularity": "channel"},
+        {"reconstruct": "sparsegpt"},
+        {"reconstruct": "sparsegpt", "granularity": "2:4"},
+    ],
+    ids=str,
 )
 def test_a_pruned_network_comes_nearer_to_the_dense_one(prune: dict[str, object]) -> None:
     workload = images(lambda: ConvNet(dropout=0.0))
     if prune.get("granularity") == "2:4":
         prune = {**prune, "exclude": ["conv1.weight"]}
-    refitted = error_of(workload, **prune, reconstruct="least_squares")
-    assert refitted < 0.6 * error_of(workload, **prune)
+    refitted = error_of(workload, **{"reconstruct": "least_squares", **prune})
+    assert refitted < 0.6 * error_of(workload, **{**prune, "reconstruct": "none"})
+
+
+@pytest.mark.parametrize("granularity", ["weight", "2:4"])
+def test_what_sparsegpt_has_pruned_stays_pruned(granularity: str) -> None:
+    job = job_config(
+        pretrain={"epochs": 1, "batch_size": 12},
+        prune={
+            "criterion": "magnitude",
+            "sparsity": 0.5,
+            "granularity": granularity,
+            "rounds": 3,
+            "reconstruct": "sparsegpt",
+            "exclude": ["conv1.weight"],
+        },
+        finetune={"epochs": 0.5, "batch_size": 12, "momentum": 0.9},
+    )
+    by_magnitude = job.model_copy(
+        update={"prune": job.prune.model_copy(update={"reconstruct": "none"})}
+    )
+    chosen, others = (list(run_rounds(of, images(), Ranks())) for of in (job, by_magnitude))
+    for before, after, other in zip(chosen, chosen[1:], others[1:], strict=False):
+        assert before.masks.num_pruned < after.masks.num_pruned == other.masks.num_pruned
+        assert after.masks != other.masks
+        assert after.masks.intersection(before.masks) == after.masks
+        assert (after.masks.parent, after.masks.round) == (before.masks.digest, after.record.round)
+        if granularity == "2:4":
+            for mask in after.masks.values():
+                assert (mask.unflatten(1, (-1, 4)).sum(dim=2) >= 2).all()
+    assert [state.record.mask_digest for state in chosen] == [s.masks.digest for s in chosen]
+    assert chosen[-1].record.sparsity == 0.5
 
 
 def test_layers_that_a_pass_calls_twice_or_never_are_left_as_they_are() -> None:
@@ -197,3 +241,5 @@ def test_networks_that_cannot_be_refitted_are_refused_before_training() -> None:
     turned = nn.Sequential(nn.ConvTranspose2d(2, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(ConfigError, match=r"prune\.reconstruct = least_squares: the network"):
         check_job(job, images(lambda: copy.deepcopy(turned)))
+    with pytest.raises(ValidationError, match=r"chooses single weights, and granularity = .*head"):
+        prune_config(reconstruct="sparsegpt", granularity="head")

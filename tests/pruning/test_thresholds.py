@@ -26,7 +26,7 @@ from gbp_ray.distributed.sharding import local_slice
 from gbp_ray.pruning import counting, thresholds
 from gbp_ray.pruning.counting import as_score_view
 from gbp_ray.pruning.masks import MaskSet
-from gbp_ray.pruning.selection import _share_out, select_masks
+from gbp_ray.pruning.selection import select_masks, share_out
 from gbp_ray.pruning.thresholds import Pool, exact_threshold, find_cuts
 from gbp_ray.pruning.units import Layout, Prunable, SlicedScores, num_to_prune
 
@@ -305,7 +305,7 @@ def test_shares_of_huge_layers_are_exact() -> None:
     sizes = [2**33 + 1, 2**31, 7, 3 * 2**34]
     total = sum(sizes)
     for k in (1, 2**31 + 1, total // 2, total - 4):
-        counts = _share_out(k, sizes, [0] * 4, [size - 1 for size in sizes])
+        counts = share_out(k, sizes, [0] * 4, [size - 1 for size in sizes])
         assert sum(counts) == k
         if k <= total // 2:  # beyond it the bounds have their say
             assert all(abs(c - k * s / total) <= 2 for c, s in zip(counts, sizes, strict=True))

@@ -182,6 +182,22 @@ class ConvNet(nn.Module):
         return self.head(self.dropout(hidden))
 
 
+class GroupedNet(nn.Module):
+    """A classifier with a convolution in two groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, groups=2, bias=False)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = functional.relu(self.norm(self.conv1(inputs)))
+        hidden = functional.adaptive_avg_pool2d(functional.relu(self.conv2(hidden)), 2)
+        return self.head(hidden.flatten(1))
+
+
 class Block(nn.Module):
     """A residual block of two layers."""
 

@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from small_networks import BlockNet, DrawnItems, Remembering, draw, images, job_config, regression
+from small_networks import (
+    BlockNet,
+    DrawnItems,
+    GroupedNet,
+    Remembering,
+    draw,
+    images,
+    job_config,
+    regression,
+)
 from torch import Tensor, nn
 
 from gbp_ray.config.job import JobConfig
@@ -140,6 +149,24 @@ TECHNIQUES: dict[str, Technique] = {
     ),
     "reconstructed": Technique(
         {"prune": {"reconstruct": "least_squares", "reconstruct_positions": 5}}, images, FEWER
+    ),
+    "chosen by sparsegpt": Technique(
+        {"prune": {"reconstruct": "sparsegpt", "reconstruct_positions": 5}},
+        images_for(GroupedNet),
+        EVERYWHERE,
+    ),
+    "chosen by sparsegpt, 2:4, rewound": Technique(
+        {
+            "prune": {
+                "reconstruct": "sparsegpt",
+                "granularity": "2:4",
+                "sparsity": 0.5,
+                "exclude": ["conv1.weight"],
+                "rewind": "weights",
+            }
+        },
+        images,
+        ((3, "replicated"), (2, "fsdp")),
     ),
     "weights rewound": Technique({"prune": {"rewind": "weights"}}),
     "learning rate rewound": Technique(

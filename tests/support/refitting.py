@@ -1,0 +1,59 @@
+"""Layers pruned and refitted by numpy, one output and one weight at a time, from rows of inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def lstsq(
+    x: np.ndarray, y: np.ndarray, kept: np.ndarray, start: np.ndarray, damping: float
+) -> np.ndarray:
+    """Solves for one output: the damping is further rows of the same system."""
+    strength = np.sqrt(damping * np.mean(np.sum(x**2, axis=0)))
+    rows = np.concatenate([x[:, kept], strength * np.eye(kept.sum())])
+    wanted = np.concatenate([y, strength * start[kept]])
+    solution = np.zeros(len(kept))
+    solution[kept] = np.linalg.lstsq(rows, wanted, rcond=None)[0]
+    return solution
+
+
+def surgeon(
+    x: np.ndarray,
+    y: np.ndarray,
+    kept: np.ndarray,
+    start: np.ndarray,
+    damping: float,
+    quotas: list[int],
+    width: int,
+    most: int | None = None,
+) -> np.ndarray:
+    """Removes weights of all outputs by the optimal brain surgeon, inputs in their order.
+
+    Args:
+        quotas: Weights that go in each `width` inputs, those not `kept` first.
+        most: So many of each output at most.
+    """
+    everything = np.ones(x.shape[1], bool)
+    w = np.stack([lstsq(x, y[:, r], everything, start[r], damping) for r in range(len(start))])
+    hessian = x.T @ x
+    hessian += damping * np.mean(np.diag(hessian)) * np.eye(len(hessian))
+    goes = ~kept
+    for j in range(len(hessian)):
+        if j % width == 0:
+            costs = []
+            for i in range(j, min(j + width, len(hessian))):
+                variance = np.linalg.inv(hessian[i:, i:])[0, 0]
+                costs += [
+                    (w[r, i] ** 2 / variance if kept[r, i] else -1.0, r, i) for r in range(len(w))
+                ]
+            goes[:, j : j + width] = False
+            left = quotas[j // width]
+            for _, r, i in sorted(costs):
+                if left and (most is None or goes[r, j : j + width].sum() < most):
+                    goes[r, i] = True
+                    left -= 1
+        inverse = np.linalg.inv(hessian[j:, j:])
+        for r in np.flatnonzero(goes[:, j]):
+            w[r, j:] -= w[r, j] / inverse[0, 0] * inverse[0]
+            w[r, j] = 0
+    return w
