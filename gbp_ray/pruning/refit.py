@@ -77,9 +77,10 @@ def sparsegpt(
 
     This is algorithm 1 of Frantar and Alistarh 2023 (SparseGPT, arXiv 2301.00774), begun at w*
     instead of at the dense weights. In front of each block of inputs, those of its weights go that
-    cost least, w^2 / v, where v is the variance of the input's weight, an entry of the inverse of
-    what is left of H. All outputs of a block compete, and blocks lose the same share each, as far
-    as the weights pruned before allow.
+    cost least, w^2 / d, where d is the input's entry on the diagonal of the inverse of H + s I
+    without the inputs before it. All outputs compete in a block, and all blocks lose the same
+    share, as far as the weights pruned before allow. Takes about C^3 + M C^2 multiply-adds, and
+    memory for C^2 numbers.
 
     Args:
         inputs: sum x x^T, (C, C) float64.
@@ -90,7 +91,7 @@ def sparsegpt(
         damping: Relative to the mean of the diagonal of `inputs`.
         pattern: (n, m): of each m inputs, in the order of the sweep, an output keeps n at least,
             and the choice is made in front of each m. None for single weights.
-        order: (C,), inputs in the order in which they are gone through; theirs by default.
+        order: (C,), the inputs in the order of the sweep; theirs by default.
         block: Inputs whose weights compete, where there is no pattern.
 
     Returns:
@@ -105,8 +106,8 @@ def sparsegpt(
     inputs, products = inputs[order][:, order], products[order]
     w = start.T.double()[order]  # (C, M), so that the weights of an input are neighbours
     stays = kept.T[order]
-    # With H = R R^T, R upper triangular, and U = R^-1, the inverse of what is left of H behind any
-    # input is U^T U of the same part of U.
+    # With H + s I = R R^T, R upper triangular, and U = R^-1, the inverse without the first inputs
+    # is U^T U of the rest of U. R is the Cholesky factor for the inputs in reverse.
     strength = damping * inputs.diagonal().mean()
     factor = _factor(inputs.flip(0, 1), strength, inputs)
     eye = torch.eye(num_inputs, dtype=torch.float64, device=device)
@@ -122,7 +123,6 @@ def sparsegpt(
     sizes = [len(part) * num_outputs for part in stays.split(width)]
     before = [int((~part).sum()) for part in stays.split(width)]
     quotas = share_out(num_pruned, sizes, before, [size // m * (m - n) for size in sizes])
-    stays = stays.clone()
     for first in range(0, num_inputs, block):
         last = min(first + block, num_inputs)
         errors_BM = torch.zeros_like(w[first:last])
@@ -135,7 +135,7 @@ def sparsegpt(
             w[i:last] -= u[i, i:last, None] * error_M
             errors_BM[i - first] = error_M
         w[last:] -= u[first:last, last:].T @ errors_BM
-    assert int((~stays).sum()) == num_pruned, "other numbers of weights than could be pruned"
+    assert int((~stays).sum()) == num_pruned, "more or fewer weights than can be pruned"
     back = order.argsort()
     return w.masked_fill(~stays, 0)[back].T, stays[back].T
 
