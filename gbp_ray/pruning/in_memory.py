@@ -157,7 +157,8 @@ def prune_model(
         masks: From an earlier call: what is pruned stays so and counts towards the sparsity.
         reconstruct: "least_squares" then refits the kept weights of linear layers and convolutions
             to the outputs that the network has when it is given, masks or not, on the calibration
-            examples; see `gbp-ray fields prune`. It reads no targets.
+            examples; "sparsegpt" also chooses them anew, as many in each layer; see `gbp-ray fields
+            prune`. They read no targets.
         calibration_examples: How many examples the seed draws to score and refit on.
         num_threads: CPU threads, on which the order of additions depends; jobs take 1 by default.
         fields: `layer_min_sparsity`, `layer_max_sparsity` and `hutchinson_probes` of a job; of
@@ -313,8 +314,7 @@ def _prune_weights(task: _Task, masks: MaskSet | None) -> MaskSet:
     removal = select_masks(scores, before, config, config.sparsity, task.input_dims, task.ranks)
     task.ranks.check_agreement(removal.masks.digest, "the mask")
     removal.masks.apply_(task.model)
-    task.refit(dense, removal.masks)
-    return removal.masks
+    return task.refit(dense, removal.masks, before)
 
 
 def _prune_units(task: _Task, masks: MaskSet | None) -> MaskSet:
@@ -341,9 +341,7 @@ def _prune_units(task: _Task, masks: MaskSet | None) -> MaskSet:
     found = whole.dense_masks(choice.kept_U, before)
     ranks.check_agreement(found.digest, "the mask")
     found.apply_(model)
-    found = found.to(ranks.device)
-    task.refit(dense, found)
-    return found
+    return task.refit(dense, found.to(ranks.device), before)
 
 
 def _as_masks(masks: object) -> MaskSet:
@@ -411,15 +409,20 @@ class _Task:
         """Copies the network as it is given if weights are refitted to its outputs."""
         return None if self.config.reconstruct == "none" else copy_frozen(self.model)
 
-    def refit(self, dense: nn.Module | None, masks: MaskSet) -> None:
-        """Refits kept weights to the outputs of `dense`, or puts its weights back. Communicates."""
+    def refit(self, dense: nn.Module | None, masks: MaskSet, before: MaskSet) -> MaskSet:
+        """Refits kept weights to the outputs of `dense`, or puts its weights back. Communicates.
+
+        Returns:
+            The masks, or those that took their place.
+        """
         if dense is None:
-            return
+            return masks
         given = dict(dense.named_parameters())
         try:
-            reconstruct(
+            chosen = reconstruct(
                 *(self.model, dense, self.workload, self.config, self.ranks),
                 masks=masks,
+                masks_before=before,
                 kept_rows={},
                 dense_weights=given,
                 seed=self.seed,
@@ -429,6 +432,9 @@ class _Task:
                 for name, parameter in self.model.named_parameters():
                     parameter.copy_(given[name])
             raise
+        masks = replace(masks, masks={**masks, **chosen})
+        self.ranks.check_agreement(masks.digest, "the mask")
+        return masks
 
 
 def _prepare(
