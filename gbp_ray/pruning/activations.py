@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from gbp_ray.errors import PruneError
 
-__all__ = ["Lane", "PatchLayer", "find_patch_layers", "in_step", "rows_of"]
+__all__ = ["Lane", "PatchLayer", "find_patch_layers", "in_step", "outputs_at", "rows_of"]
 
 PatchLayer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 """A layer whose output rows are `weight @ row` of its inputs, plus a bias."""
@@ -106,6 +106,20 @@ def rows_of(layer: PatchLayer, inputs: Tensor, most: int = 0, seed: int = 0) -> 
     return patches.reshape(-1, groups, padded.shape[1] // groups * math.prod(kernel))
 
 
+def outputs_at(layer: PatchLayer, outputs: Tensor, most: int = 0, seed: int = 0) -> Tensor:
+    """Returns what has the shape of a layer's outputs at the rows of `rows_of`, (R, O)."""
+    if isinstance(layer, nn.Linear):
+        by_position = outputs.reshape(len(outputs), -1, outputs.shape[-1])
+    else:
+        if outputs.ndim == layer.weight.ndim - 1:
+            outputs = outputs[None]
+        by_position = outputs.flatten(2).mT
+    chosen = _draw(by_position.shape[1], most, seed, outputs.device)
+    if chosen is not None:
+        by_position = by_position[:, chosen]
+    return by_position.flatten(0, 1)
+
+
 def _draw(num_positions: int, most: int, seed: int, device: torch.device) -> Tensor | None:
     """Draws positions, ascending; None takes all."""
     if not 0 < most < num_positions:
@@ -136,11 +150,14 @@ class Lane:
         run: Passes through the network.
         draw: Seeds random numbers before each of its stretches between two layers, given the number
             of the stretch.
+        keep: Modules whose first input stays in `kept`, by name, until it is taken out.
     """
 
     layers: Mapping[str, nn.Module]
     run: Callable[[], object]
     draw: Callable[[int], object] = lambda number: None
+    keep: Mapping[str, nn.Module] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -251,7 +268,16 @@ class _Pass:
             if self._is_ending:
                 raise _Ended
 
+        def keep(name: str, module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            if threading.get_ident() == thread:
+                self.lane.kept[name] = given[0]
+
+        # An input is kept before the layer that takes it, too, stops.
         hooks = [
+            module.register_forward_pre_hook(partial(keep, name))
+            for name, module in self.lane.keep.items()
+        ]
+        hooks += [
             module.register_forward_pre_hook(partial(stop, name))
             for name, module in self.lane.layers.items()
         ]

@@ -34,8 +34,16 @@ from gbp_ray.distributed.ranks import Ranks, isolated
 from gbp_ray.distributed.sharding import copy_network, gather_whole, is_sharded, unsharded
 from gbp_ray.distributed.sums import OrderedSum
 from gbp_ray.errors import ConfigError, PruneError
-from gbp_ray.pruning.activations import Lane, PatchLayer, find_patch_layers, in_step, rows_of
+from gbp_ray.pruning.activations import (
+    Lane,
+    PatchLayer,
+    find_patch_layers,
+    in_step,
+    outputs_at,
+    rows_of,
+)
 from gbp_ray.pruning.calibration import Calibration
+from gbp_ray.pruning.continuations import Continuation, find_continuations
 from gbp_ray.pruning.refit import least_squares, sparsegpt
 from gbp_ray.training.network import load_rows
 from gbp_ray.training.progress import OnProgress, Progress, ignore_progress
@@ -212,11 +220,14 @@ class _Refit:
         turns = list(self.ranks.deal(len(self.calibration.batches)))
         items = [0 if item is None else item for item in turns]
         batches = self.ranks.run_collectively(lambda: [self.read(item) for item in items])
+        follows = find_continuations(self.model, layers, partial(self.run, self.model, batches[0]))
+        summands = {after.summand for after in follows.values() if after.summand is not None}
         lanes = [
             Lane(
                 at,
                 partial(self.run, network, batch),
                 partial(self.seed_stretch, item),
+                {name: network.get_submodule(name) for name in summands},
             )
             for item, batch in zip(items, batches, strict=True)
             for network, at in ((self.model, layers), (self.dense, originals))
@@ -230,6 +241,7 @@ class _Refit:
             for turn, item in enumerate(turns):
                 vector, shapes = self._moments_of(
                     *(layer, originals[name], inputs[2 * turn : 2 * turn + 2]),
+                    *(follows[name], lanes[2 * turn : 2 * turn + 2]),
                     *(derive_seed(self.seed, "positions", name, items[turn]), kept_rows.get(key)),
                 )
                 if sums is None:
@@ -263,6 +275,8 @@ class _Refit:
         layer: PatchLayer,
         original: PatchLayer,
         inputs: list[Tensor],
+        after: Continuation,
+        lanes: list[Lane],
         seed: int,
         kept_rows: Tensor | None,
     ) -> tuple[Tensor, tuple[torch.Size, torch.Size]]:
@@ -273,8 +287,18 @@ class _Refit:
         groups = x0.shape[1]
         weight0 = original.weight.detach().flatten(1).unflatten(0, (groups, -1))
         y = torch.einsum("rkc,kmc->rkm", x0, weight0).flatten(1)
-        if kept_rows is not None:
-            y = y[:, kept_rows.to(y.device)]
+        kept = torch.ones_like(y[0], dtype=torch.bool) if kept_rows is None else kept_rows
+        kept = kept.to(y.device)
+        error: Tensor | None = None
+        if after.summand is not None:
+            own, wanted = (
+                outputs_at(net, lane.kept.pop(after.summand), most, seed)
+                for net, lane in zip((layer, original), lanes, strict=True)
+            )
+            error = wanted[:, kept] - own
+        scale, shift = after.affine(self.dense, original)
+        of_dense = scale[kept], shift[kept]
+        y = after.targets(y[:, kept], after.affine(self.model, layer), of_dense, error)
         y = y.unflatten(1, (x.shape[1], -1))
         x_K = x.transpose(0, 1)
         squares = x_K.mT @ x_K

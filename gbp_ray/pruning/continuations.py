@@ -1,0 +1,189 @@
+"""What follows a layer: the BatchNorm that scales its outputs, and what is added to them.
+
+In a residual network the output of a block's last layer is added to what came into the block. A
+layer that is refitted behind pruned ones can make up for the error of the other summand as well,
+as long as that is known before the layer computes. Seen in one pass: no code of a network is read.
+
+Shape suffixes: O = outputs of a layer, R = rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from gbp_ray.pruning.activations import PatchLayer
+
+__all__ = ["Continuation", "find_continuations"]
+
+_LEAST_SCALE = 1e-3
+"""Below this share of the largest scale, an output hardly counts in the sum: it is left alone."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What happens to a layer's outputs next.
+
+    Attributes:
+        norms: Names of the BatchNorms that they pass through, in order.
+        summand: Name of the module whose first input is added to them after that.
+    """
+
+    norms: tuple[str, ...] = ()
+    summand: str | None = None
+
+    def affine(self, model: nn.Module, layer: PatchLayer) -> tuple[Tensor, Tensor]:
+        """Returns scale and shift, (O,), from `weight @ row` to the sum, in eval mode."""
+        weight = layer.weight.detach()
+        scale = weight.new_ones(len(weight))
+        shift = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
+        for name in self.norms:
+            norm = model.get_submodule(name)
+            assert isinstance(norm, _BatchNorm)
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            factor = (norm.running_var + norm.eps).rsqrt()
+            if norm.affine:
+                factor = factor * norm.weight.detach()
+            scale, shift = scale * factor, (shift - norm.running_mean) * factor
+            if norm.affine:
+                shift = shift + norm.bias.detach()
+        return scale, shift
+
+    def targets(
+        self,
+        outputs: Tensor,
+        own: tuple[Tensor, Tensor],
+        dense: tuple[Tensor, Tensor],
+        error: Tensor | None,
+    ) -> Tensor:
+        """Returns what `weight @ row` has to be for the sum to be as in the dense network, (R, O).
+
+        Args:
+            outputs: `weight @ row` of the dense network, (R, O).
+            own: Scale and shift in the network that is refitted.
+            dense: The same in the dense network.
+            error: The other summand in the dense network less that in the other, (R, O).
+        """
+        (scale, shift), (dense_scale, dense_shift) = own, dense
+        counts = scale.abs() > _LEAST_SCALE * scale.abs().max()
+        inverse = torch.where(counts, 1 / scale, 0)
+        ratio = torch.where(counts, dense_scale * inverse, 1)
+        wanted = outputs * ratio + (dense_shift - shift) * inverse
+        return wanted if error is None else wanted + error * inverse
+
+
+@torch.no_grad()
+def find_continuations(
+    model: nn.Module, layers: Mapping[str, PatchLayer], run: Callable[[], object]
+) -> dict[str, Continuation]:
+    """Finds what follows each layer of a network in eval mode.
+
+    Args:
+        layers: Called once in a pass.
+        run: Passes through the network.
+    """
+    watch = _Watch()
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        names.setdefault(module, name)
+    for_layer = {module: name for name, module in layers.items()}
+    hooks = []
+    for module, name in names.items():
+        hooks.append(module.register_forward_pre_hook(partial(watch.take_input, name)))
+        if module in for_layer:
+            found = partial(watch.take_output, for_layer[module])
+            hooks.append(module.register_forward_hook(found))
+        elif isinstance(module, _BatchNorm) and module.running_mean is not None:
+            hooks.append(module.register_forward_hook(partial(watch.take_norm, name)))
+    try:
+        with watch:
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: Continuation(*watch.known(name)) for name in layers}
+
+
+@dataclass
+class _Seen:
+    """A tensor as it was, which is kept so that no other gets its id."""
+
+    tensor: Tensor
+    version: int
+    name: str
+    order: int
+    norms: tuple[str, ...] = ()
+
+
+class _Watch(TorchFunctionMode):
+    """Follows tensors through a pass by their identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inputs: dict[int, _Seen] = {}
+        self._outputs: dict[int, _Seen] = {}
+        self._calls: dict[str, int] = {}
+        self._norms: dict[str, tuple[str, ...]] = {}
+        self._summands: dict[str, str] = {}
+        self._time = 0
+
+    def known(self, name: str) -> tuple[tuple[str, ...], str | None]:
+        """Returns the norms behind a layer, and the module with the other summand."""
+        summand = self._summands.get(name)
+        if summand is not None and self._calls[summand] > 1:
+            summand = None  # Its first input is not the one that is added.
+        return self._norms.get(name, ()), summand
+
+    def take_input(self, name: str, module: nn.Module, given: tuple[Any, ...]) -> None:
+        self._calls[name] = self._calls.get(name, 0) + 1
+        self._time += 1
+        if given and isinstance(given[0], Tensor):
+            seen = _Seen(given[0], given[0]._version, name, self._time)
+            self._inputs.setdefault(id(given[0]), seen)
+
+    def take_output(
+        self, name: str, module: nn.Module, given: tuple[Any, ...], output: Tensor
+    ) -> None:
+        self._outputs[id(output)] = _Seen(output, output._version, name, self._time)
+
+    def take_norm(
+        self, name: str, module: nn.Module, given: tuple[Any, ...], output: Tensor
+    ) -> None:
+        before = self._lookup(self._outputs, given[0])
+        if before is not None and not module.training:
+            norms = (*before.norms, name)
+            self._norms[before.name] = norms
+            seen = _Seen(output, output._version, before.name, before.order, norms)
+            self._outputs[id(output)] = seen
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in _ADDITIONS and (kwargs or {}).get("alpha", 1) == 1:
+            self._take_sum(*args[:2])
+        return func(*args, **(kwargs or {}))
+
+    def _take_sum(self, first: Any, second: Any = None) -> None:
+        for one, other in ((first, second), (second, first)):
+            made = self._lookup(self._outputs, one)
+            came = self._lookup(self._inputs, other)
+            is_known = made and came and came.order < made.order and one.shape == other.shape
+            # Each is kept for one layer only.
+            if made and came and is_known and came.name not in self._summands.values():
+                self._summands.setdefault(made.name, came.name)
+
+    @staticmethod
+    def _lookup(known: dict[int, _Seen], tensor: Any) -> _Seen | None:
+        seen = known.get(id(tensor)) if isinstance(tensor, Tensor) else None
+        return seen if seen is not None and seen.tensor._version == seen.version else None
+
+
+_ADDITIONS = ("add", "add_", "__add__", "__iadd__", "__radd__")

@@ -1,0 +1,123 @@
+"""What follows a layer, and the outputs that make up for the error of a shortcut."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from small_networks import draw, images, job_config
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.pruning.activations import find_patch_layers
+from gbp_ray.pruning.continuations import Continuation, find_continuations
+from gbp_ray.pruning.masks import MaskSet
+from gbp_ray.pruning.reconstruction import reconstruct
+
+
+class Residual(nn.Module):
+    """A block behind a stem: two layers, a norm behind the second, and its input added."""
+
+    def __init__(self, way: str = "plain") -> None:
+        super().__init__()
+        self.way = way
+        self.stem = nn.Conv2d(2, 6, 3, padding=1)
+        self.first = nn.Conv2d(6, 5, 3, padding=1)
+        self.second = nn.Conv2d(5, 6, 1)
+        self.norm = nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 3)
+        generator = torch.Generator().manual_seed(4)
+        for tensor in (self.norm.weight, self.norm.bias, self.norm.running_mean):
+            tensor.data.copy_(torch.rand(6, generator=generator) + 0.5)
+
+    def block(self, hidden: Tensor) -> Tensor:
+        inner = self.norm(self.second(torch.relu(self.first(hidden))))
+        if self.way == "turned":
+            return hidden + inner
+        if self.way == "in place":
+            inner += hidden
+            return inner
+        if self.way == "halved":
+            return torch.add(inner, hidden, alpha=0.5)
+        if self.way == "cut off":
+            return torch.relu_(inner) + hidden
+        if self.way == "moved":
+            return inner + hidden.mul_(2)
+        return inner + hidden
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        summed = self.block(torch.relu(self.stem(inputs)))
+        return self.head(torch.relu(summed).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("way", ["plain", "turned", "in place", "halved", "cut off", "moved"])
+def test_a_sum_is_found_where_it_is_one(way: str) -> None:
+    model = Residual(way).eval()
+    found = find_continuations(model, find_patch_layers(model), lambda: model(draw(2, 2, 4, 4)))
+    is_sum = way in ("plain", "turned", "in place")
+    assert found["second"] == Continuation(("norm",), "first" if is_sum else None)
+    assert found["first"] == found["stem"] == found["head"] == Continuation()
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_norms_that_use_the_statistics_of_the_batch_are_none() -> None:
+    model = Residual().train()
+    layers = find_patch_layers(model)
+    assert (
+        find_continuations(model, layers, lambda: model(draw(2, 2, 4, 4)))["second"]
+        == Continuation()
+    )
+
+
+def test_scale_and_shift_are_those_of_layer_and_norm() -> None:
+    model = Residual().eval()
+    scale, shift = Continuation(("norm",)).affine(model, model.second)
+    hidden = draw(3, 5, 4, 4)
+    expected = model.norm(model.second(hidden))
+    product = functional.conv2d(hidden, model.second.weight)
+    torch.testing.assert_close(product * scale[:, None, None] + shift[:, None, None], expected)
+
+
+def test_the_last_layer_of_a_block_makes_up_for_the_error_of_its_shortcut() -> None:
+    """After a training that moved norms and biases, too, sums come as near as they can."""
+    workload = images(Residual, num_train=24)
+    prune = job_config(
+        prune={
+            "criterion": "magnitude",
+            "reconstruct": "least_squares",
+            "reconstruct_damping": 0.0,
+            "reconstruct_positions": 0,
+            "calibration_examples": 24,
+            "calibration_augment": False,
+        }
+    ).prune
+    torch.manual_seed(0)
+    dense = Residual().eval()
+    model = copy.deepcopy(dense)
+    for parameter in (model.norm.weight, model.norm.bias, model.second.bias):
+        parameter.data.mul_(1.2)
+    model.norm.running_var.mul_(0.8)
+    stem = torch.ones_like(model.stem.weight, dtype=torch.bool)
+    stem[::2, 0] = False
+    second = draw(*model.second.weight.shape) > 0
+    masks = {"stem.weight": stem, "second.weight": second}
+    MaskSet(masks).apply_(model)
+    reconstruct(
+        *(model, dense, workload, prune, Ranks()),
+        masks=masks,
+        kept_rows={},
+        dense_weights=dict(dense.named_parameters()),
+    )
+    with torch.no_grad():
+        inputs = workload.train[0]
+        shortcut, wanted = (torch.relu(net.stem(inputs)) for net in (model, dense))
+        rows = torch.relu(model.first(shortcut)).movedim(1, -1).reshape(-1, 5).double()
+        target = dense.block(wanted) - shortcut
+        scale, shift = Continuation(("norm",)).affine(model, model.second)
+        outputs = ((target.movedim(1, -1).reshape(-1, 6) - shift) / scale).double()
+        for row, kept in enumerate(second.flatten(1)):
+            solution = torch.linalg.lstsq(rows[:, kept], outputs[:, row : row + 1]).solution
+            found = model.second.weight[row].flatten()[kept]
+            torch.testing.assert_close(found.double(), solution[:, 0], atol=1e-4, rtol=1e-4)
