@@ -153,7 +153,7 @@ TECHNIQUES: dict[str, Technique] = {
     "chosen by sparsegpt": Technique(
         {"prune": {"reconstruct": "sparsegpt", "reconstruct_positions": 5}},
         images_for(GroupedNet),
-        EVERYWHERE,
+        FEWER,
     ),
     "chosen by sparsegpt, 2:4, rewound": Technique(
         {
