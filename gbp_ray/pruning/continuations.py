@@ -10,7 +10,7 @@ Shape suffixes: O = outputs of a layer, R = rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -34,10 +34,18 @@ class Continuation:
     Attributes:
         norms: Names of the BatchNorms that they pass through, in order.
         summand: Name of the module whose first input is added to them after that.
+        steps: What is done to that input first: functions without weights, such as a slice.
     """
 
     norms: tuple[str, ...] = ()
     summand: str | None = None
+    steps: tuple[Callable[[Tensor], Tensor], ...] = field(default=(), compare=False)
+
+    def summand_of(self, given: Tensor) -> Tensor:
+        """Computes the summand from the first input of its module."""
+        for step in self.steps:
+            given = step(given)
+        return given
 
     def affine(self, model: nn.Module, layer: PatchLayer) -> tuple[Tensor, Tensor]:
         """Returns scale and shift, (O,), from `weight @ row` to the sum, in eval mode."""
@@ -109,7 +117,7 @@ def find_continuations(
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: Continuation(*watch.known(name)) for name in layers}
+    return {name: watch.known(name) for name in layers}
 
 
 @dataclass
@@ -121,6 +129,7 @@ class _Seen:
     name: str
     order: int
     norms: tuple[str, ...] = ()
+    steps: tuple[Callable[[Tensor], Tensor], ...] = ()
 
 
 class _Watch(TorchFunctionMode):
@@ -132,22 +141,26 @@ class _Watch(TorchFunctionMode):
         self._outputs: dict[int, _Seen] = {}
         self._calls: dict[str, int] = {}
         self._norms: dict[str, tuple[str, ...]] = {}
-        self._summands: dict[str, str] = {}
+        self._summands: dict[str, _Seen] = {}
         self._time = 0
 
-    def known(self, name: str) -> tuple[tuple[str, ...], str | None]:
-        """Returns the norms behind a layer, and the module with the other summand."""
-        summand = self._summands.get(name)
-        if summand is not None and self._calls[summand] > 1:
-            summand = None  # Its first input is not the one that is added.
-        return self._norms.get(name, ()), summand
+    def known(self, name: str) -> Continuation:
+        """Returns what follows a layer."""
+        norms, summand = self._norms.get(name, ()), self._summands.get(name)
+        # Of a module that is called again, the first input is not the one that is added.
+        if summand is None or self._calls[summand.name] > 1:
+            return Continuation(norms)
+        return Continuation(norms, summand.name, summand.steps)
 
     def take_input(self, name: str, module: nn.Module, given: tuple[Any, ...]) -> None:
         self._calls[name] = self._calls.get(name, 0) + 1
         self._time += 1
         if given and isinstance(given[0], Tensor):
-            seen = _Seen(given[0], given[0]._version, name, self._time)
-            self._inputs.setdefault(id(given[0]), seen)
+            known = self._lookup(self._inputs, given[0])
+            # The input itself takes less memory and time than the steps to it.
+            if known is None or known.steps:
+                seen = _Seen(given[0], given[0]._version, name, self._time)
+                self._inputs[id(given[0])] = seen
 
     def take_output(
         self, name: str, module: nn.Module, given: tuple[Any, ...], output: Tensor
@@ -167,9 +180,20 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if getattr(func, "__name__", "") in _ADDITIONS and (kwargs or {}).get("alpha", 1) == 1:
+        given = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if name in _ADDITIONS and given.get("alpha", 1) == 1:
             self._take_sum(*args[:2])
-        return func(*args, **(kwargs or {}))
+        source = self._lookup(self._inputs, args[0]) if args else None
+        result = func(*args, **given)
+        # Followed where the input is the only tensor and is not changed itself.
+        others = [value for value in (*args[1:], *given.values()) if isinstance(value, Tensor)]
+        if source and not others and isinstance(result, Tensor) and result is not args[0]:
+            step: Callable[[Tensor], Tensor] = partial(_call_on, func, args[1:], given)
+            steps = (*source.steps, step)
+            seen = replace(source, tensor=result, version=result._version, steps=steps)
+            self._inputs.setdefault(id(result), seen)
+        return result
 
     def _take_sum(self, first: Any, second: Any = None) -> None:
         for one, other in ((first, second), (second, first)):
@@ -177,13 +201,19 @@ class _Watch(TorchFunctionMode):
             came = self._lookup(self._inputs, other)
             is_known = made and came and came.order < made.order and one.shape == other.shape
             # Each is kept for one layer only.
-            if made and came and is_known and came.name not in self._summands.values():
-                self._summands.setdefault(made.name, came.name)
+            taken = [summand.name for summand in self._summands.values()]
+            if made and came and is_known and came.name not in taken:
+                self._summands.setdefault(made.name, came)
 
     @staticmethod
     def _lookup(known: dict[int, _Seen], tensor: Any) -> _Seen | None:
         seen = known.get(id(tensor)) if isinstance(tensor, Tensor) else None
         return seen if seen is not None and seen.tensor._version == seen.version else None
+
+
+def _call_on(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Tensor) -> Tensor:
+    result: Tensor = func(given, *args, **kwargs)
+    return result
 
 
 _ADDITIONS = ("add", "add_", "__add__", "__iadd__", "__radd__")

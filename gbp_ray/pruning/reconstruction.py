@@ -11,6 +11,9 @@ over rows, added in batch order: so all ranks hold the same bits. Layer-wise ref
 network's outputs is the method of He et al. 2017 (arXiv 1707.06168), section 3.1, there for
 channels.
 
+What a layer's outputs go through next is reckoned with, see `continuations`: where BatchNorm scales
+them, or they are added to what came in earlier, y is chosen so that the sum is the dense network's.
+
 SparseGPT minimises the same and takes of a decision only how many weights each layer, or each group
 of a convolution, loses: which ones it chooses itself. The algebra is in `refit`.
 
@@ -220,8 +223,11 @@ class _Refit:
         turns = list(self.ranks.deal(len(self.calibration.batches)))
         items = [0 if item is None else item for item in turns]
         batches = self.ranks.run_collectively(lambda: [self.read(item) for item in items])
-        follows = find_continuations(self.model, layers, partial(self.run, self.model, batches[0]))
-        summands = {after.summand for after in follows.values() if after.summand is not None}
+        follows = [
+            find_continuations(network, at, partial(self.run, network, batches[0]))
+            for network, at in ((self.model, layers), (self.dense, originals))
+        ]
+        summands = {after.summand for after in follows[0].values() if after.summand is not None}
         lanes = [
             Lane(
                 at,
@@ -241,7 +247,7 @@ class _Refit:
             for turn, item in enumerate(turns):
                 vector, shapes = self._moments_of(
                     *(layer, originals[name], inputs[2 * turn : 2 * turn + 2]),
-                    *(follows[name], lanes[2 * turn : 2 * turn + 2]),
+                    *([after[name] for after in follows], lanes[2 * turn : 2 * turn + 2]),
                     *(derive_seed(self.seed, "positions", name, items[turn]), kept_rows.get(key)),
                 )
                 if sums is None:
@@ -275,7 +281,7 @@ class _Refit:
         layer: PatchLayer,
         original: PatchLayer,
         inputs: list[Tensor],
-        after: Continuation,
+        follows: list[Continuation],
         lanes: list[Lane],
         seed: int,
         kept_rows: Tensor | None,
@@ -290,15 +296,16 @@ class _Refit:
         kept = torch.ones_like(y[0], dtype=torch.bool) if kept_rows is None else kept_rows
         kept = kept.to(y.device)
         error: Tensor | None = None
-        if after.summand is not None:
+        after, of_dense = follows
+        if after.summand is not None and after.summand == of_dense.summand:
             own, wanted = (
-                outputs_at(net, lane.kept.pop(after.summand), most, seed)
-                for net, lane in zip((layer, original), lanes, strict=True)
+                outputs_at(net, follow.summand_of(lane.kept.pop(after.summand)), most, seed)
+                for net, follow, lane in zip((layer, original), follows, lanes, strict=True)
             )
             error = wanted[:, kept] - own
-        scale, shift = after.affine(self.dense, original)
-        of_dense = scale[kept], shift[kept]
-        y = after.targets(y[:, kept], after.affine(self.model, layer), of_dense, error)
+        scale, shift = of_dense.affine(self.dense, original)
+        affine = after.affine(self.model, layer)
+        y = after.targets(y[:, kept], affine, (scale[kept], shift[kept]), error)
         y = y.unflatten(1, (x.shape[1], -1))
         x_K = x.transpose(0, 1)
         squares = x_K.mT @ x_K

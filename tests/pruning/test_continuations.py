@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -34,6 +35,8 @@ class Residual(nn.Module):
 
     def block(self, hidden: Tensor) -> Tensor:
         inner = self.norm(self.second(torch.relu(self.first(hidden))))
+        if self.way == "sliced":
+            return inner + functional.pad(hidden[:, 1:], (0, 0, 0, 0, 1, 0))
         if self.way == "turned":
             return hidden + inner
         if self.way == "in place":
@@ -52,11 +55,13 @@ class Residual(nn.Module):
         return self.head(torch.relu(summed).mean(dim=(2, 3)))
 
 
-@pytest.mark.parametrize("way", ["plain", "turned", "in place", "halved", "cut off", "moved"])
+@pytest.mark.parametrize(
+    "way", ["plain", "sliced", "turned", "in place", "halved", "cut off", "moved"]
+)
 def test_a_sum_is_found_where_it_is_one(way: str) -> None:
     model = Residual(way).eval()
     found = find_continuations(model, find_patch_layers(model), lambda: model(draw(2, 2, 4, 4)))
-    is_sum = way in ("plain", "turned", "in place")
+    is_sum = way in ("plain", "sliced", "turned", "in place")
     assert found["second"] == Continuation(("norm",), "first" if is_sum else None)
     assert found["first"] == found["stem"] == found["head"] == Continuation()
     assert not any(module._forward_hooks for module in model.modules())
@@ -80,9 +85,10 @@ def test_scale_and_shift_are_those_of_layer_and_norm() -> None:
     torch.testing.assert_close(product * scale[:, None, None] + shift[:, None, None], expected)
 
 
-def test_the_last_layer_of_a_block_makes_up_for_the_error_of_its_shortcut() -> None:
+@pytest.mark.parametrize("way", ["plain", "sliced"])
+def test_the_last_layer_of_a_block_makes_up_for_the_error_of_its_shortcut(way: str) -> None:
     """After a training that moved norms and biases, too, sums come as near as they can."""
-    workload = images(Residual, num_train=24)
+    workload = images(partial(Residual, way), num_train=24)
     prune = job_config(
         prune={
             "criterion": "magnitude",
@@ -94,7 +100,7 @@ def test_the_last_layer_of_a_block_makes_up_for_the_error_of_its_shortcut() -> N
         }
     ).prune
     torch.manual_seed(0)
-    dense = Residual().eval()
+    dense = Residual(way).eval()
     model = copy.deepcopy(dense)
     for parameter in (model.norm.weight, model.norm.bias, model.second.bias):
         parameter.data.mul_(1.2)
@@ -114,7 +120,10 @@ def test_the_last_layer_of_a_block_makes_up_for_the_error_of_its_shortcut() -> N
         inputs = workload.train[0]
         shortcut, wanted = (torch.relu(net.stem(inputs)) for net in (model, dense))
         rows = torch.relu(model.first(shortcut)).movedim(1, -1).reshape(-1, 5).double()
-        target = dense.block(wanted) - shortcut
+        added = shortcut
+        if way == "sliced":
+            added = torch.cat([torch.zeros_like(shortcut[:, :1]), shortcut[:, 1:]], dim=1)
+        target = dense.block(wanted) - added
         scale, shift = Continuation(("norm",)).affine(model, model.second)
         outputs = ((target.movedim(1, -1).reshape(-1, 6) - shift) / scale).double()
         for row, kept in enumerate(second.flatten(1)):
