@@ -150,7 +150,7 @@ CRITERIA: dict[str, CriterionSpec] = {
         ),
         CriterionSpec(
             *("wanda", "|w| * sqrt((1/r) sum x_j^2)"),
-            *("squares of the inputs of layers, over all rows", "1/3, no backward pass"),
+            *("squares of the inputs of layers, over all rows", "0.4, no backward pass"),
             "Sun et al. 2023 (2306.11695), eq. 1, with the mean over rows for their sum",
             reads="activations",
             num_passes=1,
@@ -160,7 +160,7 @@ CRITERIA: dict[str, CriterionSpec] = {
                 "obs",
                 "w^2 / (2 [H^-1]_jj sum |y|^2), H = sum x x', damped, of the inputs kept for y_i",
             ),
-            *("products of the inputs of layers", "1/2, no backward pass, and an inverse for each"),
+            *("products of the inputs of layers", "1, no backward pass, an inverse for each"),
             "Hassibi and Stork 1993 (NIPS 5); by layer Frantar et al. 2022 (2208.11580), sec. 4; "
             "here relative to the layer's outputs, so that layers compete",
             reads="activations",

@@ -69,7 +69,7 @@ class LayerRule:
     """A statistic of weights that follows from the moments of their layers.
 
     Attributes:
-        moments: Those that are summed.
+        moments: Those that are summed: squares or inputs, and with either gradients.
         spread: (sums of a layer, damping) -> the statistic of each weight, (K, M, C).
     """
 
@@ -214,20 +214,24 @@ class LayerMoments:
         outputs: Tensor,
     ) -> Tensor | None:
         (inputs,) = (*args, *named.values())
-        inputs = inputs[None] if inputs.ndim == 1 else inputs
         if not inputs.numel():
             return None
         num_rows, moments = self._split(vector[slice(*self.starts[number : number + 2])], number)
+        inputs = inputs[None] if inputs.ndim < layer.weight.ndim else inputs
         with torch.no_grad():
-            most = self._config.reconstruct_positions if "inputs" in moments else 0
-            seed = derive_seed(probe.seed, "positions", self._units[number].name, probe.batch_index)
-            rows = rows_of(layer, inputs, most, seed).to(vector.dtype)
-            num_rows += len(rows)
             if "squares" in moments:
-                moments["squares"] += rows.square().sum(dim=0)
+                # Rows only copy inputs, so that examples can be added before there are any.
+                squares = inputs.to(vector.dtype).square().sum(dim=0, keepdim=True)
+                rows = rows_of(layer, squares)
+                moments["squares"] += rows.sum(dim=0)
+                num_rows += len(inputs) * len(rows)
             if "inputs" in moments:
+                most = self._config.reconstruct_positions
+                key = ("positions", self._units[number].name, probe.batch_index)
+                rows = rows_of(layer, inputs, most, derive_seed(probe.seed, *key)).to(vector.dtype)
                 rows_K = rows.transpose(0, 1)
                 moments["inputs"] += rows_K.mT @ rows_K
+                num_rows += len(rows)
         if "gradients" not in moments or not outputs.requires_grad:
             return None
         # A view that is then changed in place would not be told its gradient.
