@@ -147,9 +147,10 @@ def check_reconstruction(model: nn.Module, workload: Workload, config: PruneConf
         ConfigError: The network has no layer that can be refitted.
         PruneError: Its passes cannot be stopped in step, or a layer cannot be solved for.
     """
-    few = config.model_copy(
-        update={"calibration_examples": _TRIAL_EXAMPLES, "calibration_batch_size": 2}
-    )
+    # So few examples say nothing of some inputs, which damping only has to bridge here.
+    damping = max(config.reconstruct_damping, 0.01)
+    sizes = {"calibration_examples": _TRIAL_EXAMPLES, "calibration_batch_size": 2}
+    few = config.model_copy(update={**sizes, "reconstruct_damping": damping})
     twin, ranks = copy_network(model), Ranks(device=next(model.parameters()).device)
     refit = _Refit(twin, model, workload, Calibration(workload, few, 0, ranks), ranks, few, 0)
     with in_mode(twin, is_training=False), in_mode(model, is_training=False), isolated(model, 0):

@@ -234,6 +234,11 @@ class Choosing(nn.Module):
         return self.second(self.first(hidden) if self.calls % 2 else hidden)
 
 
+def test_a_network_may_be_refitted_without_damping() -> None:
+    prune = {"criterion": "magnitude", "reconstruct": "least_squares", "reconstruct_damping": 0.0}
+    check_job(job_config(prune=prune), images())
+
+
 def test_networks_that_cannot_be_refitted_are_refused_before_training() -> None:
     job = job_config(prune={"criterion": "magnitude", "reconstruct": "least_squares"})
     with pytest.raises(PruneError, match="cannot be passed through layer by layer"):
