@@ -130,6 +130,7 @@ class _Seen:
     order: int
     norms: tuple[str, ...] = ()
     steps: tuple[Callable[[Tensor], Tensor], ...] = ()
+    is_linear: bool = False
 
 
 class _Watch(TorchFunctionMode):
@@ -165,17 +166,22 @@ class _Watch(TorchFunctionMode):
     def take_output(
         self, name: str, module: nn.Module, given: tuple[Any, ...], output: Tensor
     ) -> None:
-        self._outputs[id(output)] = _Seen(output, output._version, name, self._time)
+        is_linear = isinstance(module, nn.Linear)
+        seen = _Seen(output, output._version, name, self._time, is_linear=is_linear)
+        self._outputs[id(output)] = seen
 
     def take_norm(
         self, name: str, module: nn.Module, given: tuple[Any, ...], output: Tensor
     ) -> None:
         before = self._lookup(self._outputs, given[0])
-        if before is not None and not module.training:
+        # Of tokens, BatchNorm takes another axis than a linear layer for its channels.
+        is_alike = not (before and before.is_linear and output.ndim > 2)
+        if before is not None and is_alike and not module.training:
             norms = (*before.norms, name)
             self._norms[before.name] = norms
-            seen = _Seen(output, output._version, before.name, before.order, norms)
-            self._outputs[id(output)] = seen
+            self._outputs[id(output)] = replace(
+                before, tensor=output, version=output._version, norms=norms
+            )
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -76,6 +76,13 @@ def test_norms_that_use_the_statistics_of_the_batch_are_none() -> None:
     )
 
 
+def test_a_norm_over_tokens_does_not_scale_the_outputs_of_a_linear_layer() -> None:
+    for shape, norms in (((4, 6), ("1",)), ((4, 6, 6), ())):
+        model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)).eval()
+        found = find_continuations(model, find_patch_layers(model), partial(model, draw(*shape)))
+        assert found["0"] == Continuation(norms)
+
+
 def test_scale_and_shift_are_those_of_layer_and_norm() -> None:
     model = Residual().eval()
     scale, shift = Continuation(("norm",)).affine(model, model.second)
