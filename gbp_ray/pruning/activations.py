@@ -28,7 +28,15 @@ from torch.nn import functional
 
 from gbp_ray.errors import PruneError
 
-__all__ = ["Lane", "PatchLayer", "find_patch_layers", "in_step", "outputs_at", "rows_of"]
+__all__ = [
+    "Lane",
+    "PatchLayer",
+    "equal_supports",
+    "find_patch_layers",
+    "in_step",
+    "outputs_at",
+    "rows_of",
+]
 
 PatchLayer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 """A layer whose output rows are `weight @ row` of its inputs, plus a bias."""
@@ -104,6 +112,22 @@ def rows_of(layer: PatchLayer, inputs: Tensor, most: int = 0, seed: int = 0) -> 
         patches = patches[places]
     groups = layer.groups
     return patches.reshape(-1, groups, padded.shape[1] // groups * math.prod(kernel))
+
+
+def equal_supports(kept: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Groups the outputs of a layer that keep the same inputs.
+
+    Args:
+        kept: (outputs, inputs) bool.
+
+    Returns:
+        Numbers of outputs, ascending, and of the inputs that they keep, for each group.
+    """
+    supports, numbers = torch.unique(kept, dim=0, return_inverse=True)
+    return [
+        ((numbers == number).nonzero()[:, 0], support.nonzero()[:, 0])
+        for number, support in enumerate(supports)
+    ]
 
 
 def outputs_at(layer: PatchLayer, outputs: Tensor, most: int = 0, seed: int = 0) -> Tensor:

@@ -454,9 +454,11 @@ def _prepare(
             "your training loop, or another criterion"
         )
     if config.unit_kinds:
-        _check_fit_for_units(plain, data, config)
+        why = "finds units by passing an example through the network"
+        _check_fit(plain, data, f"granularity = '{config.granularity}'", why)
     if is_refitted := config.reconstruct != "none":
-        _check_fit_for_refit(plain, data, config)
+        why = "refits weights on examples"
+        _check_fit(plain, data, f"reconstruct = '{config.reconstruct}'", why)
     ranks = Ranks.current(next(plain.parameters()).device)
     workload = make_workload(plain, data, *functions)
     start = fingerprints_of_network(plain, is_blank=False)
@@ -497,24 +499,11 @@ def _prepare(
     return _Task(plain, found, workload, config, ranks, seed, structure)
 
 
-def _check_fit_for_units(model: nn.Module, data: Any, config: PruneConfig) -> None:
-    named = f"granularity = '{config.granularity}'"
+def _check_fit(model: nn.Module, data: Any, named: str, why: str) -> None:
+    """Refuses sharded networks, and to go on without data, for what an argument asks."""
     check_whole_network(model, named)
     if data is None:
-        raise ConfigError(
-            f"data: {named} finds units by passing an example through the network; give (inputs, "
-            "targets), a dataset or a DataLoader"
-        )
-
-
-def _check_fit_for_refit(model: nn.Module, data: Any, config: PruneConfig) -> None:
-    named = f"reconstruct = '{config.reconstruct}'"
-    check_whole_network(model, named)
-    if data is None:
-        raise ConfigError(
-            f"data: {named} refits weights on examples; give (inputs, targets), a dataset or a "
-            "DataLoader"
-        )
+        raise ConfigError(f"data: {named} {why}; give (inputs, targets), a dataset or a DataLoader")
 
 
 def _check_passes(workload: Workload, model: nn.Module) -> None:

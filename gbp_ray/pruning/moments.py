@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from gbp_ray.config.prune import PruneConfig
 from gbp_ray.errors import PruneError
-from gbp_ray.pruning.activations import PatchLayer, rows_of
+from gbp_ray.pruning.activations import PatchLayer, equal_supports, rows_of
 from gbp_ray.pruning.statistics import Probe
 from gbp_ray.pruning.units import Prunable
 from gbp_ray.workloads.batch import Batch, forward
@@ -297,12 +297,7 @@ def relative_pivots(sums: LayerSums, damping: float) -> Tensor:
     for group, inputs in enumerate(sums.moments["inputs"]):
         weight = sums.weight[group]
         energy += float(((weight @ inputs) * weight).sum())
-        supports, numbers = torch.unique(weight != 0, dim=0, return_inverse=True)
-        for number, support in enumerate(supports):
-            (rows,), (kept,) = (
-                (numbers == number).nonzero(as_tuple=True),
-                support.nonzero(as_tuple=True),
-            )
+        for rows, kept in equal_supports(weight != 0):
             found[group][rows[:, None], kept] = _pivots(inputs[kept][:, kept], damping)
     # Where nothing comes in, nothing goes out.
     return found / energy if energy != 0 else found.zero_()

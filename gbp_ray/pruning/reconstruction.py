@@ -23,7 +23,7 @@ group, S = kept inputs of one output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +40,7 @@ from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.pruning.activations import (
     Lane,
     PatchLayer,
+    equal_supports,
     find_patch_layers,
     in_step,
     outputs_at,
@@ -316,17 +317,21 @@ class _Refit:
 
     def _solve(self, moments: Moments, mask: Tensor, dense: Tensor) -> Tensor:
         """Solves for one layer, the outputs of equal supports dealt to ranks. Communicates."""
-        jobs = list(_by_support(moments.inputs.shape[0], mask.flatten(1)))
-        solved = torch.zeros(mask.flatten(1).shape, dtype=torch.float64, device=mask.device)
+        num_groups, _, num_outputs = moments.products.shape
+        kept = mask.reshape(num_groups, num_outputs, -1)
+        jobs = [
+            (group, columns)
+            for group, kept_MC in enumerate(kept)
+            for columns, _ in equal_supports(kept_MC)
+        ]
+        solved = torch.zeros(kept.shape, dtype=torch.float64, device=mask.device)
         for number in self.ranks.deal(len(jobs)):
             if number is not None:
-                group, rows = jobs[number]
-                solved[rows] = least_squares(
-                    moments.inputs[group],
-                    moments.products[group],
-                    rows - group * moments.products.shape[2],
-                    mask.flatten(1)[rows[0]],
-                    dense.flatten(1)[rows],
+                group, columns = jobs[number]
+                solved[group, columns] = least_squares(
+                    *(moments.inputs[group], moments.products[group]),
+                    *(columns, kept[group, columns[0]]),
+                    dense.reshape(kept.shape)[group, columns],
                     self.config.reconstruct_damping,
                 )
         return self.ranks.all_reduce_disjoint(solved).view(mask.shape)
@@ -358,14 +363,3 @@ class _Refit:
                 )
         weights, kept = self.ranks.all_reduce_disjoint(both)
         return weights.view(mask.shape), kept.view(mask.shape).bool()
-
-
-def _by_support(num_groups: int, mask: Tensor) -> Iterable[tuple[int, Tensor]]:
-    """Yields (group of a convolution, its outputs with equal masks), in order of first outputs."""
-    per_group = len(mask) // num_groups
-    rows_of_support: dict[tuple[int, bytes], list[int]] = {}
-    for row, kept in enumerate(mask.cpu().numpy()):
-        key = (row // per_group, kept.tobytes())
-        rows_of_support.setdefault(key, []).append(row)
-    for (group, _), rows in rows_of_support.items():
-        yield group, torch.tensor(rows, device=mask.device)
