@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -62,6 +63,7 @@ __all__ = [
     "shard_network",
     "shard_rows",
     "unsharded",
+    "unsharded_in_turn",
 ]
 
 _LEAST_GROUP = 1024
@@ -409,34 +411,147 @@ def unsharded(model: nn.Module) -> Iterator[nn.Module]:
 
     It shares its buffers with the sharded one. In the block each rank holds all weights.
     """
-    sharding = _SHARDINGS.get(model)
-    if sharding is None:
+    if not is_sharded(model):
         yield model
         return
-    if (plain := sharding.template) is None:
-        raise PruneError(
-            "prune.criterion: takes passes of its own, which need a network that is not sharded; "
-            "choose one that reads weights or gradients, or do not shard it"
-        )
-    groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for group in groups:
-        group.unshard()
-    kept: list[tuple[dict[str, Any], str, Any]] = []
+    twin = _PlainTwin(model)
     try:
-        for path, module in model.named_modules():
-            twin = plain.get_submodule(path)
-            twin.training = module.training
-            for key in ("_parameters", "_buffers"):
-                own = getattr(twin, key)
-                for name, value in getattr(module, key).items():
-                    kept.append((own, name, own[name]))
-                    own[name] = value
-        yield plain
+        for path in twin.groups:
+            twin.gather(path)
+        yield twin.network
     finally:
-        for own, name, value in kept:
+        twin.close()
+
+
+@contextmanager
+def unsharded_in_turn(model: nn.Module) -> Iterator[nn.Module]:
+    """Yields the network without FSDP2's hooks, a group's weights gathered while passes are in it.
+
+    What is written to them meanwhile is written to the sharded network as well when the last pass
+    leaves the group, several side by side being counted. Every pass communicates.
+    """
+    if not is_sharded(model):
+        yield model
+        return
+    twin = _PlainTwin(model)
+    inside = Counter[str]()
+
+    def enter(path: str, *_: object) -> None:
+        inside[path] += 1
+        if inside[path] == 1:
+            twin.gather(path)
+
+    def leave(path: str, *_: object) -> None:
+        inside[path] -= 1
+        if inside[path] == 0:
+            twin.write_back(path)
+            twin.let_go(path)
+
+    hooks = []
+    for path in twin.groups:
+        group = twin.network.get_submodule(path)
+        # A group is gathered before any other hook sees it, and let go after all of them.
+        hooks.append(group.register_forward_pre_hook(partial(enter, path), prepend=True))
+        hooks.append(group.register_forward_hook(partial(leave, path)))
+    try:
+        yield twin.network
+    finally:
+        for hook in hooks:
+            hook.remove()
+        twin.close()
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where a sharded network and its plain twin hold one weight.
+
+    Attributes:
+        shard: This rank's rows.
+        blank: What the twin holds while the weight is not gathered.
+    """
+
+    module: nn.Module
+    twin: nn.Module
+    name: str
+    shard: nn.Parameter
+    blank: nn.Parameter | None
+
+
+class _PlainTwin:
+    """A sharded network without FSDP2's hooks, its groups gathered and let go one by one.
+
+    Attributes:
+        network: It shares the buffers of the sharded one; weights that are not gathered are on the
+            meta device.
+        groups: Names of the groups, the outermost first.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        template = _SHARDINGS[model].template
+        if template is None:
+            raise PruneError(
+                "prune.criterion: takes passes of its own, which need a network that is not "
+                "sharded; choose one that reads weights or gradients, or do not shard it"
+            )
+        self.network = template
+        self.groups: dict[str, list[_Slot]] = {}
+        self._modules: dict[str, FSDPModule] = {}
+        self._gathered: set[str] = set()
+        self._buffers: list[tuple[dict[str, Any], str, Any]] = []
+        owners: dict[nn.Module, str] = {}
+        for path, module in model.named_modules():
+            if isinstance(module, FSDPModule):
+                self.groups[path], self._modules[path] = [], module
+                # Inner groups come later and take over what is theirs.
+                owners.update(dict.fromkeys(model.get_submodule(path).modules(), path))
+        for path, module in model.named_modules():
+            twin = template.get_submodule(path)
+            twin.training = module.training
+            for name, value in module._buffers.items():
+                self._buffers.append((twin._buffers, name, twin._buffers[name]))
+                twin._buffers[name] = value
+            for name, shard in module._parameters.items():
+                if shard is not None:
+                    blank = twin._parameters[name]
+                    self.groups[owners[module]].append(_Slot(module, twin, name, shard, blank))
+
+    def gather(self, path: str) -> None:
+        """Gathers a group's weights. Communicates."""
+        self._modules[path].unshard()
+        self._gathered.add(path)
+        for slot in self.groups[path]:
+            slot.twin._parameters[slot.name] = slot.module._parameters[slot.name]
+        self._list_weights(path)
+
+    @torch.no_grad()
+    def write_back(self, path: str) -> None:
+        """Takes over gathered weights into the sharded network."""
+        for slot in self.groups[path]:
+            whole = slot.twin._parameters[slot.name]
+            assert whole is not None
+            local(slot.shard.detach()).copy_(local(shard_like(whole.detach(), slot.shard)))
+
+    def let_go(self, path: str) -> None:
+        """Frees a group's weights; does nothing where they are not gathered."""
+        if path in self._gathered:
+            self._gathered.remove(path)
+            for slot in self.groups[path]:
+                slot.twin._parameters[slot.name] = slot.blank
+            self._list_weights(path)
+            self._modules[path].reshard()
+
+    def close(self) -> None:
+        """Frees all weights and gives the buffers back."""
+        for path in self.groups:
+            self.let_go(path)
+        for own, name, value in self._buffers:
             own[name] = value
-        for group in groups:
-            group.reshard()
+
+    def _list_weights(self, path: str) -> None:
+        """Recurrent layers list their weights."""
+        for twin in {slot.twin for slot in self.groups[path]}:
+            if isinstance(twin, nn.RNNBase):
+                twin._flat_weights = [getattr(twin, n, None) for n in twin._flat_weights_names]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ Shape suffixes: O = outputs of a layer, R = rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,14 +32,16 @@ class Continuation:
     """What happens to a layer's outputs next.
 
     Attributes:
-        norms: Names of the BatchNorms that they pass through, in order.
+        scale: From `weight @ row` to the sum, (O,): of the BatchNorms that they pass through.
+        shift: The same, with the layer's bias.
         summand: Name of the module whose first input is added to them after that.
         steps: What is done to that input first: functions without weights, such as a slice.
     """
 
-    norms: tuple[str, ...] = ()
+    scale: Tensor
+    shift: Tensor
     summand: str | None = None
-    steps: tuple[Callable[[Tensor], Tensor], ...] = field(default=(), compare=False)
+    steps: tuple[Callable[[Tensor], Tensor], ...] = ()
 
     def summand_of(self, given: Tensor) -> Tensor:
         """Computes the summand from the first input of its module."""
@@ -47,28 +49,9 @@ class Continuation:
             given = step(given)
         return given
 
-    def affine(self, model: nn.Module, layer: PatchLayer) -> tuple[Tensor, Tensor]:
-        """Returns scale and shift, (O,), from `weight @ row` to the sum, in eval mode."""
-        weight = layer.weight.detach()
-        scale = weight.new_ones(len(weight))
-        shift = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
-        for name in self.norms:
-            norm = model.get_submodule(name)
-            assert isinstance(norm, _BatchNorm)
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            factor = (norm.running_var + norm.eps).rsqrt()
-            if norm.affine:
-                factor = factor * norm.weight.detach()
-            scale, shift = scale * factor, (shift - norm.running_mean) * factor
-            if norm.affine:
-                shift = shift + norm.bias.detach()
-        return scale, shift
-
     def targets(
         self,
         outputs: Tensor,
-        own: tuple[Tensor, Tensor],
         dense: tuple[Tensor, Tensor],
         error: Tensor | None,
     ) -> Tensor:
@@ -76,15 +59,14 @@ class Continuation:
 
         Args:
             outputs: `weight @ row` of the dense network, (R, O).
-            own: Scale and shift in the network that is refitted.
-            dense: The same in the dense network.
+            dense: Scale and shift in the dense network.
             error: The other summand in the dense network less that in the other, (R, O).
         """
-        (scale, shift), (dense_scale, dense_shift) = own, dense
-        counts = scale.abs() > _LEAST_SCALE * scale.abs().max()
-        inverse = torch.where(counts, 1 / scale, 0)
+        dense_scale, dense_shift = dense
+        counts = self.scale.abs() > _LEAST_SCALE * self.scale.abs().max()
+        inverse = torch.where(counts, 1 / self.scale, 0)
         ratio = torch.where(counts, dense_scale * inverse, 1)
-        wanted = outputs * ratio + (dense_shift - shift) * inverse
+        wanted = outputs * ratio + (dense_shift - self.shift) * inverse
         return wanted if error is None else wanted + error * inverse
 
 
@@ -92,7 +74,7 @@ class Continuation:
 def find_continuations(
     model: nn.Module, layers: Mapping[str, PatchLayer], run: Callable[[], object]
 ) -> dict[str, Continuation]:
-    """Finds what follows each layer of a network in eval mode.
+    """Finds what follows each layer that a pass comes to, of a network in eval mode.
 
     Args:
         layers: Called once in a pass.
@@ -108,16 +90,17 @@ def find_continuations(
         hooks.append(module.register_forward_pre_hook(partial(watch.take_input, name)))
         if module in for_layer:
             found = partial(watch.take_output, for_layer[module])
-            hooks.append(module.register_forward_hook(found))
+            # In front of hooks that let gathered weights go.
+            hooks.append(module.register_forward_hook(found, prepend=True))
         elif isinstance(module, _BatchNorm) and module.running_mean is not None:
-            hooks.append(module.register_forward_hook(partial(watch.take_norm, name)))
+            hooks.append(module.register_forward_hook(watch.take_norm, prepend=True))
     try:
         with watch:
             run()
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: watch.known(name) for name in layers}
+    return watch.known()
 
 
 @dataclass
@@ -128,7 +111,6 @@ class _Seen:
     version: int
     name: str
     order: int
-    norms: tuple[str, ...] = ()
     steps: tuple[Callable[[Tensor], Tensor], ...] = ()
     is_linear: bool = False
 
@@ -141,17 +123,19 @@ class _Watch(TorchFunctionMode):
         self._inputs: dict[int, _Seen] = {}
         self._outputs: dict[int, _Seen] = {}
         self._calls: dict[str, int] = {}
-        self._norms: dict[str, tuple[str, ...]] = {}
+        self._affine: dict[str, tuple[Tensor, Tensor]] = {}
         self._summands: dict[str, _Seen] = {}
         self._time = 0
 
-    def known(self, name: str) -> Continuation:
-        """Returns what follows a layer."""
-        norms, summand = self._norms.get(name, ()), self._summands.get(name)
-        # Of a module that is called again, the first input is not the one that is added.
-        if summand is None or self._calls[summand.name] > 1:
-            return Continuation(norms)
-        return Continuation(norms, summand.name, summand.steps)
+    def known(self) -> dict[str, Continuation]:
+        """Returns what follows each layer that was seen."""
+        found = {name: Continuation(*affine) for name, affine in self._affine.items()}
+        for name, summand in self._summands.items():
+            # Of a module that is called again, the first input is not the one that is added.
+            if self._calls[summand.name] == 1:
+                steps = summand.steps
+                found[name] = replace(found[name], summand=summand.name, steps=steps)
+        return found
 
     def take_input(self, name: str, module: nn.Module, given: tuple[Any, ...]) -> None:
         self._calls[name] = self._calls.get(name, 0) + 1
@@ -164,24 +148,31 @@ class _Watch(TorchFunctionMode):
                 self._inputs[id(given[0])] = seen
 
     def take_output(
-        self, name: str, module: nn.Module, given: tuple[Any, ...], output: Tensor
+        self, name: str, module: PatchLayer, given: tuple[Any, ...], output: Tensor
     ) -> None:
+        weight, bias = module.weight.detach(), module.bias
+        shift = weight.new_zeros(len(weight)) if bias is None else bias.detach().clone()
+        self._affine[name] = weight.new_ones(len(weight)), shift
         is_linear = isinstance(module, nn.Linear)
         seen = _Seen(output, output._version, name, self._time, is_linear=is_linear)
         self._outputs[id(output)] = seen
 
-    def take_norm(
-        self, name: str, module: nn.Module, given: tuple[Any, ...], output: Tensor
-    ) -> None:
+    def take_norm(self, module: _BatchNorm, given: tuple[Any, ...], output: Tensor) -> None:
         before = self._lookup(self._outputs, given[0])
         # Of tokens, BatchNorm takes another axis than a linear layer for its channels.
         is_alike = not (before and before.is_linear and output.ndim > 2)
         if before is not None and is_alike and not module.training:
-            norms = (*before.norms, name)
-            self._norms[before.name] = norms
-            self._outputs[id(output)] = replace(
-                before, tensor=output, version=output._version, norms=norms
-            )
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            scale, shift = self._affine[before.name]
+            factor = (module.running_var + module.eps).rsqrt()
+            if module.affine:
+                factor = factor * module.weight.detach()
+            scale, shift = scale * factor, (shift - module.running_mean) * factor
+            if module.affine:
+                shift = shift + module.bias.detach()
+            self._affine[before.name] = scale, shift
+            self._outputs[id(output)] = replace(before, tensor=output, version=output._version)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -28,13 +28,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gbp_ray.config.prune import PruneConfig
 from gbp_ray.distributed.ranks import Ranks, isolated
-from gbp_ray.distributed.sharding import copy_network, gather_whole, is_sharded, unsharded
+from gbp_ray.distributed.sharding import (
+    copy_network,
+    gather_whole,
+    is_sharded,
+    shard_like,
+    unsharded_in_turn,
+)
 from gbp_ray.distributed.sums import OrderedSum
 from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.pruning.activations import (
@@ -49,7 +56,6 @@ from gbp_ray.pruning.activations import (
 from gbp_ray.pruning.calibration import Calibration
 from gbp_ray.pruning.continuations import Continuation, find_continuations
 from gbp_ray.pruning.refit import least_squares, sparsegpt
-from gbp_ray.training.network import load_rows
 from gbp_ray.training.progress import OnProgress, Progress, ignore_progress
 from gbp_ray.workloads.batch import Batch, forward
 from gbp_ray.workloads.contract import Workload, in_mode
@@ -58,6 +64,8 @@ from gbp_ray.workloads.data import derive_seed
 __all__ = ["Moments", "check_reconstruction", "layers_to_refit", "reconstruct"]
 
 _TRIAL_EXAMPLES = 4
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -119,26 +127,19 @@ def reconstruct(
     """
     calibration = Calibration(workload, config, seed, ranks)
     with ExitStack() as stack:
-        plain, teacher = (stack.enter_context(unsharded(net)) for net in (model, dense))
+        plain, teacher = (stack.enter_context(unsharded_in_turn(net)) for net in (model, dense))
         for net in (plain, teacher):
             stack.enter_context(in_mode(net, is_training=False))
             stack.enter_context(isolated(net, derive_seed(seed, "reconstruct")))
-        refit = _Refit(plain, teacher, workload, calibration, ranks, config, seed)
-        layers = layers_to_refit(plain, partial(refit.run, plain, refit.read(0)))
-        keys = [f"{name}.weight" for name in layers]
+        is_parted = is_sharded(model) or is_sharded(dense)
+        refit = _Refit(plain, teacher, workload, calibration, ranks, config, seed, is_parted)
+        first = ranks.run_collectively(lambda: refit.read(0))
+        layers = refit.pass_through(
+            lambda: layers_to_refit(plain, partial(refit.run, plain, first))
+        )
         if config.reconstruct != "sparsegpt":
             masks_before = {}
-        found, chosen = refit.refit_all(
-            layers,
-            {key: gather_whole(masks[key]) for key in keys if key in masks},
-            {key: gather_whole(masks_before[key]) for key in keys if key in masks_before},
-            kept_rows,
-            {key: gather_whole(dense_weights[key].detach()) for key in keys},
-            on_progress,
-        )
-    if is_sharded(model):
-        load_rows(model, found)
-    return chosen
+        return refit.refit_all(layers, masks, masks_before, kept_rows, dense_weights, on_progress)
 
 
 def check_reconstruction(model: nn.Module, workload: Workload, config: PruneConfig) -> None:
@@ -198,6 +199,7 @@ class _Refit:
     ranks: Ranks
     config: PruneConfig
     seed: int
+    is_sharded: bool = False
 
     def read(self, item: int) -> Batch:
         with self.calibration.batch(self.model, item, self.ranks.device) as batch:
@@ -205,6 +207,10 @@ class _Refit:
 
     def run(self, network: nn.Module, batch: Batch) -> None:
         forward(network, self.workload, batch)
+
+    def pass_through(self, action: Callable[[], Result]) -> Result:
+        """Runs an action that passes through a network. Communicates."""
+        return self.ranks.run_collectively(action, communicates=self.is_sharded)
 
     def seed_stretch(self, item: int, number: int) -> None:
         torch.manual_seed(derive_seed(self.calibration.draws(item), "reconstruct", number))
@@ -217,18 +223,20 @@ class _Refit:
         kept_rows: Mapping[str, Tensor],
         dense_weights: Mapping[str, Tensor],
         on_progress: OnProgress,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Refits layers in the order of a pass; returns new weights and masks by parameter name."""
+    ) -> dict[str, Tensor]:
+        """Refits layers in the order of a pass; returns new masks by parameter name."""
         found_dense = find_patch_layers(self.dense)
         originals = {name: found_dense[name] for name in layers}
         # A rank without a batch passes batch 0, to come to the layers like the others.
         turns = list(self.ranks.deal(len(self.calibration.batches)))
         items = [0 if item is None else item for item in turns]
         batches = self.ranks.run_collectively(lambda: [self.read(item) for item in items])
-        follows = [
-            find_continuations(network, at, partial(self.run, network, batches[0]))
-            for network, at in ((self.model, layers), (self.dense, originals))
-        ]
+        follows = self.pass_through(
+            lambda: [
+                find_continuations(network, at, partial(self.run, network, batches[0]))
+                for network, at in ((self.model, layers), (self.dense, originals))
+            ]
+        )
         summands = {after.summand for after in follows[0].values() if after.summand is not None}
         lanes = [
             Lane(
@@ -240,7 +248,7 @@ class _Refit:
             for item, batch in zip(items, batches, strict=True)
             for network, at in ((self.model, layers), (self.dense, originals))
         ]
-        found: dict[str, Tensor] = {}
+        done: set[str] = set()
         chosen: dict[str, Tensor] = {}
 
         def meet(name: str, inputs: list[Tensor]) -> None:
@@ -262,21 +270,23 @@ class _Refit:
             moments = Moments(*(p.view(s) for p, s in zip(parts, shapes, strict=True)))
             weight = layer.weight.detach()
             everything = torch.ones_like(weight, dtype=torch.bool)
-            mask, dense = masks.get(key, everything), dense_weights[key]
+            mask = gather_whole(masks.get(key, everything))
+            dense = gather_whole(dense_weights[key].detach())
             moments.check(key)
             if self.config.reconstruct == "sparsegpt" and key in masks:
-                before = masks_before.get(key, everything)
-                solved, chosen[key] = self._choose(moments, mask, before, dense)
+                before = gather_whole(masks_before.get(key, everything))
+                solved, kept = self._choose(moments, mask, before, dense)
+                chosen[key] = shard_like(kept, masks[key])
             else:
                 solved = self._solve(moments, mask, dense)
             weight.copy_(solved)
-            found[key] = solved.to(weight.dtype)
-            on_progress(Progress("reconstruct", len(found), len(layers)))
+            done.add(name)
+            on_progress(Progress("reconstruct", len(done), len(layers)))
 
         self.ranks.run_collectively(
             lambda: in_step(lanes, meet), communicates=self.ranks.world_size > 1
         )
-        return found, chosen
+        return chosen
 
     def _moments_of(
         self,
@@ -305,9 +315,7 @@ class _Refit:
                 for net, follow, lane in zip((layer, original), follows, lanes, strict=True)
             )
             error = wanted[:, kept] - own
-        scale, shift = of_dense.affine(self.dense, original)
-        affine = after.affine(self.model, layer)
-        y = after.targets(y[:, kept], affine, (scale[kept], shift[kept]), error)
+        y = after.targets(y[:, kept], (of_dense.scale[kept], of_dense.shift[kept]), error)
         y = y.unflatten(1, (x.shape[1], -1))
         x_K = x.transpose(0, 1)
         squares = x_K.mT @ x_K

@@ -111,13 +111,15 @@ class Memory:
         self.num_owned = max(stop - start for start, stop in pairwise(self._layout.bounds))
         self._buffers = bytes_of(model.buffers())
         self._whole = self._own = bytes_of(model.parameters()) + self._buffers
-        self._gathered = self._gathering = 0
+        self._gathered = self._gathered_to_refit = self._gathering = 0
         if self._is_sharded:
             rows = self._rows(model.parameters())
             self._own, self._gathering = rows + self._buffers, (self._world_size - 1) * rows
             *inner, outer = map(bytes_of, group_parameters(model))
             # A group's weights, and the next one's twice while they arrive.
             self._gathered = outer + 3 * max(inner) if inner else 2 * outer
+            # Of two networks, a group that passes leave and the one that they come to.
+            self._gathered_to_refit = 2 * outer + (5 * max(inner) if inner else outer)
         self._has_movement = job.prune.spec.needs_history
         self.num_passes = criterion(job.prune.criterion).spec.num_passes
         self.calibration_examples = min(job.prune.calibration_examples, available)
@@ -430,9 +432,10 @@ class Memory:
         refit = measure_refit(self._model, self._few, prune, self._batch, turns)
         held, sent = kept, refit.sent_bytes(turns, world_size)
         if self._is_sharded:
-            # Both networks, the dense weights once more, and the masks.
-            gathered = 2 * (self._whole - self._buffers) + refit.weight_bytes + self.num_prunable
-            held, sent = kept | {"gathered": gathered}, sent + 3 * self._gathering
+            # Of both networks; three passes of one and two of the other, and the dense weights.
+            largest = max(unit.parameter.numel() for unit in self._units)
+            held = kept | {"gathered": self._gathered_to_refit, "one layer": 6 * largest}
+            sent += 6 * self._gathering
         moments = refit.moments(self.calibration_examples, size, world_size)
         return _phase("reconstruct", held, *moments, sent=sent)
 

@@ -50,11 +50,6 @@ class RefitMemory:
     example_bytes: int
     buffer_bytes: int
 
-    @property
-    def weight_bytes(self) -> int:
-        """Count the bytes of all weights that are refitted."""
-        return sum(layer.weight.nbytes for layer in self.layers)
-
     def moments(self, num_examples: int, batch_size: int, world_size: int) -> list[dict[str, int]]:
         """List what the rank with most examples holds, from one moment to the next."""
         sizes = [len(cut) for cut in cut_batches(num_examples, batch_size)]
@@ -65,7 +60,6 @@ class RefitMemory:
         batches = examples * self.example_bytes
         counted = self.num_batches * size * self.example_bytes
         found: list[dict[str, int]] = []
-        new_weights = 0
         for number, stretch in enumerate(self.passing):
             # In front of the layer before, and of this one; each batch passes both networks.
             ends = stretch.lines[0], stretch.lines[-1]
@@ -79,18 +73,16 @@ class RefitMemory:
                     "stopped passes": max(stopped[1], others[1]),
                     "pass": stretch.peak_bytes(size),
                     "buffers": 2 * self.buffer_bytes,
-                    "new weights": new_weights,
                 }
             )
             if number == len(self.layers):
                 break
             layer = self.layers[number]
-            new_weights += layer.weight.nbytes
             solving = self.solving[number].peak_bytes(size) - counted
             if world_size > 1:
                 # A slice of the sums stays, and all slices are gathered, then put together.
                 num_sums = count_sums(layer)
-                gathered = 16 * num_sums + new_weights + 2 * self.buffer_bytes
+                gathered = 16 * num_sums + 2 * self.buffer_bytes
                 solving = max(solving, gathered) + 8 * num_sums // world_size
             found.append({"batches": batches, "stopped passes": others[0], "solving": solving})
         return found

@@ -1,6 +1,7 @@
 """Peak memory of each rank of a sharded network, against the plan and against the scores' own size.
 
     python tests/benchmarks/sharded_memory.py [--workers 8] [--blocks 32] [--width 512] [--warm 32]
+        [--reconstruct least_squares]
 
 A residual network of linear blocks, built on the meta device so that no rank ever holds it whole,
 is pruned in two rounds under FSDP2, by as many gloo processes as there are workers. Measured is how
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=32, help="groups that FSDP2 gathers")
     parser.add_argument("--width", type=int, default=512, help="a block has 4 width^2 weights")
     parser.add_argument("--warm", type=int, default=32, help="width of the network before")
+    parser.add_argument("--reconstruct", default="none", help="how kept weights are refitted")
     options = parser.parse_args()
     job, workload = make_job(options)
     plan = make_plan(job, workload)
@@ -132,6 +134,7 @@ def make_job(options: argparse.Namespace) -> tuple[JobConfig, Workload]:
             rounds=2,
             calibration_examples=64,
             calibration_batch_size=8,
+            reconstruct=options.reconstruct,
         ),
         finetune=FinetuneConfig(epochs=2, batch_size=64, microbatches=8, learning_rate=1e-3),
         cluster=ClusterConfig(num_workers=options.workers, strategy="fsdp"),
@@ -153,6 +156,7 @@ def run_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
     watch = Watch()
     watch.wrap("score", lambda *args: "score")
     watch.wrap("select_masks", lambda *args: "decide")
+    watch.wrap("reconstruct", lambda *args: "reconstruct")
     watch.wrap("evaluate", lambda *args: "evaluate")
     watch.wrap("train_epochs", lambda *args: args[5].phase)
     watch.wrap("build_start", lambda *args: "build")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 from dataclasses import replace
@@ -19,12 +20,13 @@ from sharded_program import (
     resnet_masks,
     resnet_program,
 )
+from small_networks import BlockNet, draw
 from techniques import checkpoint_of, rounds_of, without_files
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.distributed.sharding import shard_network
+from gbp_ray.distributed.sharding import gather_whole, shard_network, unsharded_in_turn
 from gbp_ray.pruning.checkpoint import SHARDS, Checkpoint
 from gbp_ray.training.network import distinct_state
 
@@ -154,6 +156,36 @@ def test_shards_of_one_rank_are_written_and_read_like_those_of_more(
     assert without_files(rest) == without_files(whole[2:])
     assert masks == hard_masks(Ranks())
     assert any(name.startswith(SHARDS) for name in one[1]["files"])
+
+
+def test_weights_are_gathered_while_a_pass_is_in_their_group_and_written_back(
+    tmp_path: Path,
+) -> None:
+    plain, inputs = BlockNet(is_tied=False).eval(), draw(3, 18 * 4)
+    model = copy.deepcopy(plain)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        shard_network(model, torch.device("cpu"), 1)
+        gathered: list[list[int]] = []
+        with unsharded_in_turn(model) as network, torch.no_grad():
+            blocks = list(network.blocks)
+
+            def look(block: nn.Module, given: object) -> None:
+                gathered.append([n for n, b in enumerate(blocks) if not b.first.weight.is_meta])
+                if block is blocks[2]:
+                    block.first.weight.mul_(2)
+
+            for block in blocks:
+                block.register_forward_pre_hook(look)
+            outputs = network(inputs)
+        with torch.no_grad():
+            plain.blocks[2].first.weight.mul_(2)
+        assert gathered == [[0], [1], [2], [3], [4]]
+        assert torch.equal(outputs, plain(inputs))
+        for name, parameter in model.named_parameters():
+            assert torch.equal(gather_whole(parameter.detach()), plain.get_parameter(name)), name
+    finally:
+        dist.destroy_process_group()
 
 
 def test_exported_files_of_shards_are_those_of_a_replicated_network(

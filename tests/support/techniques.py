@@ -148,7 +148,7 @@ TECHNIQUES: dict[str, Technique] = {
         }
     ),
     "reconstructed": Technique(
-        {"prune": {"reconstruct": "least_squares", "reconstruct_positions": 5}}, images, FEWER
+        {"prune": {"reconstruct": "least_squares"}}, images_for(BlockNet), FEWER
     ),
     "chosen by sparsegpt": Technique(
         {"prune": {"reconstruct": "sparsegpt", "reconstruct_positions": 5}},
