@@ -55,6 +55,11 @@ def round_table(trial: TrialRecord) -> Table:
     metric = trial.metric
     judged = metric.name if trial.final.judged_on == "test" else trial.final.judged_on
     is_attacked = any(record.robust_accuracy is not None for record in trial.rounds)
+    is_tuned = any(
+        record.score_pruned is not None
+        and (record.train_loss is not None or record.score_pruned != record.score)
+        for record in trial.rounds
+    )
     others = trial.dense.other_metrics
     rows, caption = [], None
     for record in trial.rounds:
@@ -66,7 +71,7 @@ def round_table(trial: TrialRecord) -> Table:
                 *_shares_of(cost),
                 metric.write(record.score),
                 metric.write(record.train_score),
-                metric.write(record.score_pruned),
+                *((metric.write(record.score_pruned),) if is_tuned else ()),
                 *(other.write(record.metrics.get(other.name)) for other in others),
                 *((write_share(record.robust_accuracy),) if is_attacked else ()),
                 f"{record.loss:.4f}",
@@ -78,15 +83,15 @@ def round_table(trial: TrialRecord) -> Table:
         if record.score_recalibrated is not None and record.reference.has_gap:
             loss = "" if record.loss_recalibrated is None else f"{record.loss_recalibrated:.4f}"
             score = metric.write(record.score_recalibrated)
-            between = [""] * (2 + len(others) + is_attacked)
+            between = [""] * (1 + is_tuned + len(others) + is_attacked)
             shares = ["" for _ in _shares_of(cost)]
             rows.append(("re-estimated", *shares, score, *between, loss))
             caption = "re-estimated: dense, with BatchNorm as it is after each prune"
     attacked = ("under attack",) if is_attacked else ()
     is_whole = trial.final.cost.units is not None
     headings = ["MACs left", "weights left"] if is_whole else ["sparsity"]
-    headings += [judged, "in training", "before fine-tuning", *(other.name for other in others)]
-    headings += [*attacked, "loss"]
+    headings += [judged, "in training", *(["before fine-tuning"] if is_tuned else [])]
+    headings += [*(other.name for other in others), *attacked, "loss"]
     headings += ["units", "weights", "MACs"] if is_whole else ["weights left", "MACs"]
     table = make_table(rows, ["round"], headings, title=trial.trial_id)
     table.caption = caption
@@ -272,6 +277,9 @@ def plan_lines(planned: Mapping[str, Any]) -> list[str]:
     if plan["num_passes"]:
         times = "1 pass" if plan["num_passes"] == 1 else f"{plan['num_passes']} passes"
         passes = f"{times} over {plan['calibration_examples']:,} examples each round"
+    refit = ""
+    if any(phase["name"] == "reconstruct" for phase in plan["phases"]):
+        refit = f"a pass of both networks over {plan['calibration_examples']:,} examples each round"
     units = plan.get("units", "")
     prunable = f"{plan['num_prunable']:,} {'in such units' if units else 'prunable'}"
     return [
@@ -284,6 +292,7 @@ def plan_lines(planned: Mapping[str, Any]) -> list[str]:
         "and the interpreter with its libraries",
         f"scoring: {plan['criterion']}, {passes}; cost {plan['criterion_cost']} against a forward "
         "and backward pass",
+        *([f"reconstruction: {refit}"] if refit else []),
         f"training: {plan['pretrain_steps']:,} steps, then {plan['finetune_steps']:,} after each "
         f"of {plan['num_rounds']} rounds, {plan['num_steps']:,} in all",
         f"sent by a rank: {sent}",

@@ -161,17 +161,18 @@ class PruneConfig(Section):
     batchnorm_examples: Annotated[int, _REFIT] = Field(2048, ge=0, le=MOST_EXAMPLES)
     """Training examples that re-estimate BatchNorm statistics after each prune; 0 keeps them, and
     so does reconstruct, which fits the weights to them."""
-    reconstruct: Literal["none", "least_squares", "sparsegpt"] = "none"
+    reconstruct: Literal["none", "least_squares", "sparsegpt", "sparsegpt_least_squares"] = "none"
     """After each prune: "least_squares" refits the kept weights of each linear layer and
     convolution, from input to output, to the dense network's outputs on the calibration examples;
     "sparsegpt" takes from the criterion only how many weights each of them loses, and chooses which
-    itself. They read no labels, and need no fine-tuning after them."""
+    itself, and "sparsegpt_least_squares" then refits those exactly, at some more cost. They read no
+    labels, and need no fine-tuning after them."""
     reconstruct_damping: Annotated[float, _NO_REFIT] = Field(0.01, ge=0.0, le=1e6)
     """Strength of the pull towards the dense weights, relative to the mean square of the inputs;
     of criteria that invert moments of a layer, what is added to their diagonals, relative to it."""
     reconstruct_positions: Annotated[int, _NO_REFIT] = Field(16, ge=0, le=MOST_EXAMPLES)
     """Positions of a convolution's outputs, or tokens, that are refitted on, and that obs and kfac
-    take products of inputs at, drawn by the seed for each batch; 0 takes all."""
+    take products of inputs at, drawn by the seed for each example; 0 takes all."""
     rewind: Annotated[Literal["none", "weights", "learning_rate"], _NO_RATE] = "none"
     """After each prune: "weights" puts kept weights back to their dense values, "learning_rate"
     starts the schedule anew, "none" runs one schedule through all rounds."""
@@ -264,9 +265,9 @@ class PruneConfig(Section):
             and not math.isclose(self.sparsity, implied, abs_tol=1e-9)
             and f'granularity = "{self.granularity}" means sparsity = {implied:g}, not '
             f"{self.sparsity:g}; set prune.sparsity={implied:g}",
-            self.reconstruct == "sparsegpt"
+            self.reconstruct.startswith("sparsegpt")
             and bool(self.unit_kinds)
-            and f'reconstruct = "sparsegpt": chooses single weights, and granularity = '
+            and f'reconstruct = "{self.reconstruct}": chooses single weights, and granularity = '
             f'"{self.granularity}" removes whole units; set granularity to weight or n:m, or '
             "reconstruct to least_squares",
             bool(self.initial_masks and m)

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,9 +71,8 @@ def rows_of(layer: PatchLayer, inputs: Tensor, most: int = 0, seed: int = 0) -> 
 
     Args:
         inputs: Of the layer, (B, ...) as it takes them.
-        most: Positions that are taken, the same of all examples, drawn without replacement; 0 takes
-            all.
-        seed: Of that draw: equal seeds take equal positions of inputs with as many positions.
+        most: Positions that are taken of each example, drawn without replacement; 0 takes all.
+        seed: Of that draw: equal seeds take equal positions of as many examples and positions.
 
     Returns:
         (R, K, C), examples in order; K = 1 where inputs are not grouped. `rows[:, k] @
@@ -82,9 +80,8 @@ def rows_of(layer: PatchLayer, inputs: Tensor, most: int = 0, seed: int = 0) -> 
     """
     if isinstance(layer, nn.Linear):
         tokens = inputs.reshape(len(inputs), -1, inputs.shape[-1])
-        chosen = _draw(tokens.shape[1], most, seed, inputs.device)
-        if chosen is not None:
-            tokens = tokens[:, chosen]
+        if (chosen := _draw(tokens, tokens.shape[1], most, seed)) is not None:
+            tokens = tokens[chosen]
         return tokens.reshape(-1, 1, inputs.shape[-1])
     num_axes = layer.weight.ndim - 2
     if inputs.ndim == num_axes + 1:
@@ -106,10 +103,9 @@ def rows_of(layer: PatchLayer, inputs: Tensor, most: int = 0, seed: int = 0) -> 
             *(steps[2 + axis] * dilation[axis] for axis in range(num_axes)),
         ),
     )
-    chosen = _draw(math.prod(lengths), most, seed, inputs.device)
-    if chosen is not None:
-        places: Any = (slice(None), *torch.unravel_index(chosen, lengths))
-        patches = patches[places]
+    if (chosen := _draw(patches, math.prod(lengths), most, seed)) is not None:
+        examples, positions = chosen
+        patches = patches[(examples, *torch.unravel_index(positions, lengths))]
     groups = layer.groups
     return patches.reshape(-1, groups, padded.shape[1] // groups * math.prod(kernel))
 
@@ -138,18 +134,26 @@ def outputs_at(layer: PatchLayer, outputs: Tensor, most: int = 0, seed: int = 0)
         if outputs.ndim == layer.weight.ndim - 1:
             outputs = outputs[None]
         by_position = outputs.flatten(2).mT
-    chosen = _draw(by_position.shape[1], most, seed, outputs.device)
-    if chosen is not None:
-        by_position = by_position[:, chosen]
+    if (chosen := _draw(by_position, by_position.shape[1], most, seed)) is not None:
+        by_position = by_position[chosen]
     return by_position.flatten(0, 1)
 
 
-def _draw(num_positions: int, most: int, seed: int, device: torch.device) -> Tensor | None:
-    """Draws positions, ascending; None takes all."""
+def _draw(
+    of_examples: Tensor, num_positions: int, most: int, seed: int
+) -> tuple[Tensor, Tensor] | None:
+    """Draws positions of each example, ascending; None takes all.
+
+    Returns:
+        An index: examples (B, 1), positions (B, most).
+    """
     if not 0 < most < num_positions:
         return None
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(num_positions, generator=generator)[:most].sort().values.to(device)
+    generator, num_examples = torch.Generator().manual_seed(seed), len(of_examples)
+    draws = torch.rand(num_examples, num_positions, generator=generator)
+    positions = draws.topk(most, dim=1).indices.sort(dim=1).values
+    examples = torch.arange(num_examples)[:, None]
+    return examples.to(of_examples.device), positions.to(of_examples.device)
 
 
 def _pad(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ What a layer's outputs go through next is reckoned with, see `continuations`: wh
 them, or they are added to what came in earlier, y is chosen so that the sum is the dense network's.
 
 SparseGPT minimises the same and takes of a decision only how many weights each layer, or each group
-of a convolution, loses: which ones it chooses itself. The algebra is in `refit`.
+of a convolution, loses: which ones it chooses itself. Its own weights are near the least, and least
+squares on its masks is exact. The algebra is in `refit`.
 
 Shape suffixes: R = rows, K = groups of a convolution, C = inputs of one group, M = outputs of one
 group, S = kept inputs of one output.
@@ -137,7 +138,7 @@ def reconstruct(
         layers = refit.pass_through(
             lambda: layers_to_refit(plain, partial(refit.run, plain, first))
         )
-        if config.reconstruct != "sparsegpt":
+        if config.reconstruct == "least_squares":
             masks_before = {}
         return refit.refit_all(layers, masks, masks_before, kept_rows, dense_weights, on_progress)
 
@@ -273,9 +274,12 @@ class _Refit:
             mask = gather_whole(masks.get(key, everything))
             dense = gather_whole(dense_weights[key].detach())
             moments.check(key)
-            if self.config.reconstruct == "sparsegpt" and key in masks:
+            if self.config.reconstruct != "least_squares" and key in masks:
                 before = gather_whole(masks_before.get(key, everything))
-                solved, kept = self._choose(moments, mask, before, dense)
+                begun = self._solve(moments, before, dense)
+                solved, kept = self._choose(moments.inputs, mask, before, begun)
+                if self.config.reconstruct == "sparsegpt_least_squares":
+                    solved = self._solve(moments, kept, dense)
                 chosen[key] = shard_like(kept, masks[key])
             else:
                 solved = self._solve(moments, mask, dense)
@@ -345,14 +349,19 @@ class _Refit:
         return self.ranks.all_reduce_disjoint(solved).view(mask.shape)
 
     def _choose(
-        self, moments: Moments, mask: Tensor, before: Tensor, dense: Tensor
+        self, inputs: Tensor, mask: Tensor, before: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Prunes and refits one layer, its groups dealt to ranks. Communicates.
+        """Prunes one layer by sparsegpt, its groups dealt to ranks. Communicates.
+
+        Args:
+            inputs: Of `Moments`.
+            weights: The solution on those kept before.
 
         Returns:
             Weights and mask, shaped like `mask`, with as many weights pruned in each group.
         """
-        num_groups, _, num_outputs = moments.products.shape
+        num_groups = len(inputs)
+        num_outputs = len(mask) // num_groups
         pruned = (~mask).view(num_groups, -1).sum(dim=1).tolist()
         # n:m groups are inputs of one place in the kernel.
         places = torch.arange(mask[0].numel()).view(mask.shape[1], -1)
@@ -362,12 +371,11 @@ class _Refit:
             if group is not None:
                 rows = slice(group * num_outputs, (group + 1) * num_outputs)
                 both[0, rows], both[1, rows] = sparsegpt(
-                    *(moments.inputs[group], moments.products[group]),
-                    *(dense.flatten(1)[rows], before.flatten(1)[rows]),
+                    *(inputs[group], weights.flatten(1)[rows], before.flatten(1)[rows]),
                     int(pruned[group]),
                     self.config.reconstruct_damping,
                     pattern=self.config.pattern,
                     order=order,
                 )
-        weights, kept = self.ranks.all_reduce_disjoint(both)
-        return weights.view(mask.shape), kept.view(mask.shape).bool()
+        solved, kept = self.ranks.all_reduce_disjoint(both)
+        return solved.view(mask.shape), kept.view(mask.shape).bool()

@@ -1,12 +1,11 @@
 """Solves for the kept weights of one layer, from sums over the rows of its inputs.
 
 A layer multiplies rows x of its inputs by its weights, and y are the outputs that it should come
-to. With H = sum of x x^T and damping towards the weights w0 that it had, the best weights without
-any pruned are
+to. With H = sum of x x^T and damping towards the weights w0 that it had, the best weights are
 
     w* = (sum of y x^T + s w0) (H + s I)^-1,    s = damping * mean(diag(H)),
 
-and every other w costs (w - w*) (H + s I) (w - w*)^T more.
+over the inputs that are kept, and every other w costs (w - w*) (H + s I) (w - w*)^T more.
 
 Shape suffixes: C = inputs, M = outputs, B = inputs of one block.
 """
@@ -63,8 +62,7 @@ def least_squares(
 
 def sparsegpt(
     inputs: Tensor,
-    products: Tensor,
-    start: Tensor,
+    weights: Tensor,
     kept: Tensor,
     num_pruned: int,
     damping: float,
@@ -75,17 +73,16 @@ def sparsegpt(
 ) -> tuple[Tensor, Tensor]:
     """Prunes weights of one layer, input after input, each made up for by the inputs behind it.
 
-    This is algorithm 1 of Frantar and Alistarh 2023 (SparseGPT, arXiv 2301.00774), begun at w*
-    instead of at the dense weights. In front of each block of inputs, those of its weights go that
-    cost least, w^2 / d, where d is the input's entry on the diagonal of the inverse of H + s I
-    without the inputs before it. All outputs compete in a block, and all blocks lose the same
-    share, as far as the weights pruned before allow. Takes about C^3 + M C^2 multiply-adds, and
-    memory for C^2 numbers.
+    This is algorithm 1 of Frantar and Alistarh 2023 (SparseGPT, arXiv 2301.00774), begun at the
+    solution on all kept inputs instead of at the dense weights. In front of each block of inputs,
+    those of its weights go that cost least, w^2 / d, where d is the input's entry on the diagonal
+    of the inverse of H + s I without the inputs before it. All outputs compete in a block, and all
+    blocks lose the same share, as far as the weights pruned before allow. Takes about C^3 + M C^2
+    multiply-adds, and memory for C^2 numbers.
 
     Args:
         inputs: sum x x^T, (C, C) float64.
-        products: sum x y^T, (C, M) float64.
-        start: (M, C), the weights that damping draws to.
+        weights: (M, C), the solution of `least_squares` on those kept.
         kept: (M, C) bool, False where pruned before; those stay pruned.
         num_pruned: Weights that are pruned in the end, those pruned before included.
         damping: Relative to the mean of the diagonal of `inputs`.
@@ -100,11 +97,11 @@ def sparsegpt(
     Raises:
         PruneError: The inputs are linearly dependent, and damping is 0.
     """
-    num_outputs, num_inputs = start.shape
+    num_outputs, num_inputs = weights.shape
     device = inputs.device
     order = torch.arange(num_inputs, device=device) if order is None else order.to(device)
-    inputs, products = inputs[order][:, order], products[order]
-    w = start.T.double()[order]  # (C, M), so that the weights of an input are neighbours
+    inputs = inputs[order][:, order]
+    w = weights.T.double()[order]  # (C, M), so that the weights of an input are neighbours
     stays = kept.T[order]
     # With H + s I = R R^T, R upper triangular, and U = R^-1, the inverse without the first inputs
     # is U^T U of the rest of U. R is the Cholesky factor for the inputs in reverse.
@@ -114,7 +111,6 @@ def sparsegpt(
     u = eye
     if factor is not None:
         u = torch.linalg.solve_triangular(factor.flip(0, 1), eye, upper=True)
-        w = u.T @ (u @ (products + strength * w))
     n, m = pattern or (0, 1)
     if pattern is None:
         width = block

@@ -99,6 +99,16 @@ def test_the_round_table_has_a_line_for_each_round_with_its_numbers(trial: Trial
     assert second.split() == ["2", "75.00%", "85.12%", "85.12%", "0.5000", "1,000", "1M"]
 
 
+def test_without_any_fine_tuning_nothing_stands_before_it(trial: TrialRecord) -> None:
+    rounds = [
+        record.model_copy(update={"score_pruned": record.score}) for record in trial.rounds[1:]
+    ]
+    untuned = trial.model_copy(update={"rounds": (trial.dense, *rounds)})
+    _, head, _, _, first, _ = lines_of(round_table(untuned))
+    assert "before" not in head
+    assert first.split() == ["1", "50.00%", "87.65%", "0.3750", "1,500", "2M"]
+
+
 def test_the_layer_table_says_what_is_left_and_who_was_held_back(trial: TrialRecord) -> None:
     title, _, _, conv, head = lines_of(layer_table(trial.final))
     assert title.strip() == "layers after round 2"

@@ -12,7 +12,14 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
 from gbp_ray.errors import PruneError
-from gbp_ray.pruning.activations import Lane, PatchLayer, find_patch_layers, in_step, rows_of
+from gbp_ray.pruning.activations import (
+    Lane,
+    PatchLayer,
+    find_patch_layers,
+    in_step,
+    outputs_at,
+    rows_of,
+)
 
 LAYERS: dict[str, tuple[PatchLayer, tuple[int, ...]]] = {
     "linear": (nn.Linear(5, 3), (4, 5)),
@@ -56,10 +63,15 @@ def test_drawn_rows_are_some_of_all_and_the_same_for_each_network(name: str) -> 
         ]
         for of_example, chosen in zip(every, drawn, strict=True)
     ]
-    assert all(of_example == sorted(set(places[0])) for of_example in places)
+    assert all(of_example == sorted(set(of_example)) for of_example in places)
+    assert any(of_example != places[0] for of_example in places)
     assert torch.equal(rows_of(layer, 2 * inputs, 3, 5), 2 * rows_of(layer, inputs, 3, 5))
     assert not torch.equal(rows_of(layer, inputs, 3, 5), rows_of(layer, inputs, 3, 6))
     assert torch.equal(rows_of(layer, inputs, most=10_000), rows_of(layer, inputs))
+    weight = layer.weight.detach().flatten(1)
+    outputs = outputs_at(layer, layer(inputs), 3, 5) - layer.bias
+    expected = drawn.flatten(0, 1)[:, 0] @ weight.T
+    torch.testing.assert_close(outputs.detach(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_layers_of_tied_and_parametrized_weights_are_left_out() -> None:

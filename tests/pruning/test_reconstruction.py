@@ -39,9 +39,13 @@ def refitted(
     kept, kept_before = (of.flatten(1).numpy() for of in (mask, before))
     if method == "least_squares" or mask.all():
         return np.stack([lstsq(x, y[:, r], kept[r], original[r], 0.02) for r in range(len(kept))])
-    if method == "sparsegpt":
+    if method.endswith(("sparsegpt", "squares")):
         quota = np.count_nonzero(~kept)
-        return surgeon(x, y, kept_before, original, 0.02, [quota], 128)
+        found = surgeon(x, y, kept_before, original, 0.02, [quota], 128)
+        if method == "sparsegpt":
+            return found
+        chosen = found != 0
+        return np.stack([lstsq(x, y[:, r], chosen[r], original[r], 0.02) for r in range(len(kept))])
     # Four channels, at each place of the kernel.
     order = np.arange(kept.shape[1]).reshape(mask.shape[1], -1).T.reshape(-1)
     found = np.empty_like(original)
@@ -52,7 +56,9 @@ def refitted(
     return found
 
 
-@pytest.mark.parametrize("method", ["least_squares", "sparsegpt", "sparsegpt, 2:4"])
+@pytest.mark.parametrize(
+    "method", ["least_squares", "sparsegpt", "sparsegpt, 2:4", "sparsegpt_least_squares"]
+)
 def test_each_layer_of_a_network_is_refitted_behind_refitted_layers(method: str) -> None:
     """The other way is a whole pass of all examples for each layer."""
     workload = images(GroupedNet, num_train=23)

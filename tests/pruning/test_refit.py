@@ -38,9 +38,9 @@ def test_inputs_that_decide_nothing() -> None:
     assert not least_squares(*moments, only, ~support, start, 0.1).any()
 
     with pytest.raises(PruneError, match=r"reconstruct_damping: .* linearly dependent"):
-        sparsegpt(*moments, start, support[None], 2, 0.0)
-    assert torch.isfinite(sparsegpt(*moments, start, support[None], 2, 1e-6)[0]).all()
-    weights, kept = sparsegpt(*nothing, start, support[None], 2, 0.1)
+        sparsegpt(moments[0], start, support[None], 2, 0.0)
+    assert torch.isfinite(sparsegpt(moments[0], start, support[None], 2, 1e-6)[0]).all()
+    weights, kept = sparsegpt(nothing[0], start, support[None], 2, 0.1)
     smallest = start[0].abs().argsort()[:2]
     assert torch.equal(weights.float(), start.index_fill(1, smallest, 0))
     assert torch.equal(kept, start.new_ones(1, 6).index_fill(1, smallest, 0).bool())
@@ -94,8 +94,12 @@ def test_weights_go_as_one_by_one(
     # The same inputs, laid out otherwise.
     turned = torch.randperm(num_inputs, generator=torch.Generator().manual_seed(1))
     layout = turned if is_turned else torch.arange(num_inputs)
+    moments = (x.T @ x, x.T @ y)
+    begun = [
+        least_squares(*moments, torch.tensor([r]), kept[r], start[[r]], 0.03) for r in range(3)
+    ]
     weights, stays = sparsegpt(
-        *((x.T @ x)[layout][:, layout], (x.T @ y)[layout], start[:, layout], kept[:, layout]),
+        *(moments[0][layout][:, layout], torch.cat(begun)[:, layout], kept[:, layout]),
         *(num_pruned, 0.03),
         pattern=pattern,
         order=layout.argsort() if is_turned else None,
@@ -113,7 +117,8 @@ def test_weights_of_strong_inputs_stay() -> None:
     x = (draw(200, 40, seed=1) + 0.3 * draw(200, 1, seed=2)).double() * strengths
     start = draw(20, 40, seed=3).double()
     moments = (x.T @ x, x.T @ x @ start.T)
-    weights, kept = sparsegpt(*moments, start, torch.ones(20, 40).bool(), 400, 0.01)
+    # They are their own solution.
+    weights, kept = sparsegpt(moments[0], start, torch.ones(20, 40).bool(), 400, 0.01)
     assert int(kept.sum()) == 400
     largest = start.abs() > start.abs().flatten().kthvalue(400).values
     refitted = [

@@ -33,8 +33,7 @@ def surgeon(
         quotas: Weights that go in each `width` inputs, those not `kept` first.
         most: So many of each output at most.
     """
-    everything = np.ones(x.shape[1], bool)
-    w = np.stack([lstsq(x, y[:, r], everything, start[r], damping) for r in range(len(start))])
+    w = np.stack([lstsq(x, y[:, r], kept[r], start[r], damping) for r in range(len(start))])
     hessian = x.T @ x
     hessian += damping * np.mean(np.diag(hessian)) * np.eye(len(hessian))
     goes = ~kept
