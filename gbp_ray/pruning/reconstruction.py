@@ -120,8 +120,8 @@ def reconstruct(
         on_progress: Told of layers.
 
     Returns:
-        The masks that sparsegpt chose, whole, by parameter name; as many weights are pruned in each
-        as in that of `masks`. Empty for least_squares.
+        The masks that sparsegpt chose, by parameter name, sharded like `masks`; as many weights are
+        pruned in each. Empty for least_squares.
 
     Raises:
         PruneError: A layer's inputs are not finite.
