@@ -162,7 +162,8 @@ def export_network(
             "--to",
             metavar="FORMAT",
             help="onnx: adds model.onnx, for ONNX Runtime; csr: adds linear layers as compressed "
-            "sparse rows, where they are faster so; program: what is always written; repeatable.",
+            "sparse rows, where they are faster so; hf: adds what from_pretrained of transformers "
+            "reads; program: what is always written; repeatable.",
         ),
     ] = None,
     is_folded: Annotated[
@@ -197,8 +198,12 @@ def export_network(
     one by one are stored as zeros: they make no file smaller and no pass
     faster by themselves. Whole channels and heads that were removed leave the
     network; load.py, beside it, cuts the network's class to what is left, by
-    widths.json. --to csr leaves them out of linear layers that are
-    90 % sparse and that are faster so on this machine, which is measured.
+    widths.json. --to csr leaves zeros out of linear layers that are 90 % sparse
+    and that are faster so on this machine, which is measured.
+
+    --to hf adds config.json and the tokenizer to a model of transformers, so
+    that from_pretrained loads the folder; of whole units all layers must have
+    kept as many, as with prune.scope = "layer".
 
     --measure shows what a pass takes: median and range of dense and pruned in
     turn, for 1 and 32 examples, in PyTorch and, if it is installed, in ONNX
@@ -236,6 +241,8 @@ def export_network(
             warnings.warn(f"no model.onnx: {export.onnx_fault}", stacklevel=1)
         if export.csr_fault:
             warnings.warn(f"no model.csr.safetensors: {export.csr_fault}", stacklevel=1)
+        if export.hub_fault:
+            warnings.warn(f"no config.json: {export.hub_fault}", stacklevel=1)
     measured = export.measurements
     if as_json:
         print_json(
@@ -246,6 +253,8 @@ def export_network(
     same = "to the bit" if export.difference == 0 else f"to within {export.difference:.1e}"
     if export.onnx_difference is not None:
         same += f", in ONNX Runtime to within {export.onnx_difference:.1e}"
+    if export.hub_difference is not None:
+        same += f", by from_pretrained to within {export.hub_difference:.1e}"
     say(
         f"{export.folder}: round {export.round} of {export.trial_id}, outputs as the pruned "
         f"network's {same}"

@@ -5,6 +5,7 @@ Markdown with the front matter that model hubs read. Made from records, without 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -46,6 +47,12 @@ class ExportFacts:
         csr_ratios: Of layers that are CSR: by name and batch size, how many times as long they
             take dense.
         csr_fault: The reason for missing CSR layers that were asked for, or "".
+        hub_class: The class of transformers that loads the folder, or "".
+        hub_difference: Greatest difference of its outputs then; None where it cannot.
+        hub_fault: The reason why it cannot though that was asked for, or "".
+        no_tokenizer: The reason why the folder has no tokenizer, or "".
+        base_model: Name or folder that the dense network came from, or "".
+        license: Of that, or "".
         measurements: What was measured, if that was asked for.
         loader_difference: Greatest difference of the outputs of a fresh network that load.py has
             filled; None where no whole units have left the network.
@@ -67,6 +74,12 @@ class ExportFacts:
     onnx_inputs: Sequence[str] = ()
     csr_ratios: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     csr_fault: str = ""
+    hub_class: str = ""
+    hub_difference: float | None = None
+    hub_fault: str = ""
+    no_tokenizer: str = ""
+    base_model: str = ""
+    license: str = ""
     measurements: MeasurementsRecord | None = None
     loader_difference: float | None = None
     compact_fault: str = ""
@@ -83,7 +96,9 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
     of_dense = " of the dense network" if facts.is_compact else ""
     lines = [
         "---",
-        "library_name: pytorch",
+        f"library_name: {'pytorch' if facts.hub_difference is None else 'transformers'}",
+        *([f"base_model: {facts.base_model}"] if _is_hub_name(facts.base_model) else []),
+        *([f"license: {facts.license}"] if facts.license else []),
         "tags:",
         "- pruning",
         "- sparse",
@@ -114,6 +129,7 @@ def write_card(trial: TrialRecord, record: RoundRecord, facts: ExportFacts) -> s
         *(_how_to_load_compact(facts) if facts.is_compact else _how_to_load(facts)),
         *_how_to_load_onnx(facts),
         *_how_to_load_csr(facts),
+        *_how_to_load_from_hub(facts),
         "",
         f"It takes prepared inputs: {_describe_inputs(facts)}, and gives outputs of shape "
         f"`(examples, {', '.join(map(str, facts.output_shape))})`. `example.safetensors` holds "
@@ -353,6 +369,34 @@ def _how_to_load_onnx(facts: ExportFacts) -> list[str]:
         "Before it was written, ONNX Runtime gave the pruned network's outputs to within "
         f"{facts.onnx_difference:.1e} of each value.",
     ]
+
+
+def _how_to_load_from_hub(facts: ExportFacts) -> list[str]:
+    if facts.hub_fault:
+        return ["", f"It is no folder of transformers': {facts.hub_fault}."]
+    if facts.hub_difference is None:
+        return []
+    tokenizer = "The tokenizer lies beside it."
+    if facts.no_tokenizer:
+        tokenizer = f"There is no tokenizer beside it ({facts.no_tokenizer})."
+    return [
+        "",
+        "By transformers, as a folder or after an upload to the hub:",
+        "",
+        "```python",
+        f"from transformers import {facts.hub_class}",
+        "",
+        f'model = {facts.hub_class}.from_pretrained(".")  # this folder',
+        "```",
+        "",
+        "Before it was written, transformers gave the pruned network's outputs to within "
+        f"{facts.hub_difference:.1e} of each value. {tokenizer}",
+    ]
+
+
+def _is_hub_name(name: str) -> bool:
+    """Returns whether a hub knows a network by this name, which a folder here is not."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
 
 
 def _how_to_load_csr(facts: ExportFacts) -> list[str]:

@@ -6,6 +6,7 @@
     model.pt2            the network as a program (torch.export), for those without the class; with
                          BatchNorm folded into the layers before it, if that is asked for; `traced`
     model.onnx           the same program for ONNX Runtime, if it is asked for; see `onnx`
+    config.json and others beside model.safetensors, for transformers, if that is asked for; `hub`
     model.csr.safetensors, load_csr.py
                          the state dict with sparse linear layers as CSR, and what loads it, if it
                          is asked for and some are faster so; see `csr`
@@ -33,6 +34,7 @@ from gbp_ray.export.card import ExportFacts, write_card
 from gbp_ray.export.compacted import COMPACT_FILES, check_loader
 from gbp_ray.export.csr import CSR_FILES, CsrFile, make_csr
 from gbp_ray.export.fold import fold_batchnorm
+from gbp_ray.export.hub import HUB_FILES, HubFiles, check_hub, make_hub_files
 from gbp_ray.export.latency import Deliverable, measure_networks
 from gbp_ray.export.onnx import OnnxFile, check_onnx, make_onnx, missing_onnx
 from gbp_ray.export.rebuilt import StoredRound, open_round
@@ -51,8 +53,9 @@ __all__ = [
     "export_round",
 ]
 
-FORMATS = ("program", "onnx", "csr")
-"""What `to` may name: the program, which is always made, an ONNX file, CSR layers beside it."""
+FORMATS = ("program", "onnx", "csr", "hf")
+"""What `to` may name: the program, which is always made, an ONNX file, CSR layers beside it, and
+what makes it a folder of transformers'."""
 
 _FILES = (
     "model.safetensors",
@@ -60,6 +63,7 @@ _FILES = (
     "model.onnx",
     *COMPACT_FILES,
     *CSR_FILES,
+    *HUB_FILES,
     "masks.safetensors",
     "example.safetensors",
     "measurements.json",
@@ -93,6 +97,8 @@ class Export:
         csr_ratios: Of layers that are CSR: by name and batch size, how many times as long they
             take dense.
         csr_fault: The reason for missing CSR layers that were asked for, or "".
+        hub_difference: Likewise of the folder loaded by transformers; None where it cannot be.
+        hub_fault: The reason why it cannot be though that was asked for, or "".
         measurements: What was measured, if that was asked for.
         is_compact: The files hold a network without its removed units.
         compact_fault: The reason why units that a job keeps as zeros are zeros here, too, or "".
@@ -108,6 +114,8 @@ class Export:
     onnx_fault: str = ""
     csr_ratios: dict[str, dict[int, float]] = field(default_factory=dict)
     csr_fault: str = ""
+    hub_difference: float | None = None
+    hub_fault: str = ""
     measurements: MeasurementsRecord | None = None
     is_compact: bool = False
     compact_fault: str = ""
@@ -158,6 +166,8 @@ def export_round(
     model = masked if compact is None else compact.model
     call = Call.of(model, workload, _NUM_EXAMPLES)
     outputs = call.run(model)
+    if "hf" in to:
+        check_hub(model)
     loader_difference = None
     if compact is None:
         state = complete_state(model, weights)
@@ -185,6 +195,11 @@ def export_round(
     elif "csr" in to:
         csr = make_csr(trial.job, model, state, call, threads=threads)
         files |= csr.files()
+    hub: HubFiles | None = None
+    if "hf" in to:
+        shapes = {} if compact is None else compact.widths["shapes"]
+        hub = make_hub_files(model, masked, shapes, state, call)
+        files |= hub.files
     measurements = None
     if is_measured:
         data = source.read("weights.safetensors", trial.dense)
@@ -234,6 +249,12 @@ def export_round(
         onnx_inputs=tuple(call.leaves()),
         csr_ratios=csr.ratios,
         csr_fault=csr.fault,
+        hub_class=hub.class_name if hub else "",
+        hub_difference=hub.difference if hub and hub.files else None,
+        hub_fault=hub.fault if hub else "",
+        no_tokenizer=hub.missing if hub else "",
+        base_model=hub.base_model if hub else "",
+        license=hub.license if hub else "",
         measurements=measurements,
     )
     files["README.md"] = write_card(trial, trial.rounds[record.round], facts).encode()
@@ -251,6 +272,8 @@ def export_round(
         onnx_fault=facts.onnx_fault,
         csr_ratios=csr.ratios,
         csr_fault=csr.fault,
+        hub_difference=facts.hub_difference,
+        hub_fault=facts.hub_fault,
         measurements=measurements,
     )
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 from any_networks import job_of, outcome_of
+from hub_models import WORDS, write_models
 from pyarrow import csv, parquet
 from rank_program import reports_of_world
 from small_data import message_of
@@ -25,8 +26,6 @@ from gbp_ray.workloads.data import take_batch
 from gbp_ray.workloads.images import import_vision
 from gbp_ray.workloads.transformers import _Windows
 
-WORDS = [f"w{number}" for number in range(20)]
-
 
 @pytest.fixture(scope="module")
 def library():
@@ -37,32 +36,8 @@ def library():
 @pytest.fixture(scope="module")
 def folder(library, tmp_path_factory):
     """A tokenizer by the word and tiny models of BERT and of Llama, with data for them."""
-    tokenizers = pytest.importorskip("tokenizers")
     place = tmp_path_factory.mktemp("hub")
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    known = {word: number for number, word in enumerate(special + WORDS)}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="[UNK]"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    names = ["pad_token", "unk_token", "cls_token", "sep_token", "mask_token"]
-    sizes = {
-        "vocab_size": len(known),
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "max_position_embeddings": 64,
-    }
-    bert = library.BertConfig(**sizes, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
-    llama = library.LlamaConfig(**sizes, num_key_value_heads=1, tie_word_embeddings=True)
-    for name, model in (
-        ("bert", library.BertForMaskedLM(bert)),
-        ("llama", library.LlamaForCausalLM(llama)),
-    ):
-        model.save_pretrained(place / name)
-        given = dict(zip(names, special, strict=True)) if name == "bert" else {}
-        library.PreTrainedTokenizerFast(tokenizer_object=made, **given).save_pretrained(
-            place / name
-        )
+    write_models(place)
     for split, count in (("train", 26), ("test", 17)):
         rows = [
             {
