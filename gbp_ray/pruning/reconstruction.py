@@ -35,14 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from gbp_ray.config.prune import PruneConfig
+from gbp_ray.distributed.gathering import unsharded_in_turn
 from gbp_ray.distributed.ranks import Ranks, isolated
-from gbp_ray.distributed.sharding import (
-    copy_network,
-    gather_whole,
-    is_sharded,
-    shard_like,
-    unsharded_in_turn,
-)
+from gbp_ray.distributed.sharding import copy_network, gather_whole, is_sharded, shard_like
 from gbp_ray.distributed.sums import OrderedSum
 from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.pruning.activations import (

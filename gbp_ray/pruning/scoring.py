@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from gbp_ray.config.job import JobConfig
 from gbp_ray.config.prune import PruneConfig
+from gbp_ray.distributed.gathering import unsharded
 from gbp_ray.distributed.ranks import Ranks, isolated
 from gbp_ray.distributed.sharding import (
     is_sharded,
@@ -37,7 +38,6 @@ from gbp_ray.distributed.sharding import (
     local,
     local_slice,
     only_requiring,
-    unsharded,
 )
 from gbp_ray.distributed.sums import GradientReducer, OrderedSum
 from gbp_ray.errors import PruneError

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gbp_ray.config.prune import PruneConfig
+from gbp_ray.distributed.gathering import copy_unsharded
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.distributed.sharding import (
     add_over_ranks,
     copy_network,
-    copy_unsharded,
     gather_whole,
     is_sharded,
     local,

@@ -25,8 +25,9 @@ from techniques import checkpoint_of, rounds_of, without_files
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from gbp_ray.distributed.gathering import unsharded_in_turn
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.distributed.sharding import gather_whole, shard_network, unsharded_in_turn
+from gbp_ray.distributed.sharding import gather_whole, shard_network
 from gbp_ray.pruning.checkpoint import SHARDS, Checkpoint
 from gbp_ray.training.network import distinct_state
 
