@@ -38,6 +38,9 @@ _NO_REFIT = Idle(
     "reconstruct = none",
     lambda prune: prune.reconstruct == "none" and "reconstruct_damping" not in prune.spec.options,
 )
+_NO_SOLUTIONS = Idle(
+    "reconstruct = {reconstruct}", lambda prune: prune.reconstruct in ("none", "sparsegpt")
+)
 _ONE_ROUND = Idle("rounds = 1", lambda prune: prune.rounds == 1)
 _ONE_SHOT = Idle("schedule = one_shot", lambda prune: prune.schedule == "one_shot")
 _NO_PROBES = Idle(
@@ -173,6 +176,9 @@ class PruneConfig(Section):
     reconstruct_positions: Annotated[int, _NO_REFIT] = Field(16, ge=0, le=MOST_EXAMPLES)
     """Positions of a convolution's outputs, or tokens, that are refitted on, and that obs and kfac
     take products of inputs at, drawn by the seed for each example; 0 takes all."""
+    reconstruct_relu_steps: Annotated[int, _NO_SOLUTIONS] = Field(6, ge=0, le=100)
+    """Further solutions of a layer that ReLU follows: outputs that it sets to zero in both networks
+    need not agree below zero, which leaves the weights free for the others."""
     rewind: Annotated[Literal["none", "weights", "learning_rate"], _NO_RATE] = "none"
     """After each prune: "weights" puts kept weights back to their dense values, "learning_rate"
     starts the schedule anew, "none" runs one schedule through all rounds."""

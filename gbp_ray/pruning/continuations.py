@@ -1,14 +1,17 @@
-"""What follows a layer: the BatchNorm that scales its outputs, and what is added to them.
+"""What follows a layer: the BatchNorm that scales its outputs, what is added to them, and ReLU.
 
 In a residual network the output of a block's last layer is added to what came into the block. A
 layer that is refitted behind pruned ones can make up for the error of the other summand as well,
-as long as that is known before the layer computes. Seen in one pass: no code of a network is read.
+as long as that is known before the layer computes. And where ReLU comes next, an output that it
+sets to zero in the dense network may be anything below. Seen in one pass: no code of a network is
+read.
 
 Shape suffixes: O = outputs of a layer, R = rows.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,12 +39,14 @@ class Continuation:
         shift: The same, with the layer's bias.
         summand: Name of the module whose first input is added to them after that.
         steps: What is done to that input first: functions without weights, such as a slice.
+        is_rectified: Whether nothing but a ReLU reads the sum.
     """
 
     scale: Tensor
     shift: Tensor
     summand: str | None = None
     steps: tuple[Callable[[Tensor], Tensor], ...] = ()
+    is_rectified: bool = False
 
     def summand_of(self, given: Tensor) -> Tensor:
         """Computes the summand from the first input of its module."""
@@ -63,11 +68,33 @@ class Continuation:
             error: The other summand in the dense network less that in the other, (R, O).
         """
         dense_scale, dense_shift = dense
-        counts = self.scale.abs() > _LEAST_SCALE * self.scale.abs().max()
-        inverse = torch.where(counts, 1 / self.scale, 0)
-        ratio = torch.where(counts, dense_scale * inverse, 1)
+        inverse = self._inverse_scale()
+        ratio = torch.where(inverse != 0, dense_scale * inverse, 1)
         wanted = outputs * ratio + (dense_shift - self.shift) * inverse
         return wanted if error is None else wanted + error * inverse
+
+    def free_below_zero(self, targets: Tensor, outputs: Tensor, summand: Tensor | None) -> Tensor:
+        """Returns targets that give up what ReLU hides, (R, O).
+
+        Where the sum is to be below zero, it is to stay what it is, or to come to zero. Solving for
+        these and asking again lowers the error behind ReLU with each solution, as its square is
+        never above that of the targets (Zhang et al. 2015, arXiv 1505.06798, section 3.2, take
+        turns likewise).
+
+        Args:
+            targets: Of `targets`.
+            outputs: `weight @ row` with the weights of the last solution, (R, O).
+            summand: What is added, in the network that is refitted, (R, O).
+        """
+        inverse = self._inverse_scale()
+        added = self.shift if summand is None else self.shift + summand
+        wanted, found = (values * self.scale + added for values in (targets, outputs))
+        goal = torch.where(wanted > 0, wanted, found.clamp(max=0))
+        return torch.where(inverse != 0, (goal - added) * inverse, targets)
+
+    def _inverse_scale(self) -> Tensor:
+        counts = self.scale.abs() > _LEAST_SCALE * self.scale.abs().max()
+        return torch.where(counts, 1 / self.scale, 0)
 
 
 @torch.no_grad()
@@ -125,6 +152,11 @@ class _Watch(TorchFunctionMode):
         self._calls: dict[str, int] = {}
         self._affine: dict[str, tuple[Tensor, Tensor]] = {}
         self._summands: dict[str, _Seen] = {}
+        self._sums: dict[int, _Seen] = {}
+        # Of each layer: tensors on the way to the sum, how often they are read, and which by ReLU.
+        self._ways: dict[str, list[int]] = {}
+        self._reads = Counter[str]()
+        self._rectified: dict[str, int] = {}
         self._time = 0
 
     def known(self) -> dict[str, Continuation]:
@@ -135,6 +167,12 @@ class _Watch(TorchFunctionMode):
             if self._calls[summand.name] == 1:
                 steps = summand.steps
                 found[name] = replace(found[name], summand=summand.name, steps=steps)
+            else:
+                del self._ways[name]
+        for name, way in self._ways.items():
+            is_last = self._rectified.get(name) == way[-1]
+            is_rectified = is_last and self._reads[name] == len(way)
+            found[name] = replace(found[name], is_rectified=is_rectified)
         return found
 
     def take_input(self, name: str, module: nn.Module, given: tuple[Any, ...]) -> None:
@@ -156,6 +194,7 @@ class _Watch(TorchFunctionMode):
         is_linear = isinstance(module, nn.Linear)
         seen = _Seen(output, output._version, name, self._time, is_linear=is_linear)
         self._outputs[id(output)] = seen
+        self._ways[name] = [id(output)]
 
     def take_norm(self, module: _BatchNorm, given: tuple[Any, ...], output: Tensor) -> None:
         before = self._lookup(self._outputs, given[0])
@@ -173,16 +212,28 @@ class _Watch(TorchFunctionMode):
                 shift = shift + module.bias.detach()
             self._affine[before.name] = scale, shift
             self._outputs[id(output)] = replace(before, tensor=output, version=output._version)
+            self._ways[before.name].append(id(output))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         given = dict(kwargs or {})
         name = getattr(func, "__name__", "")
+        layer = None
         if name in _ADDITIONS and given.get("alpha", 1) == 1:
-            self._take_sum(*args[:2])
+            layer = self._take_sum(*args[:2])
+        read = [self._lookup_end(value) for value in (*args, *given.values())]
         source = self._lookup(self._inputs, args[0]) if args else None
         result = func(*args, **given)
+        if not isinstance(result, Tensor):
+            read = []  # a shape, or another fact
+        for end in filter(None, read):
+            self._reads[end.name] += 1
+            if name in _RECTIFIERS:
+                self._rectified[end.name] = id(end.tensor)
+        if layer is not None:
+            self._sums[id(result)] = _Seen(result, result._version, layer, self._time)
+            self._ways[layer].append(id(result))
         # Followed where the input is the only tensor and is not changed itself.
         others = [value for value in (*args[1:], *given.values()) if isinstance(value, Tensor)]
         if source and not others and isinstance(result, Tensor) and result is not args[0]:
@@ -192,15 +243,22 @@ class _Watch(TorchFunctionMode):
             self._inputs.setdefault(id(result), seen)
         return result
 
-    def _take_sum(self, first: Any, second: Any = None) -> None:
+    def _take_sum(self, first: Any, second: Any = None) -> str | None:
+        """Notes a layer's summand, and returns the name of that layer."""
         for one, other in ((first, second), (second, first)):
             made = self._lookup(self._outputs, one)
             came = self._lookup(self._inputs, other)
             is_known = made and came and came.order < made.order and one.shape == other.shape
             # Each is kept for one layer only.
             taken = [summand.name for summand in self._summands.values()]
-            if made and came and is_known and came.name not in taken:
-                self._summands.setdefault(made.name, came)
+            is_first = made is not None and made.name not in self._summands
+            if made and came and is_known and is_first and came.name not in taken:
+                self._summands[made.name] = came
+                return made.name
+        return None
+
+    def _lookup_end(self, tensor: Any) -> _Seen | None:
+        return self._lookup(self._sums, tensor) or self._lookup(self._outputs, tensor)
 
     @staticmethod
     def _lookup(known: dict[int, _Seen], tensor: Any) -> _Seen | None:
@@ -213,4 +271,5 @@ def _call_on(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Te
     return result
 
 
+_RECTIFIERS = ("relu", "relu_")
 _ADDITIONS = ("add", "add_", "__add__", "__iadd__", "__radd__")

@@ -13,6 +13,8 @@ channels.
 
 What a layer's outputs go through next is reckoned with, see `continuations`: where BatchNorm scales
 them, or they are added to what came in earlier, y is chosen so that the sum is the dense network's.
+Where ReLU comes next, further solutions follow, each of which gives up what the one before shows
+that ReLU hides.
 
 SparseGPT minimises the same and takes of a decision only how many weights each layer, or each group
 of a convolution, loses: which ones it chooses itself. Its own weights are near the least, and least
@@ -24,9 +26,9 @@ group, S = kept inputs of one output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import TypeVar
@@ -148,7 +150,10 @@ def check_reconstruction(model: nn.Module, workload: Workload, config: PruneConf
     # So few examples say nothing of some inputs, which damping only has to bridge here.
     damping = max(config.reconstruct_damping, 0.01)
     sizes = {"calibration_examples": _TRIAL_EXAMPLES, "calibration_batch_size": 2}
-    few = config.model_copy(update={**sizes, "reconstruct_damping": damping})
+    steps = min(config.reconstruct_relu_steps, 1)
+    few = config.model_copy(
+        update={**sizes, "reconstruct_damping": damping, "reconstruct_relu_steps": steps}
+    )
     twin, ranks = copy_network(model), Ranks(device=next(model.parameters()).device)
     refit = _Refit(twin, model, workload, Calibration(workload, few, 0, ranks), ranks, few, 0)
     with in_mode(twin, is_training=False), in_mode(model, is_training=False), isolated(model, 0):
@@ -184,6 +189,37 @@ def layers_to_refit(model: nn.Module, run: Callable[[], object]) -> dict[str, Pa
         for hook in hooks:
             hook.remove()
     return {name: layer for name, layer in layers.items() if counts[name] == 1}
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """One batch's rows of a layer.
+
+    Attributes:
+        inputs: In the pruned network, (K, R, C).
+        targets: Of its outputs, (R, O).
+        summand: What is added to them behind the layer's norms, (R, O), where that is known.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    summand: Tensor | None
+
+    def squares(self) -> Tensor:
+        """Sums x x^T, (K, C, C)."""
+        return self.inputs.mT @ self.inputs
+
+    def products(self) -> Tensor:
+        """Sums x y^T, (K, C, M)."""
+        y = self.targets.unflatten(1, (len(self.inputs), -1))
+        return self.inputs.mT @ y.transpose(0, 1)
+
+    def free(self, weight: Tensor, after: Continuation) -> _Rows:
+        """Gives up, of the targets, what ReLU hides with the weights as they are."""
+        weights = weight.flatten(1).unflatten(0, (len(self.inputs), -1))  # (K, M, C)
+        outputs = (self.inputs @ weights.mT).transpose(0, 1).flatten(1)
+        targets = after.free_below_zero(self.targets, outputs, self.summand)
+        return replace(self, targets=targets)
 
 
 @dataclass(frozen=True)
@@ -249,35 +285,36 @@ class _Refit:
 
         def meet(name: str, inputs: list[Tensor]) -> None:
             layer, key = layers[name], f"{name}.weight"
-            sums: OrderedSum | None = None
-            for turn, item in enumerate(turns):
-                vector, shapes = self._moments_of(
-                    *(layer, originals[name], inputs[2 * turn : 2 * turn + 2]),
-                    *([after[name] for after in follows], lanes[2 * turn : 2 * turn + 2]),
-                    *(derive_seed(self.seed, "positions", name, items[turn]), kept_rows.get(key)),
+            after, of_dense = (following[name] for following in follows)
+            rows = [
+                self._rows_of(
+                    *(layer, originals[name], inputs[2 * turn : 2 * turn + 2], after, of_dense),
+                    *(lanes[2 * turn : 2 * turn + 2], kept_rows.get(key)),
+                    derive_seed(self.seed, "positions", name, items[turn]),
                 )
-                if sums is None:
-                    sums = OrderedSum(
-                        self.ranks, len(vector), len(self.calibration.batches), torch.float64
-                    )
-                sums.add(None if item is None else vector)
-            assert sums is not None
-            parts = sums.result().split([shape.numel() for shape in shapes])
-            moments = Moments(*(p.view(s) for p, s in zip(parts, shapes, strict=True)))
+                for turn in range(len(turns))
+            ]
+            both = self._sum(turns, (torch.cat([of.squares(), of.products()], 2) for of in rows))
+            moments = Moments(both[..., : both.shape[1]], both[..., both.shape[1] :])
+            moments.check(key)
             weight = layer.weight.detach()
             everything = torch.ones_like(weight, dtype=torch.bool)
-            mask = gather_whole(masks.get(key, everything))
+            kept = gather_whole(masks.get(key, everything))
             dense = gather_whole(dense_weights[key].detach())
-            moments.check(key)
+            is_exact = True
             if self.config.reconstruct != "least_squares" and key in masks:
                 before = gather_whole(masks_before.get(key, everything))
                 begun = self._solve(moments, before, dense)
-                solved, kept = self._choose(moments.inputs, mask, before, begun)
-                if self.config.reconstruct == "sparsegpt_least_squares":
-                    solved = self._solve(moments, kept, dense)
+                solved, kept = self._choose(moments.inputs, kept, before, begun)
                 chosen[key] = shard_like(kept, masks[key])
-            else:
-                solved = self._solve(moments, mask, dense)
+                is_exact = self.config.reconstruct != "sparsegpt"
+            if is_exact:
+                solved = self._solve(moments, kept, dense)
+                for _ in range(self.config.reconstruct_relu_steps * after.is_rectified):
+                    found = solved.to(weight.dtype)
+                    products = self._sum(turns, (of.free(found, after).products() for of in rows))
+                    moments = replace(moments, products=products)
+                    solved = self._solve(moments, kept, dense)
             weight.copy_(solved)
             done.add(name)
             on_progress(Progress("reconstruct", len(done), len(layers)))
@@ -287,17 +324,17 @@ class _Refit:
         )
         return chosen
 
-    def _moments_of(
+    def _rows_of(
         self,
         layer: PatchLayer,
         original: PatchLayer,
         inputs: list[Tensor],
-        follows: list[Continuation],
+        after: Continuation,
+        of_dense: Continuation,
         lanes: list[Lane],
-        seed: int,
         kept_rows: Tensor | None,
-    ) -> tuple[Tensor, tuple[torch.Size, torch.Size]]:
-        """Computes one batch's part of the sums: a flat vector, and the shapes in it."""
+        seed: int,
+    ) -> _Rows:
         most = self.config.reconstruct_positions
         x = rows_of(layer, inputs[0], most, seed)  # (R, K, C)
         x0 = rows_of(original, inputs[1], most, seed)
@@ -306,21 +343,30 @@ class _Refit:
         y = torch.einsum("rkc,kmc->rkm", x0, weight0).flatten(1)
         kept = torch.ones_like(y[0], dtype=torch.bool) if kept_rows is None else kept_rows
         kept = kept.to(y.device)
+        own: Tensor | None = None
         error: Tensor | None = None
-        after, of_dense = follows
         if after.summand is not None and after.summand == of_dense.summand:
             own, wanted = (
                 outputs_at(net, follow.summand_of(lane.kept.pop(after.summand)), most, seed)
-                for net, follow, lane in zip((layer, original), follows, lanes, strict=True)
+                for net, follow, lane in zip(
+                    (layer, original), (after, of_dense), lanes, strict=True
+                )
             )
             error = wanted[:, kept] - own
         y = after.targets(y[:, kept], (of_dense.scale[kept], of_dense.shift[kept]), error)
-        y = y.unflatten(1, (x.shape[1], -1))
-        x_K = x.transpose(0, 1)
-        squares = x_K.mT @ x_K
-        products = x_K.mT @ y.transpose(0, 1)
-        flat = torch.cat([squares.reshape(-1), products.reshape(-1)]).float()
-        return flat, (squares.shape, products.shape)
+        return _Rows(x.transpose(0, 1), y, own)
+
+    def _sum(self, turns: list[int | None], parts: Iterable[Tensor]) -> Tensor:
+        """Sums a tensor of each batch in float64, in the order of batches. Communicates."""
+        sums: OrderedSum | None = None
+        for item, part in zip(turns, parts, strict=True):
+            vector = part.reshape(-1).float()
+            if sums is None:
+                number = len(self.calibration.batches)
+                sums = OrderedSum(self.ranks, len(vector), number, torch.float64)
+            sums.add(None if item is None else vector)
+        assert sums is not None
+        return sums.result().view(part.shape)
 
     def _solve(self, moments: Moments, mask: Tensor, dense: Tensor) -> Tensor:
         """Solves for one layer, the outputs of equal supports dealt to ranks. Communicates."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from gbp_ray.config.prune import PruneConfig, sparsity_schedule
 from gbp_ray.distributed.ranks import Ranks, isolated
 from gbp_ray.distributed.sharding import copy_network
-from gbp_ray.pruning.activations import PatchLayer
+from gbp_ray.pruning.activations import PatchLayer, rows_of
+from gbp_ray.pruning.continuations import Continuation, find_continuations
 from gbp_ray.pruning.reconstruction import layers_to_refit, reconstruct
 from gbp_ray.training.footprint import MOST_MEASURED, Footprint, measure_stretches
 from gbp_ray.workloads.batch import Batch, forward
@@ -38,6 +40,8 @@ class RefitMemory:
         layers: Those that are refitted, in the order of a pass.
         passing: The stretches of a forward pass: one in front of each layer, and the rest.
         solving: Of each layer what is outside of the passes: batches, rows, sums, solutions.
+        row_bytes: Of each layer, what of its rows stays until it is solved for, for each example.
+        steps: Of each layer, further solutions after the first.
         num_batches: In `solving`; the second one finds the sums of the first.
         example_bytes: Of a batch, for each example.
         buffer_bytes: Of one network.
@@ -46,6 +50,8 @@ class RefitMemory:
     layers: tuple[PatchLayer, ...]
     passing: tuple[Footprint, ...]
     solving: tuple[Footprint, ...]
+    row_bytes: tuple[int, ...]
+    steps: tuple[int, ...]
     num_batches: int
     example_bytes: int
     buffer_bytes: int
@@ -58,7 +64,6 @@ class RefitMemory:
         sizes += [sizes[0]] * (turns * world_size - len(sizes))
         size, examples = sizes[0], max(sum(sizes[r::world_size]) for r in range(world_size))
         batches = examples * self.example_bytes
-        counted = self.num_batches * size * self.example_bytes
         found: list[dict[str, int]] = []
         for number, stretch in enumerate(self.passing):
             # In front of the layer before, and of this one; each batch passes both networks.
@@ -78,21 +83,25 @@ class RefitMemory:
             if number == len(self.layers):
                 break
             layer = self.layers[number]
+            each = self.row_bytes[number]
+            counted = self.num_batches * size * (self.example_bytes + each)
             solving = self.solving[number].peak_bytes(size) - counted
             if world_size > 1:
                 # A slice of the sums stays, and all slices are gathered, then put together.
                 num_sums = count_sums(layer)
                 gathered = 16 * num_sums + 2 * self.buffer_bytes
                 solving = max(solving, gathered) + 8 * num_sums // world_size
-            found.append({"batches": batches, "stopped passes": others[0], "solving": solving})
+            moment = {"batches": batches, "stopped passes": others[0], "solving": solving}
+            found.append({**moment, "rows": examples * each})
         return found
 
     def sent_bytes(self, turns: int, world_size: int) -> int:
         """Compute what a rank sends: sums in float32, then they and the solutions in float64."""
         sent = 0
-        for layer in self.layers:
-            share = -(-count_sums(layer) // world_size)
-            sent += (4 * turns + 8) * share + 16 * -(-layer.weight.numel() // world_size)
+        for layer, steps in zip(self.layers, self.steps, strict=True):
+            part = -(-layer.weight.numel() // world_size)
+            share = -(-count_sums(layer) // world_size) + steps * part
+            sent += (4 * turns + 8) * share + 16 * (1 + steps) * part
         return (world_size - 1) * sent
 
 
@@ -128,6 +137,8 @@ def measure_refit(
 
     with in_mode(model, is_training=False), isolated(model, 0), torch.no_grad():
         found = layers_to_refit(model, run)
+        follows = find_continuations(model, found, run)
+        row_bytes = _count_rows(found, follows, config.reconstruct_positions, run)
 
         def stop_at_each(size: int, mark: Callable[[], None]) -> None:
             def stop(layer: PatchLayer, given: object) -> None:
@@ -142,6 +153,7 @@ def measure_refit(
                     hook.remove()
 
         passing = measure_stretches(stop_at_each)
+    names = {layer: name for name, layer in found.items()}
     masks = {} if config.unit_kinds else _keep_one_output(found, config)
     twin, own_thread = copy_network(model), threading.get_ident()
 
@@ -155,7 +167,13 @@ def measure_refit(
             reconstruct(
                 # Few examples decide little.
                 *(twin, model, workload),
-                config.model_copy(update={**given, "reconstruct_damping": 1.0}),
+                config.model_copy(
+                    update={
+                        **given,
+                        "reconstruct_damping": 1.0,
+                        "reconstruct_relu_steps": min(config.reconstruct_relu_steps, 1),
+                    }
+                ),
                 Ranks(),
                 masks=masks,
                 kept_rows={},
@@ -172,10 +190,39 @@ def measure_refit(
         tuple(order[: len(found)]),
         tuple(passing),
         tuple(solving),
+        tuple(row_bytes[layer] for layer in order[: len(found)]),
+        tuple(
+            config.reconstruct_relu_steps * follows[names[layer]].is_rectified
+            for layer in order[: len(found)]
+        ),
         num_batches,
         sum(sizes) // MOST_MEASURED,
         sum(buffer.nbytes for buffer in model.buffers()),
     )
+
+
+def _count_rows(
+    layers: Mapping[str, PatchLayer],
+    follows: Mapping[str, Continuation],
+    most: int,
+    run: Callable[[], None],
+) -> dict[PatchLayer, int]:
+    """Counts the bytes of a layer's rows, targets and summands that an example makes."""
+    found: dict[PatchLayer, int] = {}
+
+    def look(name: str, layer: PatchLayer, given: tuple[Tensor, ...]) -> None:
+        rows = rows_of(layer, given[0], most)
+        outputs = len(rows) * len(layer.weight) * rows.itemsize
+        with_summand = 1 + (follows[name].summand is not None)
+        found[layer] = (rows.nbytes + with_summand * outputs) // MOST_MEASURED
+
+    hooks = [layer.register_forward_pre_hook(partial(look, name)) for name, layer in layers.items()]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def _keep_one_output(layers: Mapping[str, PatchLayer], config: PruneConfig) -> dict[str, Tensor]:

@@ -48,6 +48,10 @@ class Residual(nn.Module):
             return torch.relu_(inner) + hidden
         if self.way == "moved":
             return inner + hidden.mul_(2)
+        if self.way == "read again":
+            summed = inner + hidden
+            self.read = summed.sigmoid()
+            return summed
         return inner + hidden
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -66,18 +70,35 @@ def affine_of(model: Residual) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "way", ["plain", "sliced", "turned", "in place", "halved", "cut off", "moved"]
+    "way", ["plain", "sliced", "turned", "in place", "read again", "halved", "cut off", "moved"]
 )
 def test_a_sum_is_found_where_it_is_one(way: str) -> None:
     model = Residual(way).eval()
     found = find_continuations(model, find_patch_layers(model), lambda: model(draw(2, 2, 4, 4)))
-    is_sum = way in ("plain", "sliced", "turned", "in place")
+    is_sum = way in ("plain", "sliced", "turned", "in place", "read again")
     assert found["second"].summand == ("first" if is_sum else None)
     assert has_norm(found["second"])
     for name in ("first", "stem", "head"):
         assert found[name].summand is None
         assert not has_norm(found[name])
+    # Cut off, the layer has a ReLU of its own.
+    assert found["second"].is_rectified == (way not in ("read again", "halved", "moved"))
+    assert found["first"].is_rectified
+    assert found["stem"].is_rectified
+    assert not found["head"].is_rectified
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_what_relu_hides_is_free() -> None:
+    after = Continuation(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 1.0]))
+    targets = torch.tensor([[1.0, 3.0], [-1.0, 2.0], [-1.0, 0.5]])  # sums 2.5 -2, -1.5 -1, -1.5 0.5
+    outputs = torch.tensor([[9.0, 5.0], [-3.0, -4.0], [0.5, 7.0]])  # sums 18.5 -4, -5.5 5, 1.5 -6
+    wanted = torch.tensor([[1.0, 5.0], [-3.0, 1.0], [-0.25, 0.5]])
+    assert torch.equal(after.free_below_zero(targets, outputs, None), wanted)
+    # What is added to the shift and taken from the summand leaves the sums as they are.
+    summand = torch.tensor([[0.2, -0.3]])
+    shifted = Continuation(after.scale, after.shift - summand[0])
+    torch.testing.assert_close(shifted.free_below_zero(targets, outputs, summand), wanted)
 
 
 def test_norms_that_use_the_statistics_of_the_batch_are_none() -> None:
@@ -114,6 +135,7 @@ def test_the_last_layer_of_a_block_makes_up_for_the_error_of_its_shortcut(way: s
             "reconstruct": "least_squares",
             "reconstruct_damping": 0.0,
             "reconstruct_positions": 0,
+            "reconstruct_relu_steps": 0,
             "calibration_examples": 24,
             "calibration_augment": False,
         }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from refitting import lstsq, surgeon
+from refitting import lstsq, lstsq_behind_relu, surgeon
 from small_networks import ConvNet, GroupedNet, draw, images, job_config, prune_config
 from torch import Tensor, nn
 from torch.nn import functional
@@ -33,11 +33,28 @@ def columns_of(layer: nn.Module, inputs: Tensor) -> np.ndarray:
 
 
 def refitted(
-    x: np.ndarray, y: np.ndarray, mask: Tensor, before: Tensor, original: np.ndarray, method: str
+    x: np.ndarray,
+    y: np.ndarray,
+    mask: Tensor,
+    before: Tensor,
+    original: np.ndarray,
+    affine: np.ndarray | None,
+    method: str,
 ) -> np.ndarray:
-    """Returns the weights of one group of a layer, by numpy."""
+    """Returns the weights of one group of a layer, by numpy.
+
+    Args:
+        affine: Scale and shift of each output if ReLU follows, (2, M).
+    """
     kept, kept_before = (of.flatten(1).numpy() for of in (mask, before))
-    if method == "least_squares" or mask.all():
+    if method.endswith("3 steps") and affine is not None:
+        return np.stack(
+            [
+                lstsq_behind_relu(x, y[:, r], kept[r], original[r], 0.02, affine[:, r], 3)
+                for r in range(len(kept))
+            ]
+        )
+    if method.startswith("least_squares") or mask.all():
         return np.stack([lstsq(x, y[:, r], kept[r], original[r], 0.02) for r in range(len(kept))])
     if method.endswith(("sparsegpt", "squares")):
         quota = np.count_nonzero(~kept)
@@ -56,8 +73,27 @@ def refitted(
     return found
 
 
+def affine_of(dense: nn.Module, name: str) -> np.ndarray | None:
+    """Returns scale and shift from a layer's products to what ReLU gets; None without it."""
+    if name == "head":
+        return None
+    if name == "conv2":
+        return np.stack([np.ones(8), np.zeros(8)])
+    norm, bias = dense.norm, dense.conv1.bias
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    shift = (bias - norm.running_mean) * scale + norm.bias
+    return torch.stack([scale, shift]).detach().double().numpy()
+
+
 @pytest.mark.parametrize(
-    "method", ["least_squares", "sparsegpt", "sparsegpt, 2:4", "sparsegpt_least_squares"]
+    "method",
+    [
+        "least_squares",
+        "least_squares, 3 steps",
+        "sparsegpt",
+        "sparsegpt, 2:4",
+        "sparsegpt_least_squares",
+    ],
 )
 def test_each_layer_of_a_network_is_refitted_behind_refitted_layers(method: str) -> None:
     """The other way is a whole pass of all examples for each layer."""
@@ -74,10 +110,13 @@ def test_each_layer_of_a_network_is_refitted_behind_refitted_layers(method: str)
             "calibration_augment": False,
             "reconstruct_positions": 0,
             "reconstruct_damping": 0.02,
+            "reconstruct_relu_steps": 3 if method.endswith("3 steps") else 0,
         }
     ).prune
     torch.manual_seed(0)
     dense = workload.build_model().eval()
+    dense.norm.running_mean.copy_(0.3 * draw(8, seed=11))
+    dense.norm.weight.data.copy_(1 + 0.3 * draw(8, seed=12))
     names = ["conv1", "conv2", "head"]
     masks, before = {}, {}
     for key in [f"{name}.weight" for name in names]:
@@ -104,15 +143,17 @@ def test_each_layer_of_a_network_is_refitted_behind_refitted_layers(method: str)
         layer, key = expected.get_submodule(name), f"{name}.weight"
         groups = getattr(layer, "groups", 1)
         original = dense.get_parameter(key).detach().flatten(1).double().numpy()
+        affine = affine_of(dense, name)
         of_groups = zip(
             *(np.split(columns_of(layer, seen[net]), groups, axis=1) for net in (expected, dense)),
             *(of[key].chunk(groups) for of in (masks, before)),
             np.split(original, groups),
+            [None] * groups if affine is None else np.split(affine, groups, axis=1),
             strict=True,
         )
         parts = [
-            refitted(x, x0 @ w0.T, mask, kept_before, w0, method)
-            for x, x0, mask, kept_before, w0 in of_groups
+            refitted(x, x0 @ w0.T, mask, kept_before, w0, scale_and_shift, method)
+            for x, x0, mask, kept_before, w0, scale_and_shift in of_groups
         ]
         weight = expected.get_parameter(key)
         weight.data.copy_(torch.from_numpy(np.concatenate(parts)).view_as(weight))
@@ -132,13 +173,13 @@ def test_each_layer_of_a_network_is_refitted_behind_refitted_layers(method: str)
             atol=2e-5,
             rtol=1e-4,
         )
-    found = masks if method == "least_squares" else chosen
+    found = masks if method.startswith("least_squares") else chosen
     for key, mask in found.items():
         assert torch.equal(model.get_parameter(key) != 0, mask)
         assert mask.sum() == masks[key].sum()
         assert not (mask & ~before[key]).any()
     assert found.keys() == masks.keys()
-    assert bool(chosen) == (method != "least_squares")
+    assert bool(chosen) == method.startswith("sparsegpt")
     assert all(torch.equal(value, unchanged[name]) for name, value in dense.state_dict().items())
 
 

@@ -17,6 +17,31 @@ def lstsq(
     return solution
 
 
+def lstsq_behind_relu(
+    x: np.ndarray,
+    y: np.ndarray,
+    kept: np.ndarray,
+    start: np.ndarray,
+    damping: float,
+    affine: tuple[float, float],
+    steps: int,
+) -> np.ndarray:
+    """Solves for one output that ReLU follows, again with other targets in each step.
+
+    Args:
+        affine: Scale and shift from the output to what ReLU gets.
+    """
+    scale, shift = affine
+    solution = lstsq(x, y, kept, start, damping)
+    for _ in range(steps):
+        targets = y.copy()
+        for row in range(len(x)):
+            if y[row] * scale + shift <= 0:
+                targets[row] = (min(x[row] @ solution * scale + shift, 0) - shift) / scale
+        solution = lstsq(x, targets, kept, start, damping)
+    return solution
+
+
 def surgeon(
     x: np.ndarray,
     y: np.ndarray,
