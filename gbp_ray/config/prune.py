@@ -176,7 +176,7 @@ class PruneConfig(Section):
     reconstruct_positions: Annotated[int, _NO_REFIT] = Field(16, ge=0, le=MOST_EXAMPLES)
     """Positions of a convolution's outputs, or tokens, that are refitted on, and that obs and kfac
     take products of inputs at, drawn by the seed for each example; 0 takes all."""
-    reconstruct_relu_steps: Annotated[int, _NO_SOLUTIONS] = Field(6, ge=0, le=100)
+    reconstruct_relu_steps: Annotated[int, _NO_SOLUTIONS] = Field(2, ge=0, le=100)
     """Further solutions of a layer that ReLU follows: outputs that it sets to zero in both networks
     need not agree below zero, which leaves the weights free for the others."""
     rewind: Annotated[Literal["none", "weights", "learning_rate"], _NO_RATE] = "none"
