@@ -64,6 +64,7 @@ __all__ = ["Moments", "check_reconstruction", "layers_to_refit", "reconstruct"]
 _TRIAL_EXAMPLES = 4
 
 Result = TypeVar("Result")
+_Follows = Mapping[str, Continuation]
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,15 @@ def reconstruct(
             stack.enter_context(isolated(net, derive_seed(seed, "reconstruct")))
         is_parted = is_sharded(model) or is_sharded(dense)
         refit = _Refit(plain, teacher, workload, calibration, ranks, config, seed, is_parted)
-        first = ranks.run_collectively(lambda: refit.read(0))
-        layers = refit.pass_through(
-            lambda: layers_to_refit(plain, partial(refit.run, plain, first))
-        )
+        # All ranks look at the same examples, as they must solve for each layer as often.
+        examples = ranks.run_collectively(lambda: refit.read(0))
+        layers, follows = refit.pass_through(partial(refit.look_through, examples))
+        del examples
         if config.reconstruct == "least_squares":
             masks_before = {}
-        return refit.refit_all(layers, masks, masks_before, kept_rows, dense_weights, on_progress)
+        return refit.refit_all(
+            layers, follows, masks, masks_before, kept_rows, dense_weights, on_progress
+        )
 
 
 def check_reconstruction(model: nn.Module, workload: Workload, config: PruneConfig) -> None:
@@ -157,7 +160,7 @@ def check_reconstruction(model: nn.Module, workload: Workload, config: PruneConf
     twin, ranks = copy_network(model), Ranks(device=next(model.parameters()).device)
     refit = _Refit(twin, model, workload, Calibration(workload, few, 0, ranks), ranks, few, 0)
     with in_mode(twin, is_training=False), in_mode(model, is_training=False), isolated(model, 0):
-        layers = layers_to_refit(twin, partial(refit.run, twin, refit.read(0)))
+        layers, follows = refit.look_through(refit.read(0))
         if not layers:
             raise ConfigError(
                 f"prune.reconstruct = {config.reconstruct}: the network has no linear layer or "
@@ -165,7 +168,7 @@ def check_reconstruction(model: nn.Module, workload: Workload, config: PruneConf
             )
         weights = {f"{name}.weight": layer.weight.detach() for name, layer in layers.items()}
         masks = {key: torch.ones_like(value, dtype=torch.bool) for key, value in weights.items()}
-        refit.refit_all(layers, masks, {}, {}, weights, ignore_progress)
+        refit.refit_all(layers, follows, masks, {}, {}, weights, ignore_progress)
 
 
 def layers_to_refit(model: nn.Module, run: Callable[[], object]) -> dict[str, PatchLayer]:
@@ -247,9 +250,20 @@ class _Refit:
     def seed_stretch(self, item: int, number: int) -> None:
         torch.manual_seed(derive_seed(self.calibration.draws(item), "reconstruct", number))
 
+    def look_through(self, batch: Batch) -> tuple[dict[str, PatchLayer], list[_Follows]]:
+        """Finds the layers, and what follows them in the network and in the dense one."""
+        layers = layers_to_refit(self.model, partial(self.run, self.model, batch))
+        in_dense = find_patch_layers(self.dense)
+        originals = {name: in_dense[name] for name in layers}
+        return layers, [
+            find_continuations(network, at, partial(self.run, network, batch))
+            for network, at in ((self.model, layers), (self.dense, originals))
+        ]
+
     def refit_all(
         self,
         layers: Mapping[str, PatchLayer],
+        follows: list[_Follows],
         masks: Mapping[str, Tensor],
         masks_before: Mapping[str, Tensor],
         kept_rows: Mapping[str, Tensor],
@@ -263,12 +277,6 @@ class _Refit:
         turns = list(self.ranks.deal(len(self.calibration.batches)))
         items = [0 if item is None else item for item in turns]
         batches = self.ranks.run_collectively(lambda: [self.read(item) for item in items])
-        follows = self.pass_through(
-            lambda: [
-                find_continuations(network, at, partial(self.run, network, batches[0]))
-                for network, at in ((self.model, layers), (self.dense, originals))
-            ]
-        )
         summands = {after.summand for after in follows[0].values() if after.summand is not None}
         lanes = [
             Lane(
