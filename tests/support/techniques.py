@@ -151,7 +151,7 @@ TECHNIQUES: dict[str, Technique] = {
         {"prune": {"reconstruct": "least_squares"}}, images_for(BlockNet), FEWER
     ),
     "chosen by sparsegpt": Technique(
-        {"prune": {"reconstruct": "sparsegpt", "reconstruct_positions": 5}},
+        {"prune": {"reconstruct": "sparsegpt_least_squares", "reconstruct_positions": 5}},
         images_for(GroupedNet),
         FEWER,
     ),
