@@ -111,6 +111,8 @@ def make_hub_files(
         ExportError: The loaded network gives other outputs.
     """
     config = deepcopy(model.config)
+    if getattr(config, "auto_map", None):
+        return HubFiles(fault="its class is code that came with it, which would not lie beside it")
     if fault := _fit(config, model, shapes):
         return HubFiles(fault=fault)
     config.architectures = [type(model).__name__]

@@ -54,7 +54,7 @@ __all__ = [
 Loss = Callable[[Any, Any], Tensor]
 
 _OF_UNITS = ("round_to", "min_width", "unit_score", "compact")
-_OF_REFIT = ("reconstruct_damping", "reconstruct_positions")
+_OF_REFIT = ("reconstruct_damping", "reconstruct_positions", "reconstruct_relu_steps")
 _OTHERS = ("layer_min_sparsity", "layer_max_sparsity", "hutchinson_probes")
 _FIELDS = (*_OTHERS, *_OF_UNITS, *_OF_REFIT)
 """Fields of a job's [prune] that are taken beside those in the signatures."""

@@ -157,14 +157,15 @@ def prune_model(
         masks: From an earlier call: what is pruned stays so and counts towards the sparsity.
         reconstruct: "least_squares" then refits the kept weights of linear layers and convolutions
             to the outputs that the network has when it is given, masks or not, on the calibration
-            examples; "sparsegpt" also chooses them anew, as many in each layer; see `gbp-ray fields
-            prune`. They read no targets.
+            examples; "sparsegpt" and "sparsegpt_least_squares" also choose them anew, as many in
+            each layer; see `gbp-ray fields prune`. They read no targets.
         calibration_examples: How many examples the seed draws to score and refit on.
         num_threads: CPU threads, on which the order of additions depends; jobs take 1 by default.
         fields: `layer_min_sparsity`, `layer_max_sparsity` and `hutchinson_probes` of a job; of
-            `reconstruct`, obs and kfac `reconstruct_damping` and `reconstruct_positions`; for
-            whole units `round_to`, `min_width`, `unit_score`, and `compact=False`, which allows
-            units that only masks can remove, as `gbp_ray.compact` would fail on them.
+            `reconstruct`, obs and kfac `reconstruct_damping` and `reconstruct_positions`; of
+            `reconstruct` also `reconstruct_relu_steps`; for whole units `round_to`, `min_width`,
+            `unit_score`, and `compact=False`, which allows units that only masks can remove, as
+            `gbp_ray.compact` would fail on them.
 
     Returns:
         The masks; `unpruned` names the weight matrices that were left alone, and why.

@@ -536,6 +536,11 @@ IDLE = [
     ({"prune.reconstruct_damping": 0.1, "prune.reconstruct": "least_squares"}, ""),
     ({"prune.reconstruct_damping": 0.1, "prune.criterion": "obs"}, ""),
     ({"prune.reconstruct_positions": 9, "prune.criterion": "wanda"}, "prune.reconstruct_positions"),
+    ({"prune.reconstruct_relu_steps": 5, "prune.criterion": "obs"}, "prune.reconstruct_relu_steps"),
+    (
+        {"prune.reconstruct_relu_steps": 5, "prune.reconstruct": "sparsegpt"},
+        "prune.reconstruct_relu_steps",
+    ),
     ({"prune.criterion": "magnitude", "prune.calibration_examples": 9}, "calibration_examples"),
     (
         {
@@ -674,6 +679,7 @@ def test_trial_id_changes_with_every_field_that_decides_the_result(job_file: Pat
         "prune.reconstruct": "least_squares",
         "prune.reconstruct_damping": 0.5,
         "prune.reconstruct_positions": 9,
+        "prune.reconstruct_relu_steps": 5,
         "prune.rewind": "weights",
         "prune.include": ["a"],
         "prune.exclude": ["a"],

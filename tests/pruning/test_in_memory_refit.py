@@ -49,7 +49,7 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     [
         {},
         {"criterion": "taylor", "scope": "layer", "exclude": ("conv1.*",)},
-        {"reconstruct_positions": 3, "reconstruct_damping": 0.5},
+        {"reconstruct_positions": 3, "reconstruct_damping": 0.5, "reconstruct_relu_steps": 1},
         {"sparsity": 0.5, "granularity": "2:4", "exclude": ("conv1.*",)},
         {"granularity": "channel", "sparsity": 0.4, "compact": False},
         {"reconstruct": "sparsegpt"},
