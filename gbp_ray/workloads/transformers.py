@@ -255,6 +255,7 @@ def _make_classifier(
         config.problem_type = None if of_tokens else "single_label_classification"
         config.num_labels = len(classes)
         known = {name: number for number, name in enumerate(classes)}
+        config.id2label, config.label2id = dict(enumerate(classes)), known
         to_label = (
             (lambda tags: [known[str(tag)] for tag in tags])
             if of_tokens

@@ -182,6 +182,8 @@ def test_weights_are_those_of_the_folder_and_drawn_ones_are_named(library, folde
     workload = huggingface(str(folder / "bert"), "sequence_classification", **options)
     with pytest.warns(UserWarning, match=r"they are drawn: .*classifier\.weight"):
         model = workload.build_model()
+    assert model.config.id2label == {0: "even", 1: "odd"}
+    assert model.config.label2id == {"even": 0, "odd": 1}
     name = "bert.encoder.layer.0.output.dense.weight"
     assert torch.equal(model.state_dict()[name], known[name])
     model = huggingface(str(folder / "bert"), "masked_lm", **options, pretrained=False)
