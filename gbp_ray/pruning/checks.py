@@ -41,7 +41,7 @@ from gbp_ray.distributed.sharding import (
     listen_to_groups,
     shard_network,
 )
-from gbp_ray.errors import ConfigError, WorkloadError, in_one_line, name_some
+from gbp_ray.errors import ConfigError, PruneError, WorkloadError, in_one_line, name_some
 from gbp_ray.pruning.criteria import criterion
 from gbp_ray.pruning.masks import read_initial_masks
 from gbp_ray.pruning.reconstruction import check_reconstruction
@@ -225,7 +225,14 @@ def _check(
     if structure is None:
         check_units(units, job.prune)
     elif initial is not None:
-        WholeUnits(structure, job.prune, structure.units_in(initial))
+        try:
+            kept_U = structure.units_in(initial)
+        except PruneError as error:
+            raise ConfigError(
+                f"prune.initial_masks = '{job.prune.initial_masks}': {error}; give those of a "
+                "trial that removed whole units, or none"
+            ) from None
+        WholeUnits(structure, job.prune, kept_U)
     if job.cluster.strategy == "fsdp":
         _check_shards(job, model, units)
     watch, size = Watch(model), min(8, job.prune.calibration_batch_size)

@@ -105,6 +105,9 @@ def test_masks_are_refused_where_they_do_not_fit(tmp_path: Path) -> None:
         check_job(job_from(file_of(masks, tmp_path), sparsity=0.3), images())
     with pytest.raises(ConfigError, match=r"prune\.initial_masks = 'nowhere'"):
         check_job(job_from("nowhere", sparsity=0.9), images())
+    units = {"granularity": "channel", "target": {"macs": 0.3}}
+    with pytest.raises(ConfigError, match=r"prune\.initial_masks = '.*no whole units of this"):
+        check_job(job_from(file_of(masks, tmp_path), **units), images())
     with pytest.raises(ValueError, match="masks of single weights"):
         job_config(prune={"initial_masks": "x", "granularity": "2:4", "sparsity": 0.5})
 
