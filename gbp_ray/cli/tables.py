@@ -280,6 +280,8 @@ def plan_lines(planned: Mapping[str, Any]) -> list[str]:
     refit = ""
     if any(phase["name"] == "reconstruct" for phase in plan["phases"]):
         refit = f"a pass of both networks over {plan['calibration_examples']:,} examples each round"
+    once = plan["pretrain_steps"] + plan["finetune_steps"]
+    is_last = plan["num_rounds"] > 1 and plan["num_steps"] == once > plan["pretrain_steps"]
     units = plan.get("units", "")
     prunable = f"{plan['num_prunable']:,} {'in such units' if units else 'prunable'}"
     return [
@@ -293,8 +295,9 @@ def plan_lines(planned: Mapping[str, Any]) -> list[str]:
         f"scoring: {plan['criterion']}, {passes}; cost {plan['criterion_cost']} against a forward "
         "and backward pass",
         *([f"reconstruction: {refit}"] if refit else []),
-        f"training: {plan['pretrain_steps']:,} steps, then {plan['finetune_steps']:,} after each "
-        f"of {plan['num_rounds']} rounds, {plan['num_steps']:,} in all",
+        f"training: {plan['pretrain_steps']:,} steps, then {plan['finetune_steps']:,} after "
+        f"{'the last' if is_last else 'each'} of {plan['num_rounds']} rounds, "
+        f"{plan['num_steps']:,} in all",
         f"sent by a rank: {sent}",
         f"stored: {write_megabytes(plan['round_bytes'])} MB each round"
         f"{', in dense shapes with zeros' if units else ''}, "

@@ -82,6 +82,22 @@ class JobConfig(Section):
         is_read = self.prune.rewind == "weights" or self.prune.reconstruct != "none"
         return is_read or self.finetune.distillation.is_on
 
+    @property
+    def num_finetunings(self) -> int:
+        """Counts the fine-tunings; movement needs one before the first prune, too."""
+        return self.num_finetunings_before(self.prune.rounds + 1)
+
+    def num_finetunings_before(self, number: int) -> int:
+        """Counts the fine-tunings of the rounds before one."""
+        if self.finetune.after == "last":
+            return int(number > self.prune.rounds)
+        return max(0, number - 1 + self.prune.spec.needs_history)
+
+    def is_finetuned(self, number: int) -> bool:
+        """Returns whether a round ends with fine-tuning."""
+        following = self.num_finetunings_before(number + 1)
+        return self.finetune.epochs > 0 and following > self.num_finetunings_before(number)
+
     @field_validator("storage")
     @classmethod
     def _is_place(cls, value: str) -> str:
@@ -124,6 +140,9 @@ class JobConfig(Section):
             prune.spec.needs_history
             and recipe.epochs == 0
             and f"{criterion} gathers its scores while fine-tuning; set finetune.epochs above 0",
+            prune.spec.needs_history
+            and recipe.after == "last"
+            and f'{criterion} gathers its scores while fine-tuning; set finetune.after to "each"',
             prune.spec.feeds_ones
             and self.workload.encoding.kind == "one_hot"
             and f"{criterion} sends ones through the network, which light one level of "

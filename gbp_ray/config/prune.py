@@ -302,11 +302,6 @@ class PruneConfig(Section):
         return self.batchnorm_examples if self.reconstruct == "none" else 0
 
     @property
-    def num_finetunings(self) -> int:
-        """Counts the fine-tunings; movement needs one before the first prune, too."""
-        return self.rounds + self.spec.needs_history
-
-    @property
     def unit_kinds(self) -> tuple[str, ...]:
         """Returns the kinds of whole units that are removed; empty where weights are."""
         return UNIT_KINDS.get(self.granularity, ())

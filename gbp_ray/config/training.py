@@ -25,6 +25,7 @@ _NOT_SGD = Idle("optimizer = {optimizer}", lambda recipe: recipe.optimizer != "s
 _NO_FEATURES = Idle("features = []", lambda distillation: not distillation.features)
 _NO_WEIGHT = Idle("weight = 0", lambda distillation: distillation.weight == 0)
 _NO_TEACHER = Idle("weight = 0", lambda distillation: not distillation.is_on)
+_ONE_ROUND = Idle("prune.rounds = 1", lambda job: job.prune.rounds == 1, of_job=True)
 _NO_PATIENCE = Idle("patience = 0", lambda recipe: recipe.patience == 0)
 _TAUGHT_ONLY = Idle("distillation.weight = 1", _has_no_labels)
 
@@ -118,8 +119,11 @@ class DistillationConfig(Section):
 
 
 class FinetuneConfig(Recipe):
-    """Training of the kept weights after each round."""
+    """Training of the kept weights."""
 
+    after: Annotated[Literal["each", "last"], _ONE_ROUND] = "each"
+    """The rounds that it follows: each, or only the last, as suits prune.reconstruct, which refits
+    weights from the dense ones in each round."""
     learning_rate: float = Field(0.01, gt=0.0, le=1e30)
     """Peak learning rate, reached after the warm-up."""
     patience: int = Field(0, ge=0, le=1_000_000)

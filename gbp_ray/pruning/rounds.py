@@ -260,7 +260,7 @@ class _Run:
         self.kept_step = None
         train_loss = self._finetune(pruned)
         found = pruned
-        if self.job.finetune.epochs > 0 or found is None:
+        if self.job.is_finetuned(number) or found is None:
             found = self._evaluate()
         self._check_zeros()
         return self._finish_round(
@@ -425,13 +425,12 @@ class _Run:
         """Trains after a prune, given what was measured before it where that is known."""
         recipe = self.job.finetune
         length = num_steps(recipe, self.workload, recipe.epochs)
-        if length == 0:
+        if length == 0 or not self.job.is_finetuned(self.number):
             return math.nan
-        # Movement is gathered before the first prune as well.
-        first = (self.number - 1 + self.gathers_movement) * length
-        steps = range(first, first + length)
-        prune = self.job.prune
-        planned = range(prune.num_finetunings * length) if prune.rewind == "none" else steps
+        first = self.job.num_finetunings_before(self.number) * length
+        planned = steps = range(first, first + length)
+        if self.job.prune.rewind == "none":
+            planned = range(self.job.num_finetunings * length)
         if self.optimizer is None:
             self.optimizer = make_optimizer(self.model, recipe)
         if self.teacher is not None and not self.is_teacher_ready:

@@ -368,9 +368,10 @@ def spread_out(items: Sequence[Item], most: int) -> list[Item]:
     return [items[round(i * (len(items) - 1) / max(1, most - 1))] for i in range(most)]
 
 
-def has_own_schedule(epochs: float, lr_schedule: str, rewind: str) -> bool:
+def has_own_schedule(epochs: float, after: str, lr_schedule: str, rewind: str) -> bool:
     """Check whether each round ends as the last does, with its learning rate decayed."""
-    return epochs == 0 or lr_schedule == "constant" or rewind == "learning_rate"
+    is_alike = lr_schedule == "constant" or rewind == "learning_rate"
+    return epochs == 0 or (after == "each" and is_alike)
 
 
 # -- from rows to trials ---------------------------------------------------------------------------
@@ -379,7 +380,7 @@ def has_own_schedule(epochs: float, lr_schedule: str, rewind: str) -> bool:
 def _read_trials(results: Results, varying: list[str]) -> list[Trial]:
     # Column by column: ten thousand trials are a few hundred thousand values.
     table = results.table
-    schedule = ("finetune.epochs", "finetune.lr_schedule", "prune.rewind")
+    schedule = ("finetune.epochs", "finetune.after", "finetune.lr_schedule", "prune.rewind")
     goals = (*GOAL_FIELDS, "prune.granularity", "prune.compact")
     names = ("job", "trial_id", "seed", *goals, _CRITERION, "cluster.num_workers")
     columns = {
@@ -489,6 +490,7 @@ def _make_curve(points: dict[float, dict[int, Trial]], varying: list[str]) -> Cu
         ],
         has_own_schedules=has_own_schedule(
             first.setting["finetune.epochs"],
+            first.setting["finetune.after"],
             first.setting["finetune.lr_schedule"],
             first.setting["prune.rewind"],
         ),

@@ -272,7 +272,7 @@ class _Bill:
             for recipe in (trial.pretrain, trial.finetune)
         )
         self.num_dense += num_dense
-        self.num_steps += num_dense * pretrain + number * trial.prune.num_finetunings * finetune
+        self.num_steps += num_dense * pretrain + number * trial.num_finetunings * finetune
         dense_bytes = plan.stored_bytes - plan.num_rounds * plan.round_bytes
         self.stored_bytes += number * (dense_bytes + rounds * plan.round_bytes)
         if folder is None:
@@ -428,7 +428,7 @@ def make_plan(job: JobConfig, workload: Workload) -> CostEstimate:
         num_rounds=job.prune.rounds,
         pretrain_steps=memory.pretrain_steps,
         finetune_steps=memory.finetune_steps,
-        num_steps=memory.pretrain_steps + job.prune.num_finetunings * memory.finetune_steps,
+        num_steps=memory.pretrain_steps + job.num_finetunings * memory.finetune_steps,
         phases=tuple(phases),
         peak_bytes=max(phase.num_bytes for phase in phases),
         sent_bytes_per_round=sum(p.sent_bytes for p in phases if p.name != "pretrain"),

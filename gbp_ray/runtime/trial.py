@@ -327,23 +327,23 @@ class _InTrial:
         self._on_progress = with_changes(on_progress, trial=trial_id(job), num_rounds=num_rounds)
         finetune = num_steps(job.finetune, workload, job.finetune.epochs)
         self._pretrain = num_steps(job.pretrain, workload, job.pretrain.epochs)
-        # Movement looks back on a fine-tuning before the first prune.
-        self._dense = self._pretrain + finetune * job.prune.spec.needs_history
         # Scoring counts as one step, so that a trial without training moves on, too.
-        self._per_round = 1 + finetune
-        self._everything = self._dense + num_rounds * self._per_round
+        self._starts = [
+            self._pretrain + max(0, number - 1) + finetune * job.num_finetunings_before(number)
+            for number in range(num_rounds + 2)
+        ]
         self._share = 0.0
 
     def __call__(self, progress: Progress) -> None:
         done = progress.done
         if progress.round == 0:
-            ended = self._dense
+            ended = self._starts[1]
             places = {"pretrain": float(done), "finetune": self._pretrain + done}
         else:
-            before = self._dense + (progress.round - 1) * self._per_round
+            before = self._starts[progress.round]
             ended = before + 1
             places = {"score": before + done / progress.total, "finetune": ended + done}
         place = places.get(progress.phase, ended)
         # Evaluation comes before fine-tuning and after it, and never moves the trial back.
-        self._share = max(self._share, min(1.0, place / self._everything))
+        self._share = max(self._share, min(1.0, place / self._starts[-1]))
         self._on_progress(replace(progress, share=self._share))

@@ -97,7 +97,7 @@ def is_taught_once(
     if config.weight == 0 or config.features or not looks_alike:
         return False
     total = num_examples(workload.train)
-    steps = job.prune.num_finetunings * num_steps(recipe, workload, recipe.epochs)
+    steps = job.num_finetunings * num_steps(recipe, workload, recipe.epochs)
     if steps * min(recipe.batch_size, total) < total:
         return False
     ranks = ranks or Ranks()

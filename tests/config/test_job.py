@@ -560,6 +560,8 @@ IDLE = [
         "finetune.mixup",
     ),
     ({"pretrain.mixup": 0.2, "finetune.ema_decay": 0.9}, "pretrain.mixup finetune.ema_decay"),
+    ({"finetune.epochs": 1, "finetune.after": "last"}, "finetune.after"),
+    ({"finetune.epochs": 1, "finetune.after": "last", "prune.rounds": 2}, ""),
     (
         {
             "finetune.epochs": 1,
@@ -713,6 +715,7 @@ def test_trial_id_changes_with_every_field_that_decides_the_result(job_file: Pat
             f"{section}.ema_decay": 0.9,
         }
     changes |= {
+        "finetune.after": "last",
         "finetune.patience": 3,
         "finetune.validate_every": 0.5,
         "finetune.distillation.weight": 0.5,

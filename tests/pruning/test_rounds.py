@@ -213,6 +213,24 @@ def test_one_shot_prunes_once_and_then_trains_on() -> None:
     assert len({r["loss"] for r in records[1:]}) == 3
 
 
+def test_fine_tuning_after_the_last_round_starts_where_pruning_ends() -> None:
+    last = run(job_of(finetune={"after": "last"}))
+    untrained = run(job_of(finetune={"epochs": 0}))
+    for (record, files), (other, expected) in zip(last[:-1], untrained[:-1], strict=True):
+        assert record == other
+        assert files["weights.safetensors"] == expected["weights.safetensors"]
+    (record, files), (other, expected) = last[-1], untrained[-1]
+    assert record["mask_digest"] == other["mask_digest"]
+    assert record["accuracy_pruned"] == other["accuracy"]
+    assert record["train_loss"] is not None
+    assert files["weights.safetensors"] != expected["weights.safetensors"]
+
+
+def test_movement_needs_fine_tuning_in_each_round() -> None:
+    with pytest.raises(ValueError, match=r'set finetune\.after to "each"'):
+        job_of(prune={"criterion": "movement"}, finetune={"after": "last"})
+
+
 def test_a_layer_held_back_is_recorded() -> None:
     job = job_of(prune={"layer_max_sparsity": {"conv2.*": 0.1}, "rounds": 1, "sparsity": 0.3})
     record = run(job)[-1][0]

@@ -172,6 +172,11 @@ TECHNIQUES: dict[str, Technique] = {
     "learning rate rewound": Technique(
         {"prune": {"rewind": "learning_rate", "schedule": "cubic", "rounds": 3}}
     ),
+    "fine-tuned at the end": Technique(
+        {"prune": {"rounds": 3, "reconstruct": "least_squares"}, "finetune": {"after": "last"}},
+        images_for(BlockNet),
+        ((2, "replicated"),),
+    ),
     "one shot": Technique({"prune": {"schedule": "one_shot", "rounds": 3}}),
     "sparse early": Technique({"prune": {"ramp_rounds": 2, "rounds": 3}}),
     "taught by each pass": Technique({"finetune": {"distillation": {"weight": 0.8}}}),

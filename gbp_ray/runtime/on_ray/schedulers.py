@@ -55,7 +55,7 @@ def is_judged(sweep: SweepConfig, job: JobConfig, number: int) -> bool:
     """Decides if a trial may be stopped after a round, which is not its last."""
     if not sweep.grace_rounds <= number < job.prune.rounds:
         return False
-    if job.finetune.epochs == 0:
+    if job.finetune.epochs == 0 or job.finetune.after == "last":
         return True
     before = (0.0, *sparsity_path(job))
     last_prune = max((n for n in range(1, number + 1) if before[n] > before[n - 1]), default=0)
