@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from gbp_ray.pruning.activations import PatchLayer
 
@@ -222,7 +223,7 @@ class _Watch(TorchFunctionMode):
         layer = None
         if name in _ADDITIONS and given.get("alpha", 1) == 1:
             layer = self._take_sum(*args[:2])
-        read = [self._lookup_end(value) for value in (*args, *given.values())]
+        read = [self._lookup_end(value) for value in tree_leaves((args, given))]
         source = self._lookup(self._inputs, args[0]) if args else None
         result = func(*args, **given)
         if not isinstance(result, Tensor):
@@ -235,7 +236,7 @@ class _Watch(TorchFunctionMode):
             self._sums[id(result)] = _Seen(result, result._version, layer, self._time)
             self._ways[layer].append(id(result))
         # Followed where the input is the only tensor and is not changed itself.
-        others = [value for value in (*args[1:], *given.values()) if isinstance(value, Tensor)]
+        others = [v for v in tree_leaves((args[1:], given)) if isinstance(v, Tensor)]
         if source and not others and isinstance(result, Tensor) and result is not args[0]:
             step: Callable[[Tensor], Tensor] = partial(_call_on, func, args[1:], given)
             steps = (*source.steps, step)

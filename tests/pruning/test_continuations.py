@@ -48,9 +48,11 @@ class Residual(nn.Module):
             return torch.relu_(inner) + hidden
         if self.way == "moved":
             return inner + hidden.mul_(2)
+        if self.way == "picked":
+            return inner + hidden[torch.arange(len(hidden)), :]
         if self.way == "read again":
             summed = inner + hidden
-            self.read = summed.sigmoid()
+            self.read = torch.cat([summed, hidden])
             return summed
         return inner + hidden
 
@@ -70,7 +72,11 @@ def affine_of(model: Residual) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "way", ["plain", "sliced", "turned", "in place", "read again", "halved", "cut off", "moved"]
+    "way",
+    [
+        *("plain", "sliced", "turned", "in place", "read again"),
+        *("halved", "cut off", "moved", "picked"),
+    ],
 )
 def test_a_sum_is_found_where_it_is_one(way: str) -> None:
     model = Residual(way).eval()
@@ -82,7 +88,8 @@ def test_a_sum_is_found_where_it_is_one(way: str) -> None:
         assert found[name].summand is None
         assert not has_norm(found[name])
     # Cut off, the layer has a ReLU of its own.
-    assert found["second"].is_rectified == (way not in ("read again", "halved", "moved"))
+    is_free = way not in ("read again", "halved", "moved", "picked")
+    assert found["second"].is_rectified == is_free
     assert found["first"].is_rectified
     assert found["stem"].is_rectified
     assert not found["head"].is_rectified
