@@ -161,4 +161,4 @@ def test_a_missing_extra_and_an_unknown_format_are_refused_in_one_line(
         export_round(tmp_path / "nowhere", tmp_path / "out", to=["onnx"])
     with pytest.raises(ConfigError, match=r"--to = 'onx': .* did you mean 'onnx'\? \(allowed: pro"):
         export_round(tmp_path / "nowhere", tmp_path / "out", to=["onx"])
-    assert program_module.FORMATS == ("program", "onnx", "csr")
+    assert program_module.FORMATS == ("program", "onnx", "csr", "hf")
