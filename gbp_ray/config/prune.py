@@ -302,6 +302,11 @@ class PruneConfig(Section):
         return self.batchnorm_examples if self.reconstruct == "none" else 0
 
     @property
+    def num_relu_steps(self) -> int:
+        """Counts the further solutions of a layer that ReLU follows."""
+        return self.reconstruct_relu_steps if self.reconstruct.endswith("least_squares") else 0
+
+    @property
     def unit_kinds(self) -> tuple[str, ...]:
         """Returns the kinds of whole units that are removed; empty where weights are."""
         return UNIT_KINDS.get(self.granularity, ())

@@ -294,14 +294,17 @@ class _Refit:
         def meet(name: str, inputs: list[Tensor]) -> None:
             layer, key = layers[name], f"{name}.weight"
             after, of_dense = (following[name] for following in follows)
-            rows = [
+            steps = self.config.num_relu_steps * after.is_rectified
+            rows: Iterable[_Rows] = (
                 self._rows_of(
                     *(layer, originals[name], inputs[2 * turn : 2 * turn + 2], after, of_dense),
                     *(lanes[2 * turn : 2 * turn + 2], kept_rows.get(key)),
                     derive_seed(self.seed, "positions", name, items[turn]),
                 )
                 for turn in range(len(turns))
-            ]
+            )
+            if steps:
+                rows = list(rows)  # they are read again
             both = self._sum(turns, (torch.cat([of.squares(), of.products()], 2) for of in rows))
             moments = Moments(both[..., : both.shape[1]], both[..., both.shape[1] :])
             moments.check(key)
@@ -318,7 +321,7 @@ class _Refit:
                 is_exact = self.config.reconstruct != "sparsegpt"
             if is_exact:
                 solved = self._solve(moments, kept, dense)
-                for _ in range(self.config.reconstruct_relu_steps * after.is_rectified):
+                for _ in range(steps):
                     found = solved.to(weight.dtype)
                     products = self._sum(turns, (of.free(found, after).products() for of in rows))
                     moments = replace(moments, products=products)

@@ -412,6 +412,7 @@ def make_plan(job: JobConfig, workload: Workload) -> CostEstimate:
     memory = Memory(job, workload, model, is_blank=is_blank)
     del model  # it may be large, and there is a copy
     phases = memory.phases()
+    has_passes = memory.num_passes > 0 or job.prune.reconstruct != "none"
     round_bytes = memory.stored_bytes(has_optimizer=True)
     dense_bytes = memory.stored_bytes(has_optimizer=job.prune.spec.needs_history)
     return CostEstimate(
@@ -424,7 +425,7 @@ def make_plan(job: JobConfig, workload: Workload) -> CostEstimate:
         criterion=job.prune.criterion,
         criterion_cost=criterion(job.prune.criterion).spec.cost,
         num_passes=memory.num_passes,
-        calibration_examples=memory.calibration_examples if memory.num_passes else 0,
+        calibration_examples=memory.calibration_examples if has_passes else 0,
         num_rounds=job.prune.rounds,
         pretrain_steps=memory.pretrain_steps,
         finetune_steps=memory.finetune_steps,

@@ -40,7 +40,7 @@ class RefitMemory:
         layers: Those that are refitted, in the order of a pass.
         passing: The stretches of a forward pass: one in front of each layer, and the rest.
         solving: Of each layer what is outside of the passes: batches, rows, sums, solutions.
-        row_bytes: Of each layer, what of its rows stays until it is solved for, for each example.
+        row_bytes: Of each layer that is solved for again, its rows, which stay, for each example.
         steps: Of each layer, further solutions after the first.
         num_batches: In `solving`; the second one finds the sums of the first.
         example_bytes: Of a batch, for each example.
@@ -153,7 +153,8 @@ def measure_refit(
                     hook.remove()
 
         passing = measure_stretches(stop_at_each)
-    names = {layer: name for name, layer in found.items()}
+    again = config.num_relu_steps
+    steps = {layer: again * follows[name].is_rectified for name, layer in found.items()}
     masks = {} if config.unit_kinds else _keep_one_output(found, config)
     twin, own_thread = copy_network(model), threading.get_ident()
 
@@ -190,11 +191,8 @@ def measure_refit(
         tuple(order[: len(found)]),
         tuple(passing),
         tuple(solving),
-        tuple(row_bytes[layer] for layer in order[: len(found)]),
-        tuple(
-            config.reconstruct_relu_steps * follows[names[layer]].is_rectified
-            for layer in order[: len(found)]
-        ),
+        tuple(row_bytes[layer] * (steps[layer] > 0) for layer in order[: len(found)]),
+        tuple(steps[layer] for layer in order[: len(found)]),
         num_batches,
         sum(sizes) // MOST_MEASURED,
         sum(buffer.nbytes for buffer in model.buffers()),

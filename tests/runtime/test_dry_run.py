@@ -51,6 +51,15 @@ def test_a_dry_run_writes_nothing_and_starts_no_ray(shell: Shell, folder: Path) 
     assert files_in(folder) == before
 
 
+def test_a_refit_and_one_training_at_the_end_are_told(shell: Shell, folder: Path) -> None:
+    changes = ("prune.criterion=magnitude", "prune.reconstruct=least_squares", "finetune.epochs=1")
+    settings = [f"--set={text}" for text in (*changes, "finetune.after=last")]
+    text = " ".join(plan_of(shell, *settings).split())
+    assert "scoring: magnitude, no pass over the data" in text
+    assert "reconstruction: a pass of both networks over 100 examples each round" in text
+    assert "then 6 after the last of 2 rounds" in text
+
+
 def test_json_and_text_tell_the_same(shell: Shell, folder: Path) -> None:
     planned = json.loads(plan_of(shell, "--json"))
     plan = planned["plan"]
