@@ -34,7 +34,7 @@ class Recipe(Section):
     """Training of weights; pretrain and finetune each have one."""
 
     epochs: Annotated[float, Switch(0)] = Field(0.0, ge=0.0, le=1e6)
-    """Passes over the training data, fractions allowed; finetune: after each round."""
+    """Passes over the training data, fractions allowed; finetune: each time it comes."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """Update rule; sgd uses momentum, adamw decouples weight decay."""
     learning_rate: float = Field(0.05, gt=0.0, le=1e30)

@@ -253,12 +253,15 @@ class _Refit:
     def look_through(self, batch: Batch) -> tuple[dict[str, PatchLayer], list[_Follows]]:
         """Finds the layers, and what follows them in the network and in the dense one."""
         layers = layers_to_refit(self.model, partial(self.run, self.model, batch))
-        in_dense = find_patch_layers(self.dense)
-        originals = {name: in_dense[name] for name in layers}
         return layers, [
             find_continuations(network, at, partial(self.run, network, batch))
-            for network, at in ((self.model, layers), (self.dense, originals))
+            for network, at in ((self.model, layers), (self.dense, self.originals_of(layers)))
         ]
+
+    def originals_of(self, layers: Mapping[str, PatchLayer]) -> dict[str, PatchLayer]:
+        """Returns the same layers of the dense network."""
+        found = find_patch_layers(self.dense)
+        return {name: found[name] for name in layers}
 
     def refit_all(
         self,
@@ -271,8 +274,7 @@ class _Refit:
         on_progress: OnProgress,
     ) -> dict[str, Tensor]:
         """Refits layers in the order of a pass; returns new masks by parameter name."""
-        found_dense = find_patch_layers(self.dense)
-        originals = {name: found_dense[name] for name in layers}
+        originals = self.originals_of(layers)
         # A rank without a batch passes batch 0, to come to the layers like the others.
         turns = list(self.ranks.deal(len(self.calibration.batches)))
         items = [0 if item is None else item for item in turns]
