@@ -51,7 +51,7 @@ def least_squares(
     strength = damping * inputs.diagonal().mean()
     if len(kept) == 0:
         return solution
-    factor = _factor(inputs[kept][:, kept], strength, inputs)
+    factor = _factor(inputs[kept[:, None], kept], strength, inputs)
     if factor is None:
         solution[:, kept] = start[:, kept]
         return solution
@@ -153,8 +153,10 @@ def _choose(
 
 
 def _factor(system: Tensor, strength: Tensor, inputs: Tensor) -> Tensor | None:
-    """Factors a system after damping; None where nothing ever comes in, so nothing is known."""
-    system = system.clone()
+    """Factors a system after damping it in place.
+
+    Returns None where nothing ever comes in, so nothing is known.
+    """
     system.diagonal().add_(strength)
     factor, fault = torch.linalg.cholesky_ex(system)
     if not int(fault):

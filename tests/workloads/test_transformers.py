@@ -17,7 +17,9 @@ from rank_program import reports_of_world
 from small_data import message_of
 from torch.nn import functional
 
+from gbp_ray.config.job import load_job
 from gbp_ray.distributed.ranks import Ranks
+from gbp_ray.distributed.sharding import gather_whole
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.training.evaluation import evaluate
 from gbp_ray.workloads import huggingface
@@ -286,6 +288,77 @@ def test_code_that_a_folder_brings_along_runs_only_if_asked_by_name(folder, tmp_
     assert "brings code of its own (own.OwnConfig)" in text
     assert "trust_remote_code = true" in text
     assert "it ran" in message_of(huggingface, str(odd), "causal_lm", trust_remote_code=True)
+
+
+REFITS = {
+    "weights": {"criterion": "fisher", "reconstruct": "least_squares"},
+    "2:4": {
+        "criterion": "wanda",
+        "granularity": "2:4",
+        "sparsity": 0.5,
+        "reconstruct": "sparsegpt_least_squares",
+    },
+    "units": {
+        "criterion": "fisher",
+        "granularity": "channel+head",
+        "sparsity": 0.4,
+        "reconstruct": "least_squares",
+    },
+}
+
+
+def refitted(folder, strategy, ranks):
+    """Prunes and refits a language model in each way, without training."""
+    found = {}
+    for name, prune in REFITS.items():
+        job = load_job(
+            job_of(strategy=strategy),
+            {
+                "pretrain.epochs": 0,
+                "finetune.epochs": 0,
+                "prune.exclude": ["model.embed_tokens.*"],
+                **{f"prune.{key}": value for key, value in prune.items()},
+            },
+        )
+        (*_, state) = run_rounds(job, workload_of(folder, "causal_lm"), ranks)
+        weights = {n: gather_whole(t.detach()).clone() for n, t in state.model.named_parameters()}
+        found[name] = (state.masks.digest, state.record.score, weights)
+    return found
+
+
+def test_sharded_language_models_are_refitted_to_the_same_bits(folder, tmp_path):
+    alone = refitted(folder, "replicated", Ranks())
+    for size in (2, 4):
+        (place := tmp_path / str(size)).mkdir()
+        for report in reports_of_world(size, place, partial(refitted, folder, "fsdp")):
+            for name, (digest, score, weights) in report.items():
+                assert (digest, score) == alone[name][:2], (size, name)
+                for key, tensor in weights.items():
+                    assert torch.equal(tensor, alone[name][2][key]), (size, name, key)
+
+
+@pytest.mark.parametrize("case", ["causal_lm", "masked_lm"])
+def test_training_is_the_same_where_blocks_are_computed_again(folder, library, case, monkeypatch):
+    name, options, _ = CASES[case]
+    layer, are_again = library.GradientCheckpointingLayer, []
+    plain_call = layer.__call__
+
+    def call(self, *given, **named):
+        are_again.append(self.gradient_checkpointing and self.training)
+        return plain_call(self, *given, **named)
+
+    monkeypatch.setattr(layer, "__call__", call)
+    ended = []
+    for asked in (False, True):
+        made = partial(huggingface, str(folder / name), case, data=str(folder / "data"), **options)
+        are_again.clear()
+        (*_, state) = outcome_of(made(gradient_checkpointing=asked), Ranks(), "replicated")
+        assert any(are_again) == asked
+        ended.append(state)
+    plain, again = ended
+    assert plain["measured"] == again["measured"]
+    assert plain["weights"].keys() == again["weights"].keys()
+    assert all(torch.equal(tensor, again["weights"][n]) for n, tensor in plain["weights"].items())
 
 
 def test_a_library_that_is_not_installed_is_named(monkeypatch):
