@@ -53,7 +53,7 @@ from gbp_ray.pruning.activations import (
 )
 from gbp_ray.pruning.calibration import Calibration
 from gbp_ray.pruning.continuations import Continuation, find_continuations
-from gbp_ray.pruning.refit import least_squares, sparsegpt
+from gbp_ray.pruning.refit import least_squares, solve_whole, sparsegpt
 from gbp_ray.training.progress import OnProgress, Progress, ignore_progress
 from gbp_ray.workloads.batch import Batch, forward
 from gbp_ray.workloads.contract import Workload, in_mode
@@ -62,6 +62,8 @@ from gbp_ray.workloads.data import derive_seed
 __all__ = ["Moments", "check_reconstruction", "layers_to_refit", "reconstruct"]
 
 _TRIAL_EXAMPLES = 4
+_MANY_SUPPORTS = 8
+"""So many different sets of kept inputs make the solution on all inputs worth its cost."""
 
 Result = TypeVar("Result")
 _Follows = Mapping[str, Continuation]
@@ -391,14 +393,20 @@ class _Refit:
             for columns, _ in equal_supports(kept_MC)
         ]
         solved = torch.zeros(kept.shape, dtype=torch.float64, device=mask.device)
+        dense = dense.reshape(kept.shape)
+        damping = self.config.reconstruct_damping
+        wholes: dict[int, tuple[Tensor, Tensor] | None] = {}
         for number in self.ranks.deal(len(jobs)):
             if number is not None:
                 group, columns = jobs[number]
+                sums = (moments.inputs[group], moments.products[group])
+                # Pays where there are many to solve for.
+                if group not in wholes:
+                    is_worth = sum(of == group for of, _ in jobs) >= _MANY_SUPPORTS
+                    wholes[group] = solve_whole(*sums, dense[group], damping) if is_worth else None
                 solved[group, columns] = least_squares(
-                    *(moments.inputs[group], moments.products[group]),
-                    *(columns, kept[group, columns[0]]),
-                    dense.reshape(kept.shape)[group, columns],
-                    self.config.reconstruct_damping,
+                    *(*sums, columns, kept[group, columns[0]], dense[group, columns], damping),
+                    wholes[group],
                 )
         return self.ranks.all_reduce_disjoint(solved).view(mask.shape)
 

@@ -18,7 +18,10 @@ from torch import Tensor
 from gbp_ray.errors import PruneError
 from gbp_ray.pruning.selection import share_out
 
-__all__ = ["least_squares", "sparsegpt"]
+__all__ = ["least_squares", "solve_whole", "sparsegpt"]
+
+_MOSTLY_KEPT = 0.55
+"""Above this share of kept inputs it is faster to solve for the pruned ones. Measured."""
 
 
 def least_squares(
@@ -28,8 +31,14 @@ def least_squares(
     support: Tensor,
     start: Tensor,
     damping: float,
+    whole: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Solves for outputs that keep the same inputs, exactly.
+
+    Costs the cube of the number of kept inputs, or, given `whole`, of pruned ones where these are
+    fewer: from the solution w* on all inputs, with P the pruned ones and U = (H + s I)^-1,
+
+        w = w* - w*_P (U_PP)^-1 U_P.
 
     Args:
         inputs: sum x x^T, (C, C) float64.
@@ -38,6 +47,7 @@ def least_squares(
         support: (C,) bool, the kept inputs.
         start: (outputs, C), the weights that damping draws to.
         damping: Relative to the mean of the diagonal of `inputs`.
+        whole: Of `solve_whole` with the same sums, weights and damping.
 
     Returns:
         (outputs, C) float64, zero outside of the support.
@@ -51,13 +61,44 @@ def least_squares(
     strength = damping * inputs.diagonal().mean()
     if len(kept) == 0:
         return solution
+    if whole is not None and len(kept) > _MOSTLY_KEPT * len(support):
+        inverse, solution_MC = whole
+        (pruned,) = (~support).nonzero(as_tuple=True)
+        factor, _ = torch.linalg.cholesky_ex(inverse[pruned[:, None], pruned])
+        unkept = solution_MC[columns[:, None], pruned]
+        multipliers = torch.zeros_like(solution)
+        multipliers[:, pruned] = torch.cholesky_solve(unkept.T, factor).T
+        solution = solution_MC[columns] - multipliers @ inverse
+        return solution.masked_fill_(~support, 0)
     factor = _factor(inputs[kept[:, None], kept], strength, inputs)
     if factor is None:
         solution[:, kept] = start[:, kept]
         return solution
-    target = products[kept][:, columns] + strength * start[:, kept].T
+    target = products[kept[:, None], columns] + strength * start[:, kept].T
     solution[:, kept] = torch.cholesky_solve(target, factor).T
     return solution
+
+
+def solve_whole(
+    inputs: Tensor, products: Tensor, start: Tensor, damping: float
+) -> tuple[Tensor, Tensor] | None:
+    """Solves for outputs that keep all inputs.
+
+    Args:
+        start: (M, C), the weights that damping draws to.
+
+    Returns:
+        (H + s I)^-1, (C, C), and the solution, (M, C), both float64; None where the inputs are
+        linearly dependent, or nothing ever comes in.
+    """
+    strength = damping * inputs.diagonal().mean()
+    system = inputs.clone()
+    system.diagonal().add_(strength)
+    factor, fault = torch.linalg.cholesky_ex(system)
+    if int(fault):
+        return None
+    target = products + strength * start.double().T
+    return torch.cholesky_inverse(factor), torch.cholesky_solve(target, factor).T.contiguous()
 
 
 def sparsegpt(

@@ -10,14 +10,23 @@ from small_networks import draw
 from torch import Tensor
 
 from gbp_ray.errors import PruneError
-from gbp_ray.pruning.refit import least_squares, sparsegpt
+from gbp_ray.pruning.refit import least_squares, solve_whole, sparsegpt
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.01, 10.0])
-def test_a_solution_is_that_of_numpy(damping: float) -> None:
-    x, y, start = (draw(*shape, seed=3).double() for shape in ((40, 6), (40, 5), (2, 6)))
-    support = torch.tensor([True, False, True, True, False, True])
-    found = least_squares(x.T @ x, x.T @ y, torch.tensor([1, 4]), support, start, damping)
+@pytest.mark.parametrize("is_from_whole", [False, True])
+@pytest.mark.parametrize("pruned", [[1, 4], [0], [], [0, 2, 3, 5]])
+def test_a_solution_is_that_of_numpy(
+    damping: float, is_from_whole: bool, pruned: list[int]
+) -> None:
+    x, y, everything = (draw(*shape, seed=3).double() for shape in ((40, 6), (40, 5), (5, 6)))
+    support = torch.ones(6, dtype=torch.bool)
+    support[pruned] = False
+    sums, columns = (x.T @ x, x.T @ y), torch.tensor([1, 4])
+    whole = solve_whole(*sums, everything, damping) if is_from_whole else None
+    start = everything[columns]
+    found = least_squares(*sums, columns, support, start, damping, whole)
+    assert not found[:, pruned].any()
     for row, column in enumerate((1, 4)):
         wanted = lstsq(
             *(x.numpy(), y[:, column].numpy(), support.numpy(), start[row].numpy(), damping)
