@@ -36,6 +36,8 @@ __all__ = [
 _TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float64: 1e-10}
 _DEFAULT_TOLERANCE = 1e-5
 _MOST_TOLERATED = 0.05
+_PART = 2**20
+"""Elements that are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -281,23 +283,26 @@ def _difference(masked: Sequence[Tensor], compacted: Sequence[Tensor]) -> float 
 
 
 def _relative_difference(one: Tensor, other: Tensor) -> float:
-    if one.numel() == 0:
-        return 0.0
-    wide = torch.complex128 if one.is_complex() else torch.float64
-    one, other = one.to(wide), other.to(wide)
-    finite = torch.isfinite(one)
-    if not torch.equal(finite, torch.isfinite(other)):
-        return math.inf
-    if not torch.equal(one[~finite].nan_to_num(), other[~finite].nan_to_num()):
-        return math.inf
-    one, other = one[finite], other[finite]
-    if one.numel() == 0:
-        return 0.0
-    difference = float((one - other).abs().max())
-    magnitude = float(one.abs().max())
+    difference = magnitude = 0.0
+    for part, other_part in zip(_wide_parts(one), _wide_parts(other), strict=True):
+        finite = torch.isfinite(part)
+        if not torch.equal(finite, torch.isfinite(other_part)):
+            return math.inf
+        if not torch.equal(part[~finite].nan_to_num(), other_part[~finite].nan_to_num()):
+            return math.inf
+        if finite.any():
+            part, other_part = part[finite], other_part[finite]
+            difference = max(difference, float((part - other_part).abs().max()))
+            magnitude = max(magnitude, float(part.abs().max()))
     if difference == 0.0:
         return 0.0
     return difference / magnitude if magnitude else math.inf
+
+
+def _wide_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yields the elements in float64, few at a time: logits may be many."""
+    wide = torch.complex128 if tensor.is_complex() else torch.float64
+    return (part.to(wide) for part in tensor.detach().flatten().split(_PART))
 
 
 class _Watch:
@@ -353,11 +358,13 @@ class _Watch:
 def _event(path: str, tensors: Sequence[Tensor]) -> _Event:
     moments = []
     for tensor in tensors:
-        wide = torch.complex128 if tensor.is_complex() else torch.float64
-        values = tensor.detach().to(wide)
-        squares = values.abs().square().sum()
-        total = values.sum().abs() if tensor.is_complex() else values.sum()
-        moments.append((tensor.numel(), *torch.stack([total, squares]).tolist()))
+        total: float | complex = 0.0
+        squares = 0.0
+        for part in _wide_parts(tensor):
+            total += complex(part.sum()) if tensor.is_complex() else float(part.sum())
+            squares += float(part.abs().square().sum())
+        size = abs(total) if isinstance(total, complex) else total
+        moments.append((tensor.numel(), size, squares))
     tolerances = [tolerance_of(tensor.dtype) for tensor in tensors]
     shapes = tuple(tuple(tensor.shape) for tensor in tensors)
     return _Event(path, shapes, tuple(moments), max(tolerances, default=_DEFAULT_TOLERANCE))
