@@ -36,6 +36,8 @@ __all__ = [
 _TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float64: 1e-10}
 _DEFAULT_TOLERANCE = 1e-5
 _MOST_TOLERATED = 0.05
+_MOST_ROUNDING = 1e-3
+"""So much may come of rounding in float32, where many layers pass it on."""
 _PART = 2**20
 """Elements that are compared at a time."""
 
@@ -107,6 +109,7 @@ class Fault:
         what: In words.
         nearby: Paths of the modules that may be at fault, the likeliest first.
         is_soft: A layer's outputs have other shapes, so only their sums were compared.
+        may_be_rounding: All layers agree, and outputs differ by little more than is tolerated.
         traces: What else shows a change in what the network computes up to the fault.
     """
 
@@ -116,6 +119,7 @@ class Fault:
     what: str
     nearby: tuple[str, ...]
     is_soft: bool = False
+    may_be_rounding: bool = False
     traces: tuple[object, ...] = ()
 
     def is_before(self, other: Fault) -> bool:
@@ -141,7 +145,12 @@ class _DivergedError(Exception):
 
 
 def observe(
-    model: nn.Module, run: Run, masked: Passed | None = None, *, is_strict: bool = False
+    model: nn.Module,
+    run: Run,
+    masked: Passed | None = None,
+    *,
+    is_strict: bool = False,
+    least_tolerance: float = 0.0,
 ) -> Passed:
     """Passes the batch through a network in eval mode; leaves buffers and random numbers alone.
 
@@ -149,8 +158,9 @@ def observe(
         masked: What the masked network showed: the pass then ends at the first difference, and an
             exception in it is caught.
         is_strict: Compares layers whose outputs have other shapes, too.
+        least_tolerance: Where that of a layer's data type is smaller.
     """
-    watch = _Watch(model, masked, is_strict)
+    watch = _Watch(model, masked, is_strict, least_tolerance)
     try:
         _pass(model, run, watch, is_training=False)
     except _DivergedError:
@@ -209,7 +219,9 @@ def compare(masked: Passed, compacted: Passed, *, is_strict: bool = False) -> fl
     found = _difference(masked.outputs, compacted.outputs)
     if isinstance(found, float):
         return found
-    return _fault(number, "", found, masked, compacted, [])
+    what, may_be_rounding = found
+    fault = _fault(number, "", what, masked, compacted, [])
+    return replace(fault, may_be_rounding=may_be_rounding)
 
 
 def check_same(masked: Passed, compacted: Passed) -> float:
@@ -258,17 +270,20 @@ def _depth(path: str) -> int:
     return path.count(".") + 1 if path else 0
 
 
-def _difference(masked: Sequence[Tensor], compacted: Sequence[Tensor]) -> float | str:
-    """Returns the largest difference over the greatest magnitude, or why outputs differ."""
+def _difference(masked: Sequence[Tensor], compacted: Sequence[Tensor]) -> float | tuple[str, bool]:
+    """Returns the largest difference over the greatest magnitude.
+
+    Or else why outputs differ, and whether rounding in float32 may do it.
+    """
     if len(masked) != len(compacted):
-        return f"outputs are {len(compacted)} tensors, and {len(masked)} before"
+        return f"outputs are {len(compacted)} tensors, and {len(masked)} before", False
     worst = 0.0
     num_compared = 0
     for one, other in zip(masked, compacted, strict=True):
         if one.shape != other.shape:
             # Such as hidden states and caches, which have the removed units.
             if _event("", [one]).differs(_event("", [other])):
-                return f"outputs of shape {tuple(one.shape)} differ"
+                return f"outputs of shape {tuple(one.shape)} differ", False
             continue
         num_compared += 1
         is_real = one.is_floating_point() or one.is_complex()
@@ -276,9 +291,10 @@ def _difference(masked: Sequence[Tensor], compacted: Sequence[Tensor]) -> float 
         found = _relative_difference(one, other)
         worst = max(worst, found)
         if found > bound:
-            return f"outputs differ by {found:.2g} of their greatest magnitude (at most {bound:g})"
+            what = f"outputs differ by {found:.2g} of their greatest magnitude (at most {bound:g})"
+            return what, one.dtype == torch.float32 and found < _MOST_ROUNDING
     if not num_compared:
-        return "no output has the shape that it had before"
+        return "no output has the shape that it had before", False
     return worst
 
 
@@ -308,11 +324,18 @@ def _wide_parts(tensor: Tensor) -> Iterator[Tensor]:
 class _Watch:
     """Records the calls of a network's modules, through hooks."""
 
-    def __init__(self, model: nn.Module, masked: Passed | None, is_strict: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        masked: Passed | None,
+        is_strict: bool,
+        least_tolerance: float = 0.0,
+    ) -> None:
         self.passed = Passed()
         self._model = model
         self._masked = masked
         self._is_strict = is_strict
+        self._least_tolerance = least_tolerance
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -341,7 +364,7 @@ class _Watch:
             if not is_event:
                 return
             number = len(self.passed.events)
-            event = _event(path, list(tensors_in(outputs)))
+            event = _event(path, list(tensors_in(outputs)), self._least_tolerance)
             self.passed.events.append(event)
             if self._masked is not None:
                 known = self._masked.events
@@ -355,7 +378,7 @@ class _Watch:
         return leave
 
 
-def _event(path: str, tensors: Sequence[Tensor]) -> _Event:
+def _event(path: str, tensors: Sequence[Tensor], least_tolerance: float = 0.0) -> _Event:
     moments = []
     for tensor in tensors:
         total: float | complex = 0.0
@@ -367,7 +390,8 @@ def _event(path: str, tensors: Sequence[Tensor]) -> _Event:
         moments.append((tensor.numel(), size, squares))
     tolerances = [tolerance_of(tensor.dtype) for tensor in tensors]
     shapes = tuple(tuple(tensor.shape) for tensor in tensors)
-    return _Event(path, shapes, tuple(moments), max(tolerances, default=_DEFAULT_TOLERANCE))
+    tolerance = max([*tolerances, least_tolerance] if tolerances else [_DEFAULT_TOLERANCE])
+    return _Event(path, shapes, tuple(moments), tolerance)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,16 @@ from torch.optim import LBFGS, Optimizer
 
 from gbp_ray.errors import PruneError, in_one_line
 from gbp_ray.pruning.removal.caches import Run, drop_caches, find_caches
-from gbp_ray.pruning.removal.comparison import Fault, compare, observe, observe_training
+from gbp_ray.pruning.removal.comparison import (
+    Fault,
+    compare,
+    observe,
+    observe_training,
+    tolerance_of,
+)
 from gbp_ray.pruning.removal.cutting import Axes, cut_tensor, is_moment, removed_axes
 from gbp_ray.pruning.removal.layers import KEPT_AS_ZEROS, refresh, why_not_cut, widths_of
+from gbp_ray.pruning.removal.precision import in_float64
 from gbp_ray.pruning.removal.widths import Search, Spot, Widths, apply_widths
 from gbp_ray.pruning.structure import Structure
 
@@ -81,7 +89,7 @@ def remove_units(
         PruneError: The network cannot be cut, or computes something else then; names the layer.
             Network, optimizer and movement are as they were.
     """
-    found, _ = _remove(model, structure, kept_U, run, optimizer, movement)
+    found, _ = _remove_exactly(model, structure, kept_U, run, optimizer, movement)
     return found
 
 
@@ -96,9 +104,39 @@ def try_removal(
     Raises:
         PruneError: As `remove_units`; its attribute `path` is the layer.
     """
-    found, cut = _remove(model, structure, kept_U, run, None, None)
+    found, cut = _remove_exactly(model, structure, kept_U, run, None, None)
     cut.undo()
     return found
+
+
+class _RoundingError(PruneError):
+    """Outputs differ by so little that it may be rounding."""
+
+
+def _remove_exactly(
+    model: nn.Module,
+    structure: Structure,
+    kept_U: np.ndarray,
+    run: Run,
+    optimizer: Optimizer | None,
+    movement: dict[str, Tensor] | None,
+) -> tuple[Compacted, _Cut]:
+    """Removes units, and compares in float64 where rounding in float32 may be what differs.
+
+    Deep networks pass rounding on: some language models differ by 4e-5 with another order of
+    additions only.
+    """
+    given = (structure, kept_U)
+    try:
+        return _remove(model, *given, run, optimizer, movement)
+    except _RoundingError as error:
+        try:
+            with in_float64(model, run) as wide_run:
+                return _remove(model, *given, wide_run, optimizer, movement, is_wide=True)
+        except PruneError:
+            raise
+        except Exception:  # noqa: BLE001 - a network may take float32 only
+            raise error from None
 
 
 def _remove(
@@ -108,6 +146,8 @@ def _remove(
     run: Run,
     optimizer: Optimizer | None,
     movement: dict[str, Tensor] | None,
+    *,
+    is_wide: bool = False,
 ) -> tuple[Compacted, _Cut]:
     lost = removed_axes(structure, kept_U)
     if not lost:
@@ -116,7 +156,8 @@ def _remove(
     _check_tensors(model, lost)
     if optimizer is not None:
         _check_optimizer(model, optimizer)
-    judge = _Judge(model, run, structure.masks(kept_U, dict(model.named_parameters())), lost)
+    masks = structure.masks(kept_U, dict(model.named_parameters()))
+    judge = _Judge(model, run, masks, lost, is_wide=is_wide)
     cut = _Cut()
     try:
         cut.network(model, lost)
@@ -145,6 +186,10 @@ def _settle(
     found = judge.compare(is_strict=False)
     if isinstance(found, float):
         return Compacted(found, cut.attributes)
+    if found.may_be_rounding and not judge.is_wide:
+        raise _RoundingError(
+            f"'the network': without its removed units {found.what}; {KEPT_AS_ZEROS}"
+        )
 
     def attempt(widths: Widths, is_strict: bool) -> float | Fault:
         undo = apply_widths(model, widths)
@@ -186,14 +231,25 @@ class _Judge:
         model: Masked.
         masks: By parameter name, of those that are about to be cut.
         lost: What stays of their axes.
+        is_wide: The network is in float64, of which its own code may fall back to float32.
     """
 
     def __init__(
-        self, model: nn.Module, run: Run, masks: Mapping[str, Tensor], lost: Mapping[str, Axes]
+        self,
+        model: nn.Module,
+        run: Run,
+        masks: Mapping[str, Tensor],
+        lost: Mapping[str, Axes],
+        *,
+        is_wide: bool = False,
     ) -> None:
         self._lost = lost
         self._model = model
-        self._masked = observe(model, run)
+        self.is_wide = is_wide
+        self._observe = partial(
+            observe, least_tolerance=tolerance_of(torch.float32) if is_wide else 0.0
+        )
+        self._masked = self._observe(model, run)
         caches = find_caches(model, run)
 
         def run_afresh(network: nn.Module) -> Any:
@@ -205,7 +261,7 @@ class _Judge:
 
         self._run = run_afresh
         if caches:
-            self._masked = observe(model, self._run)
+            self._masked = self._observe(model, self._run)
         self._is_trained = (
             not self._calls_all() and observe_training(model, self._run).error is None
         )
@@ -219,7 +275,7 @@ class _Judge:
                 own = self._lights[name]
                 own.masked_fill_(~masks[name].to(own.device), 0)
             with self._lit({}):
-                self._lit_masked = observe(model, self._run)
+                self._lit_masked = self._observe(model, self._run)
 
     @property
     def called(self) -> set[str]:
@@ -253,11 +309,13 @@ class _Judge:
         """Returns the difference of outputs, or the first fault."""
         if self._lights:
             with self._lit(self._lost):
-                passed = observe(self._model, self._run, self._lit_masked, is_strict=is_strict)
+                passed = self._observe(
+                    self._model, self._run, self._lit_masked, is_strict=is_strict
+                )
             found = compare(self._lit_masked, passed, is_strict=is_strict)
             if isinstance(found, Fault):
                 return found
-        passed = observe(self._model, self._run, self._masked, is_strict=is_strict)
+        passed = self._observe(self._model, self._run, self._masked, is_strict=is_strict)
         return compare(self._masked, passed, is_strict=is_strict)
 
     @contextmanager
