@@ -53,7 +53,7 @@ from gbp_ray.pruning.activations import (
 )
 from gbp_ray.pruning.calibration import Calibration
 from gbp_ray.pruning.continuations import Continuation, find_continuations
-from gbp_ray.pruning.refit import least_squares, solve_whole, sparsegpt
+from gbp_ray.pruning.refit import is_mostly_kept, least_squares, solve_whole, sparsegpt
 from gbp_ray.training.progress import OnProgress, Progress, ignore_progress
 from gbp_ray.workloads.batch import Batch, forward
 from gbp_ray.workloads.contract import Workload, in_mode
@@ -63,7 +63,7 @@ __all__ = ["Moments", "check_reconstruction", "layers_to_refit", "reconstruct"]
 
 _TRIAL_EXAMPLES = 4
 _MANY_SUPPORTS = 8
-"""So many different sets of kept inputs make the solution on all inputs worth its cost."""
+"""So many sets that keep most inputs make the solution on all inputs worth its cost."""
 
 Result = TypeVar("Result")
 _Follows = Mapping[str, Continuation]
@@ -402,7 +402,10 @@ class _Refit:
                 sums = (moments.inputs[group], moments.products[group])
                 # Pays where there are many to solve for.
                 if group not in wholes:
-                    is_worth = sum(of == group for of, _ in jobs) >= _MANY_SUPPORTS
+                    num_served = sum(
+                        of == group and is_mostly_kept(kept[of, some[0]]) for of, some in jobs
+                    )
+                    is_worth = num_served >= _MANY_SUPPORTS
                     wholes[group] = solve_whole(*sums, dense[group], damping) if is_worth else None
                 solved[group, columns] = least_squares(
                     *(*sums, columns, kept[group, columns[0]], dense[group, columns], damping),

@@ -18,10 +18,12 @@ from torch import Tensor
 from gbp_ray.errors import PruneError
 from gbp_ray.pruning.selection import share_out
 
-__all__ = ["least_squares", "solve_whole", "sparsegpt"]
+__all__ = ["is_mostly_kept", "least_squares", "solve_whole", "sparsegpt"]
 
 _MOSTLY_KEPT = 0.55
 """Above this share of kept inputs it is faster to solve for the pruned ones. Measured."""
+_LEAST_SCALE = 1e-10
+"""Ratio of pivots below which an inverse has lost too many of the 16 digits."""
 
 
 def least_squares(
@@ -47,7 +49,7 @@ def least_squares(
         support: (C,) bool, the kept inputs.
         start: (outputs, C), the weights that damping draws to.
         damping: Relative to the mean of the diagonal of `inputs`.
-        whole: Of `solve_whole` with the same sums, weights and damping.
+        whole: What `solve_whole` returns for the same sums, weights and damping.
 
     Returns:
         (outputs, C) float64, zero outside of the support.
@@ -61,15 +63,16 @@ def least_squares(
     strength = damping * inputs.diagonal().mean()
     if len(kept) == 0:
         return solution
-    if whole is not None and len(kept) > _MOSTLY_KEPT * len(support):
+    if whole is not None and is_mostly_kept(support):
         inverse, solution_MC = whole
         (pruned,) = (~support).nonzero(as_tuple=True)
-        factor, _ = torch.linalg.cholesky_ex(inverse[pruned[:, None], pruned])
-        unkept = solution_MC[columns[:, None], pruned]
-        multipliers = torch.zeros_like(solution)
-        multipliers[:, pruned] = torch.cholesky_solve(unkept.T, factor).T
-        solution = solution_MC[columns] - multipliers @ inverse
-        return solution.masked_fill_(~support, 0)
+        factor, fault = torch.linalg.cholesky_ex(inverse[pruned[:, None], pruned])
+        if not int(fault):
+            unkept = solution_MC[columns[:, None], pruned]
+            multipliers = torch.zeros_like(solution)
+            multipliers[:, pruned] = torch.cholesky_solve(unkept.T, factor).T
+            found = solution_MC[columns] - multipliers @ inverse
+            return found.masked_fill_(~support, 0)
     factor = _factor(inputs[kept[:, None], kept], strength, inputs)
     if factor is None:
         solution[:, kept] = start[:, kept]
@@ -77,6 +80,11 @@ def least_squares(
     target = products[kept[:, None], columns] + strength * start[:, kept].T
     solution[:, kept] = torch.cholesky_solve(target, factor).T
     return solution
+
+
+def is_mostly_kept(support: Tensor) -> bool:
+    """Returns whether solving for the pruned inputs of an output is faster."""
+    return int(support.sum()) > _MOSTLY_KEPT * len(support)
 
 
 def solve_whole(
@@ -89,13 +97,14 @@ def solve_whole(
 
     Returns:
         (H + s I)^-1, (C, C), and the solution, (M, C), both float64; None where the inputs are
-        linearly dependent, or nothing ever comes in.
+        nearly dependent, so that digits would be lost, or nothing ever comes in.
     """
     strength = damping * inputs.diagonal().mean()
     system = inputs.clone()
     system.diagonal().add_(strength)
     factor, fault = torch.linalg.cholesky_ex(system)
-    if int(fault):
+    scales = factor.diagonal().square()
+    if int(fault) or float(scales.min()) < _LEAST_SCALE * float(scales.max()):
         return None
     target = products + strength * start.double().T
     return torch.cholesky_inverse(factor), torch.cholesky_solve(target, factor).T.contiguous()

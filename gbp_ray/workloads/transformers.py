@@ -145,10 +145,10 @@ class _Source:
         """Makes the model, as training wants it."""
         model = self._make(config)
         if self.is_checkpointed:
-            # The new name of the other.
+            # transformers 5 gives gradient_checkpointing_enable this name.
             enable = getattr(model, "activation_checkpointing_enable", None)
             try:
-                (enable or model.gradient_checkpointing_enable)()
+                (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
             except ValueError as error:
                 raise WorkloadError(
                     f"workload.options.gradient_checkpointing: {in_one_line(error)}; leave it out"

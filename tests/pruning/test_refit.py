@@ -34,6 +34,19 @@ def test_a_solution_is_that_of_numpy(
         np.testing.assert_allclose(found[row].numpy(), wanted, atol=1e-10)
 
 
+@pytest.mark.parametrize("damping", [0.0, 1e-16, 1e-14, 1e-10, 1e-6])
+def test_nearly_dependent_inputs_lose_no_digits_by_the_other_way(damping: float) -> None:
+    x, y = draw(60, 3, seed=1).double(), draw(60, 2, seed=2).double()
+    inputs = torch.cat([x @ draw(3, 10, seed=3).double(), draw(60, 14, seed=4).double()], dim=1)
+    sums, start = (inputs.T @ inputs, inputs.T @ y), draw(2, 24, seed=5).double()
+    support, columns = torch.ones(24, dtype=torch.bool), torch.tensor([0, 1])
+    support[:8] = False
+    whole = solve_whole(*sums, start, damping)
+    assert (whole is not None) == (damping >= 1e-6)
+    one, other = (least_squares(*sums, columns, support, start, damping, w) for w in (None, whole))
+    assert torch.allclose(one, other, rtol=1e-6, atol=1e-8)
+
+
 def test_inputs_that_decide_nothing() -> None:
     x = draw(10, 3).double()
     twice = torch.cat([x, x], dim=1)

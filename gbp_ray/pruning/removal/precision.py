@@ -1,4 +1,4 @@
-"""A network in float64 for a while, its own tensors untouched.
+"""A network in float64 for a while, and back to the bits that it had.
 
 Two networks that compute the same may differ in float32 by what their layers make of its rounding.
 In float64 that is gone, or far smaller where code of the network falls back to float32, as norms of
@@ -24,23 +24,22 @@ __all__ = ["in_float64"]
 def in_float64(model: nn.Module, run: Run) -> Iterator[Run]:
     """Holds the float32 weights and buffers of a network in float64 in the block.
 
+    Gradients of its parameters stay float32. After the block they all have the values that they
+    had, and what was put in their places is float32.
+
     Yields:
-        `run` with inputs in float64 and outputs in float32. What the block puts in the place of
-        parameters and buffers is float32 after it, and they themselves have the values that they
-        had.
+        `run`, with the tensors that the network is given in float64.
     """
     before = dict(_tensors_of(model))
     own = {t: t.data for t in before.values() if t.dtype == torch.float32}
     wide = {name for name, tensor in before.items() if tensor.dtype == torch.float64}
-    del before
 
     def widened(network: nn.Module) -> Any:
         hook = network.register_forward_pre_hook(
-            lambda _, given, named: _converted((given, named), torch.float32, torch.float64),
-            with_kwargs=True,
+            lambda _, given, named: tree_map(_widen, (given, named)), with_kwargs=True
         )
         try:
-            return _converted(run(network), torch.float64, torch.float32)
+            return run(network)
         finally:
             hook.remove()
 
@@ -53,7 +52,9 @@ def in_float64(model: nn.Module, run: Run) -> Iterator[Run]:
             tensor.data = values
         for name, tensor in _tensors_of(model):
             if tensor.dtype == torch.float64 and name not in wide:
+                gradient, tensor.grad = tensor.grad, None
                 tensor.data = tensor.data.float()
+                tensor.grad = None if gradient is None else gradient.float()
 
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -61,9 +62,6 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _converted(tree: Any, before: torch.dtype, after: torch.dtype) -> Any:
-    def convert(leaf: Any) -> Any:
-        is_one = isinstance(leaf, Tensor) and leaf.dtype == before
-        return leaf.to(after) if is_one else leaf
-
-    return tree_map(convert, tree)
+def _widen(leaf: Any) -> Any:
+    is_one = isinstance(leaf, Tensor) and leaf.dtype == torch.float32
+    return leaf.double() if is_one else leaf

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from gbp_ray.errors import PruneError, in_one_line
 from gbp_ray.pruning.removal.caches import Run, drop_caches, find_caches
 from gbp_ray.pruning.removal.comparison import (
     Fault,
+    Passed,
     compare,
     observe,
     observe_training,
@@ -89,7 +90,7 @@ def remove_units(
         PruneError: The network cannot be cut, or computes something else then; names the layer.
             Network, optimizer and movement are as they were.
     """
-    found, _ = _remove_exactly(model, structure, kept_U, run, optimizer, movement)
+    found, _ = _remove_despite_rounding(model, structure, kept_U, run, optimizer, movement)
     return found
 
 
@@ -104,7 +105,7 @@ def try_removal(
     Raises:
         PruneError: As `remove_units`; its attribute `path` is the layer.
     """
-    found, cut = _remove_exactly(model, structure, kept_U, run, None, None)
+    found, cut = _remove_despite_rounding(model, structure, kept_U, run, None, None)
     cut.undo()
     return found
 
@@ -113,7 +114,7 @@ class _RoundingError(PruneError):
     """Outputs differ by so little that it may be rounding."""
 
 
-def _remove_exactly(
+def _remove_despite_rounding(
     model: nn.Module,
     structure: Structure,
     kept_U: np.ndarray,
@@ -126,17 +127,21 @@ def _remove_exactly(
     Deep networks pass rounding on: some language models differ by 4e-5 with another order of
     additions only.
     """
-    given = (structure, kept_U)
+    given = (model, structure, kept_U)
+    with suppress(_RoundingError):
+        return _remove(*given, run, optimizer, movement, tells_rounding=True)
     try:
-        return _remove(model, *given, run, optimizer, movement)
-    except _RoundingError as error:
-        try:
-            with in_float64(model, run) as wide_run:
-                return _remove(model, *given, wide_run, optimizer, movement, is_wide=True)
-        except PruneError:
-            raise
-        except Exception:  # noqa: BLE001 - a network may take float32 only
-            raise error from None
+        with in_float64(model, run) as wide_run:
+            return _remove(*given, wide_run, optimizer, movement, is_wide=True)
+    except PruneError:
+        raise
+    except Exception as fault:  # noqa: BLE001 - a network may take float32 only
+        why = in_one_line(fault)
+    try:
+        return _remove(*given, run, optimizer, movement)
+    except PruneError as error:
+        text = f"{error} (it cannot be compared in float64, which fails with {why})"
+        raise PruneError(text, **vars(error)) from error
 
 
 def _remove(
@@ -147,8 +152,15 @@ def _remove(
     optimizer: Optimizer | None,
     movement: dict[str, Tensor] | None,
     *,
+    tells_rounding: bool = False,
     is_wide: bool = False,
 ) -> tuple[Compacted, _Cut]:
+    """Removes units.
+
+    Args:
+        tells_rounding: Raises _RoundingError for a difference that may be rounding.
+        is_wide: The network is in float64.
+    """
     lost = removed_axes(structure, kept_U)
     if not lost:
         return Compacted(0.0, {}), _Cut()
@@ -166,7 +178,7 @@ def _remove(
         if movement is not None:
             cut.movement(movement, lost)
         with cut.following_inputs(model):
-            found = _settle(model, structure, kept_U, judge, cut)
+            found = _settle(model, structure, kept_U, judge, cut, tells_rounding)
         judge.check_training()
         uncalled = tuple(path for path in cut.paths if path not in judge.called)
         return replace(found, uncalled=uncalled), cut
@@ -181,15 +193,14 @@ def _settle(
     kept_U: np.ndarray,
     judge: _Judge,
     cut: _Cut,
+    tells_rounding: bool,
 ) -> Compacted:
     """Compares a cut network with the masked one, and changes attributes until they agree."""
     found = judge.compare(is_strict=False)
     if isinstance(found, float):
         return Compacted(found, cut.attributes)
-    if found.may_be_rounding and not judge.is_wide:
-        raise _RoundingError(
-            f"'the network': without its removed units {found.what}; {KEPT_AS_ZEROS}"
-        )
+    if tells_rounding and found.may_be_rounding:
+        raise _RoundingError(found.what)
 
     def attempt(widths: Widths, is_strict: bool) -> float | Fault:
         undo = apply_widths(model, widths)
@@ -245,10 +256,8 @@ class _Judge:
     ) -> None:
         self._lost = lost
         self._model = model
-        self.is_wide = is_wide
-        self._observe = partial(
-            observe, least_tolerance=tolerance_of(torch.float32) if is_wide else 0.0
-        )
+        self._least_tolerance = tolerance_of(torch.float32) if is_wide else 0.0
+        self._observe = partial(observe, least_tolerance=self._least_tolerance)
         self._masked = self._observe(model, run)
         caches = find_caches(model, run)
 
@@ -309,14 +318,15 @@ class _Judge:
         """Returns the difference of outputs, or the first fault."""
         if self._lights:
             with self._lit(self._lost):
-                passed = self._observe(
-                    self._model, self._run, self._lit_masked, is_strict=is_strict
-                )
-            found = compare(self._lit_masked, passed, is_strict=is_strict)
+                found = self._compare(self._lit_masked, is_strict)
             if isinstance(found, Fault):
                 return found
-        passed = self._observe(self._model, self._run, self._masked, is_strict=is_strict)
-        return compare(self._masked, passed, is_strict=is_strict)
+        return self._compare(self._masked, is_strict)
+
+    def _compare(self, masked: Passed, is_strict: bool) -> float | Fault:
+        passed = self._observe(self._model, self._run, masked, is_strict=is_strict)
+        least = self._least_tolerance
+        return compare(masked, passed, is_strict=is_strict, least_tolerance=least)
 
     @contextmanager
     def _lit(self, lost: Mapping[str, Axes]) -> Iterator[None]:
@@ -538,7 +548,7 @@ def _cut_whole(old: Tensor, axes: Axes) -> Tensor:
     new = nn.Parameter(values, requires_grad=old.requires_grad)
     new.__dict__.update(old.__dict__)
     if old.grad is not None:
-        new.grad = cut_tensor(old.grad, axes)
+        new.grad = cut_tensor(old.grad, axes).to(new.dtype)
     return new
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -45,7 +46,12 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 def test_rounding_is_told_from_another_function() -> None:
     case = case_of(2e-5)
-    before, optimizer = tensors_of(case.model), Adam(case.model.parameters())
+    optimizer = Adam(case.model.parameters())
+    case.model(case.inputs).square().sum().backward()
+    optimizer.step()
+    mask(case.model, case.structure, case.kept_U)
+    before, gradient = tensors_of(case.model), case.model.b.weight.grad
+    moment = optimizer.state[case.model.a.weight]["exp_avg"]
     found = remove_units(
         case.model, case.structure, case.kept_U, lambda net: net(case.inputs), optimizer=optimizer
     )
@@ -54,6 +60,9 @@ def test_rounding_is_told_from_another_function() -> None:
         assert tensor.dtype == before[name].dtype, name
     assert torch.equal(case.model.a.weight, before["a.weight"][1:5])
     assert torch.equal(case.model.norm.running_var, before["norm.running_var"][1:5])
+    assert torch.equal(case.model.b.weight.grad, gradient[:, 1:5])
+    assert case.model.b.weight.grad.dtype == torch.float32
+    assert torch.equal(optimizer.state[case.model.a.weight]["exp_avg"], moment[1:5])
     case.model(case.inputs).sum().backward()
     optimizer.step()
 
@@ -72,12 +81,44 @@ def test_another_function_is_refused_and_nothing_is_changed(
     assert all(tensor is own[name] for name, tensor in case.model.named_parameters())
 
 
+def test_what_takes_float32_only_is_compared_in_it() -> None:
+    case = case_of(2e-5)
+
+    def run(net: nn.Module) -> Tensor:
+        if net.a.weight.dtype == torch.float64:
+            raise NotImplementedError("no such kernel")
+        return net(case.inputs)
+
+    with pytest.raises(
+        PruneError, match=r"float64, which fails with NotImplementedError: no such kernel\)$"
+    ) as refused:
+        remove_units(case.model, case.structure, case.kept_U, run)
+    assert refused.value.path == ""
+    assert case.model.a.weight.dtype == torch.float32
+    assert len(case.model.a.weight) == 6
+
+
+@dataclass
+class Answer:
+    """Outputs that torch's trees do not know."""
+
+    logits: Tensor
+
+
+def test_outputs_may_be_anything() -> None:
+    case = case_of(2e-5)
+    found = remove_units(
+        case.model, case.structure, case.kept_U, lambda net: Answer(net(case.inputs).float())
+    )
+    assert found.difference < 1e-6
+
+
 def test_tensors_of_other_types_keep_them() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2).double(), nn.BatchNorm1d(2))
     kept_values = copy.deepcopy(model.state_dict())
     with in_float64(model, lambda net: net(torch.ones(4, 3))) as run:
         assert {tensor.dtype for tensor in model.parameters()} == {torch.float64}
-        assert run(model.eval()).dtype == torch.float32
+        assert run(model.eval()).dtype == torch.float64
         model[0].bias = nn.Parameter(torch.ones(2, dtype=torch.float64))
     after = model.state_dict()
     assert {n: t.dtype for n, t in after.items()} == {n: t.dtype for n, t in kept_values.items()}
