@@ -59,10 +59,10 @@ from gbp_ray.workloads.batch import Batch, forward
 from gbp_ray.workloads.contract import Workload, in_mode
 from gbp_ray.workloads.data import derive_seed
 
-__all__ = ["Moments", "check_reconstruction", "layers_to_refit", "reconstruct"]
+__all__ = ["MANY_SUPPORTS", "Moments", "check_reconstruction", "layers_to_refit", "reconstruct"]
 
 _TRIAL_EXAMPLES = 4
-_MANY_SUPPORTS = 8
+MANY_SUPPORTS = 8
 """So many sets that keep most inputs make the solution on all inputs worth its cost."""
 
 Result = TypeVar("Result")
@@ -405,7 +405,7 @@ class _Refit:
                     num_served = sum(
                         of == group and is_mostly_kept(kept[of, some[0]]) for of, some in jobs
                     )
-                    is_worth = num_served >= _MANY_SUPPORTS
+                    is_worth = num_served >= MANY_SUPPORTS
                     wholes[group] = solve_whole(*sums, dense[group], damping) if is_worth else None
                 solved[group, columns] = least_squares(
                     *(*sums, columns, kept[group, columns[0]], dense[group, columns], damping),

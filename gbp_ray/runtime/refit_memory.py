@@ -23,7 +23,7 @@ from gbp_ray.distributed.ranks import Ranks, isolated
 from gbp_ray.distributed.sharding import copy_network
 from gbp_ray.pruning.activations import PatchLayer, rows_of
 from gbp_ray.pruning.continuations import Continuation, find_continuations
-from gbp_ray.pruning.reconstruction import layers_to_refit, reconstruct
+from gbp_ray.pruning.reconstruction import MANY_SUPPORTS, layers_to_refit, reconstruct
 from gbp_ray.training.footprint import MOST_MEASURED, Footprint, measure_stretches
 from gbp_ray.workloads.batch import Batch, forward
 from gbp_ray.workloads.contract import Workload, in_mode
@@ -121,8 +121,8 @@ def measure_refit(
 ) -> RefitMemory:
     """Measure a refit of a network that is not sharded and is left as it is.
 
-    One output of each layer is solved for, as they are in turn: it keeps the share of its inputs
-    that the first round keeps of all weights. Of whole units all outputs keep the same inputs.
+    A few outputs of each layer are solved for, as they are in turn: each keeps the share of its
+    inputs that the first round keeps of all weights. Of whole units all outputs keep the same.
 
     Args:
         workload: A few examples of it are enough.
@@ -155,7 +155,7 @@ def measure_refit(
         passing = measure_stretches(stop_at_each)
     again = config.num_relu_steps
     steps = {layer: again * follows[name].is_rectified for name, layer in found.items()}
-    masks = {} if config.unit_kinds else _keep_one_output(found, config)
+    masks = {} if config.unit_kinds else _keep_few_outputs(found, config)
     twin, own_thread = copy_network(model), threading.get_ident()
 
     def refit(size: int, mark: Callable[[], None]) -> None:
@@ -223,14 +223,17 @@ def _count_rows(
     return found
 
 
-def _keep_one_output(layers: Mapping[str, PatchLayer], config: PruneConfig) -> dict[str, Tensor]:
+def _keep_few_outputs(layers: Mapping[str, PatchLayer], config: PruneConfig) -> dict[str, Tensor]:
+    """Keeps other inputs of each of a few outputs, as many as make a difference."""
     ramp = (config.schedule, config.sparsity, config.rounds, config.ramp_rounds)
     density = 1 - sparsity_schedule(*ramp)[0]
     masks = {}
     for name, layer in layers.items():
         mask = torch.zeros_like(layer.weight, dtype=torch.bool)
-        first = mask[0].view(-1)
-        first[: max(1, round(density * len(first)))] = True
+        num_inputs = mask[0].numel()
+        first = torch.arange(num_inputs) < max(1, round(density * num_inputs))
+        for number, row in enumerate(mask.flatten(1)[:MANY_SUPPORTS]):
+            row.copy_(first.roll(number))
         masks[f"{name}.weight"] = mask
     return masks
 
