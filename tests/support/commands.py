@@ -26,9 +26,14 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # Shells start background jobs with SIGINT ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=_hear_all,
     )
+
+
+def _hear_all() -> None:
+    """Undoes what children inherit: background jobs ignore SIGINT, and those of nohup SIGHUP."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class Forked:
@@ -69,9 +74,7 @@ def _run(folder: str, arguments: tuple[str, ...], out: Connection, errors: Conne
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     os.chdir(folder)
     sys.argv = ["gbp-ray", *arguments]
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    # A command that nohup started does not hear it, and neither would this one.
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    _hear_all()
     from gbp_ray.__main__ import main
 
     main()
