@@ -26,6 +26,7 @@ group, S = kept inputs of one output.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -395,17 +396,16 @@ class _Refit:
         solved = torch.zeros(kept.shape, dtype=torch.float64, device=mask.device)
         dense = dense.reshape(kept.shape)
         damping = self.config.reconstruct_damping
+        num_served = Counter(
+            group for group, columns in jobs if is_mostly_kept(kept[group, columns[0]])
+        )
         wholes: dict[int, tuple[Tensor, Tensor] | None] = {}
         for number in self.ranks.deal(len(jobs)):
             if number is not None:
                 group, columns = jobs[number]
                 sums = (moments.inputs[group], moments.products[group])
-                # Pays where there are many to solve for.
                 if group not in wholes:
-                    num_served = sum(
-                        of == group and is_mostly_kept(kept[of, some[0]]) for of, some in jobs
-                    )
-                    is_worth = num_served >= MANY_SUPPORTS
+                    is_worth = num_served[group] >= MANY_SUPPORTS
                     wholes[group] = solve_whole(*sums, dense[group], damping) if is_worth else None
                 solved[group, columns] = least_squares(
                     *(*sums, columns, kept[group, columns[0]], dense[group, columns], damping),

@@ -88,6 +88,7 @@ class Passed:
         open: Paths of the modules whose call has not returned.
         called: Paths of all modules that were called.
         error: What ended it before its end.
+        least_tolerance: Taken instead of a data type's where that is smaller.
     """
 
     outputs: list[Tensor] = field(default_factory=list)
@@ -96,6 +97,7 @@ class Passed:
     open: list[str] = field(default_factory=list)
     called: set[str] = field(default_factory=set)
     error: Exception | None = None
+    least_tolerance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,10 @@ def observe(
         masked: What the masked network showed: the pass then ends at the first difference, and an
             exception in it is caught.
         is_strict: Compares layers whose outputs have other shapes, too.
-        least_tolerance: Taken instead of a layer's where that is smaller.
+        least_tolerance: Of `Passed`; `masked` brings its own along.
     """
+    if masked is not None:
+        least_tolerance = masked.least_tolerance
     watch = _Watch(model, masked, is_strict, least_tolerance)
     try:
         _pass(model, run, watch, is_training=False)
@@ -190,17 +194,10 @@ def _pass(model: nn.Module, run: Run, watch: _Watch, *, is_training: bool) -> No
         watch.passed.outputs = [tensor.detach().clone() for tensor in tensors_in(outputs)]
 
 
-def compare(
-    masked: Passed,
-    compacted: Passed,
-    *,
-    is_strict: bool = False,
-    least_tolerance: float = 0.0,
-) -> float | Fault:
+def compare(masked: Passed, compacted: Passed, *, is_strict: bool = False) -> float | Fault:
     """Compares two passes.
 
     Args:
-        least_tolerance: Of outputs, taken instead of that of their type where that is smaller.
         is_strict: Layers whose outputs have other shapes must agree in sums and sums of squares,
             too. Few layers of correct networks do not: such as a layer that adds one to what a
             removed channel has.
@@ -223,7 +220,7 @@ def compare(
     if len(masked.events) != len(compacted.events):
         path = masked.events[number].path if number < len(masked.events) else ""
         return _fault(number, path, "it is not called as often as before", masked, compacted, [])
-    found = _difference(masked.outputs, compacted.outputs, least_tolerance)
+    found = _difference(masked.outputs, compacted.outputs, masked.least_tolerance)
     if isinstance(found, float):
         return found
     what, may_be_rounding = found
@@ -342,11 +339,10 @@ class _Watch:
         is_strict: bool,
         least_tolerance: float = 0.0,
     ) -> None:
-        self.passed = Passed()
+        self.passed = Passed(least_tolerance=least_tolerance)
         self._model = model
         self._masked = masked
         self._is_strict = is_strict
-        self._least_tolerance = least_tolerance
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -375,7 +371,7 @@ class _Watch:
             if not is_event:
                 return
             number = len(self.passed.events)
-            event = _event(path, list(tensors_in(outputs)), self._least_tolerance)
+            event = _event(path, list(tensors_in(outputs)), self.passed.least_tolerance)
             self.passed.events.append(event)
             if self._masked is not None:
                 known = self._masked.events

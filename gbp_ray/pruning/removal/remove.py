@@ -90,7 +90,8 @@ def remove_units(
         PruneError: The network cannot be cut, or computes something else then; names the layer.
             Network, optimizer and movement are as they were.
     """
-    found, _ = _remove_despite_rounding(model, structure, kept_U, run, optimizer, movement)
+    remove = partial(_remove, model, structure, kept_U, optimizer, movement)
+    found, _ = _despite_rounding(model, run, remove)
     return found
 
 
@@ -105,7 +106,9 @@ def try_removal(
     Raises:
         PruneError: As `remove_units`; its attribute `path` is the layer.
     """
-    found, cut = _remove_despite_rounding(model, structure, kept_U, run, None, None)
+    found, cut = _despite_rounding(
+        model, run, partial(_remove, model, structure, kept_U, None, None)
+    )
     cut.undo()
     return found
 
@@ -114,31 +117,28 @@ class _RoundingError(PruneError):
     """Outputs differ by so little that it may be rounding."""
 
 
-def _remove_despite_rounding(
-    model: nn.Module,
-    structure: Structure,
-    kept_U: np.ndarray,
-    run: Run,
-    optimizer: Optimizer | None,
-    movement: dict[str, Tensor] | None,
+def _despite_rounding(
+    model: nn.Module, run: Run, remove: Callable[..., tuple[Compacted, _Cut]]
 ) -> tuple[Compacted, _Cut]:
     """Removes units, and compares in float64 where rounding in float32 may be what differs.
 
     Deep networks pass rounding on: some language models differ by 4e-5 with another order of
     additions only.
+
+    Args:
+        remove: `_remove`, given all but the batch and how to compare.
     """
-    given = (model, structure, kept_U)
     with suppress(_RoundingError):
-        return _remove(*given, run, optimizer, movement, tells_rounding=True)
+        return remove(run, tells_rounding=True)
     try:
         with in_float64(model, run) as wide_run:
-            return _remove(*given, wide_run, optimizer, movement, is_wide=True)
+            return remove(wide_run, is_wide=True)
     except PruneError:
         raise
     except Exception as fault:  # noqa: BLE001 - a network may take float32 only
         why = in_one_line(fault)
     try:
-        return _remove(*given, run, optimizer, movement)
+        return remove(run)
     except PruneError as error:
         text = f"{error} (it cannot be compared in float64, which fails with {why})"
         raise PruneError(text, **vars(error)) from error
@@ -148,9 +148,9 @@ def _remove(
     model: nn.Module,
     structure: Structure,
     kept_U: np.ndarray,
-    run: Run,
     optimizer: Optimizer | None,
     movement: dict[str, Tensor] | None,
+    run: Run,
     *,
     tells_rounding: bool = False,
     is_wide: bool = False,
@@ -256,9 +256,8 @@ class _Judge:
     ) -> None:
         self._lost = lost
         self._model = model
-        self._least_tolerance = tolerance_of(torch.float32) if is_wide else 0.0
-        self._observe = partial(observe, least_tolerance=self._least_tolerance)
-        self._masked = self._observe(model, run)
+        least = tolerance_of(torch.float32) if is_wide else 0.0
+        self._masked = observe(model, run, least_tolerance=least)
         caches = find_caches(model, run)
 
         def run_afresh(network: nn.Module) -> Any:
@@ -270,7 +269,7 @@ class _Judge:
 
         self._run = run_afresh
         if caches:
-            self._masked = self._observe(model, self._run)
+            self._masked = observe(model, self._run, least_tolerance=least)
         self._is_trained = (
             not self._calls_all() and observe_training(model, self._run).error is None
         )
@@ -284,7 +283,7 @@ class _Judge:
                 own = self._lights[name]
                 own.masked_fill_(~masks[name].to(own.device), 0)
             with self._lit({}):
-                self._lit_masked = self._observe(model, self._run)
+                self._lit_masked = observe(model, self._run, least_tolerance=least)
 
     @property
     def called(self) -> set[str]:
@@ -324,9 +323,8 @@ class _Judge:
         return self._compare(self._masked, is_strict)
 
     def _compare(self, masked: Passed, is_strict: bool) -> float | Fault:
-        passed = self._observe(self._model, self._run, masked, is_strict=is_strict)
-        least = self._least_tolerance
-        return compare(masked, passed, is_strict=is_strict, least_tolerance=least)
+        passed = observe(self._model, self._run, masked, is_strict=is_strict)
+        return compare(masked, passed, is_strict=is_strict)
 
     @contextmanager
     def _lit(self, lost: Mapping[str, Axes]) -> Iterator[None]:
