@@ -33,6 +33,10 @@ _NO_DATA = Idle(
     "criterion = {criterion}",
     lambda prune: not prune.spec.needs_data and prune.reconstruct == "none",
 )
+_NO_GRADIENTS = Idle(
+    "criterion = {criterion}",
+    lambda prune: prune.spec.reads != "gradients" and not prune.has_gates,
+)
 _REFIT = Idle("reconstruct = {reconstruct}", lambda prune: prune.reconstruct != "none")
 _NO_REFIT = Idle(
     "reconstruct = none",
@@ -159,6 +163,10 @@ class PruneConfig(Section):
     """Examples per scoring batch; part of the definition of taylor_squared."""
     calibration_augment: Annotated[bool, _NO_DATA] = True
     """Whether scoring sees training examples augmented, as training does, or plain."""
+    calibration_precision: Annotated[Literal["float32", "bfloat16"], _NO_GRADIENTS] = "float32"
+    """Data type of passes forward and back whose gradients are summed (torch.autocast); sums stay
+    float64. Criteria with passes of their own, such as fisher's of single examples, stay float32,
+    unless they score whole units by their gates."""
     hutchinson_probes: Annotated[int, _NO_PROBES] = Field(4, ge=1, le=10_000)
     """Random probes per batch for the Hessian diagonal of obd."""
     batchnorm_examples: Annotated[int, _REFIT] = Field(2048, ge=0, le=MOST_EXAMPLES)
@@ -310,6 +318,11 @@ class PruneConfig(Section):
     def unit_kinds(self) -> tuple[str, ...]:
         """Returns the kinds of whole units that are removed; empty where weights are."""
         return UNIT_KINDS.get(self.granularity, ())
+
+    @property
+    def has_gates(self) -> bool:
+        """Returns True if whole units are scored by their gates."""
+        return bool(self.unit_kinds and self.spec.gate) and self.unit_score == "gate"
 
     @property
     def goal(self) -> str:

@@ -65,6 +65,11 @@ class WorkloadConfig(Section):
     must be equal; the weight is that of the first layer."""
     eval_batch_size: int = Field(256, ge=1, le=MOST_EXAMPLES)
     """Examples per batch when metrics are measured, on each worker."""
+    eval_precision: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the passes that measure metrics (torch.autocast); losses get float32 outputs."""
+    channels_last: bool = False
+    """Whether images (B, C, H, W) lie in memory pixel by pixel, as convolutions like it on most
+    processors: the same network, with other last bits."""
     transfer: TransferConfig = TransferConfig()
     encoding: EncodingConfig = EncodingConfig()
     validation: float = Field(0.0, ge=0.0, lt=1.0)

@@ -45,6 +45,7 @@ __all__ = [
     "copy_network",
     "copy_sharded",
     "cut_rows",
+    "differentiating",
     "gather_bits",
     "gather_packed",
     "gather_whole",
@@ -244,6 +245,28 @@ def only_requiring(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     finally:
         for (_, tensor), was_required in zip(tensors, required, strict=True):
             tensor.requires_grad_(was_required)
+
+
+@contextmanager
+def differentiating(model: nn.Module, names: Collection[str]) -> Iterator[Callable[[Tensor], None]]:
+    """Gives the backward pass of a loss for the gradients of the named parameters only.
+
+    Parameters that come after the first named one may go on requiring a gradient, which is then
+    not computed: without that, torch multiplies the transposed inputs of attention row by row.
+    """
+    differentiated = leaves(model)
+    if is_sharded(model):
+        with only_requiring(model, names):
+            yield lambda loss: loss.backward()
+        return
+    order = [name for name, _ in model.named_parameters()]
+    first = min((order.index(name) for name in names), default=len(order))
+    required = {n for n, p in model.named_parameters() if p.requires_grad}.intersection(
+        order[first:]
+    )
+    inputs = [differentiated[name] for name in names]
+    with only_requiring(model, required.union(names)):
+        yield lambda loss: loss.backward(inputs=inputs)
 
 
 def shard_network(model: nn.Module, device: torch.device, world_size: int) -> None:

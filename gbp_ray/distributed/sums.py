@@ -28,13 +28,28 @@ from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.distributed.sharding import RankSlice, cut_rows, local, local_slice, shard_from_rows
 from gbp_ray.errors import PruneError
 
-__all__ = ["Fold", "GradientReducer", "OrderedSum", "largest_exchange"]
+__all__ = ["Fold", "GradientReducer", "OrderedSum", "in_blocks", "largest_exchange"]
 
 _BUCKET_BYTES = 2**22
 """Gradients below this travel together; above it, in blocks of as much."""
 
+_CACHED = 2**16
+"""Elements of a block whose intermediate results stay in a core's cache."""
+
 Fold = Callable[[Tensor, Tensor, float], Tensor]
 """(gradient_L, weight_L, factor of the item) -> what the item adds, (L,), element by element."""
+
+
+def in_blocks(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yields vectors of one length block by block, for chains of operations element by element.
+
+    With 65 million weights, three operations on whole vectors take three times as long as on
+    blocks: each writes new memory, which the next one reads back.
+    """
+    if len(vectors[0]) <= _CACHED:
+        yield vectors
+    else:
+        yield from zip(*(vector.split(_CACHED) for vector in vectors), strict=True)
 
 
 class _Turns:
@@ -221,7 +236,10 @@ class GradientReducer(_Turns):
     def _add(self, name: str, start: int, gradient_L: Tensor, factor: float) -> None:
         stop = start + gradient_L.numel()
         weight_L = self._weights[name][start:stop]
-        self._totals[name][start:stop] += self._fold(gradient_L, weight_L, factor)
+        for total, gradient, weight in in_blocks(
+            self._totals[name][start:stop], gradient_L, weight_L
+        ):
+            total += self._fold(gradient, weight, factor)
 
     @torch.no_grad()
     def _exchange(self, gradients: dict[str, Tensor | None], arrived: Tensor) -> None:

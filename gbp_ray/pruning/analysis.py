@@ -474,4 +474,5 @@ def _evaluate(
     twin = copy_network(model)
     masks.apply_(twin)
     recalibrate_as_asked(job, twin, workload, ranks)
-    return evaluate(twin, workload, ranks, job.workload.eval_batch_size).score
+    precision = job.workload.eval_precision
+    return evaluate(twin, workload, ranks, job.workload.eval_batch_size, precision=precision).score

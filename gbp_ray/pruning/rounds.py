@@ -520,6 +520,7 @@ class _Run:
                 on_progress=self.on_progress,
                 split=split,
                 sample=sample,
+                precision=self.job.workload.eval_precision,
             )
 
     def _evaluate(self) -> Evaluation:

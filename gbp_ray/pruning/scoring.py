@@ -33,13 +33,13 @@ from gbp_ray.config.prune import PruneConfig
 from gbp_ray.distributed.gathering import unsharded
 from gbp_ray.distributed.ranks import Ranks, isolated
 from gbp_ray.distributed.sharding import (
+    differentiating,
     is_sharded,
     leaves,
     local,
     local_slice,
-    only_requiring,
 )
-from gbp_ray.distributed.sums import GradientReducer, OrderedSum
+from gbp_ray.distributed.sums import GradientReducer, OrderedSum, in_blocks
 from gbp_ray.errors import PruneError
 from gbp_ray.pruning.calibration import Calibration, Given, scoring_mode, take_calibration
 from gbp_ray.pruning.criteria import Criterion, criterion
@@ -276,14 +276,17 @@ class _Scorer:
                 values.append(weights_L.float())
                 continue
             statistic_L = statistic[unit.name].to(weights_L.device).expand(own.size)
-            values.append(self.rule.finish(weights_L.double(), statistic_L, total).float())
+            scores_L = torch.empty_like(weights_L, dtype=torch.float32)
+            for scores, weights, sums in in_blocks(scores_L, weights_L, statistic_L):
+                scores.copy_(self.rule.finish(weights.double(), sums, total))
+            values.append(scores_L)
         return SlicedScores(self.layout.own, tuple(values))
 
     def check_finite(self, scores: SlicedScores) -> None:
         bad = [
             unit
             for unit, values_L in zip(self.units, scores.values, strict=True)
-            if not bool(torch.isfinite(values_L).all())
+            if not all(bool(torch.isfinite(block).all()) for (block,) in in_blocks(values_L))
         ]
         if not bad:
             return
@@ -321,7 +324,7 @@ class _Scorer:
     ) -> Mapping[str, Tensor]:
         model, ranks, workload = self.model, self.ranks, self.workload
         assert self.rule.of_gradients is not None
-        batches = calibration.batches
+        batches, precision = calibration.batches, self.config.calibration_precision
         differentiated = leaves(model)
         numbers = {unit.name: number for number, unit in enumerate(self.units)}
         # In the order of the network, which is roughly that of the passes, and not of the names.
@@ -337,7 +340,7 @@ class _Scorer:
             is_sharded=is_sharded(model),
         )
         turns = -(-len(batches) // ranks.world_size)
-        with only_requiring(model, names), sums.listening():
+        with differentiating(model, names) as backward, sums.listening():
             for turn, item in enumerate(ranks.deal(len(batches))):
                 with sums.turn():
                     # All ranks pass through a sharded network; one without a batch uses batch 0.
@@ -348,7 +351,7 @@ class _Scorer:
                             isolated(model, derive_seed(calibration.draws(number), 0)),
                         ):
                             targets = examples.targets
-                            outputs = forward(model, workload, examples)
+                            outputs = forward(model, workload, examples, precision)
                             check_labels(workload, "train", batches[number], outputs, targets)
                             loss = (
                                 mean_loss(workload, outputs, targets)
@@ -356,7 +359,7 @@ class _Scorer:
                                 else zero_loss(outputs)
                             )
                             if loss.requires_grad:
-                                loss.backward()
+                                backward(loss)
                 if keep is not None:
                     keep(turn + 1, sums.so_far)
                 self.on_progress(Progress("score", turn + 1, turns))

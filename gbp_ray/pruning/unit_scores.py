@@ -294,7 +294,8 @@ class _GateScorer:
         """Passes a batch forward and its mean loss backward."""
         seed = derive_seed(self.calibration.draws(number), 0)
         with isolated(self.model, seed):
-            outputs = forward(self.model, self.workload, batch)
+            precision = self.config.calibration_precision
+            outputs = forward(self.model, self.workload, batch, precision)
             if indices is not None:
                 check_labels(self.workload, "train", indices, outputs, batch.targets)
             if has_items:

@@ -154,7 +154,7 @@ def _scores_origin(job: JobConfig, model: nn.Module) -> dict[str, Any] | None:
         | job.workload.model_dump(
             # These change the data or the passes, but not the weights.
             mode="json",
-            include={"tie", "validation", "encoding"},
+            include={"tie", "validation", "encoding", "channels_last"},
             exclude_defaults=True,
         ),
         "prune": prune.model_dump(mode="json", include=fields, exclude_defaults=True),
@@ -175,6 +175,7 @@ def _fields_of_scores(job: JobConfig) -> set[str]:
         "calibration_examples",
         "calibration_batch_size",
         "calibration_augment",
+        "calibration_precision",
         "exclude",
         "include",
         *prune.spec.options,

@@ -28,7 +28,12 @@ from torch import Tensor, nn
 from gbp_ray.config.job import JobConfig
 from gbp_ray.config.training import Recipe
 from gbp_ray.distributed.ranks import Ranks, isolated
-from gbp_ray.distributed.sharding import copy_network, cut_rows, group_parameters, only_requiring
+from gbp_ray.distributed.sharding import (
+    copy_network,
+    cut_rows,
+    differentiating,
+    group_parameters,
+)
 from gbp_ray.distributed.sums import largest_exchange
 from gbp_ray.pruning.criteria import criterion
 from gbp_ray.pruning.moments import LayerMoments
@@ -177,11 +182,11 @@ class Memory:
     def _run_backward(self, size: int) -> None:
         batch = self._batch(size)
         scored = {unit.name: unit.parameter for unit in self._units}
-        with only_requiring(self._model, scored), ExitStack() as hooks:
+        with differentiating(self._model, scored) as backward, ExitStack() as hooks:
             for leaf in scored.values():
                 drop = leaf.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
                 hooks.callback(drop.remove)
-            self._loss(batch).backward()
+            backward(self._loss(batch))
 
     def _run_attack(self, size: int) -> object:
         model, batch = self._model, self._batch(size)

@@ -28,7 +28,7 @@ from gbp_ray.errors import ConfigError
 from gbp_ray.training.network import load_rows
 from gbp_ray.training.optimizer import num_steps
 from gbp_ray.training.progress import OnProgress, deal_batches, ignore_progress
-from gbp_ray.workloads.batch import Batch, forward, kind_of, logits_of, tensors_in, with_logits
+from gbp_ray.workloads.batch import Batch, forward, kind_of, logits_of, tensors_in
 from gbp_ray.workloads.checks import Checked
 from gbp_ray.workloads.contract import Workload, in_mode, num_examples
 from gbp_ray.workloads.data import compare_readings, cut_batches, derive_seed, take_batch
@@ -46,7 +46,6 @@ __all__ = [
     "feature_distance",
     "is_taught_once",
     "prepare_teacher",
-    "run_in_precision",
 ]
 
 _SECTION = "finetune.distillation"
@@ -270,7 +269,7 @@ class Teacher:
             isolated(self.model, derive_seed(draws, "teacher")),
             capture_outputs(self.model, self.config.features) as features,
         ):
-            outputs = logits_of(run_in_precision(self.model, workload, batch, recipe))
+            outputs = logits_of(forward(self.model, workload, batch, recipe.precision))
         return TeacherOutputs(outputs if self.config.weight > 0 else None, features)
 
     def distilled_loss(
@@ -287,18 +286,6 @@ class Teacher:
             distance = feature_distance(features, lesson.features)
             loss = loss + self.config.features_weight * distance
         return loss
-
-
-def run_in_precision(model: nn.Module, workload: Workload, batch: Batch, recipe: Recipe) -> Any:
-    """Passes a batch through a network in the recipe's precision; a loss gets float32."""
-    if recipe.precision == "float32":
-        return forward(model, workload, batch)
-    device = next(tensors_in(batch.inputs)).device
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        outputs = forward(model, workload, batch)
-    logits = logits_of(outputs)
-    is_narrow = isinstance(logits, Tensor) and logits.dtype is torch.bfloat16
-    return with_logits(outputs, logits.float()) if is_narrow else outputs
 
 
 def distillation_loss(outputs: Tensor, taught: Tensor, temperature: float) -> Tensor:

@@ -67,6 +67,7 @@ def evaluate(
     *,
     split: str = "test",
     sample: Tensor | None = None,
+    precision: str = "float32",
 ) -> Evaluation:
     """Measures metrics and mean loss on a split, each example once. Communicates.
 
@@ -75,6 +76,7 @@ def evaluate(
     Args:
         split: "test", "validation" or "train"; never augmented.
         sample: (n,) positions of the examples to take; None takes all.
+        precision: Of the passes, see `forward`.
 
     Raises:
         WorkloadError: The loss is not finite because of an example, a label is out of range, or a
@@ -98,7 +100,7 @@ def evaluate(
         targets = batch.targets
         with isolated(model, derive_seed("evaluate", item)):
             with blaming_labels(workload, model, split, indices):
-                outputs = forward(model, workload, batch)
+                outputs = forward(model, workload, batch, precision)
                 if is_counted:
                     check_labels(workload, split, indices, outputs, targets)
                     counts = count_items(workload, targets)
@@ -185,14 +187,14 @@ def measure_final_test(
         PruneError: A loss is not finite.
         StoreError: Weights cannot be read.
     """
-    batch_size = job.workload.eval_batch_size
+    size, precision = job.workload.eval_batch_size, job.workload.eval_precision
     measured = []
     for number in (chosen, 0):
         source = f"round_{number:03d}/weights.safetensors"
         weights = ranks.run_collectively(lambda number=number: read_weights(number))  # type: ignore[misc]
         load_weights(model, weights, source)
         of_round = with_changes(on_progress, round=number)
-        found = evaluate(model, workload, ranks, batch_size, of_round)
+        found = evaluate(model, workload, ranks, size, of_round, precision=precision)
         if not math.isfinite(found.loss):
             raise PruneError(
                 f"round {number}: the test loss is {found.loss:g}; its weights diverged"
@@ -201,7 +203,7 @@ def measure_final_test(
     found, dense = measured
     recalibrated: Evaluation | None = None
     if recalibrate_as_asked(job, model, workload, ranks):
-        again = evaluate(model, workload, ranks, batch_size, on_progress)
+        again = evaluate(model, workload, ranks, size, on_progress, precision=precision)
         recalibrated = again if math.isfinite(again.loss) else None
     return FinalTest(
         metric=specs_of(workload)[0],

@@ -20,8 +20,8 @@ from gbp_ray.config.training import Recipe
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import ConfigError
 from gbp_ray.training.adversarial import perturb
-from gbp_ray.training.distillation import Teacher, capture_outputs, run_in_precision
-from gbp_ray.workloads.batch import Batch, kind_of, logits_of
+from gbp_ray.training.distillation import Teacher, capture_outputs
+from gbp_ray.workloads.batch import Batch, forward, kind_of, logits_of
 from gbp_ray.workloads.checks import blaming_labels, check_labels
 from gbp_ray.workloads.contract import Workload, num_examples
 from gbp_ray.workloads.data import derive_seed, seeded, take_batch
@@ -85,7 +85,7 @@ def training_loss(
         with capture_outputs(
             model, teacher.config.features if teacher is not None else ()
         ) as features:
-            outputs = run_in_precision(model, workload, batch._replace(inputs=seen), recipe)
+            outputs = forward(model, workload, batch._replace(inputs=seen), recipe.precision)
         check_labels(workload, "train", indices, outputs, targets)
         loss = label_loss(outputs)
         if teacher is None or lesson is None:
@@ -99,7 +99,7 @@ def training_loss(
             attacked = perturb(
                 model,
                 lambda seen: label_loss(
-                    run_in_precision(model, workload, batch._replace(inputs=seen), recipe)
+                    forward(model, workload, batch._replace(inputs=seen), recipe.precision)
                 ),
                 workload,
                 batch.inputs,

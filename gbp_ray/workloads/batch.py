@@ -74,12 +74,22 @@ class Batch(NamedTuple):
         return part
 
 
-def forward(model: nn.Module, workload: Workload, batch: Batch) -> Any:
+def forward(model: nn.Module, workload: Workload, batch: Batch, precision: str = "float32") -> Any:
     """Passes a batch through a network, as the workload's `forward` or its default does.
 
     By default the network is called with the inputs of pairs, with the entries of a mapping as
     keyword arguments, and with any other batch as it is.
+
+    Args:
+        precision: "bfloat16" multiplies in it (torch.autocast); logits come back as float32.
     """
+    if precision != "float32":
+        device = next(tensors_in(batch.inputs)).device
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            outputs = forward(model, workload, batch)
+        logits = logits_of(outputs)
+        is_narrow = isinstance(logits, Tensor) and logits.dtype is torch.bfloat16
+        return with_logits(outputs, logits.float()) if is_narrow else outputs
     if workload.forward is not None:
         return workload.forward(model, batch.nest)
     if not batch.is_pair and isinstance(batch.inputs, Mapping):

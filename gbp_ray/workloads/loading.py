@@ -19,6 +19,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -27,7 +28,7 @@ from gbp_ray.config.job import JobConfig, list_code, load_job
 from gbp_ray.config.schema import nearest_name
 from gbp_ray.config.workload import EncodingConfig, WorkloadConfig
 from gbp_ray.errors import ConfigError, GbpError, WorkloadError, in_one_line
-from gbp_ray.workloads.batch import kind_of
+from gbp_ray.workloads.batch import kind_of, map_tensors, tensors_in
 from gbp_ray.workloads.contract import (
     Portion,
     Workload,
@@ -55,6 +56,7 @@ __all__ = [
     "code_of",
     "hold_out",
     "import_attribute",
+    "in_channels_last",
     "load_workload",
     "own_sources",
     "warn_of_changed_code",
@@ -124,7 +126,29 @@ def load_workload(config: WorkloadConfig, seed: int | None = None) -> Workload:
     if config.validation:
         assert seed is not None, "the seed decides which examples are set aside"
         workload = hold_out(workload, config.validation, seed)
-    return workload
+    return in_channels_last(workload) if config.channels_last else workload
+
+
+def in_channels_last(workload: Workload) -> Workload:
+    """Lays the images of every batch out pixel by pixel.
+
+    Weights stay as they are: convolutions keep their inputs' layout for what they make, and weights
+    are small beside that.
+    """
+    return replace(workload, prepare=partial(_to_channels_last, workload.prepare))
+
+
+def _to_channels_last(prepare: Callable[[Any], Any] | None, nest: Any) -> Any:
+    nest = nest if prepare is None else prepare(nest)
+    if not any(tensor.ndim == 4 for tensor in tensors_in(nest)):
+        raise ConfigError(
+            "workload.channels_last = true: a batch of this workload holds no images of shape "
+            "(B, C, H, W); leave it out"
+        )
+    # Unlike `contiguous`, `to` also sets the strides of images of one channel.
+    return map_tensors(
+        nest, lambda t: t.to(memory_format=torch.channels_last) if t.ndim == 4 else t
+    )
 
 
 def _encoded(workload: Workload, config: EncodingConfig) -> Workload:

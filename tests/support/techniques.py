@@ -27,7 +27,7 @@ from gbp_ray.distributed.sharding import gather_whole
 from gbp_ray.pruning.checkpoint import SHARDS, Checkpoint
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.workloads.contract import Workload
-from gbp_ray.workloads.loading import hold_out
+from gbp_ray.workloads.loading import hold_out, in_channels_last
 from gbp_ray.workloads.networks import RecurrentConvNet
 from gbp_ray.workloads.tying import tie_weights
 
@@ -176,6 +176,14 @@ TECHNIQUES: dict[str, Technique] = {
         {"prune": {"rounds": 3, "reconstruct": "least_squares"}, "finetune": {"after": "last"}},
         images_for(BlockNet),
         ((2, "replicated"),),
+    ),
+    "channels last, narrow passes": Technique(
+        {
+            "workload": {"eval_precision": "bfloat16"},
+            "prune": {"criterion": "taylor_squared", "calibration_precision": "bfloat16"},
+        },
+        lambda: in_channels_last(images()),
+        FEWER,
     ),
     "one shot": Technique({"prune": {"schedule": "one_shot", "rounds": 3}}),
     "sparse early": Technique({"prune": {"ramp_rounds": 2, "rounds": 3}}),

@@ -21,12 +21,11 @@ from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import ConfigError, WorkloadError
 from gbp_ray.pruning.checks import check_job
 from gbp_ray.pruning.rounds import run_rounds
-from gbp_ray.training.distillation import run_in_precision
 from gbp_ray.training.evaluation import evaluate
 from gbp_ray.training.loss import check_loss, counts_of, draw_mix, find_varying_counts
 from gbp_ray.training.optimizer import make_optimizer
 from gbp_ray.training.progress import Progress
-from gbp_ray.workloads.batch import Batch, logits_of
+from gbp_ray.workloads.batch import Batch, forward, logits_of
 from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.data import derive_seed, first_example, seeded
 
@@ -99,6 +98,29 @@ def test_only_the_passes_of_training_are_in_bfloat16() -> None:
         if not trains and name == "score":
             assert dtypes == {torch.float32}
     assert {p.dtype for p in last.model.parameters()} == {torch.float32}
+
+
+def test_evaluations_and_scores_are_computed_in_bfloat16_where_asked() -> None:
+    seen: list[tuple[int, torch.dtype]] = []
+
+    class Watched(ConvNet):
+        def forward(self, inputs: Tensor) -> Tensor:
+            outputs = super().forward(inputs)
+            seen.append((len(inputs), outputs.dtype))
+            return outputs
+
+    narrow = {"calibration_precision": "bfloat16", "calibration_batch_size": 13}
+    for units in ({}, {"granularity": "channel"}):
+        job = job_config(
+            finetune={"epochs": 0},
+            prune={**narrow, **units},
+            workload={"eval_precision": "bfloat16", "eval_batch_size": 11},
+        )
+        seen.clear()
+        for _ in run_rounds(job, images(Watched), Ranks()):
+            pass
+        of_size = {size: {dtype for n, dtype in seen if n == size} for size in (11, 13)}
+        assert of_size == {11: {torch.bfloat16}, 13: {torch.bfloat16}}, units
 
 
 def test_options_that_are_off_change_no_bit() -> None:
@@ -368,6 +390,6 @@ def test_the_loss_of_named_logits_gets_float32_as_well(wrap: Callable[[Tensor], 
 
     workload = dataclasses.replace(tanh_workload(torch.float32), build_model=Net, loss=loss)
     batch = first_example(workload)
-    outputs = run_in_precision(built(Net), workload, batch, recipe_of(precision="bfloat16"))
+    outputs = forward(built(Net), workload, batch, "bfloat16")
     loss(outputs, batch.targets)
     assert seen == [torch.float32]

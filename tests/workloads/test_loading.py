@@ -33,7 +33,7 @@ from gbp_ray.runtime.api import SweepResult
 from gbp_ray.runtime.outcomes import Outcome
 from gbp_ray.workloads.checks import blaming_labels, check_finite, check_labels, check_workload
 from gbp_ray.workloads.contract import Workload, count_top1, num_examples
-from gbp_ray.workloads.data import take_batch, without_loaders
+from gbp_ray.workloads.data import first_example, take_batch, without_loaders
 from gbp_ray.workloads.loading import (
     add_import_paths,
     build_network,
@@ -167,6 +167,24 @@ def test_user_code_neither_moves_the_working_folder_nor_hides_the_warning_of_it(
     # The user's own rule holds for the warnings of others.
     assert ("noise" in told) == (silence == "pass")
     assert Path.cwd() == tmp_path
+
+
+def test_channels_last_changes_the_layout_and_refuses_what_is_no_image() -> None:
+    def example_of(factory: str, *, is_last: bool) -> Tensor:
+        config = WorkloadConfig(factory=f"gbp_ray.zoo:{factory}", channels_last=is_last)
+        inputs: Tensor = first_example(load_workload(config)).inputs
+        return inputs
+
+    one, other = (example_of("digits_convnet", is_last=is_last) for is_last in (False, True))
+    assert torch.equal(one, other)
+    # Convolutions choose by the strides, also of a single channel.
+    layouts = [
+        nn.Conv2d(1, 4, 3)(inputs).is_contiguous(memory_format=torch.channels_last)
+        for inputs in (one, other)
+    ]
+    assert layouts == [False, True]
+    with pytest.raises(ConfigError, match=r"workload.channels_last = true: .* no images"):
+        example_of("text_lm", is_last=True)
 
 
 def test_what_a_factory_draws_depends_on_the_seed_of_the_job_only(user_module: str) -> None:
