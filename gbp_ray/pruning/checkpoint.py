@@ -16,7 +16,7 @@ import io
 import mmap
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,28 +84,21 @@ def save_round(
     optimizer: Optimizer | None,
     movement: dict[str, Tensor] | None,
     units: WholeUnits | None = None,
-) -> dict[str, bytes]:
-    """Returns this rank's files of a round by name. Communicates where the network is sharded.
+) -> Iterator[tuple[str, bytes]]:
+    """Yields name and bytes of this rank's files of a round, of which each may be as large as it.
 
-    Then each rank returns its shards, and rank 0 the other files as well.
+    Communicates where the network is sharded, before the first; then each rank yields its shards,
+    and rank 0 the other files as well.
 
     Args:
         units: Those that have left the network. All files have the dense network's shapes.
     """
     if not is_sharded(model):
-        buffer = io.BytesIO()
-        state = optimizer.state_dict() if optimizer else None
         kept = distinct_state(model)
-        if units is not None:
-            kept = units.expand(kept)
-            movement = None if movement is None else units.expand(movement)
-            state = None if optimizer is None else units.expand_optimizer(model, optimizer)
-        torch.save({"optimizer": state, "movement": movement}, buffer)
-        return {
-            "weights.safetensors": save_state(kept),
-            "masks.safetensors": masks.to_bytes(),
-            "state.pt": buffer.getvalue(),
-        }
+        yield "weights.safetensors", save_state(units.expand(kept) if units else kept)
+        yield "masks.safetensors", masks.to_bytes()
+        yield "state.pt", _save_training(model, optimizer, movement, units)
+        return
     state_by_name = _state_by_name(model, optimizer, movement)
     if units is not None:
         state_by_name = _expand_shards(state_by_name, units)
@@ -115,7 +108,22 @@ def save_round(
     weights = _stream_weights(model, units, is_kept=is_first)
     if is_first:
         files |= {"weights.safetensors": weights, "masks.safetensors": packed}
-    return files
+    yield from files.items()
+
+
+def _save_training(
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    movement: dict[str, Tensor] | None,
+    units: WholeUnits | None,
+) -> bytes:
+    state = optimizer.state_dict() if optimizer else None
+    if units is not None:
+        movement = None if movement is None else units.expand(movement)
+        state = None if optimizer is None else units.expand_optimizer(model, optimizer)
+    buffer = io.BytesIO()
+    torch.save({"optimizer": state, "movement": movement}, buffer)
+    return buffer.getvalue()
 
 
 def restore_state(

@@ -69,9 +69,13 @@ class RoundState:
     _movement: dict[str, Tensor] | None = field(repr=False, default=None)
     _units: WholeUnits | None = field(repr=False, default=None)
 
-    def to_files(self) -> dict[str, bytes]:
-        """Returns the files of `checkpoint.save_round`. Communicates where it is sharded."""
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """Yields the files of `checkpoint.save_round`. Communicates where it is sharded."""
         return save_round(self.model, self.masks, self._optimizer, self._movement, self._units)
+
+    def to_files(self) -> dict[str, bytes]:
+        """Returns all of them by name."""
+        return dict(self.files())
 
 
 def run_rounds(
@@ -156,10 +160,9 @@ class _Run:
         self.kept_step: int | None = None
         self.metrics = specs_of(workload)
         self.split = judged_split(workload)
-        total = num_examples(workload.train)
-        self.sample = shuffled_indices(total, derive_seed(job.seed, "train sample"))[
-            : job.workload.train_sample
-        ]
+        seed = derive_seed(job.seed, "train sample")
+        drawn = shuffled_indices(num_examples(workload.train), seed)
+        self.sample = drawn[: job.workload.train_sample]
 
     def _begin_weights(self, unused: frozenset[str], resume: Checkpoint | None) -> None:
         job, ranks = self.job, self.ranks
@@ -543,9 +546,7 @@ class _Run:
             self.dense = copy_frozen(self.model)
 
     def _finish_round(self, train_loss: float, found: Evaluation, **measured: Any) -> RoundState:
-        train_score: float | None = None
-        if len(self.sample):
-            train_score = self._measure("train", self.sample).score
+        train_score = self._measure("train", self.sample).score if len(self.sample) else None
         robust: float | None = None
         if self.job.attack.kind != "none":
             with self._timed("attack"):

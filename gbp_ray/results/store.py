@@ -26,7 +26,7 @@ import hashlib
 import re
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -244,7 +244,8 @@ class Store:
                 already; it is then not there or as it was, and those before it are.
         """
         self.begin_round(trial_id, record.round)
-        return self.end_round(trial_id, record, self.put_files(trial_id, record.round, files))
+        written = self.put_files(trial_id, record.round, files.items())
+        return self.end_round(trial_id, record, written)
 
     def begin_round(self, trial_id: str, number: int) -> None:
         """Makes sure that a round is still to be written: the first of three steps.
@@ -288,14 +289,21 @@ class Store:
             )
 
     def put_files(
-        self, trial_id: str, number: int, files: Mapping[str, bytes]
+        self, trial_id: str, number: int, files: Iterable[tuple[str, bytes]]
     ) -> dict[str, FileRecord]:
-        """Writes one writer's files of a round that has begun; returns what the record holds."""
+        """Writes one writer's files of a round that has begun, each let go before the next is made.
+
+        Args:
+            files: Name and bytes of each.
+
+        Returns:
+            What the record holds, by name.
+        """
         return self._put_files(_round_key(trial_id, number), files)
 
-    def _put_files(self, folder: str, files: Mapping[str, bytes]) -> dict[str, FileRecord]:
+    def _put_files(self, folder: str, files: Iterable[tuple[str, bytes]]) -> dict[str, FileRecord]:
         written = {}
-        for name, data in files.items():
+        for name, data in files:
             stored_as = ""
             if not self.objects.put_new(f"{folder}/{name}", data):
                 stem, _, suffix = name.rpartition(".")
@@ -303,7 +311,8 @@ class Store:
                 self.objects.put(f"{folder}/{stored_as}", data)
             digest = hashlib.sha256(data).hexdigest()
             written[name] = FileRecord(num_bytes=len(data), sha256=digest, stored_as=stored_as)
-        self.objects.flush(f"{folder}/{name}".rpartition("/")[0] for name in files)
+            del data
+        self.objects.flush(f"{folder}/{name}".rpartition("/")[0] for name in written)
         return written
 
     def _remove_unlisted(self, folder: str, record: str, files: Mapping[str, FileRecord]) -> None:
@@ -407,7 +416,7 @@ class Store:
         """
         key = f"{folder}/shared.json"
         found = self.objects.get_version(key)
-        committed = self._put_files(folder, files)
+        committed = self._put_files(folder, files.items())
         record = SharedRecord(files=committed, origin=dict(origin), round=round_record)
         seen = None if found is None else found[1]
         if self.objects.put_if(key, seal_record(record), seen) is None:

@@ -319,7 +319,9 @@ class Memory:
             turns = self._turns(total, size) * (1 + restarts * (2 * job.attack.num_steps + 1))
             peak = self._measure(self._run_attack).peak_bytes(min(size, total))
             phases.append(self._pass("attack", tuned, peak, turns))
-        files = {"state": optimizer + later["movement"], "weights": 3 * self._whole}
+        # One file after another, and from a GPU by way of the host's memory.
+        copies = 1 + job.cluster.use_gpu
+        files = {"a file": copies * max(optimizer + later["movement"], self._whole)}
         if self._is_sharded:
             largest = max(bytes_of([p]) for p in self._model.parameters())
             files = {"shards": self._own + optimizer, "one tensor": 2 * largest}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -262,10 +262,11 @@ def _commit(store: Store, name: str, driver: str, state: RoundState, ranks: Rank
         store.check_driver(name, driver)
         store.begin_round(name, number)
 
+    files: Iterable[tuple[str, bytes]] = ()
     if is_sharded(state.model):
-        files = state.to_files()
-    else:
-        files = ranks.run_collectively(lambda: state.to_files() if ranks.is_first else {})
+        files = state.to_files().items()
+    elif ranks.is_first:
+        files = state.files()
     ranks.run_collectively(lambda: begin() if ranks.is_first else None)
     written = ranks.run_collectively(lambda: store.put_files(name, number, files))
     everything = {k: v for part in ranks.all_gather_objects(written) for k, v in part.items()}

@@ -197,11 +197,17 @@ def tensor_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_state(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Writes a state as safetensors; every tensor gets memory of its own, as the format asks."""
-    plain = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in state.items()
-    }
+    """Writes a state as safetensors; tensors that share memory are copied, as the format asks."""
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu()
+        memory = tensor.untyped_storage()
+        is_alone = memory.nbytes() == tensor.nbytes and memory.data_ptr() not in seen
+        if not (is_alone and tensor.is_contiguous()):
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(tensor.untyped_storage().data_ptr())
+        plain[name] = tensor
     return save_tensors(plain, {"format": "pt", **(metadata or {})})
 
 

@@ -149,11 +149,11 @@ def test_a_driver_that_was_frozen_replaces_nothing(storage: str, num_bytes: int)
     frozen, other = Store(storage, "try"), Store(storage, "try")
     frozen.claim(make_job())
     frozen.begin_round(TRIAL, 0)
-    written = frozen.put_files(TRIAL, 0, {"state.pt": b"a" * num_bytes})
+    written = frozen.put_files(TRIAL, 0, [("state.pt", b"a" * num_bytes)])
     # The other one takes the trial over and commits before the first goes on.
     files = {"state.pt": b"b" * num_bytes, "other.bin": b"B"}
     record = other.write_round(TRIAL, make_round(0), files)
-    written |= frozen.put_files(TRIAL, 0, {"other.bin": b"A"})
+    written |= frozen.put_files(TRIAL, 0, [("other.bin", b"A")])
     with pytest.raises(StoreError, match="is there already"):
         frozen.end_round(TRIAL, make_round(0, accuracy=0.1), written)
     assert {name: other.read_file(TRIAL, record, name) for name in files} == files
@@ -161,12 +161,27 @@ def test_a_driver_that_was_frozen_replaces_nothing(storage: str, num_bytes: int)
     assert not find_faults(storage).faults
 
 
+def test_each_file_is_let_go_before_the_next_is_made(store: Store) -> None:
+    gone: list[int] = []
+
+    class File(bytes):
+        def __del__(self) -> None:
+            gone.append(len(self))
+
+    def files() -> Iterator[tuple[str, bytes]]:
+        for number in range(3):
+            assert len(gone) == number, "two files are in memory"
+            yield f"{number}.bin", File(b"data")
+
+    assert list(store.put_files(TRIAL, 0, files())) == ["0.bin", "1.bin", "2.bin"]
+
+
 def test_a_driver_that_comes_too_late_writes_beside_what_is_there(store: Store) -> None:
     # It looked before the other one began, was frozen, and goes on after that one's commit.
     store.begin_round(TRIAL, 0)
     first = store.write_round(TRIAL, make_round(0), FILES)
     other = {name: data + b"other" for name, data in FILES.items()}
-    late = store.put_files(TRIAL, 0, other)
+    late = store.put_files(TRIAL, 0, other.items())
     refusal(lambda: store.end_round(TRIAL, make_round(0, accuracy=0.5), late))
     assert store.read_rounds(TRIAL) == [first]
     for name, data in FILES.items():
@@ -174,14 +189,14 @@ def test_a_driver_that_comes_too_late_writes_beside_what_is_there(store: Store) 
 
 
 def test_of_what_a_dead_driver_has_left_none_is_taken_for_a_result(store: Store) -> None:
-    store.put_files(TRIAL, 0, {name: b"dead" + data for name, data in FILES.items()})
+    store.put_files(TRIAL, 0, [(name, b"dead" + data) for name, data in FILES.items()])
     record = store.write_round(TRIAL, make_round(0), FILES)
     assert store.read_rounds(TRIAL) == [record]
     for name, data in FILES.items():
         assert store.read_file(TRIAL, record, name) == data
     places = {file.stored_as for file in record.files.values()}
     assert names_in(store.folder) == {*places, "round.json"}
-    store.put_files(TRIAL, 1, FILES)
+    store.put_files(TRIAL, 1, FILES.items())
     record = store.write_round(TRIAL, make_round(1), FILES)
     assert {file.stored_as for file in record.files.values()} == {""}
 
@@ -498,7 +513,7 @@ def test_a_kill_beside_the_files_of_a_dead_driver_leaves_whole_rounds(tmp_path: 
         moment += 1
         store = Store(tmp_path / str(moment), "try")
         store.write_round(TRIAL, make_round(0), FILES)
-        store.put_files(TRIAL, 1, FILES)
+        store.put_files(TRIAL, 1, FILES.items())
         with pytest.MonkeyPatch.context() as patch:
             Disk(patch, moment, Killed)
             try:
