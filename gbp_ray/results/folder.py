@@ -131,8 +131,10 @@ class FolderObjects(Objects):
             is_same = found is not None and found[1] == version
             return self._write(key, data, is_new=False) if is_same else None
 
-    def put_new(self, key: str, data: bytes) -> bool:
-        """Links a new file to its name; the folder is left to `flush`."""
+    def put_new(self, key: str, data: bytes, twin: str = "") -> bool:
+        """Links a new file to its name, or its twin's file; the folder is left to `flush`."""
+        if twin and self._link_twin(key, twin):
+            return True
         if self._write(key, data, is_new=True, is_flushed=False) is not None:
             return True
         return self.measure(key) == (len(data), hashlib.sha256(data).hexdigest())
@@ -264,6 +266,18 @@ class FolderObjects(Objects):
                         continue
                     return _fill(folder, handle, temporary, name, data, is_new, is_flushed)
         raise AssertionError("unreachable")
+
+    def _link_twin(self, key: str, twin: str) -> bool:
+        """Gives the file of another object a second name; both are only ever replaced."""
+        # Without links, or where the name is taken, it is written and compared.
+        with (
+            contextlib.suppress(OSError),
+            self._inside(twin) as (source, old),
+            self._inside(key, is_made=True) as (folder, new),
+        ):
+            os.link(old, new, src_dir_fd=source, dst_dir_fd=folder, follow_symlinks=False)
+            return True
+        return False
 
     def _remove_empty(self, key: str, at_most: int = _MOST_DEPTH) -> None:
         """Removes the folders of an object that hold nothing any more."""

@@ -154,8 +154,11 @@ class Objects(ABC):
         """
 
     @abstractmethod
-    def put_new(self, key: str, data: bytes) -> bool:
+    def put_new(self, key: str, data: bytes, twin: str = "") -> bool:
         """Writes an object, never over other bytes; after `flush` it is there to stay.
+
+        Args:
+            twin: Name of an object of the same bytes, which may then be stored only once.
 
         Returns:
             Whether it is there with these bytes; else the name is taken.

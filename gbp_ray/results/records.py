@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
@@ -66,6 +66,7 @@ __all__ = [
     "choose_round",
     "describe_unpruned",
     "dump_job",
+    "locate_files",
     "parse_record",
     "read_record",
     "seal_record",
@@ -120,6 +121,11 @@ def write_value(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def locate_files(folder: str, files: Mapping[str, FileRecord]) -> dict[str, str]:
+    """Returns the name of each file's object, from the folder and what its record holds."""
+    return {name: f"{folder}/{file.stored_as or name}" for name, file in files.items()}
 
 
 class RoundRecord(Scored, Record):

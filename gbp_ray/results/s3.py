@@ -254,7 +254,7 @@ class S3Objects(Objects):
                 return None
             return self._put_and_settle(key, data, version)
 
-    def put_new(self, key: str, data: bytes) -> bool:
+    def put_new(self, key: str, data: bytes, twin: str = "") -> bool:
         """Writes on condition that the name is free; where no server holds one, none is taken.
 
         Large objects go up in parts, for which some servers hold no condition: a small object takes

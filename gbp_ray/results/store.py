@@ -47,6 +47,7 @@ from gbp_ray.results.records import (
     SharedRecord,
     StopRecord,
     TrialRecord,
+    locate_files,
     read_record,
     seal_record,
 )
@@ -235,16 +236,23 @@ class Store:
         raise StoreError(f"'{uri}': {fault}; {REMEDY}")
 
     def write_round(
-        self, trial_id: str, record: RoundRecord, files: Mapping[str, bytes]
+        self,
+        trial_id: str,
+        record: RoundRecord,
+        files: Mapping[str, bytes],
+        twins: Mapping[str, str] | None = None,
     ) -> RoundRecord:
         """Commits a round: its files, then its record. Returns the record with the checksums.
+
+        Args:
+            twins: Objects that hold the same bytes, by file, such as what trials share.
 
         Raises:
             StoreError: The disk is full, the storage cannot be written, or the round is there
                 already; it is then not there or as it was, and those before it are.
         """
         self.begin_round(trial_id, record.round)
-        written = self.put_files(trial_id, record.round, files.items())
+        written = self._put_files(_round_key(trial_id, record.round), files.items(), twins)
         return self.end_round(trial_id, record, written)
 
     def begin_round(self, trial_id: str, number: int) -> None:
@@ -301,11 +309,16 @@ class Store:
         """
         return self._put_files(_round_key(trial_id, number), files)
 
-    def _put_files(self, folder: str, files: Iterable[tuple[str, bytes]]) -> dict[str, FileRecord]:
+    def _put_files(
+        self,
+        folder: str,
+        files: Iterable[tuple[str, bytes]],
+        twins: Mapping[str, str] | None = None,
+    ) -> dict[str, FileRecord]:
         written = {}
         for name, data in files:
             stored_as = ""
-            if not self.objects.put_new(f"{folder}/{name}", data):
+            if not self.objects.put_new(f"{folder}/{name}", data, (twins or {}).get(name, "")):
                 stem, _, suffix = name.rpartition(".")
                 stored_as = f"{stem}.{uuid.uuid4().hex[:8]}.{suffix}"
                 self.objects.put(f"{folder}/{stored_as}", data)
@@ -317,7 +330,7 @@ class Store:
 
     def _remove_unlisted(self, folder: str, record: str, files: Mapping[str, FileRecord]) -> None:
         """Removes what earlier drivers have left beside a record that was just committed."""
-        kept = {f"{folder}/{file.stored_as or name}" for name, file in files.items()}
+        kept = {*locate_files(folder, files).values()}
         kept |= {f"{folder}/{name}" for name in (record, *MARKS)}
         found = [entry.key for entry in self.objects.entries(f"{folder}/")]
         self.objects.delete([key for key in found if key not in kept and is_key(key)])
@@ -408,15 +421,16 @@ class Store:
         files: Mapping[str, bytes],
         origin: Mapping[str, object],
         round_record: RoundRecord | None = None,
+        twins: Mapping[str, str] | None = None,
     ) -> None:
-        """Commits what trials share: the files, then their record, in place of an earlier one.
+        """Commits what trials share like a round, in place of an earlier one.
 
         Raises:
             StoreError: Another driver was faster.
         """
         key = f"{folder}/shared.json"
         found = self.objects.get_version(key)
-        committed = self._put_files(folder, files.items())
+        committed = self._put_files(folder, files.items(), twins)
         record = SharedRecord(files=committed, origin=dict(origin), round=round_record)
         seen = None if found is None else found[1]
         if self.objects.put_if(key, seal_record(record), seen) is None:

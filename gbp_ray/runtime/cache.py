@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from gbp_ray.config.job import SCHEMA_VERSION, JobConfig, list_code, trial_id
 from gbp_ray.errors import StoreError
 from gbp_ray.pruning.criteria import Criterion
-from gbp_ray.results.records import RoundRecord, SharedRecord
+from gbp_ray.results.records import RoundRecord, SharedRecord, locate_files
 from gbp_ray.results.store import Store
 from gbp_ray.training.batchnorm import norm_batch_size
 from gbp_ray.workloads.loading import digest_source, import_attribute
@@ -87,14 +87,15 @@ def scores_key(job: JobConfig, dense: str) -> str | None:
 def adopt_dense(store: Store, job: JobConfig) -> RoundRecord | None:
     """Copies the shared dense network into this trial's round 0; None if there is none."""
     origin = dense_origin(job)
-    found = None if origin is None else _read(store, _folder("dense", origin))
+    folder = "" if origin is None else _folder("dense", origin)
+    found = _read(store, folder) if folder else None
     if found is None or found[0].round is None:
         return None
     record, files = found
     assert record.round is not None
     # The time is on record in the trial that trained it.
     own = record.round.model_copy(update={"seconds": {}})
-    return store.write_round(trial_id(job), own, files)
+    return store.write_round(trial_id(job), own, files, locate_files(folder, record.files))
 
 
 @contextmanager
@@ -111,7 +112,8 @@ def share_dense(store: Store, job: JobConfig) -> Iterator[Callable[[RoundRecord]
     def share(record: RoundRecord) -> None:
         name = trial_id(job)
         files = {file: store.read_file(name, record, file) for file in record.files}
-        store.write_shared(folder, files, origin, record)
+        twins = locate_files(f"trials/{name}/round_{record.round:03d}", record.files)
+        store.write_shared(folder, files, origin, record, twins)
 
     with store.await_lease(folder):
         yield share

@@ -14,6 +14,7 @@ from quick_trials import quick_job, results_of
 from gbp_ray.config.job import JobConfig, trial_id
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.pruning import rounds
+from gbp_ray.results.maintenance import find_faults
 from gbp_ray.results.store import Store
 from gbp_ray.runtime.cache import dense_origin
 from gbp_ray.runtime.trial import run_solo, work_trial
@@ -86,6 +87,16 @@ def test_many_one_shot_sparsities_cost_one_dense_network_and_one_scoring_pass(
     for number in range(6):
         run(sharing_job(tmp_path, **one_shot, **{"prune.sparsity": 0.5 + number / 20}))
     assert counted == {"score": 1, "dense": 1}
+
+
+def test_trials_store_one_copy_of_their_dense_network(tmp_path: Path) -> None:
+    for sparsity in (0.5, 0.7, 0.9):
+        run(sharing_job(tmp_path, **FIRST | {"prune.sparsity": sparsity}))
+    stored = [*tmp_path.glob("*/trials/*/round_000/weights.safetensors")]
+    stored += tmp_path.glob("*/dense/*/weights.safetensors")
+    assert len(stored) == 4
+    assert len({path.stat().st_ino for path in stored}) == 1
+    assert not find_faults(str(tmp_path)).faults
 
 
 FIRST = {"prune.rounds": 1, "prune.sparsity": 0.5}

@@ -199,10 +199,10 @@ def _die_inside_the_package() -> None:
         finally:
             dist.all_reduce = exchange
 
-    def put_file(self: FolderObjects, key: str, data: bytes) -> bool:
+    def put_file(self: FolderObjects, key: str, data: bytes, twin: str = "") -> bool:
         if key.endswith("state.pt") or f"/{SHARDS}" in key:
             reach("write")
-        return put(self, key, data)
+        return put(self, key, data, twin)
 
     gbp_ray.pruning.rounds.select_masks = select_masks  # type: ignore[assignment]
     WholeUnits.remove = remove_units  # type: ignore[method-assign]
