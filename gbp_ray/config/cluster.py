@@ -56,7 +56,7 @@ class ClusterConfig(Section):
     """Seconds without a finished step, batch or exchange after which a worker counts as lost.
     Building the workload and reading or writing storage may take longer. 0: never."""
     address: str | None = None
-    """Ray cluster to join; None starts a private one on this machine."""
+    """Ray cluster to join; unset: this machine, where Ray starts a private one if it is needed."""
 
     @model_validator(mode="after")
     def _agree(self) -> ClusterConfig:

@@ -172,7 +172,7 @@ def prune(
             job's; without a job, `overrides` give all of it. Runs here (`cluster.num_workers = 0`)
             unless the function can be imported and the job asks for workers.
         is_quiet: Shows no progress.
-        is_debug: Shows Ray's own output.
+        is_debug: Shows what Ray and workers print.
 
     Raises:
         GbpError: One line that names the field, what is allowed and what to do.
