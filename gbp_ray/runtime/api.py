@@ -541,7 +541,7 @@ def _run_rounds(
     asked += " workers" if most > 1 else " worker"
     if launches_locally(job.cluster):
         board.note(f"{name}  starting {asked} on this machine")
-        run_local_trial(job, import_paths, board, is_debug=is_debug)
+        run_local_trial(job, board, is_debug=is_debug)
     else:
         # Ray takes seconds to import, and other jobs do not need it.
         from gbp_ray.runtime.on_ray.train import run_trial

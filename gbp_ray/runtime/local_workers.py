@@ -44,13 +44,15 @@ from gbp_ray.runtime.worker import (
     refuse_restart,
     run_worker,
 )
-from gbp_ray.workloads.loading import add_import_paths
 
 __all__ = ["main", "run_local_trial"]
 
 _LOOK_INTERVAL_S = 0.5
 _LONGEST_SILENCE_S = 5.0
 """Between two signs of life of a worker."""
+
+_START_S = 300.0
+"""Added to the limit until a worker's first sign of life: a busy machine imports for minutes."""
 
 _END_S = 5.0
 """Longest wait for workers to exit by themselves."""
@@ -67,7 +69,6 @@ class _Setup:
     """What a worker is told first: the job as plain values, and where the ranks meet."""
 
     job: dict[str, Any]
-    import_paths: list[str]
     meeting: str
     rank: int
     world_size: int
@@ -80,10 +81,8 @@ class _End:
     error: GbpError | None
 
 
-def run_local_trial(
-    job: JobConfig, import_paths: list[str], board: ProgressBoard, *, is_debug: bool = False
-) -> None:
-    """Runs a trial's missing rounds on workers of this machine.
+def run_local_trial(job: JobConfig, board: ProgressBoard, *, is_debug: bool = False) -> None:
+    """Runs a trial's missing rounds on workers of this machine, which import from `sys.path`.
 
     Raises:
         ConfigError: There are fewer GPUs than workers.
@@ -96,7 +95,7 @@ def run_local_trial(
     name, account = trial_id(job), Account(board, job.cluster)
     num_failures = 0
     while True:
-        with _start_group(job, import_paths, is_debug) as group:
+        with _start_group(job, is_debug) as group:
             end = group.attend(account)
         if not isinstance(end, Failure):
             break
@@ -114,29 +113,14 @@ def run_local_trial(
 
 
 @contextlib.contextmanager
-def _start_group(job: JobConfig, import_paths: list[str], is_debug: bool) -> Iterator[_Group]:
+def _start_group(job: JobConfig, is_debug: bool) -> Iterator[_Group]:
     """Starts all workers; no process of them is left after the block."""
-    group = _Group(job.cluster.hang_timeout_s)
+    group, num_workers = _Group(job.cluster.hang_timeout_s), job.cluster.max_workers
     with tempfile.TemporaryDirectory(prefix="gbp-ray-") as folder:
         try:
-            for rank in range(job.cluster.max_workers):
-                setup = _Setup(
-                    job.model_dump(mode="json"),
-                    import_paths,
-                    f"file://{folder}/meeting",
-                    rank,
-                    job.cluster.max_workers,
-                )
-                try:
-                    group.start(setup, job.cluster.threads_per_worker, is_debug)
-                except OSError as error:
-                    cause = f"worker {rank} could not be started: {first_line(error)}"
-                    raise TrialError(
-                        f"trial {trial_id(job)}: {cause}; lower cluster.num_workers or free some "
-                        f"memory, and {AGAIN}",
-                        trial_id=trial_id(job),
-                        cause=cause,
-                    ) from error
+            for rank in range(num_workers):
+                tree, meeting = job.model_dump(mode="json"), f"file://{folder}/meeting"
+                group.start(_Setup(tree, meeting, rank, num_workers), is_debug)
             yield group
         finally:
             group.end()
@@ -149,31 +133,34 @@ class _Group:
         self._limit_s = hang_timeout_s
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
-        self._heard_s: dict[int, float] = {}
+        self._heard_s: list[float] = []
         self._standstills: dict[int, Standstill] = {}
         self._num_ended = 0
 
-    def start(self, setup: _Setup, num_threads: int, is_debug: bool) -> None:
-        """Starts the next worker; raises OSError if the system does not."""
+    def start(self, setup: _Setup, is_debug: bool) -> None:
+        """Starts the next worker; raises a TrialError if the system does not."""
         ours, theirs = Pipe()
         self._connections.append(ours)
         command = [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), *map(str, sys.path)]
-        with theirs:
-            self._processes.append(
-                subprocess.Popen(
+        threads = {"OMP_NUM_THREADS": str(setup.job["cluster"]["threads_per_worker"])}
+        # As on Ray, --debug shows what they print; standard output is the result's.
+        output = 2 if is_debug else subprocess.DEVNULL
+        try:
+            with theirs:
+                process = subprocess.Popen(
                     command,
-                    env={
-                        "OMP_NUM_THREADS": str(num_threads),
-                        **os.environ,
-                        **name_loopback(),
-                    },
+                    env=threads | dict(os.environ) | name_loopback(),
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
-                    # As on Ray, --debug shows what they print; standard output is the result's.
-                    stdout=2 if is_debug else subprocess.DEVNULL,
-                    stderr=None if is_debug else subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
                 )
-            )
+        except OSError as error:
+            cause = f"worker {setup.rank} of {setup.world_size} did not start: {first_line(error)}"
+            text = f"{cause}; lower cluster.num_workers or free some memory, and {AGAIN}"
+            raise TrialError(text, rank=setup.rank, cause=cause) from error
+        self._processes.append(process)
+        self._heard_s.append(time.monotonic() + _START_S)
         # One that has died already is found when its connection is read.
         with contextlib.suppress(OSError):
             ours.send(setup)
@@ -186,7 +173,7 @@ class _Group:
             now_s = time.monotonic()
             if now_s - looked_s > _LOOK_INTERVAL_S + self._limit_s / 2:
                 # This process was stopped, perhaps together with its workers.
-                self._heard_s = dict.fromkeys(self._heard_s, now_s)
+                self._heard_s = [max(heard_s, now_s) for heard_s in self._heard_s]
             looked_s = now_s
             for rank, connection in enumerate(self._connections):
                 if connection in ready:
@@ -201,7 +188,7 @@ class _Group:
                 elif self._processes[rank].poll() is not None and not connection.poll():
                     # A child of its own may still hold its end of the connection.
                     return Failure(rank, KILLED)
-                silence_s = now_s - self._heard_s.get(rank, now_s)
+                silence_s = now_s - self._heard_s[rank]
                 if 0 < self._limit_s < silence_s:
                     return Failure(rank, describe_silence(silence_s))
         return None
@@ -296,11 +283,12 @@ class _Link:
 
 
 def _work(setup: _Setup, link: _Link) -> GbpError | None:
-    add_import_paths(setup.import_paths)
     job = JobConfig.model_validate(setup.job)
     device = torch.device("cpu")
     if job.cluster.use_gpu:
         device = torch.device("cuda", setup.rank)
+        # Weights that a workload draws on the GPU follow the seed only once CUDA is initialised.
+        torch.cuda.init()
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if job.cluster.use_gpu else "gloo",

@@ -219,7 +219,7 @@ def attend(
         "unused", **{"cluster.num_workers": 2, "cluster.hang_timeout_s": hang_timeout_s}
     )
     account = Told()
-    with local_workers._start_group(job, [], is_debug=False) as group:
+    with local_workers._start_group(job, is_debug=False) as group:
         end = group.attend(account)
         processes = group._processes
     assert all(process.poll() is not None for process in processes)
@@ -314,4 +314,4 @@ def test_more_gpus_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     job = quick_job("unused", **{"cluster.use_gpu": True, "cluster.num_workers": 2}, **LOCAL)
     with pytest.raises(ConfigError, match=r"cluster\.num_workers = 2: each needs a CUDA device"):
-        local_workers.run_local_trial(job, [], None)  # type: ignore[arg-type]
+        local_workers.run_local_trial(job, None)  # type: ignore[arg-type]
