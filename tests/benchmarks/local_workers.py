@@ -1,7 +1,7 @@
 """Processor seconds of the digits job: two workers on Ray, two of the command itself, and none.
 
 User and system time of every process of the command's session, Ray's daemons among them, as /proc
-shows it twenty times a second until none is left. A process that ends between two looks loses what
+shows it five times a second until none is left. A process that ends between two looks loses what
 it used since the last one.
 """
 
@@ -19,7 +19,7 @@ from datetime import date
 from pathlib import Path
 
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-_LOOK_S = 0.05
+_LOOK_S = 0.2
 _KINDS = {
     "none": ["cluster.num_workers=0"],
     "local": ["cluster.num_workers=2", "cluster.launcher=local"],

@@ -30,7 +30,7 @@ from gbp_ray.runtime.worker import Account
 logger = logging.getLogger(__name__)
 
 LOCAL = {"cluster.launcher": "local"}
-HANG_TIMEOUT_S = 12
+HANG_TIMEOUT_S = 30
 """More than a slow machine needs to start with its first batch."""
 
 WORKLOAD = '''
@@ -132,7 +132,7 @@ def test_what_a_worker_raises_arrives_as_one_line(
 ) -> None:
     def fail(kind: type[GbpError], **changed: Any) -> str:
         with pytest.raises(kind) as caught:
-            prune(quick_job(workloads / "results", **changed, **LOCAL))
+            prune(quick_job(workloads / kind.__name__, **changed, **LOCAL))
         told = capfd.readouterr().err
         assert "starting the workers again" not in told
         assert "\n" not in str(caught.value)
