@@ -148,9 +148,14 @@ def prune(
     measurements. Run the same command again after an interruption and it
     goes on after the last whole round; a finished job answers at once.
 
+    Workers (cluster.num_workers) are processes of this machine, or Ray's
+    where a cluster is joined; cluster.launcher chooses.
+
     Examples:
 
       gbp-ray prune
+
+      gbp-ray prune --set cluster.launcher=local
 
       gbp-ray prune --set prune.sparsity=0.95 --set prune.criterion=fisher
 

@@ -66,7 +66,7 @@ Overrides = Annotated[
 
 IsQuiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
-IsDebug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and Ray's own output.")]
+IsDebug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what workers print.")]
 
 Conditions = Annotated[
     list[str] | None,

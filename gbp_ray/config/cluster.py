@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -18,8 +19,12 @@ class ClusterConfig(Section):
     """Where the job runs. Nothing here changes the result."""
 
     num_workers: int | tuple[int, int] = 1
-    """Ray Train workers; 0 runs in this very process without starting Ray. [min, max] takes as many
-    as the cluster has room for, and follows when that changes, from the last whole round on."""
+    """Worker processes; 0 works in this very process. [min, max] takes as many as the Ray cluster
+    has room for, and follows when that changes, from the last whole round on."""
+    launcher: Literal["auto", "ray", "local"] = "auto"
+    """What starts the workers of a prune: Ray, or this command, as processes of this machine. auto:
+    Ray where a cluster is joined or one of its services asked for (address, autoscale, [min, max]
+    workers, accelerator_type, a part of a GPU), else local. A sweep always runs on Ray."""
     use_gpu: bool = False
     """A GPU per worker (NCCL) instead of CPUs (gloo)."""
     gpus_per_worker: float = Field(1.0, gt=0.0, le=1.0)
@@ -51,12 +56,15 @@ class ClusterConfig(Section):
     """Seconds without a finished step, batch or exchange after which a worker counts as lost.
     Building the workload and reading or writing storage may take longer. 0: never."""
     address: str | None = None
-    """Ray cluster to join; None starts a private one on this machine."""
+    """Ray cluster to join; unset: this machine, where Ray starts a private one if it is needed."""
 
     @model_validator(mode="after")
     def _agree(self) -> ClusterConfig:
         has_partial_gpu = self.gpus_per_worker != 1.0
         refuse(
+            self.launcher == "local"
+            and self.service_of_ray != ""
+            and f"launcher = local: {self.service_of_ray} is for Ray only; unset it, or launcher",
             self.strategy == "fsdp"
             and self.min_workers == 0
             and "strategy = fsdp: spreads the network over workers; set num_workers to 1 or more",
@@ -89,6 +97,18 @@ class ClusterConfig(Section):
     def fits_one_process(self) -> bool:
         """Returns whether a trial of a sweep runs in the process that Tune starts for it."""
         return self.max_workers <= 1 and self.strategy == "replicated"
+
+    @property
+    def service_of_ray(self) -> str:
+        """Returns the first setting that only Ray can serve, such as "autoscale = true", or ""."""
+        settings = {
+            f"address = {self.address}": self.address is not None,
+            f"num_workers = {json.dumps(self.num_workers)}": not isinstance(self.num_workers, int),
+            "autoscale = true": self.autoscale,
+            f"accelerator_type = {self.accelerator_type}": self.accelerator_type is not None,
+            f"gpus_per_worker = {self.gpus_per_worker:g}": self.gpus_per_worker != 1.0,
+        }
+        return next((text for text, is_asked in settings.items() if is_asked), "")
 
     @property
     def min_workers(self) -> int:

@@ -280,8 +280,8 @@ def check_importable(job: JobConfig, *, is_elsewhere: bool = False) -> None:
         if name.startswith(("live:", "__main__:")):
             remedy = "" if is_elsewhere else ", or set cluster.num_workers to 0"
             raise ConfigError(
-                f"{key} = '{name}': is known in this process only, and Ray's workers are others, "
-                "with a __main__ of their own; put the function into a module and name it as "
+                f"{key} = '{name}': is known in this process only, and workers are others, with a "
+                "__main__ of their own; put the function into a module and name it as "
                 f'"module:function"{remedy}'
             )
 

@@ -7,6 +7,7 @@ failure on one rank into a failure on all, which keeps that order.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gbp_ray.config.cluster import ClusterConfig
 from gbp_ray.config.job import JobConfig
 from gbp_ray.errors import ConfigError, GbpError, PruneError, TrialError, in_one_line
 from gbp_ray.workloads.data import seeded
@@ -25,6 +27,7 @@ __all__ = [
     "Ranks",
     "buffer_slots",
     "check_cuda",
+    "check_devices",
     "checksum",
     "empty_vector",
     "fixed_kernels",
@@ -261,6 +264,17 @@ def check_cuda() -> None:
         raise ConfigError(
             "cluster.use_gpu = true: this machine has no CUDA device; set it to false or give "
             "cluster.address"
+        )
+
+
+def check_devices(cluster: ClusterConfig) -> None:
+    """Raises ConfigError if this machine has fewer CUDA devices than the job has workers."""
+    check_cuda()
+    num_devices = torch.cuda.device_count()
+    if num_devices < cluster.min_workers:
+        raise ConfigError(
+            f"cluster.num_workers = {json.dumps(cluster.num_workers)}: each needs a CUDA "
+            f"device, and this machine has {num_devices}; lower it or give cluster.address"
         )
 
 

@@ -41,8 +41,10 @@ from gbp_ray.runtime.estimate import (
     take_of_host,
 )
 from gbp_ray.runtime.live import load_live_job
+from gbp_ray.runtime.local_workers import run_local_trial
 from gbp_ray.runtime.on_ray.optuna import OptunaPlan, make_search
 from gbp_ray.runtime.outcomes import Outcome, find_judge, warn_of_idle_metric
+from gbp_ray.runtime.placement import launches_locally
 from gbp_ray.runtime.progress import ProgressBoard, SweepBoard
 from gbp_ray.runtime.search import (
     Answer,
@@ -170,7 +172,7 @@ def prune(
             job's; without a job, `overrides` give all of it. Runs here (`cluster.num_workers = 0`)
             unless the function can be imported and the job asks for workers.
         is_quiet: Shows no progress.
-        is_debug: Shows Ray's own output.
+        is_debug: Shows what Ray and workers print.
 
     Raises:
         GbpError: One line that names the field, what is allowed and what to do.
@@ -381,6 +383,8 @@ def _load_sweep(
     for trial in (job, *trials):
         check_importable(trial, is_elsewhere=True)
     _warn_of_idle_options(trials, stacklevel=4)
+    if job.cluster.launcher == "local":
+        warnings.warn("cluster.launcher has no effect on a sweep, which runs on Ray", stacklevel=3)
     check_extras(job)
     store = Store(job.storage, job.name)
     return job, trials, store, TrialHistory(store, job.sweep), import_paths
@@ -531,13 +535,18 @@ def _run_rounds(
             on_progress=board.show,
             round_done=lambda record: board.show_round(name, record),
         )
+        return
+    least, most = job.cluster.min_workers, job.cluster.max_workers
+    asked = f"{most}" if least == most else f"{least} to {most}"
+    asked += " workers" if most > 1 else " worker"
+    if launches_locally(job.cluster):
+        board.note(f"{name}  starting {asked} on this machine")
+        run_local_trial(job, board, is_debug=is_debug)
     else:
-        # Ray takes seconds to import, and jobs without workers do not need it.
+        # Ray takes seconds to import, and other jobs do not need it.
         from gbp_ray.runtime.on_ray.train import run_trial
 
-        least, most = job.cluster.min_workers, job.cluster.max_workers
-        asked = f"{most}" if least == most else f"{least} to {most}"
-        board.note(f"{name}  starting {asked} worker{'s' if most > 1 else ''} on Ray")
+        board.note(f"{name}  starting {asked} on Ray")
         run_trial(job, import_paths, board, is_debug=is_debug)
 
 

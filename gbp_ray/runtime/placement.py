@@ -7,6 +7,8 @@ not needed here.
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +21,7 @@ __all__ = [
     "count_trials",
     "count_workers",
     "find_misfit",
+    "launches_locally",
     "pretend_cpus",
     "worker_resources",
 ]
@@ -42,6 +45,16 @@ class Machine:
             self.resources.get(name, 0.0) / amount for name, amount in claim.items() if amount > 0
         ]
         return math.floor(min(shares) + 1e-9)
+
+
+def launches_locally(cluster: ClusterConfig) -> bool:
+    """Returns whether the workers of a prune are processes of this machine, without Ray."""
+    if cluster.launcher != "auto":
+        return cluster.launcher == "local"
+    # Not imported: a Ray that this process has joined is loaded.
+    ray = sys.modules.get("ray")
+    is_joined = "RAY_ADDRESS" in os.environ or (ray is not None and ray.is_initialized())
+    return not is_joined and cluster.service_of_ray == ""
 
 
 def worker_resources(cluster: ClusterConfig, machines: Sequence[Machine]) -> dict[str, float]:

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 
@@ -107,8 +108,12 @@ def end(number: int) -> None:
     os._exit(128 + number)
 
 
-def descendants() -> set[tuple[int, str]]:
-    """Lists all descendants of this process as (process id, start time); none without /proc."""
+def descendants(parents: Iterable[int] | None = None) -> set[tuple[int, str]]:
+    """Lists all descendants as (process id, start time); none without /proc.
+
+    Args:
+        parents: Whose; by default those of this process.
+    """
     starts: dict[int, str] = {}
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
@@ -117,7 +122,7 @@ def descendants() -> set[tuple[int, str]]:
             starts[int(folder.name)] = fields[19]
             children.setdefault(int(fields[1]), []).append(int(folder.name))
     found: set[tuple[int, str]] = set()
-    waiting = [os.getpid()]
+    waiting = [os.getpid()] if parents is None else list(parents)
     while waiting:
         for pid in children.get(waiting.pop(), []):
             found.add((pid, starts[pid]))

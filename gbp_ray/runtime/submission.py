@@ -169,7 +169,10 @@ def prepare_submission(
         warnings.warn(describe_left_out(secrets), stacklevel=2)
     _check_code(resolved, files, place, left)
     remote = resolved.model_copy(
-        update={"cluster": resolved.cluster.model_copy(update={"address": "auto"})}
+        # Whatever starts its workers here: there it joins the cluster.
+        update={
+            "cluster": resolved.cluster.model_copy(update={"address": "auto", "launcher": "auto"})
+        }
     )
     facts = {
         "version": __version__,

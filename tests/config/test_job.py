@@ -321,6 +321,10 @@ FAULTS = [
     ("cluster.num_workers", [1, 2, 3], "or [min, max] with 1 <= min <= max"),
     ("cluster.num_workers", 10**9, "cluster.num_workers = 1000000000: must be at most 10,000"),
     ("cluster.num_workers", [1, 10**9], "must be at most 10,000"),
+    ("cluster.launcher", "locl", "'locl': not allowed, did you mean 'local'? (allowed: auto, ray,"),
+    ("cluster", {"launcher": "local", "autoscale": True}, "launcher = local: autoscale = true is"),
+    ("cluster", {"launcher": "local", "num_workers": [1, 2]}, "num_workers = [1, 2] is for Ray"),
+    ("cluster", {"launcher": "local", "address": "auto"}, "address = auto is for Ray only; unset"),
     ("cluster.threads_per_worker", 1500, "cluster.threads_per_worker = 1500: should be less than"),
     ("cluster.cpus_per_worker", 1e300, "less than or equal to 10000"),
     ("cluster.max_failures", 10**9, "less than or equal to 10000"),
@@ -647,6 +651,8 @@ def test_trial_id_ignores_where_and_under_what_name(job_file: Path) -> None:
         "cluster.address": "auto",
     }
     assert trial_id(load_job(job_file, elsewhere)) == plain
+    for launcher in ("ray", "local"):
+        assert trial_id(load_job(job_file, {"cluster.launcher": launcher})) == plain
 
 
 def test_trial_id_changes_with_every_field_that_decides_the_result(job_file: Path) -> None:

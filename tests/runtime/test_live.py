@@ -237,7 +237,7 @@ def test_the_name_is_the_same_in_another_process(tmp_path: Path) -> None:
 
 
 def test_what_ray_cannot_import_is_refused_with_a_reason() -> None:
-    reason = "is known in this process only, and Ray's workers are others"
+    reason = "is known in this process only, and workers are others"
     with pytest.raises(ConfigError, match=reason):
         prune(workload(), **{"cluster.num_workers": 2})
     tables = {"name": "x", "workload": {"factory": "__main__:made"}, "prune": {}}

@@ -98,6 +98,12 @@ def test_the_name_tells_jobs_apart_and_clusters_not(folder: Path) -> None:
     job = folder / "job.toml"
     base = prepare(job).base_id
     assert prepare(job, {"storage": "/shared", "cluster.num_workers": 2}).base_id == base
+    # There it joins the cluster.
+    sent = prepare(job, {"storage": "/shared", "cluster.launcher": "local"})
+    assert (sent.base_id, sent.job.cluster.launcher, sent.job.cluster.address) == (
+        *(base, "auto"),
+        "auto",
+    )
     assert prepare(job, {"seed": 1}).base_id != base
     assert prepare(job, {"name": "other"}).base_id != base
     # Names are part of addresses.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter
 from typing import Any
 
 import ray
@@ -12,11 +11,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gbp_ray.config.cluster import ClusterConfig
 from gbp_ray.errors import GbpError
-from gbp_ray.results.records import RoundRecord
-from gbp_ray.runtime.on_ray.failures import Failure
-from gbp_ray.runtime.on_ray.hang import Standstill
+from gbp_ray.runtime.failures import Failure
+from gbp_ray.runtime.hang import Standstill
 from gbp_ray.runtime.progress import ProgressBoard
-from gbp_ray.training.progress import Progress
+from gbp_ray.runtime.worker import Account
 
 __all__ = ["Mailbox", "Relay"]
 
@@ -74,17 +72,14 @@ class Mailbox:
 class Relay:
     """Passes messages from its mailbox to the board while the block runs.
 
-    Restarts are shown only if `cluster`, with their limits, is given.
+    `cluster` as for `Account`.
     """
 
     def __init__(self, board: ProgressBoard, cluster: ClusterConfig | None = None) -> None:
         # Beside the driver, since machines of workers may come and go.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.mailbox = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-        self._board, self._cluster = board, cluster
-        self._last_progress: Progress | None = None
-        self._accused: Standstill | None = None
-        self._num_restarts: Counter[str] = Counter()
+        self.account = Account(board, cluster)
         self._lock = threading.Lock()
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="gbp-ray-progress", daemon=True)
@@ -102,48 +97,14 @@ class Relay:
     def describe(self, failure: Failure) -> tuple[int, str]:
         """Describes a failure with the workers' last messages: (rank, words)."""
         self.deliver()
-        return self._describe(failure)
-
-    def _describe(self, failure: Failure) -> tuple[int, str]:
-        if self._accused is not None:
-            return self._accused.rank, self._accused.in_words()
-        place = ""
-        if self._last_progress is not None:
-            place = f" in {self._last_progress.phase} of round {self._last_progress.round}"
-        return failure.rank, f"{failure.words}{place}"
+        return self.account.describe(failure)
 
     def deliver(self) -> None:
         """Shows new messages; lost progress must not end the trial."""
         with contextlib.suppress(ray.exceptions.RayError), self._lock:
             for message in ray.get(self.mailbox.take.remote(), timeout=30):
-                self._show(message)
+                self.account.show(message)
 
     def _poll(self) -> None:
         while not self._is_over.wait(_POLL_INTERVAL_S):
             self.deliver()
-
-    def _show(self, message: Progress | Standstill | tuple[str, RoundRecord | Failure]) -> None:
-        if isinstance(message, Progress):
-            self._last_progress = message
-            self._board.show(message)
-        elif isinstance(message, Standstill):
-            self._accused = message
-        else:
-            name, content = message
-            if isinstance(content, RoundRecord):
-                self._board.show_round(name, content)
-            else:
-                self._note_restart(name, content)
-
-    def _note_restart(self, name: str, failure: Failure) -> None:
-        if self._cluster is None:
-            return
-        field = "max_preemptions" if failure.is_preemption else "max_failures"
-        self._num_restarts[field] += 1
-        number, most = self._num_restarts[field], getattr(self._cluster, field)
-        if most is not None and number > most:
-            return
-        rank, words = self._describe(failure)
-        count = f"{number} of cluster.{field} = {'any number' if most is None else most}"
-        self._board.note(f"{name}  worker {rank} {words}; starting the workers again ({count})")
-        self._accused = self._last_progress = None

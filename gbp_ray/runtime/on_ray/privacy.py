@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import socket
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ from ray.train.torch.config import (
     _setup_torch_process_group,
     _TorchBackend,
 )
+
+from gbp_ray.runtime.worker import name_loopback
 
 __all__ = ["LOOPBACK", "PrivateTorchConfig", "is_private", "keep_private"]
 
@@ -49,10 +50,8 @@ def keep_private() -> Iterator[None]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         # The metrics are served without the token.
         "RAY_enable_metrics_collection": "0",
+        **name_loopback(),
     }
-    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        settings[name] = os.environ.get(name) or loopback
     before = {name: os.environ.get(name) for name in settings}
     takes_clusters = ray_constants.ENABLE_RAY_CLUSTER
     os.environ.update(settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -13,13 +12,12 @@ from concurrent.futures import Future, wait
 from typing import Any
 
 import ray
-import torch
 from ray._private import auto_init_hook
 
 from gbp_ray.config.cluster import ClusterConfig
-from gbp_ray.distributed.ranks import check_cuda
+from gbp_ray.distributed.ranks import check_devices
 from gbp_ray.errors import ConfigError, TrialError
-from gbp_ray.runtime.on_ray.failures import first_line
+from gbp_ray.runtime.failures import first_line
 from gbp_ray.runtime.on_ray.privacy import LOOPBACK, keep_private
 from gbp_ray.runtime.placement import pretend_cpus
 from gbp_ray.runtime.signals import Terminated, descendants, is_watching, kill
@@ -38,13 +36,7 @@ def ray_session(cluster: ClusterConfig, is_debug: bool) -> Iterator[None]:
         yield
         return
     if cluster.use_gpu and cluster.address is None:
-        check_cuda()
-        num_devices = torch.cuda.device_count()
-        if num_devices < cluster.min_workers:
-            raise ConfigError(
-                f"cluster.num_workers = {json.dumps(cluster.num_workers)}: each needs a CUDA "
-                f"device, and this machine has {num_devices}; lower it or give cluster.address"
-            )
+        check_devices(cluster)
     options: dict[str, Any] = {"address": cluster.address or "local"}
     with contextlib.ExitStack() as stack:
         if cluster.address is None:

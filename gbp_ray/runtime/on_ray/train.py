@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -25,40 +24,32 @@ import torch
 
 from gbp_ray.config.job import JobConfig, trial_id
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.errors import GbpError, StoreError, TrialError, WorkloadError
+from gbp_ray.errors import GbpError, StoreError, TrialError
 from gbp_ray.results.records import RoundRecord
 from gbp_ray.results.store import Store
+from gbp_ray.runtime.failures import Failure, first_line
 from gbp_ray.runtime.on_ray import START_TIMEOUT_S
-from gbp_ray.runtime.on_ray.failures import (
-    Failure,
-    find_failure,
-    first_line,
-    is_consequence,
-    may_pass,
-    unwrap,
-)
-from gbp_ray.runtime.on_ray.hang import Watch
+from gbp_ray.runtime.on_ray.failures import find_failure, may_pass, unwrap
 from gbp_ray.runtime.on_ray.machines import check_cluster, check_folder, list_machines
 from gbp_ray.runtime.on_ray.mailbox import Relay
 from gbp_ray.runtime.on_ray.privacy import PrivateTorchConfig, is_private
 from gbp_ray.runtime.on_ray.session import fit_interruptibly, ray_session
 from gbp_ray.runtime.placement import worker_resources
 from gbp_ray.runtime.progress import ProgressBoard
-from gbp_ray.training.progress import Progress
+from gbp_ray.runtime.worker import (
+    AGAIN,
+    EXCHANGE_TIMEOUT_S,
+    Message,
+    as_lasting,
+    refuse_restart,
+    run_worker,
+)
 from gbp_ray.workloads.loading import add_import_paths
 
 __all__ = ["StoppedError", "fit_trial", "run_trial"]
 
 _POLL_INTERVAL_S = 0.2
-_PROGRESS_INTERVAL_S = 0.2
-_GRACE_S = 5.0
-"""Delay before a worker reports that it lost the others: Ray first sees which one died."""
-
-_EXCHANGE_TIMEOUT_S = 4 * 3600
-"""Longest wait for a worker that builds the workload; `hang` notices a hung one."""
-
 _MAILBOX_TIMEOUT_S = 10.0
-_AGAIN = "run the job again to go on after its last whole round"
 
 
 def run_trial(
@@ -97,9 +88,9 @@ def fit_trial(
     # A worker that no longer answers Ray is frozen.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cluster.hang_timeout_s or "inf")
     with _scratch(job) as scratch, tempfile.TemporaryDirectory(prefix="gbp-ray-") as meeting:
-        torch_config = ray.train.torch.TorchConfig(timeout_s=_EXCHANGE_TIMEOUT_S)
+        torch_config = ray.train.torch.TorchConfig(timeout_s=EXCHANGE_TIMEOUT_S)
         if is_private():
-            torch_config = PrivateTorchConfig(timeout_s=_EXCHANGE_TIMEOUT_S, folder=meeting)
+            torch_config = PrivateTorchConfig(timeout_s=EXCHANGE_TIMEOUT_S, folder=meeting)
         trainer = ray.train.torch.TorchTrainer(
             _train_worker,
             train_loop_config={
@@ -138,13 +129,7 @@ def fit_trial(
             if failure.cause is not None:
                 raise failure.cause from error
             rank, words = describe(failure)
-            limit = f"max_failures = {cluster.max_failures}"
-            if failure.is_preemption:
-                limit = f"max_preemptions = {cluster.max_preemptions}"
-            text = f"worker {rank} {words}; cluster.{limit} allows no more restarts; {_AGAIN}"
-            raise TrialError(
-                f"trial {name}: {text}", trial_id=name, rank=rank, cause=words
-            ) from error
+            raise refuse_restart(job, rank, words, failure.is_preemption) from error
         except ray.train.ControllerError as error:
             cause = first_line(unwrap(error))
             if "startup timed out" in cause:
@@ -153,18 +138,9 @@ def fit_trial(
                     f"within cluster.room_timeout_s = {cluster.room_timeout_s:g}; ask for fewer or "
                     "wait longer"
                 )
-            text = f"Ray could not run the workers: {cause}; {_AGAIN}"
+            text = f"Ray could not run the workers: {cause}; {AGAIN}"
             raise TrialError(f"trial {name}: {text}", trial_id=name, cause=cause) from error
-    if isinstance(agreed, TrialError):
-        return TrialError(
-            f"trial {name}: worker {agreed.rank} failed with {agreed.cause}; it would fail again, "
-            f"so the workers were not started again; correct the cause and {_AGAIN}",
-            trial_id=name,
-            rank=agreed.rank,
-            cause=agreed.cause,
-            is_lasting=True,
-        )
-    return agreed
+    return as_lasting(job, agreed)
 
 
 @contextlib.contextmanager
@@ -198,9 +174,6 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
 
     Raising such an error, which would occur again, would make Ray restart the workers.
     """
-    # Imported here, since Ray's controller loads this module, too: it saves a second there.
-    from gbp_ray.runtime.trial import work_trial
-
     with contextlib.suppress(OSError):
         os.chdir(config["working_folder"])
     add_import_paths(config["import_paths"])
@@ -216,26 +189,11 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
         ranks.run_collectively(lambda: check_folder(job))
     except StoreError as error:
         return error
-    watch = Watch(
-        ranks,
-        job.cluster.hang_timeout_s,
-        compare=partial(_wait_for, meeting.compare, ranks.broadcast_object(uuid.uuid4().hex)),
-        accuse=partial(_wait_for, mailbox.put),
-    )
-    last_sent, last_phase = 0.0, ""
 
-    def send(progress: Progress) -> None:
-        nonlocal last_sent, last_phase
-        watch.note(progress)
-        now = time.monotonic()
-        is_due = now - last_sent > _PROGRESS_INTERVAL_S or progress.phase != last_phase
-        if ranks.is_first and is_due:
-            last_sent, last_phase = now, progress.phase
-            mailbox.put.remote(progress)
+    def put(message: Message) -> None:
+        mailbox.put.remote(message)
 
     def round_done(record: RoundRecord) -> None:
-        if ranks.is_first:
-            mailbox.put.remote((trial_id(job), record))
         ray.train.report({"round": record.round, **record.metrics})
         if gate is not None:
             if ranks.is_first:
@@ -246,27 +204,17 @@ def _train_worker(config: dict[str, Any]) -> GbpError | None:
             if not verdict:
                 raise StoppedError(f"trial {trial_id(job)}: stopped after round {record.round}")
 
-    try:
-        with watch:
-            work_trial(job, ranks, on_progress=send, round_done=round_done)
-    except Exception as error:
-        if isinstance(error, GbpError) and not ranks.has_left:
-            if isinstance(error, WorkloadError) and may_pass(error):
-                raise  # such as one caused by a lost connection
-            return error
-        if is_consequence(error):
-            time.sleep(_GRACE_S)
-        if may_pass(error):
-            raise
-        # Shown with --debug.
-        traceback.print_exception(error)
-        agreed = ranks.in_words(error)
-        if not ranks.has_left:
-            return agreed
-        # The others do not know of it; after the restart all of them end at once.
-        _wait_for(meeting.keep_error, agreed)
-        raise
-    return None
+    return run_worker(
+        job,
+        ranks,
+        put=put,
+        compare=partial(_wait_for, meeting.compare, ranks.broadcast_object(uuid.uuid4().hex)),
+        accuse=partial(_wait_for, mailbox.put),
+        # After the restart all of them end at once.
+        keep_error=partial(_wait_for, meeting.keep_error),
+        round_done=round_done,
+        is_passing=may_pass,
+    )
 
 
 def _wait_for(method: Any, *arguments: Any) -> Any:

@@ -40,7 +40,8 @@ from gbp_ray.results.lease import hold_lease
 from gbp_ray.results.records import FailureRecord, RoundRecord, StopRecord
 from gbp_ray.results.scores import read_specs
 from gbp_ray.results.store import Store
-from gbp_ray.runtime.on_ray.failures import first_line, may_pass, unwrap
+from gbp_ray.runtime.failures import first_line
+from gbp_ray.runtime.on_ray.failures import may_pass, unwrap
 from gbp_ray.runtime.on_ray.machines import (
     check_cluster,
     check_folder,

@@ -24,8 +24,9 @@ from shell import Shell
 
 from gbp_ray.config.cluster import ClusterConfig
 from gbp_ray.errors import PruneError, TransientStoreError, TrialError, WorkloadError
-from gbp_ray.runtime.on_ray import mailbox
-from gbp_ray.runtime.on_ray.failures import Failure, find_failure, is_consequence, may_pass
+from gbp_ray.runtime.failures import Failure, is_consequence
+from gbp_ray.runtime.on_ray.failures import find_failure, may_pass
+from gbp_ray.runtime.worker import Account
 
 CLOSED = RuntimeError(
     "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:6573. This is "
@@ -94,21 +95,15 @@ TAKEN_AWAY = dead(
 )
 
 
-def test_a_machine_taken_away_with_notice_is_counted_apart(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_machine_taken_away_with_notice_is_counted_apart() -> None:
     taken, killed = find_failure({0: CLOSED, 1: TAKEN_AWAY}), find_failure({0: dead(DIED)})
     assert (taken.rank, taken.is_preemption, killed.is_preemption) == (1, True, False)
     assert "taken away with notice" in taken.words
-    # The relay without the actor that workers write to.
-    monkeypatch.setattr(mailbox, "ray", MagicMock())
-    monkeypatch.setattr(mailbox, "Mailbox", MagicMock())
-    monkeypatch.setattr(mailbox, "NodeAffinitySchedulingStrategy", MagicMock())
     told: list[str] = []
     board = MagicMock(note=told.append)
-    relay = mailbox.Relay(board, ClusterConfig(max_failures=1, max_preemptions=2))
+    account = Account(board, ClusterConfig(max_failures=1, max_preemptions=2))
     for failure in (taken, killed, taken, taken, killed):
-        relay._show(("t", failure))
+        account.show(("t", failure))
     counts = [text.partition("again (")[2].rstrip(")") for text in told]
     # Beyond the limits nothing starts again, and the last word is the trial's own error.
     assert counts == [
@@ -116,7 +111,7 @@ def test_a_machine_taken_away_with_notice_is_counted_apart(
         "1 of cluster.max_failures = 1",
         "2 of cluster.max_preemptions = 2",
     ]
-    mailbox.Relay(board, ClusterConfig())._show(("t", taken))
+    Account(board, ClusterConfig()).show(("t", taken))
     assert told[-1].endswith("(1 of cluster.max_preemptions = any number)")
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import gbp_ray.results.store
 import gbp_ray.workloads.loading
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.runtime.on_ray.hang import Standstill, Watch, is_to_blame
+from gbp_ray.runtime.hang import Standstill, Watch, is_to_blame
 from gbp_ray.training.progress import Progress
 
 LAST = Progress("finetune", 12, 40, 0.5, round=2)

@@ -2,12 +2,12 @@
 
 Progress is a finished step or an entered collective. Ranks work in lock step, so one that hangs
 stops all: each compares its number of collectives with the others, and the rank with the fewest is
-the one that they wait for. It ends its own process, and Ray restarts the workers.
+the one that they wait for. It is ended, and the workers are started again.
 
 Building the workload, which may download data, and accessing the storage, which has deadlines of
 its own, may take any time. A frozen process (stopped, or in native code that holds the interpreter
-lock) cannot run this thread and reports nothing, so no other rank is blamed; Ray's health check
-ends it.
+lock) cannot run this thread and reports nothing, so no other rank is blamed; Ray's health check, or
+the driver of local workers, ends it.
 """
 
 from __future__ import annotations
