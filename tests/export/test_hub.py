@@ -104,6 +104,8 @@ def test_plain_transformers_loads_the_folder_and_generates_text(
     assert 'LlamaForCausalLM.from_pretrained(".")' in card
     assert str(hub) not in card.split("```toml")[0]
     weights = load_file(folder / "model.safetensors")
+    assert "model.embed_tokens.weight" in weights
+    assert "lm_head.weight" not in weights
     gate = weights["model.layers.0.mlp.gate_proj.weight"]
     assert len(gate) == widths.get("intermediate_size", 32)
     if not widths:
