@@ -79,6 +79,10 @@ class PruneTarget(Section):
     half; above 1 a number."""
     bytes: float | None = Field(None, gt=0.0)
     """Bytes of all parameters that stay, as macs: up to 1 a part of the dense network's."""
+    uniform: bool = False
+    """Whether layers that are alike, such as the feed-forward layers of all blocks, keep equally
+    many units, so that the network's own class can make the result. All of them take each step
+    together, each losing its own lowest-scoring units. Goes with prune.sparsity, too."""
 
     @model_validator(mode="before")
     @classmethod
@@ -92,7 +96,7 @@ class PruneTarget(Section):
 
     @model_validator(mode="after")
     def _is_one(self) -> PruneTarget:
-        named = [name for name, value in self if value is not None]
+        named = [name for name, value in self if value is not None and name != "uniform"]
         if len(named) > 1:
             raise ValueError(
                 f"{', '.join(named[:-1])} and {named[-1]}: are {len(named)} targets; leave one"
@@ -240,6 +244,7 @@ class PruneConfig(Section):
             return handler(given)
         target = given.get("target")
         named = dict(target) if isinstance(target, dict | PruneTarget) else {}
+        named.pop("uniform", None)
         if all(value is None for value in named.values()):
             return handler(given)
         try:
@@ -263,6 +268,11 @@ class PruneConfig(Section):
             and not self.unit_kinds
             and f"target.{self.target}: is met by removing whole units, not with granularity = "
             f'"{self.granularity}"; set granularity to channel, head or channel+head',
+            self.target.uniform
+            and not self.unit_kinds
+            and f'target.uniform = true: is of whole units, and granularity = "{self.granularity}" '
+            "removes weights; set granularity to channel, head or channel+head, or uniform to "
+            "false",
             self.target.kind == "sparsity"
             and self.target.sparsity != self.sparsity
             and f"target.{self.target}: contradicts sparsity = "

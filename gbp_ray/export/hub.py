@@ -190,7 +190,7 @@ def _fit(
             fault = (
                 f"{name} is {'x'.join(map(str, tensor.shape))}, and a configuration of "
                 f"{type(model).__name__} can only make it {there}, as it gives all layers the same "
-                'widths; prune with scope = "layer" for that'
+                "widths; prune with prune.target.uniform = true for that"
             )
             return fault, frozenset()
     return "", frozenset(shared_names(fresh) & shared_names(model))

@@ -40,6 +40,7 @@ from gbp_ray.pruning.budget import (
     plan_budgets,
     select_units,
 )
+from gbp_ray.pruning.dimensions import check_uniform
 from gbp_ray.pruning.graph.find import find_structure
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.removal.caches import Run
@@ -120,6 +121,8 @@ def find_units(
             f"prune.granularity = '{prune.granularity}': the network has no such units that can "
             f"go; fixed are {name_some(why, 3) or 'all of its axes'}; choose another granularity"
         )
+    if prune.target.uniform:
+        check_uniform(structure, {name: p.shape for name, p in model.named_parameters()})
     return structure
 
 
