@@ -139,9 +139,10 @@ class PruneConfig(Section):
     removes everything in round 1 and fine-tunes on."""
     ramp_rounds: Annotated[int | None, _ONE_ROUND, _ONE_SHOT] = Field(None, ge=1, le=999)
     """Rounds after which the sparsity is reached; later ones only fine-tune. Unset: all rounds."""
-    scope: Literal["global", "layer"] = "global"
-    """Which scores compete: those of all weights, or of each layer at the same sparsity. Of whole
-    units: all by score per cost, or each group at the same sparsity of its units."""
+    scope: Literal["global", "layer", "row"] = "global"
+    """Which scores compete: those of all weights, or of each layer at the same sparsity, or of each
+    row of a layer, the inputs of one output, at the same sparsity (Sun et al. 2023, with wanda). Of
+    whole units: all by score per cost, or each group at the same sparsity of its units."""
     granularity: str = "weight"
     """Unit of removal: "weight", or "n:m" such as "2:4", which keeps n of every m inputs; or whole
     units with all that is coupled to them: "channel" (output channels, neurons, hidden units),
@@ -286,6 +287,10 @@ class PruneConfig(Section):
             and f'reconstruct = "{self.reconstruct}": chooses single weights, and granularity = '
             f'"{self.granularity}" removes whole units; set granularity to weight or n:m, or '
             "reconstruct to least_squares",
+            self.scope == "row"
+            and self.granularity != "weight"
+            and f'scope = "row": compares single weights, and granularity = "{self.granularity}" '
+            'removes others; set scope to layer or global, or granularity to "weight"',
             bool(self.initial_masks and m)
             and f'initial_masks with granularity = "{self.granularity}": masks of single weights '
             'leave no whole groups; set granularity to "weight"',
