@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -325,7 +325,8 @@ class WholeUnits:
     def choose(self, number: int, scores_U: np.ndarray) -> UnitChoice:
         """Decides which units stay in round `number`."""
         bounds = Bounds.of(self._prune)
-        budget, scope = self.plan[number - 1], self._prune.scope
+        budget = self.plan[number - 1]
+        scope: Literal["global", "layer"] = "layer" if self._prune.scope == "layer" else "global"
         return select_units(self.dense, scores_U, self.kept_U, budget, scope=scope, bounds=bounds)
 
     def masks(self, model: nn.Module, kept_U: np.ndarray) -> MaskSet:

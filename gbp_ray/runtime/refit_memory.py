@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gbp_ray.config.prune import PruneConfig, sparsity_schedule
 from gbp_ray.distributed.ranks import isolated
 from gbp_ray.distributed.sharding import copy_network
-from gbp_ray.pruning.activations import PatchLayer, rows_of
+from gbp_ray.pruning.activations import PatchLayer, find_patch_layers, rows_of
 from gbp_ray.pruning.continuations import Continuation, find_continuations
 from gbp_ray.pruning.reconstruction import MANY_SUPPORTS, kind_of, layers_to_refit, refit_some
 from gbp_ray.training.footprint import FEW_MEASURED, MOST_MEASURED, Footprint, measure_stretches
@@ -165,6 +165,7 @@ def measure_refit(
     for name in names:
         first.setdefault(kinds[name], name)
     twin = copy_network(model)
+    twins = find_patch_layers(twin)
     small = {"reconstruct_damping": 1.0}  # few examples decide little
     small["reconstruct_relu_steps"] = min(config.reconstruct_relu_steps, 1)
 
@@ -172,7 +173,7 @@ def measure_refit(
         given = {"calibration_examples": num_batches * size, "calibration_batch_size": size}
         refit_some(
             *(twin, model, workload, config.model_copy(update={**small, **given})),
-            {name: twin.get_submodule(name) for name in names},
+            {name: twins[name] for name in names},
             *(follows, masks, first.values(), lambda progress: mark()),
         )
 
