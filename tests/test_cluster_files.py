@@ -19,6 +19,8 @@ import jsonschema
 import pytest
 import yaml
 
+from gbp_ray.config.job import load_job
+
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "cluster"
 MANIFESTS = [CLUSTER / "kuberay-job.yaml", CLUSTER / "kuberay-cluster.yaml"]
@@ -46,6 +48,13 @@ TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
 COUNT: dict[str, Any] = {"type": "integer", "minimum": 0}
 FLAG: dict[str, Any] = {"type": "boolean"}
 LABELS: dict[str, Any] = {"type": "object", "additionalProperties": {"type": "string"}}
+
+
+@pytest.mark.parametrize("name", ["llm_gradients.toml", "llm_weights.toml"])
+def test_jobs_of_language_models_are_for_eight_gpus_in_shards(name: str) -> None:
+    job = load_job(CLUSTER / name)
+    cluster = job.cluster
+    assert (cluster.num_workers, cluster.strategy, cluster.use_gpu) == (8, "fsdp", True)
 
 
 def test_every_file_says_what_it_costs_and_how_to_start_follow_and_end_it() -> None:

@@ -248,7 +248,9 @@ def trial_id(job: JobConfig) -> str:
         identity["prune"].pop("sparsity", None)
         goal, value = str(job.prune.target.kind), job.prune.target.value
     else:
-        identity["prune"].pop("target", None)  # It says what prune.sparsity says.
+        target = identity["prune"].pop("target", {})
+        if target.get("uniform"):
+            identity["prune"]["target"] = {"uniform": True}  # The rest says what sparsity says.
     identity["schema_version"] = SCHEMA_VERSION
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -336,7 +338,11 @@ def _fill_in(tree: dict[str, Any]) -> None:
 
 def _says_how_sparse(tree: dict[str, Any]) -> bool:
     prune = tree.get("prune")
-    return isinstance(prune, dict) and bool(prune.keys() & {"sparsity", "target"})
+    if not isinstance(prune, dict):
+        return False
+    target = prune.get("target")
+    is_goal = bool(target.keys() - {"uniform"}) if isinstance(target, dict) else "target" in prune
+    return "sparsity" in prune or is_goal
 
 
 def _read_toml(source: str | Path | None) -> dict[str, Any]:

@@ -83,6 +83,10 @@ class PruneTarget(Section):
     half; above 1 a number."""
     bytes: float | None = Field(None, gt=0.0)
     """Bytes of all parameters that stay, as macs: up to 1 a part of the dense network's."""
+    uniform: bool = False
+    """Whether layers that are alike, such as the feed-forward layers of all blocks, keep equally
+    many units, so that the network's own class can make the result. All of them take each step
+    together, each losing its own lowest-scoring units. Goes with prune.sparsity, too."""
 
     @model_validator(mode="before")
     @classmethod
@@ -96,7 +100,7 @@ class PruneTarget(Section):
 
     @model_validator(mode="after")
     def _is_one(self) -> PruneTarget:
-        named = [name for name, value in self if value is not None]
+        named = [name for name, value in self if value is not None and name != "uniform"]
         if len(named) > 1:
             raise ValueError(
                 f"{', '.join(named[:-1])} and {named[-1]}: are {len(named)} targets; leave one"
@@ -139,9 +143,10 @@ class PruneConfig(Section):
     removes everything in round 1 and fine-tunes on."""
     ramp_rounds: Annotated[int | None, _ONE_ROUND, _ONE_SHOT] = Field(None, ge=1, le=999)
     """Rounds after which the sparsity is reached; later ones only fine-tune. Unset: all rounds."""
-    scope: Literal["global", "layer"] = "global"
-    """Which scores compete: those of all weights, or of each layer at the same sparsity. Of whole
-    units: all by score per cost, or each group at the same sparsity of its units."""
+    scope: Literal["global", "layer", "row"] = "global"
+    """Which scores compete: those of all weights, or of each layer at the same sparsity, or of each
+    row of a layer, the inputs of one output, at the same sparsity (Sun et al. 2023, with wanda). Of
+    whole units: all by score per cost, or each group at the same sparsity of its units."""
     granularity: str = "weight"
     """Unit of removal: "weight", or "n:m" such as "2:4", which keeps n of every m inputs; or whole
     units with all that is coupled to them: "channel" (output channels, neurons, hidden units),
@@ -248,6 +253,7 @@ class PruneConfig(Section):
             return handler(given)
         target = given.get("target")
         named = dict(target) if isinstance(target, dict | PruneTarget) else {}
+        named.pop("uniform", None)
         if all(value is None for value in named.values()):
             return handler(given)
         try:
@@ -271,6 +277,11 @@ class PruneConfig(Section):
             and not self.unit_kinds
             and f"target.{self.target}: is met by removing whole units, not with granularity = "
             f'"{self.granularity}"; set granularity to channel, head or channel+head',
+            self.target.uniform
+            and not self.unit_kinds
+            and f'target.uniform = true: is of whole units, and granularity = "{self.granularity}" '
+            "removes weights; set granularity to channel, head or channel+head, or uniform to "
+            "false",
             self.target.kind == "sparsity"
             and self.target.sparsity != self.sparsity
             and f"target.{self.target}: contradicts sparsity = "
@@ -284,6 +295,10 @@ class PruneConfig(Section):
             and f'reconstruct = "{self.reconstruct}": chooses single weights, and granularity = '
             f'"{self.granularity}" removes whole units; set granularity to weight or n:m, or '
             "reconstruct to least_squares",
+            self.scope == "row"
+            and self.granularity != "weight"
+            and f'scope = "row": compares single weights, and granularity = "{self.granularity}" '
+            'removes others; set scope to layer or global, or granularity to "weight"',
             bool(self.initial_masks and m)
             and f'initial_masks with granularity = "{self.granularity}": masks of single weights '
             'leave no whole groups; set granularity to "weight"',

@@ -39,7 +39,8 @@ class ExportFacts:
         num_judged: Examples that rounds were judged by.
         program_fault: The reason for a missing model.pt2, or "".
         difference: Greatest difference of the program's outputs from the pruned network's.
-        has_tied_weights: Whether layers share a weight.
+        has_tied_weights: Whether layers share a weight that is stored for each of them.
+        stored_once: Names of weights that the class ties to others, and model.safetensors lacks.
         notes: Changes made on the way, a sentence each.
         onnx_difference: Greatest difference of the ONNX file's outputs; None without a file.
         onnx_fault: The reason for a missing model.onnx that was asked for, or "".
@@ -68,6 +69,7 @@ class ExportFacts:
     program_fault: str = ""
     difference: float = 0.0
     has_tied_weights: bool = False
+    stored_once: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     onnx_difference: float | None = None
     onnx_fault: str = ""
@@ -481,14 +483,18 @@ def _missing_program(facts: ExportFacts) -> str:
 
 
 def _how_to_load(facts: ExportFacts) -> list[str]:
+    strict = ", strict=False" if facts.stored_once else ""
     state = [
         "```python",
         "from safetensors.torch import load_file",
         "",
         f"model = {facts.class_name}(...)  # the class that it was made from",
-        'model.load_state_dict(load_file("model.safetensors"))',
+        f'model.load_state_dict(load_file("model.safetensors"){strict})',
         "```",
     ]
+    if facts.stored_once:
+        names = " and ".join(f"`{name}`" for name in facts.stored_once)
+        state += ["", f"The file leaves out {names}, which the class ties to other weights."]
     if facts.has_tied_weights:
         state += [
             "",

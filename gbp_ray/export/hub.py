@@ -1,6 +1,7 @@
 """Files that make the folder one of transformers': `from_pretrained` loads it as it is.
 
-    config.json, generation_config.json, and the tokenizer's files, beside model.safetensors
+    config.json, generation_config.json, and the tokenizer's files, beside model.safetensors, which
+    holds a weight once that transformers ties, as an output layer to the embeddings
 
 A network that has lost whole units has other widths than its class expects. Where all layers have
 lost as many, config.json says so; otherwise only load.py can make the network, see `compacted`. The
@@ -23,6 +24,7 @@ from torch import nn
 
 from gbp_ray.errors import ConfigError, ExportError, in_one_line
 from gbp_ray.export.traced import compare_outputs
+from gbp_ray.export.weights import leave_out, shared_names
 from gbp_ray.workloads.call import Call
 from gbp_ray.workloads.weights import tensor_state
 
@@ -62,7 +64,9 @@ class HubFiles:
     """What transformers needs beside the weights.
 
     Attributes:
-        files: By name; empty where `fault` says why the folder cannot be one of transformers'.
+        files: By name, model.safetensors among them; empty where `fault` says why the folder cannot
+            be one of transformers'.
+        tied: Names that model.safetensors has not, as transformers ties them to others.
         class_name: That loads it.
         difference: Greatest difference of its outputs from the pruned network's.
         base_model: Name or folder that the dense network came from, or "".
@@ -71,6 +75,7 @@ class HubFiles:
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
+    tied: frozenset[str] = frozenset()
     class_name: str = ""
     difference: float = 0.0
     base_model: str = ""
@@ -105,7 +110,7 @@ def make_hub_files(
         model: The pruned network, of transformers.
         masked: What it is compared with.
         shapes: Of tensors that have lost units: the dense and the new one, by name.
-        state: model.safetensors.
+        state: model.safetensors, with every name of each weight.
 
     Raises:
         ExportError: The loaded network gives other outputs.
@@ -113,8 +118,10 @@ def make_hub_files(
     config = deepcopy(model.config)
     if getattr(config, "auto_map", None):
         return HubFiles(fault="its class is code that came with it, which would not lie beside it")
-    if fault := _fit(config, model, shapes):
+    fault, tied = _fit(config, model, shapes)
+    if fault:
         return HubFiles(fault=fault)
+    state = leave_out(state, tied)
     config.architectures = [type(model).__name__]
     config.dtype = torch.float32
     if hasattr(config, "use_cache"):
@@ -128,6 +135,7 @@ def make_hub_files(
             model.generation_config.save_pretrained(folder)
         missing = _save_tokenizer(source, folder)
         files = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+        files["model.safetensors"] = state
         (folder / "model.safetensors").write_bytes(state)
         loaded, found = type(model).from_pretrained(folder, output_loading_info=True)
     lost = sorted(map(str, (*found["missing_keys"], *found["unexpected_keys"])))
@@ -137,11 +145,18 @@ def make_hub_files(
     comparison = compare_outputs("config.json", loaded.eval(), masked, call, _TOLERANCE)
     license_ = _find_license(source)
     name = type(model).__name__
-    return HubFiles(files, name, comparison.difference, source, license_, missing)
+    return HubFiles(files, tied, name, comparison.difference, source, license_, missing)
 
 
-def _fit(config: Any, model: nn.Module, shapes: Mapping[str, Sequence[list[int]]]) -> str:
-    """Writes new widths into a configuration; returns why it cannot hold them, or ""."""
+def _fit(
+    config: Any, model: nn.Module, shapes: Mapping[str, Sequence[list[int]]]
+) -> tuple[str, frozenset[str]]:
+    """Writes new widths into a configuration.
+
+    Returns:
+        Why it cannot hold them, or "", and the names that its class ties to others, as the network
+        does.
+    """
     pairs = sorted(
         {
             (old, new)
@@ -167,17 +182,18 @@ def _fit(config: Any, model: nn.Module, shapes: Mapping[str, Sequence[list[int]]
         with torch.device("meta"):
             fresh = type(model)(config)
     except Exception as error:  # noqa: BLE001 - configurations check what they like
-        return in_one_line(error)
+        return in_one_line(error), frozenset()
     own = tensor_state(fresh)
     for name, tensor in tensor_state(model).items():
         if name not in own or own[name].shape != tensor.shape:
             there = "x".join(map(str, own[name].shape)) if name in own else "nothing"
-            return (
+            fault = (
                 f"{name} is {'x'.join(map(str, tensor.shape))}, and a configuration of "
                 f"{type(model).__name__} can only make it {there}, as it gives all layers the same "
-                'widths; prune with scope = "layer" for that'
+                "widths; prune with prune.target.uniform = true for that"
             )
-    return ""
+            return fault, frozenset()
+    return "", frozenset(shared_names(fresh) & shared_names(model))
 
 
 def _save_tokenizer(source: str, folder: Path) -> str:

@@ -47,7 +47,13 @@ def fill_network(model: nn.Module, widths: dict[str, Any], weights: dict[str, Te
         held = vars(model.get_submodule(path))
         held[key] = tuple(value) if isinstance(held[key], tuple) else value
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    missing = [name for name in missing if not name.endswith("_extra_state")]
+    state = model.state_dict(keep_vars=True)
+    loaded = {id(state[name]) for name in weights if name in state}  # once, under any of its names
+    missing = [
+        name
+        for name in missing
+        if not name.endswith("_extra_state") and id(state[name]) not in loaded
+    ]
     if lacking := [*missing, *unexpected]:
         raise ValueError(f"{lacking[0]}: is not in both the network and model.safetensors")
     return model.eval()

@@ -97,7 +97,9 @@ def make_onnx(traced: ExportedProgram, model: nn.Module, call: Call) -> OnnxFile
     Raises:
         ExportError: The file gives other outputs.
     """
-    num_bytes = sum(tensor.nbytes for tensor in traced.state_dict.values())
+    # A weight that layers share is one initializer.
+    weights = {tensor.data_ptr(): tensor for tensor in traced.state_dict.values()}
+    num_bytes = sum(tensor.nbytes for tensor in weights.values())
     if num_bytes >= _MOST_BYTES:
         return OnnxFile(b"", fault=f"{num_bytes:,} bytes of weights do not fit into one ONNX file")
     try:

@@ -39,7 +39,13 @@ from gbp_ray.export.latency import Deliverable, measure_networks
 from gbp_ray.export.onnx import OnnxFile, check_onnx, make_onnx, missing_onnx
 from gbp_ray.export.rebuilt import StoredRound, open_round
 from gbp_ray.export.traced import Program, make_program
-from gbp_ray.export.weights import beside_tensors, check_state, complete_state
+from gbp_ray.export.weights import (
+    beside_tensors,
+    check_state,
+    complete_state,
+    leave_out,
+    shared_names,
+)
 from gbp_ray.results.folder import check_target, write_target
 from gbp_ray.results.measurements import CSR, DENSE, PRUNED, MeasurementsRecord
 from gbp_ray.results.records import RoundRecord
@@ -168,12 +174,17 @@ def export_round(
     outputs = call.run(model)
     if "hf" in to:
         check_hub(model)
+    whole = state = complete_state(model, weights) if compact is None else compact.state()
+    hub: HubFiles | None = None
+    tied: frozenset[str] = frozenset()
+    if "hf" in to:
+        shapes = {} if compact is None else compact.widths["shapes"]
+        hub = make_hub_files(model, masked, shapes, whole, call)
+        state, tied = hub.files.get("model.safetensors", whole), hub.tied
     loader_difference = None
     if compact is None:
-        state = complete_state(model, weights)
-        check_state(trial.job, state, call, outputs)
+        check_state(trial.job, state, call, outputs, is_whole=not tied)
     else:
-        state = compact.state()
         loader_difference = check_loader(trial.job, compact, state, call, masked)
     # What is measured has an ONNX file where it can have one, whether or not it is written.
     with_onnx = "onnx" in to or (is_measured and not missing_onnx())
@@ -193,12 +204,9 @@ def export_round(
     if "csr" in to and compact is not None:
         csr = CsrFile(fault="whole units were removed, and what is left is dense")
     elif "csr" in to:
-        csr = make_csr(trial.job, model, state, call, threads=threads)
+        csr = make_csr(trial.job, model, whole, call, threads=threads)
         files |= csr.files()
-    hub: HubFiles | None = None
-    if "hf" in to:
-        shapes = {} if compact is None else compact.widths["shapes"]
-        hub = make_hub_files(model, masked, shapes, state, call)
+    if hub is not None:
         files |= hub.files
     measurements = None
     if is_measured:
@@ -207,7 +215,7 @@ def export_round(
         beside = _make(dense, dense, call, is_folded=is_folded, with_onnx=with_onnx)
         macs = None if compact is None else _count_macs(source, model)
         sides = {
-            DENSE: beside.deliver(complete_state(dense, data), trial.dense),
+            DENSE: beside.deliver(leave_out(complete_state(dense, data), tied), trial.dense),
             PRUNED: made.deliver(state, record, macs),
         }
         if csr.model is not None:
@@ -232,7 +240,8 @@ def export_round(
         num_judged=num_examples(getattr(workload, judged_split(workload))),
         program_fault=program.fault,
         difference=program.difference,
-        has_tied_weights=compact is None and state != weights,
+        has_tied_weights=compact is None and bool(shared_names(model) - tied),
+        stored_once=tuple(sorted(tied)),
         loader_difference=loader_difference,
         compact_fault=compact_fault,
         notes=(

@@ -189,7 +189,9 @@ class Lane:
 
 
 @torch.no_grad()
-def in_step(lanes: Sequence[Lane], meet: Callable[[str, list[Tensor]], None]) -> None:
+def in_step(
+    lanes: Sequence[Lane], meet: Callable[[str, list[Tensor]], None], last: str | None = None
+) -> None:
     """Runs forward passes side by side, one at a time, in order, and stops all at each layer.
 
     All activations that are needed further on stay in memory, those of every lane.
@@ -197,6 +199,7 @@ def in_step(lanes: Sequence[Lane], meet: Callable[[str, list[Tensor]], None]) ->
     Args:
         meet: Called once for each layer, in the order of the network, when all lanes stand in front
             of it; given its name and its first input in each lane.
+        last: The layer that the passes end at; None passes through the whole network.
 
     Raises:
         PruneError: Lanes do not come to the same layers in the same order, or call one twice.
@@ -222,6 +225,8 @@ def in_step(lanes: Sequence[Lane], meet: Callable[[str, list[Tensor]], None]) ->
             seen.add(stop)
             # Under no name here, as the passes would go on with these inputs still in memory.
             meet(stop, [given for one in passes if (given := one.inputs) is not None])
+            if stop == last:
+                return
     finally:
         for one in passes:
             one.end()

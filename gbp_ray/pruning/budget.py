@@ -17,23 +17,29 @@ therefore a lower bound, and only the lowest in a heap is ever computed anew.
 Costs are whole numbers, scores float64, and equal prices go by unit number, so the choice is a
 function of the arguments: all ranks decide the same without communicating.
 
-Shape suffixes: U = units of the network, G = units of one group, P = products, A = axes of one.
+Where widths are to be uniform, the groups of a dimension (`dimensions`) take every step together:
+each loses as many, its own lowest-scoring. The price is that of all of them.
+
+Shape suffixes: U = units of the network, G = units of one group, S = steps of a line, D = groups of
+one dimension.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from gbp_ray.config.prune import Cost, PruneConfig, sparsity_schedule
 from gbp_ray.config.schema import is_matched, match_names, nearest_glob
 from gbp_ray.errors import ConfigError, PruneError, name_some
-from gbp_ray.pruning.structure import Axis, Group, Product, Structure
+from gbp_ray.pruning.dimensions import alike, check_alike, join
+from gbp_ray.pruning.structure import Group, Structure
+from gbp_ray.pruning.unit_costs import Costs, count_cost, products_of
 from gbp_ray.pruning.units import num_to_prune
 
 __all__ = [
@@ -88,19 +94,21 @@ class Bounds:
             its name or of a tensor that its units lie in; the last match counts. Rounded down to
             steps. A ceiling and `min_width` win over it.
         max_sparsity: Greatest share, likewise. One unit stays in any case, or `round_to`.
+        is_uniform: All groups of a dimension keep equal widths; the strictest of their shares
+            counts.
     """
 
     round_to: int = 1
     min_width: int = 1
     min_sparsity: float | Mapping[str, float] = 0.0
     max_sparsity: float | Mapping[str, float] = 1.0
+    is_uniform: bool = False
 
     @classmethod
     def of(cls, prune: PruneConfig) -> Bounds:
         """Returns those of a job."""
-        return cls(
-            prune.round_to, prune.min_width, prune.layer_min_sparsity, prune.layer_max_sparsity
-        )
+        shares = prune.layer_min_sparsity, prune.layer_max_sparsity
+        return cls(prune.round_to, prune.min_width, *shares, prune.target.uniform)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,8 +168,8 @@ def can_shrink(structure: Structure, bounds: Bounds) -> list[bool]:
     highs = _shares(structure, bounds, "max_sparsity", 1.0)
     found = []
     for group, low, high in zip(structure.groups, lows, highs, strict=True):
-        ones_G = np.ones(group.num_units, dtype=bool)
-        line = _Line(group, 0, np.zeros(group.num_units), ones_G, bounds)
+        places_G = np.arange(group.num_units)
+        line = _Line([group], places_G[:, None], np.zeros(group.num_units), bounds)
         line.bound(bounds, low, high)
         found.append(line.least < group.num_units)
     return found
@@ -226,24 +234,6 @@ def plan_budgets(structure: Structure, prune: PruneConfig, kept_U: np.ndarray) -
     return budgets
 
 
-def count_cost(structure: Structure, kind: Cost, kept_U: np.ndarray) -> int:
-    """Counts the units, weights, multiply-adds or bytes of what stays."""
-    widths = structure.widths(kept_U)
-    return sum(product.value(widths) for product in _products_of(structure, kind))
-
-
-def _products_of(structure: Structure, kind: Cost) -> Sequence[Product]:
-    """Returns the products that add up to a cost."""
-    if kind == "macs":
-        return structure.macs
-    if kind == "parameters":
-        return structure.weights
-    if kind == "bytes":
-        sizes = structure.bytes_per_weight
-        return [replace(p, factor=p.factor * sizes[p.name]) for p in structure.weights]
-    return [Product(1, (Axis(0, ((number, 1),)),)) for number in range(len(structure.groups))]
-
-
 def _check_scores(structure: Structure, scores_U: np.ndarray, kept_U: np.ndarray) -> None:
     shape = (structure.num_units,)
     if scores_U.shape != shape or kept_U.shape != shape:
@@ -292,6 +282,8 @@ def _names_of(group: Group) -> list[str]:
 class _Line:
     """The kept units of a group, in the order in which they go, and how many are left.
 
+    Of the groups of a dimension, as many units go at a time as there are groups, one of each.
+
     Attributes:
         start: Units at first.
         width: Units now; the first `start - width` in order are removed.
@@ -301,15 +293,38 @@ class _Line:
     """
 
     def __init__(
-        self, group: Group, first: int, scores_G: np.ndarray, kept_G: np.ndarray, bounds: Bounds
+        self, groups: Sequence[Group], units_SD: np.ndarray, scores_S: np.ndarray, bounds: Bounds
     ) -> None:
-        order = np.flatnonzero(kept_G)
-        # Stable: equal scores go by unit number.
-        order = order[np.argsort(scores_G[order], kind="stable")]
-        self.name, self.size, self.round_to = group.name, group.num_units, bounds.round_to
-        self.units: list[int] = (order + first).tolist()
-        self.scores: list[float] = scores_G[order].tolist()
-        self.start = self.width = self.floor = self.least = self.last = len(self.units)
+        self.names = tuple(group.name for group in groups)
+        self.size, self.round_to = groups[0].num_units, bounds.round_to
+        self.units_SD = units_SD
+        self.first: list[int] = units_SD[:, 0].tolist()
+        self.scores: list[float] = scores_S.tolist()
+        self.start = self.width = self.floor = self.least = self.last = len(units_SD)
+
+    @classmethod
+    def of(
+        cls,
+        structure: Structure,
+        numbers: Sequence[int],
+        scores_U: np.ndarray,
+        kept_U: np.ndarray,
+        bounds: Bounds,
+    ) -> _Line:
+        """Returns that of the groups of one dimension."""
+        orders = []
+        for number in numbers:
+            first, stop = structure.bounds[number : number + 2]
+            order = first + np.flatnonzero(kept_U[first:stop])
+            # Stable: equal scores go by unit number.
+            orders.append(order[np.argsort(scores_U[order], kind="stable")])
+        groups = [structure.groups[number] for number in numbers]
+        check_alike([group.name for group in groups], [len(order) for order in orders])
+        units_SD = np.stack(orders, axis=1)
+        scores_S = scores_U[units_SD[:, 0]]
+        if len(orders) > 1:
+            scores_S = np.array([math.fsum(row) for row in scores_U[units_SD]])
+        return cls(groups, units_SD, scores_S, bounds)
 
     def bound(self, bounds: Bounds, low: float, high: float) -> None:
         """Sets the widths that are allowed."""
@@ -335,7 +350,7 @@ class _Line:
 
     def first_unit(self, width: int) -> int:
         """Returns the unit that goes first below a width."""
-        return self.units[self.start - width]
+        return self.first[self.start - width]
 
     def score(self, high: int, low: int) -> float:
         """Adds up the scores of the units that go from one width to a lower one."""
@@ -351,62 +366,13 @@ class _Line:
         return (2 * self.size - high - low) / (2 * self.size)
 
 
-class _Costs:
-    """A sum of products at the widths of the groups, and its change with one of them.
-
-    Attributes:
-        total: The cost now.
-    """
-
-    def __init__(self, products: Iterable[Product], widths: Sequence[int]) -> None:
-        self.total, changing = 0, dict[tuple[Axis, ...], int]()
-        for product in products:
-            self.total += product.value(widths)
-            axes = [axis for axis in product.axes if axis.per_unit]
-            fixed = [axis.fixed for axis in product.axes if not axis.per_unit]
-            # Products of the same lengths are one.
-            key = tuple(sorted(axes, key=lambda axis: (axis.fixed, axis.per_unit)))
-            if axes:
-                changing[key] = changing.get(key, 0) + product.factor * math.prod(fixed)
-        # No cost exceeds the first one, which decides if 64 bits hold all of them.
-        kind = np.dtype(np.int64 if self.total < 2**62 else object)
-        num_axes = max(map(len, changing), default=1)
-        self._lengths_PA = np.ones((len(changing), num_axes), dtype=kind)
-        self._factors_P = np.array(list(changing.values()), dtype=kind)
-        uses: list[dict[int, np.ndarray]] = [{} for _ in widths]
-        for row, axes_of_row in enumerate(changing):
-            for column, axis in enumerate(axes_of_row):
-                self._lengths_PA[row, column] = axis.length(widths)
-                for group, number in axis.per_unit:
-                    slopes = uses[group].setdefault(row, np.zeros(num_axes, dtype=kind))
-                    slopes[column] += number
-        self._values_P = self._factors_P * self._lengths_PA.prod(axis=1)
-        self._uses: list[tuple[Any, Any, Any]] = []
-        for of_group in uses:
-            rows = np.array(list(of_group), dtype=np.intp)
-            slopes = np.array(list(of_group.values()), dtype=kind).reshape(-1, num_axes)
-            self._uses.append((rows, slopes, self._factors_P[rows]))
-
-    def change(self, group: int, difference: int) -> int:
-        """Returns what the cost would change by with so many more units of a group."""
-        rows, slopes, factors = self._uses[group]
-        after = factors * (self._lengths_PA[rows] + slopes * difference).prod(axis=1)
-        return int((after - self._values_P[rows]).sum())
-
-    def move(self, group: int, difference: int) -> None:
-        """Changes the number of units of a group."""
-        rows, slopes, factors = self._uses[group]
-        self.total += self.change(group, difference)
-        self._lengths_PA[rows] += slopes * difference
-        self._values_P[rows] = factors * self._lengths_PA[rows].prod(axis=1)
-
-
 class _Choice:
     """One decision on its way.
 
     Attributes:
-        tops: Width of each group up to which units may come back.
-        held: Groups that their least width kept from a step whose turn it was.
+        lines: One for each group, or for each dimension.
+        tops: Width of each up to which units may come back.
+        held: Those that their least width kept from a step whose turn it was.
     """
 
     def __init__(
@@ -422,21 +388,20 @@ class _Choice:
         self.kept_U, self.budget, self.is_by_layer = kept_U, budget, is_by_layer
         lows = _shares(structure, bounds, "min_sparsity", 0.0)
         highs = _shares(structure, bounds, "max_sparsity", 1.0)
-        scores, kept = structure.split(scores_U), structure.split(kept_U)
+        dimensions = alike(structure, bounds.is_uniform)
         self.lines = []
-        for number, group in enumerate(structure.groups):
-            first = structure.bounds[number]
-            line = _Line(group, first, scores[number], kept[number], bounds)
-            line.bound(bounds, lows[number], highs[number])
+        for numbers in dimensions:
+            line = _Line.of(structure, numbers, scores_U, kept_U, bounds)
+            line.bound(bounds, max(lows[i] for i in numbers), min(highs[i] for i in numbers))
             self.lines.append(line)
         self.tops = [line.start for line in self.lines]
         self.held: set[int] = set()
-        products = _products_of(structure, budget.kind)
-        self.costs = _Costs(products, self.tops)
+        products = join(products_of(structure, budget.kind), dimensions)
+        self.costs = Costs(products, self.tops)
         narrowest = [line.least for line in self.lines]
         least = sum(product.value(narrowest) for product in products)
         if least > budget.limit:
-            sizes = [group.num_units for group in structure.groups]
+            sizes = [line.size for line in self.lines]
             dense = sum(product.value(sizes) for product in products)
             raise PruneError(_describe_unreachable(budget, least, dense, structure.frozen))
 
@@ -466,7 +431,7 @@ class _Choice:
             return
         self.tops = [line.floor for line in self.lines]
         if self.budget.is_final and any(self._fits(i, self.lines[i].above) for i in below):
-            names = name_some([f"'{self.lines[i].name}'" for i in below], 3)
+            names = name_some([f"'{self.lines[i].names[0]}'" for i in below], 3)
             raise PruneError(_describe_too_low(self.budget, self.costs.total, names))
 
     def shrink(self) -> None:
@@ -512,12 +477,13 @@ class _Choice:
         """Returns the decision."""
         kept_U = self.kept_U.copy()
         for line in self.lines:
-            kept_U[line.units[: line.start - line.width]] = False
+            kept_U[line.units_SD[: line.start - line.width]] = False
         names = [
-            line.name
+            name
             for number, line in enumerate(self.lines)
             # One that took units back has lost fewer than it might.
             if number in self.held and line.width == line.least
+            for name in line.names
         ]
         return UnitChoice(kept_U, self.costs.total, tuple(names))
 

@@ -131,6 +131,11 @@ class ScoreView(ABC):
                 stays[equal[left:]] = True
                 left = max(left - len(equal), 0)
 
+    def filled(self) -> Tensor:
+        """Copies the scores as they compete, (L,)."""
+        parts = [torch.as_tensor(chunk).clone() for _, chunk in self._chunks()]
+        return torch.cat(parts or [torch.as_tensor(self._scores_L[:0])])
+
     def protect_top_n(self, n: int, m: int, shape: tuple[int, ...], dim: int) -> ScoreView:
         """Protects the n best of each m neighbours along an axis, but none that was pruned before.
 

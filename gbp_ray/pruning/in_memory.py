@@ -150,7 +150,7 @@ def prune_model(
             `Pruner` gathers in training.
         loss: `(outputs, targets) -> scalar`, a mean; see `Workload`, as for `forward`, `collate`
             and `count`.
-        scope: "global" or "layer".
+        scope: "global", "layer" or "row".
         granularity: "weight", "n:m"; or "channel", "head", "channel+head".
         exclude: Name globs of parameters that are not pruned.
         include: Name globs of others that are, such as embeddings and recurrent weights.

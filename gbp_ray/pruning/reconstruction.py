@@ -27,7 +27,7 @@ group, S = kept inputs of one output.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -60,7 +60,15 @@ from gbp_ray.workloads.batch import Batch, forward
 from gbp_ray.workloads.contract import Workload, in_mode
 from gbp_ray.workloads.data import derive_seed
 
-__all__ = ["MANY_SUPPORTS", "Moments", "check_reconstruction", "layers_to_refit", "reconstruct"]
+__all__ = [
+    "MANY_SUPPORTS",
+    "Moments",
+    "check_reconstruction",
+    "kind_of",
+    "layers_to_refit",
+    "reconstruct",
+    "refit_some",
+]
 
 _TRIAL_EXAMPLES = 4
 MANY_SUPPORTS = 8
@@ -149,6 +157,8 @@ def reconstruct(
 def check_reconstruction(model: nn.Module, workload: Workload, config: PruneConfig) -> None:
     """Refits a copy of a network on a few examples, to see before any training that it can.
 
+    All passes stop at all layers. Of layers that are alike, the first one is solved for.
+
     Raises:
         ConfigError: The network has no layer that can be refitted.
         PruneError: Its passes cannot be stopped in step, or a layer cannot be solved for.
@@ -171,7 +181,47 @@ def check_reconstruction(model: nn.Module, workload: Workload, config: PruneConf
             )
         weights = {f"{name}.weight": layer.weight.detach() for name, layer in layers.items()}
         masks = {key: torch.ones_like(value, dtype=torch.bool) for key, value in weights.items()}
-        refit.refit_all(layers, follows, masks, {}, {}, weights, ignore_progress)
+        first: dict[Hashable, str] = {}
+        for name, layer in layers.items():
+            first.setdefault(kind_of(layer, follows[0][name]), name)
+        refit.refit_all(layers, follows, masks, {}, {}, weights, only=first.values())
+
+
+def kind_of(layer: PatchLayer, after: Continuation) -> Hashable:
+    """Returns a key that is equal for layers that take the same steps to solve for."""
+    geometry = layer.extra_repr(), tuple(layer.weight.shape), layer.weight.dtype
+    return type(layer), *geometry, after.is_rectified, after.summand is None, len(after.steps)
+
+
+def refit_some(
+    model: nn.Module,
+    dense: nn.Module,
+    workload: Workload,
+    config: PruneConfig,
+    layers: Mapping[str, PatchLayer],
+    follows: _Follows,
+    masks: Mapping[str, Tensor],
+    only: Collection[str],
+    on_progress: OnProgress,
+) -> None:
+    """Refits some layers of a network in place, on one rank, in order to measure what that takes.
+
+    Args:
+        layers: All that `reconstruct` would refit, of `model`.
+        follows: What follows them, in both networks.
+        only: Names of those to refit. The passes end at the last of them.
+    """
+    ranks = Ranks(device=next(model.parameters()).device)
+    refit = _Refit(
+        model, dense, workload, Calibration(workload, config, 0, ranks), ranks, config, 0
+    )
+    dense_weights = dict(dense.named_parameters())
+    with in_mode(model, is_training=False), in_mode(dense, is_training=False), isolated(model, 0):
+        refit.refit_all(
+            *(layers, [follows, follows], masks, {}, {}, dense_weights, on_progress),
+            only=only,
+            last=[name for name in layers if name in only][-1],
+        )
 
 
 def layers_to_refit(model: nn.Module, run: Callable[[], object]) -> dict[str, PatchLayer]:
@@ -274,9 +324,17 @@ class _Refit:
         masks_before: Mapping[str, Tensor],
         kept_rows: Mapping[str, Tensor],
         dense_weights: Mapping[str, Tensor],
-        on_progress: OnProgress,
+        on_progress: OnProgress = ignore_progress,
+        *,
+        only: Collection[str] | None = None,
+        last: str | None = None,
     ) -> dict[str, Tensor]:
-        """Refits layers in the order of a pass; returns new masks by parameter name."""
+        """Refits layers in the order of a pass; returns new masks by parameter name.
+
+        Args:
+            only: Names of those that are solved for; the passes stop at the others, too.
+            last: As of `in_step`.
+        """
         originals = self.originals_of(layers)
         # A rank without a batch passes batch 0, to come to the layers like the others.
         turns = list(self.ranks.deal(len(self.calibration.batches)))
@@ -299,6 +357,10 @@ class _Refit:
         def meet(name: str, inputs: list[Tensor]) -> None:
             layer, key = layers[name], f"{name}.weight"
             after, of_dense = (following[name] for following in follows)
+            if only is not None and name not in only:
+                for lane in lanes:
+                    lane.kept.pop(after.summand or "", None)
+                return
             steps = self.config.num_relu_steps * after.is_rectified
             rows: Iterable[_Rows] = (
                 self._rows_of(
@@ -336,7 +398,7 @@ class _Refit:
             on_progress(Progress("reconstruct", len(done), len(layers)))
 
         self.ranks.run_collectively(
-            lambda: in_step(lanes, meet), communicates=self.ranks.world_size > 1
+            lambda: in_step(lanes, meet, last), communicates=self.ranks.world_size > 1
         )
         return chosen
 

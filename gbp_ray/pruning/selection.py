@@ -14,10 +14,14 @@ Equal scores are taken by global flat index (parameter name order, then C order)
 function of the scores only. Zeros of both signs are equal. Weights pruned before stay pruned and
 count towards k.
 
+Where rows compete, each layer's number is split over its rows, the first ones taking one more where
+it does not divide. Rows are whole on a rank, so each chooses in its own.
+
 Scores are compared in float32, or in float64 where any of them is; narrower floats are widened,
 which keeps their order.
 
-Shape suffixes: N = prunable weights of the model, L = weights of one layer in this rank's slice.
+Shape suffixes: N = prunable weights of the model, L = weights of one layer in this rank's slice,
+R = its rows.
 """
 
 from __future__ import annotations
@@ -60,6 +64,7 @@ class _Layer:
         quota: How many weights it loses, those pruned before included.
         cut: Where its losses end.
         num_equal: How many of this rank's scores equal to the cut's go; None for all.
+        gone_R: How many weights each of this rank's rows loses, where rows compete.
     """
 
     rank_slice: RankSlice
@@ -71,6 +76,7 @@ class _Layer:
     quota: int = 0
     cut: Cut = _NOTHING
     num_equal: int | None = None
+    gone_R: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -85,7 +91,24 @@ class _Layer:
         """Returns True where some, but not all, of the scores equal to the cut's go."""
         return self.cut.below < self.quota < self.cut.below + self.cut.equal
 
+    @property
+    def width(self) -> int:
+        """Returns how many weights a row has."""
+        return self.size // self.rank_slice.shape[0]
+
+    @property
+    def rows(self) -> slice:
+        """Returns which rows of the layer this rank has."""
+        return slice(self.rank_slice.start // self.width, self.rank_slice.stop // self.width)
+
     def write_mask(self, kept_L: Tensor) -> None:
+        if self.gone_R is not None:
+            # Stable: equal scores go by flat index.
+            order = self.scores.filled().view(-1, self.width).argsort(dim=1, stable=True)
+            places = torch.arange(order.shape[1], device=order.device)
+            stays = places >= self.gone_R[:, None].to(order.device)
+            kept_L.view(order.shape).scatter_(1, order, stays)
+            return
         self.scores.write_mask(self.cut.threshold, self.num_equal, kept_L)
 
 
@@ -125,9 +148,12 @@ def select_masks(
     layers = _make_layers(scores, masks, config, input_dims or {}, ranks)
     k = num_to_prune(sparsity, masks.num_units)
     _check_possible(layers, k, sparsity, config)
-    share = _share_by_layer if config.scope == "layer" else _share_globally
+    share = _share_globally if config.scope == "global" else _share_by_layer
     capped_layers = share(layers, k, ranks)
-    _find_ends(layers, ranks)
+    if config.scope == "row":
+        _share_by_row(layers, ranks)
+    else:
+        _find_ends(layers, ranks)
     place = scores.values[0].device
     is_replicated = not any(is_shard(mask) for mask in masks.values())
     if is_replicated and ranks.world_size > 1:
@@ -184,6 +210,14 @@ def check_selectable(
                     f"prune.{key}.'{pattern}': matches no prunable parameter"
                     f"{nearest_glob(pattern, shapes)}"
                 )
+    if config.scope == "row":
+        others = [f"'{name}'" for name in shapes if (input_dims or {}).get(name, 1) != 1]
+        if others:
+            raise ConfigError(
+                "prune.scope = 'row': compares the inputs of each output, and the outputs of "
+                f"{name_some(others, 3)} do not lie along the first axis; name such layers in "
+                "prune.exclude, or set it to layer"
+            )
     if config.pattern is None:
         return
     _, m = config.pattern
@@ -368,6 +402,26 @@ def _share_by_layer(layers: list[_Layer], k: int, ranks: Ranks) -> list[str]:
         layer.quota = quota
     wanted = share_out(k, sizes, low, sizes)
     return [layer.name for layer, n in zip(layers, wanted, strict=True) if n > layer.ceiling]
+
+
+def _share_by_row(layers: list[_Layer], ranks: Ranks) -> None:
+    """Splits what each layer loses evenly over its rows, to the weight. Communicates."""
+    for layer in layers:
+        gone_R = torch.zeros(layer.rank_slice.shape[0], dtype=torch.int64)
+        if layer.num_pruned:
+            is_pruned = layer.scores.filled().view(-1, layer.width).isneginf()
+            gone_R[layer.rows] = is_pruned.sum(dim=1).cpu()
+            ranks.all_reduce_counts(gone_R)
+        # The highest level that all rows can be filled up to.
+        low, high = 0, layer.width
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = int(gone_R.clamp(min=middle).sum()) <= layer.quota
+            low, high = (middle, high) if fits else (low, middle - 1)
+        (at_level,) = (gone_R <= low).nonzero(as_tuple=True)
+        gone_R.clamp_(min=low)
+        gone_R[at_level[: layer.quota - int(gone_R.sum())]] += 1
+        layer.gone_R = gone_R[layer.rows]
 
 
 def share_out(total: int, sizes: list[int], low: list[int], high: list[int]) -> list[int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from gbp_ray.pruning.budget import (
     plan_budgets,
     select_units,
 )
+from gbp_ray.pruning.dimensions import check_uniform
 from gbp_ray.pruning.graph.find import find_structure
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.removal.caches import Run
@@ -120,6 +121,8 @@ def find_units(
             f"prune.granularity = '{prune.granularity}': the network has no such units that can "
             f"go; fixed are {name_some(why, 3) or 'all of its axes'}; choose another granularity"
         )
+    if prune.target.uniform:
+        check_uniform(structure, {name: p.shape for name, p in model.named_parameters()})
     return structure
 
 
@@ -322,7 +325,8 @@ class WholeUnits:
     def choose(self, number: int, scores_U: np.ndarray) -> UnitChoice:
         """Decides which units stay in round `number`."""
         bounds = Bounds.of(self._prune)
-        budget, scope = self.plan[number - 1], self._prune.scope
+        budget = self.plan[number - 1]
+        scope: Literal["global", "layer"] = "layer" if self._prune.scope == "layer" else "global"
         return select_units(self.dense, scores_U, self.kept_U, budget, scope=scope, bounds=bounds)
 
     def masks(self, model: nn.Module, kept_U: np.ndarray) -> MaskSet:

@@ -4,27 +4,28 @@ All calibration batches of a rank pass through both networks side by side, and a
 front of each layer. Either all but one stand there while that one goes on to the next layer, or all
 stand there while the layer is solved for.
 
-Two runs are counted on few examples: a forward pass, in stretches from layer to layer, and a refit,
-of which only what is outside of its passes is seen, as they run in threads of their own.
+Two runs are counted on few examples: a forward pass, in stretches from layer to layer, and a refit
+of the first layer of each kind, of which only what is outside of its passes is seen, as they run in
+threads of their own. Layers are of one kind where shapes and steps are equal.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from gbp_ray.config.prune import PruneConfig, sparsity_schedule
-from gbp_ray.distributed.ranks import Ranks, isolated
+from gbp_ray.distributed.ranks import isolated
 from gbp_ray.distributed.sharding import copy_network
-from gbp_ray.pruning.activations import PatchLayer, rows_of
+from gbp_ray.pruning.activations import PatchLayer, find_patch_layers, rows_of
 from gbp_ray.pruning.continuations import Continuation, find_continuations
-from gbp_ray.pruning.reconstruction import MANY_SUPPORTS, layers_to_refit, reconstruct
-from gbp_ray.training.footprint import MOST_MEASURED, Footprint, measure_stretches
+from gbp_ray.pruning.reconstruction import MANY_SUPPORTS, kind_of, layers_to_refit, refit_some
+from gbp_ray.training.footprint import FEW_MEASURED, MOST_MEASURED, Footprint, measure_stretches
 from gbp_ray.workloads.batch import Batch, forward
 from gbp_ray.workloads.contract import Workload, in_mode
 from gbp_ray.workloads.data import cut_batches
@@ -130,22 +131,25 @@ def measure_refit(
         turns: Batches of a rank.
     """
     batch, num_batches = take(MOST_MEASURED), min(turns, 2)
-    order: list[PatchLayer] = []
+    order: list[str] = []
 
-    def run(size: int = MOST_MEASURED) -> None:
+    def run(size: int = FEW_MEASURED) -> None:
         forward(model, workload, batch.part(slice(0, size), MOST_MEASURED))
 
     with in_mode(model, is_training=False), isolated(model, 0), torch.no_grad():
-        found = layers_to_refit(model, run)
-        follows = find_continuations(model, found, run)
-        row_bytes = _count_rows(found, follows, config.reconstruct_positions, run)
+        layers = layers_to_refit(model, run)
+        follows = find_continuations(model, layers, run)
+        row_bytes, kinds = _look_at_rows(layers, follows, config.reconstruct_positions, run)
 
         def stop_at_each(size: int, mark: Callable[[], None]) -> None:
-            def stop(layer: PatchLayer, given: object) -> None:
-                order.append(layer)
+            def stop(name: str, layer: PatchLayer, given: object) -> None:
+                order.append(name)
                 mark()
 
-            hooks = [layer.register_forward_pre_hook(stop) for layer in found.values()]
+            hooks = [
+                layer.register_forward_pre_hook(partial(stop, name))
+                for name, layer in layers.items()
+            ]
             try:
                 run(size)
             finally:
@@ -153,66 +157,67 @@ def measure_refit(
                     hook.remove()
 
         passing = measure_stretches(stop_at_each)
+    names = order[: len(layers)]
     again = config.num_relu_steps
-    steps = {layer: again * follows[name].is_rectified for name, layer in found.items()}
-    masks = {} if config.unit_kinds else _keep_few_outputs(found, config)
-    twin, own_thread = copy_network(model), threading.get_ident()
+    steps = {name: again * follows[name].is_rectified for name in names}
+    masks = {} if config.unit_kinds else _keep_few_outputs(layers, config)
+    first: dict[Hashable, str] = {}
+    for name in names:
+        first.setdefault(kinds[name], name)
+    twin = copy_network(model)
+    twins = find_patch_layers(twin)
+    small = {"reconstruct_damping": 1.0}  # few examples decide little
+    small["reconstruct_relu_steps"] = min(config.reconstruct_relu_steps, 1)
 
     def refit(size: int, mark: Callable[[], None]) -> None:
-        # Before the passes there is one more in this thread, to find the layers.
-        hook = twin.register_forward_hook(
-            lambda *_: mark() if threading.get_ident() == own_thread else None
-        )
         given = {"calibration_examples": num_batches * size, "calibration_batch_size": size}
-        try:
-            reconstruct(
-                # Few examples decide little.
-                *(twin, model, workload),
-                config.model_copy(
-                    update={
-                        **given,
-                        "reconstruct_damping": 1.0,
-                        "reconstruct_relu_steps": min(config.reconstruct_relu_steps, 1),
-                    }
-                ),
-                Ranks(),
-                masks=masks,
-                kept_rows={},
-                dense_weights=dict(model.named_parameters()),
-                on_progress=lambda progress: mark(),
-            )
-        finally:
-            hook.remove()
+        refit_some(
+            *(twin, model, workload, config.model_copy(update={**small, **given})),
+            {name: twins[name] for name in names},
+            *(follows, masks, first.values(), lambda progress: mark()),
+        )
 
-    solving = measure_stretches(refit)[-len(found) - 1 : -1]
+    # The last stretch follows the last layer. The first one includes how batches are read.
+    measured = measure_stretches(refit)[:-1]
+    chooses = config.reconstruct != "least_squares"
+    chosen = {name: chooses * layers[name].weight.numel() for name in names}
+    by_kind, before = dict[Hashable, Footprint](), 0
+    for (kind, name), footprint in zip(first.items(), measured, strict=True):
+        by_kind[kind] = footprint.plus(-before)
+        before += chosen[name]
+    # New masks stay, of the layers before.
+    ends = accumulate((chosen[name] for name in names), initial=0)
+    solving = [by_kind[kinds[name]].plus(end) for name, end in zip(names, ends, strict=False)]
     sizes: list[int] = []
     batch.map(lambda tensor: _note_bytes(tensor, sizes))
     return RefitMemory(
-        tuple(order[: len(found)]),
+        tuple(layers[name] for name in names),
         tuple(passing),
         tuple(solving),
-        tuple(row_bytes[layer] * (steps[layer] > 0) for layer in order[: len(found)]),
-        tuple(steps[layer] for layer in order[: len(found)]),
+        tuple(row_bytes[name] * (steps[name] > 0) for name in names),
+        tuple(steps[name] for name in names),
         num_batches,
         sum(sizes) // MOST_MEASURED,
         sum(buffer.nbytes for buffer in model.buffers()),
     )
 
 
-def _count_rows(
+def _look_at_rows(
     layers: Mapping[str, PatchLayer],
     follows: Mapping[str, Continuation],
     most: int,
     run: Callable[[], None],
-) -> dict[PatchLayer, int]:
-    """Counts the bytes of a layer's rows, targets and summands that an example makes."""
-    found: dict[PatchLayer, int] = {}
+) -> tuple[dict[str, int], dict[str, Hashable]]:
+    """Counts the bytes of a layer's rows, targets and summands for each example; finds its kind."""
+    found: dict[str, int] = {}
+    kinds: dict[str, Hashable] = {}
 
     def look(name: str, layer: PatchLayer, given: tuple[Tensor, ...]) -> None:
         rows = rows_of(layer, given[0], most)
         outputs = len(rows) * len(layer.weight) * rows.itemsize
         with_summand = 1 + (follows[name].summand is not None)
-        found[layer] = (rows.nbytes + with_summand * outputs) // MOST_MEASURED
+        found[name] = (rows.nbytes + with_summand * outputs) // FEW_MEASURED
+        kinds[name] = (kind_of(layer, follows[name]), given[0].shape, given[0].dtype)
 
     hooks = [layer.register_forward_pre_hook(partial(look, name)) for name, layer in layers.items()]
     try:
@@ -220,7 +225,7 @@ def _count_rows(
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return found, kinds
 
 
 def _keep_few_outputs(layers: Mapping[str, PatchLayer], config: PruneConfig) -> dict[str, Tensor]:

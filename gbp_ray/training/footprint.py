@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "FEW_MEASURED",
     "MOST_MEASURED",
     "Footprint",
     "count_live_bytes",
@@ -29,7 +30,7 @@ __all__ = [
     "measure_stretches",
 ]
 
-_FEW = 2
+FEW_MEASURED = 2
 MOST_MEASURED = 4
 
 
@@ -53,6 +54,10 @@ class Footprint:
         left = ((max(0.0, fixed - known) * share, each) for fixed, each in self.lines)
         return round(max(fixed + each * batch_size for fixed, each in left))
 
+    def plus(self, num_bytes: int) -> Footprint:
+        """Return it beside so many bytes that live all along."""
+        return Footprint(tuple((fixed + num_bytes, each) for fixed, each in self.lines))
+
 
 def measure_footprint(run: Callable[[int], object]) -> Footprint:
     """Measure a pass.
@@ -61,7 +66,7 @@ def measure_footprint(run: Callable[[int], object]) -> Footprint:
         run: Runs it over so many examples; its result lives to the end of it. What it makes once
             and keeps should be there before.
     """
-    few, more = (count_live_bytes(partial(run, size)) for size in (_FEW, MOST_MEASURED))
+    few, more = (count_live_bytes(partial(run, size)) for size in (FEW_MEASURED, MOST_MEASURED))
     if len(few) != len(more):
         few, more = [max(few)], [max(more)]
     return _through(few, more)
@@ -77,7 +82,7 @@ def measure_stretches(run: Callable[[int, Callable[[], None]], object]) -> list[
         Of each stretch, the last one up to the end of the pass; the first line is what lives where
         it begins, and the last line where it ends.
     """
-    few, more = (_count_by_stretch(partial(run, size)) for size in (_FEW, MOST_MEASURED))
+    few, more = (_count_by_stretch(partial(run, size)) for size in (FEW_MEASURED, MOST_MEASURED))
     found = []
     for one, other in zip(few, more, strict=True):
         if len(one) != len(other):
@@ -88,8 +93,8 @@ def measure_stretches(run: Callable[[int, Callable[[], None]], object]) -> list[
 
 def _through(few: list[int], more: list[int]) -> Footprint:
     """Draw the line through both sizes for each operation."""
-    each = [(b - a) / (MOST_MEASURED - _FEW) for a, b in zip(few, more, strict=True)]
-    return Footprint(tuple((a - _FEW * e, e) for a, e in zip(few, each, strict=True)))
+    each = [(b - a) / (MOST_MEASURED - FEW_MEASURED) for a, b in zip(few, more, strict=True)]
+    return Footprint(tuple((a - FEW_MEASURED * e, e) for a, e in zip(few, each, strict=True)))
 
 
 def _count_by_stretch(action: Callable[[Callable[[], None]], object]) -> list[list[int]]:

@@ -81,6 +81,15 @@ def export(hub: Path, name: str, to: list[str] | None = None, **prune: Any) -> t
             {"granularity": "channel+head", "sparsity": 0.5, "scope": "layer"},
             {"intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1},
         ),
+        (
+            "uniform",
+            {
+                "granularity": "channel",
+                "target": {"parameters": 0.8, "uniform": True},
+                "exclude": ["model.embed_tokens.*", "*norm*", "*.self_attn.*"],
+            },
+            {"intermediate_size": 21, "num_attention_heads": 4},
+        ),
     ],
 )
 def test_plain_transformers_loads_the_folder_and_generates_text(
@@ -104,16 +113,18 @@ def test_plain_transformers_loads_the_folder_and_generates_text(
     assert 'LlamaForCausalLM.from_pretrained(".")' in card
     assert str(hub) not in card.split("```toml")[0]
     weights = load_file(folder / "model.safetensors")
+    assert "model.embed_tokens.weight" in weights
+    assert "lm_head.weight" not in weights
     gate = weights["model.layers.0.mlp.gate_proj.weight"]
     assert len(gate) == widths.get("intermediate_size", 32)
-    if not widths:
+    if name == "weights":
         assert torch.count_nonzero(gate) < 0.9 * gate.numel()
 
 
 def test_layers_of_other_widths_are_named(hub: Path) -> None:
     folder, found = export(hub, "uneven", granularity="channel", sparsity=0.3)
     assert found.hub_difference is None
-    assert 'prune with scope = "layer" for that' in found.hub_fault
+    assert "prune with prune.target.uniform = true for that" in found.hub_fault
     assert "gate_proj.weight is " in found.hub_fault
     assert not (folder / "config.json").exists()
     assert (folder / "load.py").exists()

@@ -25,6 +25,7 @@ from selections import (
     tied_values,
 )
 from small_networks import ConvNet, built, draw, prune_config
+from thread_ranks import ThreadRanks, on_threads
 from torch import Tensor
 from torch.nn.utils import prune
 
@@ -32,7 +33,13 @@ from gbp_ray.errors import ConfigError, PruneError
 from gbp_ray.pruning.masks import MaskSet
 from gbp_ray.pruning.selection import check_reachable, select_masks
 from gbp_ray.pruning.thresholds import exact_threshold
-from gbp_ray.pruning.units import num_to_prune, prunable_parameters
+from gbp_ray.pruning.units import (
+    Layout,
+    Prunable,
+    SlicedScores,
+    num_to_prune,
+    prunable_parameters,
+)
 
 # -- exactly k, and which --------------------------------------------------------------------------
 
@@ -473,3 +480,60 @@ def test_a_later_decision_holds_no_copy_of_the_scores(granularity: str) -> None:
         tracemalloc.stop()
     least = num_weights * (1 if granularity == "weight" else 2)
     assert least < peak_bytes < least + num_weights
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+@given(scores=layered_scores(), data=st.data())
+def test_each_row_loses_the_same_number_of_its_lowest(scores: dict[str, Tensor], data: Any) -> None:
+    """In one decision and in two, which go on from unequal rows, too."""
+    scores = {name: v[: len(v) // 2 * 2].reshape(2, -1) for name, v in scores.items()}
+    total = sum(values.numel() for values in scores.values())
+    most = sum(values.numel() - 1 for values in scores.values())
+    first, last = sorted(data.draw(st.integers(0, most)) / total for _ in range(2))
+    config = prune_config(sparsity=last, scope="row")
+    masks = dense(scores)
+    for sparsity in (first, last):
+        alone = select_masks(scores, masks, config, sparsity).masks
+        by_layer = select_masks(
+            scores, masks, prune_config(sparsity=last, scope="layer"), sparsity
+        ).masks
+        for name, mask in alone.items():
+            before, values = masks[name], scores[name]
+            gone = (~mask).sum(dim=1)
+            assert int(gone.sum()) == int((~by_layer[name]).sum())
+            free = gone > (~before).sum(dim=1)
+            if free.any():
+                assert int(gone[free].max()) <= int(gone.min()) + 1
+            for row in range(len(values)):
+                keys = [
+                    (bool(before[row, i]), float(values[row, i]), i) for i in range(values.shape[1])
+                ]
+                wanted = sorted(range(values.shape[1]), key=keys.__getitem__)[: int(gone[row])]
+                assert sorted(wanted) == (~mask[row]).nonzero().flatten().tolist()
+        masks = alone
+
+
+def test_rows_are_whole_on_every_rank() -> None:
+    scores = {"a": draw(7, 5), "b": draw(3, 2, 3, seed=1), "c": draw(1, 9, seed=2)}
+    config = prune_config(sparsity=0.5, scope="row")
+    masks = dense(scores)
+    wanted = select_masks(scores, masks, config, 0.5).masks
+    units = [Prunable(name, torch.nn.Parameter(values), 1) for name, values in scores.items()]
+
+    def program(ranks: ThreadRanks) -> str:
+        own = Layout(units, ranks).own
+        values = [scores[s.name].flatten()[s.start : s.stop] for s in own]
+        return select_masks(SlicedScores(own, values), masks, config, 0.5, ranks=ranks).masks.digest
+
+    assert {wanted.digest} == set(on_threads(3, program))
+
+
+def test_rows_that_no_rank_holds_whole_are_refused() -> None:
+    scores = {"a.weight": draw(4, 4)}
+    config = prune_config(sparsity=0.5, scope="row")
+    with pytest.raises(ConfigError, match=r"^prune\.scope = 'row': .* outputs of 'a\.weight' do"):
+        select_masks(scores, dense(scores), config, 0.5, input_dims={"a.weight": 0})
+    with pytest.raises(ValueError, match=r'scope = "row": compares single weights, and granul'):
+        prune_config(sparsity=0.5, scope="row", granularity="2:4")

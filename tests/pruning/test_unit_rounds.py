@@ -93,6 +93,17 @@ def test_the_target_is_met_and_the_network_is_as_small_as_its_record_says(
         assert total - kept == round(job.prune.sparsity * total)
 
 
+def test_layers_that_are_alike_keep_equal_widths_in_every_round(
+    alone: dict[str, list[dict[str, Any]]],
+) -> None:
+    dense, first, last = (
+        {width.num_kept for width in report["cost"].units.widths} for report in alone["uniform"]
+    )
+    assert {len(dense), len(first), len(last)} == {1}
+    assert dense == {20}
+    assert min(dense) > min(first) > min(last)
+
+
 def test_units_that_leave_and_units_kept_as_zeros_train_alike(
     alone: dict[str, list[dict[str, Any]]],
 ) -> None:

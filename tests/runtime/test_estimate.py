@@ -18,7 +18,7 @@ from gbp_ray.config.criteria import CRITERIA
 from gbp_ray.config.job import JobConfig
 from gbp_ray.config.training import DistillationConfig, FinetuneConfig, PretrainConfig
 from gbp_ray.distributed.ranks import Ranks
-from gbp_ray.pruning import activations, rounds
+from gbp_ray.pruning import activations, reconstruction, rounds
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.runtime.estimate import CostEstimate, make_plan
 from gbp_ray.runtime.memory import Phase
@@ -64,6 +64,17 @@ class WideNet(nn.Sequential):
             nn.AdaptiveAvgPool2d(2),
             nn.Flatten(),
             nn.Linear(256, 3),
+        )
+
+
+class DeepNet(nn.Sequential):
+    """Equal layers, of which only the first of each kind is solved for in a plan."""
+
+    def __init__(self) -> None:
+        blocks = [part for _ in range(3) for part in (nn.Linear(48, 48), nn.ReLU())]
+        super().__init__(
+            *(nn.Conv2d(2, 3, 3, stride=2), nn.Flatten(), nn.Linear(12, 48), nn.Tanh()),
+            *(*blocks, nn.Linear(48, 48, bias=False), nn.Tanh(), nn.Linear(48, 3)),
         )
 
 
@@ -169,6 +180,8 @@ def count_in_threads(patch: pytest.MonkeyPatch) -> None:
         (WideNet, {"calibration_batch_size": 5, "sparsity": 0.2, "schedule": "one_shot"}),
         (ConvNet, {}),
         (ConvNet, {"granularity": "channel", "sparsity": 0.05}),
+        (DeepNet, {}),
+        (DeepNet, {"reconstruct": "sparsegpt", "calibration_batch_size": 5}),
     ],
     ids=str,
 )
@@ -186,6 +199,15 @@ def test_refitting_holds_what_the_plan_says(
     measured = measured_peaks(job, workload, monkeypatch)["reconstruct"]
     predicted = sum(size for part, size in held.items() if part not in STANDING)
     assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def test_a_plan_solves_for_one_layer_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    solved: list[str] = []
+    monkeypatch.setattr(reconstruction.Moments, "check", lambda moments, name: solved.append(name))
+    job = whole_job("magnitude", prune={"reconstruct": "least_squares"})
+    make_plan(job, images(DeepNet))
+    # Over two and over four examples; of the equal layers one that ReLU follows, one that does not.
+    assert solved == 2 * [f"{name}.weight" for name in ("0", "2", "4", "10", "12")]
 
 
 def test_what_stands_through_all_phases_is_told_by_name() -> None:

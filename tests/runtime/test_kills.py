@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_models import WORDS, write_models
 from kill_program import (
+    LANGUAGE,
     PHASES,
     UNITS,
     Death,
@@ -118,8 +120,41 @@ def test_a_worker_killed_while_units_leave_costs_its_round_alone(
     assert results_of(job) == whole
 
 
+REFITS = [Death("score", 1, 0), Death("reconstruct", 1, 1), Death("write", 2, 0)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "sizes", "deaths"),
+    [
+        ("replicated", (1, 2, 1), REFITS),
+        pytest.param("fsdp", (2, 3), REFITS, marks=needs_kills, id="sharded"),
+    ],
+)
+def test_a_worker_killed_while_a_language_model_is_refitted_costs_its_round_alone(
+    tmp_path: Path, strategy: str, sizes: tuple[int, ...], deaths: list[Death]
+) -> None:
+    pytest.importorskip("transformers", reason="needs the extra hf, which is not installed")
+    write_models(tmp_path)
+    text = " ".join(WORDS[(3 * i * i + i) % 20] for i in range(600))
+    (tmp_path / "text.txt").write_text(text)
+    options = {"workload.options": {"folder": str(tmp_path)}, "prune.sparsity": 0.5}
+    calm = make_job(tmp_path / "calm", "replicated", options, LANGUAGE)
+    work_trial(calm, Ranks())
+    whole = results_of(calm)
+    job = make_job(tmp_path / "killed", strategy, options, LANGUAGE)
+    for number, planned in enumerate(deaths):
+        size = sizes[number % len(sizes)]
+        death = Death(planned.phase, planned.round, planned.rank % size)
+        codes = end_group(start_group(job, size, death))
+        assert codes[death.rank] == -signal.SIGKILL, f"nobody died of {death} among {size}"
+        assert results_of(job) == whole[: death.round]
+    assert end_group(start_group(job, 2)) == [0] * 2
+    assert results_of(job) == whole
+
+
 def test_workers_are_killed_in_every_phase() -> None:
-    assert {death.phase for death in (*DEATHS, *CUTS)} == set(PHASES)
+    assert {death.phase for death in (*DEATHS, *CUTS, *REFITS)} == set(PHASES)
 
 
 @pytest.mark.slow

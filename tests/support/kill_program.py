@@ -23,6 +23,7 @@ import gbp_ray.pruning.rounds
 from gbp_ray.config.job import JobConfig, load_job, trial_id
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.pruning.checkpoint import SHARDS
+from gbp_ray.pruning.reconstruction import Moments
 from gbp_ray.pruning.whole_units import WholeUnits
 from gbp_ray.results.folder import FolderObjects
 from gbp_ray.results.records import RoundRecord
@@ -30,6 +31,7 @@ from gbp_ray.results.store import Store
 from gbp_ray.runtime.trial import work_trial
 from gbp_ray.workloads import digits_convnet
 from gbp_ray.workloads.contract import Workload
+from gbp_ray.workloads.transformers import huggingface
 
 SETTINGS = {
     "workload.factory": "kill_program:digits",
@@ -45,7 +47,22 @@ SETTINGS = {
 }
 UNITS = {"prune.granularity": "channel", "prune.target.macs": 0.5}
 """Whole units go, and leave the network after each decision."""
-PHASES = ("build", "train", "score", "decide", "cut", "evaluate", "write", "written")
+LANGUAGE = {
+    "workload.factory": "kill_program:llama",
+    "workload.eval_batch_size": 8,
+    "pretrain.epochs": 0,
+    "finetune.epochs": 0,
+    "prune.criterion": "taylor",
+    "prune.rounds": 2,
+    "prune.scope": "layer",
+    "prune.exclude": ["model.embed_tokens.*", "lm_head.*"],
+    "prune.reconstruct": "sparsegpt",
+    "prune.calibration_examples": 16,
+    "prune.calibration_batch_size": 4,
+    "cluster.num_workers": [1, 4],
+}
+"""A Llama is refitted, which `hub_models` has written; its folder is an option of the workload."""
+PHASES = ("build", "train", "score", "decide", "cut", "reconstruct", "evaluate", "write", "written")
 
 _SILENCE = timedelta(seconds=120)
 """How long a rank waits for another one.
@@ -106,9 +123,28 @@ def digits() -> Workload:
     return replace(workload, build_model=build, loss=loss)
 
 
-def make_job(storage: Path, strategy: str, more: dict[str, Any] | None = None) -> JobConfig:
+def llama(folder: str) -> Workload:
+    """A language model of transformers, whose loss may kill while it is scored."""
+    place = Path(folder)
+    options = {"data": str(place / "text.txt"), "max_length": 12}
+    workload = huggingface(model=str(place / "llama"), task="causal_lm", **options)
+
+    def loss(outputs: Any, _: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            reach("score", call=2)
+        return outputs.loss
+
+    return replace(workload, loss=loss)
+
+
+def make_job(
+    storage: Path,
+    strategy: str,
+    more: dict[str, Any] | None = None,
+    settings: dict[str, Any] = SETTINGS,
+) -> JobConfig:
     own = {"storage": str(storage), "cluster.strategy": strategy}
-    return load_job(None, SETTINGS | own | (more or {}))
+    return load_job(None, settings | own | (more or {}))
 
 
 def start_group(job: JobConfig, world_size: int, death: Death | None = None) -> list[BaseProcess]:
@@ -182,7 +218,12 @@ def _work(job: JobConfig, rank: int, world_size: int, meeting: Path, death: Deat
 def _die_inside_the_package() -> None:
     """Puts deaths where no code of a user's runs: in the decision, and between two files."""
     select, put = gbp_ray.pruning.rounds.select_masks, FolderObjects.put_new
-    remove = WholeUnits.remove
+    remove, check = WholeUnits.remove, Moments.check
+
+    def check_moments(self: Moments, name: str) -> None:
+        # All ranks have the sums of a layer, and each knows the weights of those before it.
+        reach("reconstruct", call=3)
+        check(self, name)
 
     def remove_units(self: WholeUnits, *args: Any, **options: Any) -> Any:
         removed = remove(self, *args, **options)
@@ -205,6 +246,7 @@ def _die_inside_the_package() -> None:
         return put(self, key, data, twin)
 
     gbp_ray.pruning.rounds.select_masks = select_masks  # type: ignore[assignment]
+    Moments.check = check_moments  # type: ignore[method-assign]
     WholeUnits.remove = remove_units  # type: ignore[method-assign]
     FolderObjects.put_new = put_file  # type: ignore[method-assign]
 

@@ -47,6 +47,23 @@ class Attending(nn.Module):
         return self.head(hidden.mean(dim=1))
 
 
+class Stacked(nn.Module):
+    """Three feed-forward blocks on a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(72, 12)
+        self.up = nn.ModuleList(nn.Linear(12, 20) for _ in range(3))
+        self.down = nn.ModuleList(nn.Linear(20, 12) for _ in range(3))
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.embed(inputs.flatten(1))
+        for up, down in zip(self.up, self.down, strict=True):
+            hidden = hidden + down(functional.gelu(up(hidden)))
+        return self.head(hidden)
+
+
 @dataclass(frozen=True)
 class Case:
     """A job in few sections, and its network."""
@@ -79,6 +96,15 @@ CASES = {
         },
         _ADAM,
         Attending,
+    ),
+    "uniform": Case(
+        {
+            "granularity": "channel",
+            "criterion": "taylor",
+            "target": {"macs": 0.7, "uniform": True},
+            "exclude": ["embed.*", "head.*"],
+        },
+        build=Stacked,
     ),
     "refitted": Case(
         {**_HALF, "criterion": "taylor", "reconstruct": "least_squares"}, {"momentum": 0.9}
