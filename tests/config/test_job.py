@@ -745,7 +745,10 @@ def test_trial_id_changes_with_every_field_that_decides_the_result(job_file: Pat
         "attack.restarts": 3,
         "attack.examples": 3,
     }
-    of_units = {f"prune.target.{cost}": 0.25 for cost in ("parameters", "macs", "bytes")}
+    of_units: dict[str, object] = {
+        f"prune.target.{cost}": 0.25 for cost in ("parameters", "macs", "bytes")
+    }
+    of_units["prune.target.uniform"] = True
     fields = {row[0] for row in describe_fields() if not row[0].startswith("[")}
     fields.remove("prune.target.sparsity")  # Another way to write prune.sparsity.
     outside = {
