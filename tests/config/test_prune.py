@@ -158,7 +158,7 @@ def test_options_of_units_are_idle_without_units() -> None:
         (
             {"target": {"mac": 0.5}},
             "prune.target.mac: no such key, did you mean 'macs'? (allowed: sparsity, parameters, ma"
-            "cs, bytes)",
+            "cs, bytes, uniform)",
         ),
         ({"target": {"macs": 0}}, "prune.target.macs = 0: should be greater than 0"),
         ({"target": {"sparsity": 1}}, "prune.target.sparsity = 1: should be less than 1"),
