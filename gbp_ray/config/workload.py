@@ -66,7 +66,8 @@ class WorkloadConfig(Section):
     eval_batch_size: int = Field(256, ge=1, le=MOST_EXAMPLES)
     """Examples per batch when metrics are measured, on each worker."""
     eval_precision: Literal["float32", "bfloat16"] = "float32"
-    """Data type of the passes that measure metrics (torch.autocast); losses get float32 outputs."""
+    """Data type of the passes that measure metrics (torch.autocast); losses get float32 outputs.
+    Accuracy under attack is measured in float32, like the attack itself."""
     channels_last: bool = False
     """Whether images (B, C, H, W) lie in memory pixel by pixel, as convolutions like it on most
     processors: the same network, with other last bits."""

@@ -19,7 +19,7 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -248,25 +248,30 @@ def only_requiring(model: nn.Module, names: Collection[str]) -> Iterator[None]:
 
 
 @contextmanager
-def differentiating(model: nn.Module, names: Collection[str]) -> Iterator[Callable[[Tensor], None]]:
-    """Gives the backward pass of a loss for the gradients of the named parameters only.
+def differentiating(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Keeps the gradients of the named parameters only; those of others are let go at once.
 
-    Parameters that come after the first named one may go on requiring a gradient, which is then
-    not computed: without that, torch multiplies the transposed inputs of attention row by row.
+    Matrices that come after the first named one go on requiring a gradient: without that, torch
+    multiplies the transposed inputs of attention row by row, at twice the cost.
     """
     differentiated = leaves(model)
-    if is_sharded(model):
-        with only_requiring(model, names):
-            yield lambda loss: loss.backward()
-        return
-    order = [name for name, _ in model.named_parameters()]
+    parameters = dict(model.named_parameters())
+    order = list(parameters)
     first = min((order.index(name) for name in names), default=len(order))
-    required = {n for n, p in model.named_parameters() if p.requires_grad}.intersection(
-        order[first:]
-    )
-    inputs = [differentiated[name] for name in names]
-    with only_requiring(model, required.union(names)):
-        yield lambda loss: loss.backward(inputs=inputs)
+    others = {
+        name
+        for name in order[first:]
+        if name not in names and parameters[name].requires_grad and parameters[name].ndim > 1
+    }
+    with only_requiring(model, others.union(names)), ExitStack() as stack:
+        for name in others:
+            hook = differentiated[name].register_post_accumulate_grad_hook(_let_go)
+            stack.callback(hook.remove)
+        yield
+
+
+def _let_go(leaf: Tensor) -> None:
+    leaf.grad = None
 
 
 def shard_network(model: nn.Module, device: torch.device, world_size: int) -> None:

@@ -44,9 +44,10 @@ def in_blocks(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yields vectors of one length block by block, for chains of operations element by element.
 
     With 65 million weights, three operations on whole vectors take three times as long as on
-    blocks: each writes new memory, which the next one reads back.
+    blocks: each writes new memory, which the next one reads back. On a GPU starting an operation
+    would take longer than the block, so there it is one.
     """
-    if len(vectors[0]) <= _CACHED:
+    if len(vectors[0]) <= _CACHED or vectors[0].device.type != "cpu":
         yield vectors
     else:
         yield from zip(*(vector.split(_CACHED) for vector in vectors), strict=True)

@@ -3,8 +3,7 @@
     from load import load_network
     model = load_network(Network(...))  # a fresh network of the class that was pruned
 
-It needs PyTorch and safetensors only. The network is changed in place: what widths.json lists gets
-new shapes and values, as `out_channels` or a number of heads; then model.safetensors is loaded.
+It needs PyTorch and safetensors only. The network is changed in place, to what widths.json lists.
 """
 
 from __future__ import annotations
@@ -31,14 +30,13 @@ def fill_network(model: nn.Module, widths: dict[str, Any], weights: dict[str, Te
         for own in (module._parameters, module._buffers):
             for key, old in own.items():
                 name = f"{path}.{key}".lstrip(".")
-                if old is None or name not in left:
-                    continue
-                before, after = left.pop(name)
-                if list(old.shape) != before:
-                    raise ValueError(f"{name}: is {list(old.shape)} here, and was {before}")
-                if old not in made:
-                    made[old] = _cut(old, after, widths["kept"].get(name, {}))
-                own[key] = made[old]
+                if old is not None and name in left:
+                    before, after = left.pop(name)
+                    if list(old.shape) != before:
+                        raise ValueError(f"{name}: is {list(old.shape)} here, and was {before}")
+                    if old not in made:
+                        made[old] = _cut(old, after, widths["kept"].get(name, {}))
+                    own[key] = made[old]
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()
     assert not left, f"{next(iter(left))}: is not in this network, and is in widths.json"
@@ -49,11 +47,7 @@ def fill_network(model: nn.Module, widths: dict[str, Any], weights: dict[str, Te
     missing, unexpected = model.load_state_dict(weights, strict=False)
     state = model.state_dict(keep_vars=True)
     loaded = {id(state[name]) for name in weights if name in state}  # once, under any of its names
-    missing = [
-        name
-        for name in missing
-        if not name.endswith("_extra_state") and id(state[name]) not in loaded
-    ]
+    missing = [n for n in missing if not n.endswith("_extra_state") and id(state[n]) not in loaded]
     if lacking := [*missing, *unexpected]:
         raise ValueError(f"{lacking[0]}: is not in both the network and model.safetensors")
     return model.eval()

@@ -201,8 +201,11 @@ def plan_budgets(structure: Structure, prune: PruneConfig, kept_U: np.ndarray) -
         kept_U: Units before the first round.
 
     Raises:
-        ConfigError: The target is above what there is.
+        ConfigError: The target is above what there is, or layers that are to stay alike are not.
     """
+    widths = structure.widths(kept_U)
+    for numbers in alike(structure, prune.target.uniform):
+        check_alike([structure.groups[i].name for i in numbers], [widths[i] for i in numbers])
     target, kind = prune.target, prune.target.kind or "sparsity"
     dense = count_cost(structure, kind, structure.everything)
     start = count_cost(structure, kind, kept_U)

@@ -183,7 +183,8 @@ def check_reconstruction(model: nn.Module, workload: Workload, config: PruneConf
         masks = {key: torch.ones_like(value, dtype=torch.bool) for key, value in weights.items()}
         first: dict[Hashable, str] = {}
         for name, layer in layers.items():
-            first.setdefault(kind_of(layer, follows[0][name]), name)
+            after = follows[0].get(name)
+            first.setdefault(name if after is None else kind_of(layer, after), name)
         refit.refit_all(layers, follows, masks, {}, {}, weights, only=first.values())
 
 

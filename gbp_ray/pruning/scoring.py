@@ -340,7 +340,7 @@ class _Scorer:
             is_sharded=is_sharded(model),
         )
         turns = -(-len(batches) // ranks.world_size)
-        with differentiating(model, names) as backward, sums.listening():
+        with differentiating(model, names), sums.listening():
             for turn, item in enumerate(ranks.deal(len(batches))):
                 with sums.turn():
                     # All ranks pass through a sharded network; one without a batch uses batch 0.
@@ -359,7 +359,7 @@ class _Scorer:
                                 else zero_loss(outputs)
                             )
                             if loss.requires_grad:
-                                backward(loss)
+                                loss.backward()
                 if keep is not None:
                     keep(turn + 1, sums.so_far)
                 self.on_progress(Progress("score", turn + 1, turns))

@@ -143,6 +143,9 @@ class _Group:
         self._connections.append(ours)
         command = [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), *map(str, sys.path)]
         threads = {"OMP_NUM_THREADS": str(setup.job["cluster"]["threads_per_worker"])}
+        if is_debug:
+            # A worker is ended before it would write what it has printed last.
+            threads["PYTHONUNBUFFERED"] = "1"
         # As on Ray, --debug shows what they print; standard output is the result's.
         output = 2 if is_debug else subprocess.DEVNULL
         try:
@@ -180,18 +183,26 @@ class _Group:
                     try:
                         message = connection.recv()
                     except (EOFError, OSError):
-                        return Failure(rank, KILLED)
+                        return Failure(rank, self._describe_end(rank))
                     self._heard_s[rank] = now_s
                     end = self._take(message, account)
                     if end is not None:
                         return end
                 elif self._processes[rank].poll() is not None and not connection.poll():
                     # A child of its own may still hold its end of the connection.
-                    return Failure(rank, KILLED)
+                    return Failure(rank, self._describe_end(rank))
                 silence_s = now_s - self._heard_s[rank]
                 if 0 < self._limit_s < silence_s:
                     return Failure(rank, describe_silence(silence_s))
         return None
+
+    def _describe_end(self, rank: int) -> str:
+        """Words the end of a worker that has not told of it."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._processes[rank].wait(_LOOK_INTERVAL_S)
+            if code > 0:
+                return f"ended with exit code {code} before it could tell why; see --debug"
+        return KILLED
 
     def _take(self, message: Any, account: Account) -> GbpError | Failure | None:
         if isinstance(message, Failure):
@@ -212,6 +223,8 @@ class _Group:
 
     def end(self) -> None:
         """Ends all processes and what they started: by themselves if the trial has ended."""
+        # Those that end by themselves leave what they started behind.
+        below = descendants({process.pid for process in self._processes})
         if self._num_ended == len(self._processes):
             for connection in self._connections:
                 connection.close()
@@ -220,7 +233,7 @@ class _Group:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, deadline_s - time.monotonic()))
         alive = [process for process in self._processes if process.poll() is None]
-        below = descendants({process.pid for process in alive})
+        below |= descendants({process.pid for process in alive})
         for process in alive:
             process.kill()
         kill(below)
@@ -235,9 +248,7 @@ class _Group:
 
 def main(handle: int) -> None:
     """Runs the worker whose connection has this file handle; returns when the driver ends it."""
-    # A terminal and a supervisor send these to the driver, too, which ends its workers.
-    for code in WORDS:
-        signal.signal(code - 128, signal.SIG_IGN)
+    _pass_over_signals()
     if sys.platform == "linux":
         # A process that is stopped does not notice that its connection closes.
         pr_set_pdeathsig = 1
@@ -251,6 +262,19 @@ def main(handle: int) -> None:
         link.send(Failure(link.setup.rank, describe_failure(error), cause))
     # The others may still read what this one has sent.
     threading.Event().wait()
+
+
+def _pass_over_signals() -> None:
+    """Leaves what a terminal or a supervisor sends to the driver, which ends its workers."""
+    before = {code - 128: signal.signal(code - 128, lambda number, frame: None) for code in WORDS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    # A pool of processes that a user's code has started is ended by such a signal: a program that
+    # is executed forgets handlers, and a forked one is told to.
+    os.register_at_fork(after_in_child=restore)
 
 
 class _Link:

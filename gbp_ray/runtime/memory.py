@@ -182,11 +182,11 @@ class Memory:
     def _run_backward(self, size: int) -> None:
         batch = self._batch(size)
         scored = {unit.name: unit.parameter for unit in self._units}
-        with differentiating(self._model, scored) as backward, ExitStack() as hooks:
+        with differentiating(self._model, scored), ExitStack() as hooks:
             for leaf in scored.values():
                 drop = leaf.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
                 hooks.callback(drop.remove)
-            backward(self._loss(batch))
+            self._loss(batch).backward()
 
     def _run_attack(self, size: int) -> object:
         model, batch = self._model, self._batch(size)

@@ -32,7 +32,7 @@ from gbp_ray.training.evaluation import measure_final_test
 from gbp_ray.training.network import build_start
 from gbp_ray.training.optimizer import num_steps
 from gbp_ray.training.progress import OnProgress, Progress, ignore_progress, with_changes
-from gbp_ray.workloads.contract import Workload
+from gbp_ray.workloads.contract import Workload, judged_split, num_examples
 from gbp_ray.workloads.loading import load_workload, own_sources
 
 __all__ = ["Step", "finish_trial", "iterate_trial", "run_solo", "run_whole", "work_trial"]
@@ -320,31 +320,58 @@ def _read_checkpoint(
     )
 
 
+_TRAINED = 3
+"""Cost of a training or scoring pass over an example, in passes that only measure it."""
+
+_REFITTED = 20
+"""Layers that a refit takes one after another, until it has said how many there are."""
+
+
 class _InTrial:
-    """Adds the finished share of the trial to the progress of its rounds."""
+    """Adds the finished share of the trial to the progress of its rounds.
+
+    A share is one of passes over examples. Each layer of a refit counts as one over the calibration
+    examples, which it is about, and what passes over none counts as nothing.
+    """
 
     def __init__(self, job: JobConfig, workload: Workload, on_progress: OnProgress) -> None:
         num_rounds = job.prune.rounds
         self._on_progress = with_changes(on_progress, trial=trial_id(job), num_rounds=num_rounds)
-        finetune = num_steps(job.finetune, workload, job.finetune.epochs)
-        self._pretrain = num_steps(job.pretrain, workload, job.pretrain.epochs)
-        # Scoring counts as one step, so that a trial without training moves on, too.
-        self._starts = [
-            self._pretrain + max(0, number - 1) + finetune * job.num_finetunings_before(number)
-            for number in range(num_rounds + 2)
-        ]
+        self._job = job
+        size = job.finetune.batch_size * num_steps(job.finetune, workload, job.finetune.epochs)
+        before = job.pretrain.batch_size * num_steps(job.pretrain, workload, job.pretrain.epochs)
+        scored = job.prune.calibration_examples if job.prune.spec.needs_data else 0
+        judged = num_examples(getattr(workload, judged_split(workload)))
+        self._sizes = {
+            "pretrain": _TRAINED * before,
+            "score": _TRAINED * scored,
+            "finetune": _TRAINED * size,
+            "evaluate": judged + job.workload.train_sample,
+        }
+        if job.prune.reconstruct != "none":
+            self._sizes["reconstruct"] = _REFITTED * job.prune.calibration_examples
+        self._round, self._phase, self._ended = -1, "", 0
         self._share = 0.0
 
     def __call__(self, progress: Progress) -> None:
-        done = progress.done
-        if progress.round == 0:
-            ended = self._starts[1]
-            places = {"pretrain": float(done), "finetune": self._pretrain + done}
-        else:
-            before = self._starts[progress.round]
-            ended = before + 1
-            places = {"score": before + done / progress.total, "finetune": ended + done}
-        place = places.get(progress.phase, ended)
-        # Evaluation comes before fine-tuning and after it, and never moves the trial back.
-        self._share = max(self._share, min(1.0, place / self._starts[-1]))
+        if progress.phase == "reconstruct":
+            self._sizes["reconstruct"] = progress.total * self._job.prune.calibration_examples
+        if progress.round != self._round:
+            self._round, self._phase, self._ended = progress.round, "", 0
+        if progress.phase != self._phase:
+            self._ended += self._sizes.get(self._phase, 0)
+            self._phase = progress.phase
+        in_phase = self._sizes.get(self._phase, 0) * progress.done / progress.total
+        place = sum(map(self._size_of, range(self._round))) + self._ended + in_phase
+        whole = sum(map(self._size_of, range(self._job.prune.rounds + 1)))
+        # What an estimate has got wrong never moves the trial back.
+        self._share = max(self._share, min(1.0, place / whole))
         self._on_progress(replace(progress, share=self._share))
+
+    def _size_of(self, number: int) -> int:
+        sizes, is_finetuned = self._sizes, self._job.is_finetuned(number)
+        training = is_finetuned * sizes["finetune"]
+        if number == 0:
+            return sizes["pretrain"] + training + sizes["evaluate"]
+        pruning = sizes["score"] + sizes.get("reconstruct", 0)
+        return pruning + training + (1 + is_finetuned) * sizes["evaluate"]

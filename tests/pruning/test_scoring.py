@@ -38,7 +38,9 @@ from small_networks import (
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
+from gbp_ray.distributed.sharding import differentiating
 from gbp_ray.errors import PruneError
 from gbp_ray.pruning.criteria import CRITERIA, criterion
 from gbp_ray.pruning.statistics import movement_statistic
@@ -363,6 +365,35 @@ def test_attention_can_be_scored(name: str) -> None:
         else:
             expected_N = weights_N.square() * mean_square_of_example_gradients(model, workload)
     assert_scores(scores_of(model, workload, config_of(name)), expected_N, rtol=1e-5)
+
+
+class Attending(nn.Module):
+    """Attention between linear layers, the first part under re-entrant checkpointing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.frozen = nn.Linear(6, 8), nn.Linear(8, 8).requires_grad_(False)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = checkpoint(self.first, inputs.requires_grad_(), use_reentrant=True)
+        return self.last(self.layer(self.frozen(hidden)).mean(dim=1))
+
+
+def test_weights_that_are_not_scored_keep_no_gradient_and_matrices_among_them_require_one() -> None:
+    model = built(Attending)
+    names = {"first.weight", "layer.linear1.weight", "last.weight"}
+    with differentiating(model, names):
+        required = {name for name, p in model.named_parameters() if p.requires_grad}
+        model(torch.randn(2, 5, 6)).square().sum().backward()
+        kept = {name for name, p in model.named_parameters() if p.grad is not None}
+    # Torch folds transposed inputs into one product only for weights that require a gradient.
+    attention = {f"layer.{name}.weight" for name in ("self_attn.out_proj", "linear2")}
+    assert required == names | attention | {"layer.self_attn.in_proj_weight"}
+    assert kept == names
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"frozen.weight", "frozen.bias"}
 
 
 @pytest.mark.parametrize("name", ["obd", "grasp"])

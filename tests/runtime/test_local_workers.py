@@ -226,18 +226,25 @@ def attend(
     return end, account.messages, processes
 
 
+@pytest.mark.parametrize(
+    ("death", "words"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", KILLED),
+        ("os._exit(3)", "ended with exit code 3 before it could tell why; see --debug"),
+    ],
+)
 def test_a_process_that_dies_is_told_at_once_also_where_its_child_lives_on(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, death: str, words: str
 ) -> None:
-    act = """
+    act = f"""
 child = subprocess.Popen(["sleep", "20"], pass_fds=[driver.fileno()])
 driver.send(child.pid)
-os._exit(1)
+{death}
 """
     started_s = time.monotonic()
     end, told, _ = attend(monkeypatch, act)
     assert isinstance(end, Failure)
-    assert end.words == KILLED
+    assert end.words == words
     assert time.monotonic() - started_s < 30
     # What has lost its parent is not found; it is no worker's.
     for pid in told:
@@ -251,6 +258,24 @@ def test_a_process_that_is_stopped_is_told_after_the_limit(monkeypatch: pytest.M
     assert isinstance(end, Failure)
     assert re.fullmatch(r"did not answer for \d s \(its process was stopped, or .*", end.words)
     assert [process.returncode for process in processes] == [-signal.SIGKILL] * 2
+
+
+def test_signals_end_what_a_worker_has_started_and_not_the_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    act = """
+import multiprocessing
+from gbp_ray.runtime.local_workers import _pass_over_signals
+_pass_over_signals()
+for _ in range(4):
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        pool.map(abs, range(50))
+os.kill(os.getpid(), signal.SIGTERM)
+driver.send("alive")
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+    _, told, _ = attend(monkeypatch, act, hang_timeout_s=20.0)
+    assert told == ["alive"] * 2
 
 
 def test_what_a_worker_has_started_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
