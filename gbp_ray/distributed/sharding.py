@@ -53,6 +53,7 @@ __all__ = [
     "is_shard",
     "is_sharded",
     "leaves",
+    "let_go",
     "listen_to_groups",
     "local",
     "local_slice",
@@ -265,12 +266,13 @@ def differentiating(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     }
     with only_requiring(model, others.union(names)), ExitStack() as stack:
         for name in others:
-            hook = differentiated[name].register_post_accumulate_grad_hook(_let_go)
+            hook = differentiated[name].register_post_accumulate_grad_hook(let_go)
             stack.callback(hook.remove)
         yield
 
 
-def _let_go(leaf: Tensor) -> None:
+def let_go(leaf: Tensor) -> None:
+    """Frees the gradient of a tensor; a hook for when it is complete."""
     leaf.grad = None
 
 

@@ -322,7 +322,6 @@ class _Line:
             # Stable: equal scores go by unit number.
             orders.append(order[np.argsort(scores_U[order], kind="stable")])
         groups = [structure.groups[number] for number in numbers]
-        check_alike([group.name for group in groups], [len(order) for order in orders])
         units_SD = np.stack(orders, axis=1)
         scores_S = scores_U[units_SD[:, 0]]
         if len(orders) > 1:

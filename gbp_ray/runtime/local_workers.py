@@ -142,17 +142,17 @@ class _Group:
         ours, theirs = Pipe()
         self._connections.append(ours)
         command = [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), *map(str, sys.path)]
-        threads = {"OMP_NUM_THREADS": str(setup.job["cluster"]["threads_per_worker"])}
+        defaults = {"OMP_NUM_THREADS": str(setup.job["cluster"]["threads_per_worker"])}
         if is_debug:
             # A worker is ended before it would write what it has printed last.
-            threads["PYTHONUNBUFFERED"] = "1"
+            defaults["PYTHONUNBUFFERED"] = "1"
         # As on Ray, --debug shows what they print; standard output is the result's.
         output = 2 if is_debug else subprocess.DEVNULL
         try:
             with theirs:
                 process = subprocess.Popen(
                     command,
-                    env=threads | dict(os.environ) | name_loopback(),
+                    env=defaults | dict(os.environ) | name_loopback(),
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=output,

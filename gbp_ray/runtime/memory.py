@@ -33,6 +33,7 @@ from gbp_ray.distributed.sharding import (
     cut_rows,
     differentiating,
     group_parameters,
+    let_go,
 )
 from gbp_ray.distributed.sums import largest_exchange
 from gbp_ray.pruning.criteria import criterion
@@ -184,8 +185,7 @@ class Memory:
         scored = {unit.name: unit.parameter for unit in self._units}
         with differentiating(self._model, scored), ExitStack() as hooks:
             for leaf in scored.values():
-                drop = leaf.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-                hooks.callback(drop.remove)
+                hooks.callback(leaf.register_post_accumulate_grad_hook(let_go).remove)
             self._loss(batch).backward()
 
     def _run_attack(self, size: int) -> object:

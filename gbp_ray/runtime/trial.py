@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 
 from torch import nn
 
@@ -348,30 +349,34 @@ class _InTrial:
             "finetune": _TRAINED * size,
             "evaluate": judged + job.workload.train_sample,
         }
-        if job.prune.reconstruct != "none":
-            self._sizes["reconstruct"] = _REFITTED * job.prune.calibration_examples
+        self._expect_refits(_REFITTED if job.prune.reconstruct != "none" else 0)
         self._round, self._phase, self._ended = -1, "", 0
         self._share = 0.0
 
     def __call__(self, progress: Progress) -> None:
-        if progress.phase == "reconstruct":
-            self._sizes["reconstruct"] = progress.total * self._job.prune.calibration_examples
+        if progress.phase == "reconstruct" and progress.total != self._num_refitted:
+            self._expect_refits(progress.total)
         if progress.round != self._round:
             self._round, self._phase, self._ended = progress.round, "", 0
         if progress.phase != self._phase:
             self._ended += self._sizes.get(self._phase, 0)
             self._phase = progress.phase
         in_phase = self._sizes.get(self._phase, 0) * progress.done / progress.total
-        place = sum(map(self._size_of, range(self._round))) + self._ended + in_phase
-        whole = sum(map(self._size_of, range(self._job.prune.rounds + 1)))
+        place = self._starts[self._round] + self._ended + in_phase
         # What an estimate has got wrong never moves the trial back.
-        self._share = max(self._share, min(1.0, place / whole))
+        self._share = max(self._share, min(1.0, place / self._starts[-1]))
         self._on_progress(replace(progress, share=self._share))
+
+    def _expect_refits(self, num_layers: int) -> None:
+        self._num_refitted = num_layers
+        self._sizes["reconstruct"] = num_layers * self._job.prune.calibration_examples
+        sizes = map(self._size_of, range(self._job.prune.rounds + 1))
+        self._starts = list(accumulate(sizes, initial=0))
 
     def _size_of(self, number: int) -> int:
         sizes, is_finetuned = self._sizes, self._job.is_finetuned(number)
         training = is_finetuned * sizes["finetune"]
         if number == 0:
             return sizes["pretrain"] + training + sizes["evaluate"]
-        pruning = sizes["score"] + sizes.get("reconstruct", 0)
+        pruning = sizes["score"] + sizes["reconstruct"]
         return pruning + training + (1 + is_finetuned) * sizes["evaluate"]

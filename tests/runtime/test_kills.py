@@ -28,6 +28,7 @@ from kill_program import (
 )
 from quick_trials import results_of
 
+from gbp_ray.config.job import JobConfig
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.runtime.trial import work_trial
 
@@ -90,6 +91,18 @@ def test_a_worker_killed_in_any_phase_costs_its_round_alone(
     assert results_of(job) == whole
 
 
+def check_deaths(
+    job: JobConfig, whole: list[tuple[Any, ...]], sizes: tuple[int, ...], deaths: list[Death]
+) -> None:
+    """Lets a worker die in groups of these sizes in turn; each death costs its round alone."""
+    for number, planned in enumerate(deaths):
+        size = sizes[number % len(sizes)]
+        death = Death(planned.phase, planned.round, planned.rank % size)
+        codes = end_group(start_group(job, size, death))
+        assert codes[death.rank] == -signal.SIGKILL, f"nobody died of {death} among {size}"
+        assert results_of(job) == whole[: death.round]
+
+
 CUTS = [Death("cut", 1, 1), Death("write", 1, 0), Death("evaluate", 2, 1), Death("cut", 2, 0)]
 
 
@@ -110,12 +123,7 @@ def test_a_worker_killed_while_units_leave_costs_its_round_alone(
     work_trial(calm, Ranks())
     whole = results_of(calm)
     job = make_job(tmp_path / "killed", strategy, UNITS)
-    for number, planned in enumerate(deaths):
-        size = sizes[number % len(sizes)]
-        death = Death(planned.phase, planned.round, planned.rank % size)
-        codes = end_group(start_group(job, size, death))
-        assert codes[death.rank] == -signal.SIGKILL, f"nobody died of {death} among {size}"
-        assert results_of(job) == whole[: death.round]
+    check_deaths(job, whole, sizes, deaths)
     assert end_group(start_group(job, sizes[-1])) == [0] * sizes[-1]
     assert results_of(job) == whole
 
@@ -143,12 +151,7 @@ def test_a_worker_killed_while_a_language_model_is_refitted_costs_its_round_alon
     work_trial(calm, Ranks())
     whole = results_of(calm)
     job = make_job(tmp_path / "killed", strategy, options, LANGUAGE)
-    for number, planned in enumerate(deaths):
-        size = sizes[number % len(sizes)]
-        death = Death(planned.phase, planned.round, planned.rank % size)
-        codes = end_group(start_group(job, size, death))
-        assert codes[death.rank] == -signal.SIGKILL, f"nobody died of {death} among {size}"
-        assert results_of(job) == whole[: death.round]
+    check_deaths(job, whole, sizes, deaths)
     assert end_group(start_group(job, 2)) == [0] * 2
     assert results_of(job) == whole
 
