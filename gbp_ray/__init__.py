@@ -30,7 +30,7 @@ _HOMES = {
     "SweepResult": "gbp_ray.runtime.api",
     "TransientStoreError": "gbp_ray.errors",
     "TrialError": "gbp_ray.errors",
-    "Workload": "gbp_ray.workloads.loading",
+    "Workload": "gbp_ray.workloads.contract",
     "WorkloadError": "gbp_ray.errors",
     "apply_masks": "gbp_ray.export.apply",
     "compact": "gbp_ray.pruning.compact_in_memory:compact_model",

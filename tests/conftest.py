@@ -37,7 +37,7 @@ settings.load_profile("patient")
 # import, and it looks for installed modules alone: a test's own would be left out.
 multiprocessing.set_forkserver_preload(
     [
-        *("gbp_ray.runtime.api", "gbp_ray.runtime.trial", "gbp_ray.workloads", "torch._dynamo"),
+        *("gbp_ray.runtime.single", "gbp_ray.runtime.trial", "gbp_ray.workloads", "torch._dynamo"),
         # What torch.export imports at its first use.
         *("torch.export._trace", "torch._functorch.partitioners"),
         "torch._functorch._aot_autograd.graph_compile",

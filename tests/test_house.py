@@ -67,6 +67,14 @@ def test_help_reference_mistyped_fields_and_stored_results_load_neither_torch_no
         ["fetch", store.uri, str(tmp_path / "fetched")],
         ["report", store.uri, "--to", str(tmp_path / "report")],
     ]
+    again = tmp_path / "again.toml"
+    again.write_text(
+        f"""storage = '{tmp_path / "results"}'\nname = "try"
+        workload = {{ factory = "my_module:make", options = {{ width = 8 }} }}
+        prune = {{ criterion = "taylor", sparsity = 0.5, rounds = 2 }}
+        sweep.space = {{ "prune.criterion" = ["taylor", "magnitude"] }}"""
+    )
+    answered += [[verb, str(again), "--quiet"] for verb in ("prune", "sweep")]
     missing = ["show", str(tmp_path / "nowhere")]
     refused = [[verb, *mistyped] for verb in ("prune", "sweep", "submit", "stability")]
     refused.append(missing)

@@ -18,9 +18,10 @@ from gbp_ray.results.store import Store, locate_finished
 from gbp_ray.training.network import rebuild_network
 from gbp_ray.training.passes import count_macs
 from gbp_ray.workloads.batch import forward
+from gbp_ray.workloads.code import admit_code, warn_of_changed_code
 from gbp_ray.workloads.contract import Workload
 from gbp_ray.workloads.data import first_example
-from gbp_ray.workloads.loading import admit_code, load_workload, warn_of_changed_code
+from gbp_ray.workloads.loading import load_workload
 
 __all__ = [
     "StoredRound",

@@ -38,8 +38,8 @@ from gbp_ray.pruning.statistics import (
     synaptic_flow,
 )
 from gbp_ray.pruning.units import Prunable
+from gbp_ray.workloads.code import import_attribute
 from gbp_ray.workloads.contract import Workload
-from gbp_ray.workloads.loading import import_attribute
 
 __all__ = ["CRITERIA", "Criterion", "Finish", "GateRule", "criterion", "own_criterion"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gbp_ray.config.job import JobConfig, expand
+from gbp_ray.config.job import JobConfig
 from gbp_ray.config.schema import is_matched, nearest_name
 from gbp_ray.distributed.sharding import add_over_ranks, gather_bits, is_shard, local, shard_like
 from gbp_ray.errors import ConfigError, GbpError, PruneError, StoreError, name_some
@@ -28,17 +28,15 @@ from gbp_ray.results.tensors import (
     sum_shared,
     write_mask_file,
 )
-from gbp_ray.workloads.weights import pin_weights
 
 __all__ = [
     "MaskSet",
     "Removal",
     "check_pruned_zero",
     "forget_pruned",
-    "pin_files",
-    "pin_trials",
     "read_initial_masks",
     "read_masks_at",
+    "read_named_masks",
 ]
 
 
@@ -328,39 +326,6 @@ def read_masks_at(source: str) -> MaskSet:
     return MaskSet.from_bytes(store.read_file(trial, record, MASKS), source)
 
 
-def pin_files(job: JobConfig, known: dict[str, str] | None = None) -> JobConfig:
-    """Adds the digests of the masks and weights that a job names, which are part of its id.
-
-    Args:
-        known: Digests by address, shared by the jobs of a sweep; new ones are added.
-
-    Raises:
-        ConfigError: The masks cannot be read.
-        WorkloadError: The weights cannot be read.
-    """
-    known = {} if known is None else known
-    job = pin_weights(job, known)
-    source = job.prune.initial_masks
-    if not source or job.prune.initial_masks_digest:
-        return job
-    if source not in known:
-        known[source] = _read(job).digest
-    prune = job.prune.model_copy(update={"initial_masks_digest": known[source]})
-    return job.model_copy(update={"prune": prune})
-
-
-def pin_trials(job: JobConfig) -> tuple[JobConfig, list[JobConfig]]:
-    """Pins the files of a job or of a sweep; returns it with the trials of its grid, if it has one.
-
-    Raises:
-        GbpError: As `pin_files` and `expand`.
-    """
-    if job.sweep.search != "grid":
-        return pin_files(job), []
-    digests: dict[str, str] = {}
-    return job, [pin_files(trial, digests) for trial in expand(job)]
-
-
 def read_initial_masks(
     job: JobConfig, units: Iterable[Prunable], left_out: Collection[str] = ()
 ) -> MaskSet | None:
@@ -375,7 +340,8 @@ def read_initial_masks(
     """
     if not job.prune.initial_masks:
         return None
-    found, named = _read(job), f"{_KEY} = '{job.prune.initial_masks}'"
+    source = job.prune.initial_masks
+    found, named = read_named_masks(source), f"{_KEY} = '{source}'"
     if job.prune.initial_masks_digest not in ("", found.digest):
         raise ConfigError(
             f"{named}: holds other masks than when the job was made (digest {found.digest[:12]}, "
@@ -394,11 +360,12 @@ def read_initial_masks(
     return masks
 
 
-def _read(job: JobConfig) -> MaskSet:
+def read_named_masks(source: str) -> MaskSet:
+    """Reads the masks that a job names as `read_masks_at`; raises ConfigError with its field."""
     try:
-        return read_masks_at(job.prune.initial_masks)
+        return read_masks_at(source)
     except GbpError as error:
-        raise ConfigError(f"{_KEY} = '{job.prune.initial_masks}': {error}") from error
+        raise ConfigError(f"{_KEY} = '{source}': {error}") from error
 
 
 def _fit(

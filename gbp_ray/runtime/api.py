@@ -4,6 +4,9 @@ import gbp_ray
 result = gbp_ray.prune("job.toml", {"prune.sparsity": 0.95})
 print(result.accuracy, result.sparsity, result.uri)
 model, masks = result.load_model(), result.load_masks()
+
+Modules that load torch or Ray, which takes seconds, are imported where something has to run: a job
+that has finished is answered from storage at once.
 """
 
 from __future__ import annotations
@@ -13,38 +16,20 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from gbp_ray.config.job import JobConfig, check_importable, load_job, trial_id
 from gbp_ray.config.metrics import ACCURACY, MetricSpec
 from gbp_ray.config.schema import find_idle_options
 from gbp_ray.config.sweep import SweepConfig
 from gbp_ray.config.workload import TransferConfig
-from gbp_ray.distributed.ranks import Ranks, own_device
 from gbp_ray.errors import StoreError, TrialError
-from gbp_ray.pruning.checks import load_checked
-from gbp_ray.pruning.masks import MaskSet, pin_files, pin_trials
 from gbp_ray.results.query import Results, open_results, summarize
 from gbp_ray.results.records import JobRecord, RoundRecord, TrialRecord
 from gbp_ray.results.store import Store, locate_jobs, locate_trials
-from gbp_ray.runtime.cache import dense_folder
-from gbp_ray.runtime.estimate import (
-    PrunePlan,
-    SweepPlan,
-    find_misfits,
-    find_trials,
-    make_plan,
-    make_sweep_plan,
-    see_machines,
-    take_of_host,
-)
-from gbp_ray.runtime.live import load_live_job
-from gbp_ray.runtime.local_workers import run_local_trial
 from gbp_ray.runtime.on_ray.optuna import OptunaPlan, make_search
 from gbp_ray.runtime.outcomes import Outcome, find_judge, warn_of_idle_metric
-from gbp_ray.runtime.placement import launches_locally
+from gbp_ray.runtime.pinning import pin_files, pin_trials
 from gbp_ray.runtime.progress import ProgressBoard, SweepBoard
 from gbp_ray.runtime.search import (
     Answer,
@@ -59,18 +44,20 @@ from gbp_ray.runtime.search import (
     first_of_each_group,
 )
 from gbp_ray.runtime.submission import prepare_submission
-from gbp_ray.runtime.trial import finish_trial, work_trial
-from gbp_ray.training.network import rebuild_network
-from gbp_ray.workloads.contract import Workload
-from gbp_ray.workloads.loading import (
+from gbp_ray.workloads.code import (
     add_job_folders,
     admit_code,
     code_of,
-    load_workload,
     warn_of_changed_code,
     warn_of_shadowed_modules,
 )
-from gbp_ray.workloads.metrics import specs_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from gbp_ray.pruning.masks import MaskSet
+    from gbp_ray.runtime.estimate import PrunePlan, SweepPlan
+    from gbp_ray.workloads.contract import Workload
 
 __all__ = [
     "PruneResult",
@@ -120,6 +107,8 @@ class PruneResult:
 
     def load_masks(self, round_number: int | None = None) -> MaskSet:
         """Reads the masks of a round; by default of the chosen one."""
+        from gbp_ray.pruning.masks import MaskSet
+
         name = "masks.safetensors"
         return MaskSet.from_bytes(self._read(round_number, name), name)
 
@@ -131,6 +120,9 @@ class PruneResult:
         It has the dense network's shapes: whole units that were removed are zeros in it, which
         `gbp_ray.compact` takes out.
         """
+        from gbp_ray.training.network import rebuild_network
+        from gbp_ray.workloads.loading import load_workload
+
         job = self.record.job
         admit_code(job, self.uri, [*self.trusted, *trust_code])
         # The round has all weights; the file that training began with may be gone.
@@ -178,6 +170,8 @@ def prune(
         GbpError: One line that names the field, what is allowed and what to do.
     """
     if workload is not None:
+        from gbp_ray.runtime.live import load_live_job
+
         job, overrides = load_live_job(workload, overrides, job), None
     job, import_paths = _load(job, overrides)
     store, name = Store(job.storage, job.name), trial_id(job)
@@ -192,20 +186,11 @@ def prune(
         with ProgressBoard(is_quiet) as board:
             board.note(f"{name}  finished earlier: nothing was run")
         return PruneResult(finished, store.trial_uri(name), tuple(code_of(job).values()))
+    from gbp_ray.runtime.single import run_single
+
     store.preflight()
-    started = time.monotonic()
     with ProgressBoard(is_quiet) as board:
-        checked, is_untouched = _load_checked(job, import_paths, store.read_round(name, 0))
-        handed = checked if is_untouched and job.cluster.num_workers == 0 else None
-        del checked
-        store.claim(job)
-        with store.hold(name) as lease:
-            # Its last holder may have finished the trial.
-            record = store.read_trial(name)
-            if record is None:
-                _run_rounds(job, store, import_paths, board, handed, is_debug=is_debug)
-                lease.check()
-                record = finish_trial(job, store, time.monotonic() - started)
+        record = run_single(job, store, import_paths, board, is_debug=is_debug)
     return PruneResult(record, store.trial_uri(name), tuple(code_of(job).values()))
 
 
@@ -218,22 +203,10 @@ def plan_prune(
     Builds the network, checks the job and passes a few examples through. Writes nothing, so
     write access to the storage is not checked.
     """
+    from gbp_ray.runtime.single import plan_single
+
     job, import_paths = _load(job, overrides)
-    store, name = Store(job.storage, job.name), trial_id(job)
-    uri, num_rounds = store.trial_uri(name), job.prune.rounds + 1
-    if store.read_trial(name) is not None:
-        return PrunePlan(name, uri, num_rounds, 0, None)
-    workload, _ = _load_checked(job, import_paths, store.read_round(name, 0))
-    store.check_claim(JobRecord(factory=job.workload.factory))
-    if job.cluster.max_workers == 0 or job.cluster.address is None:
-        own_device(job)
-    num_done = len(store.read_rounds(name))
-    plan = make_plan(job, workload)
-    misfits: tuple[str, ...] = ()
-    if job.cluster.max_workers > 0:
-        most, held = job.cluster.max_workers, (plan.peak_bytes, take_of_host(job, plan))
-        misfits = find_misfits(job, see_machines(job), most, *held)
-    return PrunePlan(name, uri, num_done, num_rounds - num_done, plan, misfits)
+    return plan_single(job, Store(job.storage, job.name), import_paths)
 
 
 @dataclass(frozen=True)
@@ -352,6 +325,10 @@ def plan_sweep(
     Passes a few examples through each kind of network, and joins the job's cluster briefly to list
     its machines. Writes nothing.
     """
+    from gbp_ray.runtime.estimate import find_trials, make_sweep_plan, see_machines
+    from gbp_ray.runtime.single import load_single
+    from gbp_ray.workloads.metrics import specs_of
+
     job, trials, store, known, import_paths = _load_sweep(job, overrides)
     num_suggested = None
     if job.sweep.search == "optuna":
@@ -367,7 +344,7 @@ def plan_sweep(
     machines = see_machines(job)
 
     def load(trial: JobConfig) -> Workload:
-        workload = _load_checked(trial, import_paths)[0]
+        workload = load_single(trial, import_paths)[0]
         find_judge(job.sweep, specs_of(workload))
         return workload
 
@@ -395,6 +372,10 @@ def _plan(job: JobConfig, trials: list[JobConfig], known: TrialHistory) -> Searc
         return Bisection(trials, Sparsities(job))
     if job.sweep.search == "optuna":
         return OptunaPlan(job, known.find_in(job), make_search, _read_specs)
+    if all(known(trial) for trial in trials):
+        return TrialList(trials)
+    from gbp_ray.runtime.cache import dense_folder
+
     groups = {trial_id(trial): dense_folder(trial) for trial in trials}
     # Trials that have ended come first, so that the board starts with their number.
     return TrialList(
@@ -404,6 +385,9 @@ def _plan(job: JobConfig, trials: list[JobConfig], known: TrialHistory) -> Searc
 
 def _read_specs(job: JobConfig) -> tuple[MetricSpec, ...]:
     """Checks a job, and describes the metrics of its workload."""
+    from gbp_ray.pruning.checks import load_checked
+    from gbp_ray.workloads.metrics import specs_of
+
     return specs_of(load_checked(job)[0])
 
 
@@ -502,52 +486,6 @@ def _load(
         job = job.model_copy(update={"sweep": SweepConfig()})
     _warn_of_idle_options([job], stacklevel=4)
     return job, import_paths
-
-
-def _load_checked(
-    job: JobConfig, import_paths: list[str], dense: RoundRecord | None = None
-) -> tuple[Workload, bool]:
-    checked = load_checked(job, dense)
-    warn_of_shadowed_modules(job, import_paths[-1], stacklevel=4)
-    return checked
-
-
-def _run_rounds(
-    job: JobConfig,
-    store: Store,
-    import_paths: list[str],
-    board: ProgressBoard,
-    workload: Workload | None,
-    *,
-    is_debug: bool,
-) -> None:
-    name = trial_id(job)
-    earlier = store.read_rounds(name)
-    if earlier:
-        board.note(f"{name}  goes on after round {earlier[-1].round}")
-    if job.cluster.num_workers == 0:
-        device = own_device(job)
-        board.pass_checks()
-        work_trial(
-            job,
-            Ranks(device=device),
-            workload=workload,
-            on_progress=board.show,
-            round_done=lambda record: board.show_round(name, record),
-        )
-        return
-    least, most = job.cluster.min_workers, job.cluster.max_workers
-    asked = f"{most}" if least == most else f"{least} to {most}"
-    asked += " workers" if most > 1 else " worker"
-    if launches_locally(job.cluster):
-        board.note(f"{name}  starting {asked} on this machine")
-        run_local_trial(job, board, is_debug=is_debug)
-    else:
-        # Ray takes seconds to import, and other jobs do not need it.
-        from gbp_ray.runtime.on_ray.train import run_trial
-
-        board.note(f"{name}  starting {asked} on Ray")
-        run_trial(job, import_paths, board, is_debug=is_debug)
 
 
 def _warn_of_idle_options(jobs: Sequence[JobConfig], stacklevel: int) -> None:

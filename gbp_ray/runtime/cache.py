@@ -31,7 +31,7 @@ from gbp_ray.pruning.criteria import Criterion
 from gbp_ray.results.records import RoundRecord, SharedRecord, locate_files
 from gbp_ray.results.store import Store
 from gbp_ray.training.batchnorm import norm_batch_size
-from gbp_ray.workloads.loading import digest_source, import_attribute
+from gbp_ray.workloads.code import digest_source, import_attribute
 from gbp_ray.workloads.weights import tensor_state
 
 __all__ = [

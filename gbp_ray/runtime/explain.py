@@ -16,7 +16,8 @@ from gbp_ray.results.store import locate_finished
 from gbp_ray.training.batchnorm import recalibrate_as_asked
 from gbp_ray.training.network import load_weights, rebuild_network
 from gbp_ray.training.progress import OnProgress, ignore_progress
-from gbp_ray.workloads.loading import admit_code, load_workload, warn_of_changed_code
+from gbp_ray.workloads.code import admit_code, warn_of_changed_code
+from gbp_ray.workloads.loading import load_workload
 
 __all__ = ["Explanation", "explain_round"]
 

@@ -37,8 +37,9 @@ from gbp_ray.distributed.sharding import copy_network
 from gbp_ray.errors import ConfigError, GbpError
 from gbp_ray.training.network import network_of_seed
 from gbp_ray.workloads.batch import kind_of
+from gbp_ray.workloads.code import LIVE, import_attribute
 from gbp_ray.workloads.contract import Workload
-from gbp_ray.workloads.loading import LIVE, import_attribute, load_workload
+from gbp_ray.workloads.loading import load_workload
 
 __all__ = ["load_live_job"]
 

@@ -19,13 +19,14 @@ from gbp_ray.distributed.ranks import Ranks, fixed_kernels, own_device
 from gbp_ray.errors import ConfigError
 from gbp_ray.pruning.analysis import Overlap, SizeStability, compare_samples, measure_overlap
 from gbp_ray.pruning.checks import check_job
-from gbp_ray.pruning.masks import pin_files
 from gbp_ray.pruning.rounds import run_rounds
 from gbp_ray.results.store import Store
 from gbp_ray.runtime.api import open_result, prune, sweep
+from gbp_ray.runtime.pinning import pin_files
 from gbp_ray.training.progress import OnProgress, Progress, ignore_progress
+from gbp_ray.workloads.code import add_job_folders
 from gbp_ray.workloads.contract import num_examples
-from gbp_ray.workloads.loading import add_job_folders, load_workload
+from gbp_ray.workloads.loading import load_workload
 from gbp_ray.workloads.metrics import specs_of
 
 __all__ = ["SIZES", "STABLE", "SeedStability", "Stability", "measure_stability"]

@@ -33,8 +33,9 @@ from gbp_ray.training.evaluation import measure_final_test
 from gbp_ray.training.network import build_start
 from gbp_ray.training.optimizer import num_steps
 from gbp_ray.training.progress import OnProgress, Progress, ignore_progress, with_changes
+from gbp_ray.workloads.code import own_sources
 from gbp_ray.workloads.contract import Workload, judged_split, num_examples
-from gbp_ray.workloads.loading import load_workload, own_sources
+from gbp_ray.workloads.loading import load_workload
 
 __all__ = ["Step", "finish_trial", "iterate_trial", "run_solo", "run_whole", "work_trial"]
 

@@ -14,12 +14,11 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from gbp_ray.config.job import JobConfig
 from gbp_ray.config.schema import is_matched, match_names, nearest_glob
 from gbp_ray.config.workload import TransferConfig
 from gbp_ray.errors import ConfigError, WorkloadError, name_some
 from gbp_ray.workloads.data import seeded
-from gbp_ray.workloads.weight_files import State, WeightFile, hash_weights, read_weights
+from gbp_ray.workloads.weight_files import State, WeightFile, read_weights
 
 __all__ = [
     "TEACHER",
@@ -27,7 +26,6 @@ __all__ = [
     "fit_state",
     "load_state",
     "pick_state",
-    "pin_weights",
     "save_state",
     "start_from",
     "tensor_state",
@@ -50,35 +48,6 @@ _WRAPPER_NAMES = {
     *("module", "model", "net", "network", "backbone", "encoder", "student", "teacher"),
     *("ema", "ema_model", "model_ema", "averaged_model", "swa_model"),
 }
-
-
-def pin_weights(job: JobConfig, known: dict[str, str]) -> JobConfig:
-    """Notes the digests of the files of weights that a job names, which then are part of its id.
-
-    Args:
-        known: Digests by address, which grow; jobs of one sweep share them.
-
-    Raises:
-        WorkloadError: A file cannot be read.
-    """
-
-    def digest(address: str, key: str) -> str:
-        if address not in known:
-            known[address] = hash_weights(address, key)
-        return known[address]
-
-    transfer, distillation = job.workload.transfer, job.finetune.distillation
-    if transfer.checkpoint and not transfer.checkpoint_digest:
-        found = digest(transfer.checkpoint, _CHECKPOINT)
-        transfer = transfer.model_copy(update={"checkpoint_digest": found})
-        workload = job.workload.model_copy(update={"transfer": transfer})
-        job = job.model_copy(update={"workload": workload})
-    if distillation.teacher and not distillation.teacher_digest:
-        found = digest(distillation.teacher, TEACHER)
-        distillation = distillation.model_copy(update={"teacher_digest": found})
-        finetune = job.finetune.model_copy(update={"distillation": distillation})
-        job = job.model_copy(update={"finetune": finetune})
-    return job
 
 
 def fit_state(file: WeightFile, expected: Mapping[str, Tensor]) -> State:

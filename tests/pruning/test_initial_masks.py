@@ -18,9 +18,10 @@ from gbp_ray.config.training import PretrainConfig
 from gbp_ray.distributed.ranks import Ranks
 from gbp_ray.errors import ConfigError, StoreError, WorkloadError
 from gbp_ray.pruning.checks import check_job
-from gbp_ray.pruning.masks import MaskSet, pin_files, read_initial_masks, read_masks_at
+from gbp_ray.pruning.masks import MaskSet, read_initial_masks, read_masks_at
 from gbp_ray.pruning.rounds import RoundState, run_rounds
 from gbp_ray.pruning.units import prunable_parameters
+from gbp_ray.runtime.pinning import pin_files
 from gbp_ray.workloads.weights import start_from
 
 

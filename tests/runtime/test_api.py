@@ -21,7 +21,7 @@ import gbp_ray
 from gbp_ray.config.job import load_job, trial_id
 from gbp_ray.errors import ConfigError, GbpError, StoreError, WorkloadError
 from gbp_ray.results.store import Store
-from gbp_ray.runtime import api
+from gbp_ray.runtime import api, single
 from gbp_ray.runtime.api import PruneResult, open_result, prune
 
 
@@ -165,8 +165,8 @@ def test_a_finished_job_answers_without_any_work(
     def fail(*args: Any, **options: Any) -> None:
         raise AssertionError("a finished job was worked on")
 
-    for name in ("work_trial", "load_workload", "load_checked"):
-        monkeypatch.setattr(api, name, fail)
+    for name in ("single.work_trial", "single.load_checked", "trial.load_workload"):
+        monkeypatch.setattr(f"gbp_ray.runtime.{name}", fail)
     second = run(user_folder)
     assert second == first
     assert {path: path.stat().st_mtime_ns for path in Path(first.uri).rglob("*")} == before
@@ -318,7 +318,7 @@ def test_what_is_no_result_is_refused(user_folder: Path, uri: str) -> None:
 def test_a_round_that_another_process_takes_away_makes_no_finished_trial(
     user_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work_trial = api.work_trial
+    work_trial = single.work_trial
 
     def work_and_lose(job: Any, *args: Any, **options: Any) -> None:
         work_trial(job, *args, **options)
@@ -326,7 +326,7 @@ def test_a_round_that_another_process_takes_away_makes_no_finished_trial(
         (Path(store.round_uri(trial_id(job), 2)) / "round.json").unlink()
 
     with monkeypatch.context() as patch:
-        patch.setattr(api, "work_trial", work_and_lose)
+        patch.setattr(single, "work_trial", work_and_lose)
         with pytest.raises(StoreError, match="round 2 vanished"):
             run(user_folder)
     assert not list(user_folder.rglob("trial.json"))

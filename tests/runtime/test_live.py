@@ -20,7 +20,7 @@ import gbp_ray
 from gbp_ray.config.job import load_job
 from gbp_ray.errors import ConfigError, GbpError, StoreError
 from gbp_ray.runtime.live import load_live_job
-from gbp_ray.workloads import loading
+from gbp_ray.workloads import code
 
 JOB = {
     "prune.criterion": "taylor",
@@ -53,8 +53,8 @@ def workload(seed: int = 0, **fields: Any) -> gbp_ray.Workload:
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(loading, "LIVE", {})
-    monkeypatch.setattr("gbp_ray.runtime.live.LIVE", loading.LIVE)
+    monkeypatch.setattr(code, "LIVE", {})
+    monkeypatch.setattr("gbp_ray.runtime.live.LIVE", code.LIVE)
 
 
 def prune(live: Any, **overrides: Any) -> gbp_ray.PruneResult:
@@ -252,7 +252,7 @@ def test_what_ray_cannot_import_is_refused_with_a_reason() -> None:
 
 def test_results_of_an_object_that_is_gone_say_so() -> None:
     result = prune(workload())
-    loading.LIVE.clear()
+    code.LIVE.clear()
     with pytest.raises(ConfigError, match=r"was an object of the process that ran the job, and no"):
         result.load_model()
     assert result.load_masks().sparsity == 0.5
@@ -271,4 +271,4 @@ def test_what_is_no_workload_is_refused(live: Any, text: str) -> None:
     with pytest.raises(GbpError) as caught:
         prune(live)
     assert str(caught.value).startswith(text)
-    assert loading.LIVE == {}
+    assert code.LIVE == {}

@@ -18,7 +18,8 @@ from gbp_ray.runtime import api
 from gbp_ray.runtime.outcomes import Outcome
 from gbp_ray.runtime.search import Answer, Bisection, Sparsities, TrialHistory, TrialQueue
 from gbp_ray.runtime.trial import run_solo
-from gbp_ray.workloads.loading import add_import_paths, load_workload
+from gbp_ray.workloads.code import add_import_paths
+from gbp_ray.workloads.loading import load_workload
 
 MODULE = """
 import torch
@@ -195,7 +196,7 @@ def test_a_metric_that_the_workload_has_not_is_refused_before_ray_starts(
         pytest.fail("Ray was started")
 
     monkeypatch.setattr("gbp_ray.runtime.on_ray.tune.run_sweep", start)
-    monkeypatch.setattr("gbp_ray.runtime.api.see_machines", lambda job: [])
+    monkeypatch.setattr("gbp_ray.runtime.estimate.see_machines", lambda job: [])
     changed = {"sweep.space": {"seed": [0, 1]}, "sweep.metric": "rsme"}
     job = job_in(folder, "mistyped", ["rmse"], **changed)
     for run in (api.sweep, api.plan_sweep):

@@ -32,14 +32,10 @@ from gbp_ray.results.findings import Findings
 from gbp_ray.runtime.api import SweepResult
 from gbp_ray.runtime.outcomes import Outcome
 from gbp_ray.workloads.checks import blaming_labels, check_finite, check_labels, check_workload
+from gbp_ray.workloads.code import add_import_paths, import_attribute
 from gbp_ray.workloads.contract import Workload, count_top1, num_examples
 from gbp_ray.workloads.data import first_example, take_batch, without_loaders
-from gbp_ray.workloads.loading import (
-    add_import_paths,
-    build_network,
-    import_attribute,
-    load_workload,
-)
+from gbp_ray.workloads.loading import build_network, load_workload
 from gbp_ray.workloads.metrics import Metric
 
 INPUTS = torch.arange(40, dtype=torch.float32).view(10, 4)

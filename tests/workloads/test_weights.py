@@ -23,10 +23,11 @@ from gbp_ray import prune
 from gbp_ray.config.job import JobConfig
 from gbp_ray.config.workload import TransferConfig, WorkloadConfig
 from gbp_ray.errors import ConfigError, WorkloadError
+from gbp_ray.runtime.pinning import pin_files
 from gbp_ray.workloads.data import seeded
 from gbp_ray.workloads.loading import load_workload
 from gbp_ray.workloads.networks import build_cifar_resnet
-from gbp_ray.workloads.weights import find_misfits, pin_weights, start_from
+from gbp_ray.workloads.weights import find_misfits, start_from
 
 
 def network(num_classes: int = 10) -> nn.Module:
@@ -315,9 +316,9 @@ def test_shards_are_put_together_and_stay_in_their_folder(tmp_path: Path, state:
     transfer = {"checkpoint": str(index)}
     workload = {"factory": "a:b", "transfer": transfer}
     job = JobConfig(name="a", workload=workload, prune={"criterion": "taylor", "sparsity": 0.5})
-    before = pin_weights(job, {}).workload.transfer.checkpoint_digest
+    before = pin_files(job).workload.transfer.checkpoint_digest
     save_file({n: t + 1 for n, t in state.items() if n in names[::2]}, tmp_path / files[names[0]])
-    assert pin_weights(job, {}).workload.transfer.checkpoint_digest != before
+    assert pin_files(job).workload.transfer.checkpoint_digest != before
     for file in ("../a.safetensors", "/a.safetensors", "a\\b.safetensors", "a.pt", 3, None, {}):
         index.write_text(json.dumps({"weight_map": {"a": file}}))
         with pytest.raises(WorkloadError, match=r"names the shard|no index of shards"):

@@ -44,7 +44,7 @@ from gbp_ray.runtime.worker import (
     refuse_restart,
     run_worker,
 )
-from gbp_ray.workloads.loading import add_import_paths
+from gbp_ray.workloads.code import add_import_paths
 
 __all__ = ["StoppedError", "fit_trial", "run_trial"]
 

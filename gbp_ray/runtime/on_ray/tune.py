@@ -58,7 +58,7 @@ from gbp_ray.runtime.progress import SweepBoard
 from gbp_ray.runtime.search import TrialQueue, space_fields, values_at
 from gbp_ray.runtime.trial import Step, run_solo, run_whole
 from gbp_ray.training.progress import OnProgress, Progress
-from gbp_ray.workloads.loading import add_import_paths
+from gbp_ray.workloads.code import add_import_paths
 
 __all__ = ["RunTrial", "make_loggers", "run_sweep"]
 

@@ -171,7 +171,7 @@ def test_a_failed_trial_ends_with_the_command_that_goes_on(
             "trial t: worker 1 was killed; run the job again", trial_id="t", rank=1, cause="killed"
         )
 
-    monkeypatch.setattr("gbp_ray.runtime.api._run_rounds", fail)
+    monkeypatch.setattr("gbp_ray.runtime.single._run_rounds", fail)
     arguments = ["prune", "-q", "--set=prune.exclude=['linear*']"]
     outcome = shell(*arguments, f"--set=storage={tmp_path}")
     assert outcome.code == 1

@@ -21,7 +21,7 @@ from gbp_ray.errors import WorkloadError
 from gbp_ray.results.store import Store
 from gbp_ray.runtime.api import sweep
 from gbp_ray.runtime.trial import finish_trial, work_trial
-from gbp_ray.workloads.loading import add_import_paths
+from gbp_ray.workloads.code import add_import_paths
 
 WORKLOAD = '''
 """The digits, and what may go wrong with them."""
