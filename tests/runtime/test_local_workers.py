@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -202,26 +203,41 @@ driver.send(None)
 """
 
 
+class ToldAllError(Exception):
+    pass
+
+
 class Told(Account):
-    def __init__(self) -> None:
+    def __init__(self, enough: int | None) -> None:
         self.messages: list[Any] = []
+        self.enough = enough
 
     def show(self, message: Any) -> None:
         self.messages.append(message)
+        if len(self.messages) == self.enough:
+            raise ToldAllError
 
 
 def attend(
-    monkeypatch: pytest.MonkeyPatch, act: str, *, hang_timeout_s: float = 60.0
+    monkeypatch: pytest.MonkeyPatch,
+    act: str,
+    *,
+    hang_timeout_s: float = 60.0,
+    enough: int | None = None,
 ) -> tuple[Any, list[Any], list[subprocess.Popen[bytes]]]:
-    """Starts two workers that act so; returns how it ended, what was told, and the processes."""
+    """Starts two workers that act so; returns how it ended, what was told, and the processes.
+
+    It ends with as many messages as are enough, if not before.
+    """
     monkeypatch.setattr(local_workers, "_PROGRAM", SPEAK.replace("{act}", act))
     job = quick_job(
         "unused", **{"cluster.num_workers": 2, "cluster.hang_timeout_s": hang_timeout_s}
     )
-    account = Told()
+    account, end = Told(enough), None
     with local_workers._start_group(job, is_debug=False) as group:
-        end = group.attend(account)
         processes = group._processes
+        with suppress(ToldAllError):
+            end = group.attend(account)
     assert all(process.poll() is not None for process in processes)
     return end, account.messages, processes
 
@@ -274,7 +290,8 @@ os.kill(os.getpid(), signal.SIGTERM)
 driver.send("alive")
 os.kill(os.getpid(), signal.SIGSTOP)
 """
-    _, told, _ = attend(monkeypatch, act, hang_timeout_s=20.0)
+    end, told, _ = attend(monkeypatch, act, enough=2)
+    assert end is None
     assert told == ["alive"] * 2
 
 
