@@ -60,7 +60,9 @@ class _Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels_out)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels_out)
-        self._new_channels = channels_out - channels_in
+        self._halves = stride == 2
+        added = channels_out - channels_in
+        self._zeros = added // 2, added - added // 2
 
     def forward(self, hidden: Tensor) -> Tensor:
         residual = self.bn1(self.conv1(hidden))
@@ -69,11 +71,9 @@ class _Block(nn.Module):
 
     def _shortcut(self, hidden: Tensor) -> Tensor:
         """Option A: every second pixel, and zeros for half of the new channels on either side."""
-        if self._new_channels == 0:
+        if not self._halves:
             return hidden
-        before = self._new_channels // 2
-        after = self._new_channels - before
-        return functional.pad(hidden[:, :, ::2, ::2], (0, 0, 0, 0, before, after))
+        return functional.pad(hidden[:, :, ::2, ::2], (0, 0, 0, 0, *self._zeros))
 
 
 def _stack_blocks(channels_in: int, channels_out: int, num_blocks: int) -> nn.Sequential:

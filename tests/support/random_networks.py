@@ -152,7 +152,12 @@ def shuffle(c: int, d: random.Random) -> Step:
 
 
 def padded(c: int, d: random.Random) -> Step:
-    return Step(lambda s, x: functional.pad(x, (0, 0, 0, 0, 2, 2)) + s.one(x), c + 4,
+    return Step(lambda s, x: functional.pad(x, (0, 0, 0, 0, *s.zeros)) + s.one(x), c + 8,
+                one=nn.Conv2d(c, c + 8, 1), zeros=(3, 5))  # fmt: skip
+
+
+def padded_with_ones(c: int, d: random.Random) -> Step:
+    return Step(lambda s, x: functional.pad(x, (0, 0, 0, 0, 2, 2), value=1.0) + s.one(x), c + 4,
                 one=nn.Conv2d(c, c + 4, 1))  # fmt: skip
 
 
@@ -237,8 +242,18 @@ def focus(c: int, d: random.Random) -> Step:
 
 IMAGE_STEPS = [
     *(conv, grouped, depthwise, transposed, norm, channels_last_norm, activation, pool, residual),
-    *(squeeze, dense, two_branches, glu, chunked, split, shuffle, padded, sliced, frozen_norm),
-    *(twice, spatial_attention, repeated, gated_by_mean, standardized, einsum, stacked),
+    *(squeeze, dense, two_branches, glu, chunked, split, shuffle, padded, padded_with_ones),
+    *(
+        sliced,
+        frozen_norm,
+        twice,
+        spatial_attention,
+        repeated,
+        gated_by_mean,
+        standardized,
+        einsum,
+        stacked,
+    ),
     *(unshuffled, focus),
 ]
 

@@ -173,7 +173,7 @@ def _spatial(tracing: Tracing, call: Call) -> Any:
 
 @RULES.of("pad", "constant_pad_nd")
 def _pad(tracing: Tracing, call: Call) -> Labelled:
-    """Positions that are padded in are made by no weight; as many are after a cut."""
+    """Zeros that are padded in may leave with what is added to them; others are fixed."""
     value, widths = call["self"], call["pad"]
     rank = len(value.shape)
     sides = {rank - 1 - n // 2: tuple(widths[n : n + 2]) for n in range(0, len(widths), 2)}
@@ -183,10 +183,16 @@ def _pad(tracing: Tracing, call: Call) -> Labelled:
         is_simple = is_constant and min(pair) >= 0 and block is not None and block.ids.ndim == 1
         if any(pair) and not is_simple:
             value = tracing.whole(value, dim)
-    blocks = tuple(
-        Block(b.dims, np.pad(b.ids, sides[b.dims[0]], constant_values=FIXED))
-        if any(sides.get(b.dims[0], ()))
-        else b
-        for b in value.blocks
-    )
+    are_zeros = not call.get("value", 0)
+
+    def spread(block: Block) -> Block:
+        pair = sides.get(block.dims[0], (0, 0))
+        if not any(pair):
+            return block
+        before, after = (
+            tracing.add_zeros(n) if are_zeros else np.full(n, FIXED, np.int64) for n in pair
+        )
+        return Block(block.dims, np.concatenate([before, block.ids, after]))
+
+    blocks = tuple(map(spread, value.blocks))
     return replace(value, shape=call.shape, blocks=blocks).as_value()

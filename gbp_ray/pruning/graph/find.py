@@ -247,6 +247,11 @@ def _build(
     def role_of(name: str, dim: int) -> set[Role]:
         return tracing.roles.get(int(ids[name, dim][0]), set())
 
+    # Code that pads counts the zeros of each side by themselves, and so does a group.
+    sides: dict[int, list[int]] = {}
+    for number, own in enumerate(tracing.zeros):
+        for root in elements.find_all(own).tolist():
+            sides.setdefault(root, []).append(number)
     units: dict[tuple[Any, ...], list[int]] = {}
     for root, found in places.items():
         roles = {r for name, dim, _ in found if name in parameters for r in role_of(name, dim)}
@@ -257,10 +262,10 @@ def _build(
             elements.freeze(np.array([root]), f"a {kind}, which prune.granularity leaves alone")
         if not elements.why_frozen(root):
             signature = tuple((name, dim, len(positions)) for name, dim, positions in found)
-            units.setdefault(signature, []).append(root)
+            units.setdefault((signature, tuple(sides.get(root, ()))), []).append(root)
     groups: list[Group] = []
     group_of: dict[int, int] = {}
-    for signature, members in units.items():
+    for (signature, _), members in units.items():
         slices = tuple(
             Slice(
                 name,

@@ -156,6 +156,7 @@ class Tracing:
         roles: Element of a weight to its roles, once a rule has used it.
         path: Of the module that makes it, "" for the network.
         tables: Of axes that are labelled together, with that path, to be decided at the end.
+        zeros: The elements of each run of zeros that is padded in.
         ids: The elements of (tensor, axis), of weights and of those buffers that have channels.
         seen: First names of the parameters that operations use.
         is_refused: No rule could say what the operation at hand multiplies.
@@ -166,6 +167,7 @@ class Tracing:
     path: str = ""
     roles: dict[int, set[Role]] = field(default_factory=dict)
     tables: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    zeros: list[np.ndarray] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
     ids: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
@@ -180,6 +182,12 @@ class Tracing:
                     self.ids[name, dim] = self.elements.new(size)
                 blocks.append(Block((dim,), self.ids[name, dim]))
         return tuple(blocks)
+
+    def add_zeros(self, size: int) -> np.ndarray:
+        """Makes elements of zeros, which go with the units that are added to them."""
+        ids = self.elements.new(size)
+        self.zeros.append(ids)
+        return ids
 
     def label_buffer(self, value: Labelled) -> Labelled:
         """Labels what buffers of one axis make, whatever axes of size 1 it has been given."""

@@ -32,7 +32,7 @@ def find_fixed_groups(
     """Removes units of all groups on trial; returns the groups that cannot be cut, with the reason.
 
     Where that fails, the groups in the layer that is named are tried apart. Groups that lie in the
-    same tensors of other modules of that class share what is found. The network ends as it was.
+    same axes in other modules of that class share what is found. The network ends as it was.
 
     Args:
         model: Dense, or masked.
@@ -155,23 +155,24 @@ class _Trial:
         return [number for number in numbers if number in found]
 
     def _alike(self, path: str, fixed: Mapping[int, str], numbers: Sequence[int]) -> dict[int, str]:
-        """Finds groups that lie in the same tensors of other modules of a module's class."""
+        """Finds groups that lie in other modules of a module's class as fixed ones lie in it."""
         kind = type(self._modules[path])
         if kind.__module__.startswith("torch.nn."):
             return {}
-        own = {
-            part.name.removeprefix(f"{path}."): fixed[number]
-            for number, part in self._structure.slices()
-            if number in fixed and part.name.startswith(f"{path}.")
-        }
-        places = {
-            f"{other}.{name}": why
+        places = {self._places(path, number): why for number, why in fixed.items()}
+        places.pop(frozenset(), None)
+        return {
+            number: places[found]
             for other, module in self._modules.items()
             if type(module) is kind
-            for name, why in own.items()
+            for number in numbers
+            if number not in fixed and (found := self._places(other, number)) in places
         }
-        return {
-            number: places[part.name]
-            for number, part in self._structure.slices()
-            if number in set(numbers) - fixed.keys() and part.name in places
-        }
+
+    def _places(self, path: str, number: int) -> frozenset[tuple[str, int]]:
+        """Returns where a group lies in a module: names of tensors from there, with the axis."""
+        return frozenset(
+            (part.name.removeprefix(f"{path}."), part.dim)
+            for part in self._structure.groups[number].slices
+            if part.name.startswith(f"{path}.")
+        )

@@ -27,13 +27,8 @@ ROUND_TO = {"Mixtral": 8}
 """Multiples of units, where a kernel needs them."""
 
 OUTPUTS = "the network's outputs"
-PADDED = "add in 'layer2.0', with what no weight makes (16 of 32)"
 FROZEN = {
-    "ResNet-20 A": {
-        "linear.weight[0]": OUTPUTS,
-        "layer2.0.conv2.weight[0]": PADDED,
-        "layer2.2.conv2.weight[0]": PADDED,
-    },
+    "ResNet-20 A": {"linear.weight[0]": OUTPUTS},
     "ResNet-20 B": {"12.weight[0]": OUTPUTS},
     "U-Net": {"head.weight[0]": OUTPUTS},
     "ConvNeXt": {"stem.0.weight[0]": "layer_norm in 'stem.1'"},
@@ -50,8 +45,7 @@ FROZEN = {
         "lm_head.weight[0]": OUTPUTS,
     },
 }
-"""How reasons begin by axis: outputs, residual streams before norms, padded shortcuts, attention
-of torch."""
+"""How reasons begin by axis: outputs, residual streams before norms, attention of torch."""
 
 CASES = [
     pytest.param(name, marks=pytest.mark.skipif(bool(why_missing(name)), reason=why_missing(name)))

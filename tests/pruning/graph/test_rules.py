@@ -71,7 +71,12 @@ EXPECTED: dict[str, tuple[str, ...]] = {
         "8: two.weight[0] three.weight[0] last.weight[1]",
     ),
     "shuffle": ("4: first.weight[0]*2 last.weight[1]*2",),
-    "padded": ("8: first.weight[0] one.weight[0] one.weight[1] last.weight[1]",),
+    "padded": (
+        "8: first.weight[0] one.weight[0] one.weight[1] last.weight[1]",
+        "3: one.weight[0] last.weight[1]",
+        "5: one.weight[0] last.weight[1]",
+    ),
+    "padded_with_ones": ("8: first.weight[0] one.weight[0] one.weight[1] last.weight[1]",),
     "sliced": (),
     "frozen_norm": ("8: first.weight[0] last.weight[1] weight[0] var[0] mean[0]",),
     "twice": (

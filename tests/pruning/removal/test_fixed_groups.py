@@ -4,7 +4,9 @@ import numpy as np
 import torch
 from structures import blocks, kept, mask, randomize, repeated, structure_of
 from torch import Tensor, nn
+from torch.nn import functional
 
+from gbp_ray.pruning.graph.find import find_structure
 from gbp_ray.pruning.removal.fixed_groups import find_fixed_groups, without_groups
 from gbp_ray.pruning.removal.remove import remove_units
 from gbp_ray.pruning.structure import Structure
@@ -96,3 +98,30 @@ def test_a_structure_without_them_can_be_cut_and_costs_the_same() -> None:
     remove_units(model, left, keep, lambda m: m(inputs))
     assert left.count_weights(keep) == sum(p.numel() for p in model.parameters())
     assert find_fixed_groups(model, without_groups(left, {0: "", 1: ""}), lambda m: m(inputs)) == {}
+
+
+class Padded(nn.Module):
+    """A residual block whose shortcut pads by numbers of its code."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(before, 6), nn.Linear(6, after)
+        added = (after - before) // 2
+        self.shortcut = lambda x: functional.pad(x, (added, added))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.two(torch.relu(self.one(x))) + self.shortcut(x))
+
+
+def test_of_groups_in_a_padded_shortcut_only_its_zeros_are_fixed() -> None:
+    model = randomize(nn.Sequential(nn.Linear(3, 4), *map(Padded, (4, 4, 8), (4, 8, 12))))
+    model.append(nn.Linear(12, 2))
+    inputs = torch.randn(5, 3)
+    structure = find_structure(model, [inputs[:1]], lambda m, x: [m(x)])
+    fixed = find_fixed_groups(model, structure, lambda m: m(inputs))
+    of_zeros = [
+        n for n, g in enumerate(structure.groups) if g.name in ("2.two.weight", "3.two.weight")
+    ]
+    assert len(of_zeros) == 4
+    assert sorted(fixed) == of_zeros
+    assert all("without its removed units it fails" in why for why in fixed.values())
