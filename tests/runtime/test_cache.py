@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,8 @@ def run(job: JobConfig) -> list[tuple[Any, ...]]:
     return results_of(job)
 
 
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
-    """Counts what is computed."""
+def count_calls(patch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Counts what is computed from now on."""
     counts = {"score": 0, "dense": 0}
     score, train_dense = rounds.score, rounds._Run.train_dense
 
@@ -51,9 +49,25 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         counts["dense"] += 1
         return train_dense(run)
 
-    monkeypatch.setattr(rounds, "score", counting_score)
-    monkeypatch.setattr(rounds._Run, "train_dense", counting_dense)
+    patch.setattr(rounds, "score", counting_score)
+    patch.setattr(rounds._Run, "train_dense", counting_dense)
     return counts
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    return count_calls(monkeypatch)
+
+
+def run_counted(job: JobConfig, ends: multiprocessing.Queue[tuple[int, int] | str]) -> None:
+    """Runs a job in a process of its own, and hands over what it computed."""
+    with pytest.MonkeyPatch.context() as patch:
+        counts = count_calls(patch)
+        try:
+            run(job)
+            ends.put((counts["score"], counts["dense"]))
+        except BaseException as error:  # noqa: BLE001 - handed to the waiting process
+            ends.put(repr(error))
 
 
 @pytest.mark.parametrize(
@@ -144,20 +158,13 @@ def test_movement_has_a_dense_network_of_its_own(tmp_path: Path) -> None:
     assert dense_origin(sharing_job(tmp_path, **{"prune.criterion": "movement"})) is None
 
 
-def test_of_two_trials_at_once_one_computes(tmp_path: Path, counted: dict[str, int]) -> None:
-    # Processes, as on a cluster: threads would share the generators that seeds are planted in.
-    fork = multiprocessing.get_context("fork")
-    ends: multiprocessing.Queue[tuple[int, int] | str] = fork.Queue()
-
-    def work(job: JobConfig) -> None:
-        try:
-            run(job)
-            ends.put((counted["score"], counted["dense"]))
-        except BaseException as error:  # noqa: BLE001 - handed to the waiting thread
-            ends.put(repr(error))
-
+def test_of_two_trials_at_once_one_computes(tmp_path: Path) -> None:
+    # Processes, as on a cluster: threads would share the generators that seeds are planted in. Not
+    # forked from this one, in which torch may have threads.
+    clean = multiprocessing.get_context("forkserver")
+    ends: multiprocessing.Queue[tuple[int, int] | str] = clean.Queue()
     jobs = [sharing_job(tmp_path, **{"prune.rounds": 1, "prune.sparsity": s}) for s in (0.5, 0.7)]
-    processes = [fork.Process(target=work, args=[job]) for job in jobs]
+    processes = [clean.Process(target=run_counted, args=[job, ends]) for job in jobs]
     for process in processes:
         process.start()
     found = [ends.get(timeout=120) for _ in processes]
