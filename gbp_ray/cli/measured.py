@@ -33,11 +33,16 @@ def print_measurements(measured: MeasurementsRecord) -> None:
     )
 
 
-def print_beside(uri: str, trusted: Sequence[str]) -> None:
+_FAIR = 0.8
+"""Share of the saved multiply-adds that shows in time where widths suit the kernels."""
+
+
+def print_beside(uri: str, trusted: Sequence[str], round_to: int) -> None:
     """Measures the pruned network of a finished trial beside the dense one, and prints it.
 
     Args:
         trusted: Code that the user's own job names.
+        round_to: What its widths are multiples of.
     """
     # torch takes seconds to import; --help and a mistyped option should not.
     from gbp_ray.export.beside import compare_with_dense
@@ -60,17 +65,23 @@ def print_beside(uri: str, trusted: Sequence[str]) -> None:
         for name, (dense, pruned) in costs
         if dense and pruned
     ]
+    ratios = []
     by_size: dict[int, dict[str, LatencyRecord]] = {}
     for record in found.latency:
         by_size.setdefault(record.batch_size, {})[record.network] = record
     for size, pair in by_size.items():
-        ratio = pair[DENSE].median_ms / pair[PRUNED].median_ms
+        ratios.append(pair[DENSE].median_ms / pair[PRUNED].median_ms)
         times = (write_time(pair[name]) for name in (DENSE, PRUNED))
-        rows.append((f"latency, batch {size}, ms", *times, f"{ratio:.2f}"))
+        rows.append((f"latency, batch {size}, ms", *times, f"{ratios[-1]:.2f}"))
     say("")
     console().print(make_table(rows, [""], [DENSE, PRUNED, f"{DENSE} / {PRUNED}"]))
     if found.latency:
         say(f"latency in eager PyTorch: {_how_timed(found.latency, found.versions)}")
+        if round_to == 1 and max(ratios) < _FAIR * sizes[0].macs / max(sizes[1].macs, 1):
+            say(
+                "time fell less than multiply-adds: kernels compute channels in blocks, so try "
+                "--set prune.round_to=8, or 16"
+            )
     for size in found.too_long:
         say(
             f"latency, batch {size}: not measured, as it would take long; gbp-ray export {uri} DIR "

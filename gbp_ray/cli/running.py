@@ -178,8 +178,9 @@ def prune(
         return
     print_trial(result.record)
     say("", *summary_lines(result.record), f"weights and masks: {result.round_uri()}")
-    if result.record.job.prune.unit_kinds and not is_quiet:
-        print_beside(result.uri, result.trusted)
+    pruned = result.record.job.prune
+    if pruned.unit_kinds and not is_quiet:
+        print_beside(result.uri, result.trusted, pruned.round_to)
 
 
 def _print_plan(planned: Mapping[str, Any], as_json: bool) -> None:

@@ -152,8 +152,9 @@ class PruneConfig(Section):
     units with all that is coupled to them: "channel" (output channels, neurons, hidden units),
     "head" (attention heads), "channel+head" (both, in one decision)."""
     round_to: Annotated[int, _NO_UNITS] = Field(1, ge=1, le=4096)
-    """Widths that pruning may leave: multiples of this many units, as hardware likes 8 or 32. A
-    group that loses no unit keeps its width, whatever that is."""
+    """Widths that pruning may leave: multiples of this many units. Kernels compute channels in
+    blocks of 8, 16 or 32, and odd widths can take longer than the dense network's. A group that
+    loses no unit keeps its width, whatever that is."""
     min_width: Annotated[int, _NO_UNITS] = Field(1, ge=1, le=MOST_EXAMPLES)
     """Least number of units that stay in a group; a smaller group loses none."""
     compact: Annotated[bool, _NO_UNITS] = True

@@ -74,11 +74,12 @@ def main() -> None:
         table.add_row(name, f"{left[name]:.3f}", *(f"{of_network[c]:.2f}" for c in columns))
     console = Console(width=110)
     console.print(table)
-    for record in found:
-        if record.network == DENSE:
-            console.print(
-                f"dense, {record.engine}, batch {record.batch_size}: {record.median_ms:.2f} ms"
-            )
+    times = (
+        f"{record.engine}, batch {record.batch_size}: {record.median_ms:.2f} ms"
+        for record in found
+        if record.network == DENSE
+    )
+    console.print(f"dense: {'; '.join(times)}")
     console.print(
         f"{EAGER}: torch {torch.__version__}; ONNX Runtime {runtime_version()}, one thread; "
         f"{torch.backends.cpu.get_cpu_capability()}, {platform.machine()}, {date.today()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from shell import Outcome, Shell
 from small_digits import FIELDS, prune_digits
 
+from gbp_ray.cli.measured import print_beside
 from gbp_ray.errors import WorkloadError
 from gbp_ray.export import beside
 from gbp_ray.export.beside import compare_with_dense
@@ -75,6 +77,28 @@ def test_a_trial_is_done_also_where_it_cannot_be_measured(
     done = prune(shell, result)
     assert done.code == 0
     assert "latency: not measured here: data: are on the workers" in done.out
+
+
+@pytest.mark.parametrize(
+    ("pruned_ms", "round_to", "is_advised"), [(0.9, 1, True), (0.3, 1, False), (0.9, 8, False)]
+)
+def test_other_widths_are_advised_where_time_fell_by_less_than_multiply_adds(
+    result: PruneResult,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    pruned_ms: float,
+    round_to: int,
+    is_advised: bool,
+) -> None:
+    found = compare_with_dense(result.uri, seconds=0.01)
+    assert found.sizes["dense"].macs > 1.9 * found.sizes["pruned"].macs
+    medians = {"dense": 1.0, "pruned": pruned_ms}
+    latency = tuple(r.model_copy(update={"median_ms": medians[r.network]}) for r in found.latency)
+    monkeypatch.setattr(
+        beside, "compare_with_dense", lambda *_, **__: replace(found, latency=latency)
+    )
+    print_beside(result.uri, result.trusted, round_to)
+    assert ("--set prune.round_to=8, or 16" in capsys.readouterr().out) == is_advised
 
 
 def test_long_passes_are_left_out(result: PruneResult, monkeypatch: pytest.MonkeyPatch) -> None:
