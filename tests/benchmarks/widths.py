@@ -1,10 +1,12 @@
-"""Measures what multiples of a width save: ResNet-20 with half of its multiply-adds, by `round_to`.
+"""Measures what multiples of a width save: networks with half of the multiply-adds, by `round_to`.
 
 Dense and compacted networks run in turn, eager and in ONNX Runtime, which pads and blocks channels
 by the width of the processor's vectors. Prints how many times as long the dense network takes.
 
-    python tests/benchmarks/widths.py [--macs 0.5] [--round-to 1 4 8 16] [--criterion magnitude]
-        [--scope layer] [--seconds 4]
+    python tests/benchmarks/widths.py [--network resnet20] [--macs 0.5] [--round-to 1 4 8]
+        [--criterion magnitude] [--scope layer] [--seconds 4]
+
+"resnet20" is that of CIFAR-10, other names are torchvision's, on images of 224x224.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import platform
 from datetime import date
 
 import torch
+import torchvision
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -32,16 +35,20 @@ DENSE = "dense"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--network", default="resnet20")
     parser.add_argument("--macs", type=float, default=0.5)
-    parser.add_argument("--round-to", type=int, nargs="+", default=[1, 4, 8, 16])
+    parser.add_argument("--round-to", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--criterion", default="magnitude")
     parser.add_argument("--scope", default="layer")
     parser.add_argument("--seconds", type=float, default=4.0)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    images, labels = torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))
-    networks = {DENSE: build_cifar_resnet(20).eval()}
+    is_small = chosen.network == "resnet20"
+    make = build_cifar_resnet if is_small else torchvision.models.get_model
+    networks = {DENSE: make(20 if is_small else chosen.network).eval()}
+    side = 32 if is_small else 224
+    images, labels = torch.randn(32, 3, side, side), torch.randint(0, 10, (32,))
     left = {DENSE: 1.0}
     for width in chosen.round_to:
         small, name = copy.deepcopy(networks[DENSE]), f"round_to = {width}"
@@ -50,12 +57,12 @@ def main() -> None:
             *(small, (images, labels)),
             granularity="channel",
             target={"macs": chosen.macs},
-            calibration_examples=64,
+            calibration_examples=32,
             **options,
         )
         done = gbp_ray.compact(small, masks, (images, labels))
         networks[name], left[name] = small.eval(), done.macs / done.macs_before
-    call = Call((images[:32],), {}, 32)
+    call = Call((images,), {}, len(images))
     sessions = {}
     for name, network in networks.items():
         traced = make_program(copy.deepcopy(network), network, call).traced
