@@ -5,8 +5,9 @@ one column of every layer that reads it; on a residual stream it is a row of eve
 to the stream, too. Such slices are coupled: a network without all of them is a smaller network, and
 it computes the same function as one where they are zero. `graph` finds them.
 
-A group holds the units of the same tensors and axes. Units are numbered through all groups, in
-order: that number is the place of a unit in every vector of shape (U,).
+A group holds the units of the same tensors and axes, and of the same side where zeros are padded
+in. Units are numbered through all groups, in order: that number is the place of a unit in every
+vector of shape (U,).
 
 Shape suffixes: U = units of the network, G = units of one group, K = positions of one unit.
 """
@@ -54,7 +55,8 @@ class Group:
     """Units that lie in the same tensors along the same axes.
 
     Attributes:
-        name: First name of the first weight that makes them.
+        name: First name of the first weight that makes them, with a number from its second group
+            on, as "conv.weight (2)".
         kind: "head" where a product of attention joins channels to units.
         num_units: G.
     """

@@ -6,7 +6,8 @@ print(result.accuracy, result.sparsity, result.uri)
 model, masks = result.load_model(), result.load_masks()
 
 Modules that load torch or Ray, which takes seconds, are imported where something has to run: a job
-that has finished is answered from storage at once.
+that has finished is answered from storage at once, unless it names code of the user's, which is
+imported to see if it has changed.
 """
 
 from __future__ import annotations
@@ -372,15 +373,15 @@ def _plan(job: JobConfig, trials: list[JobConfig], known: TrialHistory) -> Searc
         return Bisection(trials, Sparsities(job))
     if job.sweep.search == "optuna":
         return OptunaPlan(job, known.find_in(job), make_search, _read_specs)
-    if all(known(trial) for trial in trials):
+    is_left = {trial_id(trial): known(trial) is None for trial in trials}
+    if not any(is_left.values()):
         return TrialList(trials)
     from gbp_ray.runtime.cache import dense_folder
 
     groups = {trial_id(trial): dense_folder(trial) for trial in trials}
     # Trials that have ended come first, so that the board starts with their number.
-    return TrialList(
-        sorted(first_of_each_group(trials, groups), key=lambda trial: known(trial) is None)
-    )
+    first = first_of_each_group(trials, groups)
+    return TrialList(sorted(first, key=lambda trial: is_left[trial_id(trial)]))
 
 
 def _read_specs(job: JobConfig) -> tuple[MetricSpec, ...]:

@@ -184,12 +184,21 @@ def _fields_of_scores(job: JobConfig) -> set[str]:
     }
 
 
+_GROUPS = 2
+"""Raised when other groups of units are found in the same network."""
+
+
 def _fields_of_units(job: JobConfig) -> dict[str, Any]:
     """Returns the fields of [prune] that decide which units a dense network has."""
     prune = job.prune
     # What initial masks have removed is recorded as a part of the target's cost.
     of_masks = {"cost": prune.target.kind or "sparsity"} if prune.initial_masks_digest else {}
-    return {"granularity": prune.granularity, "compact": prune.compact, **of_masks}
+    return {
+        "granularity": prune.granularity,
+        "compact": prune.compact,
+        "groups": _GROUPS,
+        **of_masks,
+    }
 
 
 def _surroundings(job: JobConfig, plug_ins: Iterable[str]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def _pin(job: JobConfig, key: str, known: dict[str, str]) -> JobConfig:
 
 
 def _digest(address: str, key: str) -> str:
-    # They load torch, which jobs that name no files do not need.
+    # What reads such files loads torch, which jobs that name none do not need.
     if key == "prune.initial_masks":
         from gbp_ray.pruning.masks import read_named_masks
 

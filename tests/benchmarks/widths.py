@@ -54,7 +54,8 @@ def main() -> None:
         small, name = copy.deepcopy(networks[DENSE]), f"round_to = {width}"
         options = {"criterion": chosen.criterion, "scope": chosen.scope, "round_to": width}
         masks = gbp_ray.prune_model(
-            *(small, (images, labels)),
+            small,
+            (images, labels),
             granularity="channel",
             target={"macs": chosen.macs},
             calibration_examples=32,

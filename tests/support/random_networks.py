@@ -243,18 +243,8 @@ def focus(c: int, d: random.Random) -> Step:
 IMAGE_STEPS = [
     *(conv, grouped, depthwise, transposed, norm, channels_last_norm, activation, pool, residual),
     *(squeeze, dense, two_branches, glu, chunked, split, shuffle, padded, padded_with_ones),
-    *(
-        sliced,
-        frozen_norm,
-        twice,
-        spatial_attention,
-        repeated,
-        gated_by_mean,
-        standardized,
-        einsum,
-        stacked,
-    ),
-    *(unshuffled, focus),
+    *(sliced, frozen_norm, twice, spatial_attention, repeated, gated_by_mean, standardized),
+    *(einsum, stacked, unshuffled, focus),
 ]
 
 

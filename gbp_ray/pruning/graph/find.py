@@ -247,7 +247,7 @@ def _build(
     def role_of(name: str, dim: int) -> set[Role]:
         return tracing.roles.get(int(ids[name, dim][0]), set())
 
-    # Code that pads counts the zeros of each side by themselves, and so does a group.
+    # Code holds a number for each side that it pads, so the units of each side are a group.
     sides: dict[int, list[int]] = {}
     for number, own in enumerate(tracing.zeros):
         for root in elements.find_all(own).tolist():
@@ -264,6 +264,7 @@ def _build(
             signature = tuple((name, dim, len(positions)) for name, dim, positions in found)
             units.setdefault((signature, tuple(sides.get(root, ()))), []).append(root)
     groups: list[Group] = []
+    makers_of: dict[str, int] = {}
     group_of: dict[int, int] = {}
     for (signature, _), members in units.items():
         slices = tuple(
@@ -278,7 +279,9 @@ def _build(
         makers = [name for name, dim, _ in signature if "out" in role_of(name, dim)]
         kind = "head" if elements.is_head(members[0]) else "channel"
         group_of.update(dict.fromkeys(members, len(groups)))
-        groups.append(Group(makers[0], kind, len(members), slices))  # type: ignore[arg-type]
+        so_far = makers_of[makers[0]] = makers_of.get(makers[0], 0) + 1
+        name = makers[0] if so_far == 1 else f"{makers[0]} ({so_far})"
+        groups.append(Group(name, kind, len(members), slices))  # type: ignore[arg-type]
 
     def axis_of(table: np.ndarray) -> Axis:
         roots = elements.find_all(table).reshape(-1).tolist()

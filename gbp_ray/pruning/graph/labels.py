@@ -20,7 +20,7 @@ from gbp_ray.pruning.structure import Role
 __all__ = ["FIXED", "Block", "Elements", "Labelled", "Tracing", "Work"]
 
 FIXED = 0
-"""The element of positions that no weight makes."""
+"""The element of positions that must stay, such as constants that no weight makes."""
 
 
 class Elements:

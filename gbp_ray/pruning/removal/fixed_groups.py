@@ -108,7 +108,7 @@ class _Trial:
         inside = self._inside(path, numbers)
         if inside and len(inside) < len(numbers):
             fixed = self.find(inside) or dict.fromkeys(inside, str(failure))
-            fixed |= self._alike(path, fixed, numbers)
+            fixed |= self._alike(path, fixed, [n for n in numbers if n not in inside])
         else:
             half = len(numbers) // 2
             fixed = self.find(numbers[:half]) | self.find(numbers[half:])
@@ -163,11 +163,20 @@ class _Trial:
         places.pop(frozenset(), None)
         return {
             number: places[found]
-            for other, module in self._modules.items()
-            if type(module) is kind
             for number in numbers
-            if number not in fixed and (found := self._places(other, number)) in places
+            for other in self._around(number)
+            if type(self._modules[other]) is kind
+            if (found := self._places(other, number)) in places
         }
+
+    def _around(self, number: int) -> list[str]:
+        """Lists the paths of the modules that hold a group's tensors, from within outwards."""
+        paths: dict[str, None] = {}
+        for part in self._structure.groups[number].slices:
+            path = part.name
+            while path := path.rpartition(".")[0]:
+                paths[path] = None
+        return list(paths)
 
     def _places(self, path: str, number: int) -> frozenset[tuple[str, int]]:
         """Returns where a group lies in a module: names of tensors from there, with the axis."""

@@ -190,6 +190,8 @@ class Search:
                 found = self._extend(more, outcome, _MOST_STEPS, is_class_wide, is_strict)
                 if found is not None:
                     return found
+                # The fault that is left may be what the change has done to another module.
+                self._is_spoilt |= len(change) > 1
             elif outcome.num_agreed < fault.num_agreed:
                 # It harms another module of the class.
                 self._is_spoilt = True

@@ -262,6 +262,7 @@ def test_units_are_those_that_the_network_has(name: str) -> None:
     randomize(model)
     structure = find_structure(model, inputs, run)
     assert describe(structure) == EXPECTED[name]
+    assert len({group.name for group in structure.groups}) == len(structure.groups)
     assert structure.count_macs(np.ones(structure.num_units, dtype=bool)) == (
         count_macs(model, inputs[0]).total
     )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gbp_ray.pruning.graph.find import find_structure
-from gbp_ray.pruning.removal.fixed_groups import find_fixed_groups, without_groups
+from gbp_ray.pruning.removal.fixed_groups import _Trial, find_fixed_groups, without_groups
 from gbp_ray.pruning.removal.remove import remove_units
 from gbp_ray.pruning.structure import Structure
 
@@ -113,15 +113,55 @@ class Padded(nn.Module):
         return torch.relu(self.two(torch.relu(self.one(x))) + self.shortcut(x))
 
 
-def test_of_groups_in_a_padded_shortcut_only_its_zeros_are_fixed() -> None:
-    model = randomize(nn.Sequential(nn.Linear(3, 4), *map(Padded, (4, 4, 8), (4, 8, 12))))
-    model.append(nn.Linear(12, 2))
-    inputs = torch.randn(5, 3)
+class Growing(nn.Module):
+    """A residual block that adds three features; it holds their number only if told to."""
+
+    def __init__(self, width: int, holds: bool) -> None:
+        super().__init__()
+        self.one = nn.Linear(width, width + 3)
+        added = 3
+        if holds:
+            self.added = added
+        self.number = (lambda block: block.added) if holds else (lambda _: added)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.one(x) + functional.pad(x, (0, self.number(self))))
+
+
+def fixed_groups_of(*blocks_of: nn.Module) -> tuple[Structure, dict[int, str], int]:
+    """Finds the groups of blocks behind a layer that makes four features, and counts the trials."""
+    width = list(blocks_of[-1].parameters())[-1].shape[0]
+    model = randomize(nn.Sequential(nn.Linear(3, 4), *blocks_of, nn.Linear(width, 2)))
+    inputs = torch.randn(5, 7, 3)
     structure = find_structure(model, [inputs[:1]], lambda m, x: [m(x)])
-    fixed = find_fixed_groups(model, structure, lambda m: m(inputs))
-    of_zeros = [
-        n for n, g in enumerate(structure.groups) if g.name in ("2.two.weight", "3.two.weight")
-    ]
-    assert len(of_zeros) == 4
-    assert sorted(fixed) == of_zeros
+    trial = _Trial(model, structure, lambda m: m(inputs))
+    tried: list[tuple[int, ...]] = []
+    attempt = trial._try
+    trial._try = lambda numbers: tried.append(tuple(numbers)) or attempt(numbers)  # type: ignore
+    return structure, trial.find(range(len(structure.groups))), len(tried)
+
+
+def test_of_groups_in_a_padded_shortcut_only_its_zeros_are_fixed() -> None:
+    structure, fixed, _ = fixed_groups_of(Padded(4, 4), Padded(4, 8), Padded(8, 12))
+    names = [f"{n}.two.weight{side}" for n in (2, 3) for side in ("", " (2)")]
+    assert sorted(structure.groups[n].name for n in fixed) == names
     assert all("without its removed units it fails" in why for why in fixed.values())
+
+
+def test_a_stream_that_grows_block_by_block_is_cut_where_it_begins() -> None:
+    # The zeros of a block lie in the next one in the same axes as the stream that came before.
+    structure, fixed, _ = fixed_groups_of(*(Growing(width, False) for width in (4, 7, 10, 13)))
+    assert "0.weight" not in {structure.groups[n].name for n in fixed}
+    assert fixed
+    _, fixed, _ = fixed_groups_of(*(Growing(width, True) for width in (4, 7, 10, 13)))
+    assert not fixed
+
+
+def test_blocks_alike_are_not_tried_again() -> None:
+    few, many = ([Layer() for _ in range(n)] for n in (2, 8))
+    (_, some, first), (_, more, last) = (
+        fixed_groups_of(nn.Linear(4, 16), *layers) for layers in (few, many)
+    )
+    # The heads of each, and the stream, whose width decides that of a head.
+    assert (len(some), len(more)) == (3, 9)
+    assert last == first
