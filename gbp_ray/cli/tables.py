@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -14,6 +14,7 @@ from gbp_ray.results.records import (
     CostRecord,
     RoundRecord,
     TrialRecord,
+    WidthRecord,
     describe_unpruned,
     write_value,
 )
@@ -131,10 +132,22 @@ def layer_table(record: RoundRecord) -> Table:
     return table
 
 
+def _widths_by_weight(widths: Iterable[WidthRecord]) -> dict[str, WidthRecord]:
+    """Adds up the groups that one weight makes, of which the later ones have numbers."""
+    found: dict[str, WidthRecord] = {}
+    for width in widths:
+        name = width.name.partition(" (")[0]
+        units, kept = width.num_units, width.num_kept
+        if name in found:
+            units, kept = units + found[name].num_units, kept + found[name].num_kept
+        found[name] = width.model_copy(update={"num_units": units, "num_kept": kept})
+    return found
+
+
 def _width_table(record: RoundRecord, title: str) -> Table:
     cost = record.cost
     assert cost.units is not None
-    widths = {width.name: width for width in cost.units.widths}
+    widths = _widths_by_weight(cost.units.widths)
     layers = {layer.name: layer for layer in cost.layers}
     rows = []
     for name in dict.fromkeys((*layers, *widths)):

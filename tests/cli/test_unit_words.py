@@ -43,6 +43,20 @@ def test_rounds_and_layers_say_what_is_left(store: Store) -> None:
     assert b.split()[:6] == ["b.weight", "12x8", "4", "->", "3", "heads"]
 
 
+def test_groups_that_one_weight_makes_are_added_up_in_its_row(store: Store) -> None:
+    last = write_units_trial(store, 4, 3, 0.85, target={"macs": 0.5}).final
+    units = last.cost.units
+    assert units is not None
+    a, _ = units.widths
+    other = a.model_copy(update={"name": "a.weight (2)", "num_units": 2, "num_kept": 1})
+    cost = last.cost.model_copy(
+        update={"units": units.model_copy(update={"widths": (*units.widths, other)})}
+    )
+    lines = lines_of(layer_table(last.model_copy(update={"cost": cost})))
+    assert lines[3].split()[:5] == ["a.weight", "8x2", "10", "->", "5"]
+    assert not any("(2)" in line for line in lines)
+
+
 def test_notes_below_a_table_hold_no_line_breaks(store: Store) -> None:
     last = write_units_trial(store, 4, 3, 0.85, target={"macs": 0.5}).final
     named = last.model_copy(
