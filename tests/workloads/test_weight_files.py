@@ -113,12 +113,13 @@ def test_published_resnet20_reaches_its_accuracy(real_data, tmp_path):
     model = workload.build_model().eval().to(memory_format=torch.channels_last)
     right = 0
     with torch.no_grad():
-        for indices in torch.arange(10_000).split(100):
+        for indices in torch.arange(2_000).split(100):
             inputs, targets = take_batch(workload, workload.test, indices)
             inputs = inputs.contiguous(memory_format=torch.channels_last)
             right += int(workload.count_correct(model(inputs), targets))
-    # A few images lie on an edge that another kernel's rounding may cross.
-    assert abs(right - 9173) <= 3
+    # 91.65 % of these, 91.73 % of all. An image may lie on an edge that another kernel's rounding
+    # crosses.
+    assert abs(right - 1833) <= 1
 
 
 def test_published_resnet56_fits(real_data, tiny):
