@@ -80,7 +80,7 @@ def print_beside(uri: str, trusted: Sequence[str], round_to: int) -> None:
         if round_to == 1 and max(ratios) < _FAIR * sizes[0].macs / max(sizes[1].macs, 1):
             say(
                 "time fell less than multiply-adds: kernels compute channels in blocks, so try "
-                "--set prune.round_to=8, or 16"
+                "--set prune.round_to=8, or 16, where the target can be met with such widths"
             )
     for size in found.too_long:
         say(

@@ -171,7 +171,8 @@ def _width_table(record: RoundRecord, title: str) -> Table:
     numbers = ("units", "weights", "left", "of them", "MACs left")
     table = make_table(rows, ("layer", "shape"), numbers, title=title)
     notes = [
-        "units: before -> after; layers without a number share those of another, or keep all",
+        "units: those that a layer makes and no layer before it, before -> after; it shares the "
+        "others, or keeps them",
         cost.unpruned_in_words,
     ]
     table.caption = ". ".join(filter(None, notes))  # printed text holds no line breaks

@@ -137,7 +137,8 @@ def _draw_costs_left(
         ax = add_panel(2.4, legend=() if panels else legend)
         _draw_dense(ax, curves)
         front = [point for _, point in curves.find_front(cost)]
-        _draw_front(ax, front if len(front) > 1 else [], curves.metric, cost)
+        # The legend promises rings, and a front may be one point.
+        _draw_front(ax, front if len(curves.front) > 1 else [], curves.metric, cost)
         for curve in shown:
             style = styles[curve.label]
             _draw_spread(ax, curve.points, style, curves.metric, _depth_by(cost))

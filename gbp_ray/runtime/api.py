@@ -485,13 +485,25 @@ def _load(
     if job.sweep != SweepConfig():
         warnings.warn("sweep has no effect on a single prune; gbp-ray sweep runs it", stacklevel=3)
         job = job.model_copy(update={"sweep": SweepConfig()})
-    _warn_of_idle_options([job], stacklevel=4)
+    _warn_of_idle_options([job], stacklevel=4, given=None if source else _keys_of(overrides))
     return job, import_paths
 
 
-def _warn_of_idle_options(jobs: Sequence[JobConfig], stacklevel: int) -> None:
-    """Warns of options that have no effect in any of these jobs."""
+def _keys_of(overrides: Mapping[str, Any] | list[str] | None) -> set[str]:
+    if isinstance(overrides, Mapping):
+        return set(overrides)
+    return {item.partition("=")[0].strip() for item in overrides or ()}
+
+
+def _warn_of_idle_options(
+    jobs: Sequence[JobConfig], stacklevel: int, given: set[str] | None = None
+) -> None:
+    """Warns of options that have no effect in any of these jobs.
+
+    Args:
+        given: Keys to warn of, where the rest of the job is not the user's; None for all.
+    """
     idle = [dict(find_idle_options(job)) for job in jobs]
     for key, reason in idle[0].items() if idle else ():
-        if all(key in other for other in idle):
+        if all(key in other for other in idle) and (given is None or key in given):
             warnings.warn(f"{key} has no effect with {reason}", stacklevel=stacklevel)

@@ -63,7 +63,7 @@ def test_notes_below_a_table_hold_no_line_breaks(store: Store) -> None:
         update={"cost": last.cost.model_copy(update={"unpruned": {"c.weight": (8, "topk")}})}
     )
     caption = str(layer_table(named).caption)
-    assert "keep all. 8 of " in caption
+    assert "keeps them. 8 of " in caption
     assert "\n" not in caption
 
 

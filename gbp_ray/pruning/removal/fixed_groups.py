@@ -117,12 +117,15 @@ class _Trial:
         return fixed | self.find([number for number in numbers if number not in fixed])
 
     def _try(self, numbers: Sequence[int]) -> PruneError | None:
-        """Removes a unit or two of each group, and puts them back; returns the error, if any."""
+        """Removes a few units of each group, and puts them back; returns the error, if any."""
         structure = self._structure
         kept_U = structure.everything
         for number in numbers:
-            # Different numbers: groups that must go together would pass with the same one.
-            most = min(1 + number % 2, structure.groups[number].num_units - 1)
+            # Different numbers: groups that must go together would pass with the same one, and
+            # sides that code computes as halves of a sum with one more or less.
+            size = structure.groups[number].num_units
+            few, more = (1, 2) if size < 6 else (3, 5)
+            most = min(more if number % 2 else few, size - 1)
             start = structure.bounds[number]
             kept_U[start : start + most] = False
         with self._masked(kept_U):

@@ -1,6 +1,7 @@
 """Groups that a network's code cannot go without are found by trial, and dropped."""
 
 import numpy as np
+import pytest
 import torch
 from structures import blocks, kept, mask, randomize, repeated, structure_of
 from torch import Tensor, nn
@@ -146,6 +147,23 @@ def test_of_groups_in_a_padded_shortcut_only_its_zeros_are_fixed() -> None:
     names = [f"{n}.two.weight{side}" for n in (2, 3) for side in ("", " (2)")]
     assert sorted(structure.groups[n].name for n in fixed) == names
     assert all("without its removed units it fails" in why for why in fixed.values())
+
+
+class Halving(Padded):
+    """Such a block that computes its zeros from the widths of its layers, half on either side."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        added = self.two.out_features - self.one.in_features
+        zeros = functional.pad(x, (added // 2, added - added // 2))
+        return torch.relu(self.two(torch.relu(self.one(x))) + zeros)
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_zeros_that_code_divides_between_sides_are_fixed_whatever_the_order(before: int) -> None:
+    same = [Padded(4, 4) for _ in range(before)]
+    structure, fixed, _ = fixed_groups_of(*same, Halving(4, 20), Halving(20, 36))
+    names = [f"{before + n}.two.weight{side}" for n in (1, 2) for side in ("", " (2)")]
+    assert sorted(structure.groups[n].name for n in fixed) == names
 
 
 def test_a_stream_that_grows_block_by_block_is_cut_where_it_begins() -> None:
