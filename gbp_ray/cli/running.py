@@ -159,6 +159,8 @@ def prune(
 
       gbp-ray prune --set prune.sparsity=0.95 --set prune.criterion=fisher
 
+      gbp-ray prune --set prune.granularity=channel --set prune.target.macs=0.5
+
       gbp-ray prune my_job.toml --set cluster.num_workers=4 --json > result.json
 
       gbp-ray prune my_job.toml --dry-run
