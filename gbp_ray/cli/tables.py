@@ -133,14 +133,13 @@ def layer_table(record: RoundRecord) -> Table:
 
 
 def _widths_by_weight(widths: Iterable[WidthRecord]) -> dict[str, WidthRecord]:
-    """Adds up the groups that one weight makes, of which the later ones have numbers."""
+    """Adds up the groups that one weight makes."""
     found: dict[str, WidthRecord] = {}
     for width in widths:
-        name = width.name.partition(" (")[0]
         units, kept = width.num_units, width.num_kept
-        if name in found:
-            units, kept = units + found[name].num_units, kept + found[name].num_kept
-        found[name] = width.model_copy(update={"num_units": units, "num_kept": kept})
+        if (other := found.get(width.weight)) is not None:
+            units, kept = units + other.num_units, kept + other.num_kept
+        found[width.weight] = width.model_copy(update={"num_units": units, "num_kept": kept})
     return found
 
 

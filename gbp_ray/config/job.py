@@ -41,6 +41,7 @@ __all__ = [
     "expand",
     "list_code",
     "load_job",
+    "read_overrides",
     "takes_whole_numbers",
     "trial_id",
 ]
@@ -174,9 +175,7 @@ def load_job(
             tree = copy.deepcopy(dict(source))
         else:
             tree = _read_toml(source)
-        if isinstance(overrides, list):
-            overrides = dict(_split_override(item) for item in overrides)
-        for key, value in (overrides or {}).items():
+        for key, value in read_overrides(overrides).items():
             _set_dotted(tree, key, value)
         _fill_in(tree)
         return JobConfig.model_validate(tree)
@@ -265,6 +264,17 @@ def list_code(job: JobConfig) -> dict[str, str]:
     """Lists the functions that a job names as "module:attr", by field."""
     named = {"workload.factory": job.workload.factory, "prune.criterion": job.prune.criterion}
     return {key: name for key, name in named.items() if ":" in name}
+
+
+def read_overrides(overrides: Mapping[str, Any] | list[str] | None) -> dict[str, Any]:
+    """Returns overrides, as `load_job` takes them, by dotted key.
+
+    Raises:
+        ConfigError: One is no "dotted.key=value".
+    """
+    if isinstance(overrides, list):
+        return dict(_split_override(item) for item in overrides)
+    return dict(overrides or {})
 
 
 def check_importable(job: JobConfig, *, is_elsewhere: bool = False) -> None:

@@ -80,7 +80,7 @@ class WidthRecord(Record):
     """How many units a group has left.
 
     Attributes:
-        name: First weight that makes them.
+        name: Of the group: the first weight that makes them, with a number from its second on.
         kind: "channel" or "head".
     """
 
@@ -88,6 +88,11 @@ class WidthRecord(Record):
     kind: str
     num_units: Count
     num_kept: Count
+
+    @property
+    def weight(self) -> str:
+        """Returns the name of that weight."""
+        return self.name.partition(" (")[0]
 
 
 class UnitsRecord(Record):

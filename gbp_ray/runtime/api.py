@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gbp_ray.config.job import JobConfig, check_importable, load_job, trial_id
+from gbp_ray.config.job import JobConfig, check_importable, load_job, read_overrides, trial_id
 from gbp_ray.config.metrics import ACCURACY, MetricSpec
 from gbp_ray.config.schema import find_idle_options
 from gbp_ray.config.sweep import SweepConfig
@@ -485,18 +485,12 @@ def _load(
     if job.sweep != SweepConfig():
         warnings.warn("sweep has no effect on a single prune; gbp-ray sweep runs it", stacklevel=3)
         job = job.model_copy(update={"sweep": SweepConfig()})
-    _warn_of_idle_options([job], stacklevel=4, given=None if source else _keys_of(overrides))
+    _warn_of_idle_options([job], stacklevel=4, given=None if source else read_overrides(overrides))
     return job, import_paths
 
 
-def _keys_of(overrides: Mapping[str, Any] | list[str] | None) -> set[str]:
-    if isinstance(overrides, Mapping):
-        return set(overrides)
-    return {item.partition("=")[0].strip() for item in overrides or ()}
-
-
 def _warn_of_idle_options(
-    jobs: Sequence[JobConfig], stacklevel: int, given: set[str] | None = None
+    jobs: Sequence[JobConfig], stacklevel: int, given: Container[str] | None = None
 ) -> None:
     """Warns of options that have no effect in any of these jobs.
 
